@@ -88,7 +88,8 @@ _MODULE_OF = {
 }
 
 
-if not TYPE_CHECKING:  # a type checker that sees `__getattr__` accepts any name
+# Hide `__getattr__` from type checkers: otherwise they would accept any misspelled name.
+if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Import a public name at its first use, and store it as an attribute of the package."""

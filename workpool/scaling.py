@@ -43,7 +43,7 @@ class FleetLoad:
 
 
 def total_load(loads: Sequence[FleetLoad]) -> FleetLoad:
-    """Return the load of several environments together."""
+    """Return the sum of the loads of several environments."""
     return FleetLoad(
         queued=sum(load.queued for load in loads),
         pending=sum(load.pending for load in loads),
@@ -103,7 +103,7 @@ FLEET_NUMBERS: Final[Mapping[str, str]] = {
 def fleet_numbers(
     load: FleetLoad, rule: ReplicaRule, *, age_seconds: float = 0.0
 ) -> dict[str, float]:
-    """Return the numbers of an environment as a flat JSON object, without ids.
+    """Return the load and the recommended workers as a flat JSON object, for autoscalers.
 
     Args:
         load: The load.

@@ -1,4 +1,4 @@
-"""The interface of a handler: `Session`, `current_session`, `Release`, `Outcome` and more.
+"""What a handler uses: its `Session`, `current_session`, `Release`, `Outcome` and `HandedLease`.
 
 Each call that reaches the control plane checks right before it is sent that the pool holds the
 item. See workpool/docs/handlers.md, "The session".
@@ -74,7 +74,7 @@ class PoolRelease(Release):
 
 @contextmanager
 def release_on_exhaustion() -> Iterator[None]:
-    """Raise `Release` if the block fails because the machine has run out of a resource.
+    """Raise `Release` if the block fails because this computer has run out of a resource.
 
     A session does not fail because its worker has no descriptor, disk space, memory, process or
     thread left: another worker may have them. Other errors pass unchanged.
@@ -92,7 +92,7 @@ def release_on_exhaustion() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class HandedLease:
-    """The data with which a child process takes an item over (`Session.handover`).
+    """The data that a child process needs to extend the lease of an item (`Session.handover`).
 
     Attributes:
         work_id: The id of the item, `work_…`.
@@ -116,7 +116,10 @@ class HandedLease:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The attributes as environment variables for `workpool hold`, which also needs a token."""
+        """The environment variables for `workpool hold`, without a token.
+
+        The child process must get a token in another way; see `keyless_variables`.
+        """
         return {
             "WORKPOOL_BASE_URL": self.base_url,
             "WORKPOOL_DIALECT": self.dialect,
@@ -128,10 +131,10 @@ class HandedLease:
 
     @property
     def keyless_variables(self) -> dict[str, str]:
-        """`variables` with the item's own token, so that `workpool hold` needs no other credential.
+        """The environment variables for `workpool hold`, with a token for this item only.
 
-        That token is valid for this item and its session only. The session's id is a variable too,
-        because the token may not read the item.
+        The token comes with the item and is valid for this item and its session. It may not read
+        the item, so the id of the session is a variable too.
 
         Raises:
             ValueError: The item came without a token of its own.
@@ -153,13 +156,16 @@ class ItemHolder(Protocol):
 
     @property
     def deadline(self) -> float | None:
-        """The time when the handler is cancelled, on the loop's clock; None: no limit is known."""
+        """The time when the handler is cancelled, on the loop's clock; None without a limit."""
 
     def progress(self) -> None:
         """Record that the session has made progress. May be called on any thread."""
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Stop counting time towards `stall_timeout` during a block. May be used on any thread."""
+        """A context in which time does not count towards `stall_timeout`.
+
+        May be entered on any thread.
+        """
 
     def check(self) -> None:
         """Raise `LeaseLost` or `SessionEnded` if the pool does not hold the item."""
@@ -244,7 +250,10 @@ class Session:
 
     @property
     def trace_fields(self) -> dict[str, str]:
-        """The log field `trace_id`: of OpenTelemetry's current trace, else of `traceparent`."""
+        """The log field `trace_id`; empty without a trace.
+
+        The id comes from OpenTelemetry's current trace, or else from `traceparent`.
+        """
         trace_id = current_trace_id()
         if trace_id is None and self.traceparent is not None:
             _, _, rest = self.traceparent.partition("-")
@@ -261,12 +270,18 @@ class Session:
 
     @property
     def stopping(self) -> bool:
-        """Whether an operator asked to end the session; if so, end within `stop_grace` seconds."""
+        """Whether an operator asked to end the session.
+
+        The handler should then end within `stop_grace` seconds.
+        """
         return self._stopping
 
     @property
     def draining(self) -> bool:
-        """Whether the pool drains; if so, end within `drain_timeout` seconds or raise `Release`."""
+        """Whether the pool is draining.
+
+        The handler should then end within `drain_timeout` seconds, or raise `Release`.
+        """
         return self._draining
 
     @property
@@ -295,15 +310,18 @@ class Session:
         return self._held.events()
 
     def progress(self) -> None:
-        """Record progress: a session without any for `stall_timeout` seconds is ended as `stalled`.
+        """Record that the session makes progress.
 
+        A session without progress for `stall_timeout` seconds is ended as `stalled`.
         `update_metadata` and `events.send` record progress when they succeed. May be called on any
         thread and as often as convenient: it reads a clock and writes one attribute.
         """
         self._held.progress()
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Stop counting time towards `stall_timeout` while waiting for a person or another system.
+        """A context for waiting for a person or another system.
+
+        Time in the context does not count towards `stall_timeout`.
 
             with session.waiting():
                 answer = await approval()
@@ -372,7 +390,9 @@ in a session keeps the context of that time, and would keep the session."""
 
 
 def current_session() -> Session | None:
-    """Return the session whose handler or wrapping context runs this code; None outside of them.
+    """Return the session whose handler or `workpool_wrap_session` context runs this code.
+
+    Return None if the code runs outside of a session.
 
     Tasks that a handler creates and calls of `asyncio.to_thread` inherit the session. Useful for a
     log processor, to which no session is passed.

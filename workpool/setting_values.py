@@ -120,7 +120,7 @@ def parse_text(value: object) -> str:
 
 
 def parse_secret(value: object) -> Secret:
-    """Parse a text that is never shown. A secret of pydantic is accepted, too."""
+    """Parse a credential into a `Secret`. A secret of pydantic is accepted, too."""
     reveal = getattr(value, "get_secret_value", None)
     given = reveal() if callable(reveal) else value
     if not isinstance(given, str):
@@ -144,7 +144,7 @@ def parse_names(value: object) -> tuple[str, ...]:
 
 
 def parse_secrets_by_name(value: object) -> dict[str, Secret]:
-    """Parse a mapping of names to texts that are never shown."""
+    """Parse a mapping of names to credentials, each of which becomes a `Secret`."""
     if not isinstance(value, Mapping) or not all(isinstance(each, str) for each in value):
         raise ValueError("must be texts by name")
     return {name: parse_secret(each) for name, each in value.items()}

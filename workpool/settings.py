@@ -95,7 +95,10 @@ _LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|::1").fullmatch
 
 
 class Address(NamedTuple):
-    """An address to listen on; `host` None: all interfaces, `port` 0: any free port."""
+    """An address to listen on.
+
+    `host` is None for all interfaces, and `port` is 0 for any free port.
+    """
 
     host: str | None
     port: int
@@ -188,7 +191,12 @@ def _host_name() -> str:
 
 
 class _GivenValue(NamedTuple):
-    """A value from a source; `origin`: the name of the source in errors, empty for a keyword."""
+    """The value of a setting, with the place that it comes from.
+
+    Attributes:
+        value: The value.
+        origin: The variable, file or flag, as errors name it; empty for a keyword argument.
+    """
 
     value: object
     origin: str
@@ -196,9 +204,13 @@ class _GivenValue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """The sources of the settings: the file, the source of each value, and tables of plugins.
+    """Where the settings come from, and what the TOML file contains besides settings.
 
-    `environment_ids`: the environments of the file, if none of them is chosen.
+    Attributes:
+        file: The path of the TOML file; None without one.
+        origins: The variable, file or flag that gave each setting its value.
+        plugin_options: The tables `[workpool.plugin.NAME]`, by name.
+        environment_ids: The environments of the file; empty if `environment_id` chooses one.
     """
 
     file: Path | None = None
@@ -210,11 +222,11 @@ class _Sources:
 
 
 class _ConfigFile(NamedTuple):
-    """The content of the TOML file: its table `[workpool]`, and the tables below that one.
+    """The content of the TOML file: the table `[workpool]` and its sub-tables.
 
     Attributes:
-        path: The path of the file; None: there is none.
-        table: The table without the tables below it.
+        path: The path of the file; None without a file.
+        table: The table `[workpool]` without its sub-tables.
         plugins: The tables `[workpool.plugin.NAME]`, by name.
         environments: The tables `[workpool.environments.ID]`, by id.
     """
@@ -229,7 +241,7 @@ class _ConfigFile(NamedTuple):
         return {name: _GivenValue(value, str(self.path)) for name, value in self.table.items()}
 
     def environment_layer(self, environment_id: str) -> dict[str, _GivenValue]:
-        """Return the settings of an environment's table, whose name is its id."""
+        """Return the settings of the table `[workpool.environments.ID]` for this id."""
         table = {**self.environments[environment_id], "environment_id": environment_id}
         origin = self.table_name(environment_id)
         return {
@@ -241,9 +253,10 @@ class _ConfigFile(NamedTuple):
         return f"{self.path} [workpool.environments.{environment_id}]"
 
     def plugin_tables(self, plugins: Iterable[str]) -> Mapping[str, Table]:
-        """Return the tables of plugins, except those of plugins that only other environments run.
+        """Return the tables `[workpool.plugin.NAME]` for an environment with these plugins.
 
-        Otherwise an environment would refuse the table of a module that only another one names.
+        The tables of plugins that only other environments run are left out: the environment would
+        refuse them as tables of no active plugin.
         """
         given = [table.get("plugins") for table in (self.table, *self.environments.values())]
         elsewhere = {name for each in given for name in _plugin_names(each)}
@@ -522,7 +535,7 @@ class Settings:
     def of_environments(
         cls, *, config: str | os.PathLike[str] | None = None, **values: Any
     ) -> tuple[Self, tuple[Self, ...]]:
-        """Return the settings of the process, and those of each environment in its TOML file.
+        """Return the settings of the process, and the settings of each environment.
 
         There are no environments if the file has no tables of them, or if `environment_id` chooses
         one. The `concurrency` of the process is the limit of all its environments together.
@@ -566,9 +579,16 @@ class Settings:
         *,
         chosen: bool,
     ) -> None:
-        """Set all attributes from the file and from the layers that override the file.
+        """Merge the settings of the file and of `layers`, and set the attributes of this object.
 
-        `problems`: problems that were found before, with the sources of their values.
+        Args:
+            file: The TOML file.
+            layers: Settings from other sources; each layer overrides the ones before it.
+            problems: Problems that were found before, with the sources of their values.
+            chosen: Whether `environment_id` chooses one environment of the file.
+
+        Raises:
+            SettingsError: There are problems, or some settings are wrong.
         """
         given, more = _merge_layers(file.process_layer(), *layers)
         parsed, wrong = _parse_values(given)
@@ -597,13 +617,16 @@ class Settings:
 
     @staticmethod
     def _source_name(name: str) -> str:
-        """Return the name that errors give to the source of a keyword; empty: no name."""
+        """Return how errors name the source of a keyword argument, such as a flag.
+
+        Empty if errors name no source.
+        """
         del name
         return ""
 
     @staticmethod
     def _raise_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
-        """Raise an error with these problems, if any, each with the source of its value."""
+        """Raise `SettingsError` if there are problems; each is named with its source."""
         found = tuple(_with_origin(problem, origins) for problem in problems)
         if found:
             raise SettingsError(found)
@@ -633,12 +656,12 @@ class Settings:
 
     @property
     def environment_ids(self) -> tuple[str, ...]:
-        """The environments with a table in the TOML file, if no environment is chosen."""
+        """The ids of the environments in the TOML file; empty if `environment_id` chooses one."""
         return self._sources.environment_ids
 
     @property
     def metrics_address(self) -> Address | None:
-        """The address of `metrics_listen`; None if it is off or not set."""
+        """The parsed address of the setting `metrics_listen`; None if that is `off` or not set."""
         return None if self.metrics_listen is None else parse_listen(self.metrics_listen)
 
     @property
@@ -662,9 +685,9 @@ class Settings:
         return read_credential(given, self.token_file, variable)
 
     def read_api_key(self) -> str | None:
-        """Read the second credential from its source.
+        """Read the API key, a second credential, from its source.
 
-        Each call reads it again; None: there is none.
+        Each call reads it again. Return None if no API key is set.
 
         Raises:
             SettingsError: The credential cannot be read, or is malformed.
@@ -696,7 +719,7 @@ class Settings:
         return tls_context(self.ca_file, self.client_cert_file, self.client_key_file)
 
     def require_connection(self) -> None:
-        """Check that the settings suffice for a connection.
+        """Check that the settings for a connection to the control plane are complete.
 
         Raises:
             SettingsError: Names everything that is missing, with the variables to set.
@@ -727,7 +750,7 @@ class Settings:
         return (*found, *self._completion_warnings())
 
     def _completion_warnings(self) -> Iterator[str]:
-        """Warn when the write rate cannot complete all sessions if they end together."""
+        """Warn if the write rate is too low to complete all sessions when they end together."""
         if not self.write_limit:
             return
         seconds = COMPLETION_WRITES * self.concurrency / self.write_limit
@@ -774,7 +797,8 @@ def _read_config(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFil
         problem = "has no table [workpool]"
     except OSError as error:
         table, problem = None, error.strerror or "cannot be read"
-    except ValueError as error:  # not TOML, or not UTF-8
+    # The file is not TOML or not UTF-8. Do not quote the error, which may contain a secret value.
+    except ValueError as error:
         place = re.search(r"\(at line \d+, column \d+\)$", str(error))
         twice = "a table or key is given twice" if " twice " in str(error) else "not TOML"
         table, problem = None, f"{twice} {place[0]}" if place else "not TOML"
@@ -788,7 +812,7 @@ def _read_config(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFil
 
 
 def _form_problem(table: Table) -> str:
-    """Return why the tables below `[workpool]` cannot be used; empty if they can."""
+    """Return what is wrong with the sub-tables of `[workpool]`; empty if nothing is wrong."""
     for name in ("plugin", "environments"):
         below = table.get(name, {})
         if not isinstance(below, dict) or not all(isinstance(t, dict) for t in below.values()):
@@ -796,8 +820,8 @@ def _form_problem(table: Table) -> str:
     if table.get("environments") == {}:
         return "[workpool.environments] has no table of an environment"
     if isinstance(table.get("plugins"), dict):
-        # This is an error even if another source sets `plugins`, because the plugins would run
-        # without the options of these tables.
+        # Refuse `[workpool.plugins.NAME]` even if another source sets `plugins`: the plugins would
+        # run without the options of these misnamed tables.
         return "the tables of plugins are [workpool.plugin.NAME], without an s"
     if isinstance(table.get("environment"), dict | list):
         return "the tables of environments are [workpool.environments.ID], with an s"
@@ -805,7 +829,10 @@ def _form_problem(table: Table) -> str:
 
 
 def _choice_problems(file: _ConfigFile, given: _GivenValue) -> list[str]:
-    """Return why none of the tables of environments matches the given `environment_id`."""
+    """Return what is wrong with `environment_id` in a file that has tables of environments.
+
+    `given` is the value from a variable or a keyword, which names no environment of the file.
+    """
     if not file.environments:
         return []
     problems = []
@@ -834,13 +861,16 @@ def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
 
 
 def _plugin_names(plugins: object) -> set[str]:
-    """Return the names under which plugins may have tables; empty for a wrong value."""
+    """Return the names that the tables `[workpool.plugin.NAME]` of these plugins may have.
+
+    Empty if `plugins` is not a list of names.
+    """
     try:
         given = parse_names(plugins)
     except ValueError:
         return set()
-    # An installed plugin has a name of its own; the name of a module or an attribute is the last
-    # part of its path.
+    # The table of an installed plugin has the name of its entry point. The table of `pkg.module` or
+    # `pkg.module:Name` has the last part of that path.
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 
@@ -860,7 +890,10 @@ def _settings_from_variables() -> dict[str, _GivenValue]:
 
 
 def _merge_layers(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
-    """Return the merged layers, of which later ones win, and the conflicts between settings."""
+    """Merge layers of settings; a later layer overrides an earlier one.
+
+    Return the merged settings, and the problems: conflicting or unknown settings.
+    """
     merged: dict[str, _GivenValue] = {}
     problems: list[str] = []
     for layer in layers:
@@ -903,7 +936,7 @@ def _parse_values(given: Mapping[str, _GivenValue]) -> tuple[Table, list[str]]:
 
 
 def _with_origin(problem: str, origins: Mapping[str, str]) -> str:
-    """Return the text of a problem, with the sources of the settings that it names first."""
+    """Return the text of a problem, with the sources of the settings before its colon."""
     names = problem.partition(":")[0].split(", ")
     found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))
     return f"{problem} (from {', '.join(found)})" if found else problem
@@ -916,7 +949,7 @@ def _unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _unknown_variables() -> tuple[str, ...]:
-    # These variables are known, although they are no settings of a worker.
+    # Do not report the variables that other parts of workpool read.
     others = {name.removeprefix(PREFIX) for name in (CONFIG_VARIABLE, SERVE_VARIABLE)}
     names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))

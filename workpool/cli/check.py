@@ -104,7 +104,7 @@ def _result_as_json(result: CheckResult) -> dict[str, object]:
 def _check_environments(
     settings: Settings, environments: Sequence[Settings]
 ) -> Iterator[CheckResult]:
-    """Check each environment of the settings file, or the only environment of the process."""
+    """Check each environment of the TOML file, or `settings` if the file has no environments."""
     if not environments:
         yield from _check_environment(settings)
         return
@@ -198,8 +198,8 @@ def clock_result(date: str, now: datetime, seconds: float) -> CheckResult:
         skew = (now - parsedate_to_datetime(date)).total_seconds()
     except (TypeError, ValueError):
         return CheckResult("clock", "warn", "the control plane sends no date that can be read")
-    # A `Date` header is cut to whole seconds and up to `seconds` old, so a correct clock is ahead
-    # of it by 0 to 1 + `seconds`. Only the distance from this interval shows a wrong clock.
+    # The server rounds `Date` down to a whole second, and the header is up to `seconds` old. So a
+    # correct clock is ahead of the header by 0 to 1 + `seconds`. Report only what exceeds that.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

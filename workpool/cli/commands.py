@@ -87,7 +87,11 @@ class LazyCommandGroup(TyperGroup):
         return [entry.name for entry in ENTRIES]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return the command of this name; for a list of commands, only a stub with its summary."""
+        """Return the command of this name.
+
+        While commands are listed, the result has only a name and a summary, so that the module of
+        the command is not imported.
+        """
         del ctx
         for entry in ENTRIES:
             if entry.name == cmd_name:

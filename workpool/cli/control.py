@@ -1,4 +1,4 @@
-"""`workpool pause`, `resume` and `drain`: one request to a worker of this machine and user.
+"""`workpool pause`, `resume` and `drain`: each sends one request to a worker on this machine.
 
 See workpool/docs/operating.md, "Pause and drain".
 """
@@ -60,7 +60,7 @@ EXAMPLES: Final = {
 
 
 class ControlError(Exception):
-    """A worker cannot be reached; the message is the reason."""
+    """Raised if a request to a worker fails; the message gives the reason."""
 
 
 def pause(
@@ -202,7 +202,11 @@ def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
 
 
 def _connect_to_own_socket(connection: socket.socket, path: Path) -> None:
-    """Connect to a socket; raise an error if another user owns the socket or its listener."""
+    """Connect to a control socket that belongs to this user.
+
+    Raises:
+        ControlError: The path is no socket, or another user owns the socket or listens on it.
+    """
     found, user = path.lstat(), os.geteuid()
     if not stat.S_ISSOCK(found.st_mode):
         raise ControlError("is no socket")

@@ -61,7 +61,10 @@ def socket_directories() -> list[Path]:
 
 
 def is_private_directory(directory: Path) -> bool:
-    """Return whether the path is a directory, not a link, that only this user can access."""
+    """Return whether the path is a directory that only this user can access.
+
+    A symbolic link counts as no directory.
+    """
     try:
         found = directory.lstat()
     except OSError:
@@ -150,7 +153,8 @@ class ControlSocket:
                 log.warning("control socket cannot accept: %s", problem, extra={"error": problem})
                 await asyncio.sleep(ACCEPT_SECONDS)
                 continue
-            with connection, contextlib.suppress(OSError):  # the client may disconnect early
+            # A client that disconnects early must not end the loop that accepts connections.
+            with connection, contextlib.suppress(OSError):
                 async with asyncio.timeout(REQUEST_SECONDS):
                     await _answer_request(connection, pool, self.environments)
 
@@ -187,7 +191,8 @@ def _usable_socket_directory() -> Path:
             if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        with contextlib.suppress(OSError):  # keep the socket of a running worker
+                        # An OSError means that the worker still runs, so its socket stays.
+                        with contextlib.suppress(OSError):
                             _remove_dead_socket(path)
                 return directory
     raise OSError(errno.EACCES, "no directory of this user can be used")
@@ -302,7 +307,10 @@ def _execute_request(
 
 
 def _pause_unless_paused(members: Collection[ControllablePool], pool: ControllablePool) -> None:
-    """Pause `members`, or `pool` if there are none. Skip paused ones, to keep their reasons."""
+    """Pause `members`, or `pool` if there are none.
+
+    A pool that is paused already is skipped, so that it keeps the reason of the earlier pause.
+    """
     for each in members or (pool,):
         # `Status.paused` does not suffice: it is also true while a plugin refuses to claim items.
         if not any(reason.startswith("paused: ") for reason in each.status().reasons):
@@ -312,7 +320,9 @@ def _pause_unless_paused(members: Collection[ControllablePool], pool: Controllab
 def _requested_pool(
     request: object, pool: RunnablePool, environments: Mapping[str, ControllablePool]
 ) -> ControllablePool:
-    """Return the environment that a request names, or the pool if the request names none.
+    """Return the pool that a request controls: one environment, or the whole `pool`.
+
+    A request without an environment id controls the whole pool.
 
     Raises:
         ValueError: The worker does not have this environment.

@@ -74,7 +74,7 @@ class GroupMember:
 
     @property
     def unready_reasons(self) -> Iterator[str]:
-        """The reasons why the environment is not ready; none after it has drained on request."""
+        """The reasons why the environment is not ready; empty if it ended without a failure."""
         if self.error is not None and not self.running:
             yield f"{self.environment_id}: failed: {type(self.error).__name__}"
         elif not self.ended:
@@ -123,7 +123,7 @@ class GroupMember:
 
 
 class EnvironmentGroup:
-    """The environments of one process, with the interface of one supervisor.
+    """Runs several environments in one process, and has the interface of a single supervisor.
 
     Args:
         process: The settings of the process.
@@ -164,7 +164,10 @@ class EnvironmentGroup:
 
     @property
     def log_ids(self) -> dict[str, str]:
-        """Return no ids, as log records outside of a pool's tasks belong to no environment."""
+        """The log fields of records from outside of a pool's tasks: none.
+
+        Such a record belongs to no particular environment.
+        """
         return {}
 
     @property
@@ -239,7 +242,7 @@ class EnvironmentGroup:
 
     @property
     def metrics_url(self) -> str | None:
-        """The URL of the exporter, without a path; None if there is no exporter."""
+        """The base URL of the exporter, without `/metrics`; None if there is no exporter."""
         return self._exporter.url if self._exporter else None
 
     def live_status(self, show_ids: bool) -> dict[str, Any]:
@@ -253,7 +256,7 @@ class EnvironmentGroup:
 
     @property
     def _first_error(self) -> Exception | None:
-        """The error of the first environment whose last supervisor failed; None without one."""
+        """The error of the first failed environment; None if no environment has failed."""
         return next((each.error for each in self.environments if each.error is not None), None)
 
     async def _run_environment(self, one: GroupMember, *, until_empty: bool) -> None:
@@ -264,7 +267,8 @@ class EnvironmentGroup:
                 break
             self._log_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
-                self.request_drain()  # with these settings, every start would fail
+                # Every later start would fail with these settings or plugins, so end the process.
+                self.request_drain()
             if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
@@ -281,7 +285,7 @@ class EnvironmentGroup:
 
     @asynccontextmanager
     async def _marking_opened(self, environment_id: str | None) -> AsyncIterator[None]:
-        """Mark an environment as opened when its lease renewer enters this context."""
+        """A context that its lease renewer enters; entering it marks the environment as opened."""
         self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
         yield
 
@@ -290,7 +294,10 @@ class EnvironmentGroup:
         self._wake_waiters()
 
     async def _wait_to_restart(self, one: GroupMember) -> bool:
-        """Wait for `RETRY_SECONDS`; return whether the failed environment may restart then."""
+        """Wait for `RETRY_SECONDS`, then return whether the failed environment may restart.
+
+        The wait ends early when a restart is not allowed anymore.
+        """
         self._wake_waiters()
         with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
@@ -338,7 +345,8 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        if supervisor.status().error is None:  # no error, so the loop is blocked
+        # A pool without an error has a blocked loop, so it cannot drain.
+        if supervisor.status().error is None:
             self._end_process()
             return
         seconds = exits.FAILED_SECONDS
@@ -359,7 +367,10 @@ class EnvironmentGroup:
             self.on_blocked()
 
     def _new_exporter(self) -> Exporter | None:
-        """Create the exporter, whose threads call methods of this group; None if it is off."""
+        """Create the exporter; return None if `metrics_listen` is off.
+
+        The threads of the exporter call methods of this group.
+        """
         address = self._process.metrics_address
         if address is None:
             return None

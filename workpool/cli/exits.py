@@ -1,4 +1,4 @@
-"""Exit statuses, the lines on stderr that give the reason, and the end of the process.
+"""Exit statuses, the error lines on stderr, and functions that end the process.
 
 No message may contain a token; the errors of workpool never do. See workpool/docs/cli.md,
 "Exit statuses".
@@ -66,7 +66,7 @@ _REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
 
 
 def line_with_advice(line: str, error: Exception, settings: Settings) -> str:
-    """Return an error line with advice, and with the sources of the settings behind the error."""
+    """Return an error line with advice, and with the sources of the settings that it is about."""
     names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
     if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
         line = f"{line}; {advice}"
@@ -92,7 +92,7 @@ def error_lines(error: BaseException) -> tuple[str, ...]:
 
 
 def print_error(error: BaseException) -> None:
-    """Print the lines of an error, and the traceback of a plugin, to stderr."""
+    """Print the lines of an error to stderr, and the traceback if a plugin raised the error."""
     for line in error_lines(error):
         typer.echo(f"workpool: {readable(line)}", err=True)
     print_plugin_traceback(error)
@@ -144,7 +144,10 @@ def end_process_now(status: int) -> NoReturn:
 
 
 def end_process_after(seconds: float, status: int) -> None:
-    """End the process after `seconds` if it still runs then. May be called on any thread."""
+    """Start a timer that ends the process after `seconds`, and return at once.
+
+    May be called on any thread.
+    """
     timer = threading.Timer(seconds, end_process_now, (status,))
     timer.daemon = True
     try:
@@ -155,10 +158,10 @@ def end_process_after(seconds: float, status: int) -> None:
 
 
 def end_process_despite_threads(seconds: float, status: int) -> None:
-    """End the process after `seconds` if threads other than daemons still run then.
+    """Start a timer that ends the process after `seconds` if non-daemon threads still run.
 
-    The interpreter waits without a bound for each thread that is not a daemon. The log names the
-    abandoned threads.
+    Without the timer, the interpreter would wait for these threads without a bound. A warning is
+    logged for each of them.
     """
     timer = threading.Timer(seconds, _abandon_threads, (status,))
     timer.daemon = True

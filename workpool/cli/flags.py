@@ -87,7 +87,7 @@ Metadata = Annotated[
 
 
 class FlagSettings(Settings):
-    """The settings of a command; an error about a value names the flag of the setting."""
+    """Settings whose values come from flags: an error about a value names its flag."""
 
     names: ClassVar[Mapping[str, str]] = {"plugins": "PLUGIN"}
     """The source of a command's setting that has no flag."""
@@ -100,7 +100,9 @@ class FlagSettings(Settings):
 def read_settings(
     config: Path | None, *, of: type[Settings] = FlagSettings, **flags: Any
 ) -> Settings:
-    """Read the settings. A flag that is None or an empty list was not given.
+    """Read the settings from flags, environment variables and the TOML file.
+
+    A flag whose value is None or an empty list counts as not given.
 
     Raises:
         SettingsError: Some settings are wrong.
@@ -109,7 +111,7 @@ def read_settings(
 
 
 def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tuple[Settings, ...]]:
-    """Read the settings of the process, and those of each environment in its TOML file.
+    """Read the settings of the process, and the settings of each environment in the TOML file.
 
     Raises:
         SettingsError: Some settings are wrong.
@@ -139,7 +141,10 @@ def _given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Add a flag for each setting to a command, and pass it the values as the mapping `flags`."""
+    """Decorate a command: add a flag for each setting.
+
+    The command receives the values of these flags as its argument `flags`, a mapping.
+    """
     names = [name for name in DESCRIPTIONS if name not in WITHOUT_FLAG]
     flags = [
         inspect.Parameter(

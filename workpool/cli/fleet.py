@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 class FleetReaders:
-    """One `FleetReader` for each environment of a fleet; each worker works for all of these.
+    """Reads the load of each environment of a fleet, and computes the numbers for autoscalers.
+
+    Each worker of the fleet works for all of these environments.
 
     Args:
         readers: The reader of each environment, by its id.
@@ -39,9 +41,10 @@ class FleetReaders:
         }
 
     def total_numbers(self) -> dict[str, float] | None:
-        """Return the numbers of all environments together; None if any of them has no load.
+        """Return the scaling numbers of the fleet; None if the load of an environment is unknown.
 
-        The recommendation suffices for all items together, and for the items of each environment.
+        The recommended number of workers suffices for all items together, and for the items of
+        each environment.
         May be called on any thread.
         """
         found = {
@@ -61,7 +64,10 @@ class FleetReaders:
         return numbers
 
     def environment_numbers(self, environment_id: str) -> dict[str, float] | None:
-        """Return the numbers of one environment; None if unknown. Safe on any thread."""
+        """Return the scaling numbers of one environment; None if its load is unknown.
+
+        May be called on any thread.
+        """
         reader = self.readers[environment_id]
         load, age = reader.last_load, reader.age_seconds
         if load is None or age is None:
@@ -69,7 +75,10 @@ class FleetReaders:
         return fleet_numbers(load, self._rules[environment_id], age_seconds=age)
 
     def unready_reasons(self) -> list[str]:
-        """Return the reasons why there are no numbers. Safe on any thread."""
+        """Return the reasons why the load of an environment is unknown; empty if all are known.
+
+        May be called on any thread.
+        """
         if len(self.readers) == 1:
             return [
                 reason for reader in self.readers.values() for reason in reader.unready_reasons()

@@ -66,7 +66,10 @@ class FleetReader:
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
 
     def unready_reasons(self) -> list[str]:
-        """Return the reasons why there is no load. Safe on any thread."""
+        """Return the reason why the load is unknown, as a list; empty if the load is known.
+
+        May be called on any thread.
+        """
         if self.last_load is not None:
             return []
         if (error := self.error) is not None:
@@ -103,11 +106,11 @@ class FleetReader:
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
     async def read_load(self) -> FleetLoad | None:
-        """Read the load once; return None if only stopped items of a longer list were read.
+        """Read the load once; return None if the unfinished items were not reached.
 
-        A long history of stopped items is read in several calls. Before they reach the unfinished
-        items, a load would count none of these, and autoscalers would remove busy workers after
-        each restart of this process.
+        A long history of stopped items is read in several calls. Until a call reaches the
+        unfinished items, a load would count none of them, and autoscalers would remove busy
+        workers after each restart of this process.
 
         Raises:
             ControlPlaneError: Statistics or list cannot be read.
@@ -119,7 +122,8 @@ class FleetReader:
         stats: QueueStats | None = None
         try:
             stats = await self._client.stats()
-        except RefusedError as error:  # many credentials cannot read statistics
+        # Many credentials may not read the statistics; count the items in the list instead.
+        except RefusedError as error:
             refusal = error
         if stats is not None and stats.running is not None:
             return FleetLoad(
@@ -131,7 +135,7 @@ class FleetReader:
         return None if count.before_unfinished else combined_load(stats, count)
 
     def _log_refusal(self, refusal: RefusedError) -> None:
-        """Log once that the control plane refuses the statistics but permits the list."""
+        """Log once that the credential may read the list of items but not the statistics."""
         if not self._without_statistics:
             self._without_statistics = True
             log.warning(
@@ -142,13 +146,17 @@ class FleetReader:
 
 
 def combined_load(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
-    """Return the load: the list of items gives the running items, which the statistics lack."""
+    """Return the load from the statistics, if they could be read, and the count of listed items.
+
+    The number of running items comes from the count, because the statistics do not contain it.
+    """
     if stats is None:
         oldest = _seconds_since(count.oldest_queued_at)
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
     pending = stats.pending
     if count.complete:
-        # Some control planes report running items as pending too; these would count twice.
+        # Some control planes report running items as pending too. Without this limit, such an item
+        # would count twice.
         pending = min(pending, max(0, count.queued - stats.depth))
     oldest = _seconds_since(stats.oldest_queued_at)
     return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)

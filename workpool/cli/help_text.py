@@ -2,8 +2,8 @@
 
 from typing import Any, Final
 
-# Do without Rich: its import would take as long as that of aiohttp, and its tracebacks show local
-# variables, which may be tokens.
+# Disable Rich: its import takes as long as the import of aiohttp, and its tracebacks show local
+# variables, which may contain tokens.
 PLAIN: Final[dict[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 """The keyword arguments of each `typer.Typer`."""
 

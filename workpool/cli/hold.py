@@ -47,7 +47,10 @@ EXAMPLES: Final = examples_section(
 
 
 class _ParentSettings(FlagSettings):
-    """The settings of the process that handed the lease off, without the tables for plugins."""
+    """The settings of `workpool hold`, which come from its parent process.
+
+    The options of the parent's plugins are left out, since this process does not run these plugins.
+    """
 
     names: ClassVar = {"lease_ttl": "--ttl"}
 
@@ -101,8 +104,8 @@ def hold(
     inside `session.handover()`. The command needs the variables of `lease.variables` and a token. A
     stop request and SIGTERM are passed on to the program.
     """
-    # Remove the variables that only options of this command read: the settings would refuse them as
-    # unknown, and the program must not get them.
+    # Typer has read these variables as options. Remove them, because reading the settings fails for
+    # an unknown `WORKPOOL_` variable, and the program must not inherit them.
     for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):
         os.environ.pop(name, None)
     with exits.exit_on_error():
@@ -119,7 +122,9 @@ def hold(
     if shutil.which(command[0]) is None:
         raise typer.BadParameter(f"{command[0]}: no such program", param_hint="COMMAND")
     ignored = [name for name in NO_EFFECT if getattr(settings, name) is not None]
-    settings = settings.replace(  # plugins and metrics belong to the parent process
+    # The parent process runs the plugins and serves the metrics: a second exporter could not listen
+    # on the same port.
+    settings = settings.replace(
         plugins=(),
         metrics_listen=None,
         concurrency=1,
@@ -158,7 +163,8 @@ def item_token_variables(settings: Settings) -> dict[str, str]:
 def _leave_parent_session() -> None:
     """Leave the parent's process group, so that signals to the group do not reach this process."""
     if hasattr(os, "setsid"):
-        with contextlib.suppress(PermissionError):  # the process already leads its own group
+        # `setsid` fails if this process leads a process group already; then nothing is to be done.
+        with contextlib.suppress(PermissionError):
             os.setsid()
-        # Ignore SIGHUP with a function: the program would inherit SIG_IGN, but not a function.
+        # Ignore SIGHUP with a function and not with SIG_IGN: the program would inherit SIG_IGN.
         signal.signal(signal.SIGHUP, lambda *_: None)

@@ -27,14 +27,14 @@ LOST_SECONDS: Final = 0.8
 REAP_SECONDS: Final = 2.0
 CREDENTIALS: Final = frozenset(rules.credential_variable for rules in DIALECTS.values())
 PREFIX: Final = "WORKPOOL_"
-# The guard is the leader of the program's process group, so that the group's number is not reused
-# while the guard runs. The guard reads from `workpool hold`: when that process ends for any reason,
-# the guard's input ends, and the guard kills the whole group.
+# A shell script that runs as the leader of the program's process group. While it runs, the system
+# does not reuse the group's id. Its stdin is a pipe from `workpool hold`: when that process ends
+# for any reason, the pipe closes, and the script kills the whole group.
 _GUARD: Final = 'trap "" TERM INT HUP QUIT; read _; kill -KILL 0'
 
 
 class ProgramFailed(WorkpoolError):
-    """The program did not start, or its exit status was neither 0 nor 75."""
+    """Raised if the program did not start, or failed: not exit status 0 or 75 (EX_TEMPFAIL)."""
 
 
 class ProgramPlugin:
@@ -84,7 +84,8 @@ class ProgramPlugin:
                 try:
                     await asyncio.wait({ended})
                 except asyncio.CancelledError:
-                    # A lost lease cancels the handler at once, so SIGTERM has not been sent yet.
+                    # A lost lease cancels the handler without an earlier interrupt. Send SIGTERM
+                    # now, so that the program can end by itself before SIGKILL.
                     if not asking.done():
                         _send_signal(number, signal.SIGTERM)
                         await asyncio.wait({ended}, timeout=LOST_SECONDS)
@@ -102,7 +103,10 @@ class ProgramPlugin:
 
 
 async def _terminate_when_interrupted(session: Session, group: int) -> None:
-    """Send SIGTERM when the session is interrupted; the pool limits the time until SIGKILL."""
+    """Send SIGTERM to the program when the session is interrupted.
+
+    If the program ignores SIGTERM, the pool cancels the handler, which sends SIGKILL.
+    """
     await session.interrupted()
     _send_signal(group, signal.SIGTERM)
 
@@ -121,9 +125,8 @@ def _running_program(
             yield program, guard.pid
         finally:
             _send_signal(guard.pid, signal.SIGKILL)
-            with contextlib.suppress(
-                subprocess.TimeoutExpired
-            ):  # SIGKILL does not end a process that is blocked in the kernel
+            # SIGKILL does not end a process that is blocked in the kernel, so the wait is limited.
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 program.wait(REAP_SECONDS)
 
 

@@ -1,5 +1,6 @@
-"""Counts unfinished items in the list, since some control planes do not report the number.
+"""Counts the unfinished items of an environment by reading the list of items.
 
+Needed for control planes whose statistics do not contain the number of running items.
 Reads a bounded number of pages each time. See workpool/docs/operating.md, "`workpool scale`".
 """
 
@@ -20,7 +21,7 @@ LISTED_ITEMS_MAX: Final = 2000
 
 
 class ItemCount(NamedTuple):
-    """The numbers of unfinished items that one reading of the list found.
+    """How many unfinished items one reading of the list found, by state.
 
     Attributes:
         queued: Queued items, delivered or not.
@@ -52,10 +53,10 @@ class ItemCounter:
     def __init__(self, client: WorkClient) -> None:
         self._client = client
         self._after: str | None = None
-        """The last of the stopped items that are skipped."""
+        """The id after which the next count begins; all items up to it are stopped."""
 
     async def count_items(self) -> ItemCount:
-        """Read the list and return the numbers of its unfinished items.
+        """Read the list of items, and count the unfinished ones.
 
         Raises:
             ControlPlaneError: The list cannot be read.
@@ -73,12 +74,12 @@ class ItemCounter:
         )
 
     async def _read_list(self) -> FoundItems:
-        """Read the list after the skipped items, or all of it if no items can be skipped."""
+        """Read the items after `_after`, or the whole list if `_after` is None or is refused."""
         if self._after is not None:
             try:
                 return await self._find_items(self._after)
-            # Read the whole list: the last skipped item was deleted, or the control plane does not
-            # know `after_id`.
+            # The item of this id was deleted, or the control plane does not support `after_id`, so
+            # read the whole list.
             except RefusedError:
                 self._after = None
         return await self._find_items()
@@ -87,9 +88,9 @@ class ItemCounter:
         return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
 
     def _skip_stopped_items(self, items: Sequence[WorkItem]) -> None:
-        """Let later counts skip the stopped items before the first unfinished item."""
-        # Skip items only in a long list: a short one could be in order of creation by chance, and
-        # new items that come before the skipped ones would never be counted.
+        """Set where the next count begins: after the stopped items at the beginning of the list."""
+        # Skip items only if the list is long enough to show that it is in order of creation. In a
+        # list with another order, new items could come before that point and never be counted.
         if len(items) >= LIST_LIMIT_MAX and _in_order_of_creation(items):
             stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
             if stopped:
@@ -97,7 +98,10 @@ class ItemCounter:
 
 
 def _in_order_of_creation(items: Sequence[WorkItem]) -> bool:
-    """Return whether ids and times ascend, so that new items come at the end of the list."""
+    """Return whether each item has a larger id than the one before it, and no earlier time.
+
+    In such a list, new items come at the end.
+    """
     return all(
         first.id < second.id
         and first.created_at is not None

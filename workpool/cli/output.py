@@ -17,8 +17,8 @@ def print_json(value: object) -> None:
     """Print a value as JSON, with times in UTC."""
     option = orjson.OPT_UTC_Z | orjson.OPT_INDENT_2
     text = orjson.dumps(value, default=dict, option=option).decode()
-    # Escape control characters: a string from the control plane could change the terminal. All line
-    # ends in the text are orjson's own, so each line can be escaped alone.
+    # Escape control characters, because a string from the control plane could change the terminal.
+    # orjson escapes line ends inside strings, so splitting the text at line ends cuts no string.
     typer.echo("\n".join(map(_escape_unprintable, text.split("\n"))))
 
 

@@ -1,4 +1,7 @@
-"""The interface that one supervisor and a group of environments share, for `workpool run`."""
+"""The interface of a pool for `workpool run`.
+
+`Supervisor` (one environment) and `EnvironmentGroup` (several environments) implement it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class RunnablePool(ControllablePool, Protocol):
 
     @property
     def log_ids(self) -> Mapping[str, str]:
-        """The ids for log records that are made outside of a pool's tasks."""
+        """The ids that identify the pool in log records from outside of its tasks."""
 
     async def run(self, *, until_empty: bool = False) -> None:
         """Run the pool until its drain has ended."""

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def shared_rate_limits(environments: Sequence[Settings]) -> dict[str | None, RateLimits]:
-    """Return the rate limits by environment id; environments of one account share an object.
+    """Return the rate limits of each environment, by its id.
+
+    Environments of one account get the same `RateLimits` object, so that they share its limits.
 
     Raises:
         SettingsError: Environments of one account have different limits, or a credential cannot be

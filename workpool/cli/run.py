@@ -1,4 +1,4 @@
-"""`workpool run`: the pools of this process, until a signal, an empty queue, a limit or an error.
+"""`workpool run`: runs the pools of this process until a signal or an exit limit ends them.
 
 Owns the signals, the kind of the event loop, the exit status, and the end of the process even if a
 handler does not end. See workpool/docs/cli.md, "Signals".
@@ -137,10 +137,10 @@ def run_supervisor(
 
 
 def _end_process(supervisor: RunnablePool) -> None:
-    """End the process with the status `FAILED`, because nothing renews its leases anymore.
+    """End the process with the status `FAILED`. Called when no thread renews the leases anymore.
 
-    Called on the thread of the lease renewer. A failed pool drains by itself unless its loop is
-    blocked. It has less time for that than the shortest lease.
+    A failed pool drains by itself unless its loop is blocked. It has less time for that than the
+    shortest lease. Called on the thread of the lease renewer.
     """
     failed = False
     try:
@@ -164,7 +164,7 @@ async def _run_and_clean_up(
     left_tasks = supervisor.abandoned or await _cancel_remaining_tasks()
     sys.stdout.flush()
     if left_tasks:
-        # `asyncio.Runner` would wait without a bound for tasks that ignore their cancellation.
+        # Do not return to `asyncio.Runner`: it would wait without a bound for these tasks.
         exits.end_process_now(status)
     exits.end_process_despite_threads(THREADS_SECONDS, status)
     return status
@@ -215,7 +215,7 @@ async def _drain_on_signals(
     await signals.first.wait()
     supervisor.request_drain()
     await signals.second.wait()
-    # A drain has no effect on a start that hangs, so the second signal cancels the pool.
+    # A pool that hangs while it starts cannot drain, so the second signal cancels it.
     if running is not None:
         running.cancel()
 

@@ -86,7 +86,7 @@ def scale(
     ] = 120.0,
     _verbose: Verbose = False,
 ) -> None:
-    """Serve numbers for autoscalers until SIGTERM or SIGINT.
+    """Serve the load of a fleet to autoscalers until SIGTERM or SIGINT.
 
     Reads the statistics of an environment, or of all environments of the TOML file, and answers at
     `/scale` with the items that wait and run and the recommended number of workers, without a
@@ -165,13 +165,16 @@ async def _serve_numbers(
 
 
 class FleetMetrics(Collector):
-    """Prometheus collector of the numbers of each environment; unknown numbers are left out."""
+    """Prometheus collector of the scaling numbers of each environment.
+
+    An environment whose load is unknown is left out.
+    """
 
     def __init__(self, fleet: FleetReaders) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
-        """Return a gauge for each number, with a sample for each environment."""
+        """Return one gauge for each key of `FLEET_NUMBERS`, with a sample for each environment."""
         found = {each: self._fleet.environment_numbers(each) for each in self._fleet.readers}
         for key, text in FLEET_NUMBERS.items():
             family = GaugeMetricFamily(METRIC_PREFIX + key, text, labels=("environment_id",))

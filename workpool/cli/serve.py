@@ -157,7 +157,7 @@ def serve(
             port=port,
             now=None if isinstance(opened, PostgresStore) else clock,
             retention=_retention_seconds(store, retention),
-            history_limit=0,  # only tests read the history, which would use memory here
+            history_limit=0,  # no records: only tests and the demo read them
             middlewares=middlewares,
         )
         plan.install(injected, plane)
@@ -185,7 +185,8 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                serving.cancel()  # interrupts also a slow start that still reads the store
+                # A large store may still be read at this time; the cancellation ends that, too.
+                serving.cancel()
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
         ending = signals.last
@@ -201,7 +202,7 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
 
 
 def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
-    """Return the line that reports the address, and the token unless it is None."""
+    """Return the line that is printed at start: the address, and `token` if it is given."""
     if as_json:
         ready = {
             "base_url": plane.base_url,
@@ -219,7 +220,10 @@ def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str
 
 
 def _read_grants(file: Path | None, flag: str) -> dict[str, frozenset[str] | None]:
-    """Read the environments of each token from a file; return no tokens without a file."""
+    """Read a token file: the environments that each token may use.
+
+    Return an empty mapping if `file` is None.
+    """
     if file is None:
         return {}
     try:
@@ -237,7 +241,7 @@ def _new_store(name: str) -> MemoryStore | SqliteStore | PostgresStore:
 
 
 def _retention_seconds(store: str, seconds: float | None) -> float:
-    """Return the seconds for which stopped items are kept: the flag, or the store's default."""
+    """Return how long stopped items are kept: `seconds`, or the default of the store if None."""
     if seconds is not None:
         return seconds
     return 3600 if store == "memory" else 86_400

@@ -1,4 +1,6 @@
-"""A thread with an event loop of its own, for services that answer while handlers block theirs.
+"""A thread with its own event loop, for services such as the exporter.
+
+These services answer even while a handler blocks the event loop of the pool.
 
 A process for one environment runs its exporter on the thread of the lease renewer. In a process for
 several environments, each environment may end before the others, and the exporter must not end with
@@ -52,7 +54,7 @@ class ServiceThread:
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # raises the error of a service that did not open
+                await self._thread  # raises the error, if a service failed to open
         except BaseException:
             await self._close_services()
             raise
@@ -67,7 +69,8 @@ class ServiceThread:
         await self._close_services()
 
     async def _close_services(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the thread has ended and closed its loop
+        # The call fails if the thread has ended and closed its loop; then there is nothing to stop.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
         if done:
@@ -91,6 +94,7 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            with contextlib.suppress(RuntimeError):  # the owner's loop may be closed
+            # The call fails if the loop that entered this context is closed: nobody waits anymore.
+            with contextlib.suppress(RuntimeError):
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

@@ -43,7 +43,7 @@ class SignalRecorder:
             os._exit(128 + number)
 
     def install_handlers(self) -> "dict[signal.Signals, Callable[..., object] | int | None]":
-        """Install this handler for all signals, and return the former handlers.
+        """Install this recorder as the handler of its signals, and return the former handlers.
 
         SIGHUP stays ignored if it was, as `nohup` demands.
         """

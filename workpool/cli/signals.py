@@ -68,10 +68,9 @@ class SignalEvents:
             signal.signal(each, former)
 
     def _start_listening(self) -> None:
-        # asyncio's Unix loop wakes for signals only after a call of `add_signal_handler`; loops of
-        # uvloop and Windows always wake. The call replaces the recorder until the recorder is
-        # installed again below, and a signal in between would be lost. Losing SIGUSR1 is
-        # harmless, so the call is made for SIGUSR1.
+        # Call `add_signal_handler` once: without it, asyncio's Unix loop does not wake up when a
+        # signal arrives. The call replaces the recorder, which is installed again below, and a
+        # signal in between is lost. So use SIGUSR1, whose loss is harmless.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_signal_handler(each, self._handle_signals)
@@ -98,7 +97,8 @@ class SignalEvents:
 
     def _request_end(self, each: signal.Signals) -> None:
         if self.first.is_set():
-            # Ignore a second SIGHUP: the shell and the kernel both send one at a hangup.
+            # Ignore a second SIGHUP: when the terminal closes, the shell and the kernel each send
+            # one SIGHUP.
             if each in HANGUP:
                 return
             self.second.set()

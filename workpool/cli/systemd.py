@@ -53,7 +53,7 @@ class ServiceReporter:
 
     @asynccontextmanager
     async def report_lifetime(self) -> AsyncIterator[None]:
-        """Report the pool as started and alive during the context, and as ending after it.
+        """A context in which the pool is reported as ready and alive; its end reports the stop.
 
         Entered on the loop of the lease renewer, once plugins and exporter are open.
         """

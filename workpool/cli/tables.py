@@ -47,7 +47,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
 
 
 def _fitting_columns(widths: Sequence[int], room: int) -> list[int]:
-    """Return the indices of the columns that fit into `room`, and always the first column."""
+    """Return the indices of the columns that fit into `room` characters, at least the first one."""
     shown = [0]
     room -= widths[0]
     for number, width in enumerate(widths[1:], 1):

@@ -1,4 +1,4 @@
-"""`workpool top`: shows workers in a terminal, from the `/live.json` of their exporters.
+"""`workpool top`: shows workers in a terminal; reads `/live.json` from each worker's exporter.
 
 See workpool/docs/operating.md, "The live page".
 """
@@ -94,7 +94,7 @@ async def _read_statuses(urls: "Sequence[str]") -> list[Status]:
 
 
 async def _read_status(http: aiohttp.ClientSession, url: str) -> Status:
-    """Return the status of one worker, or a mapping with the key `error` if it cannot be read."""
+    """Return the status of one worker; if that fails, a mapping with the key `error`."""
     try:
         async with http.get(f"{url}/live.json") as answer:
             body = await answer.content.read(ANSWER_BYTES)
@@ -187,7 +187,7 @@ def _new_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
 
 
 def _safe_cells(values: "Sequence[object]") -> "Row":
-    """Return the values as text without control characters, which a worker could send."""
+    """Return the values as text, without the control characters that a worker could have sent."""
     return tuple(readable(str(value), TEXT_CHARACTERS) for value in values)
 
 

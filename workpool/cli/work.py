@@ -182,7 +182,7 @@ def enqueue_items(
     environment_id: EnvironmentId = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """Create items on a `workpool serve`, and print the id of each on a line."""
+    """Create items in a queue of `workpool serve`, and print their ids, one a line."""
     settings = _read_queue_settings(config, environment_id, base_url)
     pairs = parse_pairs(metadata)
     entries = _read_script(script)
@@ -328,7 +328,8 @@ def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) ->
     with exits.exit_on_error():
         try:
             return asyncio.run(call_with_client())
-        except ValueError as error:  # the id from the command line is not valid
+        # The client raises ValueError if the id from the command line is malformed.
+        except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
 

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class Collectors(Collector):
-    """All metrics as one collector: if the name of one metric is taken, none is registered."""
+    """All metrics of workpool on one registry, as one Prometheus collector.
+
+    If the registry has another metric with one of the names, it registers none of them.
+    """
 
     def __init__(self) -> None:
         self.stores_lock = threading.RLock()
@@ -38,17 +41,20 @@ class Collectors(Collector):
         self._sources: list[GaugeSource] = []
 
     def add_gauges(self, source: GaugeSource) -> None:
-        """Add the gauges of a supervisor."""
+        """Let each scrape read the gauges of a supervisor, too."""
         with self._lock:
             self._sources.append(source)
 
     def remove_gauges(self, source: GaugeSource) -> None:
-        """Remove the gauges. A scrape that has begun may still take one last snapshot."""
+        """Stop reading the gauges of a supervisor.
+
+        A scrape that has already begun may still read them once.
+        """
         with self._lock:
             self._sources.remove(source)
 
     def describe(self) -> Iterable[Metric]:
-        """Return all metrics without values; the registry refuses other metrics of these names."""
+        """Return all metrics without values, so that the registry knows which names are taken."""
         for store in self.stores.values():
             yield from store.describe()
         yield from gauge_families(())
@@ -63,7 +69,8 @@ class Collectors(Collector):
 
 
 _collectors: WeakKeyDictionary[CollectorRegistry, Collectors] = WeakKeyDictionary()
-_collectors_lock = threading.Lock()  # two threads may open a supervisor on one registry at once
+# Two threads may open supervisors on one registry at once; only one may register the collector.
+_collectors_lock = threading.Lock()
 
 
 def collectors_of(registry: CollectorRegistry) -> Collectors:

@@ -44,7 +44,7 @@ CODES: Final = (
         "timeout",
         "reset",
         "error",
-    ),  # requests that got no answer
+    ),  # the values for requests without an answer
 )
 
 H_POLL: Final = (
@@ -93,7 +93,7 @@ class MetricDefinition:
 
 
 def _labels(**closed: tuple[str, ...]) -> _Labels:
-    """Return the labels of a metric: the environment, and labels with closed sets of values."""
+    """Return the labels of a metric: the environment, and labels with a fixed list of values."""
     return {ENVIRONMENT: OPEN, **closed}
 
 

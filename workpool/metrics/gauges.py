@@ -46,7 +46,7 @@ class NullWindow:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        # One [second, nulls, polls] for each second; an entry is overwritten after 60 s.
+        # Each entry is [second, null answers, counted polls] and is overwritten after 60 s.
         self._buckets = [[-WINDOW_SECONDS, 0, 0] for _ in range(WINDOW_SECONDS)]
 
     def count_poll(self, result: PollResult, _: float) -> None:
@@ -89,7 +89,9 @@ _SUMS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PoolSnapshot:
-    """The state of one supervisor at one moment. A state that a mapping lacks counts as 0.
+    """The state of one supervisor at one moment, from which gauges are computed.
+
+    In the mappings by state, a missing state means 0.
 
     Attributes:
         pollers: Pollers by state, one of `POLLER_STATES`.
@@ -129,7 +131,7 @@ class PoolSnapshot:
 
 @dataclass(eq=False, slots=True)
 class GaugeSource:
-    """The source of one supervisor's gauges, while the supervisor is open.
+    """What the gauges of one open supervisor are computed from at a scrape.
 
     Attributes:
         snapshot: Returns the state. Called at each scrape, on the thread of the scrape.

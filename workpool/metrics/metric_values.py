@@ -56,7 +56,7 @@ def new_metric_store(row: MetricDefinition, lock: threading.RLock) -> MetricStor
 
 
 class CounterSeries:
-    """One series of a counter.
+    """The value of a counter for one combination of label values.
 
     Attributes:
         value: The sum of all amounts. Counting an event adds to it without a call.
@@ -73,7 +73,7 @@ class CounterSeries:
 
 
 class _CounterStore:
-    """The series of a counter."""
+    """All series of one counter."""
 
     def __init__(self, row: MetricDefinition, lock: threading.RLock) -> None:
         self._row = row
@@ -97,7 +97,7 @@ class _CounterStore:
 
 
 class HistogramSeries:
-    """One series of a histogram.
+    """The buckets and the sum of a histogram for one combination of label values.
 
     Attributes:
         bounds: The upper bounds of the buckets, without the infinite one.
@@ -123,7 +123,7 @@ class HistogramSeries:
 
 
 class _HistogramStore:
-    """The series of a histogram."""
+    """All series of one histogram."""
 
     def __init__(self, row: MetricDefinition, lock: threading.RLock) -> None:
         self._row = row
@@ -149,13 +149,13 @@ class _HistogramStore:
 
 
 class _LibrarySeries(NamedTuple):
-    """One series of a metric of prometheus_client."""
+    """A series that prometheus_client stores, for its multiprocess mode."""
 
     add: Callable[[float], object]
 
 
 class _LibraryStore:
-    """A metric of prometheus_client, for its multiprocess mode."""
+    """All series of one metric that prometheus_client stores, for its multiprocess mode."""
 
     def __init__(self, row: MetricDefinition) -> None:
         name, text, labels = row.full_name, row.help, tuple(row.labels)

@@ -67,7 +67,7 @@ class _LeftOutSeries:
     """A series that ignores all amounts, for label values that a metric leaves out on purpose."""
 
     def add(self, _: float) -> None:
-        """Ignore an amount."""
+        """Do nothing: the amount is not counted."""
 
 
 _LEFT_OUT: Final = _LeftOutSeries()
@@ -117,7 +117,10 @@ class _MetricSeries(dict["Hashable", "Series"]):
         return self[_series_key(given.values())]
 
     def create_series(self, given: Mapping[str, Hashable]) -> None:
-        """Create all series with the given values of the run-time labels."""
+        """Create the series for all combinations of label values.
+
+        `given` has the values of labels such as `handler`, whose values are known at run time only.
+        """
         choices = (self._row.labels[label] or (given[label],) for label in self.labels)
         for values in itertools.product(*choices):
             environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
@@ -132,7 +135,7 @@ def _series_key(values: Iterable[Hashable]) -> Hashable:
 
 
 class _EventEffect(NamedTuple):
-    """The effect of an event on one metric.
+    """How events of one type change one metric: the series, and the amount to add.
 
     Attributes:
         key_of: Returns the key of the series, from the event's values.
@@ -145,7 +148,7 @@ class _EventEffect(NamedTuple):
 
 
 class _AffectedSeries(NamedTuple):
-    """The series that an event with certain labels changes, grouped by how they are changed.
+    """The series that change when an event with certain labels is counted.
 
     Attributes:
         counts: Counters of events.
@@ -159,7 +162,7 @@ class _AffectedSeries(NamedTuple):
 
 
 class _EventEffects:
-    """The effects of the events of one type on all metrics.
+    """How events of one type change the metrics, and the callbacks for these events.
 
     Attributes:
         callbacks: Called with the values of each event.
@@ -177,7 +180,7 @@ class _EventEffects:
         self._labels: tuple[str, ...] = ()
 
     def add_metric(self, series: _MetricSeries, row: MetricDefinition) -> None:
-        """Let the events of this type change this metric too."""
+        """Add a metric that events of this type change."""
         names, labels = self._names, series.labels
         amount_at = None if row.value is None else names.index(row.value)
         self._effects.append(_EventEffect(series, _label_reader(labels, names), amount_at))
@@ -185,7 +188,10 @@ class _EventEffects:
         self.labels_of = _label_reader(self._labels, names)
 
     def find_affected_series(self, labels: Hashable, values: Values) -> _AffectedSeries:
-        """Return the series that an event changes, and store them for events of equal labels."""
+        """Return the series that an event changes, and store them for later events.
+
+        `targets` then has them for each event with the same labels.
+        """
         targets = _AffectedSeries([], [], [])
         known = True
         for effect in self._effects:
@@ -198,7 +204,8 @@ class _EventEffects:
                 targets.spreads.append((series, effect.amount_at))
             else:
                 targets.others.append((series, effect.amount_at))
-        # Store nothing for handlers that share the series `other`: their number has no limit.
+        # Do not store the series of handlers that are counted as `other`: the number of these
+        # handlers has no limit, so `targets` could use unlimited memory.
         if known:
             self.targets[labels] = targets
         return targets
@@ -224,7 +231,7 @@ _ITEM_TYPES: Final = {SESSION: SESSION, HEALTHCHECK: HEALTHCHECK}
 
 @dataclass(eq=False, repr=False)
 class Metrics:
-    """The metrics of one supervisor, on a registry that others may share.
+    """The metrics of one supervisor, on a registry that other supervisors may use too.
 
     Once open, `count` and `observe` may be called on any thread. Closing removes the gauges of the
     supervisor. Its counters stay, and late events are still counted.
@@ -304,10 +311,11 @@ class Metrics:
         try:
             effects = self._effects[event_type]
             labels = effects.labels_of(values)
-            # `with` would cost twice as much: 11,000 more instructions for each item.
+            # Do not use `with` for the lock: it would cost 11,000 more CPU instructions an item.
             self._acquire()
             try:
-                # Adding inline, without a function call, saves 4 % of the pool's instructions.
+                # Do not call `add` of counters and histograms: adding here saves 4 % of the CPU
+                # instructions of a pool.
                 counts, spreads, others = effects.targets.get(
                     labels
                 ) or effects.find_affected_series(labels, values)
@@ -328,7 +336,7 @@ class Metrics:
             log.exception("metrics failed", extra={"event_type": str(event_type)})
 
     def observe(self, event: ev.Event) -> None:
-        """Count one event, given as an object."""
+        """Count one event object."""
         event_type = type(event)
         self.count(event_type, *(getattr(event, name) for name in _FIELDS[event_type]))
 
@@ -340,7 +348,10 @@ class Metrics:
             self._label_of(handler)
 
     def _label_of(self, handler: str) -> str:
-        """Return the label of a handler, and create the label's series and gauges if needed."""
+        """Return the value of the label `handler` for a handler.
+
+        Create the series and gauges of this label value if they do not exist yet.
+        """
         label = self._source.label_of(handler)
         if label not in self._source.handlers:
             if label == OTHER_HANDLERS:

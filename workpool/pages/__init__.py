@@ -29,7 +29,7 @@ _SHARED: Final = ("page.css", "page.js")
 
 
 def add_page(router: web.UrlDispatcher, name: str) -> Handler:
-    """Serve the scripts and styles of the page `name`; return the handler that serves its HTML.
+    """Add routes for the scripts and styles of a page, and return the handler for its HTML.
 
     Args:
         router: The router of the application, whose paths below `/page/` are taken.

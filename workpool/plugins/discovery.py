@@ -29,7 +29,10 @@ GROUP: Final = "workpool"
 
 @dataclass(frozen=True, slots=True)
 class InstalledPlugin:
-    """An installed entry point of the group `workpool`; active only if a setting names it."""
+    """An entry point of the group `workpool` in an installed distribution.
+
+    Installing a plugin does not activate it: a setting must name it.
+    """
 
     name: str
     value: str
@@ -48,7 +51,9 @@ class FoundPlugin:
 def call_plugin(
     plugin: str, doing: str, call: Callable[..., T], *args: object, **kwargs: object
 ) -> T:
-    """Call code of a plugin. An exception becomes a `PluginError` whose text contains `doing`.
+    """Call a function of a plugin; if it raises, raise a `PluginError` instead.
+
+    The text of that error contains `doing`, which describes the call.
 
     CancelledError and SystemExit are exceptions of the plugin, too: a synchronous call cannot be
     cancelled, so a CancelledError from a plugin would end the calling task by mistake.

@@ -45,7 +45,10 @@ class Lifespan:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leave the context within `CLOSE_SECONDS`; it cannot suppress an error of the pool."""
+        """Leave the context within `CLOSE_SECONDS`.
+
+        An error of the pool is raised in any case: the context's return value is ignored.
+        """
         try:
             async with asyncio.timeout(CLOSE_SECONDS) as scope:
                 with self._refuse_leaked_cancellation():
@@ -57,9 +60,9 @@ class Lifespan:
 
     @contextlib.contextmanager
     def _refuse_leaked_cancellation(self) -> Iterator[None]:
-        """Replace a CancelledError of the plugin by a PluginError if this task was not cancelled.
+        """Raise a PluginError if the plugin raises CancelledError and nobody cancelled this task.
 
-        Otherwise the start or the end of the pool would look like a cancellation by the embedder.
+        Otherwise the CancelledError would look like a cancellation of the pool by the embedder.
         """
         task = asyncio.current_task()
         try:

@@ -43,7 +43,7 @@ EVENT_TYPES: Final[frozenset[type[events.Event]]] = frozenset(get_args(events.Ev
 
 @dataclass(frozen=True, slots=True)
 class Plugin:
-    """An active plugin.
+    """A loaded and checked plugin, with its hooks and handlers.
 
     Attributes:
         name: The name in logs, labels and errors, and of the settings `[workpool.plugin.NAME]`.
@@ -65,10 +65,10 @@ def load(
     options: Mapping[str, Mapping[str, Any]],
     file: Path | None = None,
 ) -> tuple[Plugin, ...]:
-    """Load and check plugins in this order: a string is the name of a plugin.
+    """Load and check plugins, and return them in the same order.
 
     Args:
-        given: The plugins.
+        given: The plugins; a string is the name of a plugin.
         options: The tables `[workpool.plugin.NAME]`, by name.
         file: Where the tables are, for errors.
 
@@ -123,8 +123,9 @@ def _instantiate(found: FoundPlugin, options: Mapping[str, Any], where: str) -> 
         signature.bind(**options)
     except TypeError as error:
         raise PluginError(found.name, f"{table}: {error}") from error
+    # A class in C may have no signature. Wrong options then make its constructor fail.
     except ValueError:
-        pass  # A class in C may have no signature; the call below then fails on wrong options.
+        pass
     return call_plugin(found.name, f"creating it with {table}", found.target, **options)
 
 
@@ -139,7 +140,10 @@ def _refuse_unknown_options(
 
 
 def _candidate_members(target: object) -> Iterator[tuple[str, Any]]:
-    """Yield all attributes that may be hooks or handlers, without running a property."""
+    """Yield the name and value of each attribute that may be a hook or a handler.
+
+    Properties are skipped, so that their code does not run.
+    """
     for name in dir(target):
         member = inspect.getattr_static(target, name, None)
         if isinstance(member, FunctionType | MethodType | classmethod | staticmethod):
@@ -180,8 +184,9 @@ def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter
 
 
 def _event_types(plugin: str, observer: Callable[..., Any]) -> frozenset[type[events.Event]]:
-    """Return the types in the annotation of the observer's argument; without one, all types.
+    """Return the event types that the annotation of the observer's argument names.
 
+    An observer without an annotation observes all types.
     A name that the plugin imports for type checkers only is looked up in `workpool.events`.
     """
     parameters = inspect.signature(observer).parameters.values()
@@ -222,9 +227,10 @@ def _new_route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
 
 
 def new_handler(plugin: str, name: str, call: Any) -> Handler:
-    """Return the handler of a callable, with the limits of its rule, if any.
+    """Return the handler that runs a callable.
 
-    A callable that is not async is a plain handler.
+    The decorator `@handler` of the callable sets its timeout and its other limits. A callable that
+    is not async is a plain handler.
     """
     rule = rule_of(call)
     return Handler(

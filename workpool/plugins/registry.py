@@ -1,4 +1,4 @@
-"""`Plugins`: the only caller of plugins' hooks.
+"""The active plugins of a pool, and all calls of their hooks.
 
 Plugins are called in the order of the list, and the first answer wins. Each hook is called directly
 and not through pluggy, so that an error has the name of its plugin, and one bad observer does not
@@ -91,7 +91,7 @@ class Plugins:
 
     def __init__(self, plugins: tuple[Plugin, ...], hooks: Mapping[str, Sequence[Hook]]) -> None:
         self.metrics: Callable[[Event], None] | None = None
-        # Only the thread of the event loop changes these two, so no lock is needed.
+        # `_reported` and `_failing` need no lock: only the thread of the event loop changes them.
         self._reported: set[tuple[str, str, type[BaseException]]] = set()
         self._failing: dict[str, _LoggedError] = {}
         self._plugins = plugins
@@ -110,7 +110,7 @@ class Plugins:
         options: Mapping[str, Mapping[str, Any]],
         file: Path | None = None,
     ) -> Plugins:
-        """Load and check the plugins: `objects` first, then `names`, each in its order.
+        """Load and check the plugins, first those of `objects`, then those of `names`.
 
         Args:
             objects: Modules, classes, functions with `@handler`, objects; a string is a name.
@@ -131,7 +131,10 @@ class Plugins:
 
     @property
     def handlers(self) -> tuple[Handler, ...]:
-        """The handlers of functions with `@handler`. A hook's handlers are known only per item."""
+        """The handlers of functions with `@handler`.
+
+        The handlers that hooks return are missing here: a hook chooses its handler for each item.
+        """
         return tuple(route.handler for plugin in self._plugins for route in plugin.routes)
 
     @property
@@ -140,9 +143,10 @@ class Plugins:
         return bool(self._refusers)
 
     def refusal_reason(self, supervisor: object) -> str | None:
-        """Return the first reason of a plugin why no item may be claimed now; None if none has one.
+        """Ask the plugins whether items may be claimed now; return None if so.
 
-        A hook that fails refuses; its error is logged and counted.
+        Otherwise return the reason of the first plugin that refuses. A hook that fails counts as a
+        refusal; its error is logged and counted.
         """
         for plugin, hook in self._refusers:
             try:
@@ -160,7 +164,10 @@ class Plugins:
         return None
 
     def _is_new_refusal(self, plugin: str, text: str) -> bool:
-        """Return whether to log an error of `workpool_admission`, and record it if so."""
+        """Return whether this error of `workpool_admission` should be logged.
+
+        If so, store it, so that the same error is not logged again.
+        """
         now = time.monotonic()
         last = self._failing.get(plugin)
         if last is not None and (last.text == text or now - last.at < REFUSAL_LOG_SECONDS):
@@ -254,12 +261,16 @@ class Plugins:
 
 
 def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
-    """Return the implementations of each hook in calling order; applies tryfirst and trylast."""
+    """Return the implementations of each hook in the order in which they are called.
+
+    That order follows `tryfirst`, `trylast` and the order of the plugins.
+    """
     registry = pluggy.PluginManager(PROJECT)
     registry.add_hookspecs(hookspecs)
     owners: dict[str, str] = {}
     routes = [route for plugin in plugins for route in plugin.routes]
-    # Reversed, because pluggy calls the implementation that was registered last first.
+    # pluggy calls the implementation that was registered last before the others, so register the
+    # plugins in reverse order.
     for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(
@@ -290,7 +301,10 @@ def _observers_by_type(
 
 
 def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
-    """Return the plugin's routes and more specific ones of all plugins, most specific first."""
+    """Return the routes of a plugin and all routes with more specific rules, even of other plugins.
+
+    The most specific route comes first.
+    """
     own = [route.rule for route in plugin.routes]
     refined = [route for route in routes if any(rule.covers_rule(route.rule) for rule in own)]
     return sorted(refined, key=lambda route: -len(route.rule.metadata))
@@ -310,7 +324,7 @@ def _check_reason(plugin: str, answer: object) -> str | None:
 
 
 def _as_handler(plugin: str, answer: object) -> Handler:
-    # Use `call_plugin`, because reading an attribute of the object may raise an error.
+    # Use `call_plugin`: reading an attribute of `answer` runs code of the plugin, which may fail.
     looking = "looking at the answer of workpool_session_handler"
     name = call_plugin(plugin, looking, name_of, answer)
     # Accept a plain function only with `@handler`: without that mark, it may be a function that
@@ -332,7 +346,7 @@ def _collect_contexts(hook: str, calls: Sequence[Hook], argument: object) -> lis
         try:
             context = call(argument)
         except asyncio.CancelledError as error:
-            # The plugin raised this error: nobody can cancel a synchronous call.
+            # Nobody can cancel a synchronous call, so the plugin itself raised this CancelledError.
             raise PluginError(plugin, f"{hook} raised CancelledError") from error
         if isinstance(context, AbstractAsyncContextManager):
             contexts.append((plugin, context))

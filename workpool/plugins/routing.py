@@ -1,4 +1,4 @@
-"""Routes: a route connects a rule with the handler that runs the rule's items.
+"""Routes: a route connects a rule with the handler for the items that match the rule.
 
 Two equal rules are an error across plugins, too: one of them would never run. See
 workpool/docs/plugins.md, "Plugins and hooks".
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A rule and the handler for its items."""
+    """A rule, and the handler for the items that match the rule."""
 
     rule: HandlerRule
     handler: Handler
 
 
 def refuse_equal_rules(routes: Sequence[Route]) -> None:
-    """Check that no rule occurs twice, in one plugin or in two.
+    """Check that no two handlers have the same rule, even in different plugins.
 
     Raises:
         PluginError: Two handlers have the same rule.

@@ -78,8 +78,8 @@ class WorkClient:
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
-        # Build these URLs once and derive others from them by path alone, which saves parsing. All
-        # polls of a pool have the same query, and so have all its first heartbeats.
+        # Parse these URLs once; `_item_url` then replaces only the path, which costs less. All
+        # polls of a pool have the same query, and all first heartbeats of a pool do, too.
         self._base = self._work_url()
         self._path = self._base.raw_path
         self._last_poll: tuple[tuple[int | None, int | None], URL]
@@ -98,7 +98,7 @@ class WorkClient:
         """Called when the token source was read again, with "ok" or "error"."""
 
     async def __aenter__(self) -> WorkClient:
-        """Open for the running loop; the first call connects.
+        """Open the client on the running event loop, without a connection yet.
 
         Raises:
             SettingsError: `environment_id` or the token is missing or cannot be read.
@@ -150,7 +150,9 @@ class WorkClient:
         )
 
     async def acquire_ack_permit(self) -> None:
-        """Before a poll, acquire the right to send one ack: no item then waits for the rate limit.
+        """Acquire the right to send one ack. Called before a poll.
+
+        A received item can then be acknowledged at once, without a wait for the rate limit.
 
         Raises:
             TransientError: The wait exceeded the setting `request_timeout`.
@@ -245,7 +247,10 @@ class WorkClient:
         timeout: float | None = None,
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem | None:
-        """Stop an item: end it, ask its worker to end it, or confirm that it was ended on request.
+        """Stop an item.
+
+        The worker that holds the item ends it with this call. For anyone else, the call asks that
+        worker to end it, or ends it at once with `force`.
 
         Args:
             work_id: The item.
@@ -355,7 +360,8 @@ class WorkClient:
             except RefusedError as error:
                 if error.status != HTTPStatus.BAD_REQUEST or not query:
                     raise
-                query = ""  # read all items: the control plane refused the search parameters
+                # The control plane does not know the search parameters, so read all items.
+                query = ""
                 continue
             found.add_page(page)
             if page.next_page is None or found.has_enough_items:
@@ -378,7 +384,7 @@ class WorkClient:
     def events(
         self, session_id: str, *, token: Secret | None = None, guard: SessionGuard | None = None
     ) -> SessionEvents:
-        """Return the events of a session, to list, send and stream.
+        """Return an object that lists, sends and streams the events of a session.
 
         Args:
             session_id: The session.
@@ -446,7 +452,10 @@ class WorkClient:
         return URL(f"{self._work}{path}{mark}{query}", encoded=True)
 
     def _item_url(self, work_id: str, path: str = "", base: URL | None = None) -> URL:
-        """Return the URL of a call for an item, with the query of the URL `base` if it is given."""
+        """Return the URL of a call for an item.
+
+        The query comes from `base`, or from the dialect if `base` is None.
+        """
         if type(work_id) is not str or not _is_id(work_id):
             _check_id("work_id", work_id)
         path = f"{self._path}/{work_id}{path}"
@@ -469,7 +478,7 @@ class WorkClient:
 
 
 def _list_start_query(after_id: str | None, before_id: str | None) -> str:
-    """Return the query parameters that make a list begin after or before the given id."""
+    """Return query parameters for a list that begins after or before the item of an id."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):
         if value is not None:

@@ -43,7 +43,7 @@ NO_CONTENT: Final = NoContent()
 
 
 class MalformedItemError(ValueError):
-    """A received item is malformed, but has an id.
+    """Raised if a received item is malformed but its id can be read.
 
     Attributes:
         work_id: The id of the item.
@@ -92,7 +92,8 @@ class Endpoint(Generic[T]):
         except ValueError as error:
             problem = f"the answer is malformed: {error}"
             failure = TransientError(self.op, status, problem, reason="bad_body")
-        # Raised outside of the except block: a JSONDecodeError contains the whole body.
+        # Raise outside of the except block. Inside it, the context of the error would be the
+        # JSONDecodeError, which contains the whole body.
         raise failure
 
 
@@ -134,7 +135,7 @@ def _parse_delivery(obj: object) -> WorkItem | None:
 
 
 def _add_trace_context(item: WorkItem | None, headers: Mapping[str, str]) -> WorkItem | None:
-    """Add the trace context in the answer's headers to the item, unless it is malformed."""
+    """Return the item with the `traceparent` of the headers; ignore a malformed `traceparent`."""
     trace = headers.get("traceparent")
     if item is None or trace is None or not _is_traceparent(trace):
         return item
@@ -156,7 +157,7 @@ def _check_object_shape(body: bytes) -> None:
 
 
 def _ignore_body(_: object) -> None:
-    """Accept every body of an answer whose content is not used."""
+    """Parse nothing. For calls that do not use the body of their answer."""
 
 
 def _parse_stopped_item(obj: object) -> WorkItem | None:
@@ -183,7 +184,7 @@ def _next_page_token(page: dict[str, Any]) -> str | None:
     """
     token = None if page.get("has_more") is False else page.get("next_page")
     if isinstance(token, str | None):
-        # The token becomes a part of a URL, whose length servers and proxies limit.
+        # Refuse a long token: it becomes a part of a URL, and servers limit the length of URLs.
         if len(token or "") <= PAGE_TOKEN_CHARACTERS:
             return token or None
         raise ValueError("next_page: too long")

@@ -56,7 +56,7 @@ class ItemSearch:
 
 
 class FoundItems:
-    """The items that a search found, and how far the list was read.
+    """The result of a search: the items that were found, and how much of the list was read.
 
     Attributes:
         items: The items that were found.

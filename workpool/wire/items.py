@@ -72,7 +72,7 @@ of the parsing time.
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """The answer to a heartbeat.
+    """The answer to a heartbeat: whether the lease was extended, and the state of the item.
 
     Attributes:
         last_heartbeat: Opaque, sent back unchanged. Empty if the control plane gave none, which is
@@ -130,7 +130,7 @@ def parse_item(obj: object) -> WorkItem:
     heartbeat_at, secret = get("latest_heartbeat_at"), get("secret")
     item: Any = _Draft(
         work_id,
-        intern(item_type),  # all items share one string object, since few types exist
+        intern(item_type),  # saves memory: few types exist, so equal strings become one object
         session_id,
         intern(environment_id),
         intern(state),
@@ -156,7 +156,8 @@ def parse_heartbeat(obj: object) -> Heartbeat:
     Raises:
         ValueError: A field is missing or malformed. Names the field and quotes no value.
     """
-    # One expression is faster than a function call for each field: each session sends heartbeats.
+    # One expression is faster than a function call for each field, and each session sends many
+    # heartbeats.
     seconds: Any
     if (
         isinstance(obj, dict)
@@ -172,7 +173,11 @@ def parse_heartbeat(obj: object) -> Heartbeat:
 
 
 def _parse_unusual_heartbeat(obj: object) -> Heartbeat:
-    """Parse a heartbeat's answer that did not extend the lease, or that is malformed."""
+    """Parse the answer to a heartbeat that did not extend the lease.
+
+    Raises:
+        ValueError: A field is missing or malformed.
+    """
     get = _require_object("heartbeat", obj).get
     extended = _require_flag("lease_extended", get("lease_extended"))
     state = _require_state(get("state"))
@@ -257,11 +262,11 @@ def _parse_missing_session_id(session_id: object, item_type: str) -> str:
 
 
 def _parse_sessions_token(secret: object) -> Secret | None:
-    """Return the session token in an item's `secret`; None if it has no readable token."""
+    """Return the token `sessions_token` in an item's `secret`; None if it cannot be read."""
     if not isinstance(secret, str) or not secret.isascii():
         return None
     try:
-        # The base64 padding may be missing; `b64decode` ignores surplus padding.
+        # The base64 padding may be missing, so add it; `b64decode` ignores surplus padding.
         payload = orjson.loads(base64.urlsafe_b64decode(secret + "=="))
     except ValueError:
         return None
@@ -302,14 +307,14 @@ def _parse_time(value: object) -> datetime | None:
 
 
 def _parse_last_heartbeat(value: object) -> str | None:
-    """Return the item's last heartbeat as opaque text; None if it cannot be sent back."""
+    """Return the item's last heartbeat, unparsed; None if it is no text or too long for a URL."""
     return value if isinstance(value, str) and 0 < len(value) <= _TIME_LENGTH_MAX else None
 
 
 def _parse_expected_heartbeat(value: object) -> str:
-    """Return the answer's `last_heartbeat`; the next heartbeat sends it as the expected value.
+    """Return the value that the next heartbeat sends as `expected_last_heartbeat`.
 
-    Empty text means that there was no earlier heartbeat.
+    This is `last_heartbeat` of the answer. Empty text means that there was no heartbeat before.
     """
     text = _require_text("last_heartbeat", value)
     if len(text) > _TIME_LENGTH_MAX:

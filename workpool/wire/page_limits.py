@@ -52,7 +52,7 @@ class PageLimits:
 
     def __init__(self, op: str) -> None:
         self._op = op
-        self._next_at = 0.0  # on the clock of the event loop
+        self._next_at = 0.0  # the earliest time of the next request, on the clock of the event loop
         self._stale = 0
         self._ids = RecentIds(REMEMBERED_IDS)
         self._tokens = RecentIds(REMEMBERED_TOKENS)

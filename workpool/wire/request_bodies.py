@@ -41,8 +41,8 @@ def new_events_body(new_events: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _require_plain_string(text: object) -> str:
-    # Without this check, the control plane would refuse a number later, and the error would not
-    # point at the line of the handler that wrote it.
+    # Without this check, the control plane would refuse a value such as a number. The error would
+    # come later, and its traceback would not show the handler's line with that value.
     if not isinstance(text, str):
         raise TypeError("metadata: a key or a value is not a string")
     # orjson accepts no subclass of str as a key, such as a member of a StrEnum.

@@ -107,10 +107,12 @@ def _describe_redirect(location: str, secrets: Sequence[str]) -> str:
     The text has only scheme, host and port of the address, since the rest may contain credentials.
     """
     try:
-        # `URL.origin` writes hosts in lower case, so the secrets are searched in lower case.
+        # `URL.origin` converts the host to lower case, and a secret in it too. So look for the
+        # secrets in lower case.
         lower = [secret.lower() for secret in secrets]
         origin = _sanitize_error_text(str(URL(location).origin()).lower(), lower, _ORIGIN_MAX)
-    except ValueError:  # the location is relative, or not a URL
+    # The header `Location` is a relative path, or not a URL.
+    except ValueError:
         origin = None
     to = f" to {origin}" if origin else ""
     return f"redirected{to}: base_url is not the control plane's own, or a proxy intervenes"
@@ -123,7 +125,10 @@ _REFUSALS: Final[Mapping[int, type[ControlPlaneError]]] = {
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds of `Retry-After`, at most 300; None without a readable future time."""
+    """Return the seconds to wait that `Retry-After` asks for, at most 300.
+
+    Return None if the header is missing or malformed, or if its time is in the past.
+    """
     value = headers.get("Retry-After", "").strip()
     if _SECONDS(value):
         return min(float(value), RETRY_AFTER_MAX_SECONDS)

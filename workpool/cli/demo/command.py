@@ -1,4 +1,4 @@
-"""The command `workpool demo`; `demo_runner` runs it."""
+"""The arguments and the help text of `workpool demo`."""
 
 from typing import Annotated, Final
 

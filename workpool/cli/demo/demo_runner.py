@@ -74,7 +74,7 @@ async def _run_demo_sessions(handler: str, sessions: list[DemoSession]) -> int:
 
 
 class DemoRunner:
-    """One run of the demo.
+    """Runs the demo once: a control plane, two workers, and the view of their sessions.
 
     Attributes:
         plane: The control plane; not entered.
@@ -97,7 +97,10 @@ class DemoRunner:
         self._victim: DemoWorker | None = None
 
     async def run(self, signals: SignalEvents) -> int:
-        """Run the demo until its end or the first signal, and until all workers have ended."""
+        """Run the demo and return its exit status; end it early at the first signal.
+
+        When this method returns, all worker processes have ended.
+        """
         self._workers = [self._new_worker(f"worker-{number}") for number in (1, 2)]
         self.state.workers = self._workers
         self.view.print_demo_line(
@@ -110,7 +113,10 @@ class DemoRunner:
 
     @asynccontextmanager
     async def _running_workers(self, signals: SignalEvents) -> AsyncIterator[None]:
-        """Run the worker processes during the block; then drain them, and kill the late ones."""
+        """Run the worker processes during the block, and drain them after it.
+
+        Workers that have not ended after `END_SECONDS` or at the second signal are killed.
+        """
         async with asyncio.TaskGroup() as group:
             tasks = {
                 group.create_task(worker.run_process(), name=worker.name)
@@ -125,7 +131,7 @@ class DemoRunner:
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in (*tasks, all_ended, hurry):
-                task.cancel()  # the cancellation kills a worker that has not drained
+                task.cancel()  # `run_process` kills its worker when its task is cancelled
 
     async def _show_until_end(self, signals: SignalEvents) -> int:
         """Show the state until all sessions have ended, a signal arrives, or the demo is stuck."""
@@ -170,9 +176,9 @@ class DemoRunner:
         settings = worker_settings(plane.base_url, plane.token, plane.environments[0], name)
         return DemoWorker(name, self._handler, settings, self.view.print_worker_line)
 
-    def _create_sessions(self, until: int) -> None:
-        """Create sessions until `until` of them exist."""
-        for session in self._sessions[len(self._names) : until]:
+    def _create_sessions(self, total: int) -> None:
+        """Create sessions until the queue has received `total` sessions."""
+        for session in self._sessions[len(self._names) : total]:
             [item] = self.plane.enqueue(metadata=session.metadata, work_type=session.type)
             self._names[item.id] = f"session {len(self._names) + 1:02d}"
 

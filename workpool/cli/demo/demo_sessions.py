@@ -18,7 +18,7 @@ SECONDS: Final = "1.5"
 
 
 class DemoSession(NamedTuple):
-    """The type and the metadata of the item of one session."""
+    """A session of the demo: the type and the metadata of its item."""
 
     type: str
     metadata: Mapping[str, str]

@@ -91,17 +91,20 @@ class DemoState:
         return max(0.0, max(ends) - self._now()) if ends else None
 
     def names_held_by(self, worker: str) -> list[str]:
-        """Return the names of the items that a worker holds, if each lease has had a heartbeat.
+        """Return the names of the items that a worker holds.
 
-        Before that, the list is empty, so that the demo does not kill the worker yet: a lease
-        without a heartbeat lasts six times as long as the other leases of the demo.
+        The list is empty until each of these items has had a heartbeat, so that the demo does not
+        kill the worker yet. A lease without a heartbeat lasts six times as long as one with.
         """
         held = {key: hold for key, hold in self.held.items() if hold.worker == worker}
         ready = all(hold.has_heartbeat for hold in held.values())
         return [self._name_of(work_id) for work_id in held] if ready else []
 
     def apply_new_records(self) -> list[str]:
-        """Apply new history records; return lines about failures and items of lapsed leases."""
+        """Update the state from new records of the history.
+
+        Return lines that report failed sessions, lapsed leases and reclaimed items.
+        """
         records = list(islice(self._plane.history, self._seen, None))
         self._seen += len(records)
         return [line for record in records if (line := self._apply_record(record))]

@@ -66,8 +66,9 @@ class DemoWorker:
             start_new_session=True,  # Ctrl-C must reach only the demo, which drains the workers
         )
         self._process, self.pid = process, process.pid
+        # `terminate` may have been called before the process existed, so send the signal now.
         if self._must_end:
-            self.terminate()  # `terminate` was called before the process existed
+            self.terminate()
         try:
             if process.stdout is not None:
                 async for line in _read_lines(process.stdout):
@@ -88,7 +89,7 @@ class DemoWorker:
                 self._process.kill()
 
     def terminate(self) -> None:
-        """Drain the worker with SIGTERM, now or as soon as its process exists."""
+        """Drain the worker: send SIGTERM, or let `run_process` send it if no process exists yet."""
         self._must_end = True
         if self._process is not None:
             with suppress(ProcessLookupError):
@@ -127,7 +128,7 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
         "pollers": "2",
         "prefetch": "0",
         "reclaim_older_than_ms": "5000",
-        "lease_ttl": "10",  # the minimum, so that the leases of a killed worker lapse soon
+        "lease_ttl": "10",  # the shortest lease, so that the items of a killed worker are free soon
         "drain_timeout": "3",
         "read_rate": "0",
         "write_rate": "0",

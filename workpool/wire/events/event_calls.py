@@ -1,7 +1,8 @@
 """The interfaces for reading and sending a session's events.
 
-The module has the calls of a client over any transport, the pages of a history, and the guard that
-decides whether the session may still be read and written. See workpool/docs/protocol.md, "Events".
+`EventCalls` makes the calls over any transport, `EventPages` reads a history page by page, and a
+`SessionGuard` decides whether the session may still be read and written. See
+workpool/docs/protocol.md, "Events".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class EventPage(NamedTuple):
 
 
 class OpenEventStream(Protocol):
-    """The interface of an open event stream."""
+    """The connection of an event stream, from which bytes are read."""
 
     async def read(self) -> bytes:
         """Return the next bytes of the stream; empty at its end. Cancelling the call loses no byte.
@@ -56,7 +57,11 @@ class EventCalls(Protocol):
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """Return a page of events: the first, the one after `after_id`, or that of token `page`."""
+        """Return a page of events, oldest first.
+
+        `after_id` begins after that event, and `page` is the token of a further page. Without
+        either, this is the first page.
+        """
 
     async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
@@ -68,7 +73,10 @@ class EventCalls(Protocol):
 
 
 class SessionGuard(Protocol):
-    """The interface that makes calls on a session, and ends them if the lease is lost."""
+    """Makes calls on a session, as long as the caller may use it.
+
+    The implementation for handlers refuses calls, and ends waiting calls, once the lease is lost.
+    """
 
     def check(self) -> None:
         """Raise an error if the session may not be used anymore."""
@@ -76,14 +84,17 @@ class SessionGuard(Protocol):
     async def await_within(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await `call()`, which may be called several times; raise TimeoutError after `seconds`."""
+        """Call `call` and await its result; raise TimeoutError after `seconds`.
+
+        The implementation may repeat the call.
+        """
 
     async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Make a call that changes the session, with the options for its request."""
+        """Make a call that changes the session, and pass it the options for its HTTP request."""
 
 
 class LeaselessGuard:
-    """The guard of a client that holds no lease."""
+    """The `SessionGuard` of a client that holds no lease: it permits all calls."""
 
     def check(self) -> None:
         """Accept every use of the session, since there is no lease that could be lost."""
@@ -101,7 +112,7 @@ class LeaselessGuard:
 
 
 class EventPages:
-    """The pages of a session's history, in order; a page that failed may be read again.
+    """Reads a session's history page by page. A page that could not be read may be read again.
 
     Attributes:
         done: Whether all pages were read.

@@ -72,15 +72,15 @@ class EventStream:
         # The events that were read and not yet yielded, each with the value that `caught_up` gets
         # when the event is yielded.
         self._ready: deque[tuple[SessionEvent, bool]] = deque()
-        # The last event of a page, if any. It is yielded only after the next page was read: only
-        # then is it known whether it is the last event of the history, which sets `caught_up`.
+        # The last event of the page that was read last, or an empty list. It waits for the next
+        # page, which shows whether it is the last event of the history and sets `caught_up`.
         self._held_back: list[SessionEvent] = []
         self._seen = RecentIds(REMEMBERED_EVENTS)
-        # Whether the events of the history that precede every id in `_seen` are skipped.
+        # Whether events of the history are skipped until one of them is in `_seen`.
         self._skipping = False
         self._last_id: str | None = None
         self._reconnect_at = 0.0
-        # The next four attributes belong to the current connection.
+        # Each new connection replaces the next four attributes.
         self._stream: OpenEventStream | None = None
         self._pages: EventPages
         self._parser: FrameParser
@@ -166,9 +166,9 @@ class EventStream:
 
     async def _read_live(self, stream: OpenEventStream) -> None:
         clock = asyncio.get_running_loop().time
-        # The silence counts from the last received byte. If it counted from the beginning of this
-        # wait, a reader that cancels each wait early would never notice a dead connection. A reader
-        # that paused for long gets 0 s, in which bytes that have arrived can still be read.
+        # Measure the time from the last received byte. Measured from here, a reader that cancels
+        # each wait early would never notice a dead connection. A timeout of 0 s, after a long pause
+        # of the reader, still reads the bytes that have arrived.
         silence_left = self._last_byte_at + self._stall_seconds - clock()
         try:
             chunk = await self._guard.await_within(stream.read, max(0.0, silence_left))
@@ -180,7 +180,8 @@ class EventStream:
         try:
             for frame in self._parser.feed(chunk):
                 self._add_event_of_frame(frame.event, frame.data)
-        except ValueError:  # the message does not quote the frame, which may contain secrets
+        # Do not quote the frame in the error, because a frame may contain secrets.
+        except ValueError:
             raise TransientError("stream", None, "malformed", reason="bad_body") from None
 
     def _add_event_of_frame(self, kind: str, text: str) -> None:
@@ -188,14 +189,14 @@ class EventStream:
         if kind == "error":
             raise ValueError("the server reports an error")
         if isinstance(value, dict) and "id" not in value:
-            return  # a ping, or other data that is no event of the session
+            return  # not an event of the session, for example a ping of the server
         event = parse_event(value)
         if self._is_new_event(event):
             self._ready.append((event, True))
 
     def _is_new_in_history(self, event: SessionEvent) -> bool:
-        # If `_seen` has forgotten old ids, the history is read from its beginning. The events
-        # before the first remembered id were yielded already, so skip them.
+        # `_seen` remembers a limited number of ids. If it has forgotten some, skip the events at
+        # the beginning of the history until one of the remembered ids: they were yielded before.
         self._skipping = self._skipping and event["id"] not in self._seen
         return not self._skipping and self._is_new_event(event)
 

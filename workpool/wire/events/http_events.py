@@ -43,7 +43,7 @@ class HttpEvents:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """Return a page of events: the first, the one after `after_id`, or that of token `page`."""
+        """Request one page of events over HTTP; see `EventCalls.list_page`."""
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
         url = self._build_url("", f"limit={limit}", *start)
@@ -85,8 +85,8 @@ class _HttpEventStream:
             return await self._response.content.readany()
         except TRANSIENT as error:
             failure = no_answer_error(endpoints.STREAM, error)
-        # Raised outside of the except block: otherwise the error's context would be aiohttp's
-        # error, which contains the request's headers with the token.
+        # Raise outside of the except block. Inside it, the context of the error would be aiohttp's
+        # error, which contains the headers of the request with the token.
         raise failure
 
     def close(self) -> None:

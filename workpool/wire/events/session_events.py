@@ -64,7 +64,8 @@ class SessionEvents:
         """
         body = request_bodies.new_events_body(events)
         repeatable = all(event.get("type") in _ANSWERED_CALL_FIELDS for event in events)
-        may_be_stored = False  # whether an earlier request may have stored the events
+        # Whether an earlier request may have stored the events, although its answer was lost.
+        may_be_stored = False
 
         async def send_once(options: CallOptions) -> Sequence[SessionEvent] | TransientError:
             nonlocal may_be_stored
@@ -101,7 +102,10 @@ class SessionEvents:
     async def _find_stored(
         self, sent_events: Sequence[SessionEvent]
     ) -> Sequence[SessionEvent] | None:
-        """Return the sent events as the history has them; None if one is missing or differs."""
+        """Find the sent events in the session's history, and return them as they are stored there.
+
+        Return None if an event is missing or has another content.
+        """
         wanted, stored_by_key = {_answered_call_key(event) for event in sent_events}, {}
         async for event in self.list():
             if (
@@ -123,13 +127,13 @@ def _answered_call_key(event: Mapping[str, Any]) -> tuple[object, object]:
     return kind, event.get(_ANSWERED_CALL_FIELDS[kind])
 
 
-def _contains_sent_fields(ours: object, theirs: object) -> bool:
-    """Return whether the stored value `theirs` has all fields of the sent value `ours`.
+def _contains_sent_fields(sent: object, stored: object) -> bool:
+    """Return whether the stored event has all fields of the sent event, with the same values.
 
     The control plane may have added fields.
     """
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return all(_contains_sent_fields(value, theirs.get(name)) for name, value in ours.items())
-    if isinstance(ours, list) and isinstance(theirs, list):
-        return len(ours) == len(theirs) and all(map(_contains_sent_fields, ours, theirs))
-    return ours == theirs or (not ours and not theirs)
+    if isinstance(sent, dict) and isinstance(stored, dict):
+        return all(_contains_sent_fields(value, stored.get(name)) for name, value in sent.items())
+    if isinstance(sent, list) and isinstance(stored, list):
+        return len(sent) == len(stored) and all(map(_contains_sent_fields, sent, stored))
+    return sent == stored or (not sent and not stored)

@@ -55,7 +55,7 @@ class FrameParser:
             # The last chunk ended between CR and LF: the LF would count as an empty line.
             chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
-        # `bytes.splitlines` splits at CR, LF and CRLF only, unlike `str.splitlines`.
+        # Split before decoding: `str.splitlines` splits at more characters than CR and LF.
         for piece in chunk.splitlines(keepends=True):
             text = piece.rstrip(b"\r\n")
             if len(self._line) + len(text) > self._limit:

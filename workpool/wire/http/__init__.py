@@ -1,1 +1,1 @@
-"""The sending of one HTTP request: rate limits, connections, credentials, time limits, answers."""
+"""Sends one HTTP request: rate limits, connections, credentials and timeouts."""

@@ -1,4 +1,4 @@
-"""Errors of requests that got no answer: whether they are transient, and hints in their texts."""
+"""Errors of requests without an answer: which are transient, and what hint their text gives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRANSIENT: Final = (
     aiohttp.ClientConnectionError,
     aiohttp.ClientPayloadError,
     InformationalFlood,
-    aiohttp.ClientResponseError,  # an answer that is not HTTP, or a proxy that refuses
+    aiohttp.ClientResponseError,  # raised if the answer is not HTTP, or a proxy refuses to connect
     TimeoutError,
     OSError,
 )
@@ -62,7 +62,8 @@ def no_answer_error(op: str, error: BaseException, *, plain: bool = False) -> Co
         return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
     if isinstance(error, TimeoutError):
         return TransientError(op, None, "no answer in time", reason="timeout")
-    # Only aiohttp's texts about connecting are quoted: its other errors quote received bytes.
+    # Quote only the texts of connection errors. The texts of aiohttp's other errors may contain
+    # bytes that were received, and these may contain secrets.
     text = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
     hint = _wrong_scheme_hint(error, plain=plain)
     return TransientError(op, None, f"no answer: {text}{hint}", reason="network")

@@ -25,9 +25,13 @@ _is_token = re.compile(r"[\x21-\x7e]+").fullmatch
 def read_credential(
     given: str | None, path: Path | None, variable: str, *, name: str = "token"
 ) -> str:
-    """Return a credential: `given`, else the content of the file, else the variable's value.
+    """Return a credential from the first source that is set: a setting, a file or a variable.
 
-    `name`: the setting that may hold it; `NAME_file` may name the file.
+    Args:
+        given: The value of the setting `name`; None if it is not set.
+        path: The file of the setting `NAME_file`; None if it is not set.
+        variable: The environment variable that is read if neither setting is set.
+        name: The name of the setting.
 
     Raises:
         SettingsError: There is no credential, or it cannot be read or sent in a header.

@@ -86,7 +86,7 @@ class DaemonThreads(Executor):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await ended.wait()
             for thread in self._threads:
-                thread.join()  # returns at once: no thread runs a call anymore
+                thread.join()  # does not block, because each thread has left its loop
 
     def _start_thread(self) -> None:
         name = f"{self._name}-{self._alive + 1}"
@@ -96,7 +96,7 @@ class DaemonThreads(Executor):
         except RuntimeError as error:
             if not self._alive:
                 raise OSError(errno.EAGAIN, "no thread can be started") from error
-            return  # the operating system refuses a further thread; an existing one takes the call
+            return  # no further thread can be started, so one of the running threads makes the call
         self._alive += 1
         self._threads.append(thread)
 
@@ -109,7 +109,8 @@ class DaemonThreads(Executor):
             self._alive -= 1
             set_ended = None if self._alive else self._set_ended
         if set_ended is not None:
-            with suppress(RuntimeError):  # the loop of `close` is closed, so nobody waits anymore
+            # The call fails if the loop on which `close` waited is closed: nobody waits anymore.
+            with suppress(RuntimeError):
                 set_ended()
 
 

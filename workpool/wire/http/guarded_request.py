@@ -1,7 +1,7 @@
-"""The guards of a request: a check right before its first byte, and a limit of 1xx answers.
+"""An aiohttp request with a check right before its first byte, and a limit for 1xx answers.
 
-aiohttp skips any number of informational answers (1xx) and has no limit for them; a request of a
-session that the client created ends after too many.
+aiohttp itself skips any number of informational answers (1xx). With this class, a request ends
+after too many. Only the aiohttp sessions that workpool creates use this class.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _PIECE_BYTES: Final = 64 * 1024
 
 
 class NotSentError(aiohttp.ClientConnectionError):
-    """The check of a request failed, so nothing was sent."""
+    """Raised if the check of a request failed, so that nothing was sent."""
 
 
 @dataclass(slots=True, eq=False)
 class RequestCheck:
-    """A request body, possibly empty, with a check that runs right before the bytes are written.
+    """The body of a request, and a check that runs right before the request is written.
 
-    Bytes that the kernel already holds cannot be taken back.
+    The check for a lost lease is an example: bytes cannot be taken back once they are written.
 
     Attributes:
         body: The body.
@@ -78,7 +78,7 @@ class CheckedBody(aiohttp.payload.Payload):
     """
 
     _value: bytes
-    _autoclose = True  # the body has nothing to close
+    _autoclose = True  # tells aiohttp that this payload needs no `close()`
 
     def __init__(self, check: RequestCheck, *, headers_first: bool = False) -> None:
         super().__init__(check.body)
@@ -97,8 +97,8 @@ class CheckedBody(aiohttp.payload.Payload):
     async def write_with_length(
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
-        """Run the check, then write the headers and the body; the given length is not used."""
-        del content_length  # aiohttp passes None or the size of the body
+        """Run the check, then write the headers and the whole body."""
+        del content_length  # aiohttp passes None or the size of the body, so it adds nothing
         self._check.verify()
         if self._headers_first:
             writer.send_headers()
@@ -107,11 +107,14 @@ class CheckedBody(aiohttp.payload.Payload):
 
 
 class InformationalFlood(aiohttp.ClientError):
-    """A server sent too many informational answers (1xx); aiohttp closes the connection."""
+    """Raised if a server sends too many informational answers (1xx)."""
 
 
 class _LimitedFeed:
-    """Receives the headers of all answers on one connection, and passes them on."""
+    """Replaces aiohttp's function that receives each answer on a connection.
+
+    It counts informational answers, and passes all answers on to the original function.
+    """
 
     __slots__ = ("_bytes", "_count", "_feed", "_flooded", "_protocol")
 
@@ -126,7 +129,8 @@ class _LimitedFeed:
             self._count_message(answer[0])
         else:
             self._count = self._bytes = 0
-        if not self._flooded:  # aiohttp closes the connection, and the rest is discarded
+        # After too many informational answers, aiohttp closes the connection; ignore what follows.
+        if not self._flooded:
             self._feed(answer, size)
 
     def _count_message(self, message: RawResponseMessage) -> None:
@@ -138,7 +142,7 @@ class _LimitedFeed:
 
 
 class GuardedRequest(aiohttp.ClientRequest):
-    """A request that limits informational answers and verifies a `RequestCheck` given as its data.
+    """An aiohttp request that limits informational answers and runs the check of a `RequestCheck`.
 
     To write a body, also an empty one, aiohttp makes a payload and on Python 3.11 starts a task,
     which costs 5 % of the CPU time that the pool spends on an item. So the check of a POST without
@@ -148,23 +152,26 @@ class GuardedRequest(aiohttp.ClientRequest):
     check: RequestCheck | None = None
 
     def update_body_from_data(self, body: object, _stacklevel: int = 3) -> None:
-        """Store a given `RequestCheck`; make a payload of it unless it is a POST without a body."""
+        """Set the body; for a `RequestCheck`, store the check and set the body that it contains.
+
+        A POST without a body gets no payload: `send` then runs the check.
+        """
         if type(body) is RequestCheck:
             self.check = body
             body = CheckedBody(body) if body.body or self.method != "POST" else None
         super().update_body_from_data(body, _stacklevel)
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Run the check if no payload will run it, then send the request."""
+        """Send the request; if it has a check but no payload, run the check first."""
         protocol = conn.protocol
-        # Replace `feed_data` once for each connection. Do not assign in `__dict__`: after an access
-        # to it, Python 3.11 reads the attributes of the connection more slowly, which cost 14,000
-        # instructions a request.
+        # Replace `feed_data` once for each connection. Use `setattr` and not `__dict__`: once a
+        # connection's `__dict__` was read, Python 3.11 reads its attributes more slowly, which cost
+        # 14,000 CPU instructions a request.
         if protocol is not None and not isinstance(protocol.feed_data, _LimitedFeed):
             setattr(protocol, "feed_data", _LimitedFeed(protocol))  # noqa: B010 - types forbid it
         if self.check is not None and not self.body:
-            # aiohttp waits while writing is paused. Use a payload, which runs the check after that
-            # wait.
+            # While writing is paused, aiohttp waits before it writes. Use a payload: it runs the
+            # check after that wait.
             if protocol is None or protocol.writing_paused:
                 await self.update_body(CheckedBody(self.check))
             else:

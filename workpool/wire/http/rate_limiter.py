@@ -33,7 +33,13 @@ _NEXT_TURN: Final = {Priority.CLAIM: Priority.HANDLER, Priority.HANDLER: Priorit
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
-    """A call that waits for a token; `moved` is set, on `loop`, when the call may try again."""
+    """A call that waits for a token.
+
+    Attributes:
+        priority: The priority of the call.
+        loop: The event loop of the call.
+        moved: Set on `loop` when the call should try again to take a token.
+    """
 
     priority: Priority
     loop: asyncio.AbstractEventLoop
@@ -51,7 +57,8 @@ class _WaitingLine:
         self._waiters[waiter.priority].append(waiter)
 
     def discard_waiter(self, waiter: _Waiter) -> None:
-        with suppress(ValueError):  # `first_waiter` has removed it if its loop is closed
+        # A waiter whose loop is closed may be missing: `first_waiter` removes such waiters.
+        with suppress(ValueError):
             self._waiters[waiter.priority].remove(waiter)
 
     def first_waiter(self) -> _Waiter | None:
@@ -70,7 +77,10 @@ class _WaitingLine:
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
     def note_served_waiter(self, waiter: _Waiter) -> None:
-        """Remove a served waiter; claims and the calls of handlers take turns."""
+        """Remove a waiter that got its token, and let the other kind of call be served next.
+
+        The two kinds that take turns are claims and the calls of handlers.
+        """
         self.discard_waiter(waiter)
         self._turn = _NEXT_TURN.get(waiter.priority, self._turn)
 
@@ -107,12 +117,15 @@ class RateLimiter:
         self._line = _WaitingLine()
 
     def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
-        """Take a token without a wait; return False if none is left or other calls come first."""
+        """Take a token and return True, or return False if the call would have to wait."""
         with self._lock:
             return not self._line.must_wait(priority) and self._take_token() == 0
 
     async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
-        """Take a token, waiting for it by priority; a cancelled wait takes none."""
+        """Take a token. If none is left, wait; calls of a higher priority are served first.
+
+        A cancelled call takes no token.
+        """
         waiter = _Waiter(priority, asyncio.get_running_loop(), asyncio.Event())
         with self._lock:
             self._line.add_waiter(waiter)
@@ -139,12 +152,16 @@ class RateLimiter:
         """Count a heartbeat against the limit; it is sent at once even if no token is left."""
         with self._lock:
             self._add_tokens()
-            # `_debt` counts the tokens that heartbeats have overdrawn: at most those of one second,
-            # so that many heartbeats at once do not delay the other calls for long.
+            # `_debt` is the number of tokens that heartbeats used and that are not subtracted yet.
+            # It is at most the tokens of one second, so that many heartbeats at once do not delay
+            # the other calls for long.
             self._debt = min(self._debt + 1, max(1.0, self.rate))
 
     def _serve_waiter(self, waiter: _Waiter) -> float:
-        """Take a token if `waiter` is the first; else return seconds until the next attempt."""
+        """Take a token for `waiter` if it is the first in line, and return 0.
+
+        If it gets no token, return the seconds until it should try again.
+        """
         with self._lock:
             first = self._line.first_waiter()
             if first is not waiter:
@@ -155,14 +172,14 @@ class RateLimiter:
             return min(delay, _RECHECK_SECONDS)
 
     def _take_token(self) -> float:
-        """Take a token and return 0, or return seconds until there is one."""
+        """Take a token and return 0. If none is left, return the seconds until the next one."""
         self._add_tokens()
         missing = 1 - self._tokens
         if missing <= 0:
             self._tokens -= 1
             return 0.0
-        # While heartbeats have overdrawn the limit, other calls get a quarter of the new tokens.
-        # The wait is at least a millisecond: timers are coarse, and a shorter one ends too early.
+        # While `_debt` is positive, three quarters of the new tokens are subtracted from it, and
+        # this call gets the last quarter. Wait at least a millisecond, the resolution of timers.
         return max(0.001, min(missing / (1 - _DEBT_SHARE), missing + self._debt) / self.rate)
 
     def _add_tokens(self) -> None:
@@ -177,16 +194,16 @@ class RateLimiter:
         with self._lock:
             first = self._line.first_waiter()
         if first is not None:
-            # The waiter's loop may have been closed just now; `first_waiter` removes it later.
+            # The call fails if the waiter's loop is closed; `first_waiter` then removes the waiter.
             with suppress(RuntimeError):
                 first.loop.call_soon_threadsafe(first.moved.set)
 
 
 class RateLimits:
-    """The requests per second that one account may send; thread-safe, to be shared.
+    """Limits the requests per second of one account. Thread-safe.
 
-    Give one object to all clients and supervisors of an account, on whatever event loops and
-    threads they run.
+    Give the same object to all clients and supervisors of the account, even on different event
+    loops and threads.
 
     Args:
         read_rate: Reads per second; 0 = unlimited.

@@ -47,7 +47,8 @@ def _look_up_host(host: str, port: int, family: socket.AddressFamily) -> list[Re
     return [
         ResolveResult(
             hostname=host,
-            # `getnameinfo` includes the scope of a link-local address; `address[0]` lacks it.
+            # Use `getnameinfo` and not `address[0]`: a link-local address cannot be connected
+            # without its scope, which `address[0]` lacks.
             host=socket.getnameinfo(address, _NUMERIC)[0],
             port=port,
             family=kind,

@@ -83,5 +83,6 @@ def _load_client_certificate(context: ssl.SSLContext, cert: Path, key: Path | No
 
 
 def _refuse_encrypted_key() -> NoReturn:
-    # Without a callback, OpenSSL would ask for a password on the terminal.
+    # OpenSSL calls this function for the password of the key. Without it, OpenSSL would ask for the
+    # password on the terminal and block the process.
     raise SettingsError(("client_key_file: encrypted; there is no setting for its password",))

@@ -129,7 +129,7 @@ class Transport:
         return other
 
     def use_api_key(self, key: str) -> None:
-        """Send this API key from now on; its source is read again after a refusal."""
+        """Send this API key with all later requests, and read it again after a 401 or 403."""
         settings = self._settings
         self._source = CredentialSource(settings.read_api_key, settings.api_key_file)
         self._key_header = DIALECTS[settings.dialect].api_key_header
@@ -143,7 +143,7 @@ class Transport:
         return other
 
     def use_token(self, token: str) -> None:
-        """Send this token from now on, and do not renew it after a refusal."""
+        """Send this token with all later requests, and do not replace it after a 401 or 403."""
         self._renews = False
         self._set_headers(token)
 
@@ -190,7 +190,9 @@ class Transport:
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
     ) -> aiohttp.ClientResponse:
-        """Open an event stream within `request_timeout`; the caller limits its duration.
+        """Open an event stream within `request_timeout`.
+
+        The open stream has no time limit: the caller limits how long it reads.
 
         Raises:
             ControlPlaneError: The stream was not opened.
@@ -250,8 +252,8 @@ class Transport:
         secrets, code = self._secrets, "error"
         check = None if options.check is None else RequestCheck(body or b"", options.check)
         try:
-            # aiohttp's own timeout is not used: if the task is cancelled in the loop iteration in
-            # which the timeout expires, aiohttp raises a timeout in place of the cancellation.
+            # Do not use aiohttp's timeout: if the task is cancelled in the same loop iteration in
+            # which the timeout expires, aiohttp would raise a timeout and hide the cancellation.
             with Bound(until - started, self._timer):
                 response, content = await self._exchange_request(
                     endpoint, url, body, options, check
@@ -272,7 +274,8 @@ class Transport:
         finally:
             if self.on_request is not None and (check is None or check.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
-        # Raised outside of the except block: aiohttp's errors contain the headers with the token.
+        # Raise outside of the except block. Inside it, the context of the error would be aiohttp's
+        # error, which contains the headers of the request with the token.
         if check is not None and check.refusal is not None:
             raise check.refusal
         raise failure
@@ -321,10 +324,10 @@ class Transport:
     ) -> tuple[aiohttp.ClientResponse, bytes | OversizedBody]:
         data: object = check
         if check is None:
-            # A large body is sent in pieces, or it would block the loop and aiohttp would warn of
-            # that.
+            # aiohttp sends a BytesIO in pieces. In one piece, a large body would block the loop.
             data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
-        elif self._given is not None:  # the caller's session cannot verify a `RequestCheck`
+        # A session of the caller does not use `GuardedRequest`, so a payload must run the check.
+        elif self._given is not None:
             data = CheckedBody(check, headers_first=True)
         connections = self._connections
         new = options.new_connection
@@ -338,12 +341,13 @@ class Transport:
         )
         try:
             if check is not None and check.refusal is not None:
-                # The check failed, so no request was sent: the server has sent this answer unasked.
+                # The check failed, so nothing was sent. The server sent this answer without a
+                # request.
                 raise NotSentError
             return response, await read_bounded(response, endpoint.limit)
         finally:
-            # Reading ended early, by an error or a cancellation: aiohttp closes the connection,
-            # because it has unread bytes.
+            # After an error or a cancellation, the connection has unread bytes, and `release` then
+            # closes it.
             if not response.closed:
                 response.release()
 
@@ -369,11 +373,15 @@ class Transport:
         )
 
     async def _renew_token(self, refused: str, until: float) -> bool:
-        """Read the token's source again; return whether its token differs from `refused`."""
+        """Read the token again from its source; return whether it differs from `refused`.
+
+        `refused` is the token that the control plane has refused.
+        """
         if not self._renews:
             return False
+        # A concurrent request may have renewed the token already.
         if self._token != refused:
-            return True  # a concurrent request was refused, too, and has renewed the token
+            return True
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
@@ -399,7 +407,7 @@ class Transport:
 
         files = (settings.token_file, settings.api_key_file)
         if not (any(files) or settings.ca_file or settings.client_cert_file):
-            return read_credentials()  # does not block the loop: all settings are in memory
+            return read_credentials()  # no thread is needed, because no file is read
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.get_running_loop().run_in_executor(
@@ -435,11 +443,14 @@ class Transport:
                 hide_token(value)
 
     def _public_headers(self) -> dict[str, str]:
-        """Return the headers that contain no secrets; a proxy receives them, too, as defaults."""
+        """Return the headers without secrets.
+
+        They are default headers of the aiohttp session, so a proxy receives them, too.
+        """
         rules = DIALECTS[self._settings.dialect]
         headers = {
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # decompressing a small answer costs more than it saves
+            "Accept-Encoding": "identity",  # answers are small, so compression costs more CPU time
             "User-Agent": f"workpool/{_package_version()}",
             **rules.headers,
         }
@@ -449,7 +460,10 @@ class Transport:
 
 
 def _require_event_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-    """Return the response if it is an event stream; a gateway may send a page with status 200."""
+    """Return the response if it is an event stream.
+
+    Otherwise raise an error: a gateway may have answered with an HTML page and status 200.
+    """
     if response.content_type == "text/event-stream":
         return response
     response.close()
