@@ -58,7 +58,7 @@ MODULES_WITH_BROAD_EXCEPT = {
     "pool/diagnostics.py",  # Raises an error of the report's thread in the thread that waits.
     "server/stores/sqlite.py",  # Reports an error of the writer thread on the loop.
     # aiohttp would take an error of a caller's check for a failed connection.
-    "wire/http/guarded_request.py",
+    "wire/http/checked_request.py",
     # Calls a function on a thread, and raises its error where the result is awaited.
     "wire/http/daemon_threads.py",
     "cli/environment_group.py",  # Raises an environment's error once all others have ended.

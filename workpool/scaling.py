@@ -100,7 +100,7 @@ FLEET_NUMBERS: Final[Mapping[str, str]] = {
 """The numbers of an environment, in the order of their JSON, and what they mean."""
 
 
-def fleet_numbers(
+def scaling_numbers(
     load: FleetLoad, rule: ReplicaRule, *, age_seconds: float = 0.0
 ) -> dict[str, float]:
     """Return the load and the recommended workers as a flat JSON object, for autoscalers.

@@ -1,4 +1,4 @@
-"""What a handler uses: its `Session`, `current_session`, `Release`, `Outcome` and `HandedLease`.
+"""The interface of a handler: `Session`, `current_session`, `Release`, `Outcome`, `HandedLease`.
 
 Each call that reaches the control plane checks right before it is sent that the pool holds the
 item. See workpool/docs/handlers.md, "The session".

@@ -190,7 +190,7 @@ def _host_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:64].strip("-") or "worker"
 
 
-class _GivenValue(NamedTuple):
+class _SourcedValue(NamedTuple):
     """The value of a setting, with the place that it comes from.
 
     Attributes:
@@ -204,7 +204,7 @@ class _GivenValue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """Where the settings come from, and what the TOML file contains besides settings.
+    """The sources of the settings, and the content of the TOML file besides settings.
 
     Attributes:
         file: The path of the TOML file; None without one.
@@ -236,16 +236,16 @@ class _ConfigFile(NamedTuple):
     plugins: Mapping[str, Table]
     environments: Mapping[str, Table]
 
-    def process_layer(self) -> dict[str, _GivenValue]:
+    def process_settings(self) -> dict[str, _SourcedValue]:
         """Return the settings of the table `[workpool]`."""
-        return {name: _GivenValue(value, str(self.path)) for name, value in self.table.items()}
+        return {name: _SourcedValue(value, str(self.path)) for name, value in self.table.items()}
 
-    def environment_layer(self, environment_id: str) -> dict[str, _GivenValue]:
+    def environment_settings(self, environment_id: str) -> dict[str, _SourcedValue]:
         """Return the settings of the table `[workpool.environments.ID]` for this id."""
         table = {**self.environments[environment_id], "environment_id": environment_id}
         origin = self.table_name(environment_id)
         return {
-            name: _GivenValue(value, origin) for name, value in table.items() if name != "plugin"
+            name: _SourcedValue(value, origin) for name, value in table.items() if name != "plugin"
         }
 
     def table_name(self, environment_id: str) -> str:
@@ -523,12 +523,12 @@ class Settings:
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
         file = self._read_file(config)
         variables, keywords = _settings_from_variables(), self._keyword_values(values)
-        given = {**variables, **keywords}.get("environment_id", _GivenValue(None, ""))
-        layer: dict[str, _GivenValue] = {}
-        problems = _choice_problems(file, given)
+        given = {**variables, **keywords}.get("environment_id", _SourcedValue(None, ""))
+        layer: dict[str, _SourcedValue] = {}
+        problems = _environment_id_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
-            layer = file.environment_layer(given.value)
-            problems = _table_problems(file, given.value)
+            layer = file.environment_settings(given.value)
+            problems = _environment_table_problems(file, given.value)
         self._load_layers(file, (variables, layer, keywords), problems, chosen=bool(given.value))
 
     @classmethod
@@ -550,13 +550,13 @@ class Settings:
         for environment_id in process.environment_ids:
             layers = (
                 _settings_from_variables(),
-                file.environment_layer(environment_id),
+                file.environment_settings(environment_id),
                 cls._keyword_values(values),
             )
             one = cls.__new__(cls)
             try:
                 one._load_layers(  # noqa: SLF001 - of this class
-                    file, layers, _table_problems(file, environment_id), chosen=True
+                    file, layers, _environment_table_problems(file, environment_id), chosen=True
                 )
             except SettingsError as error:
                 problems += error.problems
@@ -566,7 +566,7 @@ class Settings:
             needed = len(process.environment_ids)
             problem = f"concurrency: must be {needed} or more, one for each environment"
             origin = {"concurrency": process.origin_of("concurrency")}
-            problems.append(_with_origin(problem, origin))
+            problems.append(_append_sources(problem, origin))
         if problems:
             raise SettingsError(tuple(dict.fromkeys(problems)))
         return process, tuple(found)
@@ -574,7 +574,7 @@ class Settings:
     def _load_layers(
         self,
         file: _ConfigFile,
-        layers: Iterable[Mapping[str, _GivenValue]],
+        layers: Iterable[Mapping[str, _SourcedValue]],
         problems: Iterable[str],
         *,
         chosen: bool,
@@ -590,10 +590,10 @@ class Settings:
         Raises:
             SettingsError: There are problems, or some settings are wrong.
         """
-        given, more = _merge_layers(file.process_layer(), *layers)
+        given, more = _merge_layers(file.process_settings(), *layers)
         parsed, wrong = _parse_values(given)
         origins = {name: each.origin for name, each in given.items()}
-        problems = [*problems, *(_with_origin(each, origins) for each in (*more, *wrong))]
+        problems = [*problems, *(_append_sources(each, origins) for each in (*more, *wrong))]
         self._raise_problems(problems, {})
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
@@ -612,8 +612,10 @@ class Settings:
         return _read_config(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
 
     @classmethod
-    def _keyword_values(cls, values: Mapping[str, Any]) -> dict[str, _GivenValue]:
-        return {name: _GivenValue(value, cls._source_name(name)) for name, value in values.items()}
+    def _keyword_values(cls, values: Mapping[str, Any]) -> dict[str, _SourcedValue]:
+        return {
+            name: _SourcedValue(value, cls._source_name(name)) for name, value in values.items()
+        }
 
     @staticmethod
     def _source_name(name: str) -> str:
@@ -627,7 +629,7 @@ class Settings:
     @staticmethod
     def _raise_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
         """Raise `SettingsError` if there are problems; each is named with its source."""
-        found = tuple(_with_origin(problem, origins) for problem in problems)
+        found = tuple(_append_sources(problem, origins) for problem in problems)
         if found:
             raise SettingsError(found)
 
@@ -747,9 +749,9 @@ class Settings:
                 f"write_rate: {self.concurrency} sessions send {heartbeats:.1f} heartbeats a"
                 f" second, more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
             )
-        return (*found, *self._completion_warnings())
+        return (*found, *self._write_rate_warnings())
 
-    def _completion_warnings(self) -> Iterator[str]:
+    def _write_rate_warnings(self) -> Iterator[str]:
         """Warn if the write rate is too low to complete all sessions when they end together."""
         if not self.write_limit:
             return
@@ -803,15 +805,15 @@ def _read_config(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFil
         twice = "a table or key is given twice" if " twice " in str(error) else "not TOML"
         table, problem = None, f"{twice} {place[0]}" if place else "not TOML"
     if isinstance(table, dict):
-        problem = _form_problem(table)
+        problem = _find_table_problem(table)
         if not problem:
             below = table.pop("plugin", {}), table.pop("environments", {})
             return _ConfigFile(Path(file), table, *below)
-    found = _with_origin(f"config: {os.fspath(file)}: {problem}", {"config": origin})
+    found = _append_sources(f"config: {os.fspath(file)}: {problem}", {"config": origin})
     raise SettingsError((found,))
 
 
-def _form_problem(table: Table) -> str:
+def _find_table_problem(table: Table) -> str:
     """Return what is wrong with the sub-tables of `[workpool]`; empty if nothing is wrong."""
     for name in ("plugin", "environments"):
         below = table.get(name, {})
@@ -828,7 +830,7 @@ def _form_problem(table: Table) -> str:
     return ""
 
 
-def _choice_problems(file: _ConfigFile, given: _GivenValue) -> list[str]:
+def _environment_id_problems(file: _ConfigFile, given: _SourcedValue) -> list[str]:
     """Return what is wrong with `environment_id` in a file that has tables of environments.
 
     `given` is the value from a variable or a keyword, which names no environment of the file.
@@ -844,11 +846,11 @@ def _choice_problems(file: _ConfigFile, given: _GivenValue) -> list[str]:
     if given.value:
         known = ", ".join(file.environments)
         problem = f"environment_id: {file.path} has tables of {known}, and none of this one"
-        problems.append(_with_origin(problem, {"environment_id": given.origin}))
+        problems.append(_append_sources(problem, {"environment_id": given.origin}))
     return problems
 
 
-def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
+def _environment_table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
     """Return a problem for each setting that an environment's table may not have."""
     refused = {
         "environment_id": "the name of the table is the id; remove it",
@@ -857,7 +859,7 @@ def _table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
     }
     table, origin = file.environments[environment_id], file.table_name(environment_id)
     problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
-    return problems + _choice_problems(file, _GivenValue(None, ""))
+    return problems + _environment_id_problems(file, _SourcedValue(None, ""))
 
 
 def _plugin_names(plugins: object) -> set[str]:
@@ -874,7 +876,7 @@ def _plugin_names(plugins: object) -> set[str]:
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 
-def _settings_from_variables() -> dict[str, _GivenValue]:
+def _settings_from_variables() -> dict[str, _SourcedValue]:
     """Return the settings from environment variables. An empty variable counts as not set.
 
     An empty `base_url` is an exception, and becomes an error later: as not set, it would make the
@@ -885,16 +887,18 @@ def _settings_from_variables() -> dict[str, _GivenValue]:
     for name in DESCRIPTIONS:
         variable = environment.get(f"{PREFIX}{name.upper()}")
         if variable is not None and (os.environ[variable] or name == "base_url"):
-            found[name] = _GivenValue(os.environ[variable], variable)
+            found[name] = _SourcedValue(os.environ[variable], variable)
     return found
 
 
-def _merge_layers(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenValue], list[str]]:
+def _merge_layers(
+    *layers: Mapping[str, _SourcedValue],
+) -> tuple[dict[str, _SourcedValue], list[str]]:
     """Merge layers of settings; a later layer overrides an earlier one.
 
     Return the merged settings, and the problems: conflicting or unknown settings.
     """
-    merged: dict[str, _GivenValue] = {}
+    merged: dict[str, _SourcedValue] = {}
     problems: list[str] = []
     for layer in layers:
         for name, file in CREDENTIALS:
@@ -911,14 +915,14 @@ def _merge_layers(*layers: Mapping[str, _GivenValue]) -> tuple[dict[str, _GivenV
     dialect = merged.get("dialect")
     for name, rules in DIALECTS.items():
         if dialect is not None and name == dialect.value:
-            merged.setdefault("base_url", _GivenValue(rules.base_url, ""))
+            merged.setdefault("base_url", _SourcedValue(rules.base_url, ""))
     problems += [
         _unknown_setting(name, DESCRIPTIONS) for name in merged if name not in DESCRIPTIONS
     ]
     return merged, problems
 
 
-def _parse_values(given: Mapping[str, _GivenValue]) -> tuple[Table, list[str]]:
+def _parse_values(given: Mapping[str, _SourcedValue]) -> tuple[Table, list[str]]:
     """Return the value of each setting, and the problems of the wrong settings."""
     values: Table = {}
     problems: list[str] = []
@@ -935,7 +939,7 @@ def _parse_values(given: Mapping[str, _GivenValue]) -> tuple[Table, list[str]]:
     return values, problems
 
 
-def _with_origin(problem: str, origins: Mapping[str, str]) -> str:
+def _append_sources(problem: str, origins: Mapping[str, str]) -> str:
     """Return the text of a problem, with the sources of the settings before its colon."""
     names = problem.partition(":")[0].split(", ")
     found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))

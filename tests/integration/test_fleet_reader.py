@@ -234,7 +234,7 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
         if order == "newest first":
             items.reverse()
         counter = ItemCounter(client)
-        counter._skip_stopped_items(items)
+        counter._set_start_after_stopped_items(items)
         assert (counter._after is not None) == skips
 
 

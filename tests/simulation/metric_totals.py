@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.metrics.collectors import collectors_of
+from workpool.metrics.collectors import collector_for_registry
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -27,7 +27,7 @@ _LABEL: Final = {
 def counter_totals(registry: CollectorRegistry) -> Counter[tuple[str, ...]]:
     """Return the current value of each counter, by name and label value."""
     found: Counter[tuple[str, ...]] = Counter()
-    stores: Any = collectors_of(registry).stores
+    stores: Any = collector_for_registry(registry).stores
     for name, label in _LABEL.items():
         place = list(stores[name]._row.labels).index(label)
         for labels, count in stores[name]._series.items():

@@ -78,10 +78,10 @@ def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     scene = DemoTestbed()
     assert scene.claim_item("one") == []
     assert (
-        scene.state.names_held_by("one") == []
+        scene.state.held_item_names("one") == []
     )  # A worker holds a session from the first heartbeat on.
     scene.send_heartbeat("one")
-    assert scene.state.names_held_by("one") == ["session 01"]
+    assert scene.state.held_item_names("one") == ["session 01"]
     assert scene.expire_lease() == ["session 01 is free again: the lease of one lapsed"]
     assert scene.state.held == {}
     assert scene.claim_item("two") == ["session 01 reclaimed by two"]

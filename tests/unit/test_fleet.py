@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workpool.cli.fleet import FleetReaders
+from workpool.cli.fleet import FleetLoadReaders
 from workpool.cli.fleet_reader import FleetReader
 from workpool.scaling import FleetLoad, ReplicaRule, total_load
 from workpool.settings import Settings
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def fleet_with_loads(
     loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
-) -> FleetReaders:
+) -> FleetLoadReaders:
     """Return a fleet whose readers have read these loads, or nothing yet where a load is None."""
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
@@ -24,12 +24,12 @@ def fleet_with_loads(
         reader = FleetReader(client, interval=15, max_age=120, clock=lambda: 100.0)
         reader._last = None if load is None else (100.0 - number, load)
         readers[environment_id] = reader
-    return FleetReaders(readers, slots, ReplicaRule(7, 1, 20))
+    return FleetLoadReaders(readers, slots, ReplicaRule(7, 1, 20))
 
 
 def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
-    numbers = fleet_with_loads(loads, {"env_a": 8, "env_b": 8}).total_numbers()
+    numbers = fleet_with_loads(loads, {"env_a": 8, "env_b": 8}).fleet_scaling_numbers()
     assert numbers is not None
     assert (numbers["queued"], numbers["pending"], numbers["running"]) == (4, 1, 10)
     assert (numbers["oldest_queued_seconds"], numbers["lower_bound"]) == (9.0, True)
@@ -39,7 +39,7 @@ def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:
 def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
     loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
     fleet = fleet_with_loads(loads, {"env_a": 8, "env_b": 2})
-    numbers, few = fleet.total_numbers(), fleet.environment_numbers("env_b")
+    numbers, few = fleet.fleet_scaling_numbers(), fleet.environment_scaling_numbers("env_b")
     assert numbers is not None
     assert few is not None
     assert numbers["recommended_replicas"] == few["recommended_replicas"] == 5
@@ -47,8 +47,8 @@ def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
 
 def test_fleet_numbers_are_unknown_while_one_environment_is_not_read() -> None:
     fleet = fleet_with_loads({"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8})
-    assert fleet.total_numbers() is None
-    assert fleet.environment_numbers("env_a") is not None
+    assert fleet.fleet_scaling_numbers() is None
+    assert fleet.environment_scaling_numbers("env_a") is not None
     assert fleet.unready_reasons() == ["env_b: the queue is not read to its end yet"]
 
 

@@ -132,8 +132,8 @@ def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None
     plugins = Plugins.load([DiskCheckPlugin()], [], {})
     failures: list[Event] = []
     plugins.metrics = failures.append
-    assert plugins.can_refuse
-    assert [plugins.refusal_reason("the pool") for _ in range(4)] == [
+    assert plugins.has_admission_hook
+    assert [plugins.admission_refusal_reason("the pool") for _ in range(4)] == [
         None,
         "DiskCheckPlugin: disk full",
         "DiskCheckPlugin: workpool_admission failed",
@@ -141,7 +141,7 @@ def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None
     ]
     assert asked == ["the pool"] * 4
     assert len(failures) == 2
-    assert not Plugins.load([], [], {}).can_refuse
+    assert not Plugins.load([], [], {}).has_admission_hook
 
 
 def test_event_hook_receives_events() -> None:
@@ -174,7 +174,7 @@ def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
     assert plugins.handler_for(ITEM) is None
     assert plugins.session_contexts(session) == []
     assert plugins.lifespan_contexts(cast("Any", None)) == []
-    assert plugins.refusal_reason(None) is None
+    assert plugins.admission_refusal_reason(None) is None
     plugins.notify_observers(DrainStarted(timeout=None))
 
     assert called == [hook]

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workpool.scaling import FLEET_NUMBERS, SLOTS_PER_WORKER, FleetLoad, ReplicaRule, fleet_numbers
+from workpool.scaling import (
+    FLEET_NUMBERS,
+    SLOTS_PER_WORKER,
+    FleetLoad,
+    ReplicaRule,
+    scaling_numbers,
+)
 from workpool.settings import Settings
 
 COUNTS = st.integers(0, 10_000)
@@ -63,7 +69,7 @@ def test_replica_rule_out_of_range_is_refused(wrong: tuple[int, int, int]) -> No
 
 
 def test_fleet_numbers_are_a_flat_mapping_of_numbers() -> None:
-    numbers = fleet_numbers(
+    numbers = scaling_numbers(
         FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20), age_seconds=2.5
     )
     assert numbers == {

@@ -156,5 +156,5 @@ async def test_request_that_starts_after_another_ended_is_bounded_by_shared_time
     for seconds in (0.1, 0.05):
         with pytest.raises(TimeoutError), Bound(seconds, timer):
             await asyncio.sleep(LONG)
-    timer.unset()
+    timer.cancel()
     assert timer.at == float("inf")

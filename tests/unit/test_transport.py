@@ -39,8 +39,8 @@ from workpool.errors import (
 from workpool.settings import Settings
 from workpool.wire import endpoints
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
+from workpool.wire.http.checked_request import INFORMATIONAL_MAX
 from workpool.wire.http.environment_proxy import proxy_for_url
-from workpool.wire.http.guarded_request import INFORMATIONAL_MAX
 from workpool.wire.http.transport import Transport
 from workpool.wire.response import (
     CODES,

@@ -20,8 +20,8 @@ from workpool.cli.flags import (
     Config,
     Json,
     PluginNames,
+    add_setting_flags,
     read_environments,
-    with_setting_flags,
 )
 from workpool.cli.help_text import examples_section
 from workpool.cli.output import print_json
@@ -61,7 +61,7 @@ EXAMPLES: Final = examples_section(
 )
 
 
-@with_setting_flags
+@add_setting_flags
 def check(
     plugins: PluginNames = None,
     config: Config = None,

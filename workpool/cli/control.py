@@ -189,7 +189,7 @@ def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
         raise ControlError("the reason is too long")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(ANSWER_SECONDS)
-        _connect_to_own_socket(connection, path)
+        _connect_to_user_socket(connection, path)
         connection.sendall(line)
         received = _receive_answer(connection)
     try:
@@ -201,7 +201,7 @@ def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
     return answer
 
 
-def _connect_to_own_socket(connection: socket.socket, path: Path) -> None:
+def _connect_to_user_socket(connection: socket.socket, path: Path) -> None:
     """Connect to a control socket that belongs to this user.
 
     Raises:

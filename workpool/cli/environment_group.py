@@ -284,7 +284,7 @@ class EnvironmentGroup:
                 await self._changed.wait()
 
     @asynccontextmanager
-    async def _marking_opened(self, environment_id: str | None) -> AsyncIterator[None]:
+    async def _mark_opened_on_entry(self, environment_id: str | None) -> AsyncIterator[None]:
         """A context that its lease renewer enters; entering it marks the environment as opened."""
         self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
         yield
@@ -334,7 +334,7 @@ class EnvironmentGroup:
         share = self._shares[settings.environment_id]
         supervisor.shared = SharedParts(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
-        supervisor.renewer_services = [self._marking_opened(settings.environment_id)]
+        supervisor.renewer_services = [self._mark_opened_on_entry(settings.environment_id)]
         supervisor.on_blocked = partial(self._handle_renewal_failure, supervisor)
         return supervisor
 

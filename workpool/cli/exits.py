@@ -143,7 +143,7 @@ def end_process_now(status: int) -> NoReturn:
         os._exit(status)
 
 
-def end_process_after(seconds: float, status: int) -> None:
+def schedule_process_end(seconds: float, status: int) -> None:
     """Start a timer that ends the process after `seconds`, and return at once.
 
     May be called on any thread.
@@ -157,18 +157,18 @@ def end_process_after(seconds: float, status: int) -> None:
         raise
 
 
-def end_process_despite_threads(seconds: float, status: int) -> None:
+def end_process_if_threads_remain(seconds: float, status: int) -> None:
     """Start a timer that ends the process after `seconds` if non-daemon threads still run.
 
     Without the timer, the interpreter would wait for these threads without a bound. A warning is
     logged for each of them.
     """
-    timer = threading.Timer(seconds, _abandon_threads, (status,))
+    timer = threading.Timer(seconds, _end_process_if_threads_run, (status,))
     timer.daemon = True
     timer.start()
 
 
-def _abandon_threads(status: int) -> None:
+def _end_process_if_threads_run(status: int) -> None:
     main = threading.main_thread()
     left = [each for each in threading.enumerate() if not each.daemon and each is not main]
     for thread in left:

@@ -119,7 +119,7 @@ def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tupl
     return FlagSettings.of_environments(config=config, **_given_flags(flags))
 
 
-def require_connections(settings: Settings, environments: Sequence[Settings]) -> None:
+def require_connection_settings(settings: Settings, environments: Sequence[Settings]) -> None:
     """Check that each environment has the settings that its connection needs.
 
     Raises:
@@ -140,7 +140,7 @@ def _given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
-def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
+def add_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Decorate a command: add a flag for each setting.
 
     The command receives the values of these flags as its argument `flags`, a mapping.

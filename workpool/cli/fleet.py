@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from workpool.scaling import ReplicaRule, fleet_numbers, total_load
+from workpool.scaling import ReplicaRule, scaling_numbers, total_load
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from workpool.cli.fleet_reader import FleetReader
 
 
-class FleetReaders:
+class FleetLoadReaders:
     """Reads the load of each environment of a fleet, and computes the numbers for autoscalers.
 
     Each worker of the fleet works for all of these environments.
@@ -40,7 +40,7 @@ class FleetReaders:
             for environment_id, slots in own_slots.items()
         }
 
-    def total_numbers(self) -> dict[str, float] | None:
+    def fleet_scaling_numbers(self) -> dict[str, float] | None:
         """Return the scaling numbers of the fleet; None if the load of an environment is unknown.
 
         The recommended number of workers suffices for all items together, and for the items of
@@ -48,7 +48,7 @@ class FleetReaders:
         May be called on any thread.
         """
         found = {
-            environment_id: self.environment_numbers(environment_id)
+            environment_id: self.environment_scaling_numbers(environment_id)
             for environment_id in self.readers
         }
         loads = [reader.last_load for reader in self.readers.values()]
@@ -56,14 +56,14 @@ class FleetReaders:
         if len(known) < len(found) or None in loads:
             return None
         total = total_load([load for load in loads if load is not None])
-        numbers = fleet_numbers(
+        numbers = scaling_numbers(
             total, self._rule, age_seconds=max(each["age_seconds"] for each in known)
         )
         wanted = [numbers, *known]
         numbers["recommended_replicas"] = max(each["recommended_replicas"] for each in wanted)
         return numbers
 
-    def environment_numbers(self, environment_id: str) -> dict[str, float] | None:
+    def environment_scaling_numbers(self, environment_id: str) -> dict[str, float] | None:
         """Return the scaling numbers of one environment; None if its load is unknown.
 
         May be called on any thread.
@@ -72,7 +72,7 @@ class FleetReaders:
         load, age = reader.last_load, reader.age_seconds
         if load is None or age is None:
             return None
-        return fleet_numbers(load, self._rules[environment_id], age_seconds=age)
+        return scaling_numbers(load, self._rules[environment_id], age_seconds=age)
 
     def unready_reasons(self) -> list[str]:
         """Return the reasons why the load of an environment is unknown; empty if all are known.

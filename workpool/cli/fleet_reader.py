@@ -131,10 +131,10 @@ class FleetReader:
             )
         count = await self._counter.count_items()
         if refusal is not None:
-            self._log_refusal(refusal)
+            self._log_refused_statistics(refusal)
         return None if count.before_unfinished else combined_load(stats, count)
 
-    def _log_refusal(self, refusal: RefusedError) -> None:
+    def _log_refused_statistics(self, refusal: RefusedError) -> None:
         """Log once that the credential may read the list of items but not the statistics."""
         if not self._without_statistics:
             self._without_statistics = True

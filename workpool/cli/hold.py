@@ -141,7 +141,7 @@ def hold(
     )
     if ignored:
         log_config.log.warning("hold: settings without effect: %s", ", ".join(ignored))
-    _leave_parent_session()
+    _detach_from_parent()
     signals = SignalEvents(hangup_ends=False)
     status = run_supervisor(pool, signals)
     log_config.log.info("held", extra={"work_id": work_id, "outcome": program.outcome})
@@ -160,7 +160,7 @@ def item_token_variables(settings: Settings) -> dict[str, str]:
     }
 
 
-def _leave_parent_session() -> None:
+def _detach_from_parent() -> None:
     """Leave the parent's process group, so that signals to the group do not reach this process."""
     if hasattr(os, "setsid"):
         # `setsid` fails if this process leads a process group already; then nothing is to be done.

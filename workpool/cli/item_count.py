@@ -21,7 +21,7 @@ LISTED_ITEMS_MAX: Final = 2000
 
 
 class ItemCount(NamedTuple):
-    """How many unfinished items one reading of the list found, by state.
+    """The result of one count: the number of queued and of running items in the list.
 
     Attributes:
         queued: Queued items, delivered or not.
@@ -61,8 +61,8 @@ class ItemCounter:
         Raises:
             ControlPlaneError: The list cannot be read.
         """
-        found = await self._read_list()
-        self._skip_stopped_items(found.items)
+        found = await self._list_items_to_count()
+        self._set_start_after_stopped_items(found.items)
         states = Counter(item.state for item in found.items)
         queued = [item.created_at for item in found.items if item.state == QUEUED]
         return ItemCount(
@@ -73,7 +73,7 @@ class ItemCounter:
             before_unfinished=not found.complete and self._after == found.last_id is not None,
         )
 
-    async def _read_list(self) -> FoundItems:
+    async def _list_items_to_count(self) -> FoundItems:
         """Read the items after `_after`, or the whole list if `_after` is None or is refused."""
         if self._after is not None:
             try:
@@ -87,17 +87,17 @@ class ItemCounter:
     def _find_items(self, after_id: str | None = None) -> Awaitable[FoundItems]:
         return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
 
-    def _skip_stopped_items(self, items: Sequence[WorkItem]) -> None:
+    def _set_start_after_stopped_items(self, items: Sequence[WorkItem]) -> None:
         """Set where the next count begins: after the stopped items at the beginning of the list."""
         # Skip items only if the list is long enough to show that it is in order of creation. In a
         # list with another order, new items could come before that point and never be counted.
-        if len(items) >= LIST_LIMIT_MAX and _in_order_of_creation(items):
+        if len(items) >= LIST_LIMIT_MAX and _is_in_creation_order(items):
             stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
             if stopped:
                 self._after = items[stopped - 1].id
 
 
-def _in_order_of_creation(items: Sequence[WorkItem]) -> bool:
+def _is_in_creation_order(items: Sequence[WorkItem]) -> bool:
     """Return whether each item has a larger id than the one before it, and no earlier time.
 
     In such a list, new items come at the end.

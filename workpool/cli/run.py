@@ -20,10 +20,10 @@ from workpool.cli.control_socket import ControlSocket
 from workpool.cli.flags import (
     Config,
     PluginNames,
+    add_setting_flags,
     import_from_current_directory,
     read_environments,
-    require_connections,
-    with_setting_flags,
+    require_connection_settings,
 )
 from workpool.cli.help_text import examples_section
 from workpool.cli.pool_interface import RunnablePool
@@ -52,7 +52,7 @@ EXAMPLES: Final = examples_section(
 )
 
 
-@with_setting_flags
+@add_setting_flags
 def run(
     context: typer.Context,
     plugins: PluginNames = None,
@@ -73,7 +73,7 @@ def run(
         if is_verbose(context):
             flags = {**flags, "log_level": "debug"}
         settings, environments = read_environments(config, plugins=plugins, **flags)
-        require_connections(settings, environments)
+        require_connection_settings(settings, environments)
         if settings.metrics_listen is None:
             settings = settings.replace(metrics_listen=METRICS_LISTEN)
         pool = _new_pool(settings, environments)
@@ -147,7 +147,7 @@ def _end_process(supervisor: RunnablePool) -> None:
         failed = supervisor.status().error is not None
     finally:
         if failed:
-            exits.end_process_after(exits.FAILED_SECONDS, exits.FAILED)
+            exits.schedule_process_end(exits.FAILED_SECONDS, exits.FAILED)
         else:
             exits.end_process_now(exits.FAILED)
 
@@ -166,7 +166,7 @@ async def _run_and_clean_up(
     if left_tasks:
         # Do not return to `asyncio.Runner`: it would wait without a bound for these tasks.
         exits.end_process_now(status)
-    exits.end_process_despite_threads(THREADS_SECONDS, status)
+    exits.end_process_if_threads_remain(THREADS_SECONDS, status)
     return status
 
 

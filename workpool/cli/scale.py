@@ -22,9 +22,9 @@ from workpool.cli.flags import (
     Config,
     EnvironmentId,
     read_environments,
-    require_connections,
+    require_connection_settings,
 )
-from workpool.cli.fleet import FleetReaders
+from workpool.cli.fleet import FleetLoadReaders
 from workpool.cli.fleet_reader import FleetReader
 from workpool.cli.help_text import examples_section
 from workpool.cli.rate_limit_groups import shared_rate_limits
@@ -100,7 +100,7 @@ def scale(
             base_url=base_url,
             metrics_listen=metrics_listen,
         )
-        require_connections(settings, tables)
+        require_connection_settings(settings, tables)
         if settings.metrics_listen is None:
             settings = settings.replace(metrics_listen=SCALE_LISTEN)
         if settings.metrics_address is None:
@@ -119,7 +119,9 @@ def scale(
         rule = ReplicaRule(slots, min_replicas, max_replicas)
         new_reader = functools.partial(FleetReader, interval=interval, max_age=max_age)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(_run_until_signal(_serve_numbers(settings, environments, rule, new_reader)))
+            runner.run(
+                _run_until_signal(_serve_scaling_numbers(settings, environments, rule, new_reader))
+            )
 
 
 async def _run_until_signal(serve: Coroutine[Any, Any, None]) -> None:
@@ -135,7 +137,7 @@ async def _run_until_signal(serve: Coroutine[Any, Any, None]) -> None:
         log_config.log.info("scale ends", extra={"signal": ending.name if ending else None})
 
 
-async def _serve_numbers(
+async def _serve_scaling_numbers(
     settings: Settings,
     environments: Sequence[Settings],
     rule: ReplicaRule,
@@ -150,7 +152,7 @@ async def _serve_numbers(
             environment_id = str(each.environment_id)
             readers[environment_id] = new_reader(await stack.enter_async_context(client))
             slots[environment_id] = each.concurrency
-        fleet = FleetReaders(readers, slots, rule)
+        fleet = FleetLoadReaders(readers, slots, rule)
         registry = CollectorRegistry()
         registry.register(FleetMetrics(fleet))
         address = settings.metrics_address
@@ -158,7 +160,7 @@ async def _serve_numbers(
         exporter = Exporter(
             address.host or "", address.port, registry, health=list, readiness=fleet.unready_reasons
         )
-        exporter.scale = fleet.total_numbers
+        exporter.scale = fleet.fleet_scaling_numbers
         async with exporter:
             typer.echo(f"ready {exporter.url}/scale")
             await fleet.read_loads_until_cancelled()
@@ -170,12 +172,14 @@ class FleetMetrics(Collector):
     An environment whose load is unknown is left out.
     """
 
-    def __init__(self, fleet: FleetReaders) -> None:
+    def __init__(self, fleet: FleetLoadReaders) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
         """Return one gauge for each key of `FLEET_NUMBERS`, with a sample for each environment."""
-        found = {each: self._fleet.environment_numbers(each) for each in self._fleet.readers}
+        found = {
+            each: self._fleet.environment_scaling_numbers(each) for each in self._fleet.readers
+        }
         for key, text in FLEET_NUMBERS.items():
             family = GaugeMetricFamily(METRIC_PREFIX + key, text, labels=("environment_id",))
             for environment_id, numbers in found.items():

@@ -129,8 +129,8 @@ def serve(
         if migrate:
             _migrate_database(store)
             return
-        grants = dict.fromkeys(token or []) | _read_grants(token_file, "--token-file")
-        scale_grants = _read_grants(scale_token_file, "--scale-token-file")
+        grants = dict.fromkeys(token or []) | _read_token_file(token_file, "--token-file")
+        scale_grants = _read_token_file(scale_token_file, "--scale-token-file")
         if not grants and not _is_loopback(host):
             raise ServeError(
                 f"{host} is not a loopback address: set WORKPOOL_SERVE_TOKEN or give --token-file"
@@ -196,12 +196,12 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
 async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json: bool) -> None:
     async with plane:
         hide_token(plane.token)
-        typer.echo(_ready_line(plane, shown, as_json=as_json))
+        typer.echo(_startup_line(plane, shown, as_json=as_json))
         # Wait until the store fails, which raises an error.
         await plane.engine.wait_for_failure()
 
 
-def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
+def _startup_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
     """Return the line that is printed at start: the address, and `token` if it is given."""
     if as_json:
         ready = {
@@ -219,7 +219,7 @@ def _ready_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str
     return " ".join(words if token is None else [*words, f"WORKPOOL_TOKEN={token}"])
 
 
-def _read_grants(file: Path | None, flag: str) -> dict[str, frozenset[str] | None]:
+def _read_token_file(file: Path | None, flag: str) -> dict[str, frozenset[str] | None]:
     """Read a token file: the environments that each token may use.
 
     Return an empty mapping if `file` is None.

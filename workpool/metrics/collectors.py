@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 
-class Collectors(Collector):
+class MetricsCollector(Collector):
     """All metrics of workpool on one registry, as one Prometheus collector.
 
     If the registry has another metric with one of the names, it registers none of them.
@@ -68,13 +68,13 @@ class Collectors(Collector):
         yield from gauge_families(sources)
 
 
-_collectors: WeakKeyDictionary[CollectorRegistry, Collectors] = WeakKeyDictionary()
+_collectors: WeakKeyDictionary[CollectorRegistry, MetricsCollector] = WeakKeyDictionary()
 # Two threads may open supervisors on one registry at once; only one may register the collector.
 _collectors_lock = threading.Lock()
 
 
-def collectors_of(registry: CollectorRegistry) -> Collectors:
-    """Return the `Collectors` of this registry; the first call creates and registers them.
+def collector_for_registry(registry: CollectorRegistry) -> MetricsCollector:
+    """Return the `MetricsCollector` of this registry; the first call creates and registers them.
 
     Raises:
         RegistryError: The registry has another metric with one of the names.
@@ -82,7 +82,7 @@ def collectors_of(registry: CollectorRegistry) -> Collectors:
     with _collectors_lock:
         collectors = _collectors.get(registry)
         if collectors is None:
-            collectors = Collectors()
+            collectors = MetricsCollector()
             try:
                 registry.register(collectors)
             except ValueError as error:

@@ -131,7 +131,7 @@ class PoolSnapshot:
 
 @dataclass(eq=False, slots=True)
 class GaugeSource:
-    """What the gauges of one open supervisor are computed from at a scrape.
+    """The data from which a scrape computes the gauges of one open supervisor.
 
     Attributes:
         snapshot: Returns the state. Called at each scrape, on the thread of the scrape.

@@ -51,7 +51,7 @@ class MetricStore(Protocol):
 def new_metric_store(row: MetricDefinition, lock: threading.RLock) -> MetricStore:
     """Return a new store for this counter or histogram, guarded by `lock`."""
     if values.ValueClass is not values.MutexValue:
-        return _LibraryStore(row)
+        return _PrometheusStore(row)
     return _CounterStore(row, lock) if row.kind == "counter" else _HistogramStore(row, lock)
 
 
@@ -148,13 +148,13 @@ class _HistogramStore:
         return [family]
 
 
-class _LibrarySeries(NamedTuple):
+class _PrometheusSeries(NamedTuple):
     """A series that prometheus_client stores, for its multiprocess mode."""
 
     add: Callable[[float], object]
 
 
-class _LibraryStore:
+class _PrometheusStore:
     """All series of one metric that prometheus_client stores, for its multiprocess mode."""
 
     def __init__(self, row: MetricDefinition) -> None:
@@ -167,6 +167,6 @@ class _LibraryStore:
         self.describe = self._metric.describe
         self.collect = self._metric.collect
 
-    def series(self, labels: tuple[str, ...]) -> _LibrarySeries:
+    def series(self, labels: tuple[str, ...]) -> _PrometheusSeries:
         child = self._metric.labels(*labels) if labels else self._metric
-        return _LibrarySeries(child.inc if isinstance(child, Counter) else child.observe)
+        return _PrometheusSeries(child.inc if isinstance(child, Counter) else child.observe)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, get_args
 from workpool import events as ev
 from workpool.errors import RegistryError
 from workpool.log_fields import pool_logger
-from workpool.metrics.collectors import collectors_of
+from workpool.metrics.collectors import collector_for_registry
 from workpool.metrics.definitions import (
     DEFINITIONS,
     ENVIRONMENT,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from workpool.metrics.collectors import Collectors
+    from workpool.metrics.collectors import MetricsCollector
     from workpool.metrics.definitions import MetricDefinition
     from workpool.metrics.gauges import PoolSnapshot
     from workpool.metrics.metric_values import MetricStore, Series
@@ -63,14 +63,14 @@ def _unix_time() -> float:
     return datetime.now(UTC).timestamp()
 
 
-class _LeftOutSeries:
+class _IgnoredSeries:
     """A series that ignores all amounts, for label values that a metric leaves out on purpose."""
 
     def add(self, _: float) -> None:
         """Do nothing: the amount is not counted."""
 
 
-_LEFT_OUT: Final = _LeftOutSeries()
+_LEFT_OUT: Final = _IgnoredSeries()
 
 
 class _MetricSeries(dict["Hashable", "Series"]):
@@ -134,8 +134,8 @@ def _series_key(values: Iterable[Hashable]) -> Hashable:
     return key[0] if len(key) == 1 else key
 
 
-class _EventEffect(NamedTuple):
-    """How events of one type change one metric: the series, and the amount to add.
+class _MetricUpdate(NamedTuple):
+    """A rule for one type of events and one metric: the series to change, and the amount to add.
 
     Attributes:
         key_of: Returns the key of the series, from the event's values.
@@ -161,8 +161,8 @@ class _AffectedSeries(NamedTuple):
     others: list[tuple[Series, int | None]]
 
 
-class _EventEffects:
-    """How events of one type change the metrics, and the callbacks for these events.
+class _EventUpdates:
+    """The rules by which events of one type change metrics, and the callbacks for these events.
 
     Attributes:
         callbacks: Called with the values of each event.
@@ -176,14 +176,14 @@ class _EventEffects:
         self.labels_of: Callable[[Values], Hashable] = _NO_LABELS
         self.targets: dict[Hashable, _AffectedSeries] = {}
         self._names = _FIELDS[event_type]
-        self._effects: list[_EventEffect] = []
+        self._effects: list[_MetricUpdate] = []
         self._labels: tuple[str, ...] = ()
 
     def add_metric(self, series: _MetricSeries, row: MetricDefinition) -> None:
         """Add a metric that events of this type change."""
         names, labels = self._names, series.labels
         amount_at = None if row.value is None else names.index(row.value)
-        self._effects.append(_EventEffect(series, _label_reader(labels, names), amount_at))
+        self._effects.append(_MetricUpdate(series, _label_reader(labels, names), amount_at))
         self._labels = tuple(dict.fromkeys((*self._labels, *labels)))
         self.labels_of = _label_reader(self._labels, names)
 
@@ -254,11 +254,11 @@ class Metrics:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = _unix_time
     _series: dict[str, _MetricSeries] = field(init=False)
-    _effects: dict[EventType, _EventEffects] = field(init=False)
+    _effects: dict[EventType, _EventUpdates] = field(init=False)
     _acquire: Callable[[], object] = field(init=False)
     _release: Callable[[], None] = field(init=False)
     _source: GaugeSource = field(init=False)
-    _shared: Collectors | None = field(default=None, init=False)
+    _shared: MetricsCollector | None = field(default=None, init=False)
 
     def open(self) -> None:
         """Register the metrics, with all known series at 0, and add the gauges.
@@ -268,7 +268,7 @@ class Metrics:
         """
         if self._shared is not None:
             raise RegistryError("these metrics are open already")
-        shared = collectors_of(self.registry)
+        shared = collector_for_registry(self.registry)
         self._acquire, self._release = shared.stores_lock.acquire, shared.stores_lock.release
         self._source = GaugeSource(
             self.environment_id, self.worker_id, self.version, self.dialect, self.snapshot,
@@ -281,13 +281,13 @@ class Metrics:
             for row in DEFINITIONS
             if row.name in shared.stores
         }
-        self._effects = {event_type: _EventEffects(event_type) for event_type in _FIELDS}
+        self._effects = {event_type: _EventUpdates(event_type) for event_type in _FIELDS}
         for row in DEFINITIONS:
             if row.event is not None:
                 self._effects[row.event].add_metric(self._series[row.name], row)
-        self.forward_values(ev.PollFinished, self._source.polls.count_poll)
-        self.forward_values(ev.QueueStatsRead, self._on_stats)
-        self.forward_values(ev.SessionStarted, self._on_start)
+        self.add_event_callback(ev.PollFinished, self._source.polls.count_poll)
+        self.add_event_callback(ev.QueueStatsRead, self._on_stats)
+        self.add_event_callback(ev.SessionStarted, self._on_start)
         for handler in self.handlers:
             self._label_of(handler)
         shared.add_gauges(self._source)
@@ -299,7 +299,7 @@ class Metrics:
             self._shared.remove_gauges(self._source)
             self._shared = None
 
-    def forward_values(self, event_type: EventType, callback: Callback) -> None:
+    def add_event_callback(self, event_type: EventType, callback: Callback) -> None:
         """Call `callback` with the values of each event of this type, after the event was counted.
 
         The callback runs on the thread that counts the event. The metrics must be open.
@@ -360,10 +360,10 @@ class Metrics:
                     HANDLERS_MAX,
                     extra={"handler": OTHER_HANDLERS},
                 )
-            self._show_handler(label)
+            self._create_handler_series(label)
         return label
 
-    def _show_handler(self, label: str) -> None:
+    def _create_handler_series(self, label: str) -> None:
         for series in self._series.values():
             if HANDLER in series.labels:
                 series.create_series({HANDLER: label})

@@ -78,7 +78,7 @@ def load(
     found: list[FoundPlugin] = []
     for each in given:
         one = find_plugin(each) if isinstance(each, str) else describe_plugin_object(each)
-        _refuse_duplicates(one, found)
+        _refuse_duplicate_plugin(one, found)
         found.append(one)
     where = "" if file is None else f"{file}: "
     _refuse_unused_options(options, {one.name for one in found}, where)
@@ -95,7 +95,7 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
         return Plugin(found.name, found.source, {}, (route,))
     hooks: dict[str, Callable[..., Any]] = {}
     routes: dict[object, Route] = {}
-    for name, member in _candidate_members(target):
+    for name, member in _possible_hooks_and_handlers(target):
         if _is_hook(found.name, name, member):
             hooks[name] = member
         rule = rule_of(member)
@@ -107,7 +107,7 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
             raise PluginError(found.name, "is a function without @handler")
         raise PluginError(found.name, "has no hook marked @hookimpl and no function with @handler")
     observer = hooks.get("workpool_event")
-    event_types = _event_types(found.name, observer) if observer else frozenset()
+    event_types = _observed_event_types(found.name, observer) if observer else frozenset()
     return Plugin(found.name, found.source, hooks, tuple(routes.values()), event_types)
 
 
@@ -139,7 +139,7 @@ def _refuse_unknown_options(
             raise PluginError(plugin, f"{table}: {name}: no such option{hint}")
 
 
-def _candidate_members(target: object) -> Iterator[tuple[str, Any]]:
+def _possible_hooks_and_handlers(target: object) -> Iterator[tuple[str, Any]]:
     """Yield the name and value of each attribute that may be a hook or a handler.
 
     Properties are skipped, so that their code does not run.
@@ -167,11 +167,11 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
             plugin,
             f"{name} is `async def`; a hook is a plain `def` that may return something async",
         )
-    _refuse_arguments(plugin, name, list(inspect.signature(member).parameters.values()))
+    _check_hook_parameters(plugin, name, list(inspect.signature(member).parameters.values()))
     return True
 
 
-def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter]) -> None:
+def _check_hook_parameters(plugin: str, hook: str, parameters: list[inspect.Parameter]) -> None:
     # pluggy passes no value to `event=None` or `*args`, so the hook would lack its argument.
     only = parameters[0] if len(parameters) == 1 else None
     if parameters and (
@@ -183,7 +183,9 @@ def _refuse_arguments(plugin: str, hook: str, parameters: list[inspect.Parameter
         raise PluginError(plugin, f"{hook} must take exactly ({SPECS[hook]}), without a default")
 
 
-def _event_types(plugin: str, observer: Callable[..., Any]) -> frozenset[type[events.Event]]:
+def _observed_event_types(
+    plugin: str, observer: Callable[..., Any]
+) -> frozenset[type[events.Event]]:
     """Return the event types that the annotation of the observer's argument names.
 
     An observer without an annotation observes all types.
@@ -246,7 +248,7 @@ def new_handler(plugin: str, name: str, call: Any) -> Handler:
     )
 
 
-def _refuse_duplicates(found: FoundPlugin, before: Sequence[FoundPlugin]) -> None:
+def _refuse_duplicate_plugin(found: FoundPlugin, before: Sequence[FoundPlugin]) -> None:
     for other in before:
         if other.target is found.target:
             raise PluginError(found.name, f"is given twice: {other.source}, {found.source}")

@@ -68,7 +68,7 @@ class _RouteAdapter:
         return None
 
 
-class _LoggedError(NamedTuple):
+class _LoggedAdmissionError(NamedTuple):
     """The error of a plugin's `workpool_admission` that was logged last.
 
     Attributes:
@@ -93,7 +93,7 @@ class Plugins:
         self.metrics: Callable[[Event], None] | None = None
         # `_reported` and `_failing` need no lock: only the thread of the event loop changes them.
         self._reported: set[tuple[str, str, type[BaseException]]] = set()
-        self._failing: dict[str, _LoggedError] = {}
+        self._failing: dict[str, _LoggedAdmissionError] = {}
         self._plugins = plugins
         self._choosers = hooks["workpool_session_handler"]
         self._wrappers = hooks["workpool_wrap_session"]
@@ -122,7 +122,7 @@ class Plugins:
             PluginError: A plugin cannot be used.
         """
         plugins = load((*objects, *names), options, file)
-        return cls(plugins, _in_order(plugins))
+        return cls(plugins, _hooks_in_calling_order(plugins))
 
     @property
     def can_handle(self) -> bool:
@@ -138,11 +138,11 @@ class Plugins:
         return tuple(route.handler for plugin in self._plugins for route in plugin.routes)
 
     @property
-    def can_refuse(self) -> bool:
+    def has_admission_hook(self) -> bool:
         """Whether any plugin has the hook `workpool_admission`, which can refuse to claim items."""
         return bool(self._refusers)
 
-    def refusal_reason(self, supervisor: object) -> str | None:
+    def admission_refusal_reason(self, supervisor: object) -> str | None:
         """Ask the plugins whether items may be claimed now; return None if so.
 
         Otherwise return the reason of the first plugin that refuses. A hook that fails counts as a
@@ -150,20 +150,20 @@ class Plugins:
         """
         for plugin, hook in self._refusers:
             try:
-                answer = _check_reason(
+                answer = _check_admission_result(
                     plugin, call_plugin(plugin, "workpool_admission", hook, supervisor)
                 )
                 if plugin in self._failing:
                     self._failing[plugin] = self._failing[plugin]._replace(text="")
             except PluginError as failure:
-                log_it = self._is_new_refusal(plugin, str(failure))
+                log_it = self._should_log_admission_error(plugin, str(failure))
                 self._report_failure(plugin, "workpool_admission", failure, log_it=log_it)
                 answer = "workpool_admission failed"
             if answer is not None:
                 return f"{plugin}: {answer}"
         return None
 
-    def _is_new_refusal(self, plugin: str, text: str) -> bool:
+    def _should_log_admission_error(self, plugin: str, text: str) -> bool:
         """Return whether this error of `workpool_admission` should be logged.
 
         If so, store it, so that the same error is not logged again.
@@ -172,7 +172,7 @@ class Plugins:
         last = self._failing.get(plugin)
         if last is not None and (last.text == text or now - last.at < REFUSAL_LOG_SECONDS):
             return False
-        self._failing[plugin] = _LoggedError(text, now)
+        self._failing[plugin] = _LoggedAdmissionError(text, now)
         return True
 
     def active_plugins(self) -> tuple[Plugin, ...]:
@@ -217,9 +217,9 @@ class Plugins:
 
         Must be called on the supervisor's loop.
         """
-        self._notify_other_observers(event, but=None)
+        self._notify_observers_except(event, but=None)
 
-    def _notify_other_observers(self, event: Event, *, but: str | None) -> None:
+    def _notify_observers_except(self, event: Event, *, but: str | None) -> None:
         for plugin, hook in self._observers.get(type(event), ()):
             if plugin == but:
                 continue
@@ -257,10 +257,10 @@ class Plugins:
         if self.metrics is not None:
             self.metrics(event)
         if tell:
-            self._notify_other_observers(event, but=plugin)
+            self._notify_observers_except(event, but=plugin)
 
 
-def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
+def _hooks_in_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
     """Return the implementations of each hook in the order in which they are called.
 
     That order follows `tryfirst`, `trylast` and the order of the plugins.
@@ -281,7 +281,7 @@ def _in_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
         owners[plugin.name] = plugin.name
     return {
         hook: [
-            (owners[impl.plugin_name], _with_one_argument(impl))
+            (owners[impl.plugin_name], _accept_one_argument(impl))
             for impl in reversed(getattr(registry.hook, hook).get_hookimpls())
         ]
         for hook in SPECS
@@ -310,12 +310,12 @@ def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
     return sorted(refined, key=lambda route: -len(route.rule.metadata))
 
 
-def _with_one_argument(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
+def _accept_one_argument(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
     function = impl.function
     return function if impl.argnames else lambda _: function()
 
 
-def _check_reason(plugin: str, answer: object) -> str | None:
+def _check_admission_result(plugin: str, answer: object) -> str | None:
     if answer is None or isinstance(answer, str):
         return answer
     raise PluginError(

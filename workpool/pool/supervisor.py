@@ -158,8 +158,10 @@ class Supervisor:
                 ", ".join(self.settings.plugins) or "(none)",
                 "no plugin handles anything; name one in `plugins` or pass a handler",
             )
-        if self._plugins.can_refuse:
-            self._admission.set_plugin_check(functools.partial(self._plugins.refusal_reason, self))
+        if self._plugins.has_admission_hook:
+            self._admission.set_plugin_check(
+                functools.partial(self._plugins.admission_refusal_reason, self)
+            )
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
         with self._log_ids():

@@ -119,10 +119,10 @@ class Telemetry:
         # events.
         if log.isEnabledFor(logging.DEBUG):
             for each, write in LOGGED:
-                self._metrics.forward_values(each, write)
+                self._metrics.add_event_callback(each, write)
         for event_type in self._plugins.wanted - {PluginFailed}:
             # `PluginFailed` is left out: the registry of plugins itself reports it to the plugins.
-            self._metrics.forward_values(event_type, partial(self._notify_plugins, event_type))
+            self._metrics.add_event_callback(event_type, partial(self._notify_plugins, event_type))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -85,7 +85,7 @@ class WorkClient:
         self._last_poll: tuple[tuple[int | None, int | None], URL]
         self._last_poll = (None, None), self._poll_url(None, None)
         self._first_heartbeat: tuple[int | None, URL]
-        self._first_heartbeat = None, self._heartbeat_base(protocol.NO_HEARTBEAT, None)
+        self._first_heartbeat = None, self._heartbeat_query_url(protocol.NO_HEARTBEAT, None)
         self.worker_id: str | None = worker_id or settings.worker_id
         """The name that the worker sends, None for none. Set it before opening."""
         self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
@@ -229,10 +229,10 @@ class WorkClient:
         if expected == protocol.NO_HEARTBEAT:
             asked, base = self._first_heartbeat
             if asked != ttl:
-                base = self._heartbeat_base(expected, ttl)
+                base = self._heartbeat_query_url(expected, ttl)
                 self._first_heartbeat = ttl, base
         else:
-            base = self._heartbeat_base(expected, ttl)
+            base = self._heartbeat_query_url(expected, ttl)
         url = self._item_url(work_id, "/heartbeat", base)
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
@@ -315,7 +315,7 @@ class WorkClient:
             before_id: The pages before this item, nearest page first, each ascending.
             timeout: See the class; for each page.
         """
-        start = _list_start_query(after_id, before_id)
+        start = _list_position_query(after_id, before_id)
         left = sys.maxsize if limit is None else limit
         limits = PageLimits("list")
         while left > 0:
@@ -349,7 +349,7 @@ class WorkClient:
             before_id: As for `list`.
             timeout: As for `list`.
         """
-        query, start = search.query_parameters, _list_start_query(after_id, before_id)
+        query, start = search.query_parameters, _list_position_query(after_id, before_id)
         size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
         found, limits = FoundItems(search), PageLimits("list")
         for _ in range(FIND_PAGES_MAX):
@@ -421,7 +421,7 @@ class WorkClient:
             timeout: See the class.
         """
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
-        body = request_bodies.new_items_body(fields)
+        body = request_bodies.create_items_body(fields)
         url = self._work_url()
         return (await self._send_write(endpoints.ENQUEUE, url, body, timeout)).items
 
@@ -462,7 +462,7 @@ class WorkClient:
         base = self._base if base is None else base
         return base.with_path(path, encoded=True, keep_query=True)
 
-    def _heartbeat_base(self, expected: str | None, ttl: int | None) -> URL:
+    def _heartbeat_query_url(self, expected: str | None, ttl: int | None) -> URL:
         asked = []
         if expected is not None:
             quoted = expected if expected == protocol.NO_HEARTBEAT else quote(expected, safe=":")
@@ -477,7 +477,7 @@ class WorkClient:
         return self._work_url("/poll", query)
 
 
-def _list_start_query(after_id: str | None, before_id: str | None) -> str:
+def _list_position_query(after_id: str | None, before_id: str | None) -> str:
     """Return query parameters for a list that begins after or before the item of an id."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):

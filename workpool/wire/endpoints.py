@@ -122,7 +122,7 @@ _EMPTY_POLL: Final[tuple[object, ...]] = (None, NO_CONTENT, {})
 """The answers of a poll without an item, one per kind of control plane: null, 204, `{}`."""
 
 
-def _parse_delivery(obj: object) -> WorkItem | None:
+def _parse_poll_answer(obj: object) -> WorkItem | None:
     if obj in _EMPTY_POLL:
         return None
     try:
@@ -170,7 +170,7 @@ def _require_object(obj: object) -> dict[str, Any]:
     raise ValueError("not an object")
 
 
-def _page_rows(page: dict[str, Any]) -> list[object]:
+def _require_page_data(page: dict[str, Any]) -> list[object]:
     data = page.get("data")
     if isinstance(data, list):
         return data
@@ -193,7 +193,7 @@ def _next_page_token(page: dict[str, Any]) -> str | None:
 
 def _parse_item_page(obj: object) -> ItemPage:
     page = _require_object(obj)
-    items = [parse_item(row) for row in _page_rows(page)]
+    items = [parse_item(row) for row in _require_page_data(page)]
     return ItemPage(items, _next_page_token(page), page.get("selected") is True)
 
 
@@ -209,20 +209,22 @@ def parse_event(obj: object) -> SessionEvent:
 
 def _parse_event_page(obj: object) -> EventPage:
     page = _require_object(obj)
-    return EventPage([parse_event(row) for row in _page_rows(page)], _next_page_token(page))
+    return EventPage([parse_event(row) for row in _require_page_data(page)], _next_page_token(page))
 
 
 def _parse_stored_events(obj: object) -> list[SessionEvent]:
     page = {} if obj is NO_CONTENT else _require_object(obj)
     # A control plane of the anthropic dialect may answer without `data`.
-    return [] if page.get("data") is None else [parse_event(row) for row in _page_rows(page)]
+    return (
+        [] if page.get("data") is None else [parse_event(row) for row in _require_page_data(page)]
+    )
 
 
 _is_id: Final = re.compile(ID_PATTERN).fullmatch
 _is_traceparent: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}").fullmatch
 
 POLL: Final[Endpoint[WorkItem | None]] = Endpoint(
-    "poll", "GET", _parse_delivery, add_headers=_add_trace_context
+    "poll", "GET", _parse_poll_answer, add_headers=_add_trace_context
 )
 ACK: Final = Endpoint("ack", "POST", parse_item, ITEM_LIMIT_BYTES)
 HEARTBEAT: Final = Endpoint("heartbeat", "POST", parse_heartbeat)

@@ -126,7 +126,7 @@ def parse_item(obj: object) -> WorkItem:
         raise ValueError(_describe_malformed_item(obj))
     get, session_id = obj.get, data.get("id")
     if not isinstance(session_id, str) or not _is_id(session_id):
-        session_id = _parse_missing_session_id(session_id, item_type)
+        session_id = _parse_optional_session_id(session_id, item_type)
     heartbeat_at, secret = get("latest_heartbeat_at"), get("secret")
     item: Any = _Draft(
         work_id,
@@ -169,10 +169,10 @@ def parse_heartbeat(obj: object) -> Heartbeat:
         and 0 < seconds < math.inf
     ):
         return Heartbeat(last_heartbeat, True, state, seconds)  # noqa: FBT003 - in the order of its fields
-    return _parse_unusual_heartbeat(obj)
+    return _parse_unextended_heartbeat(obj)
 
 
-def _parse_unusual_heartbeat(obj: object) -> Heartbeat:
+def _parse_unextended_heartbeat(obj: object) -> Heartbeat:
     """Parse the answer to a heartbeat that did not extend the lease.
 
     Raises:
@@ -248,7 +248,7 @@ def _describe_malformed_item(obj: object) -> str:
     return "state: not one of the protocol's five"
 
 
-def _parse_missing_session_id(session_id: object, item_type: str) -> str:
+def _parse_optional_session_id(session_id: object, item_type: str) -> str:
     """Return "" as the session id of an item that needs none, since its type is not `session`.
 
     An id becomes a part of URLs, so a malformed id is an error.

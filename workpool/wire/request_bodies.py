@@ -25,13 +25,13 @@ def metadata_patch_body(patch: Mapping[str, str | None]) -> bytes:
     return orjson.dumps({"metadata": texts})
 
 
-def new_items_body(fields: Mapping[str, Any]) -> bytes:
+def create_items_body(fields: Mapping[str, Any]) -> bytes:
     """Return the body of a request that creates items; fields that are None are left out."""
     given = {name: value for name, value in fields.items() if value is not None}
     return orjson.dumps(given, default=dict)
 
 
-def new_events_body(new_events: Sequence[Mapping[str, Any]]) -> bytes:
+def append_events_body(new_events: Sequence[Mapping[str, Any]]) -> bytes:
     """Return the body of a request that appends events to a session.
 
     Raises:

@@ -27,7 +27,7 @@ from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool import Supervisor, hookimpl
 from workpool.cli.fleet_reader import FleetReader
 from workpool.pool.status import worker_numbers
-from workpool.scaling import ReplicaRule, fleet_numbers
+from workpool.scaling import ReplicaRule, scaling_numbers
 from workpool.server.timestamps import SECOND
 from workpool.testing.fault import Fault
 from workpool.wire.protocol import STOPPED
@@ -197,7 +197,7 @@ class FleetWorld(SimulatedWorld):
             supervisors = [self._supervisors[node] for node in self._started_processes()]
             busy = sum(worker_numbers(each.status())["busy"] for each in supervisors)
             return busy + load.queued + load.pending
-        return fleet_numbers(load, self._rule)[self._fleet.settings.metric]
+        return scaling_numbers(load, self._rule)[self._fleet.settings.metric]
 
     def _started_processes(self) -> list[PoolProcess]:
         """Return the running processes whose supervisor has started."""

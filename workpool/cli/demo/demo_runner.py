@@ -109,7 +109,7 @@ class DemoRunner:
         )
         self._create_sessions(FIRST)
         async with self._running_workers(signals):
-            return await self._show_until_end(signals)
+            return await self._show_progress(signals)
 
     @asynccontextmanager
     async def _running_workers(self, signals: SignalEvents) -> AsyncIterator[None]:
@@ -133,7 +133,7 @@ class DemoRunner:
             for task in (*tasks, all_ended, hurry):
                 task.cancel()  # `run_process` kills its worker when its task is cancelled
 
-    async def _show_until_end(self, signals: SignalEvents) -> int:
+    async def _show_progress(self, signals: SignalEvents) -> int:
         """Show the state until all sessions have ended, a signal arrives, or the demo is stuck."""
         state, loop = self.state, asyncio.get_running_loop()
         acked, moved_at = 0, loop.time()
@@ -151,7 +151,7 @@ class DemoRunner:
                 self._create_sessions(state.count)
             if state.held or state.acked != acked:
                 acked, moved_at = state.acked, loop.time()
-            problem = self._find_problem(loop.time() - moved_at)
+            problem = self._find_stall_reason(loop.time() - moved_at)
             if problem is not None:
                 self.view.print_demo_line(problem)
                 return exits.FAILED
@@ -160,7 +160,7 @@ class DemoRunner:
         self.view.draw_state(state)
         return exits.OK
 
-    def _find_problem(self, idle_seconds: float) -> str | None:
+    def _find_stall_reason(self, idle_seconds: float) -> str | None:
         """Return the reason why the demo cannot make progress; None if it can."""
         failed = self.state.failed.total()
         if failed >= FAILED_SESSIONS and not self.state.completed.total():
@@ -204,7 +204,7 @@ class DemoRunner:
         stopped, count = self.state.ended_count, len(self._sessions)
         wanted = 3 if stopped < count // 2 else 1
         for worker in reversed(self._workers):
-            held = self.state.names_held_by(worker.name)
+            held = self.state.held_item_names(worker.name)
             if stopped >= count // 4 and len(held) >= wanted and self._victim is None:
                 self._victim = worker
                 worker.kill()

@@ -76,7 +76,7 @@ class DemoState:
         """The number of sessions that no worker holds."""
         return self.count - self.ended_count - len(self.held)
 
-    def held_count(self, worker: str) -> int:
+    def held_item_count(self, worker: str) -> int:
         """Return the number of items that a worker holds."""
         return sum(hold.worker == worker for hold in self.held.values())
 
@@ -90,7 +90,7 @@ class DemoState:
         ends = [hold.lease_end for hold in self.held.values() if hold.worker == worker]
         return max(0.0, max(ends) - self._now()) if ends else None
 
-    def names_held_by(self, worker: str) -> list[str]:
+    def held_item_names(self, worker: str) -> list[str]:
         """Return the names of the items that a worker holds.
 
         The list is empty until each of these items has had a heartbeat, so that the demo does not
@@ -98,7 +98,7 @@ class DemoState:
         """
         held = {key: hold for key, hold in self.held.items() if hold.worker == worker}
         ready = all(hold.has_heartbeat for hold in held.values())
-        return [self._name_of(work_id) for work_id in held] if ready else []
+        return [self._item_name(work_id) for work_id in held] if ready else []
 
     def apply_new_records(self) -> list[str]:
         """Update the state from new records of the history.
@@ -107,10 +107,10 @@ class DemoState:
         """
         records = list(islice(self._plane.history, self._seen, None))
         self._seen += len(records)
-        return [line for record in records if (line := self._apply_record(record))]
+        return [line for record in records if (line := self._apply_history_record(record))]
 
-    def _apply_record(self, record: Record) -> str:
-        work_id, name = record.work_id, self._name_of(record.work_id)
+    def _apply_history_record(self, record: Record) -> str:
+        work_id, name = record.work_id, self._item_name(record.work_id)
         orphan = work_id in self._orphans
         lease_end = record.lease_end or record.time
         if record.kind == "acked":
@@ -134,7 +134,7 @@ class DemoState:
             return f"{name} failed: {error}"
         return f"{name} finished by {worker}" if orphan else ""
 
-    def _name_of(self, work_id: str) -> str:
+    def _item_name(self, work_id: str) -> str:
         return self._names.get(work_id, work_id)
 
 

@@ -96,4 +96,4 @@ def worker_state_text(state: DemoState, worker: DemoWorker) -> str:
 
 def slots_text(state: DemoState, worker: DemoWorker) -> str:
     """Return the numbers of busy slots and of all slots of a worker, such as `3/4`."""
-    return "-" if worker.state == "starting" else f"{state.held_count(worker.name)}/{SLOTS}"
+    return "-" if worker.state == "starting" else f"{state.held_item_count(worker.name)}/{SLOTS}"

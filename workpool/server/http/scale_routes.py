@@ -15,7 +15,7 @@ from workpool.scaling import (
     SLOTS_PER_WORKER,
     FleetLoad,
     ReplicaRule,
-    fleet_numbers,
+    scaling_numbers,
 )
 from workpool.server.api_errors import APIError
 from workpool.server.http.server_dialects import ANTHROPIC
@@ -61,7 +61,7 @@ class ScaleRoutes:
         await self._engine.check_environment(environment_id)
         rule = _parse_replica_rule(request)
         return json_response(
-            fleet_numbers(_fleet_load(await self._engine.queue_stats(environment_id)), rule)
+            scaling_numbers(_fleet_load(await self._engine.queue_stats(environment_id)), rule)
         )
 
 

@@ -1,7 +1,7 @@
 """The interfaces for reading and sending a session's events.
 
-`EventCalls` makes the calls over any transport, `EventPages` reads a history page by page, and a
-`SessionGuard` decides whether the session may still be read and written. See
+`EventCalls` makes the calls over any transport, and `EventPageReader` reads a history page by page.
+A `SessionGuard` decides whether the session may still be read and written. See
 workpool/docs/protocol.md, "Events".
 """
 
@@ -111,7 +111,7 @@ class LeaselessGuard:
         return await call(DEFAULT_OPTIONS)
 
 
-class EventPages:
+class EventPageReader:
     """Reads a session's history page by page. A page that could not be read may be read again.
 
     Attributes:

@@ -18,7 +18,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ConflictError, TransientError
 from workpool.log_fields import pool_logger
 from workpool.wire.endpoints import parse_event
-from workpool.wire.events.event_calls import EventPages
+from workpool.wire.events.event_calls import EventPageReader
 from workpool.wire.events.sse import FrameParser
 from workpool.wire.page_limits import RecentIds
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED
@@ -82,7 +82,7 @@ class EventStream:
         self._reconnect_at = 0.0
         # Each new connection replaces the next four attributes.
         self._stream: OpenEventStream | None = None
-        self._pages: EventPages
+        self._pages: EventPageReader
         self._parser: FrameParser
         self._last_byte_at = 0.0
 
@@ -146,14 +146,16 @@ class EventStream:
         self._stream = await self._guard.await_within(
             lambda: self._calls.open_stream(self._last_id)
         )
-        self._pages = EventPages(self._calls, self._last_id if self._calls.resumes else None)
+        self._pages = EventPageReader(self._calls, self._last_id if self._calls.resumes else None)
         self._skipping = self._seen.forgot and not self._calls.resumes
         self._parser = FrameParser()
         self._last_byte_at = clock()
 
-    async def _read_history(self, pages: EventPages) -> None:
+    async def _read_history(self, pages: EventPageReader) -> None:
         events = await self._guard.await_within(pages.read_next_page)
-        fresh = self._held_back + [event for event in events if self._is_new_in_history(event)]
+        fresh = self._held_back + [
+            event for event in events if self._is_unread_history_event(event)
+        ]
         self._held_back = [] if pages.done else fresh[-1:]
         fresh = fresh if pages.done else fresh[:-1]
         self._ready.extend((event, False) for event in fresh)
@@ -194,7 +196,7 @@ class EventStream:
         if self._is_new_event(event):
             self._ready.append((event, True))
 
-    def _is_new_in_history(self, event: SessionEvent) -> bool:
+    def _is_unread_history_event(self, event: SessionEvent) -> bool:
         # `_seen` remembers a limited number of ids. If it has forgotten some, skip the events at
         # the beginning of the history until one of the remembered ids: they were yielded before.
         self._skipping = self._skipping and event["id"] not in self._seen

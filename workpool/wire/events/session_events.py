@@ -8,7 +8,7 @@ import orjson
 
 from workpool.errors import ConflictError, TransientError
 from workpool.wire import protocol, request_bodies
-from workpool.wire.events.event_calls import EventPages, LeaselessGuard
+from workpool.wire.events.event_calls import EventPageReader, LeaselessGuard
 from workpool.wire.events.event_stream import STALL_SECONDS, EventStream
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class SessionEvents:
             LeaseLost, SessionEnded: The handler may not use the session anymore.
             ControlPlaneError: A page could not be read.
         """
-        pages = EventPages(self._calls)
+        pages = EventPageReader(self._calls)
         while not pages.done:
             for event in await self._guard.await_within(pages.read_next_page):
                 yield event
@@ -62,12 +62,14 @@ class SessionEvents:
             TransientError: There was no clear answer in time; the events may have been stored.
             ControlPlaneError: The control plane refused the call.
         """
-        body = request_bodies.new_events_body(events)
+        body = request_bodies.append_events_body(events)
         repeatable = all(event.get("type") in _ANSWERED_CALL_FIELDS for event in events)
         # Whether an earlier request may have stored the events, although its answer was lost.
         may_be_stored = False
 
-        async def send_once(options: CallOptions) -> Sequence[SessionEvent] | TransientError:
+        async def send_unless_stored(
+            options: CallOptions,
+        ) -> Sequence[SessionEvent] | TransientError:
             nonlocal may_be_stored
             if may_be_stored:
                 return TransientError("events", None, "no answer in time", reason="timeout")
@@ -76,7 +78,9 @@ class SessionEvents:
                 return await self._calls.append_events(body, options=options)
             except ConflictError:
                 stored = (
-                    await self._find_stored(orjson.loads(body)["events"]) if repeatable else None
+                    await self._find_stored_events(orjson.loads(body)["events"])
+                    if repeatable
+                    else None
                 )
                 if stored is None:
                     raise
@@ -87,7 +91,7 @@ class SessionEvents:
                 may_be_stored = False
                 raise
 
-        answer = await self._guard.run_write(send_once)
+        answer = await self._guard.run_write(send_unless_stored)
         if isinstance(answer, TransientError):
             raise answer
         return answer
@@ -99,21 +103,18 @@ class SessionEvents:
         """
         return EventStream(self._calls, self._guard, self._session_id, stall_seconds=stall_seconds)
 
-    async def _find_stored(
+    async def _find_stored_events(
         self, sent_events: Sequence[SessionEvent]
     ) -> Sequence[SessionEvent] | None:
         """Find the sent events in the session's history, and return them as they are stored there.
 
         Return None if an event is missing or has another content.
         """
-        wanted, stored_by_key = {_answered_call_key(event) for event in sent_events}, {}
+        wanted, stored_by_key = {_tool_use_key(event) for event in sent_events}, {}
         async for event in self.list():
-            if (
-                event["type"] in _ANSWERED_CALL_FIELDS
-                and (key := _answered_call_key(event)) in wanted
-            ):
+            if event["type"] in _ANSWERED_CALL_FIELDS and (key := _tool_use_key(event)) in wanted:
                 stored_by_key[key] = event
-        pairs = [(event, stored_by_key.get(_answered_call_key(event))) for event in sent_events]
+        pairs = [(event, stored_by_key.get(_tool_use_key(event))) for event in sent_events]
         stored = [
             theirs
             for ours, theirs in pairs
@@ -122,7 +123,7 @@ class SessionEvents:
         return stored if len(stored) == len(pairs) else None
 
 
-def _answered_call_key(event: Mapping[str, Any]) -> tuple[object, object]:
+def _tool_use_key(event: Mapping[str, Any]) -> tuple[object, object]:
     kind = event["type"]
     return kind, event.get(_ANSWERED_CALL_FIELDS[kind])
 

@@ -8,7 +8,7 @@ from typing import Final
 import aiohttp
 
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
-from workpool.wire.http.guarded_request import InformationalFlood
+from workpool.wire.http.checked_request import InformationalFlood
 
 _OS_ERRORS: Final = {
     errno.ECONNREFUSED: "refused",

@@ -15,8 +15,8 @@ import aiohttp
 from yarl import URL
 
 from workpool.wire.http.call_options import Priority
+from workpool.wire.http.checked_request import CheckedRequest
 from workpool.wire.http.environment_proxy import proxy_for_url
-from workpool.wire.http.guarded_request import GuardedRequest
 from workpool.wire.http.resolver import ThreadResolver
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Connections:
                 socket_factory=new_socket,
                 keepalive_timeout=None if single_use else KEEPALIVE_SECONDS,
             ),
-            request_class=GuardedRequest,
+            request_class=CheckedRequest,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=self._headers,
             timeout=ENDLESS,

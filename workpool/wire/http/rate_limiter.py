@@ -46,7 +46,7 @@ class _Waiter:
     moved: asyncio.Event
 
 
-class _WaitingLine:
+class _WaiterQueue:
     """The calls that wait for a token, by priority. Callers must hold the limiter's lock."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class _WaitingLine:
         first = self.first_waiter()
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
-    def note_served_waiter(self, waiter: _Waiter) -> None:
+    def remove_served_waiter(self, waiter: _Waiter) -> None:
         """Remove a waiter that got its token, and let the other kind of call be served next.
 
         The two kinds that take turns are claims and the calls of handlers.
@@ -114,7 +114,7 @@ class RateLimiter:
         self._tokens = self._burst
         self._debt = 0.0
         self._filled_at = clock()
-        self._line = _WaitingLine()
+        self._line = _WaiterQueue()
 
     def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
         """Take a token and return True, or return False if the call would have to wait."""
@@ -168,7 +168,7 @@ class RateLimiter:
                 return _RECHECK_SECONDS
             delay = self._take_token()
             if delay == 0:
-                self._line.note_served_waiter(waiter)
+                self._line.remove_served_waiter(waiter)
             return min(delay, _RECHECK_SECONDS)
 
     def _take_token(self) -> float:

@@ -62,7 +62,7 @@ class Bound:
         else:
             timer.open[self] = at = timer.loop.time() + self._seconds
             if at < timer.at:
-                timer.set_time(at)
+                timer.set_timer(at)
 
     def __exit__(
         self,
@@ -107,21 +107,21 @@ class BoundTimer:
         """The time at which the timer fires; infinite if the timer is not set."""
         self._handle: asyncio.TimerHandle | None = None
 
-    def set_time(self, at: float) -> None:
+    def set_timer(self, at: float) -> None:
         """Set the timer to the loop time `at`, or cancel it if `at` is infinite."""
-        self.unset()
+        self.cancel()
         if at != math.inf:
             self.at = at
             # Pass an empty context: a copy of the current one would keep the objects of the
             # current request alive.
             self._handle = self.loop.call_at(at, self._expire_due, context=Context())
 
-    def unset_if_unused(self) -> None:
+    def cancel_if_unused(self) -> None:
         """Cancel the timer if no block runs."""
         if not self.open:
-            self.unset()
+            self.cancel()
 
-    def unset(self) -> None:
+    def cancel(self) -> None:
         """Cancel the timer if it is set."""
         if self._handle is not None:
             self._handle.cancel()
@@ -133,4 +133,4 @@ class BoundTimer:
             if at <= now:
                 self.open[bound] = math.inf
                 bound.end_wait()
-        self.set_time(min(self.open.values(), default=math.inf))
+        self.set_timer(min(self.open.values(), default=math.inf))

@@ -29,11 +29,11 @@ from workpool.logs import hide_token
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
+from workpool.wire.http.checked_request import CheckedBody, NotSentError, RequestCheck
 from workpool.wire.http.connection_errors import TRANSIENT, error_code, no_answer_error
 from workpool.wire.http.connections import ENDLESS, Connections
 from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.daemon_threads import DaemonThreads
-from workpool.wire.http.guarded_request import CheckedBody, NotSentError, RequestCheck
 from workpool.wire.http.timeouts import Bound, BoundTimer
 from workpool.wire.response import (
     BEGINNING_BYTES,
@@ -101,7 +101,7 @@ class Transport:
             token, self._api_key, self._tls = await self._read_settings()
             self._set_headers(token)
             self._hide_secrets()
-            headers = self._public_headers()
+            headers = self._headers_without_secrets()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
             self._request_options = self._build_request_options()
         except BaseException:
@@ -114,7 +114,7 @@ class Transport:
         """Close the connections except those of a caller's own session."""
         if self._loop is not None:
             self._loop = None
-            self._timer.unset_if_unused()
+            self._timer.cancel_if_unused()
             try:
                 await self._connections.close()
             finally:
@@ -326,7 +326,7 @@ class Transport:
         if check is None:
             # aiohttp sends a BytesIO in pieces. In one piece, a large body would block the loop.
             data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
-        # A session of the caller does not use `GuardedRequest`, so a payload must run the check.
+        # A session of the caller does not use `CheckedRequest`, so a payload must run the check.
         elif self._given is not None:
             data = CheckedBody(check, headers_first=True)
         connections = self._connections
@@ -422,7 +422,7 @@ class Transport:
         """Build the headers that are passed with every request from now on."""
         # The token is passed with each request: aiohttp would send a session's default headers to
         # the proxy, too.
-        headers = CIMultiDict(self._public_headers() if self._given else ())
+        headers = CIMultiDict(self._headers_without_secrets() if self._given else ())
         if self._key_header is None:
             headers["Authorization"] = f"Bearer {token}"
         else:
@@ -442,7 +442,7 @@ class Transport:
             if len(value) >= HIDDEN_CHARACTERS:
                 hide_token(value)
 
-    def _public_headers(self) -> dict[str, str]:
+    def _headers_without_secrets(self) -> dict[str, str]:
         """Return the headers without secrets.
 
         They are default headers of the aiohttp session, so a proxy receives them, too.
