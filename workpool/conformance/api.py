@@ -96,7 +96,7 @@ def shorten_for_terminal(value: object) -> str:
 
 
 class WorkCalls(ABC, Generic[A]):
-    """The work calls of one environment. Each sends one request, and passes `options` to it."""
+    """The work calls of one environment. Each sends one request with the aiohttp `options`."""
 
     environment: str
     base_url: str

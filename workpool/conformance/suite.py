@@ -104,8 +104,8 @@ class Suite(SharedQueue):
         try:
             async with asyncio.timeout_at(deadline):
                 await trial.wait_for_start_permit()
-                # `timeout_at` cancels only at an await. If the deadline passed during the wait,
-                # this one prevents that the check still sends a request.
+                # `timeout_at` raises only at an await. If the deadline passed during the wait for
+                # the permit, this await ends the check before its first request.
                 await asyncio.sleep(0)
                 await clause.check(trial)
         except ClauseNotConfirmedError as departure:

@@ -94,7 +94,7 @@ class GivenSource:
         self._left = list(work_ids)
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
-        """Return the next one of the existing items' ids."""
+        """Return the id of an existing item that has not been used yet."""
         del api
         _raise_untried_for_script(script)
         if not self._left:

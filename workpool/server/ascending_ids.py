@@ -65,7 +65,7 @@ class AscendingIds:
             place = ids[-1]
 
     def ids_before(self, place: str | None) -> Iterator[str]:
-        """Iterate in descending order over the ids less than `place`; over all if it is None."""
+        """Iterate over the ids less than `place`, or all if it is None, in descending order."""
         while ids := self._previous_ids(place):
             yield from ids
             place = ids[-1]

@@ -177,7 +177,7 @@ class ControlPlane:
         return self.operations.history
 
     def summary(self) -> Summary:
-        """Count the lost items, those that two workers ran at once, and others in `history`."""
+        """Count the items in `history`, the lost items, and those that two workers ran at once."""
         return summarize(self.history)
 
     def enqueue(
@@ -299,8 +299,8 @@ class ControlPlane:
             connections.protocol_factory(runner.server),
             sock=bound,
             backlog=_BACKLOG,
-            # If serving started here, a cancellation before `stack` has `server.close` would leave
-            # the socket open.
+            # If serving started here, a cancellation before the callback `server.close` is
+            # registered would leave the socket open.
             start_serving=False,
         )
         stack.callback(server.close)

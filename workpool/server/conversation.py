@@ -94,7 +94,7 @@ class Conversation:
     """
 
     def __init__(self, script: Script | None = None) -> None:
-        """Create an empty conversation. The agent makes the tool uses in `script`, if any."""
+        """Create an empty conversation. `script` has the tool uses of a scripted agent, if any."""
         self.events: list[StoredEvent] = []
         # The indexes of the events of each type, so that a list of one type reads only its events.
         self._places: dict[str, array[int]] = {}

@@ -58,7 +58,7 @@ class Engine(Protocol):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits`; of all if it is None."""
+        """Return a page of the environments in `limits`, or of all environments if it is None."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""

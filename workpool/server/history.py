@@ -108,7 +108,7 @@ class Summary(NamedTuple):
 
 
 def summarize(records: Iterable[Record]) -> Summary:
-    """Count the lost items, those that two workers ran at once, and others in a history."""
+    """Count the items in a history, the lost items, and those that two workers ran at once."""
     lives: dict[str, _ItemHistory] = {}
     for record in records:
         lives.setdefault(record.work_id, _ItemHistory()).apply_record(record)

@@ -94,7 +94,7 @@ class IndexEngine:
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits`; of all if it is None."""
+        """Return a page of the environments in `limits`, or of all environments if it is None."""
         found = [
             self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()

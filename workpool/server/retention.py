@@ -57,7 +57,7 @@ class StoppedItems:
     def split_off_ended_sessions(
         self, contents: StoreContents, now: int
     ) -> tuple[StoreContents, list[Row]]:
-        """Return the contents without the sessions whose retention is over, and their rows."""
+        """Remove the sessions whose retention is over; return the contents and the removed rows."""
         if self._time is None:
             return contents, []
         alive = {item.session_id for item in contents.items if not self.have_expired((item,), now)}

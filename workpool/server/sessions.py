@@ -164,7 +164,7 @@ class SessionRegistry:
         return self._append_events(session_id, copy_events(new_events), now)
 
     async def wait_for_events(self, session_id: str, place: int, seconds: float) -> bool:
-        """Wait at most `seconds` until a session has events after the first `place` events.
+        """Wait until a session has more than `place` events, but not longer than `seconds`.
 
         Returns False if no event can follow: the session was deleted, or the control plane closes.
         """

@@ -45,7 +45,7 @@ STOP: Final[Mapping[tuple[bool, State], State]] = {
     (True, STOPPED): STOPPED,
 }
 
-# The state after the end of a lease. Only items in the states on the left have a lease.
+# The state after the end of a lease, by the state before. Items in other states have no lease.
 LAPSE: Final[Mapping[State, State]] = {STARTING: QUEUED, ACTIVE: QUEUED, STOPPING: STOPPED}
 
 
@@ -125,7 +125,7 @@ def last_heartbeat(item: Item) -> str:
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
-    """Return the JSON answer to a heartbeat, which is also part of the answer 412."""
+    """Return the JSON answer to a heartbeat. An error 412 has it too, as the current state."""
     return {
         "last_heartbeat": last_heartbeat(item) if item.beaten else None,
         "lease_extended": extended,

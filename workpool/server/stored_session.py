@@ -54,7 +54,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session as it is stored. Its metadata is what its first item had when it was created.
+    """A session as it is stored. Its metadata is that of its first item at the creation.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.

@@ -55,7 +55,7 @@ async def check_next_heartbeat_returns_new_value(trial: Trial) -> None:
 
 @clause("heartbeat-read-back", "The item's `latest_heartbeat_at` can be the expected value.")
 async def check_heartbeat_with_value_read_from_item(trial: Trial) -> None:
-    """Read the last heartbeat from the item, as after a lost answer, and expect that value."""
+    """Send a heartbeat whose expected value was read from the item, as after a lost answer."""
     subject = await trial.create_active_item()
     read = (await trial.read_item(subject)).get("latest_heartbeat_at")
     breaks_unless(isinstance(read, str), "the item shows no heartbeat")

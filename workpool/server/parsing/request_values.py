@@ -244,7 +244,7 @@ async def read_body(request: web.Request) -> bytes:
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        # Decompression of a body of 4 MiB could take 4 GiB of memory.
+        # A body is never decompressed: 4 MiB could become 4 GiB in memory.
         raise APIError(400, "a compressed body is not read", "Content-Encoding")
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -318,7 +318,7 @@ def parse_enqueue(content: bytes) -> EnqueueRequest:
 
 
 def check_string_values(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
-    """Return the metadata `value`; raises a 400 unless it is an object with `allowed` values."""
+    """Return `value`; raise a 400 unless it is an object with values of the types `allowed`."""
     if not isinstance(value, dict):
         raise APIError(400, "metadata must be an object", "metadata")
     if not all(isinstance(entry, allowed) for entry in value.values()):

@@ -203,7 +203,9 @@ class ClaimCalls(DatabaseCalls):
             self._hub.announce_changes(work_topic(item.environment_id))
 
     async def _end_due_leases(self, environment_id: str | None) -> int:
-        """End the expired leases of an environment, or of all if it is None; return their number.
+        """End the expired leases of one environment or of all; return the number of ended leases.
+
+        `environment_id`: None: all environments.
 
         A check reads all leases, so the next check is as late as possible: at the end of the first
         of these leases, or at the earliest end of a lease that begins or is extended after this
@@ -257,7 +259,7 @@ class ClaimCalls(DatabaseCalls):
         return change.item
 
     async def delete_idle_pollers(self) -> int:
-        """Delete the records of all workers that stopped polling. Returns 0: none is left."""
+        """Delete the records of workers that stopped polling; return 0, because none is left."""
         await self._pool.execute(_FORGET_POLLERS, self._test_clock_time(), _WINDOW)
         return 0
 

@@ -299,7 +299,7 @@ async def _commit_transaction(connection: Any) -> None:
 
 
 def _has_no_open_statement(error: BaseException | None) -> bool:
-    """Return whether the database has answered the last statement, which raised `error` or None."""
+    """Return whether the last statement, which raised `error` or nothing, has ended."""
     of_driver = isinstance(error, DRIVER_ERRORS) and not isinstance(error, asyncpg.PostgresError)
     return error is None or (isinstance(error, Exception) and not of_driver)
 
@@ -353,13 +353,13 @@ def _connection_options(
             "idle_in_transaction_session_timeout": f"{answer_seconds * 1000:.0f}",
             # With this setting, the database notices a lost connection and cancels its statement.
             "client_connection_check_interval": "1000",
-            "jit": "off",  # compiling a short statement takes longer than running it
+            "jit": "off",  # JIT compilation takes longer than a short statement
         },
     }
 
 
 def _translate_start_error(url: str, error: BaseException) -> BaseException:
-    """Return the `ServeError` for an error at the start; an unexpected error stays unchanged.
+    """Convert an error at the start to a `ServeError`; return an unexpected error unchanged.
 
     The driver's text about a URL may contain a part of its password.
     """

@@ -128,7 +128,7 @@ class DatabaseCalls:
         self._has_history = has_history
 
     def _test_clock_time(self) -> int | None:
-        """Return the time of the clock that a test gave, in microseconds; None if it gave none."""
+        """Return the time of a test's clock in microseconds; None: the database's clock is used."""
         return None if self._now is None else int(self._now() * SECOND)
 
     async def _retry_with_lock(

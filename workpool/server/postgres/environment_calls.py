@@ -61,7 +61,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits`; of all if it is None."""
+        """Return a page of the environments in `limits`, or of all environments if it is None."""
         given = [
             self._make_configured_environment(name)
             for name in self._self_hosted | self._cloud

@@ -169,7 +169,7 @@ class NotificationHub:
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_after_gap()  # notifications may have been sent before LISTEN
+        self._wake_after_gap()  # notifications that were sent before LISTEN are lost
 
     async def _send_announcements(self, connection: Any) -> None:
         """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.
@@ -181,7 +181,7 @@ class NotificationHub:
                 async with asyncio.timeout(_PING_SECONDS):
                     await self._wanted.wait()
             except TimeoutError:
-                # Without traffic, a lost connection shows only by the error of a statement.
+                # There is nothing to send. This statement fails if the connection is lost.
                 await connection.execute("SELECT 1")
             self._wanted.clear()
             for payload, topics in list(self._make_notification_payloads()):
@@ -193,7 +193,7 @@ class NotificationHub:
                 raise ConnectionResetError
 
     def _make_notification_payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-        """Iterate over the payloads to send, each with the topics in it and their counts."""
+        """Iterate over payloads to send, each with its topics and their numbers of changes."""
         lines = [self._node]
         topics: list[tuple[str, int]] = []
         length = len(self._node)

@@ -65,7 +65,7 @@ _ID: Final = re.compile(ID_PATTERN)
 
 
 def may_be_id(text: str) -> bool:
-    """Return whether a text has the form of an id. Some other texts are errors in PostgreSQL."""
+    """Return whether a text has the form of an id, so that it can be a value in a statement."""
     return _ID.fullmatch(text) is not None
 
 

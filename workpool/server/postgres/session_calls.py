@@ -177,7 +177,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: terminate it, and request the stop of its work item."""
-        await self.get_session(session_id)  # raises a 404 for an unknown session, without a lock
+        await self.get_session(session_id)  # raises a 404 before a row is locked
 
         async def archive_in_transaction() -> SessionView:
             async with self._pool.transaction() as connection:
@@ -198,7 +198,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         if view.last_status != TERMINATED:
             conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
-            # This transaction may still fail, and then the cached event would not exist.
+            # This transaction may still fail. Then the cache must not have the appended event.
             self._conversations.pop(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)

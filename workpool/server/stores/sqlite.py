@@ -53,9 +53,10 @@ class SqliteStore:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
-        # The lock is reentrant, because rows are queued in a block of `transaction`, which has it.
+        # The lock is reentrant, because a block of `transaction` has the lock and queues rows.
         self._changed = threading.Condition(threading.RLock())
-        # `_changed` guards the next three attributes. `_unsaved` has only the newest rows.
+        # `_changed` guards the next three attributes. `_unsaved` has only the newest version of
+        # each row.
         self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
         self._closing = False
@@ -157,9 +158,9 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         if str(self._path) not in _NO_FILES:
-            # SQLite would create a file that other users may be able to read. It gives the files
-            # beside this one the same mode. An error is suppressed, because SQLite fails too when
-            # it opens the file, with a better message.
+            # Create the file here, so that other users cannot read it. SQLite gives its other files
+            # the same mode. An error is suppressed, because SQLite then fails with a better
+            # message.
             with suppress(OSError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE))
         connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)

@@ -83,7 +83,7 @@ def _from_json(text: object) -> object:
     try:
         return orjson.loads(text) if isinstance(text, str) else text
     except orjson.JSONDecodeError:
-        return text  # `from_row` then raises the error, because a text has the wrong type
+        return text  # `from_row` then reports that this column is malformed
 
 
 def _is_text(value: object) -> bool:
