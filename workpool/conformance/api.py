@@ -174,7 +174,7 @@ class WorkerApi(WorkCalls[Answer]):
         return replace(self, token=None, headers={**self.headers, header: api_key})
 
     def as_worker(self, worker: str | None, token: str | None) -> WorkerApi:
-        """Return a copy with another worker name and token."""
+        """Return a copy that sends requests with another worker name and token."""
         return replace(self, worker=worker, token=token)
 
     async def __call__(self, method: str, url: str, **options: Any) -> Answer:

@@ -179,7 +179,7 @@ class SharedQueue:
         with suppress(NoAnswerError):
             await self.api.stop(subject.id, json={"force": True})
 
-    async def check_environment(self) -> None:
+    async def check_that_items_are_of_suite(self) -> None:
         """Check that all items of the environment were created by the suite or passed to it.
 
         Raises:

@@ -26,7 +26,7 @@ CLEAN_UP_SECONDS: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The verdict on one clause; `seen` is the observation, empty if the clause holds."""
+    """The verdict on one clause. `seen` is what was observed, or empty if the clause holds."""
 
     clause: Clause
     verdict: Verdict
@@ -78,7 +78,7 @@ class Suite(SharedQueue):
             NoAnswerError: The control plane does not answer.
         """
         clauses = list(clauses)
-        await self.check_environment()
+        await self.check_that_items_are_of_suite()
         deadline = asyncio.get_running_loop().time() + self._seconds
         found: dict[str, Finding] = {}
 

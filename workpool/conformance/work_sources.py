@@ -33,7 +33,7 @@ class ItemSource(Protocol):
 
 
 class EnqueueSource:
-    """Creates items with the enqueue call, which only the embedded control plane has."""
+    """A source that uses the enqueue call, which only the embedded control plane has."""
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create one item and return its id."""
@@ -48,7 +48,7 @@ class EnqueueSource:
 
 
 class SessionSource:
-    """Creates sessions of an agent, each with one message of a user.
+    """A source that creates sessions of an agent, each with one message of a user.
 
     Args:
         agent: The agent's id.
@@ -84,7 +84,7 @@ class SessionSource:
 
 
 class GivenSource:
-    """Returns the ids of existing items, each once.
+    """A source that returns the ids of existing items, each id once.
 
     Args:
         work_ids: The ids of the items, which must be queued.

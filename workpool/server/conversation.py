@@ -46,7 +46,7 @@ class StoredEvent:
 
     @property
     def type(self) -> str:
-        """The event's type."""
+        """The event's type, such as `user.message`."""
         return str(self.value["type"])
 
 
@@ -110,7 +110,7 @@ class Conversation:
         # came after an interrupt, once the interrupted response has ended.
         self._turn = self._next_turn = False
         self._interrupted = False
-        self._concluded = False  # whether the agent has sent the last event of its turn
+        self._concluded = False  # whether the agent has sent its last message for now
 
     @property
     def last_event_at(self) -> str | None:
@@ -151,7 +151,7 @@ class Conversation:
     def _indexes_of_types(
         self, types: frozenset[str] | None, start: int, end: int, *, backwards: bool
     ) -> Iterator[int]:
-        """Iterate over the indexes from `start` to `end` of events of these types.
+        """Iterate over the indexes of the events of these types, from `start` to before `end`.
 
         The time depends on the number of these events, not on that of all events.
         """
@@ -305,7 +305,7 @@ class Conversation:
     }
 
     def next_server_event(self) -> dict[str, Any] | None:
-        """Return the event that the control plane must append now; None if it must wait."""
+        """Return the event that the control plane must append now; None if there is none."""
         if self.status == "terminated":
             return None
         for use_id, use in self._open.items():

@@ -84,7 +84,7 @@ class History:
         self._records.append(record)
 
     def records_of_item(self, work_id: str) -> tuple[Record, ...]:
-        """Return the records of one item; searches all records."""
+        """Return the records of one item, for which all records are searched."""
         return tuple(record for record in self._records if record.work_id == work_id)
 
 

@@ -250,7 +250,7 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                # Make the view before the next await, in which another call may delete the session.
+                # Another call may delete the session during the next await: make the view before.
                 view = self._make_session_view(*each)
                 last = view.id
                 if wanted.matches(view):

@@ -539,7 +539,7 @@ class Operations:
             if not work_ids:
                 continue  # the session was deleted when another of its items was due
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
-            items = queue.existing_items(work_ids)
+            items = queue.find_existing_items(work_ids)
             # Keep the session if one of its items is not stopped, or stopped too recently.
             if len(items) == len(work_ids) and self._retention.have_expired(items, self._latest):
                 for work_id in work_ids:

@@ -64,7 +64,7 @@ class SessionRegistry:
         return found
 
     def item_ids(self, session_id: str) -> list[str]:
-        """Return the ids of a session's items; none for an unknown session."""
+        """Return the ids of a session's items; an empty list for an unknown session."""
         found = self._sessions.get(session_id)
         return [] if found is None else [*self._earlier.get(session_id, ()), found[1]]
 

@@ -125,7 +125,7 @@ def last_heartbeat(item: Item) -> str:
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
-    """Return the JSON answer to a heartbeat. An error 412 has it too, as the current state."""
+    """Return the JSON answer to a heartbeat. The details of an error 412 contain it too."""
     return {
         "last_heartbeat": last_heartbeat(item) if item.beaten else None,
         "lease_extended": extended,
@@ -145,7 +145,7 @@ def stop_item(item: Item, now: int, *, force: bool) -> Item:
 
 
 def end_lease(item: Item) -> Item:
-    """End the lease of an item at its `lease_end`, even if the end is noticed later."""
+    """End the lease of an item at the time `lease_end`, even if the call comes later."""
     if LAPSE[item.state] == STOPPED:
         return replace(item, state=STOPPED, stopped_at=item.lease_end, lease_end=None)
     return replace(item, state=QUEUED, holder=None, lease_end=None, beaten=False)

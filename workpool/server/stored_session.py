@@ -54,7 +54,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session as it is stored. Its metadata is that of its first item at the creation.
+    """A session as it is stored. Its metadata is a copy of its first item's, made at creation.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.
@@ -103,7 +103,7 @@ class SessionView(NamedTuple):
 
     @property
     def updated_at(self) -> str:
-        """The time of the last change of the item's state or of the events."""
+        """The time of the last event, or of a later change of the item's state."""
         item = self.item
         changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
         changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
@@ -134,7 +134,7 @@ class SessionView(NamedTuple):
 
 
 class SessionFilter(NamedTuple):
-    """The filter and sort order of a list of sessions; None in a field: any value.
+    """The filter and sort order of a list of sessions. A field that is None allows any value.
 
     Attributes:
         environments: Only sessions of these environments.

@@ -27,7 +27,7 @@ _LEAP_SECOND: Final = "60"
 
 
 def system_clock() -> Callable[[], float]:
-    """Return a clock of epoch seconds that never jumps: the wall time now plus monotonic time.
+    """Return a clock of epoch seconds that never jumps: a wall time plus the monotonic time since.
 
     A wall clock that is set forward would end every lease at once while the workers, which use
     monotonic clocks, still hold them. CLOCK_BOOTTIME also counts the time of a suspension.

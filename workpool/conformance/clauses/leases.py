@@ -81,7 +81,7 @@ async def check_shorter_ttl_ends_lease_earlier(trial: Trial) -> None:
 
 @clause("lease-first-heartbeat", "The next holder's first heartbeat is accepted.")
 async def check_first_heartbeat_of_next_holder_is_accepted(trial: Trial) -> None:
-    """Take an item over after its lease has lapsed."""
+    """Acknowledge an item whose lease has lapsed, and send the first heartbeat of a new lease."""
     subject, _ = await _create_redelivered_item(trial)
     await trial.acknowledge_item(subject)
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
@@ -103,7 +103,7 @@ async def check_heartbeat_of_former_holder_is_refused(trial: Trial) -> None:
 
 @clause("lease-history", "A redelivered item shows its former ack or heartbeat.")
 async def check_redelivered_item_shows_its_former_lease(trial: Trial) -> None:
-    """Check the fields of an item that was delivered again."""
+    """Check that a redelivered item shows the time of its former ack or heartbeat."""
     subject, _ = await _create_redelivered_item(trial)
     item = subject.deliveries[-1].item
     known = item.get("acknowledged_at") or item.get("latest_heartbeat_at")

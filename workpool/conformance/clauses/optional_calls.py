@@ -46,7 +46,7 @@ async def check_metadata_patch_is_merged(trial: Trial) -> None:
 
 @clause("update-stopped", "A stopped item can be updated.")
 async def check_stopped_item_can_be_updated(trial: Trial) -> None:
-    """Write metadata of a stopped item."""
+    """Send a metadata patch for a stopped item, and check that it is accepted."""
     subject = await trial.create_active_item()
     await trial.stop_item(subject, force=True)
     answer = await trial.api.update(subject.id, json={"metadata": {SET: "1"}})
@@ -56,7 +56,7 @@ async def check_stopped_item_can_be_updated(trial: Trial) -> None:
 
 @clause("update-invalid", "A value that is neither string nor null is a 400.")
 async def check_metadata_patch_with_number_is_refused(trial: Trial) -> None:
-    """Write a number as metadata."""
+    """Send a metadata patch with a number as value, and check that it is refused."""
     subject = await trial.claim_item()
     answer = await trial.api.update(subject.id, json={"metadata": {SET: 1}})
     _require_permitted_call(answer, NO_WRITE)

@@ -64,7 +64,7 @@ class ApplicationRoutes:
     async def get_environment(self, request: web.Request) -> web.Response:
         """Answer with one environment."""
         environment_id = request.match_info["environment_id"]
-        self._authenticate_application(request).check_environment(environment_id)
+        self._authenticate_application(request).check_environment_access(environment_id)
         await requests.read_body(request)
         return json_response(
             self._environment_json(await self._engine.get_environment(environment_id))
@@ -87,7 +87,7 @@ class ApplicationRoutes:
         """Create a session, and queue its first work item."""
         caller = self._authenticate_application(request)
         wanted = creation_requests.parse_session(await requests.read_body(request))
-        caller.check_environment(wanted.environment_id)
+        caller.check_environment_access(wanted.environment_id)
         return json_response(self._session_json(await self._engine.create_session(wanted)))
 
     async def list_sessions(self, request: web.Request) -> web.Response:
@@ -98,11 +98,11 @@ class ApplicationRoutes:
         newest_first = requests.parse_newest_first(request, default=True)
         if newest_first and place.after:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
-        wanted = self._session_filter(request, limits, newest_first=newest_first)
+        wanted = self._parse_session_filter(request, limits, newest_first=newest_first)
         page = await self._engine.list_sessions(place, wanted)
         return json_response(page_json(page, self._session_json))
 
-    def _session_filter(
+    def _parse_session_filter(
         self, request: web.Request, limits: frozenset[str] | None, *, newest_first: bool
     ) -> SessionFilter:
         """Parse the query parameters that select and order a list of sessions."""
@@ -115,7 +115,8 @@ class ApplicationRoutes:
             requests.single_parameter(request, name)
             for name in ("deployment_id", "memory_store_id")
         ):
-            # No session here has a deployment or a memory store, so the list must be empty.
+            # No session of this control plane has a deployment or a memory store, so no session may
+            # match.
             statuses = frozenset()
         return SessionFilter(
             environments=limits,
@@ -132,13 +133,13 @@ class ApplicationRoutes:
         caller = self._authenticate_application(request)
         own = self._dialect.parse_session_id(request.match_info["session_id"])
         view = await self._engine.get_session(own)
-        caller.check_environment(view.session.environment_id)
+        caller.check_environment_access(view.session.environment_id)
         await requests.read_body(request)
         return json_response(self._session_json(await self._engine.archive_session(own)))
 
     def _authenticate_application(self, request: web.Request) -> Caller:
         caller = self._tokens.authenticate(request.headers, self._dialect)
-        caller.check_item(None)
+        caller.check_item_access(None)
         caller.check_not_worker_key()
         return caller
 

@@ -56,16 +56,16 @@ class ScaleRoutes:
         if not (self._local and names_an_address(request.host)):
             # The anthropic dialect also accepts a token in X-Api-Key.
             caller = self._tokens.authenticate(request.headers, ANTHROPIC)
-            caller.check_environment(environment_id)
-            caller.check_item(None)
+            caller.check_environment_access(environment_id)
+            caller.check_item_access(None)
         await self._engine.check_environment(environment_id)
         rule = _parse_replica_rule(request)
         return json_response(
-            scaling_numbers(_fleet_load(await self._engine.queue_stats(environment_id)), rule)
+            scaling_numbers(_to_fleet_load(await self._engine.queue_stats(environment_id)), rule)
         )
 
 
-def _fleet_load(stats: WorkQueueStats) -> FleetLoad:
+def _to_fleet_load(stats: WorkQueueStats) -> FleetLoad:
     oldest = stats.oldest_queued_at
     age = 0.0 if oldest is None else max(0, stats.read_at - oldest) / SECOND
     return FleetLoad(stats.depth, stats.pending, stats.running, age)

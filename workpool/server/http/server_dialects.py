@@ -90,18 +90,18 @@ class ServerDialect:
             "data": {"type": item.type, "id": self.format_session_id(item.session_id)},
             "state": item.state,
             "created_at": to_seconds_text(item.created_at),
-            "acknowledged_at": _seconds_text(item.acknowledged_at),
-            "started_at": _seconds_text(item.started_at),
+            "acknowledged_at": _to_seconds_text_or_none(item.acknowledged_at),
+            "started_at": _to_seconds_text_or_none(item.started_at),
             "latest_heartbeat_at": (
                 None if item.heartbeat_at is None else to_heartbeat_text(item.heartbeat_at)
             ),
-            "stop_requested_at": _seconds_text(item.stop_requested_at),
-            "stopped_at": _seconds_text(item.stopped_at),
+            "stop_requested_at": _to_seconds_text_or_none(item.stop_requested_at),
+            "stopped_at": _to_seconds_text_or_none(item.stopped_at),
             "metadata": item.metadata,
         }
 
 
-def _seconds_text(instant: int | None) -> str | None:
+def _to_seconds_text_or_none(instant: int | None) -> str | None:
     return None if instant is None else to_seconds_text(instant)
 
 

@@ -124,7 +124,7 @@ class SessionRoutes:
             if claimed.session_id != own or claimed.state == STOPPED:
                 raise APIError(403, "an item's token is for its session, until the item is stopped")
         view = await self._engine.get_session(own)
-        caller.check_environment(view.session.environment_id)
+        caller.check_environment_access(view.session.environment_id)
         return view
 
 

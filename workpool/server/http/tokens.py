@@ -45,7 +45,7 @@ class Caller(NamedTuple):
     item: tuple[str, str] | None = None
     worker: bool = False
 
-    def check_environment(self, environment_id: str) -> None:
+    def check_environment_access(self, environment_id: str) -> None:
         """Raise a 403 if the caller may not use this environment."""
         if self.environments is not None and environment_id not in self.environments:
             raise APIError(403, "this token is not allowed on this environment")
@@ -55,14 +55,14 @@ class Caller(NamedTuple):
         if self.worker:
             raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
-    def check_item(self, work_id: str | None) -> None:
+    def check_item_access(self, work_id: str | None) -> None:
         """Raise a 403 if the caller sent an item's token, unless it belongs to item `work_id`."""
         if self.item is not None and work_id != self.item[1]:
             raise APIError(403, "an item's token is for this item and its session only")
 
 
 class AcceptedTokens:
-    """The accepted tokens, found by their hash, so that timing reveals nothing about them.
+    """The accepted tokens. They are looked up by hash, so that timing reveals nothing about them.
 
     Args:
         grants: Token → the environments that it is limited to.
@@ -90,7 +90,7 @@ class AcceptedTokens:
                 return Caller(frozenset({environment_id}), (environment_id, work_id))
         raise APIError(401, "the token is missing or wrong")
 
-    def item_secret(self, item: Item) -> str:
+    def make_item_secret(self, item: Item) -> str:
         """Return the secret of an item: base64url of a JSON object with the item's token."""
         token = self._sign_token_subject(f"{_ITEM_PREFIX}{item.environment_id}.{item.id}")
         return urlsafe_b64encode(orjson.dumps({"sessions_token": token})).decode().rstrip("=")
@@ -119,7 +119,7 @@ def check_token(token: str) -> str:
 
 
 def parse_token_file(text: str) -> dict[str, frozenset[str] | None]:
-    """Parse a file whose lines have a token and the environments that the token may use.
+    """Parse a file in which each line has a token and the environments that it may use.
 
     Empty lines and lines that begin with `#` are skipped.
 

@@ -90,7 +90,7 @@ class WorkRoutes:
     def _delivery_json(self, item: Item) -> dict[str, Any]:
         shown = self._dialect.item_json(item)
         if self._dialect.item_secrets:
-            shown["secret"] = self._tokens.item_secret(item)
+            shown["secret"] = self._tokens.make_item_secret(item)
         return shown
 
     async def queue_stats(self, request: web.Request) -> web.Response:
@@ -198,8 +198,8 @@ class WorkRoutes:
         """
         caller = self._tokens.authenticate(request.headers, self._dialect)
         environment_id = request.match_info["environment_id"]
-        caller.check_environment(environment_id)
-        caller.check_item(work_id)
+        caller.check_environment_access(environment_id)
+        caller.check_item_access(work_id)
         if not worker:
             caller.check_not_worker_key()
         await self._engine.check_environment(environment_id)
@@ -234,7 +234,7 @@ class WorkRoutes:
 
 
 @web.middleware
-async def error_envelopes(
+async def error_envelope_middleware(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Middleware that turns each API error into an answer with an error envelope."""
@@ -255,7 +255,7 @@ async def error_envelopes(
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """Add the header `request-id`, in the dialects that have it."""
+    """Add the header `request-id` to an answer, if the dialect has this header."""
     if request.path.startswith(_REQUEST_ID_PREFIXES):
         response.headers["request-id"] = "req_" + secrets.token_hex(12)
 
@@ -265,9 +265,9 @@ def make_application(
     routes: list[web.RouteDef],
     middlewares: tuple[Any, ...] = (),
 ) -> web.Application:
-    """Return the aiohttp application; `middlewares` wrap all calls, for example to cause faults."""
+    """Return the aiohttp application. `middlewares` wrap all calls, to inject faults."""
     app = web.Application(
-        middlewares=[*middlewares, error_envelopes], client_max_size=BODY_LIMIT_BYTES
+        middlewares=[*middlewares, error_envelope_middleware], client_max_size=BODY_LIMIT_BYTES
     )
     app[requests.LARGE_BODIES] = asyncio.Semaphore(requests.LARGE_BODIES_MAX)
     app.add_routes(routes)

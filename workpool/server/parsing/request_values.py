@@ -207,7 +207,7 @@ def boolean_parameter(request: web.Request, name: str) -> bool:
 
 
 def repeated_parameter(request: web.Request, name: str) -> frozenset[str] | None:
-    """Return all values of the query parameters `name` and `name[]`; None if absent."""
+    """Return all values of the query parameters `name` and `name[]`; None if there are none."""
     values = [*request.query.getall(f"{name}[]", ()), *request.query.getall(name, ())]
     return frozenset(values) if values else None
 
@@ -284,7 +284,7 @@ def _has_too_many_values(value: object) -> bool:
 
 
 def parse_force(content: bytes) -> bool:
-    """Parse the field `force` of the body of a stop; False if it is absent."""
+    """Parse the field `force` in the body of a stop request; False if it is absent."""
     value = parse_json_object(content).get("force") if content else None
     if value is not None and not isinstance(value, bool):
         raise APIError(400, "force must be a boolean", "force")

@@ -42,9 +42,8 @@ def parse_script(value: object, copies: int = 1) -> Script:
         raise _script_error("cannot be written as JSON") from None
     if len(content) * copies > SCRIPTS_BYTES_MAX:
         raise _script_error(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
-    copy: Script = orjson.loads(content)[0][
-        0
-    ]  # a deep copy, which the caller of `enqueue` cannot change
+    # A deep copy: the caller of `enqueue` may change its own object later.
+    copy: Script = orjson.loads(content)[0][0]
     return copy
 
 

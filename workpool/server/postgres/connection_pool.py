@@ -59,10 +59,10 @@ class Connection(Protocol):
         """Run a statement and return its rows."""
 
     async def fetchrow(self, query: str, *args: object) -> Any:
-        """Run a statement and return its first row; None if it has none."""
+        """Run a statement and return its first row; None if there is no row."""
 
     async def fetchval(self, query: str, *args: object) -> Any:
-        """Run a statement and return the first column of its first row; None if it has none."""
+        """Run a statement and return the first column of its first row; None if there is no row."""
 
     async def execute(self, query: str, *args: object) -> str:
         """Run a statement and return its status, such as `UPDATE 1`.
@@ -135,11 +135,11 @@ class ConnectionPool:
         return cast("Sequence[Any]", await self._run_statement("fetch", query, args))
 
     async def fetchrow(self, query: str, *args: object) -> Any:
-        """Run a statement and return its first row; None if it has none."""
+        """Run a statement and return its first row; None if there is no row."""
         return await self._run_statement("fetchrow", query, args)
 
     async def fetchval(self, query: str, *args: object) -> Any:
-        """Run a statement and return the first column of its first row; None if it has none."""
+        """Run a statement and return the first column of its first row; None if there is no row."""
         return await self._run_statement("fetchval", query, args)
 
     async def execute(self, query: str, *args: object) -> str:
@@ -318,7 +318,7 @@ async def open_connection(url: str, *, statement_seconds: float | None = None) -
 async def end_connection(connection: Any) -> None:
     """Close a connection, or terminate it if closing takes too long."""
     try:
-        # The driver's own time limit does not include its wait for a statement that it cancels.
+        # The driver's own limit for `close` excludes the time in which a statement is cancelled.
         async with asyncio.timeout(_RELEASE_SECONDS):
             await connection.close()
     except DRIVER_ERRORS:

@@ -134,7 +134,7 @@ class DatabaseCalls:
     async def _retry_with_lock(
         self, attempt: Callable[[Connection], Awaitable[T | None]], lock: str, *key: str
     ) -> T:
-        """Repeat an attempt while it returns None, which means a collision; return its result.
+        """Repeat `attempt` until it returns a result. None means that another change collided.
 
         After some collisions, the statement `lock` locks the row of `key`, so that the next attempt
         cannot collide.

@@ -1,4 +1,4 @@
-"""Conversion of temporary database errors to a 503, after which a caller may try again.
+"""Conversion of temporary database errors to an HTTP 503, so that clients repeat the call.
 
 An error that may be gone after some time is a 503. Every other error, such as a violated constraint
 or a wrong statement, is a defect, which stays as it is: a 500 with a traceback in the log. See
@@ -98,6 +98,7 @@ def _driver_error_reason(error: BaseException) -> str | None:
     if isinstance(error, asyncpg.InternalClientError):
         # The driver raises this error if a call begins while the server closes the connection.
         return _CUT
-    # `InterfaceError` also reports a wrong use of the driver; only its text shows the difference.
+    # `InterfaceError` reports a closed connection, or a wrong use of the driver. Only the text of
+    # the error distinguishes them.
     closed = type(error) is asyncpg.InterfaceError and "clos" in str(error)
     return _CUT if closed else None

@@ -107,7 +107,7 @@ class ItemCache:
         self._known: OrderedDict[tuple[str, str], CachedItem] = OrderedDict()
 
     def put(self, item: Item, version: int, seen_at: int) -> None:
-        """Add a row, unless its item is stopped or its metadata are large."""
+        """Add a row, unless its item is stopped or its metadata is large."""
         size = sum(len(key) + len(value) for key, value in item.metadata.items())
         if item.state == STOPPED or size > KNOWN_METADATA_MAX:
             return

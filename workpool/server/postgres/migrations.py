@@ -1,4 +1,4 @@
-"""Migrations of the database schema, while nodes of the previous release still run.
+"""Migrations of the database schema. Nodes of the previous release may run at the same time.
 
 A migration goes forward only and is one transaction under an advisory lock, so that nodes which
 start together run it once. It must work with nodes of the previous release, which run during the

@@ -80,11 +80,11 @@ class NotificationHub:
         self.listening = asyncio.Event()
 
     def change_count(self) -> int:
-        """Return the number of known changes; call it before reading the database."""
+        """Return the number of known changes. A call takes it before it reads the database."""
         return self._changes
 
     async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
-        """Wait for a change of a topic after `seen`, and return whether one was announced.
+        """Wait for a change of a topic after change number `seen`; return whether it was announced.
 
         False: `seconds` have passed, or a notification may be lost. A poll that then finds an item
         must call `wake_calls`, since only one poll is woken for any number of items.

@@ -53,7 +53,7 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._current_time()
         self._running = asyncio.get_running_loop().create_task(
-            self._run_background(), name="postgres"
+            self._run_background_tasks(), name="postgres"
         )
 
     async def close(self) -> None:
@@ -74,7 +74,7 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         self._closing = True
         self._hub.end_waits()
 
-    async def _run_background(self) -> None:
+    async def _run_background_tasks(self) -> None:
         """Run the notification hub and the sweeper until cancelled."""
         batches: list[Callable[[], Awaitable[int]]] = [self.sweep_leases, self.delete_idle_pollers]
         if self._retention is not None:

@@ -146,7 +146,7 @@ def environment_to_row(environment: Environment) -> list[Any]:
 
 
 def event_from_columns(session_id: str, event_id: str, value: str) -> StoredEvent:
-    """Return the event of a session with this id and this JSON."""
+    """Return a session's event, given the values of the columns `event_id` and `value`."""
     return StoredEvent(event_id, session_id, orjson.loads(value))
 
 

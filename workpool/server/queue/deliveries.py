@@ -25,7 +25,7 @@ class Deliveries:
         return len(self._times)
 
     def add(self, work_id: str, delivered_at: int) -> None:
-        """Add the delivery of an item that has no recorded delivery."""
+        """Record the delivery of an item, which must not have a recorded delivery yet."""
         self._times[work_id] = self._recent[work_id] = delivered_at
 
     def discard(self, work_id: str) -> None:
@@ -39,11 +39,11 @@ class Deliveries:
         return next(iter(self._times.values()), None)
 
     def lowest_id(self) -> str | None:
-        """Return the lowest id of all deliveries."""
+        """Return the lowest id of all delivered items; None if there is none."""
         return min(chain(self._due[:1], self._recent), default=None)
 
     def lowest_due_id(self, until: int) -> str | None:
-        """Return the lowest id of the items that were delivered by the time `until`.
+        """Return the lowest id of the items that were delivered no later than `until`.
 
         Each id moves once from `_recent` to the sorted list `_due`. The result is the first id of
         that list, unless a poll with a shorter window has moved ids that are too recent for this

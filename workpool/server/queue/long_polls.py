@@ -17,7 +17,7 @@ Waiter: TypeAlias = "asyncio.Future[None]"
 
 
 class Poll(NamedTuple):
-    """The parameters of a poll; with `block_ms` 0 it does not wait."""
+    """The parameters of a poll. If `block_ms` is 0, the poll does not wait for an item."""
 
     worker_id: str | None = None
     block_ms: int = 0
@@ -25,7 +25,7 @@ class Poll(NamedTuple):
 
 
 class WaitingPolls:
-    """The waiting polls of one environment and loop, which are woken in order of arrival."""
+    """The waiting polls of one environment on one event loop, woken in order of arrival."""
 
     def __init__(self) -> None:
         self._waiters: OrderedDict[Waiter, bool] = OrderedDict()
@@ -34,7 +34,7 @@ class WaitingPolls:
         return len(self._waiters)
 
     async def wait_until_woken(self, seconds: float, *, reclaiming: bool) -> None:
-        """Sleep for `seconds`, or until woken.
+        """Sleep until the poll is woken, but not longer than `seconds`.
 
         `reclaiming`: an item that is delivered from now on may become claimable for this poll while
         it waits.

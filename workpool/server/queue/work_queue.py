@@ -105,7 +105,7 @@ class WorkQueue:
             self.leases.set_end(item.id, item.lease_end)
         self._index_queued_item(item, former)
 
-    def existing_items(self, work_ids: Iterable[str]) -> list[Item]:
+    def find_existing_items(self, work_ids: Iterable[str]) -> list[Item]:
         """Return the items with these ids; skips ids that are not in this queue."""
         return [self._items[work_id] for work_id in work_ids if work_id in self._items]
 

@@ -190,7 +190,7 @@ class SqliteStore:
         return StoreContents(items, sessions, events, environments, signing_key)
 
     def _next_batch(self) -> tuple[Sequence[Row | DeletedRow], int] | None:
-        """Wait for unsaved rows; return them and the count of all changes, or None at the close."""
+        """Wait for unsaved rows; return them and the count of changes. None: the store closes."""
         with self._changed:
             while not self._unsaved and not self._closing:
                 self._changed.wait()

@@ -96,7 +96,7 @@ class MemoryStore:
         """Do nothing, because nothing was saved."""
 
     async def wait_until_durable(self) -> None:
-        """Return at once, since nothing survives a crash."""
+        """Return at once, because no change ever becomes durable."""
 
     async def wait_for_failure(self) -> None:
         """Wait forever, since nothing can fail."""
