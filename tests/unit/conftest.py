@@ -51,7 +51,10 @@ class SentCall(NamedTuple):
 
 
 class RecordingClient(LocalClient):
-    """A client that records its calls in the testbed and delays each one by `permit_seconds`."""
+    """A client that records each call, and whose simulated rate limit delays every call.
+
+    The testbed has the records, and the delay as `permit_seconds`.
+    """
 
     def __init__(self, bench: LeaseTestbed, worker_id: str) -> None:
         super().__init__(
@@ -193,7 +196,7 @@ class LeaseTestbed:
 
     @asynccontextmanager
     async def open_clients(self) -> AsyncIterator[None]:
-        """Open both clients and the renewer during the `async with` block."""
+        """Keep the clients of both workers and the renewer open during the `async with` block."""
         async with self.client, self.rival, self.renewer:
             yield
 
@@ -252,7 +255,7 @@ class LeaseTestbed:
                 return
         raise AssertionError("it is not in the queue")
 
-    def send_times(self, op: str) -> list[float]:
+    def get_send_times(self, op: str) -> list[float]:
         return [each.at for each in self.sent if each.op == op]
 
     def heartbeat_results(self) -> list[str]:

@@ -34,7 +34,7 @@ def test_retry_interrupted_by_drain_keeps_its_number_in_next_run() -> None:
     assert following.opening_patch() == {"workpool.released": None, "workpool.retries": None}
 
 
-def test_retries_of_lost_run_or_unreadable_number_are_not_counted() -> None:
+def test_retry_number_is_zero_after_crash_or_with_invalid_metadata() -> None:
     assert Attempt({"workpool.retries": "2"}, redelivered=True).retry == 0
     notes = {"workpool.released": "draining", "workpool.retries": "-1"}
     assert Attempt(notes, redelivered=True).retry == 0

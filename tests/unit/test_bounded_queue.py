@@ -1,4 +1,4 @@
-"""The bounded queue: no place is lost or used twice, and waiters get places in their order."""
+"""The bounded queue: no queue place is lost or used twice, and tasks wait for one in order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_queue_runs_no_more_items_than_slots() -> None:
     assert queue.take_item() == "b"
 
 
-async def test_reservation_waits_until_place_is_free() -> None:
+async def test_reservation_of_queue_place_waits_until_one_is_free() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     await put_items(queue, "a", "b")
     assert queue.take_item() == "a"
@@ -52,7 +52,7 @@ async def test_reservation_waits_until_place_is_free() -> None:
     assert queue.reserved == 1
 
 
-async def test_released_place_goes_to_first_waiter() -> None:
+async def test_released_queue_place_goes_to_first_waiting_task() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve_place()
     order: list[str] = []
@@ -73,7 +73,7 @@ async def test_released_place_goes_to_first_waiter() -> None:
     assert queue.reserved == 1
 
 
-async def test_new_reservation_waits_behind_earlier_waiters() -> None:
+async def test_new_reservation_of_queue_place_waits_behind_earlier_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve_place()
     async with asyncio.TaskGroup() as group:
@@ -88,7 +88,7 @@ async def test_new_reservation_waits_behind_earlier_waiters() -> None:
         queue.release_reserved_place()
 
 
-async def test_cancelled_reservation_passes_its_place_to_next_waiter() -> None:
+async def test_released_queue_place_skips_waiter_that_was_cancelled() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve_place()
     async with asyncio.TaskGroup() as group:
@@ -102,7 +102,7 @@ async def test_cancelled_reservation_passes_its_place_to_next_waiter() -> None:
     assert queue.reserved == 1
 
 
-async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> None:
+async def test_queue_place_granted_to_task_cancelled_at_once_goes_to_next_waiter() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve_place()
     async with asyncio.TaskGroup() as group:
@@ -117,7 +117,7 @@ async def test_place_granted_to_reservation_cancelled_at_once_is_not_lost() -> N
     assert queue.reserved == 1
 
 
-async def test_dropped_items_free_their_places_and_wake_waiters() -> None:
+async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
     await put_items(queue, "a", "b", "c")
     queue.take_item()
@@ -132,7 +132,7 @@ async def test_dropped_items_free_their_places_and_wake_waiters() -> None:
     ("items", "taken", "full", "idle"),
     [(0, 0, False, True), (1, 0, False, False), (1, 1, False, False), (2, 1, True, False)],
 )
-async def test_queue_full_and_idle_flags_ignore_reservations(
+async def test_queue_flags_is_full_and_is_idle_ignore_reserved_places(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
@@ -145,7 +145,9 @@ async def test_queue_full_and_idle_flags_ignore_reservations(
         assert (queue.is_full, queue.is_idle) == (full, idle)
 
 
-async def test_reservation_cancelled_while_a_place_becomes_free_raises_cancelled_error() -> None:
+async def test_reservation_cancelled_while_queue_place_becomes_free_raises_cancelled_error() -> (
+    None
+):
     """A poller that is cancelled by a drain must not continue to poll."""
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve_place()
@@ -194,7 +196,7 @@ class RandomQueueUsers:
         for _ in range(self.dice.randrange(4)):
             await asyncio.sleep(0)
 
-    async def use_one_place(self, number: int) -> None:
+    async def reserve_and_use_place(self, number: int) -> None:
         await self.queue.reserve_place()
         try:
             await self.random_pause()
@@ -214,13 +216,13 @@ class RandomQueueUsers:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int) -> None:
+async def test_queue_under_random_use_and_cancellation_loses_no_queue_place(seed: int) -> None:
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
     users, tasks = RandomQueueUsers(dice, queue), list[asyncio.Task[None]]()
     async with asyncio.TaskGroup() as group:
         for number in range(200):
-            tasks.append(group.create_task(users.use_one_place(number)))
+            tasks.append(group.create_task(users.reserve_and_use_place(number)))
             await users.random_pause()
             if dice.random() < 0.4:
                 dice.choice(tasks).cancel()
@@ -237,7 +239,7 @@ async def test_queue_under_random_use_and_cancellation_loses_no_place(seed: int)
             await queue.reserve_place()
 
 
-async def test_item_set_aside_occupies_no_place() -> None:
+async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None:
     queue: BoundedQueue[str] = BoundedQueue(2, 0)
     await queue.reserve_place()
     queue.release_reserved_place()
@@ -247,7 +249,7 @@ async def test_item_set_aside_occupies_no_place() -> None:
     assert (queue.reserved, queue.waiting_count, queue.is_idle) == (2, 0, False)
 
 
-async def test_queue_sets_aside_no_more_items_than_places() -> None:
+async def test_queue_has_too_many_items_set_aside_once_they_equal_places() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     assert not queue.too_many_set_aside
@@ -255,7 +257,7 @@ async def test_queue_sets_aside_no_more_items_than_places() -> None:
     assert queue.too_many_set_aside
 
 
-async def test_item_waiting_for_its_handler_starts_before_item_waiting_for_any_slot() -> None:
+async def test_startable_item_set_aside_starts_before_items_in_queue_places() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     queue.set_item_aside("b")
@@ -265,7 +267,7 @@ async def test_item_waiting_for_its_handler_starts_before_item_waiting_for_any_s
     assert (queue.items_set_aside, queue.waiting_count, queue.running) == (["a"], 1, 1)
 
 
-async def test_released_place_goes_to_item_set_aside_before_a_poller() -> None:
+async def test_released_queue_place_goes_to_item_set_aside_before_waiting_poller() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await put_items(queue, "a")
     assert queue.take_item() == "a"
@@ -283,7 +285,7 @@ async def test_released_place_goes_to_item_set_aside_before_a_poller() -> None:
     assert queue.reserved == 1
 
 
-async def test_wait_to_set_item_aside_ends_when_another_such_item_starts() -> None:
+async def test_wait_to_set_item_aside_ends_when_item_already_aside_starts() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_item_aside("a")
     async with asyncio.TaskGroup() as group:

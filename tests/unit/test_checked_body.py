@@ -36,7 +36,7 @@ def body_size_label(body: bytes | None) -> str:
 
 
 class CheckRefusal(Exception):
-    """The error by which a check refuses a request."""
+    """The exception that a check raises so that its request is not sent."""
 
 
 class NetworkLikeRefusal(TimeoutError):
@@ -107,7 +107,7 @@ def refuse_request() -> None:
     raise CheckRefusal
 
 
-def refuse_like_network_error() -> None:
+def raise_network_like_refusal() -> None:
     raise NetworkLikeRefusal
 
 
@@ -117,21 +117,21 @@ def request_arguments(
     return endpoint, URL(f"{url}/x"), 20, None, body, CallOptions(check)
 
 
-class SwitchableCheck:
-    """A check that refuses once `open` is false, and counts its calls."""
+class SwitchableRequestCheck:
+    """A check that counts its calls and refuses requests while `allows_sending` is false."""
 
     def __init__(self) -> None:
-        self.open = True
+        self.allows_sending = True
         self.asked = 0
 
     def __call__(self) -> None:
         self.asked += 1
-        if not self.open:
+        if not self.allows_sending:
             raise CheckRefusal
 
 
 @asynccontextmanager
-async def no_client_session() -> AsyncIterator[None]:
+async def default_client_session() -> AsyncIterator[None]:
     yield None
 
 
@@ -142,7 +142,7 @@ def client_session_of_caller() -> aiohttp.ClientSession:
 def traced_client_session() -> aiohttp.ClientSession:
     """Return a client session with trace callbacks that wait at each step of a request."""
 
-    async def wait_in_trace(*_: object) -> None:
+    async def delay_request(*_: object) -> None:
         await asyncio.sleep(0.01)
 
     trace = aiohttp.TraceConfig()
@@ -153,7 +153,7 @@ def traced_client_session() -> aiohttp.ClientSession:
         trace.on_connection_create_end,
         trace.on_connection_reuseconn,
     ):
-        signal.append(wait_in_trace)
+        signal.append(delay_request)
     return aiohttp.ClientSession(trace_configs=[trace])
 
 
@@ -161,7 +161,7 @@ def traced_client_session() -> aiohttp.ClientSession:
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
 @pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=body_size_label)
 @pytest.mark.parametrize(
-    "session", [no_client_session, client_session_of_caller, traced_client_session]
+    "session", [default_client_session, client_session_of_caller, traced_client_session]
 )
 async def test_request_refused_by_its_check_sends_no_byte(
     session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
@@ -190,7 +190,7 @@ async def test_request_whose_check_raises_network_error_is_not_repeated(endpoint
         before = len(server)
         with pytest.raises(NetworkLikeRefusal):
             await transport.send(
-                *request_arguments(server.url, refuse_like_network_error, endpoint=endpoint)
+                *request_arguments(server.url, raise_network_like_refusal, endpoint=endpoint)
             )
         assert len(server) == before
 
@@ -246,8 +246,8 @@ class DelayedResolver(AbstractResolver):
         pass
 
 
-async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
-    check = SwitchableCheck()
+async def test_request_refused_by_its_check_after_slow_host_lookup_sends_no_byte() -> None:
+    check = SwitchableRequestCheck()
     async with recording_server() as server:
         resolver = DelayedResolver()
         url = server.url.replace("127.0.0.1", "pool.invalid")
@@ -261,7 +261,7 @@ async def test_check_refusing_after_slow_host_lookup_sends_no_byte() -> None:
             )
             await resolver.asked.wait()
             assert check.asked == 0
-            check.open = False
+            check.allows_sending = False
             resolver.release.set()
             await sending
     assert len(server) == 0
@@ -273,12 +273,12 @@ async def assert_refused_by_check(call: Awaitable[object]) -> None:
         await call
 
 
-async def test_check_refusing_after_slow_proxy_sends_no_byte(
+async def test_request_refused_by_its_check_after_slow_proxy_sends_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The proxy receives the name of the host, but the host receives no byte."""
+    """The proxy receives a CONNECT request with the host's name, and nothing of the request."""
     check, asked, release, ended = (
-        SwitchableCheck(),
+        SwitchableRequestCheck(),
         asyncio.Event(),
         asyncio.Event(),
         asyncio.Event(),
@@ -305,7 +305,7 @@ async def test_check_refusing_after_slow_proxy_sends_no_byte(
         )
         await asked.wait()
         assert check.asked == 0
-        check.open = False
+        check.allows_sending = False
         release.set()
         await sending
         await ended.wait()
@@ -318,10 +318,10 @@ async def assert_transient_error(call: Awaitable[object]) -> None:
         await call
 
 
-async def test_check_refusing_after_wait_for_free_connection_sends_no_byte() -> None:
-    check = SwitchableCheck()
+async def test_request_refused_by_its_check_after_wait_for_free_connection_sends_no_byte() -> None:
+    check = SwitchableRequestCheck()
     connector = aiohttp.TCPConnector(limit=1)
-    # This empty answer never completes the first request, which so occupies the only connection.
+    # This empty answer never completes the first request, which keeps the only connection busy.
     hold: list[bytes | None] = [b""]
     async with (
         recording_server(*hold) as server,
@@ -336,14 +336,14 @@ async def test_check_refusing_after_wait_for_free_connection_sends_no_byte() -> 
             assert_refused_by_check(transport.send(*request_arguments(server.url, check)))
         )
         await asyncio.sleep(0)
-        check.open = False
+        check.allows_sending = False
         first.cancel()
         await second
         assert len(server) == before
 
 
-async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
-    check = SwitchableCheck()
+async def test_request_refused_by_its_check_after_wait_for_rate_limit_sends_no_byte() -> None:
+    check = SwitchableRequestCheck()
     async with (
         recording_server() as server,
         WorkClient(settings_for_server(server, write_rate=1)) as client,
@@ -353,22 +353,22 @@ async def test_check_refusing_after_wait_for_rate_limit_sends_no_byte() -> None:
         stopping = client.stop(WORK, force=True, options=CallOptions(check))
         sending = group.create_task(assert_refused_by_check(stopping))
         await asyncio.sleep(0)
-        check.open = False
+        check.allows_sending = False
         client.release_ack_permit()
         await sending
     assert len(server) == 0
 
 
 async def test_request_is_sent_although_trace_callback_of_caller_waits() -> None:
-    """The first bytes arrive while the trace of the caller's session still waits."""
+    """The server receives bytes before the trace callback of the caller's session returns."""
     waiting, release = asyncio.Event(), asyncio.Event()
 
-    async def wait_in_trace(*_: object) -> None:
+    async def block_until_released(*_: object) -> None:
         waiting.set()
         await release.wait()
 
     trace = aiohttp.TraceConfig()
-    trace.on_request_chunk_sent.append(wait_in_trace)
+    trace.on_request_chunk_sent.append(block_until_released)
     async with (
         recording_server() as server,
         aiohttp.ClientSession(trace_configs=[trace]) as session,
@@ -382,11 +382,11 @@ async def test_request_is_sent_although_trace_callback_of_caller_waits() -> None
 
 
 @pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=body_size_label)
-@pytest.mark.parametrize("session", [no_client_session, traced_client_session])
+@pytest.mark.parametrize("session", [default_client_session, traced_client_session])
 async def test_passing_check_is_called_once_and_request_arrives_complete(
     session: Any, body: bytes | None
 ) -> None:
-    check = SwitchableCheck()
+    check = SwitchableRequestCheck()
     async with (
         recording_server() as server,
         session() as own,
@@ -402,13 +402,13 @@ async def test_passing_check_is_called_once_and_request_arrives_complete(
 async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("old")
-    check = SwitchableCheck()
+    check = SwitchableRequestCheck()
 
     async def deny_first_request(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        check.open = False
+        check.allows_sending = False
         writer.write(DENIED)
         rest.append(await reader.read())
         writer.close()
@@ -428,11 +428,11 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
 
 
 async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
-    check = SwitchableCheck()
+    check = SwitchableRequestCheck()
 
-    def refuse_second_check() -> None:
+    def allow_first_request_only() -> None:
         check()
-        check.open = False
+        check.allows_sending = False
 
     async with (
         recording_server(ANSWER, None, ANSWER) as server,
@@ -440,7 +440,9 @@ async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> 
     ):
         await transport.send(*request_arguments(server.url, None))
         with pytest.raises(CheckRefusal):
-            await transport.send(*request_arguments(server.url, refuse_second_check, endpoint=READ))
+            await transport.send(
+                *request_arguments(server.url, allow_first_request_only, endpoint=READ)
+            )
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 

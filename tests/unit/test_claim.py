@@ -35,7 +35,7 @@ def refused_answer(status: int, retry_after: float | None = None) -> Fault:
 
 
 class ClaimTestbed:
-    """A claimer that uses a `LeaseTestbed`; records its events and the results of its acks."""
+    """A claimer in a `LeaseTestbed`, with the events and the ack results that it has reported."""
 
     def __init__(self, bench: LeaseTestbed, window: float | None = None) -> None:
         self.bench = bench
@@ -84,7 +84,7 @@ class ClaimTestbed:
 def test_lease_counts_from_first_ack_that_may_have_been_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
-    """The lease may have begun with that ack; when it ends, another worker may claim the item."""
+    """An ack that got no answer may have begun the lease, which then ends earlier."""
 
     @in_virtual_time
     async def check_lease_start() -> None:
@@ -92,7 +92,7 @@ def test_lease_counts_from_first_ack_that_may_have_been_applied(
         async with one.open_clients():
             item, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "ok"
-        earlier, later = one.send_times("ack")
+        earlier, later = one.get_send_times("ack")
         assert earlier < later
         assert item.acked_at == (earlier if first else later)
 
@@ -100,7 +100,7 @@ def test_lease_counts_from_first_ack_that_may_have_been_applied(
 
 
 @in_virtual_time
-async def test_ack_that_was_not_applied_is_repeated_within_claim_window(
+async def test_ack_answered_with_429_is_repeated_until_item_would_be_redelivered(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[refused_answer(429)] * 999)
@@ -108,7 +108,7 @@ async def test_ack_that_was_not_applied_is_repeated_within_claim_window(
         _, result = await ClaimTestbed(one).acknowledge_item()
         assert result == "error"
         assert one.clock() <= RECLAIM_SECONDS
-    assert len(one.send_times("ack")) > 1
+    assert len(one.get_send_times("ack")) > 1
 
 
 @in_virtual_time
@@ -135,7 +135,7 @@ async def test_ack_that_may_have_been_applied_is_not_repeated_after_its_lease(
 
 
 @in_virtual_time
-async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
+async def test_repeated_ack_delayed_beyond_end_of_lease_is_not_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[Fault(answer=500, applied=False), Fault(wait=1)])
@@ -146,7 +146,7 @@ async def test_repeated_ack_that_waits_beyond_its_lease_is_not_sent(
         item, result = await task
         assert result == "error"
         assert one.operations.get_item(ENVIRONMENT, item.id).state == "queued"
-    assert len(one.send_times("ack")) == 1
+    assert len(one.get_send_times("ack")) == 1
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
         async with one.open_clients():
             claims = ClaimTestbed(one)
             assert (await claims.acknowledge_item())[1] == result
-        assert len(one.send_times("ack")) == 1
+        assert len(one.get_send_times("ack")) == 1
         assert [error is not None for error in claims.acks] == [True] * reported
 
     check_refused_ack()
@@ -202,7 +202,9 @@ def test_repeated_ack_succeeds_only_if_item_may_belong_to_this_worker(
 
 
 @in_virtual_time
-async def test_ack_answer_keeps_token_and_trace_of_polled_item(testbed: type[LeaseTestbed]) -> None:
+async def test_acknowledged_item_keeps_session_token_and_trace_of_its_poll(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed()
     async with one.open_clients():
         claims = ClaimTestbed(one)
@@ -237,7 +239,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
         item = await one.claim_item()
         await ClaimTestbed(one).claimer.send_first_heartbeats(item)
     assert item.lease.begun
-    assert one.send_times("heartbeat") == [0]
+    assert one.get_send_times("heartbeat") == [0]
     assert one.item_history(item, "heartbeat")[0].state == "active"
 
 
@@ -255,7 +257,7 @@ async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(
 
 
 @in_virtual_time
-async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
+async def test_failed_first_heartbeat_is_repeated_until_lease_begun_by_ack_ends(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[refused_answer(503)] * 999)
@@ -264,7 +266,7 @@ async def test_first_heartbeat_that_fails_is_repeated_while_lease_of_ack_lasts(
         await ClaimTestbed(one).claimer.send_first_heartbeats(item)
         assert one.clock() == pytest.approx(54)
     assert (item.lease.status, item.lease.begun) == ("lost", False)
-    assert len(one.send_times("heartbeat")) > 10
+    assert len(one.get_send_times("heartbeat")) > 10
 
 
 @in_virtual_time
@@ -295,7 +297,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 
 
 @in_virtual_time
-async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
+async def test_active_item_held_by_another_worker_is_lost_without_a_read(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A read shows the `acknowledged_at` of any holder, so it cannot show whose lease it is."""
@@ -309,7 +311,7 @@ async def test_unsettled_item_held_by_another_worker_is_neither_read_nor_run(
 
 
 @in_virtual_time
-async def test_unsettled_item_is_written_only_after_successful_heartbeat(
+async def test_item_already_active_at_ack_is_written_only_after_successful_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[answer_with_state("active")])
@@ -363,7 +365,7 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
         claims.begin_drain(item)
         await claims.claimer.send_first_heartbeats(item)
         assert item.lease.status == "lost"
-    assert len(one.send_times("heartbeat")) < 100
+    assert len(one.get_send_times("heartbeat")) < 100
 
 
 @in_virtual_time

@@ -90,7 +90,7 @@ async def control_plane(middleware: RecordingMiddleware) -> AsyncIterator[Contro
         yield plane
 
 
-def settings_for(plane: ControlPlane, dialect: Dialect = "qoder", **values: Any) -> Settings:
+def settings_for_plane(plane: ControlPlane, dialect: Dialect = "qoder", **values: Any) -> Settings:
     base_url = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
     common = {"token": plane.token, "environment_id": DEFAULT_ENVIRONMENT, "worker_id": "me"}
     return Settings(base_url=base_url, dialect=dialect, **{**common, **values})
@@ -100,13 +100,13 @@ def settings_for(plane: ControlPlane, dialect: Dialect = "qoder", **values: Any)
 async def client(
     control_plane: ControlPlane, request: pytest.FixtureRequest
 ) -> AsyncIterator[WorkClient]:
-    async with WorkClient(settings_for(control_plane, request.param)) as client:
+    async with WorkClient(settings_for_plane(control_plane, request.param)) as client:
         yield client
 
 
 @pytest.fixture
 async def qoder_client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
-    async with WorkClient(settings_for(control_plane)) as client:
+    async with WorkClient(settings_for_plane(control_plane)) as client:
         yield client
 
 
@@ -163,7 +163,7 @@ async def test_waiting_poll_returns_item_enqueued_meanwhile(
     assert middleware.requested_paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
 
 
-async def test_stop_without_force_is_requested_then_confirmed(
+async def test_first_stop_without_force_requests_stop_and_second_confirms_it(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     control_plane.enqueue()
@@ -183,7 +183,7 @@ async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
     control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue()
-    async with WorkClient(settings_for(control_plane, "anthropic")) as client:
+    async with WorkClient(settings_for_plane(control_plane, "anthropic")) as client:
         item = await polled_item(client)
         assert await client.stop(item.id, force=True) is None
         with pytest.raises(ConflictError):
@@ -193,7 +193,7 @@ async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
 async def test_anthropic_work_calls_send_beta_query(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
-    async with WorkClient(settings_for(control_plane, "anthropic")) as client:
+    async with WorkClient(settings_for_plane(control_plane, "anthropic")) as client:
         await client.poll(1)
         await client.stats()
         (item,) = await client.enqueue()
@@ -216,7 +216,9 @@ async def test_stats_of_queue_are_returned(control_plane: ControlPlane, client: 
     assert stats.oldest_queued_at is not None
 
 
-async def test_session_of_item_is_returned(control_plane: ControlPlane, client: WorkClient) -> None:
+async def test_client_reads_session_of_polled_item(
+    control_plane: ControlPlane, client: WorkClient
+) -> None:
     control_plane.enqueue()
     item = await polled_item(client)
     session = await client.session(item.session_id)
@@ -251,7 +253,7 @@ async def test_each_error_status_raises_its_own_exception_class(
         await client.poll(0)
     assert (refused.value.status, refused.value.param) == (400, "block_ms")
 
-    async with WorkClient(settings_for(control_plane), worker_id="other") as other:
+    async with WorkClient(settings_for_plane(control_plane), worker_id="other") as other:
         control_plane.enqueue()
         await polled_item(other)
     await client.stop(item.id, force=True)
@@ -264,13 +266,13 @@ async def test_ack_by_second_worker_id_raises_conflict(
 ) -> None:
     control_plane.enqueue()
     item = await polled_item(qoder_client)
-    async with WorkClient(settings_for(control_plane), worker_id="other") as other:
+    async with WorkClient(settings_for_plane(control_plane), worker_id="other") as other:
         with pytest.raises(ConflictError):
             await other.ack(item.id)
 
 
 async def test_wrong_token_raises_refused_error(control_plane: ControlPlane) -> None:
-    async with WorkClient(settings_for(control_plane, token=UNKNOWN)) as client:
+    async with WorkClient(settings_for_plane(control_plane, token=UNKNOWN)) as client:
         with pytest.raises(RefusedError) as refused:
             await client.poll()
     assert (refused.value.status, refused.value.error_type) == (401, "authentication_error")
@@ -319,7 +321,7 @@ async def test_list_requests_all_pages_up_to_its_limit(
     assert before == ids[50:150] + ids[:50]
 
 
-async def test_list_that_is_left_early_requests_no_further_page(
+async def test_item_list_whose_iteration_ends_early_requests_no_further_page(
     control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     control_plane.enqueue(150)
@@ -432,7 +434,7 @@ async def test_metadata_other_than_text_is_refused_before_sending(
 
 
 async def test_client_used_before_opening_raises_runtime_error(control_plane: ControlPlane) -> None:
-    client = WorkClient(settings_for(control_plane))
+    client = WorkClient(settings_for_plane(control_plane))
     with pytest.raises(RuntimeError, match="async with"):
         await client.poll()
     for _ in range(2):  # A closed client may be opened again.
@@ -466,7 +468,7 @@ async def test_session_of_caller_stays_open_after_client_closes(
     control_plane: ControlPlane,
 ) -> None:
     async with aiohttp.ClientSession() as session:
-        async with WorkClient(settings_for(control_plane), session=session) as client:
+        async with WorkClient(settings_for_plane(control_plane), session=session) as client:
             assert await client.poll() is None
         assert not session.closed
 
@@ -475,7 +477,7 @@ async def test_request_in_session_of_caller_times_out_after_client_closes(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     middleware.hold = asyncio.Event()
-    settings = settings_for(control_plane, request_timeout=1.0)
+    settings = settings_for_plane(control_plane, request_timeout=1.0)
 
     async def poll_until_timeout(client: WorkClient) -> None:
         with pytest.raises(TransientError) as raised:
@@ -496,7 +498,7 @@ async def test_request_in_session_of_caller_times_out_after_client_closes(
 async def test_worker_id_set_before_opening_is_sent_as_header(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
-    client = WorkClient(settings_for(control_plane))
+    client = WorkClient(settings_for_plane(control_plane))
     client.worker_id = "me-0a1b2c3d"
     async with client:
         await client.poll()
@@ -511,7 +513,7 @@ async def test_client_callbacks_receive_requests_and_credential_refreshes(
 ) -> None:
     reported: list[tuple[str, str]] = []
     refreshes: list[str] = []
-    client = WorkClient(settings_for(control_plane))
+    client = WorkClient(settings_for_plane(control_plane))
     client.on_request = lambda *each: reported.append(each[:2])
     client.on_credential_refresh = refreshes.append
     async with client:
@@ -527,7 +529,7 @@ async def test_call_ends_after_its_timeout_or_configured_timeout(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     middleware.hold = asyncio.Event()
-    async with WorkClient(settings_for(control_plane, request_timeout=0.05)) as client:
+    async with WorkClient(settings_for_plane(control_plane, request_timeout=0.05)) as client:
         for call in (client.stats(), client.get(UNKNOWN, timeout=0.01), client.poll()):
             with pytest.raises(TransientError) as raised:
                 await call
@@ -536,12 +538,12 @@ async def test_call_ends_after_its_timeout_or_configured_timeout(
 
 
 async def test_poll_time_includes_block_ms_besides_timeout(control_plane: ControlPlane) -> None:
-    async with WorkClient(settings_for(control_plane, request_timeout=5)) as client:
+    async with WorkClient(settings_for_plane(control_plane, request_timeout=5)) as client:
         started = time.monotonic()
         assert await client.poll(150) is None
         assert time.monotonic() - started >= 0.15
     # The given timeout ends the poll, although the control plane would hold it for 999 ms.
-    async with WorkClient(settings_for(control_plane, request_timeout=0.3)) as client:
+    async with WorkClient(settings_for_plane(control_plane, request_timeout=0.3)) as client:
         with pytest.raises(TransientError):
             await client.poll(999, timeout=0.3)
 
@@ -584,13 +586,15 @@ async def test_refused_stop_without_reading_item_raises_refused_error(
 
 async def test_reads_and_writes_are_limited_separately(control_plane: ControlPlane) -> None:
     control_plane.enqueue()
-    async with WorkClient(settings_for(control_plane, read_rate=0.004, write_rate=0.004)) as client:
-        # This poll is the only read that the rate allows in four minutes.
+    async with WorkClient(
+        settings_for_plane(control_plane, read_rate=0.004, write_rate=0.004)
+    ) as client:
+        # This poll uses the only read request that the rate limit allows in four minutes.
         item = await polled_item(client)
         with pytest.raises(TransientError, match="our own rate limit") as raised:
             await client.stats(timeout=0.01)
         assert raised.value.reason == "timeout"
-        # This ack is the only write that the rate allows in four minutes.
+        # This ack uses the only write request that the rate limit allows in four minutes.
         await client.ack(item.id)
         for call in (
             client.stop(item.id, timeout=0.01),
@@ -607,7 +611,7 @@ async def test_wait_for_rate_limit_is_reported_with_its_seconds(
     control_plane: ControlPlane,
 ) -> None:
     waits: list[tuple[str, float]] = []
-    client = WorkClient(settings_for(control_plane, read_rate=20, write_rate=0.004))
+    client = WorkClient(settings_for_plane(control_plane, read_rate=20, write_rate=0.004))
     client.on_rate_limit_wait = lambda kind, seconds: waits.append((kind, seconds))
     async with client:
         acquire_all_tokens(client.rate_limits.read)
@@ -626,7 +630,7 @@ async def test_ack_with_permit_acquired_before_poll_does_not_wait(
 ) -> None:
     control_plane.enqueue()
     async with WorkClient(
-        settings_for(control_plane, write_rate=0.004, request_timeout=5)
+        settings_for_plane(control_plane, write_rate=0.004, request_timeout=5)
     ) as client:
         await client.acquire_ack_permit()
         assert acquire_all_tokens(client.rate_limits.write) == 0
@@ -641,7 +645,7 @@ async def test_ack_with_permit_acquired_before_poll_does_not_wait(
 async def test_ack_permit_cancelled_while_waiting_uses_no_token(
     control_plane: ControlPlane,
 ) -> None:
-    async with WorkClient(settings_for(control_plane, write_rate=0.004)) as client:
+    async with WorkClient(settings_for_plane(control_plane, write_rate=0.004)) as client:
         await client.acquire_ack_permit()
         async with asyncio.TaskGroup() as group:
             waiting = group.create_task(client.acquire_ack_permit())
@@ -657,9 +661,9 @@ async def test_client_without_limits_never_uses_its_rate_limiters(
 ) -> None:
     control_plane.enqueue()
     limits = RateLimits(0, 0)
-    # Any use of these limiters other than reading `limited` raises AttributeError.
+    # These limiters have no methods, so a client that used one would raise AttributeError.
     limits.read = limits.write = cast("Any", SimpleNamespace(limited=False))
-    client = WorkClient(settings_for(control_plane), rate_limits=limits)
+    client = WorkClient(settings_for_plane(control_plane), rate_limits=limits)
     async with client:
         await client.acquire_ack_permit()
         client.release_ack_permit()
@@ -673,7 +677,9 @@ async def test_two_clients_with_shared_rate_limits_share_their_rate(
     control_plane: ControlPlane,
 ) -> None:
     limits = RateLimits(0, 0.004)
-    first, second = (WorkClient(settings_for(control_plane), rate_limits=limits) for _ in range(2))
+    first, second = (
+        WorkClient(settings_for_plane(control_plane), rate_limits=limits) for _ in range(2)
+    )
     async with first, second:
         await first.acquire_ack_permit()
         with pytest.raises(TransientError, match="our own rate limit"):
@@ -685,7 +691,7 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
 ) -> None:
     """Completions precede claims, and calls of handlers alternate with claims."""
     sent: asyncio.Queue[str] = asyncio.Queue()
-    client = WorkClient(settings_for(control_plane, write_rate=0.004))
+    client = WorkClient(settings_for_plane(control_plane, write_rate=0.004))
     client.on_request = lambda op, *_: sent.put_nowait(op)
     limiter = client.rate_limits.write
     async with client:

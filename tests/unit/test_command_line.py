@@ -67,7 +67,7 @@ def test_flag_of_a_setting_shows_its_default_and_its_variable() -> None:
             )
 
 
-def test_flags_whose_value_is_called_seconds_take_numbers() -> None:
+def test_flags_shown_with_value_seconds_accept_numbers() -> None:
     for option in COMMANDS["workpool run"].params:
         if "SECONDS" in (option.metavar or "").split("|"):
             assert {"int", "float"} & set(Settings.__annotations__[option.name].split(" | "))
@@ -85,7 +85,7 @@ def test_each_option_with_a_value_shows_its_default(path: str) -> None:
 def test_every_help_text_has_examples_that_can_be_parsed(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `workpool hold` requires these variables, which a parent process sets.
+    # The examples of `workpool hold` can be parsed only with the variables of its parent process.
     for name in (WORK_ID, LAST_HEARTBEAT):
         monkeypatch.setenv(name, "x")
     lines = help_examples(COMMANDS[path])

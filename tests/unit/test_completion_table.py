@@ -22,7 +22,8 @@ from workpool.pool.completion import (
 )
 from workpool.pool.pool_item import EndReason
 
-# A literal copy in the order of the table: of several end reasons, the lowest row's is used.
+# The documented table, copied literally and in its order, because a session with several end
+# reasons uses the one that is lowest in the table.
 COPY = [
     ("RETURNED", "stop", "result", "completed"),
     ("RAISED", "stop", "error", "failed"),
@@ -53,13 +54,15 @@ def test_completion_table_equals_documented_table() -> None:
 
 
 @pytest.mark.parametrize("pair", list(combinations([row[0] for row in COPY], 2)))
-def test_graver_of_two_end_reasons_is_the_later_table_row(pair: tuple[str, str]) -> None:
+def test_end_reasons_in_later_rows_of_completion_table_compare_greater(
+    pair: tuple[str, str],
+) -> None:
     upper, lower = pair
     assert max(EndReason[upper], EndReason[lower]) is EndReason[lower]
 
 
 @pytest.mark.parametrize("reason", list(EndReason))
-def test_completion_row_of_session_is_row_of_its_end_reason(reason: EndReason) -> None:
+def test_each_end_reason_selects_its_own_completion_row(reason: EndReason) -> None:
     item: Any = ItemOrLeaseStandIn(reason=reason)
     assert completion_row(item) is TABLE[reason]
 
@@ -128,13 +131,13 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert release_delay(release) == seconds
 
 
-def test_exception_group_of_releases_uses_longest_delay() -> None:
+def test_exception_group_of_releases_is_treated_as_longest_release() -> None:
     short, long = Release("short", 11), Release("long", 19)
     assert find_release(short) is short
     assert find_release(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
 
 
-def test_exception_group_with_another_error_is_no_release() -> None:
+def test_exception_group_with_release_and_other_error_is_not_a_release() -> None:
     assert find_release(ValueError()) is None
     assert (
         find_release(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])])) is None

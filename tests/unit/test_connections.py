@@ -138,7 +138,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             group.create_task(client.update_metadata(WORK, {"step": str(number)}))
             for number in range(200)
         ]
-        # Calls of handlers share 17 connections: sixteen, and one for each of `concurrency`.
+        # Calls of handlers share 16 + `concurrency` connections, which are 17 here.
         await server.wait_for_requests(17)
         await client.stop(WORK, force=True, timeout=20, options=STOP)
         asked: list[asyncio.Task[Any]] = [
@@ -309,7 +309,7 @@ async def test_close_does_not_wait_for_hanging_daemon_thread() -> None:
     assert await hung
 
 
-async def test_daemon_threads_return_results_and_errors_within_their_limit() -> None:
+async def test_daemon_threads_return_results_and_errors_of_more_calls_than_threads() -> None:
     threads = DaemonThreads("workpool-test", 2)
     barrier = threading.Barrier(2)
     both = [threads.submit(barrier.wait, 20) for _ in range(2)]
@@ -405,7 +405,7 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 
 
 def test_endless_informational_responses_do_not_block_event_loop() -> None:
-    """uvloop, the loop of the command line, reads in one turn as long as bytes are available."""
+    """uvloop, which workers use, reads as long as bytes arrive and runs nothing else meanwhile."""
 
     async def loop_turn_times(port: int) -> list[float]:
         times: list[float] = []

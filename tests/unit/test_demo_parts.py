@@ -77,9 +77,8 @@ class DemoTestbed:
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     scene = DemoTestbed()
     assert scene.claim_item("one") == []
-    assert (
-        scene.state.held_item_names("one") == []
-    )  # A worker holds a session from the first heartbeat on.
+    # The ack alone is not shown as a lease: that begins with the first heartbeat.
+    assert scene.state.held_item_names("one") == []
     scene.send_heartbeat("one")
     assert scene.state.held_item_names("one") == ["session 01"]
     assert scene.expire_lease() == ["session 01 is free again: the lease of one lapsed"]
@@ -149,7 +148,7 @@ def test_demo_uses_rules_of_handlers_for_sessions_without_metadata() -> None:
 
 
 @pytest.mark.usefixtures("reports_module")
-def test_demo_metadata_that_no_rule_matches_are_an_error_at_once() -> None:
+def test_demo_metadata_that_no_handler_rule_matches_raise_plugin_error() -> None:
     given = {"job": "daily-report", "day": "monday"}
     assert sessions_for_handler("demo_reports:daily_report", given, 1) == [
         DemoSession("session", given)
@@ -158,7 +157,9 @@ def test_demo_metadata_that_no_rule_matches_are_an_error_at_once() -> None:
         sessions_for_handler("demo_reports:daily_report", {"job": "weekly"}, 1)
 
 
-def test_demo_of_plugin_with_hook_uses_given_metadata(reports_module: ModuleType) -> None:
+def test_demo_gives_its_metadata_unchecked_to_plugin_with_handler_hook(
+    reports_module: ModuleType,
+) -> None:
     reports_module.__dict__["workpool_session_handler"] = workpool_session_handler
     assert sessions_for_handler("demo_reports", {"a": "b"}, 1) == [
         DemoSession("session", {"a": "b"})

@@ -58,14 +58,14 @@ def test_diagnostic_report_that_hangs_returns_after_time_limit(
     assert ended.wait(10)
 
 
-def test_all_stacks_without_temporary_directory_are_returned(
+def test_thread_stacks_are_returned_without_a_temporary_directory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(()))
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     text = all_stacks(threading.get_ident())
     assert text.startswith("Thread MainThread")
-    assert "in test_all_stacks_without_temporary_directory_are_returned" in text
+    assert "in test_thread_stacks_are_returned_without_a_temporary_directory" in text
 
 
 def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_thread(

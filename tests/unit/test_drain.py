@@ -41,7 +41,7 @@ class SessionsStandIn:
         return self.running - self.stuck
 
     async def wait_for_marks(self, seconds: float) -> None:
-        """Return at once, because these sessions write no metadata."""
+        """Return at once, because no session writes metadata that the drain would wait for."""
 
     def end_sessions(self, count: int = 1) -> None:
         self.running -= count
@@ -77,7 +77,7 @@ class SessionsStandIn:
 
 
 @in_virtual_time
-async def test_drain_without_sessions_is_clean_even_at_its_deadline() -> None:
+async def test_drain_without_sessions_ends_as_clean_even_with_timeout_zero() -> None:
     drain, sessions = Drain(), SessionsStandIn()
     drain.begin(0)
     assert await sessions.run_drain(drain) == 0
@@ -109,7 +109,7 @@ async def test_drain_at_its_deadline_cancels_handlers() -> None:
 @pytest.mark.parametrize("second", [0, 20.0])
 def test_second_drain_shortens_deadline(first: float | None, second: float) -> None:
     @in_virtual_time
-    async def check_deadline() -> None:
+    async def drain_twice() -> None:
         drain, sessions = Drain(), SessionsStandIn(1)
         drain.begin(first)
         sessions.loop.call_later(5, drain.begin, second)
@@ -117,20 +117,20 @@ def test_second_drain_shortens_deadline(first: float | None, second: float) -> N
         assert sessions.cancelled_at == pytest.approx(5 + second)
         assert drain.timeout == first
 
-    check_deadline()
+    drain_twice()
 
 
 @pytest.mark.parametrize("second", [None, 1000.0, 30.0])
 def test_second_drain_never_extends_deadline(second: float | None) -> None:
     @in_virtual_time
-    async def check_deadline() -> None:
+    async def drain_again_later() -> None:
         drain, sessions = Drain(), SessionsStandIn(1)
         drain.begin(20)
         sessions.loop.call_later(5, drain.begin, second)
         await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(20)
 
-    check_deadline()
+    drain_again_later()
 
 
 @in_virtual_time
@@ -170,7 +170,7 @@ async def test_cancelled_drain_leaves_no_task() -> None:
 
 
 @in_virtual_time
-async def test_drain_keeps_time_and_timeout_of_first_request() -> None:
+async def test_second_drain_request_leaves_start_time_and_timeout_unchanged() -> None:
     drain = Drain()
     await asyncio.sleep(3)
     assert drain.started_at is None

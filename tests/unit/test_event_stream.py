@@ -201,7 +201,8 @@ async def test_event_stream_with_endless_history_requests_pages_slowly() -> None
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
-    # Requests pause half of the time: 100 pages take 5 s, and the next backoff 5 s on average.
+    # 100 pages are requested in 5 s, then backoff takes 5 s on average. So the mean rate is half
+    # of the maximum; the rest of the bound is tolerance for the random backoff.
     assert len(endless.asked) < 0.75 * 600 * PAGES_PER_SECOND
 
 
@@ -236,7 +237,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
 
 
 class FailingEventCalls:
-    """Event calls that each fail or succeed as the next of `conditions` says, and then succeed."""
+    """Event calls of which each takes its outcome, or success at the end, from `conditions`."""
 
     def __init__(
         self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool
@@ -249,7 +250,7 @@ class FailingEventCalls:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        await self.next_condition()
+        await self.apply_next_condition()
         return await self._calls.list_page(min(limit, 3), after_id=after_id, page=page)
 
     async def append_events(
@@ -258,11 +259,11 @@ class FailingEventCalls:
         return await self._calls.append_events(body, options=options)
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
-        await self.next_condition()
+        await self.apply_next_condition()
         stream = await self._calls.open_stream(last_id if self._replays else None)
         return FailingEventStream(stream, self)
 
-    async def next_condition(self) -> str:
+    async def apply_next_condition(self) -> str:
         condition = next(self.conditions, "fine")
         if condition == "slow":
             await asyncio.sleep(2.5)
@@ -282,7 +283,7 @@ class FailingEventStream:
     async def read(self) -> bytes:
         if self._cut:
             return b""
-        condition = await self._way.next_condition()
+        condition = await self._way.apply_next_condition()
         self._silent = self._silent or condition == "silent"
         if self._silent:
             await asyncio.Event().wait()

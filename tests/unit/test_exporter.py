@@ -260,7 +260,7 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
     addresses = {family.AF_INET: "127.0.0.1", family.AF_INET6: "::1"}
     every = {kind for kind, *_ in socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)}
 
-    async def check_port() -> None:
+    async def connect_to_each_address() -> None:
         exporter = Exporter(host, 0, registry, health=list, readiness=list)
         async with asyncio.timeout(20), exporter:
             for kind in every:
@@ -269,7 +269,7 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
                 await writer.wait_closed()
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(check_port())
+        runner.run(connect_to_each_address())
 
 
 async def test_port_in_use_is_error_that_suggests_solutions(
@@ -289,8 +289,8 @@ async def test_listen_address_of_another_host_is_an_error(registry: CollectorReg
     assert "second pool" not in str(caught.value)
 
 
-def open_resources() -> tuple[Multiset[str], set[str], int]:
-    """Return this process's open sockets, exporter threads and number of asyncio tasks."""
+def count_open_resources() -> tuple[Multiset[str], set[str], int]:
+    """Return the open sockets, the exporter threads and the task count of this process."""
     sockets = Multiset(
         link for fd in FDS.iterdir() if (link := link_target(fd)).startswith("socket:")
     )
@@ -319,7 +319,7 @@ async def connect_without_reading(port: int, request: bytes) -> socket.socket:
 async def close_exporter_with_unread_clients(registry: CollectorRegistry) -> None:
     loop = asyncio.get_running_loop()
     get_metrics = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
-    before = open_resources()
+    before = count_open_resources()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
         idle = await connect_without_reading(
             exporter.port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -336,7 +336,7 @@ async def close_exporter_with_unread_clients(registry: CollectorRegistry) -> Non
         clients.append(reading)
     for client in clients:
         client.close()
-    assert open_resources() == before
+    assert count_open_resources() == before
 
 
 @COUNTS_FILES
@@ -349,12 +349,12 @@ def test_connected_clients_do_not_delay_closing_of_exporter(
     for i in range(5000):
         big.labels(f"{i:0500}").inc()
 
-    async def close_with_clients() -> None:
+    async def close_exporter_within_time_limit() -> None:
         async with asyncio.timeout(20):
             await close_exporter_with_unread_clients(registry)
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(close_with_clients())
+        runner.run(close_exporter_within_time_limit())
 
 
 class ExporterStages:
@@ -398,10 +398,10 @@ def test_exporter_cancelled_at_any_stage_leaves_nothing_open(
         return life.ended_in
 
     async def cancel_at_each_stage() -> None:
-        before = open_resources()
+        before = count_open_resources()
         for turns in range(20):
             ended_in = await cancel_at_stage(turns)
-            assert open_resources() == before, turns
+            assert count_open_resources() == before, turns
             assert turns or ended_in == stage
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
@@ -410,13 +410,13 @@ def test_exporter_cancelled_at_any_stage_leaves_nothing_open(
 
 @COUNTS_FILES
 async def test_exporter_opened_fifty_times_leaves_nothing_open(registry: CollectorRegistry) -> None:
-    before = open_resources()
+    before = count_open_resources()
     exporter = Exporter("127.0.0.1", 0, registry, health=list, readiness=list)
     for _ in range(50):
         exporter = Exporter("127.0.0.1", exporter.port, registry, health=list, readiness=list)
         async with exporter, aiohttp.ClientSession() as http:
             assert (await get_path(http, f"{exporter.url}/metrics"))[0] == 200
-    assert open_resources() == before
+    assert count_open_resources() == before
 
 
 async def test_hanging_collector_does_not_delay_closing_of_exporter(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def fleet_with_loads(
     loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
 ) -> FleetLoadReaders:
-    """Return a fleet whose readers have read these loads, or nothing yet where a load is None."""
+    """Return the readers of several environments; None as a load means that none was read yet."""
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
     for number, (environment_id, load) in enumerate(loads.items(), start=1):
@@ -27,7 +27,7 @@ def fleet_with_loads(
     return FleetLoadReaders(readers, slots, ReplicaRule(7, 1, 20))
 
 
-def test_fleet_numbers_of_two_environments_are_sums_with_greatest_age() -> None:
+def test_fleet_totals_of_two_environments_are_sums_and_greatest_ages() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
     numbers = fleet_with_loads(loads, {"env_a": 8, "env_b": 8}).fleet_scaling_numbers()
     assert numbers is not None
@@ -45,7 +45,7 @@ def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
     assert numbers["recommended_replicas"] == few["recommended_replicas"] == 5
 
 
-def test_fleet_numbers_are_unknown_while_one_environment_is_not_read() -> None:
+def test_fleet_totals_are_none_until_every_environment_has_been_read() -> None:
     fleet = fleet_with_loads({"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8})
     assert fleet.fleet_scaling_numbers() is None
     assert fleet.environment_scaling_numbers("env_a") is not None

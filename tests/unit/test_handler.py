@@ -41,7 +41,7 @@ def test_handler_without_arguments_takes_every_session() -> None:
     assert (rule.timeout, rule.max_sessions) == (None, None)
 
 
-def test_handler_arguments_are_kept_in_its_rule() -> None:
+def test_arguments_of_handler_decorator_become_fields_of_its_rule() -> None:
     function = new_handler_function()
     mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
     marked: Signature = mark(function)
@@ -61,7 +61,7 @@ def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
     assert rule.metadata["job"] == "a"
 
 
-def test_decorated_method_has_its_rule_on_the_instance() -> None:
+def test_rule_of_decorated_method_is_found_through_bound_method() -> None:
     class ReportMethods:
         @handler(max_sessions=3)
         async def daily_report(self, session: Session) -> None: ...
@@ -86,7 +86,7 @@ def test_object_that_has_every_attribute_is_no_decorated_handler() -> None:
     assert rule_of(ObjectWithEveryAttribute()) is None
 
 
-def plain_def_function(session: Session) -> None: ...
+def sync_function(session: Session) -> None: ...
 
 
 def generator_function(session: Session) -> Any:
@@ -188,9 +188,9 @@ def test_invalid_handler_argument_is_refused_by_name(
         (functools.partial(CallableHandler().method_handler), "method_handler", True),
         (CallableHandler(), "CallableHandler", True),
         (functools.partial(CallableHandler()), "CallableHandler", True),
-        (plain_def_function, "plain_def_function", False),
+        (sync_function, "sync_function", False),
         (async_generator_function, "async_generator_function", False),
-        (functools.partial(plain_def_function), "plain_def_function", False),
+        (functools.partial(sync_function), "sync_function", False),
         (CallableHandler, "CallableHandler", False),
         (7, "int", False),
     ],

@@ -12,8 +12,8 @@ from workpool.pool.handler_executor import handler_group
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(turns: int) -> None:
-    """A task that stays behind would fail later with an error that no code handles."""
+async def test_handler_group_cancelled_at_any_point_of_its_start_leaves_no_task(turns: int) -> None:
+    """A remaining task would fail later with an error that nothing retrieves."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 
@@ -31,7 +31,8 @@ async def test_handler_group_cancelled_at_any_turn_of_its_start_leaves_no_task(t
     hosts = [task for task in asyncio.all_tasks() if task.get_name() == "workpool-handlers"]
     assert not hosts
     del entering
-    gc.collect()  # asyncio reports unretrieved exceptions when their tasks are collected.
+    # asyncio calls the exception handler above only when a failed task is garbage-collected.
+    gc.collect()
     assert not problems
 
 

@@ -125,7 +125,7 @@ ENDS: list[tuple[Outcome, float, BaseException | None, bool]] = [
 
 
 @pytest.mark.parametrize(("outcome", "seconds", "error", "counts"), ENDS)
-def test_session_counts_as_failure_if_it_failed_at_once_or_exhausted_machine(
+def test_session_that_fails_at_once_or_exhausts_a_resource_counts_as_failure(
     outcome: Outcome, seconds: float, error: BaseException | None, *, counts: bool
 ) -> None:
     @in_virtual_time
@@ -204,7 +204,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
 
 
 @in_virtual_time
-async def test_admission_waits_only_if_every_used_handler_is_failing() -> None:
+async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() -> None:
     bench = HealthTestbed()
     await bench.health.wait_until_claimable()
     assert bench.loop.time() == 0
@@ -238,10 +238,10 @@ async def test_admission_waits_for_running_session_of_failing_handler() -> None:
 @in_virtual_time
 async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> None:
     bench = HealthTestbed()
-    bench.fail_sessions(FAILURES + 2)  # BROKEN pauses for 4 s.
+    bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
     await asyncio.sleep(1)
     for _ in range(FAILURES):
-        bench.end_session(handler=OTHER)  # OTHER pauses for 1 s.
+        bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
     before = bench.loop.time()
     await bench.health.wait_until_claimable()
     assert bench.loop.time() - before == pytest.approx(1)
@@ -250,12 +250,12 @@ async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> Non
 
 @in_virtual_time
 async def test_admission_with_one_running_and_one_paused_handler_ends_with_the_pause() -> None:
-    """OTHER already runs the only session that a failing handler may run; BROKEN pauses for 4 s."""
+    """The handler OTHER runs the one session that a failing handler may run; BROKEN pauses."""
     bench = HealthTestbed()
     for _ in range(FAILURES):
-        bench.end_session(handler=OTHER)  # OTHER pauses for 1 s.
+        bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
     bench.owned[OTHER] = 1
-    bench.fail_sessions(FAILURES + 2)  # BROKEN pauses for 4 s.
+    bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
     await bench.health.wait_until_claimable()
     assert bench.loop.time() == pytest.approx(4)
     assert bench.health.may_claim(BROKEN)

@@ -51,7 +51,7 @@ async def test_session_handler_hook_chooses_handler_for_item() -> None:
     assert await call(Session(ITEM, cast("Any", None), redelivered=False)) == {"ran": "sess_1"}
 
 
-async def enter_contexts(contexts: Any, seen: list[str]) -> None:
+async def enter_all_contexts(contexts: Any, seen: list[str]) -> None:
     async with AsyncExitStack() as stack:
         for _, context in contexts:
             await stack.enter_async_context(context)
@@ -87,7 +87,7 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
     )
     contexts = plugins.session_contexts(Session(ITEM, cast("Any", None), redelivered=False))
     assert [name for name, _ in contexts] == ["FirstWrapperPlugin", "SecondWrapperPlugin"]
-    await enter_contexts(contexts, seen)
+    await enter_all_contexts(contexts, seen)
 
     assert seen == [
         "asked sess_1",
@@ -111,7 +111,7 @@ async def test_lifespan_hook_context_encloses_the_pool() -> None:
             seen.append("closed")
 
     plugins = Plugins.load([DatabasePlugin()], [], {})
-    await enter_contexts(plugins.lifespan_contexts(cast("Any", "the pool")), seen)
+    await enter_all_contexts(plugins.lifespan_contexts(cast("Any", "the pool")), seen)
 
     assert seen == ["open for the pool", "inside", "closed"]
 

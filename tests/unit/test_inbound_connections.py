@@ -1,4 +1,4 @@
-"""Connection limits of the HTTP servers, with real sockets on both kinds of event loops."""
+"""Connection limits of the HTTP servers, with real sockets on asyncio's loop and on uvloop."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class LimitedServer:
 
 
 class RawClient:
-    """A TCP client that reads only on request and whose socket buffers few unread bytes."""
+    """A TCP client that reads only on request and has a small receive buffer."""
 
     open: ClassVar[list[RawClient]] = []
 
@@ -134,7 +134,7 @@ async def wait_until(condition: Callable[[], object]) -> None:
     pytest.fail("it never came")
 
 
-def has_unread_bytes_for(site: LimitedServer, clients: int) -> bool:
+def has_clients_with_unread_bytes(site: LimitedServer, clients: int) -> bool:
     return len(site.connections._unread) == clients
 
 
@@ -150,7 +150,7 @@ def run_on_new_loop(
 
 
 @pytest.fixture(autouse=True)
-def check_connections_often(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def shorten_check_interval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
     yield
     RawClient.close_all_clients()
@@ -175,7 +175,7 @@ def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
 def test_active_requests_at_connection_limit_refuse_new_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    async def check_refusal() -> None:
+    async def refuse_connection_beyond_limit() -> None:
         async with LimitedServer().open_server() as site:
             clients = [await RawClient.connect(site.port, WAIT) for _ in range(LIMIT)]
             await wait_until(lambda: site.waiting == LIMIT)
@@ -188,7 +188,7 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
             RawClient.close_all_clients()
             await wait_until(lambda: not len(site.connections))
 
-    run_on_new_loop(new_loop, check_refusal())
+    run_on_new_loop(new_loop, refuse_connection_beyond_limit())
 
 
 async def test_long_requests_at_connection_limit_are_ended_oldest_first(
@@ -206,7 +206,7 @@ async def test_long_requests_at_connection_limit_are_ended_oldest_first(
         await wait_until(lambda: not site.connections._serving)
 
 
-async def test_exporter_at_connection_limit_of_incomplete_requests_answers_healthz() -> None:
+async def test_exporter_whose_connections_all_sent_incomplete_requests_answers_healthz() -> None:
     registry = CollectorRegistry()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
         for _ in range(exporter_module.CONNECTIONS_MAX + 20):
@@ -216,7 +216,7 @@ async def test_exporter_at_connection_limit_of_incomplete_requests_answers_healt
         assert len(exporter._connections) <= exporter_module.CONNECTIONS_MAX
 
 
-async def test_control_plane_at_connection_limit_of_incomplete_requests_answers(
+async def test_control_plane_whose_connections_all_sent_incomplete_requests_answers_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(control_plane, "_max_connections", lambda: LIMIT)
@@ -243,12 +243,12 @@ def test_connection_without_complete_headers_in_time_is_closed(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
 
-    async def check_time_limit() -> None:
+    async def wait_for_connection_close() -> None:
         async with LimitedServer().open_server() as site:
             client = await RawClient.connect(site.port, request_so_far)
             assert await client.read_bytes() == b""
 
-    run_on_new_loop(new_loop, check_time_limit())
+    run_on_new_loop(new_loop, wait_for_connection_close())
 
 
 async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
@@ -347,7 +347,7 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
                 clients.append(await RawClient.connect(site.port, BIG))
                 # Each client leaves almost 20 MB unread, so that the third one exceeds the limit
                 # and the first one is disconnected.
-                await wait_until(partial(has_unread_bytes_for, site, min(count, 2)))
+                await wait_until(partial(has_clients_with_unread_bytes, site, min(count, 2)))
                 assert site.connections._unread_bytes <= 50 * MEGABYTE
             assert (await send_and_read(site.port)).startswith(OK)
             assert await clients[0].read_until_closed() < 20 * MEGABYTE

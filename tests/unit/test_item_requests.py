@@ -65,7 +65,7 @@ async def send_update(
     return await one.sender.send_with_retries(item, update_metadata, request, before_bytes)
 
 
-def update_tries(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
+def update_attempts(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
     return [each for each in one.tries if each[0] == "update"]
 
 
@@ -119,7 +119,7 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
     """A lease that ends during the wait for a connection or the rate limit allows no request."""
 
     @in_virtual_time
-    async def check_no_request() -> None:
+    async def assert_nothing_is_sent() -> None:
         one = testbed(update=[Fault(wait=5.0)] if wait == "connection" else [])
         async with renewed_item(one) as item:
             one.permit_seconds = 5.0 if wait == "rate limit" else 0.0
@@ -130,10 +130,10 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await send_update(one, item, request)
-            assert len(update_tries(one)) <= 1  # A refused call is never retried.
-        assert not one.send_times("update")
+            assert len(update_attempts(one)) <= 1  # A refused call is never retried.
+        assert not one.get_send_times("update")
 
-    check_no_request()
+    assert_nothing_is_sent()
 
 
 @in_virtual_time
@@ -146,7 +146,7 @@ async def test_call_of_pool_is_allowed_after_handler_was_cancelled(
         await send_update(one, item, WRITE)
         with pytest.raises(SessionEnded):
             await send_update(one, item, CALL)
-    assert len(one.send_times("update")) == 1
+    assert len(one.get_send_times("update")) == 1
 
 
 @in_virtual_time
@@ -158,7 +158,7 @@ async def test_machine_that_slept_while_a_call_waited_sends_nothing(
         one.loop.call_later(4.9, one.loop.suspend, 300)
         with pytest.raises(LeaseLost):
             await send_update(one, item)
-    assert not one.send_times("update")
+    assert not one.get_send_times("update")
 
 
 @in_virtual_time
@@ -169,8 +169,8 @@ async def test_machine_paused_while_a_call_waited_verifies_lease_before_sending(
     async with renewed_item(one) as item:
         one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
         await send_update(one, item)
-        (sent,) = one.send_times("update")
-        heartbeat, *_ = one.send_times("heartbeat")
+        (sent,) = one.get_send_times("update")
+        heartbeat, *_ = one.get_send_times("heartbeat")
         assert 4.99 <= heartbeat <= sent
 
 
@@ -194,14 +194,14 @@ async def test_machine_paused_while_another_worker_claimed_sends_nothing(
     one = testbed(update=[Fault(wait=5.0)])
     async with renewed_item(one) as item:
 
-        def pause_machine() -> None:
+        def simulate_machine_pause() -> None:
             one.ahead = 300.0
             one.claim_as_other_worker(item.id)
 
-        one.loop.call_later(4.99, pause_machine)
+        one.loop.call_later(4.99, simulate_machine_pause)
         with pytest.raises(SessionGoneError):
             await send_update(one, item)
-    assert not one.send_times("update")
+    assert not one.get_send_times("update")
 
 
 @in_virtual_time
@@ -253,7 +253,7 @@ def test_call_refused_by_control_plane_is_never_retried(
         async with renewed_item(one) as item:
             with pytest.raises(type(error)):
                 await send_update(one, item)
-        assert len(one.send_times("update")) == 1
+        assert len(one.get_send_times("update")) == 1
 
     check_single_request()
 
@@ -266,16 +266,16 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
     async with renewed_item(one) as item:
         lease = item.lease
         one.renewer.remove_lease(lease)
-        lease.closed = False  # `remove_lease` closed it, but only its renewal must end here.
+        lease.closed = False  # Undo a side effect of `remove_lease`: this session is not closed.
         with pytest.raises(TransientError):
             await send_update(one, item)
-        sent = one.send_times("update")
+        sent = one.get_send_times("update")
         assert len(sent) > 5
         assert all(
             seconds is not None and seconds <= (60 - at) / TRY_PART + 1e-6
-            for at, (_, seconds, _) in zip(sent, update_tries(one), strict=True)
+            for at, (_, seconds, _) in zip(sent, update_attempts(one), strict=True)
         )
-        assert update_tries(one)[0][1] == pytest.approx(20)
+        assert update_attempts(one)[0][1] == pytest.approx(20)
         assert one.clock() <= lease.deadline
 
 
@@ -284,8 +284,8 @@ async def test_attempt_of_call_takes_at_most_request_timeout(testbed: type[Lease
     one = testbed(request_timeout=2.0, update=[SILENCE])
     async with renewed_item(one) as item:
         await send_update(one, item)
-    assert [seconds for _, seconds, _ in update_tries(one)] == [2.0, 2.0]
-    first, second = one.send_times("update")
+    assert [seconds for _, seconds, _ in update_attempts(one)] == [2.0, 2.0]
+    first, second = one.get_send_times("update")
     assert 2.0 <= second - first <= 2.0 + 0.2
 
 
@@ -299,8 +299,8 @@ async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
             await send_update(one, item, WRITE._replace(seconds=3.0))
         assert caught.value.reason == "timeout"
         assert 1.0 < one.clock() <= 3.0
-    assert update_tries(one)[0][1] == pytest.approx(1.0)
-    assert len(update_tries(one)) > 1
+    assert update_attempts(one)[0][1] == pytest.approx(1.0)
+    assert len(update_attempts(one)) > 1
 
 
 @pytest.mark.parametrize(
@@ -318,14 +318,18 @@ def test_retry_after_attempt_without_answer_uses_new_connection(
     testbed: type[LeaseTestbed], failure: Fault, *, new: bool
 ) -> None:
     @in_virtual_time
-    async def check_new_connection() -> None:
+    async def send_two_updates() -> None:
         one = testbed(update=[failure])
         async with renewed_item(one) as item:
             await send_update(one, item)
             await send_update(one, item)
-        assert [options.new_connection for *_, options in update_tries(one)] == [False, new, False]
+        assert [options.new_connection for *_, options in update_attempts(one)] == [
+            False,
+            new,
+            False,
+        ]
 
-    check_new_connection()
+    send_two_updates()
 
 
 @in_virtual_time
@@ -336,12 +340,12 @@ async def test_each_attempt_of_call_has_its_priority_and_permit(
     async with renewed_item(one) as item:
         await send_update(one, item, WRITE)
         await send_update(one, item, CALL)
-    assert [options.priority for *_, options in update_tries(one)] == [
+    assert [options.priority for *_, options in update_attempts(one)] == [
         Priority.COMPLETION,
         Priority.COMPLETION,
         Priority.HANDLER,
     ]
-    assert all(options.permit for *_, options in update_tries(one))
+    assert all(options.permit for *_, options in update_attempts(one))
 
 
 @in_virtual_time
@@ -352,7 +356,7 @@ async def test_completion_is_retried_as_long_as_its_lease_is_renewed(
     async with renewed_item(one) as item:
         await send_update(one, item)
         assert one.clock() > 200
-        between = [later - earlier for earlier, later in pairwise(one.send_times("update"))]
+        between = [later - earlier for earlier, later in pairwise(one.get_send_times("update"))]
         assert max(between) <= 3.0 + 1e-6
 
 
@@ -380,7 +384,7 @@ def test_lease_lost_during_call_ends_call_at_once(
     testbed: type[LeaseTestbed], fault: Fault
 ) -> None:
     @in_virtual_time
-    async def check_end_of_call() -> None:
+    async def lose_lease_during_update() -> None:
         one = testbed(update=[fault])
         async with renewed_item(one) as item:
             one.loop.call_later(1, report_lost_lease, one, item)
@@ -388,7 +392,7 @@ def test_lease_lost_during_call_ends_call_at_once(
                 await send_update(one, item)
             assert one.clock() == pytest.approx(1)
 
-    check_end_of_call()
+    lose_lease_during_update()
 
 
 @in_virtual_time
@@ -432,7 +436,7 @@ async def test_read_of_session_continues_across_lease_renewals(testbed: type[Lea
 
 
 @in_virtual_time
-async def test_read_of_session_ends_at_its_time_limit_or_with_session(
+async def test_session_read_ends_at_its_time_limit_or_when_lease_is_lost(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()

@@ -1,4 +1,4 @@
-"""Parsing of items, heartbeats and stats: fields kept or refused, errors that quote no content."""
+"""Parsing of items, heartbeats and stats: accepted fields, and errors that quote no content."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def without_field(obj: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in obj.items() if key != name}
 
 
-def test_item_json_is_read_field_by_field() -> None:
+def test_each_field_of_item_json_is_parsed() -> None:
     assert parse_item(ITEM) == WorkItem(
         id="work_0198f1a0000070008000000000000001",
         type="session",
@@ -162,11 +162,11 @@ def test_item_without_times_is_read() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, "", [], "1" * 65])
-def test_item_heartbeat_that_cannot_be_sent_back_is_read_as_none(bad: object) -> None:
+def test_invalid_latest_heartbeat_of_item_is_read_as_none(bad: object) -> None:
     assert parse_item({**ITEM, "latest_heartbeat_at": bad}).last_heartbeat is None
 
 
-def test_item_heartbeat_that_is_no_time_is_kept_unchanged() -> None:
+def test_latest_heartbeat_of_item_that_is_no_timestamp_is_kept_unchanged() -> None:
     item = parse_item({**ITEM, "latest_heartbeat_at": "opaque-7"})
     assert (item.latest_heartbeat_at, item.last_heartbeat) == (None, "opaque-7")
 
@@ -178,7 +178,7 @@ def test_stats_with_unreadable_time_are_read() -> None:
         )
 
 
-def test_last_heartbeat_is_kept_unchanged() -> None:
+def test_timestamp_of_last_heartbeat_keeps_its_received_text() -> None:
     text = "2026-01-02T05:04:05.100000000+02:00"
     assert parse_item({**ITEM, "latest_heartbeat_at": text}).last_heartbeat == text
     assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": text}).last_heartbeat == text
@@ -244,7 +244,7 @@ def test_missing_field_is_refused_by_its_name(name: str) -> None:
         parse_item(without_field(ITEM, name))
 
 
-def test_stats_json_is_read_field_by_field() -> None:
+def test_each_field_of_queue_stats_json_is_parsed() -> None:
     assert parse_stats(STATS) == QueueStats(
         depth=3,
         pending=1,
@@ -255,7 +255,7 @@ def test_stats_json_is_read_field_by_field() -> None:
     assert quiet == QueueStats(0, 0, None, 0)
 
 
-def test_heartbeat_json_is_read_field_by_field() -> None:
+def test_each_field_of_heartbeat_json_is_parsed() -> None:
     assert parse_heartbeat({**HEARTBEAT, "ttl_seconds": 12.5}) == Heartbeat(
         "2026-01-02T03:04:08.123456Z", lease_extended=True, state="active", ttl_seconds=12.5
     )

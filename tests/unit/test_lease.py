@@ -107,44 +107,44 @@ def exchange_heartbeat(
 
 
 def fresh_lease() -> Lease:
-    """Return a lease acknowledged at 0, without a heartbeat."""
+    """Return a lease without a heartbeat, whose ack was sent at time 0."""
     return make_lease()
 
 
-def unsettled_lease() -> Lease:
-    """Return a lease without a heartbeat whose ack answered with the state `active`."""
+def lease_active_at_ack() -> Lease:
+    """Return a lease without a heartbeat; the ack was answered with the state `active`."""
     return make_lease(state="active")
 
 
-def unanswered_unsettled_lease() -> Lease:
-    """Return a lease whose ack answered `active` and whose first heartbeat was not answered."""
-    lease = unsettled_lease()
+def lease_active_at_ack_without_answer() -> Lease:
+    """Return a lease of an item `active` at its ack; the first heartbeat got no answer."""
+    lease = lease_active_at_ack()
     exchange_heartbeat(lease, 5.0, 6.0, transient_error())
     return lease
 
 
-def settled_lease() -> Lease:
-    """Return a lease whose ack answered `active` and whose first heartbeat succeeded."""
-    lease = unsettled_lease()
+def lease_active_at_ack_after_heartbeat() -> Lease:
+    """Return a lease of an item `active` at its ack; the first heartbeat succeeded."""
+    lease = lease_active_at_ack()
     exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, make_answer())
     return lease
 
 
 def renewed_lease(**values: Any) -> Lease:
-    """Return a lease whose first heartbeat was sent at 0 and succeeded."""
+    """Return a lease whose first heartbeat was sent at time 0 and succeeded."""
     lease = make_lease(**values)
     exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, make_answer(ttl_seconds=values.get("ttl", TTL)))
     return lease
 
 
-def unanswered_lease() -> Lease:
+def lease_with_unanswered_heartbeat() -> Lease:
     """Return a lease whose second heartbeat was not answered, so it may have been applied."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, transient_error())
     return lease
 
 
-def throttled_lease() -> Lease:
+def lease_with_throttled_heartbeat() -> Lease:
     """Return a lease whose second heartbeat was answered with 429, so it was not applied."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, THROTTLED)
@@ -155,7 +155,7 @@ def lease_after_read() -> Lease:
     """Return a lease whose second heartbeat got a 409, and that a read then showed to be held."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
-    lease.apply_read(7.0, "conflict", own_item())
+    lease.apply_read(7.0, "conflict", item_of_this_worker())
     return lease
 
 
@@ -175,22 +175,22 @@ def stopped_lease() -> Lease:
 
 
 def releasing_lease() -> Lease:
-    """Return the lease of a released item: its next heartbeat is the last one."""
+    """Return a lease that a release request ends with its next heartbeat."""
     lease = renewed_lease()
     lease.let_lapse(SENT, 12.0)
     return lease
 
 
-def own_item(**changes: Any) -> WorkItem:
+def item_of_this_worker(**changes: Any) -> WorkItem:
     return make_item(**{"state": "active", "last_heartbeat": "hb_1", **changes})
 
 
 def stopped_item() -> WorkItem:
-    return own_item(state="stopped")
+    return item_of_this_worker(state="stopped")
 
 
-def foreign_item() -> WorkItem:
-    return own_item(acknowledged_at=ACKED + timedelta(seconds=90))
+def item_of_another_worker() -> WorkItem:
+    return item_of_this_worker(acknowledged_at=ACKED + timedelta(seconds=90))
 
 
 class ExpectedLease(NamedTuple):
@@ -219,15 +219,15 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     # A successful heartbeat moves the deadline.
     (fresh_lease, make_answer(), HELD),
     (renewed_lease, make_answer(2), HELD),
-    (unanswered_lease, make_answer(2), HELD),
+    (lease_with_unanswered_heartbeat, make_answer(2), HELD),
     (lease_in_handoff, make_answer(2), HELD),
     (renewed_lease, make_answer(2, ttl_seconds=30),
      ExpectedLease("held", "ok", deadline=SENT + 30)),
     (renewed_lease, make_answer(2, ttl_seconds=600),
      ExpectedLease("held", "ok", deadline=SENT + 600)),
     (renewed_lease, make_answer(2, state="stopping"), HELD),
-    (unsettled_lease, make_answer(), HELD),
-    (unanswered_unsettled_lease, make_answer(), HELD),
+    (lease_active_at_ack, make_answer(), HELD),
+    (lease_active_at_ack_without_answer, make_answer(), HELD),
     # The state `stopped` ends the lease without a read, whether or not the answer extends it.
     (renewed_lease, make_answer(2, state="stopped"),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
@@ -248,17 +248,19 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (stopped_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
     # An answer without extension and without a last heartbeat means that the lease is lost.
     (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
-    (unanswered_lease, make_answer(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (lease_with_unanswered_heartbeat, make_answer(2, lease_extended=False, last_heartbeat=""),
+     NOT_OURS),
     (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat="", state="stopping"),
      NOT_OURS),
-    # An unsettled lease is confirmed by a heartbeat that extends it, never by a read.
-    (unsettled_lease, make_answer(lease_extended=False), NOT_OURS),
-    (unsettled_lease, make_answer(state="stopping"),
+    # If the item was `active` at its ack, only a heartbeat that extends the lease confirms it,
+    # never a read.
+    (lease_active_at_ack, make_answer(lease_extended=False), NOT_OURS),
+    (lease_active_at_ack, make_answer(state="stopping"),
      ExpectedLease("over", "conflict", "lost", due=LOST)),
-    (unsettled_lease, CONFLICT, NOT_OURS),
-    (unsettled_lease, PRECONDITION, GONE),
-    (unanswered_unsettled_lease, PRECONDITION, GONE),
-    (unanswered_unsettled_lease, CONFLICT, NOT_OURS),
+    (lease_active_at_ack, CONFLICT, NOT_OURS),
+    (lease_active_at_ack, PRECONDITION, GONE),
+    (lease_active_at_ack_without_answer, PRECONDITION, GONE),
+    (lease_active_at_ack_without_answer, CONFLICT, NOT_OURS),
     # A transient error causes another heartbeat, at first after a short delay.
     (renewed_lease, transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
@@ -269,18 +271,19 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (renewed_lease, transient_error("bad_body"),
      ExpectedLease("again", "transient", due=FIRST_REPEAT)),
     (renewed_lease, THROTTLED, ExpectedLease("again", "transient", due=FIRST_REPEAT)),
-    (unanswered_lease, transient_error("network"),
+    (lease_with_unanswered_heartbeat, transient_error("network"),
      ExpectedLease("again", "transient", due=SECOND_REPEAT)),
     (renewed_lease, transient_error("throttled", 7.0),
      ExpectedLease("again", "transient", due=7.0)),
     (renewed_lease, transient_error("server_error", 300.0),
      ExpectedLease("again", "transient", due=(54.0 - ANSWERED) / 2)),
-    # After 412 the item is read only if a heartbeat of ours or of a child may have been applied.
+    # After 412 the item is read only if an unanswered heartbeat of this process, or one of its
+    # child process, may have been applied.
     (fresh_lease, PRECONDITION, GONE),
     (renewed_lease, PRECONDITION, GONE),
-    (throttled_lease, PRECONDITION, GONE),
+    (lease_with_throttled_heartbeat, PRECONDITION, GONE),
     (lease_after_read, PRECONDITION, GONE),
-    (unanswered_lease, PRECONDITION, READ_PRECONDITION),
+    (lease_with_unanswered_heartbeat, PRECONDITION, READ_PRECONDITION),
     (lease_in_handoff, PRECONDITION, READ_PRECONDITION),
     # After 409 the item is always read.
     (fresh_lease, CONFLICT, READ_CONFLICT),
@@ -311,7 +314,7 @@ def test_heartbeat_answer_determines_decision_status_and_deadline(
 
 
 @pytest.mark.parametrize("ttl", [10, 60, 600])
-def test_successful_heartbeat_schedules_next_after_third_of_ttl_less_jitter(ttl: int) -> None:
+def test_next_heartbeat_is_due_with_jitter_shortly_before_third_of_ttl(ttl: int) -> None:
     planned = {renewed_lease(ttl=ttl).due_at for _ in range(100)}
     assert min(planned) >= ttl / 3 * 0.9
     assert max(planned) <= ttl / 3
@@ -319,9 +322,7 @@ def test_successful_heartbeat_schedules_next_after_third_of_ttl_less_jitter(ttl:
 
 
 @pytest.mark.parametrize(("ttl", "margin"), [(10, 1), (60, 6), (600, 60)])
-def test_lease_is_given_up_a_tenth_of_ttl_or_a_second_before_deadline(
-    ttl: int, margin: float
-) -> None:
+def test_lease_is_given_up_a_tenth_of_ttl_before_its_deadline(ttl: int, margin: float) -> None:
     lease = renewed_lease(ttl=ttl)
     assert (lease.deadline, lease.give_up_at) == (ttl, ttl - margin)
 
@@ -333,7 +334,7 @@ def test_lease_before_first_heartbeat_ends_sixty_seconds_after_ack() -> None:
     assert not lease.begun
 
 
-def test_unsettled_lease_counts_from_poll_until_heartbeat_succeeds() -> None:
+def test_deadline_of_item_active_at_ack_counts_from_poll_until_first_heartbeat() -> None:
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
@@ -342,7 +343,7 @@ def test_unsettled_lease_counts_from_poll_until_heartbeat_succeeds() -> None:
     assert not lease.unsettled
 
 
-def test_lease_begun_by_ack_does_not_count_from_poll() -> None:
+def test_deadline_of_lease_begun_by_ack_counts_from_ack_not_poll() -> None:
     assert make_lease(polled_at=-9.0).deadline == 60
     assert make_lease(polled_at=-9.0, state="active", parents_heartbeat="hb").deadline == 60
 
@@ -358,7 +359,7 @@ def test_granted_ttl_replaces_requested_ttl() -> None:
     ("ttl", "request_timeout", "sent", "timeout"),
     [(60, 10.0, 20, 10), (30, 10.0, 10, 5), (60, 2.0, 20, 2), (60, 10.0, 51, 3), (10, 10.0, 9, 0)],
 )
-def test_heartbeat_timeout_is_a_sixth_of_ttl_and_ends_before_give_up_time(
+def test_heartbeat_timeout_is_limited_by_setting_ttl_and_give_up_time(
     ttl: int, request_timeout: float, sent: float, timeout: float
 ) -> None:
     attempt = renewed_lease(ttl=ttl, request_timeout=request_timeout).begin_heartbeat(sent, sent)
@@ -367,7 +368,7 @@ def test_heartbeat_timeout_is_a_sixth_of_ttl_and_ends_before_give_up_time(
 
 
 @pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing_lease()], ids=["first", "release"])
-def test_heartbeat_that_may_shorten_lease_leaves_time_for_retry(lease: Lease) -> None:
+def test_timeout_of_heartbeat_that_may_shorten_lease_allows_another_attempt(lease: Lease) -> None:
     attempt = lease.begin_heartbeat(SENT, SENT)
     assert attempt.timeout <= attempt.ttl / 6
     assert SENT + attempt.timeout < lease.give_up_at
@@ -407,7 +408,7 @@ def test_unanswered_heartbeat_shortens_lease_to_its_requested_ttl() -> None:
 @pytest.mark.parametrize(
     "outcome", [THROTTLED, refused_error(401), CONFLICT, PRECONDITION], ids=repr
 )
-def test_heartbeat_refused_without_effect_does_not_shorten_lease(
+def test_refused_heartbeat_does_not_shorten_lease(
     outcome: ControlPlaneError,
 ) -> None:
     lease = make_lease(ttl=10)
@@ -461,52 +462,57 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
 @pytest.mark.parametrize(
     ("item", "expected"),
     [
-        (own_item(last_heartbeat="hb_5"), "hb_5"),
-        (own_item(last_heartbeat=None), "NO_HEARTBEAT"),
+        (item_of_this_worker(last_heartbeat="hb_5"), "hb_5"),
+        (item_of_this_worker(last_heartbeat=None), "NO_HEARTBEAT"),
         # In the state `starting`, the last heartbeat is that of a former holder.
-        (own_item(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
+        (item_of_this_worker(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
 def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
-    lease = unanswered_lease()
+    lease = lease_with_unanswered_heartbeat()
     exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION)
     lease.apply_read(23.0, "precondition", item)
     assert lease.expected == expected
 
 
 READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, ExpectedLease]] = [
-    (unanswered_lease, own_item(), ExpectedLease("again", "recovered", due=0)),
-    (unanswered_lease, own_item(last_heartbeat="hb_2"), ExpectedLease("again", "recovered", due=0)),
-    (unanswered_lease, own_item(state="stopping"), ExpectedLease("again", "recovered", due=0)),
+    (lease_with_unanswered_heartbeat, item_of_this_worker(),
+     ExpectedLease("again", "recovered", due=0)),
+    (lease_with_unanswered_heartbeat, item_of_this_worker(last_heartbeat="hb_2"),
+     ExpectedLease("again", "recovered", due=0)),
+    (lease_with_unanswered_heartbeat, item_of_this_worker(state="stopping"),
+     ExpectedLease("again", "recovered", due=0)),
     # After two reads in a row, the next heartbeat waits, so that requests do not loop.
-    (lease_after_read, own_item(), ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
+    (lease_after_read, item_of_this_worker(),
+     ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
     (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),
     (stopped_lease, stopped_item(), ExpectedLease("over", "conflict", "finished", due=LOST)),
-    (renewed_lease, own_item(state="queued"),
+    (renewed_lease, item_of_this_worker(state="queued"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (renewed_lease, own_item(state="starting"), ExpectedLease("again", "recovered", due=0)),
+    (renewed_lease, item_of_this_worker(state="starting"),
+     ExpectedLease("again", "recovered", due=0)),
     # The item was `active` before, so another worker has claimed it since.
-    (settled_lease, own_item(state="starting"),
+    (lease_active_at_ack_after_heartbeat, item_of_this_worker(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (renewed_lease, foreign_item(),
+    (renewed_lease, item_of_another_worker(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (stopped_lease, foreign_item(),
+    (stopped_lease, item_of_another_worker(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (renewed_lease, own_item(acknowledged_at=None),
+    (renewed_lease, item_of_this_worker(acknowledged_at=None),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     # The read found no item, or the credential may not read items.
     (renewed_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
-    (unanswered_lease, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
+    (lease_with_unanswered_heartbeat, None, ExpectedLease("over", "conflict", "lost", due=LOST)),
     (stopped_lease, None, ExpectedLease("over", "conflict", "finished", due=LOST)),
-    # During a handoff, a heartbeat later than the parent's is the child's.
-    (lease_in_handoff, own_item(), ExpectedLease("again", "recovered", due=0)),
-    (lease_in_handoff, own_item(last_heartbeat="hb_2"),
+    # During a handoff, a heartbeat that this process did not send is from the child process.
+    (lease_in_handoff, item_of_this_worker(), ExpectedLease("again", "recovered", due=0)),
+    (lease_in_handoff, item_of_this_worker(last_heartbeat="hb_2"),
      ExpectedLease("over", "conflict", "handed_off", due=LOST)),
-    (lease_in_handoff, own_item(last_heartbeat="hb_2", state="stopped"),
+    (lease_in_handoff, item_of_this_worker(last_heartbeat="hb_2", state="stopped"),
      ExpectedLease("over", "conflict", "handed_off", due=LOST)),
-    (lease_in_handoff, own_item(state="starting"),
+    (lease_in_handoff, item_of_this_worker(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    (lease_in_handoff, foreign_item(),
+    (lease_in_handoff, item_of_another_worker(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     # The error of a failed read determines the delay of the next heartbeat.
     (renewed_lease, transient_error("timeout"),
@@ -543,7 +549,7 @@ def test_item_is_read_after_412_only_while_its_holder_is_unknown() -> None:
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.apply_read(READ_AT, "conflict", transient_error())
     assert exchange_heartbeat(lease, 25.0, 25.0, PRECONDITION).then == "read"
-    lease.apply_read(26.0, "precondition", own_item())
+    lease.apply_read(26.0, "precondition", item_of_this_worker())
     assert exchange_heartbeat(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
 
 
@@ -551,12 +557,12 @@ def test_read_after_end_of_lease_changes_nothing() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.end("released")
-    assert lease.apply_read(READ_AT, "conflict", foreign_item()) == ("over", None)
+    assert lease.apply_read(READ_AT, "conflict", item_of_another_worker()) == ("over", None)
     assert (lease.status, lease.loss_confirmed, lease.in_flight) == ("released", False, False)
 
 
 @pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
-def test_state_stopping_is_stop_request_unless_pool_itself_stops_item(
+def test_answer_stopping_is_a_stop_request_unless_pool_itself_stopped_item(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
@@ -577,7 +583,7 @@ def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
 @pytest.mark.parametrize(
     ("delay", "ttl"), [(0, 10), (-1, 10), (9.9, 10), (12.4, 12), (1e9, 600), (math.inf, 600)]
 )
-def test_release_delay_is_limited_to_range_of_protocol(delay: float, ttl: int) -> None:
+def test_release_delay_is_limited_to_ttl_range_of_protocol(delay: float, ttl: int) -> None:
     lease = renewed_lease()
     lease.let_lapse(5.0, delay)
     assert lease.due_at == 5.0
@@ -597,16 +603,17 @@ def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
     assert lease.status == "released"
 
 
-def test_second_release_request_leaves_the_heartbeat_the_last_one() -> None:
+def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> None:
     lease = releasing_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
-    assert lease.deadline == SENT + 12  # The unanswered heartbeat may have been applied.
+    # The deadline is earlier, because the unanswered heartbeat may have been applied.
+    assert lease.deadline == SENT + 12
     attempt = lease.begin_heartbeat(23.0, 23.0)
     assert (attempt.ttl, attempt.last) == (12, True)
     assert lease.deadline == SENT + 12
 
 
-def test_release_without_extension_in_state_stopping_ends_lease() -> None:
+def test_last_heartbeat_of_release_answered_stopping_releases_lease_without_extension() -> None:
     lease = releasing_lease()
     exchange_heartbeat(
         lease, SENT, ANSWERED, make_answer(2, lease_extended=False, state="stopping")
@@ -628,13 +635,13 @@ def test_requested_lease_check_while_suspended_schedules_no_heartbeat() -> None:
     assert lease.due_at == math.inf
 
 
-def test_lease_in_doubt_schedules_heartbeat_at_once() -> None:
+def test_machine_pause_makes_heartbeat_of_lease_due_at_once() -> None:
     lease = renewed_lease()
     assert lease.doubt_after_pause(5.0)
     assert lease.due_at == 5.0
 
 
-def test_failed_heartbeat_of_lease_in_doubt_is_repeated_after_delay() -> None:
+def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
     lease = renewed_lease()
     lease.doubt_after_pause(5.0)
     exchange_heartbeat(lease, 5.0, 5.1, THROTTLED)
@@ -644,14 +651,14 @@ def test_failed_heartbeat_of_lease_in_doubt_is_repeated_after_delay() -> None:
     assert lease.due_at == due_at
 
 
-def test_lease_can_be_in_doubt_again_after_successful_heartbeat() -> None:
+def test_machine_pause_after_successful_heartbeat_puts_lease_in_doubt_again() -> None:
     lease = renewed_lease()
     lease.doubt_after_pause(5.0)
     exchange_heartbeat(lease, 5.0, 5.1, make_answer(2))
     assert lease.doubt_after_pause(7.0)
 
 
-def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
+def test_successful_heartbeat_records_clock_offset_at_its_send_time() -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
@@ -660,7 +667,7 @@ def test_successful_heartbeat_records_clock_offset_of_its_sending() -> None:
 
 
 @pytest.mark.parametrize("extended", [True, False])
-def test_heartbeat_answer_in_state_stopping_loses_lease_in_doubt(*, extended: bool) -> None:
+def test_heartbeat_answered_stopping_after_machine_pause_loses_lease(*, extended: bool) -> None:
     lease = renewed_lease()
     lease.doubt_after_pause(SENT)
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
@@ -705,7 +712,7 @@ def test_lease_check_raises_unless_lease_is_held(
         assert lease.remaining(1.0) == 0
 
 
-def test_lease_expires_at_give_up_time() -> None:
+def test_lease_ends_as_lost_at_give_up_time_before_deadline() -> None:
     lease = renewed_lease()
     assert not lease.end_if_expired(53.9)
     assert lease.end_if_expired(54.0)
@@ -805,22 +812,22 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.lease = Lease(self.plane.ack_item("ours"), acked_at, ttl=ttl, request_timeout=10.0)
 
     @rule(length=seconds)
-    def wait_up_to_forty_seconds(self, length: float) -> None:
+    def advance_clock_up_to_forty_seconds(self, length: float) -> None:
         self.plane.now += length
         self.lease.end_if_expired(self.current_time)
 
     @rule(length=st.floats(0, 1.0))
-    def wait_up_to_a_second(self, length: float) -> None:
-        self.wait_up_to_forty_seconds(length)
+    def advance_clock_up_to_one_second(self, length: float) -> None:
+        self.advance_clock_up_to_forty_seconds(length)
 
     @rule()
-    def wait_until_heartbeat_is_due(self) -> None:
+    def advance_clock_to_next_heartbeat(self) -> None:
         assume(self.current_time < self.lease.due_at < math.inf)
-        self.wait_up_to_forty_seconds(self.lease.due_at - self.current_time)
+        self.advance_clock_up_to_forty_seconds(self.lease.due_at - self.current_time)
 
     @precondition(lambda self: not self.rival_has_it)
     @rule(begins=st.booleans())
-    def other_worker_claims_item(self, *, begins: bool) -> None:
+    def claim_item_as_other_worker(self, *, begins: bool) -> None:
         if self.plane.poll_item("rival"):
             self.plane.ack_item("rival")
             self.rival_has_it = True
@@ -828,23 +835,23 @@ class LeaseStateMachine(RuleBasedStateMachine):
                 self.plane.extend_lease("NO_HEARTBEAT", 600)
 
     @rule(force=st.booleans())
-    def operator_stops_item(self, *, force: bool) -> None:
+    def stop_item_as_operator(self, *, force: bool) -> None:
         self.plane.stop_item("operator", force=force)
 
     @precondition(lambda self: self.lease.held(self.current_time))
     @rule(applied=st.booleans())
-    def pool_stops_item(self, *, applied: bool) -> None:
+    def stop_item_as_pool(self, *, applied: bool) -> None:
         self.lease.own_stop = True
         if applied:
             self.plane.stop_item("ours", force=True)
 
     @precondition(lambda self: not self.lease.over)
     @rule(delay=st.floats(-5, 700))
-    def pool_releases_item(self, delay: float) -> None:
+    def release_item_as_pool(self, delay: float) -> None:
         self.lease.let_lapse(self.current_time, delay)
 
     @rule()
-    def pool_requests_check(self) -> None:
+    def request_heartbeat_at_once(self) -> None:
         self.lease.make_heartbeat_due(self.current_time)
 
     @precondition(lambda self: not self.lease.in_flight and not self.lease.over)
@@ -858,7 +865,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.under_way)
     @rule(index=st.integers(0, 5))
-    def request_arrives(self, index: int) -> None:
+    def deliver_heartbeat_request(self, index: int) -> None:
         """Let any request in flight arrive, even after the wait for its answer has ended."""
         attempt = self.under_way.pop(index % len(self.under_way))
         answer = self.plane.extend_lease(attempt.expected, attempt.ttl)
@@ -867,18 +874,18 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.answer is not None and self.attempt is not None)
     @rule()
-    def answer_arrives(self) -> None:
+    def deliver_heartbeat_answer(self) -> None:
         assert self.answer is not None
         self._apply_answer(self.answer)
 
     @precondition(lambda self: self.attempt is not None)
     @rule(reason=st.sampled_from(["timeout", "network", "bad_body"]))
-    def answer_is_lost(self, reason: str) -> None:
+    def lose_heartbeat_answer(self, reason: str) -> None:
         self._apply_answer(transient_error(reason))
 
     @precondition(lambda self: self.attempt in self.under_way)
     @rule(status=statuses)
-    def proxy_refuses_request(self, status: int) -> None:
+    def refuse_heartbeat_in_proxy(self, status: int) -> None:
         """Let a proxy refuse the request, which then does not reach the control plane."""
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
@@ -886,7 +893,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.attempt in self.under_way)
     @rule()
-    def request_is_never_sent(self) -> None:
+    def abort_unsent_heartbeat(self) -> None:
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
         self.lease.note_unsent(self.attempt)
@@ -894,7 +901,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.attempt is not None)
     @rule()
-    def caller_stops_waiting(self) -> None:
+    def stop_waiting_for_heartbeat_answer(self) -> None:
         self.lease.note_unanswered()
         self.attempt = self.answer = None
 
@@ -904,32 +911,34 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.reading = decision.then == "read"
         if decision.then == "held" and isinstance(outcome, Heartbeat) and outcome.lease_extended:
             assert self.lease.deadline == self.attempt.at + outcome.ttl_seconds
-        self._check_decision(decision)
+        self._assert_decision_fits_lease(decision)
         self.attempt = self.answer = None
 
     @precondition(lambda self: self.reading)
     @rule()
-    def read_arrives(self) -> None:
+    def deliver_read_request(self) -> None:
         self.item = self.plane.read_item()
 
     @precondition(lambda self: self.reading and self.item is not None)
     @rule()
-    def read_is_answered(self) -> None:
+    def deliver_read_answer(self) -> None:
         assert self.item is not None
         self._apply_read(self.item)
 
     @precondition(lambda self: self.reading)
     @rule(status=statuses | st.none())
-    def read_fails(self, status: int | None) -> None:
+    def fail_read_request(self, status: int | None) -> None:
         self._apply_read(transient_error() if status is None else error_for_status(status))
 
     def _apply_read(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
-        self._check_decision(self.lease.apply_read(self.current_time, "conflict", outcome))
+        self._assert_decision_fits_lease(
+            self.lease.apply_read(self.current_time, "conflict", outcome)
+        )
         assert self.lease.deadline == before
         self.reading, self.item = False, None
 
-    def _check_decision(self, decision: HeartbeatDecision) -> None:
+    def _assert_decision_fits_lease(self, decision: HeartbeatDecision) -> None:
         """Assert the conditions that hold after every decision on a heartbeat or read."""
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.over
@@ -943,13 +952,13 @@ class LeaseStateMachine(RuleBasedStateMachine):
             self.last_decision = "held"
 
     @invariant()
-    def held_lease_belongs_to_no_other_worker(self) -> None:
+    def assert_held_lease_has_no_other_holder(self) -> None:
         if self.lease.held(self.current_time):
             assert not self.rival_has_it
             assert self.plane.item_state() != "queued"
 
     @invariant()
-    def ended_lease_stays_ended(self) -> None:
+    def assert_ended_lease_stays_ended(self) -> None:
         if self.final is not None:
             assert (self.lease.status, self.lease.loss_confirmed) == self.final
             assert self.lease.due_at == math.inf
@@ -958,11 +967,11 @@ class LeaseStateMachine(RuleBasedStateMachine):
             self.final = self.lease.status, self.lease.loss_confirmed
 
     @invariant()
-    def lease_is_given_up_before_its_deadline(self) -> None:
+    def assert_give_up_time_precedes_deadline(self) -> None:
         assert self.lease.give_up_at <= self.lease.deadline - 1
 
     @invariant()
-    def lost_lease_is_not_held(self) -> None:
+    def assert_confirmed_loss_means_status_lost(self) -> None:
         assert not self.lease.loss_confirmed or self.lease.status == "lost"
 
 

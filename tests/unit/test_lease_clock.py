@@ -79,7 +79,7 @@ class MovableClocks:
         (0, -PAUSE_SECONDS, True),
     ],
 )
-def test_clock_jump_of_wall_clock_against_lease_clock_is_a_pause(
+def test_wall_clock_jump_relative_to_lease_clock_counts_as_machine_pause(
     lease: float, wall: float, *, paused: bool
 ) -> None:
     assert MovableClocks().pause_reported_after(lease, wall) == paused

@@ -57,7 +57,7 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
             one.renewer.add_lease(item.lease, item)
         others = iter(items[20:])
 
-        def add_lease_during_collection(_phase: str, _info: object) -> None:
+        def add_lease_during_garbage_collection(_phase: str, _info: object) -> None:
             # Python calls this in the middle of a tick, as if another thread added a lease.
             for item in islice(others, 1):
                 one.renewer.add_lease(item.lease, item)
@@ -65,13 +65,13 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
         former = gc.get_threshold()
         # Use up the tuples that Python keeps for reuse: only a new one starts garbage collection.
         used = [(number, number) for number in range(5_000)]
-        gc.callbacks.append(add_lease_during_collection)
+        gc.callbacks.append(add_lease_during_garbage_collection)
         try:
             gc.set_threshold(1)
             one.renewer._check_leases()
         finally:
             gc.set_threshold(*former)
-            gc.callbacks.remove(add_lease_during_collection)
+            gc.callbacks.remove(add_lease_during_garbage_collection)
         assert len(used) == 5_000
         assert len(one.renewer.held_leases()) > 20
 
@@ -82,7 +82,7 @@ async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[Lea
     async with one.renewed_lease() as lease:
         await asyncio.sleep(3_600)
         assert lease.held(one.clock())
-    between = seconds_between(one.send_times("heartbeat"))
+    between = seconds_between(one.get_send_times("heartbeat"))
     assert len(between) > 3_600 / 20.1
     assert all(18 <= gap <= 20 + LOOK for gap in between)
     assert set(one.heartbeat_results()) == {"ok"}
@@ -98,7 +98,7 @@ async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) 
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(100)
         assert lease.held(one.clock())
-    assert max(seconds_between(one.send_times("heartbeat"))) < 10 / 3 + LOOK
+    assert max(seconds_between(one.get_send_times("heartbeat"))) < 10 / 3 + LOOK
 
 
 @in_virtual_time
@@ -129,7 +129,7 @@ async def test_failed_heartbeat_is_repeated_with_growing_delay(testbed: type[Lea
     async with one.renewed_lease() as lease:
         await asyncio.sleep(50)
         assert lease.held(one.clock())
-    assert seconds_between(one.send_times("heartbeat"))[1:7] == pytest.approx(
+    assert seconds_between(one.get_send_times("heartbeat"))[1:7] == pytest.approx(
         [1, 2, 4, 4, 4, 4], abs=LOOK
     )
     assert one.heartbeat_results() == ["ok", *["transient"] * 6, "ok"]
@@ -144,7 +144,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
     async with one.renewed_lease():
         await asyncio.sleep(30)
     assert one.heartbeat_results() == ["ok", "recovered", "ok"]
-    _, second, third = one.send_times("heartbeat")
+    _, second, third = one.get_send_times("heartbeat")
     assert third == pytest.approx(second + 6)
     # The duration of earlier answers does not count as lag of the renewer.
     assert max(event.lag_seconds for _, event in one.results) < LOOK
@@ -181,7 +181,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
             await asyncio.sleep(300)
         assert_lease_change(one, end, "lost")
         assert not lease.loss_confirmed
-        assert max(one.send_times("heartbeat")) < end
+        assert max(one.get_send_times("heartbeat")) < end
 
     check_lost_in_time()
 
@@ -249,7 +249,7 @@ async def test_requested_lease_check_sends_heartbeat_at_once(testbed: type[Lease
         await asyncio.sleep(5)
         one.renewer.send_heartbeat_soon(lease)
         await asyncio.sleep(LOOK)
-    assert one.send_times("heartbeat") == pytest.approx([0, 5])
+    assert one.get_send_times("heartbeat") == pytest.approx([0, 5])
 
 
 @in_virtual_time
@@ -262,7 +262,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
             await one.send_first_heartbeat(await one.claim_item()),
         )
         one.renewer.renewing = False
-        one.renewer.monitor._ping += 1  # as if the handlers' loop had not answered a ping
+        one.renewer.monitor._ping += 1  # The handlers' loop has not answered this ping.
         one.renewer.remove_lease(second)
         await asyncio.sleep(300)
         assert first.status == "lost"
@@ -279,7 +279,7 @@ async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> 
         await asyncio.sleep(5)
         one.renewer.let_lease_lapse(lease, 12.4)
         await asyncio.sleep(300)
-    assert one.send_times("heartbeat") == pytest.approx([0, 5])
+    assert one.get_send_times("heartbeat") == pytest.approx([0, 5])
     assert lease.status == "released"
     assert_lease_change(one, 5, "released")
     assert one.item_history(item, "heartbeat")[1].lease_end == pytest.approx(START + 5 + 12)
@@ -319,7 +319,7 @@ async def test_release_that_cannot_be_sent_ends_in_lost_lease(
         await asyncio.sleep(300)
     assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
     assert lease.status == "lost"
-    assert len(one.send_times("heartbeat")) > 3
+    assert len(one.get_send_times("heartbeat")) > 3
     assert not lease.loss_confirmed
 
 
@@ -338,13 +338,13 @@ async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed])
 def assert_heartbeats_limited(
     peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN
 ) -> None:
-    """Assert that after `since` the number of calls in flight grew by at most 50 each second."""
+    """Assert that concurrent calls grow by at most 50 a second from the time `since` on."""
     for at, under_way in peaks:
         assert under_way <= width + NEW_CONNECTIONS_PER_SECOND * (at - since + LOOK) + 1
 
 
 @in_virtual_time
-async def test_heartbeats_after_sleep_start_at_no_more_than_fifty_a_second(
+async def test_heartbeats_after_machine_sleep_use_at_most_fifty_new_connections_a_second(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -362,10 +362,10 @@ async def test_heartbeats_after_sleep_start_at_no_more_than_fifty_a_second(
 
 
 @in_virtual_time
-async def test_quick_heartbeats_are_never_more_than_ten_at_once(
+async def test_heartbeats_with_quick_answers_need_few_connections(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """Existing connections are reused before new ones are opened."""
+    """A heartbeat uses a connection that has become free rather than a new one."""
     one = testbed()
     async with one.open_clients():
         for _ in range(300):
@@ -423,7 +423,7 @@ class SlowClient(LocalClient):
 async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """Some leases would be lost if fewer heartbeats than rate times latency could run at once."""
+    """6,000 leases need 300 heartbeats a second, so 150 of half a second each run at once."""
     one = testbed()
     client = SlowClient(one)
     one.renewer._connect = lambda: client
@@ -529,7 +529,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
         await asyncio.sleep(0.3)
         for item in items:
             one.sender.check_may_send(item, by_handler=False)
-    assert one.send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
+    assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
     # Each report wakes the calls that wait for its lease.
     assert [status for _, status in one.changes] == ["held"] * 3
 
@@ -580,11 +580,11 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
             one.sender.check_may_write(item, by_handler=False)
         await asyncio.sleep(1.1)
         one.sender.check_may_send(item, by_handler=False)
-    assert one.send_times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
+    assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
 
 
 @in_virtual_time
-async def test_pause_during_claim_of_item_puts_its_lease_in_doubt(
+async def test_machine_pause_during_claim_forbids_writes_until_lease_is_verified(
     testbed: type[LeaseTestbed],
 ) -> None:
     """The first item's heartbeat ended before the pause; the second item's heartbeat detects it."""

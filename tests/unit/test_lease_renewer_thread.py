@@ -87,7 +87,7 @@ class RenewerTestbed:
         self._notify_loop()
 
     def _notify_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # call_soon_threadsafe() fails on a closed loop.
+        with contextlib.suppress(RuntimeError):  # The test has closed its loop.
             self.loop.call_soon_threadsafe(self.changes.notify)
 
     def make_renewer(
@@ -114,7 +114,7 @@ class RenewerTestbed:
         )
 
     async def claim_item(self) -> PoolItem:
-        """Return an item with a begun lease; call before the renewer thread starts."""
+        """Claim an item and begin its lease, before the renewer thread starts."""
         self.operations.enqueue(ENVIRONMENT)
         async with LocalClient(self.operations, self.make_settings()) as client:
             item = await client.poll()
@@ -160,7 +160,7 @@ def fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def all_threads_end() -> Iterator[None]:
+def join_all_threads() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
     for thread in set(threading.enumerate()) - before:
@@ -286,14 +286,14 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: Rene
 async def test_exception_in_call_on_renewer_thread_is_fatal(
     testbed: RenewerTestbed, error: BaseException
 ) -> None:
-    def raise_in_call() -> None:
+    def raise_error() -> None:
         raise error
 
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.renew_leases(renewer, item)
-        renewer.call_on_loop(raise_in_call)
+        renewer.call_on_loop(raise_error)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.failures[0].__cause__ is error
         assert testbed.ended == testbed.failures
@@ -399,10 +399,10 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
         await testbed.wait_for_heartbeats(2)
 
 
-async def test_blocked_time_is_exact_despite_late_ticks(
+async def test_logged_seconds_of_blocked_loop_are_exact_despite_rare_renewer_ticks(
     testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ticks are three times as far apart as the longest time that a single tick may count."""
+    """The monitor counts at most a third of the time between two ticks of the renewer."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with testbed.make_renewer(max_block=0.1):
         await testbed.wait_until(

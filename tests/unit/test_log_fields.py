@@ -73,7 +73,7 @@ def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
     assert set(FIELDS) == of_formatters.union(*found.values())
 
 
-def test_no_log_message_contains_a_field() -> None:
+def test_no_log_message_contains_key_value_text() -> None:
     messages = {place: message_argument(call) for place, call, _ in log_calls()}
     wrong = {place: text for place, text in messages.items() if re.search(r"=[%{]", text)}
     assert not wrong
@@ -119,14 +119,14 @@ def test_record_in_the_context_of_a_pool_has_the_pools_ids(
     assert not set(IDS) & set(outside)
 
 
-def test_record_outside_of_pools_has_the_default_ids_of_the_filter() -> None:
+def test_log_record_outside_of_pools_gets_default_ids_from_filter() -> None:
     record: Any = logging.makeLogRecord({})
     assert PoolIds(lambda: IDS).filter(record)
     assert record.worker_id == "host-1"
 
 
 def module_with_span(trace_id: int, *, valid: bool) -> ModuleType:
-    """Return a replacement for `opentelemetry.trace`, whose import takes a tenth of a second."""
+    """Return a stand-in for the module `opentelemetry.trace`, whose import would be slow."""
     module = ModuleType("opentelemetry.trace")
     span = SimpleNamespace(trace_id=trace_id, is_valid=valid)
     vars(module)["get_current_span"] = lambda: SimpleNamespace(get_span_context=lambda: span)

@@ -115,7 +115,7 @@ def hostile_record(text: str) -> logging.LogRecord:
     return made
 
 
-def check_single_safe_line(made: logging.LogRecord) -> None:
+def assert_output_is_escaped(made: logging.LogRecord) -> None:
     text = TextFormatter().format(made)
     first, *more = text.split("\n")
     assert first.isprintable()
@@ -132,13 +132,13 @@ def check_single_safe_line(made: logging.LogRecord) -> None:
 @pytest.mark.parametrize("char", HOSTILE.values(), ids=HOSTILE)
 def test_control_character_in_log_record_is_escaped(char: str) -> None:
     made = hostile_record(f"a{char}{FORGED}{char}b")
-    check_single_safe_line(made)
+    assert_output_is_escaped(made)
     assert ascii(char)[1:-1] in TextFormatter().format(made)
 
 
 @given(st.text())
 def test_arbitrary_text_in_record_keeps_log_lines_valid(text: str) -> None:
-    check_single_safe_line(hostile_record(text))
+    assert_output_is_escaped(hostile_record(text))
 
 
 @pytest.mark.parametrize("char", ["x", "\n", "\x1b", "\U000e0041", "\\", '"'])
@@ -146,7 +146,7 @@ def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
     made = hostile_record(char * 1_000_000)
     limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
     for form in (TextFormatter(), JsonFormatter()):
-        # Newlines and indentation of the stack lengthen the line beyond the limit of its text.
+        # Line breaks and indentation are added to the stack after its text was cut to the limit.
         assert len(form.format(made)) < 3 * limit
     made.exc_info = made.stack_info = None
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
@@ -187,12 +187,12 @@ def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Forma
 
 
 @pytest.fixture
-def without_remembered_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_remembered_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_tokens", {})
     monkeypatch.setattr(logs, "_item_tokens", {})
 
 
-@pytest.mark.usefixtures("without_remembered_tokens")
+@pytest.mark.usefixtures("forget_remembered_tokens")
 @pytest.mark.parametrize("hiding", [hide_token, hide_item_token])
 def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None]) -> None:
     token = "pat-" + "\"hunter2\\hunter2+/'"
@@ -204,28 +204,28 @@ def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None])
         assert "a[token]b" in text
 
 
-@pytest.mark.usefixtures("without_remembered_tokens")
+@pytest.mark.usefixtures("forget_remembered_tokens")
 def test_token_of_three_characters_leaves_words_readable() -> None:
     hide_token("and")
     assert readable("workers and handlers") == "workers and handlers"
 
 
-@pytest.mark.usefixtures("without_remembered_tokens")
+@pytest.mark.usefixtures("forget_remembered_tokens")
 def test_text_redacted_twice_stays_the_same() -> None:
     hide_token("token")
     hide_token("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
-@pytest.mark.usefixtures("without_remembered_tokens")
-def test_token_at_cut_of_long_message_leaves_no_part() -> None:
+@pytest.mark.usefixtures("forget_remembered_tokens")
+def test_token_where_long_message_is_cut_is_redacted_whole() -> None:
     hide_token("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
         text = "x" * before + "hunter2-" * 8 + "y" * (2 * MESSAGE_CHARACTERS - before)
         assert "hunter2" not in readable(text)
 
 
-@pytest.mark.usefixtures("without_remembered_tokens")
+@pytest.mark.usefixtures("forget_remembered_tokens")
 def test_number_of_remembered_tokens_is_limited() -> None:
     for number in range(1000):
         hide_token(f"token-{number:04}")

@@ -29,7 +29,7 @@ LABELS = ("env_1", "ok"), ('quote"\\d\n', "error")
 
 
 def exposed_text(collector: Collector) -> list[str]:
-    """Return the exposed text without creation times."""
+    """Return the lines that the collector exposes to Prometheus, without creation times."""
     registry = CollectorRegistry()
     registry.register(collector)
     lines = generate_latest(registry).decode().splitlines()

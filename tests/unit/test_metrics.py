@@ -115,7 +115,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("build_info", "G", "environment_id, worker_id, version, python, dialect"),
 )  # fmt: skip
 
-# The order in which the table names labels; the exposition sorts them by name.
+# The documented table names labels in this order, but the exposition sorts them by name.
 LABELS = (
     *(
         "environment_id",
@@ -193,7 +193,7 @@ def scraped_samples(registry: CollectorRegistry) -> dict[str, float]:
     return samples
 
 
-def increased_samples(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+def increases_of_samples(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
     return {k: v - before.get(k, 0) for k, v in after.items() if v != before.get(k, 0)}
 
 
@@ -351,15 +351,15 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
 
 
 @pytest.mark.parametrize(("event", "adds"), FED, ids=lambda v: type(v).__name__)
-def test_event_adds_exactly_the_expected_amounts(
+def test_each_event_increases_exactly_the_metrics_listed_for_it(
     pool: PoolStandIn, registry: CollectorRegistry, event: ev.Event, adds: Mapping[str, float]
 ) -> None:
     before = scraped_samples(registry)
     pool.metrics.observe(event)
-    assert increased_samples(before, scraped_samples(registry)) == adds
+    assert increases_of_samples(before, scraped_samples(registry)) == adds
 
 
-def test_every_event_type_has_expected_amounts_in_this_test() -> None:
+def test_increases_of_metrics_are_listed_for_every_event_type() -> None:
     assert {type(event) for event, _ in FED} == set(get_args(ev.Event))
 
 
@@ -401,7 +401,7 @@ def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
     assert caplog.text.count("more than 100 handlers") == 1
 
 
-def test_handler_series_exist_from_its_first_session(
+def test_first_session_of_handler_creates_all_its_metric_series(
     pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     assert "sessions_active{environment_id=env_1,handler=late.one}" not in scraped_samples(registry)
@@ -424,7 +424,7 @@ def test_unknown_label_value_warns_and_is_not_counted(
         pool.metrics.observe(ev.RequestFinished("poll", "418", 0.0))
     after = scraped_samples(registry)
     assert after.keys() == before.keys()
-    assert [name for name in increased_samples(before, after) if "_total" in name] == []
+    assert [name for name in increases_of_samples(before, after) if "_total" in name] == []
 
 
 def test_gauges_show_pool_state_at_time_of_scrape(
@@ -476,7 +476,7 @@ def test_build_info_shows_version_python_and_dialect(
     )
 
 
-def test_null_ratio_counts_polls_of_last_minute(
+def test_poll_null_ratio_is_share_of_empty_polls_in_last_minute(
     pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     key = "poll_null_ratio{environment_id=env_1}"
@@ -495,7 +495,7 @@ def test_null_ratio_counts_polls_of_last_minute(
     assert scraped_samples(registry)[key] == 0
     pool.clock.now += 30
     assert key not in scraped_samples(registry)
-    # This poll is counted in a place of the ring buffer that an old poll has used.
+    # The ring buffer overwrites the entry of a poll that is too old to count.
     pool.metrics.observe(ev.PollFinished("null", 1.0))
     assert scraped_samples(registry)[key] == 1
 

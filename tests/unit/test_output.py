@@ -68,7 +68,7 @@ def test_rows_on_terminal_are_printed_as_table(
     assert "work_1" in printed
 
 
-def test_current_directory_is_put_first_on_import_path_once(
+def test_current_directory_is_added_once_at_start_of_import_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -97,7 +97,7 @@ def test_table_on_narrow_terminal_omits_columns_and_never_cuts_ids(
     assert (SESSION in printed) is ("session" in columns)
 
 
-def test_pairs_on_narrow_terminal_are_one_line_each(
+def test_each_name_value_pair_on_narrow_terminal_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -112,7 +112,7 @@ class Reports:
 
 
 @pytest.mark.parametrize("plugin", [Reports, Reports("there")])
-def test_class_or_object_gives_all_its_decorated_methods(plugin: object) -> None:
+def test_plugin_class_or_object_supplies_all_its_decorated_methods(plugin: object) -> None:
     plugins = load_plugins(plugin)
     for job in ("daily", "weekly", "yearly"):
         assert chosen_handler_name(plugins, make_work_item(job=job)) == f"Reports.{job}_report"
@@ -140,7 +140,7 @@ def test_unhashable_dataclass_is_loaded_as_plugin() -> None:
     assert load_plugins(DataclassPlugin, DataclassPlugin={"level": 2}).wanted
 
 
-def test_module_gives_all_its_decorated_functions_including_imported_ones(
+def test_plugin_module_supplies_all_its_decorated_functions_including_imported_ones(
     plugin_folder: PluginFolder,
 ) -> None:
     plugin_folder.write_module(
@@ -171,7 +171,7 @@ def test_lazy_attribute_of_plugin_module_is_not_loaded(plugin_folder: PluginFold
         ("acme", "acme"),
     ],
 )
-def test_plugin_is_loaded_by_every_form_of_its_name(
+def test_plugin_is_loaded_by_module_name_object_name_or_installed_name(
     plugin_folder: PluginFolder, asked: str, plugin: str
 ) -> None:
     plugin_folder.write_module(

@@ -113,7 +113,7 @@ def test_hook_of_plugin_precedes_its_rules_and_next_plugin() -> None:
         async def special_report(self, session: Session) -> None: ...
 
         @handler
-        async def other_report(self, session: Session) -> None: ...
+        async def ordinary_report(self, session: Session) -> None: ...
 
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> Any:
@@ -124,7 +124,9 @@ def test_hook_of_plugin_precedes_its_rules_and_next_plugin() -> None:
         chosen_handler_name(plugins, make_work_item(special="yes"))
         == "PluginWithHookAndRules.special_report"
     )
-    assert chosen_handler_name(plugins, make_work_item()) == "PluginWithHookAndRules.other_report"
+    assert (
+        chosen_handler_name(plugins, make_work_item()) == "PluginWithHookAndRules.ordinary_report"
+    )
 
 
 def test_rule_matches_equal_type_and_equal_metadata() -> None:
@@ -150,14 +152,14 @@ def test_more_specific_rule_wins_in_any_registration_order(order: tuple[int, ...
     module = type("Jobs", (), {str(function): staticmethod(function) for function in functions})
     for plugins in (load_plugins(*(functions[index] for index in order)), load_plugins(module)):
 
-        def rule_function(plugins: Plugins, **metadata: str) -> object:
+        def chosen_function(plugins: Plugins, **metadata: str) -> object:
             answer = plugins.handler_for(make_work_item(**metadata))
             return answer and answer.call
 
-        assert rule_function(plugins) is functions[0]
-        assert rule_function(plugins, job="report") is functions[1]
-        assert rule_function(plugins, job="report", every="day") is functions[2]
-        assert rule_function(plugins, every="day") is functions[0]
+        assert chosen_function(plugins) is functions[0]
+        assert chosen_function(plugins, job="report") is functions[1]
+        assert chosen_function(plugins, job="report", every="day") is functions[2]
+        assert chosen_function(plugins, every="day") is functions[0]
 
 
 def test_unrelated_rules_are_used_in_order_of_plugins() -> None:
@@ -172,12 +174,12 @@ def test_unrelated_rules_are_used_in_order_of_plugins() -> None:
 
 
 def test_plugins_without_handlers_are_reported_as_unable_to_handle() -> None:
-    class ObserverOnly:
+    class PluginWithEventHookOnly:
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
 
-    assert not load_plugins(ObserverOnly()).can_handle
-    assert load_plugins(ObserverOnly()).handler_for(make_work_item()) is None
+    assert not load_plugins(PluginWithEventHookOnly()).can_handle
+    assert load_plugins(PluginWithEventHookOnly()).handler_for(make_work_item()) is None
     assert load_plugins(FirstPlugin()).can_handle
     assert load_plugins(decorated_handler()).can_handle
     assert not load_plugins(FirstPlugin()).wanted
@@ -307,7 +309,7 @@ class OtherFailingObserver(FailingObserver): ...
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), asyncio.CancelledError(), SystemExit(1)])
-def test_handler_hook_that_raises_ends_choice_of_handler_and_is_reported(
+def test_error_in_handler_hook_raises_plugin_error_and_is_reported(
     error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     class FailingRoutingPlugin:
@@ -327,7 +329,7 @@ def test_handler_hook_that_raises_ends_choice_of_handler_and_is_reported(
     assert "workpool_session_handler raised" in caplog.text
 
 
-def plain_def_function(session: Session) -> None: ...
+def sync_function(session: Session) -> None: ...
 
 
 def async_generator(session: Session) -> Awaitable[None]:
@@ -339,7 +341,7 @@ class ObjectFailingOnInspection:
         raise ZeroDivisionError(name)
 
 
-def test_handler_hook_answer_that_raises_on_inspection_is_plugin_error() -> None:
+def test_handler_hook_that_returns_uninspectable_object_raises_plugin_error() -> None:
     class PluginWithHostileAnswer:
         @hookimpl
         def workpool_session_handler(self) -> object:
@@ -351,8 +353,8 @@ def test_handler_hook_answer_that_raises_on_inspection_is_plugin_error() -> None
         load_plugins(PluginWithHostileAnswer()).handler_for(make_work_item())
 
 
-@pytest.mark.parametrize("answer", [plain_def_function, 7, CallableObject, async_generator, True])
-def test_handler_hook_answer_that_is_not_callable_is_plugin_error(answer: object) -> None:
+@pytest.mark.parametrize("answer", [sync_function, 7, CallableObject, async_generator, True])
+def test_handler_hook_that_returns_no_async_callable_raises_plugin_error(answer: object) -> None:
     class PluginWithWrongAnswer:
         @hookimpl
         def workpool_session_handler(self) -> object:
@@ -437,7 +439,9 @@ def test_context_hook_that_raises_is_not_caught(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
 @pytest.mark.parametrize("answer", [7, MappingProxyType({}), open])
-def test_context_hook_answer_that_is_no_context_is_plugin_error(hook: str, answer: object) -> None:
+def test_context_hook_that_returns_no_context_manager_raises_plugin_error(
+    hook: str, answer: object
+) -> None:
     def hook_implementation() -> object:
         return answer
 

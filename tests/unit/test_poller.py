@@ -1,4 +1,4 @@
-"""One poller: it survives errors, and each poll returns its queue place and its ack permit."""
+"""One poller: it survives errors, and releases queue place and ack permit after each poll."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class PollerTestbed:
 
 
 @pytest.fixture(autouse=True)
-def without_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 0.0)
 
 
@@ -147,7 +147,7 @@ FAILURES: dict[str, Exception] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-async def test_failed_poll_frees_its_queue_slot_and_ack_permit(failure: Exception) -> None:
+async def test_failed_poll_releases_its_queue_place_and_ack_permit(failure: Exception) -> None:
     # The first poll succeeds, because a refusal of the first poll would be fatal.
     bench = PollerTestbed(None, failure, failure)
     await bench.run_poller()
@@ -220,7 +220,7 @@ async def test_unreadable_item_is_logged_once_by_id(
     assert [vars(each)["work_id"] for each in caplog.records] == ["work_1", "work_2", "unknown"]
 
 
-async def test_poll_without_item_returns_its_place_and_permit() -> None:
+async def test_poll_without_item_releases_its_queue_place_and_ack_permit() -> None:
     bench = PollerTestbed(None, None)
     await bench.run_poller()
     assert [event.result for event in bench.events_of_type(PollFinished)] == [
@@ -231,7 +231,7 @@ async def test_poll_without_item_returns_its_place_and_permit() -> None:
     assert (bench.queue.reserved, bench.client.permits) == (0, 0)
 
 
-async def test_accepted_item_keeps_place_and_permit() -> None:
+async def test_accepted_item_keeps_its_queue_place_and_ack_permit() -> None:
     bench = PollerTestbed("item")
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
@@ -239,7 +239,7 @@ async def test_accepted_item_keeps_place_and_permit() -> None:
 
 
 @pytest.mark.parametrize("answer", ["declined", KeyError("bug")], ids=["declined", "bug"])
-async def test_rejected_item_returns_place_and_permit(answer: Any) -> None:
+async def test_rejected_item_releases_its_queue_place_and_ack_permit(answer: Any) -> None:
     bench = PollerTestbed("item", answer=answer)
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
@@ -247,7 +247,7 @@ async def test_rejected_item_returns_place_and_permit(answer: Any) -> None:
     assert bench.client.permits == 0
 
 
-async def test_item_set_aside_returns_its_place_and_keeps_its_permit() -> None:
+async def test_item_set_aside_releases_its_queue_place_but_keeps_ack_permit() -> None:
     bench = PollerTestbed("item", answer="aside")
     await bench.run_poller()
     assert (bench.queue.reserved, bench.queue.items_set_aside, bench.client.permits) == (
@@ -258,7 +258,7 @@ async def test_item_set_aside_returns_its_place_and_keeps_its_permit() -> None:
 
 
 @in_virtual_time
-async def test_poller_whose_item_is_set_aside_polls_again_at_once() -> None:
+async def test_poller_polls_again_at_once_after_its_item_was_set_aside() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
     clock = asyncio.get_running_loop().time
     started = clock()
@@ -267,7 +267,7 @@ async def test_poller_whose_item_is_set_aside_polls_again_at_once() -> None:
 
 
 @in_virtual_time
-async def test_poller_whose_items_start_no_handler_waits_block_time_between_polls() -> None:
+async def test_poller_whose_items_start_no_handler_waits_block_ms_between_polls() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
     bench.dispatcher.must_pace_polls = True
     clock = asyncio.get_running_loop().time

@@ -60,7 +60,7 @@ class GroupTestbed:
     def _count_pool_end(self) -> None:
         self.emptied += 1
 
-    def finish_null_poll(self) -> None:
+    def finish_empty_poll(self) -> None:
         self.group.note_poll_success(self.now, null=True)
 
     def finish_poll_with_item(self) -> None:
@@ -96,8 +96,8 @@ def test_transient_poll_failures_are_never_fatal() -> None:
 
 def test_polls_refused_for_five_minutes_are_fatal() -> None:
     bench = GroupTestbed()
-    bench.finish_null_poll()
-    # The five minutes count from the first refusal, not from the last success.
+    bench.finish_empty_poll()
+    # The limit of five minutes begins with the first refused poll, not with the last success.
     bench.now += 60 * MINUTE
     assert REFUSED_SECONDS == 5 * MINUTE
     bench.refuse_polls_for(5 - 1 / MINUTE)
@@ -111,18 +111,18 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
 @pytest.mark.parametrize(
     "between",
     [
-        lambda bench: bench.finish_null_poll(),
+        lambda bench: bench.finish_empty_poll(),
         lambda bench: bench.finish_poll_with_item(),
         lambda bench: bench.group.note_poll_failure(DOWN),
         lambda bench: bench.group.note_poll_failure(THROTTLED),
     ],
     ids=["null", "item", "network error", "throttled"],
 )
-def test_any_other_answer_restarts_five_minutes_of_refusals(
+def test_any_other_poll_result_restarts_time_limit_of_refused_polls(
     between: Callable[[GroupTestbed], None],
 ) -> None:
     bench = GroupTestbed()
-    bench.finish_null_poll()
+    bench.finish_empty_poll()
     bench.refuse_polls_for(4)
     between(bench)
     assert not bench.group.refused
@@ -135,7 +135,7 @@ def test_any_other_answer_restarts_five_minutes_of_refusals(
 def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     bench = GroupTestbed()
     assert bench.group.last_success_at is None
-    bench.finish_null_poll()
+    bench.finish_empty_poll()
     bench.now += 7
     bench.group.note_poll_failure(REFUSED)
     assert bench.group.last_success_at == 1000.0
@@ -147,10 +147,10 @@ def test_first_of_several_polls_without_item_is_logged_as_idle(
     caplog.set_level("INFO", "workpool")
     bench = GroupTestbed()
     for _ in range(5):
-        bench.finish_null_poll()
+        bench.finish_empty_poll()
     assert [record.message for record in caplog.records] == ["idle; waiting for work"]
     bench.finish_poll_with_item()
-    bench.finish_null_poll()
+    bench.finish_empty_poll()
     assert len(caplog.records) == 2
 
 
@@ -220,7 +220,7 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
 def test_number_of_pollers_falls_after_empty_polls_and_recovers_with_items() -> None:
     bench = GroupTestbed(3)
     for _ in range(4):
-        bench.finish_null_poll()
+        bench.finish_empty_poll()
     assert bench.group.target == 1
     for _ in range(4):
         bench.finish_poll_with_item()
@@ -241,7 +241,7 @@ def test_throttled_poll_halves_number_of_pollers() -> None:
 @in_virtual_time
 async def test_poller_beyond_target_waits_until_items_arrive() -> None:
     bench = GroupTestbed(2)
-    bench.finish_null_poll()
+    bench.finish_empty_poll()
     await bench.group.wait_for_turn(0)
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(bench.group.wait_for_turn(1))
@@ -253,10 +253,10 @@ async def test_poller_beyond_target_waits_until_items_arrive() -> None:
 @given(
     st.integers(1, 6),
     st.lists(
-        st.sampled_from(["finish_poll_with_item", "finish_null_poll", "finish_throttled_poll"])
+        st.sampled_from(["finish_poll_with_item", "finish_empty_poll", "finish_throttled_poll"])
     ),
 )
-def test_number_of_pollers_stays_within_limits_and_changes_are_observed(
+def test_number_of_pollers_stays_within_limits_and_each_change_emits_event(
     limit: int, answers: list[str]
 ) -> None:
     bench = GroupTestbed(limit)

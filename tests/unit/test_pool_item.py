@@ -103,7 +103,7 @@ def test_forbidden_transition_raises_and_keeps_state(state: State, transition: T
     assert item.state == state
 
 
-def test_every_path_of_states_from_a_new_item_ends_in_closed() -> None:
+def test_state_closed_can_be_reached_from_every_item_state() -> None:
     assert make_item().state == "delivered"
     for state in get_args(State):
         seen = {state}
@@ -121,19 +121,21 @@ def test_every_path_of_states_from_a_new_item_ends_in_closed() -> None:
         ({"last_heartbeat": "hb_1"}, True),
     ],
 )
-def test_item_with_ack_or_heartbeat_counts_as_held_before(
+def test_item_polled_with_earlier_ack_or_heartbeat_was_held_before(
     changes: dict[str, Any], *, held_before: bool
 ) -> None:
     assert make_item(**changes).held_before == held_before
 
 
-def test_end_reasons_have_order_of_completion_table() -> None:
+def test_end_reasons_are_ordered_like_rows_of_completion_table() -> None:
     assert [reason.name for reason in EndReason] == REASONS
     assert all(lesser < greater for lesser, greater in pairwise(EndReason))
 
 
 @pytest.mark.parametrize(("one", "other"), list(product(EndReason, EndReason)))
-def test_gravest_end_reason_is_kept_in_either_order(one: EndReason, other: EndReason) -> None:
+def test_item_keeps_greater_of_two_end_reasons_in_either_order(
+    one: EndReason, other: EndReason
+) -> None:
     item = make_item()
     assert item.reason is None
     item.add_end_reason(one)
@@ -153,7 +155,7 @@ async def test_wait_for_condition_ends_at_first_notification_after_condition_hol
 
 
 @in_virtual_time
-async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_met() -> None:
+async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_true() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
     item.notify_waiters()  # A notification without a waiter is not kept for later waits.
@@ -188,7 +190,7 @@ def test_owned_item_is_found_by_id_session_and_handler() -> None:
     assert owned.count_items(first) == 0
 
 
-def test_owned_health_check_occupies_neither_session_nor_handler() -> None:
+def test_owned_item_without_handler_does_not_occupy_its_session() -> None:
     owned = OwnedItems()
     item = make_item()
     owned.add_item(item)

@@ -37,7 +37,9 @@ def test_rate_limiter_allows_burst_of_a_quarter_second(manual_clock: ManualClock
     assert acquire_all_tokens(limiter) == 5
 
 
-def test_rate_limiter_with_rate_below_one_allows_single_requests(manual_clock: ManualClock) -> None:
+def test_rate_limiter_with_rate_below_one_allows_burst_of_one_request(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 0.5, manual_clock)
     assert acquire_all_tokens(limiter) == 1
     manual_clock.now += 1.9
@@ -46,7 +48,7 @@ def test_rate_limiter_with_rate_below_one_allows_single_requests(manual_clock: M
     assert acquire_all_tokens(limiter) == 1
 
 
-def test_rate_limiter_passes_its_rate_per_second(manual_clock: ManualClock) -> None:
+def test_rate_limiter_allows_its_rate_of_requests_per_second(manual_clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     passed = 0
@@ -100,7 +102,7 @@ def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(manual_clock: M
     assert passed == pytest.approx(50, abs=1)
 
 
-def test_debt_of_many_heartbeats_is_limited_to_one_second(manual_clock: ManualClock) -> None:
+def test_heartbeats_overdraw_rate_limiter_by_at_most_one_second(manual_clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     for _ in range(10_000):
@@ -122,7 +124,7 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     assert time.monotonic() - started >= 9 / 50
 
 
-async def test_rate_limiter_wait_ends_despite_debt() -> None:
+async def test_acquire_succeeds_after_heartbeats_have_overdrawn_rate_limiter() -> None:
     limiter = RateLimiter("write", 200)
     # Measure from before the burst is spent, because new tokens are gained from then on.
     started = time.monotonic()
@@ -254,7 +256,7 @@ async def test_claims_and_handler_calls_get_tokens_in_turn() -> None:
     assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
 
 
-async def test_turns_of_claims_and_handler_calls_continue_after_completion() -> None:
+async def test_claims_and_handler_calls_keep_alternating_after_a_completion() -> None:
     async with asyncio.TaskGroup() as group:
         queue = WaiterQueue(group)
         await queue.add_waiter(CLAIM, CLAIM, HANDLER, HANDLER)
@@ -264,7 +266,7 @@ async def test_turns_of_claims_and_handler_calls_continue_after_completion() -> 
     assert queue.served == [CLAIM, COMPLETION, HANDLER, CLAIM, HANDLER]
 
 
-async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(
+async def test_try_acquire_for_completion_succeeds_while_a_claim_waits(
     manual_clock: ManualClock,
 ) -> None:
     limiter = RateLimiter("write", 1, manual_clock)
@@ -281,7 +283,7 @@ async def test_try_acquire_of_completion_precedes_claims_and_handler_calls(
         limiter.refund()
 
 
-async def test_try_acquire_of_completion_waits_for_earlier_completions(
+async def test_try_acquire_for_completion_fails_while_another_completion_waits(
     manual_clock: ManualClock,
 ) -> None:
     limiter = RateLimiter("write", 1, manual_clock)
@@ -295,7 +297,7 @@ async def test_try_acquire_of_completion_waits_for_earlier_completions(
 
 
 async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
-    """Completions get that whole quarter, however many claims and handler calls wait."""
+    """Completions get this quarter of the rate, although claims and handler calls wait too."""
     clock = ManualClock(1000.0)
     async with asyncio.TaskGroup() as group:
         limiter = RateLimiter("write", 20, clock)

@@ -22,7 +22,7 @@ from workpool.settings import Settings
 COUNTS = st.integers(0, 10_000)
 
 
-def test_default_slots_of_a_worker_are_its_default_concurrency() -> None:
+def test_default_slots_per_worker_equal_default_of_setting_concurrency() -> None:
     assert Settings().concurrency == SLOTS_PER_WORKER
 
 
@@ -38,7 +38,7 @@ def test_default_slots_of_a_worker_are_its_default_concurrency() -> None:
         (100, 0, 0, 5),
     ],
 )
-def test_recommended_replicas_follow_all_unfinished_items(
+def test_recommended_replicas_have_slots_for_all_unfinished_items_within_limits(
     queued: int, pending: int, running: int, replicas: int
 ) -> None:
     rule = ReplicaRule(slots_per_worker=8, minimum=1, maximum=5)
@@ -46,7 +46,7 @@ def test_recommended_replicas_follow_all_unfinished_items(
 
 
 @given(COUNTS, COUNTS, COUNTS, st.integers(1, 100))
-def test_recommended_workers_have_a_slot_for_each_item_and_none_is_superfluous(
+def test_recommended_replicas_are_the_fewest_with_a_slot_for_each_item(
     queued: int, pending: int, running: int, slots: int
 ) -> None:
     load = FleetLoad(queued, pending, running)
@@ -63,7 +63,7 @@ def test_recommended_replicas_stay_when_the_last_items_are_claimed(items: int, s
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1), (1, -1, 1), (1, 2, 1)])
-def test_replica_rule_out_of_range_is_refused(wrong: tuple[int, int, int]) -> None:
+def test_replica_rule_with_invalid_number_is_refused(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"slots_per_worker|minimum and maximum"):
         ReplicaRule(*wrong)
 
@@ -86,7 +86,7 @@ def test_fleet_numbers_are_a_flat_mapping_of_numbers() -> None:
     assert list(numbers) == list(FLEET_NUMBERS)
 
 
-def test_operating_page_explains_each_number_of_the_fleet() -> None:
+def test_operating_page_explains_every_field_of_fleet_numbers() -> None:
     page = (Path(__file__).parents[2] / "workpool/docs/operating.md").read_text()
     table = page.partition("### The fleet\n")[2].partition("\n### ")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLEET_NUMBERS)

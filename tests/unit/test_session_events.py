@@ -208,7 +208,7 @@ async def test_second_result_with_other_content_raises_conflict(
         await qoder_client.events(session_id).send({**tool_result(use), **other})
 
 
-async def test_repeated_confirmation_counts_as_sent_and_opposite_raises_conflict(
+async def test_repeated_confirmation_counts_as_sent_but_contrary_confirmation_raises_conflict(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     session_id = create_session(control_plane, {**BASH, "permission": "ask"})
@@ -233,8 +233,8 @@ async def test_repeated_message_never_counts_as_sent(
         await qoder_client.events(session_id).send(MESSAGE)
 
 
-class GuardWithTimeout(LeaselessGuard):
-    """A guard that ends a call once the fault `hold` withholds its answer, and repeats the call."""
+class RepeatingGuard(LeaselessGuard):
+    """A call guard that cancels a call when `hold` delays its answer, and then repeats the call."""
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
@@ -243,14 +243,14 @@ class GuardWithTimeout(LeaselessGuard):
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
                 giving_up = group.create_task(
-                    self._expire_once_request_is_held(limit, self._hold.held + 1)
+                    self._expire_limit_once_request_is_held(limit, self._hold.held + 1)
                 )
                 result = await call(DEFAULT_OPTIONS)
                 giving_up.cancel()
                 return result
         return await call(DEFAULT_OPTIONS)
 
-    async def _expire_once_request_is_held(self, limit: asyncio.Timeout, held: int) -> None:
+    async def _expire_limit_once_request_is_held(self, limit: asyncio.Timeout, held: int) -> None:
         await self._hold.reached(held)
         limit.reschedule(asyncio.get_running_loop().time())
 
@@ -261,7 +261,7 @@ async def test_send_without_answer_is_repeated_for_result_but_not_for_message(
     session_id = create_session(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder_client.events(session_id, guard=GuardWithTimeout(hold))
+    events = qoder_client.events(session_id, guard=RepeatingGuard(hold))
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
@@ -276,7 +276,7 @@ async def test_send_without_answer_is_repeated_for_result_but_not_for_message(
     hold.release()
 
 
-async def test_token_given_for_events_is_used_and_not_renewed(
+async def test_token_passed_to_events_call_is_used_and_never_renewed(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     refreshed: list[str] = []
@@ -418,7 +418,8 @@ async def test_stream_that_receives_nothing_is_reopened(
         client.events(session_id).stream(stall_seconds=0.1) as stream,
     ):
         await read_events(stream, 4)
-        way.partition()  # A partition drops bytes without notifying either side.
+        # The partition drops bytes silently, so the client must notice the missing keep-alives.
+        way.partition()
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read_events(stream, 1))
             append_events(control_plane, session_id, 1)

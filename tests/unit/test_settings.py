@@ -25,7 +25,7 @@ GIVEN = "given"
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
-def refused_settings(**values: Any) -> SettingsError:
+def error_of_refused_settings(**values: Any) -> SettingsError:
     with pytest.raises(SettingsError) as raised:
         Settings(**values)
     return raised.value
@@ -76,7 +76,7 @@ def test_settings_have_documented_defaults() -> None:
     }
 
 
-def test_every_setting_describes_itself_and_its_default() -> None:
+def test_every_setting_description_states_the_default() -> None:
     for name, text in DESCRIPTIONS.items():
         assert "Default: " in text, name
 
@@ -233,7 +233,7 @@ def test_invalid_config_file_is_refused(
     write_config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     file = write_config(text)
-    error = refused_settings(config=file)
+    error = error_of_refused_settings(config=file)
     assert error.problems[0].startswith(problem.format(file=file))
     assert HIDDEN not in str(error)
 
@@ -242,7 +242,7 @@ def test_unreadable_config_file_is_refused(tmp_path: Path) -> None:
     absent, latin = tmp_path / "none", tmp_path / "latin"
     latin.write_bytes(b"\xff\xfe")
     for file, problem in ((absent, "No such file or directory"), (latin, "not TOML")):
-        assert refused_settings(config=file).problems == (f"config: {file}: {problem}",)
+        assert error_of_refused_settings(config=file).problems == (f"config: {file}: {problem}",)
 
 
 FORBIDDEN_NAMES = (
@@ -321,12 +321,12 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
 
 @pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in BAD for bad in bads])
 def test_invalid_value_is_refused_by_setting_name(name: str, bad: object) -> None:
-    error = refused_settings(**{name: bad})
+    error = error_of_refused_settings(**{name: bad})
     assert len(error.problems) == 1
     assert error.problems[0].startswith(f"{name}: ")
 
 
-def test_every_setting_has_invalid_values_in_this_test() -> None:
+def test_invalid_values_are_listed_for_every_setting() -> None:
     assert {name for name, _ in BAD} == set(DESCRIPTIONS)
 
 
@@ -335,7 +335,9 @@ def test_all_invalid_values_are_reported_at_once(
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", HIDDEN)
     path = write_config(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
-    error = refused_settings(config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN)
+    error = error_of_refused_settings(
+        config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN
+    )
     names = sorted(problem.split(":")[0] for problem in error.problems)
     assert names == [
         "block_ms",
@@ -371,7 +373,7 @@ def test_settings_error_names_the_variable_or_file_of_the_value(
     monkeypatch.setenv("workpool_prefetch", "x")
     file = write_config("[workpool]\npollers = 0\npolers = 1\n")
     monkeypatch.setenv("WORKPOOL_CONFIG", str(file))
-    assert set(refused_settings(block_ms=0).problems) == {
+    assert set(error_of_refused_settings(block_ms=0).problems) == {
         "block_ms: must be a whole number from 1 to 999",
         "lease_ttl: must be a whole number from 10 to 600 (from WORKPOOL_LEASE_TTL)",
         "prefetch: must be a whole number, 0 or more (from workpool_prefetch)",
@@ -385,7 +387,7 @@ def test_missing_file_named_by_a_variable_is_refused_with_both_names(
 ) -> None:
     absent = tmp_path / "absent"
     monkeypatch.setenv("WORKPOOL_CONFIG", str(absent))
-    assert refused_settings().problems == (
+    assert error_of_refused_settings().problems == (
         f"config: {absent}: No such file or directory (from WORKPOOL_CONFIG)",
     )
     monkeypatch.delenv("WORKPOOL_CONFIG")
@@ -405,14 +407,14 @@ def test_credential_given_in_place_of_a_path_is_not_shown() -> None:
 
 def test_empty_address_in_a_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKPOOL_BASE_URL", "")
-    assert refused_settings().problems == (
+    assert error_of_refused_settings().problems == (
         "base_url: empty; give an address, or remove it (from WORKPOOL_BASE_URL)",
     )
 
 
 def test_plugin_table_under_a_wrong_name_is_refused(write_config: Callable[[str], Path]) -> None:
     file = write_config('[workpool.plugins.sql]\ndsn = "x"\n')
-    assert refused_settings(config=file, plugins="sql").problems == (
+    assert error_of_refused_settings(config=file, plugins="sql").problems == (
         f"config: {file}: the tables of plugins are [workpool.plugin.NAME], without an s",
     )
 
@@ -441,20 +443,20 @@ def test_values_of_extra_headers_are_never_shown(write_config: Callable[[str], P
         assert HIDDEN not in text
         assert "x-worker-token" in text
     for bad in ({"x-a": f"{HIDDEN}\n"}, {f"{HIDDEN} ": "x"}, f'{{"x-a": "{HIDDEN}"'):
-        error = refused_settings(
+        error = error_of_refused_settings(
             extra_headers=bad if isinstance(bad, str) else {**bad, "x b": HIDDEN}
         )
         assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
 def test_settings_error_and_its_traceback_do_not_show_value() -> None:
-    error = refused_settings(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
+    error = error_of_refused_settings(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
     chain = [error, error.__context__, error.__cause__]
     assert chain == [error, None, None]
     assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
-def test_token_is_read_from_setting_or_file_or_variable_of_service(
+def test_token_is_read_from_setting_or_token_file_or_service_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "from-qoder")
@@ -594,7 +596,7 @@ def test_host_name_with_invalid_label_is_refused_by_setting_name(host: str) -> N
         "base_url": f"https://{host}/api",
         "metrics_listen": f"{host}:9464",
     }.items():
-        assert refused_settings(**{setting: value}).problems == (
+        assert error_of_refused_settings(**{setting: value}).problems == (
             f"{setting}: each part of a host name has 1 to 63 characters",
         )
 
@@ -614,7 +616,7 @@ def test_suspicious_settings_give_warnings(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("WORKPOOL_CONCURENCY", HIDDEN)
     monkeypatch.setenv("WORKPOOL_ZZZ", HIDDEN)
     monkeypatch.setenv("WORKPOOL_CONFIG", "")
-    # `workpool serve` reads this variable, so it is no mistake.
+    # This variable gets no warning as an unknown setting, because `workpool serve` reads it.
     monkeypatch.setenv("WORKPOOL_SERVE_TOKEN", HIDDEN)
     found = Settings(base_url="http://pool.example", concurrency=100, write_rate=9).warnings()
     assert found == (
@@ -671,19 +673,19 @@ def test_heartbeats_at_half_of_write_rate_give_no_warning() -> None:
     assert Settings(concurrency=100, write_rate=10).warnings() == ()
 
 
-def test_second_credential_is_read_from_setting_or_file(tmp_path: Path) -> None:
+def test_api_key_is_read_from_setting_or_file(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("from-file\n")
     assert Settings().read_api_key() is None
     assert Settings(api_key=GIVEN).read_api_key() == GIVEN
     assert Settings(api_key_file=path).read_api_key() == "from-file"
     assert Settings(token=HIDDEN, api_key=GIVEN).read_token() == HIDDEN
-    assert refused_settings(api_key=GIVEN, api_key_file=path).problems == (
+    assert error_of_refused_settings(api_key=GIVEN, api_key_file=path).problems == (
         "api_key, api_key_file: set one of the two",
     )
 
 
-def test_second_credential_is_never_shown_by_settings(tmp_path: Path) -> None:
+def test_api_key_is_never_shown_by_settings(tmp_path: Path) -> None:
     found = Settings(api_key=HIDDEN)
     for text in (repr(found), str(found), json.dumps(dataclasses.asdict(found), default=str)):
         assert HIDDEN not in text

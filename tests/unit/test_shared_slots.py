@@ -82,7 +82,7 @@ async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn(
     assert order == [0, 1, 2] * 4
 
 
-async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() -> None:
+async def test_freed_slot_goes_to_environment_with_fewer_slots_before_item_set_aside() -> None:
     busy, late = make_queues(SharedSlots(4), 2, 4)
     started: list[str] = []
     busy.start = started.append
@@ -101,7 +101,7 @@ async def test_item_set_aside_takes_no_slot_from_environment_with_fewer_slots() 
     assert started == ["aside"]
 
 
-async def test_item_set_aside_starts_in_the_slot_that_another_environment_frees() -> None:
+async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> None:
     first, second = make_queues(SharedSlots(3), 2, 3)
     started: list[str] = []
     first.start = started.append
@@ -119,7 +119,7 @@ async def test_item_set_aside_starts_in_the_slot_that_another_environment_frees(
         await poller
 
 
-async def test_slot_goes_to_a_poller_while_the_handler_of_the_item_set_aside_is_busy() -> None:
+async def test_freed_slot_goes_to_poller_if_item_set_aside_may_not_start() -> None:
     first, second = make_queues(SharedSlots(3), 2, 3)
     first.may_start = lambda _: False
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -133,9 +133,7 @@ async def test_slot_goes_to_a_poller_while_the_handler_of_the_item_set_aside_is_
     assert (first.items_set_aside, first.reserved) == (["aside"], 1)
 
 
-async def test_startable_item_set_aside_in_one_environment_does_not_block_poller_of_another() -> (
-    None
-):
+async def test_reservation_also_starts_item_set_aside_in_another_environment() -> None:
     first, second = make_queues(SharedSlots(4), 2, 4)
     handler_is_free = False
     started: list[str] = []
@@ -162,7 +160,7 @@ async def test_reserved_slot_of_ended_environment_is_used_by_other_environments(
         await waiting
 
 
-async def test_slot_use_counted_in_one_environment_reduces_uses_left_for_all() -> None:
+async def test_shared_limit_of_slot_uses_counts_uses_of_all_environments() -> None:
     first, second = make_queues(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(first, 1)
@@ -178,7 +176,7 @@ async def test_slot_use_counted_in_one_environment_reduces_uses_left_for_all() -
         fourth.cancel()
 
 
-async def test_forgotten_items_and_cancelled_reservations_return_their_slots() -> None:
+async def test_items_dropped_from_queue_and_cancelled_reservations_return_shared_slots() -> None:
     slots = SharedSlots(3)
     share = slots.add_share()
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)

@@ -82,7 +82,7 @@ async def test_signal_received_before_loop_starts_sets_first_event(
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
-def test_signal_received_while_loop_starts_counts_once(
+def test_signal_received_while_event_loop_starts_counts_once(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
     signal_recorder: SignalRecorder,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,7 +104,7 @@ def test_signal_received_while_loop_starts_counts_once(
 
 @pytest.mark.parametrize("hung_up", [True, False])
 @pytest.mark.parametrize("hangup_ends", [True, False])
-async def test_sighup_requests_end_only_after_the_terminal_has_hung_up(
+async def test_sighup_sets_first_event_only_after_terminal_hangup(
     signal_recorder: SignalRecorder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -117,7 +117,7 @@ async def test_sighup_requests_end_only_after_the_terminal_has_hung_up(
         with SignalEvents(hangup_ends=hangup_ends) as signals:
             signal.raise_signal(signal.SIGHUP)
             signal.raise_signal(signal.SIGHUP)
-            # The event loop passes the signals to `SignalEvents` in this turn.
+            # The event loop delivers the signals to `SignalEvents` when it runs next.
             await asyncio.sleep(0)
             assert signals.first.is_set() is (hung_up and hangup_ends)
             assert not signals.second.is_set()

@@ -1,4 +1,4 @@
-"""The parser of event streams: frames, and bytes split anywhere."""
+"""The parser of event streams, which finds the same frames however the bytes are split."""
 
 from __future__ import annotations
 

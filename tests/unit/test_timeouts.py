@@ -20,18 +20,18 @@ LONG = 60.0
 
 
 @asynccontextmanager
-async def own_timer(seconds: float) -> AsyncIterator[None]:
+async def bound_with_own_timer(seconds: float) -> AsyncIterator[None]:
     with Bound(seconds):
         yield
 
 
 @asynccontextmanager
-async def shared_timer(seconds: float) -> AsyncIterator[None]:
+async def bound_with_shared_timer(seconds: float) -> AsyncIterator[None]:
     with Bound(seconds, BoundTimer(asyncio.get_running_loop())):
         yield
 
 
-@pytest.fixture(params=[own_timer, shared_timer, asyncio.timeout])
+@pytest.fixture(params=[bound_with_own_timer, bound_with_shared_timer, asyncio.timeout])
 def time_limit(request: pytest.FixtureRequest) -> Bounded:
     bound: Bounded = request.param
     return bound
@@ -45,7 +45,7 @@ def pending_cancellations() -> int:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01, -1.0])
-async def test_block_beyond_time_bound_raises_timeout_error(
+async def test_code_that_exceeds_time_bound_raises_timeout_error(
     time_limit: Bounded, seconds: float
 ) -> None:
     with pytest.raises(TimeoutError) as caught:
@@ -55,7 +55,7 @@ async def test_block_beyond_time_bound_raises_timeout_error(
     assert pending_cancellations() == 0
 
 
-async def test_block_that_ends_within_time_bound_is_not_cancelled(time_limit: Bounded) -> None:
+async def test_code_that_ends_within_time_bound_is_not_cancelled(time_limit: Bounded) -> None:
     async with time_limit(0.01):
         pass
     with pytest.raises(KeyError):
@@ -65,7 +65,7 @@ async def test_block_that_ends_within_time_bound_is_not_cancelled(time_limit: Bo
     assert pending_cancellations() == 0
 
 
-async def test_error_raised_while_timeout_cancels_block_is_not_replaced(
+async def test_error_raised_during_cancellation_by_timeout_replaces_timeout_error(
     time_limit: Bounded,
 ) -> None:
     async def wait_and_raise() -> None:
@@ -83,13 +83,13 @@ async def test_error_raised_while_timeout_cancels_block_is_not_replaced(
 async def test_cancellation_within_time_bound_is_raised(time_limit: Bounded) -> None:
     started = asyncio.Event()
 
-    async def wait_in_time_limit() -> None:
+    async def sleep_within_time_limit() -> None:
         async with time_limit(LONG):
             started.set()
             await asyncio.sleep(LONG)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(wait_in_time_limit())
+        task = group.create_task(sleep_within_time_limit())
         await started.wait()
         task.cancel()
     assert task.cancelled()
@@ -100,13 +100,13 @@ async def test_cancellation_in_same_loop_turn_as_time_bound_is_raised(
 ) -> None:
     started = asyncio.Event()
 
-    async def wait_in_time_limit() -> None:
+    async def sleep_within_time_limit() -> None:
         async with time_limit(0.05):
             started.set()
             await asyncio.sleep(LONG)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(wait_in_time_limit())
+        task = group.create_task(sleep_within_time_limit())
         await started.wait()
         asyncio.get_running_loop().call_later(0.05, task.cancel)
         time.sleep(0.1)  # noqa: ASYNC251 - both are due in one turn of the loop, the bound first
@@ -138,7 +138,7 @@ async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> Non
             early.append(seconds)
 
     async with asyncio.TaskGroup() as group:
-        # The second time limit (0.1 s) ends before the time for which the first has set the timer.
+        # The shared timer is set for the first limit, 0.2 s, when the limit of 0.1 s is added.
         for seconds in (0.2, 0.1, 0.3):
             group.create_task(wait_until_timeout(seconds))
         with Bound(LONG, timer):
@@ -148,7 +148,7 @@ async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> Non
     assert timer.at == float("inf")
 
 
-async def test_request_that_starts_after_another_ended_is_bounded_by_shared_timer() -> None:
+async def test_shared_timer_that_has_fired_is_set_again_for_next_time_limit() -> None:
     timer = BoundTimer(asyncio.get_running_loop())
     with Bound(0.05, timer):
         pass

@@ -83,7 +83,7 @@ class TLSServer:
                 writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
         writer.close()
 
-    def settings_for(self, pki: Path, **names: str | None) -> Settings:
+    def client_settings(self, pki: Path, **names: str | None) -> Settings:
         files: dict[str, Any] = {
             name: None if file is None else pki / file for name, file in (FILES | names).items()
         }
@@ -119,7 +119,9 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
 ) -> None:
     options = [CallOptions(priority=priority) for priority in Priority]
     own = session() if session else None
-    async with WorkClient(tls_server.settings_for(certificate_files, **key), session=own) as client:
+    async with WorkClient(
+        tls_server.client_settings(certificate_files, **key), session=own
+    ) as client:
         for each in (*options, CallOptions(new_connection=True)):
             await client.stop(WORK, options=each)
         # This fails after the TLS handshake, because the answer is no event stream.
@@ -134,7 +136,7 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
 async def test_server_of_private_ca_is_not_trusted_without_ca_file(
     certificate_files: Path, tls_server: TLSServer
 ) -> None:
-    async with WorkClient(tls_server.settings_for(certificate_files, ca_file=None)) as client:
+    async with WorkClient(tls_server.client_settings(certificate_files, ca_file=None)) as client:
         with pytest.raises(RefusedError, match="certificate is not trusted"):
             await client.stop(WORK)
     assert tls_server.names == []
@@ -144,7 +146,7 @@ async def test_server_that_requires_certificate_refuses_client_without_one(
     certificate_files: Path, tls_server: TLSServer
 ) -> None:
     without = {"client_cert_file": None, "client_key_file": None}
-    async with WorkClient(tls_server.settings_for(certificate_files, **without)) as client:
+    async with WorkClient(tls_server.client_settings(certificate_files, **without)) as client:
         with pytest.raises(ControlPlaneError):
             await client.stop(WORK)
     assert not tls_server.received
@@ -185,16 +187,16 @@ async def tunnel_proxy(port: int) -> AsyncIterator[tuple[DelayedTunnelProxy, str
 
 
 class CheckRefusal(Exception):
-    """The error by which a check refuses a request."""
+    """The exception that a check raises so that its request is not sent."""
 
 
 @pytest.mark.parametrize("held", [True, False])
-async def test_check_is_called_after_tunnel_and_tls_handshake(
+async def test_check_of_request_runs_after_proxy_tunnel_and_tls_handshake(
     certificate_files: Path, tls_server: TLSServer, monkeypatch: pytest.MonkeyPatch, *, held: bool
 ) -> None:
     states: list[bool] = []
 
-    def check_request() -> None:
+    def refuse_unless_held() -> None:
         states.append(tunnel.release.is_set())
         if not held:
             raise CheckRefusal
@@ -203,10 +205,10 @@ async def test_check_is_called_after_tunnel_and_tls_handshake(
         monkeypatch.setenv("https_proxy", url)
         monkeypatch.setenv("no_proxy", "")
         async with (
-            WorkClient(tls_server.settings_for(certificate_files)) as client,
+            WorkClient(tls_server.client_settings(certificate_files)) as client,
             asyncio.TaskGroup() as group,
         ):
-            stopping = client.stop(WORK, options=CallOptions(check_request), timeout=20)
+            stopping = client.stop(WORK, options=CallOptions(refuse_unless_held), timeout=20)
             result = group.create_task(refusal_type(stopping))
             await tunnel.asked.wait()
             assert states == []
@@ -260,7 +262,7 @@ async def refusal_type(call: Any) -> type[BaseException] | None:
 async def test_invalid_tls_file_is_error_at_start(
     certificate_files: Path, names: dict[str, str | None], problem: str
 ) -> None:
-    settings = TLSServer(port=1).settings_for(certificate_files, **names)
+    settings = TLSServer(port=1).client_settings(certificate_files, **names)
     with pytest.raises(SettingsError) as raised:
         async with WorkClient(settings):
             pass

@@ -314,7 +314,7 @@ async def test_response_above_size_limit_is_aborted() -> None:
 
 
 def oversized_answers(beginning: bytes) -> list[Any]:
-    """Return two oversized answers with this beginning: with and without a Content-Length."""
+    """Return oversized responses with this start of the body, with and without Content-Length."""
     body = beginning + b"x" * ANSWER_LIMIT_BYTES
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
     return [http_answer(200, body), chunked % (len(body), body)]
@@ -337,7 +337,7 @@ def oversized_answers(beginning: bytes) -> list[Any]:
         (b'{"a":"b",' + b'"a":"b",' * 5000, None),
     ],
 )
-async def test_oversized_response_error_has_work_id_from_its_beginning(
+async def test_oversized_response_error_has_work_id_from_start_of_body(
     beginning: bytes, work_id: str | None
 ) -> None:
     for odd in oversized_answers(beginning):
@@ -1072,9 +1072,7 @@ KEY = "-".join(("key", "hunter3", "hunter3"))
     ("dialect", "header", "value"),
     [("qoder", "Authorization", f"Bearer {KEY}"), ("anthropic", "X-Api-Key", KEY)],
 )
-async def test_second_credential_is_sent_in_place_of_token(
-    dialect: str, header: str, value: str
-) -> None:
+async def test_api_key_is_sent_in_place_of_token(dialect: str, header: str, value: str) -> None:
     async with (
         running_server(OK) as server,
         connected_transport(server.url, dialect=dialect, api_key=KEY) as transport,
@@ -1087,12 +1085,12 @@ async def test_second_credential_is_sent_in_place_of_token(
     assert KEY not in str(with_token.headers)
 
 
-async def test_transport_without_second_credential_uses_token() -> None:
+async def test_transport_without_api_key_uses_token() -> None:
     async with running_server(OK) as server, connected_transport(server.url) as transport:
         assert transport.with_api_key() is transport
 
 
-async def test_second_credential_is_read_again_after_refusal(tmp_path: Path) -> None:
+async def test_api_key_is_read_again_after_refusal(tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("old-key")
 

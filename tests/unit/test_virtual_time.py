@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = "env_00000000000070008000000000000001"
 
 
-def test_year_in_virtual_time_passes_at_once_and_exactly() -> None:
+def test_sleep_of_a_year_in_virtual_time_takes_no_real_time() -> None:
     async def wait_for_a_year() -> float:
         await asyncio.sleep(365 * 86_400)
         return asyncio.get_running_loop().time()

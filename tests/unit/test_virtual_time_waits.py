@@ -27,7 +27,7 @@ async def hash_in_thread(call: functools.partial[str]) -> None:
 
 @pytest.mark.parametrize("wait", [hash_in_executor, hash_in_thread])
 @pytest.mark.parametrize("seconds", [None, 3600])
-def test_thread_function_is_named_by_virtual_time_error(
+def test_virtual_time_error_names_awaited_thread_function(
     wait: object, seconds: float | None
 ) -> None:
     release = threading.Event()
@@ -45,7 +45,7 @@ def test_thread_function_is_named_by_virtual_time_error(
 
 
 def test_thread_function_that_has_returned_causes_no_virtual_time_error() -> None:
-    async def return_from_thread() -> None:
+    async def sleep_after_thread_returned() -> None:
         loop = asyncio.get_running_loop()
         returned = asyncio.Event()
         loop.run_in_executor(None, hash_bytes, release).add_done_callback(lambda _: returned.set())
@@ -55,10 +55,10 @@ def test_thread_function_that_has_returned_causes_no_virtual_time_error() -> Non
 
     release = threading.Event()
     release.set()
-    run_virtual(return_from_thread())
+    run_virtual(sleep_after_thread_returned())
 
 
-def test_socket_is_named_by_virtual_time_error() -> None:
+def test_virtual_time_error_names_awaited_socket() -> None:
     async def wait_for_socket() -> None:
         async with asyncio.timeout(3600):
             await asyncio.get_running_loop().sock_recv(client, 1)
@@ -73,7 +73,7 @@ def test_socket_is_named_by_virtual_time_error() -> None:
 
 
 @pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
-def test_process_is_named_by_virtual_time_error(output: int | None) -> None:
+def test_virtual_time_error_names_awaited_process(output: int | None) -> None:
     async def wait_for_process() -> None:
         process = await asyncio.create_subprocess_exec("sleep", "30", stdout=output)
         try:
@@ -81,7 +81,7 @@ def test_process_is_named_by_virtual_time_error(output: int | None) -> None:
                 await process.communicate()
         finally:
             process.kill()
-            await process.wait()  # The clean-up after the error may wait in real time.
+            await process.wait()  # Virtual time has failed by now, so this wait takes real time.
 
     with pytest.raises(RuntimeError, match=r"virtual time cannot wait for process \d+ \(sleep\)$"):
         run_virtual(wait_for_process())

@@ -1,4 +1,4 @@
-"""Errors of an exhausted machine (descriptors, memory, disk) release the session."""
+"""Errors that show an exhausted resource (descriptors, memory, disk) release the session."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FULL = OSError(errno.ENOSPC, "x")
     ],
     ids=repr,
 )
-def test_error_of_exhausted_machine_becomes_release(error: Exception) -> None:
+def test_error_that_shows_exhausted_resource_becomes_release(error: Exception) -> None:
     assert exhausted(error)
     with pytest.raises(Release) as raised, release_on_exhaustion():
         raise error
@@ -59,7 +59,7 @@ def test_error_of_exhausted_machine_becomes_release(error: Exception) -> None:
     ],
     ids=repr,
 )
-def test_error_other_than_exhaustion_is_raised_unchanged(error: Exception) -> None:
+def test_error_that_shows_no_exhausted_resource_is_raised_unchanged(error: Exception) -> None:
     assert not exhausted(error)
     with pytest.raises(type(error)) as raised, release_on_exhaustion():
         raise error
@@ -72,13 +72,13 @@ def test_cyclic_causes_of_error_are_followed_once() -> None:
     assert not exhausted(one)
 
 
-def test_release_caused_by_exhaustion_keeps_its_reason_and_delay() -> None:
+def test_release_raised_from_exhausted_resource_keeps_reason_and_delay() -> None:
     with pytest.raises(Release) as raised, release_on_exhaustion():
         raise Release("later", delay=60) from FULL
     assert (raised.value.reason, raised.value.delay) == ("later", 60)
 
 
-def test_thread_that_cannot_start_is_recognised_as_exhaustion() -> None:
+def test_thread_that_cannot_start_is_recognised_as_exhausted_resource() -> None:
     """Python raises a RuntimeError, and only its text shows that a thread could not start."""
     program = """
 import resource, threading
