@@ -31,7 +31,7 @@ class ShellCommand(Protocol):
     def __call__(self, script: str, *arguments: object, **settings: Any) -> Command: ...
 
 
-class ProcessView:
+class ProcfsReader:
     """Reads the states of processes and descriptors from `/proc`."""
 
     @staticmethod
@@ -51,10 +51,10 @@ class ProcessView:
         return {pid for pid in pids if self._status_fields(pid)[1] == str(os.getpid())}
 
     def open_descriptors(self) -> list[str]:
-        """Return the targets of open descriptors, without sockets, which may still be closing."""
+        """Return what the open descriptors refer to, except sockets, which may be closing."""
         targets = []
         for path in Path("/proc/self/fd").iterdir():
-            # The descriptor that lists the directory is closed before its link is read.
+            # One of the entries is the descriptor of the listing itself, which is closed by now.
             with suppress(FileNotFoundError):
                 targets.append(str(path.readlink()).partition(":")[0])
         return sorted(kind for kind in targets if kind != "socket")
@@ -74,13 +74,16 @@ class ProcessView:
             while not condition():  # noqa: ASYNC110 - the kernel reports no event
                 await asyncio.sleep(0.01)
 
-    async def wait_for_end(self, pids: list[str]) -> None:
+    async def wait_for_process_end(self, pids: list[str]) -> None:
         await self.wait_until(lambda: not any(map(self.is_running, pids)))
 
 
 @pytest.fixture
 def shell_command() -> ShellCommand:
-    """Return a function that creates a command from a script and its arguments, `$0` first."""
+    """Return a function that makes a `Command` from a shell script and its arguments.
+
+    The first argument is `$0` in the script.
+    """
 
     def make_command(script: str, *arguments: object, **settings: Any) -> Command:
         return Command(command=["sh", "-c", script, *map(str, arguments)], **settings)
@@ -89,36 +92,41 @@ def shell_command() -> ShellCommand:
 
 
 @pytest.fixture
-def process_view() -> ProcessView:
-    """A reader of the processes and descriptors in `/proc`."""
-    # The first uvloop loop of a process opens a pipe that is never closed. Open this pipe now, or a
-    # test that compares descriptors would find one more at its end.
+def procfs() -> ProcfsReader:
+    """Return a reader of `/proc`, after opening what uvloop opens once in a process."""
+    # The first uvloop loop of a process opens a pipe and never closes it. Create a loop now.
+    # Otherwise a test that compares open descriptors would find this pipe as a leak.
     uvloop.new_event_loop().close()
-    return ProcessView()
+    return ProcfsReader()
 
 
 @pytest.fixture
-def before_watch(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
-    """Return a function that sets a callback, which runs after the spawn, before `pidfd_open`."""
+def run_after_spawn(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
+    """Return a function that installs a callback to run after each spawn of a command.
+
+    The callback gets the process id. It runs before the plugin watches the process with
+    `pidfd_open`.
+    """
     pidfd_open = os.pidfd_open
 
-    def install_callback(action: Callable[[int], object]) -> None:
-        def call_back_and_open(pid: int, *flags: int) -> int:
-            # Ignore calls of asyncio, which also opens a pidfd for the guard since Python 3.12.
+    def set_callback(action: Callable[[int], object]) -> None:
+        def run_callback_and_open(pid: int, *flags: int) -> int:
+            # asyncio also calls `pidfd_open` since Python 3.12. Do not run the callback for its
+            # processes.
             if sys._getframe(1).f_globals["__name__"] == "workpool_command.process_group":
                 action(pid)
             return pidfd_open(pid, *flags)
 
-        monkeypatch.setattr(os, "pidfd_open", call_back_and_open)
+        monkeypatch.setattr(os, "pidfd_open", run_callback_and_open)
 
-    return install_callback
+    return set_callback
 
 
 @pytest.fixture
 async def kit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> AsyncIterator[Kit]:
-    """A control plane and pools, with long timeouts and without WORKPOOL variables."""
+    """A `workpool.testing.Kit` with long timeouts, without WORKPOOL environment variables."""
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
     caplog.set_level("INFO", "workpool")
     for name in os.environ:

@@ -1,4 +1,4 @@
-"""The end of a command: all processes of its group are killed, and the outcome is right."""
+"""Tests of the end of a command: no process of its group remains, and the outcome fits."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ IGNORES_SIGTERM = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$
 
 
 async def test_command_after_stop_request_finishes_and_writes_metadata(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path
 ) -> None:
     script = """trap 'echo "{\\"done\\": \\"half\\"}"; exit 0' TERM; echo $$ >$0; sleep 60 & wait"""
     [item] = kit.enqueue()
     async with kit.pool(shell_command(script, tmp_path / "pids", result=True)):
-        await process_view.wait_for_lines(tmp_path / "pids")
+        await procfs.wait_for_lines(tmp_path / "pids")
         kit.stop(item)
         end = await kit.wait_for(SessionFinished)
 
@@ -44,30 +44,30 @@ async def test_command_after_stop_request_finishes_and_writes_metadata(
 
 
 async def test_command_that_ignores_stop_request_is_killed_with_its_children(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
     async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.3)):
-        pids = await process_view.wait_for_lines(tmp_path / "pids", 2)
+        pids = await procfs.wait_for_lines(tmp_path / "pids", 2)
         kit.stop(item)
         end = await kit.wait_for(SessionFinished)
 
         assert (end.outcome, end.error) == ("stopped", None)
-        await process_view.wait_for_end(pids)
+        await procfs.wait_for_process_end(pids)
 
 
 @pytest.mark.parametrize(
     ("limit", "outcome"), [("timeout", "timed_out"), ("stall_timeout", "stalled")]
 )
 async def test_command_beyond_time_limit_is_killed_with_its_children(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path, limit: str, outcome: str
+    kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path, limit: str, outcome: str
 ) -> None:
     result = await kit.run_session(
         shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.2, **{limit: 0.5})
     )
 
     assert result.outcome == outcome
-    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids", 0))
+    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids", 0))
 
 
 async def test_output_after_limit_of_logged_lines_counts_as_progress(
@@ -75,11 +75,11 @@ async def test_output_after_limit_of_logged_lines_counts_as_progress(
 ) -> None:
     report_progress, progress_reported = Session.progress, asyncio.Event()
 
-    def record_progress(session: Session) -> None:
+    def record_progress_report(session: Session) -> None:
         report_progress(session)
         progress_reported.set()
 
-    monkeypatch.setattr(Session, "progress", record_progress)
+    monkeypatch.setattr(Session, "progress", record_progress_report)
     script = """
         echo first; while [ ! -e $0/first ]; do sleep 0.05; done
         echo second; while [ ! -e $0/second ]; do sleep 0.05; done
@@ -97,17 +97,18 @@ async def test_output_after_limit_of_logged_lines_counts_as_progress(
 
 
 async def test_command_after_lost_lease_is_killed_with_its_children(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path
 ) -> None:
     [item] = kit.enqueue()
     async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids")):
-        pids = await process_view.wait_for_lines(tmp_path / "pids", 2)
-        # The item is then delivered again, and the pool detects that its lease is lost.
+        pids = await procfs.wait_for_lines(tmp_path / "pids", 2)
+        # Expire the lease, so that the control plane delivers the item again. The pool then detects
+        # that its lease is lost.
         expire_lease(kit.server, item.id)
         end = await kit.wait_for(SessionFinished)
 
         assert end.outcome == "lease_lost"
-        await process_view.wait_for_end(pids)
+        await procfs.wait_for_process_end(pids)
 
 
 @pytest.mark.parametrize(
@@ -121,29 +122,34 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
     ids=["killed", "releases", "finishes", "ignores_sigterm"],
 )
 async def test_command_during_drain_ends_with_outcome_of_its_exit_status(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path, script: str, outcome: str
+    kit: Kit,
+    shell_command: Shell,
+    procfs: Any,
+    tmp_path: Path,
+    script: str,
+    outcome: str,
 ) -> None:
     kit.enqueue()
     async with kit.pool(shell_command(script, tmp_path / "pids", grace=0.2)):
-        pids = await process_view.wait_for_lines(tmp_path / "pids")
+        pids = await procfs.wait_for_lines(tmp_path / "pids")
 
     assert (await kit.wait_for(SessionFinished)).outcome == outcome
-    await process_view.wait_for_end(pids)
+    await procfs.wait_for_process_end(pids)
 
 
 async def test_background_process_is_killed_after_exit_of_command(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path
 ) -> None:
     result = await kit.run_session(shell_command("sleep 60 & echo $! >$0", tmp_path / "pids"))
 
     assert result.outcome == "completed"
-    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
+    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids"))
 
 
 async def test_daemon_that_keeps_pipes_open_does_not_block_session(
     kit: Kit,
     shell_command: Shell,
-    process_view: Any,
+    procfs: Any,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -154,19 +160,19 @@ async def test_daemon_that_keeps_pipes_open_does_not_block_session(
 
     assert result.outcome == "completed"
     assert "stdout: ok" in caplog.messages
-    [daemon] = await process_view.wait_for_lines(tmp_path / "pids")
-    # The daemon has left the process group, so the plugin cannot find and kill it.
+    [daemon] = await procfs.wait_for_lines(tmp_path / "pids")
+    # Kill the daemon here. It has left the process group, so the plugin cannot find and kill it.
     os.kill(int(daemon), signal.SIGKILL)
 
 
 async def test_session_fails_if_other_code_reaped_its_command(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path
+    kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path
 ) -> None:
     kit.enqueue()
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     async with kit.pool(shell_command("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
-        await process_view.wait_for_lines(tmp_path / "pids")
+        await procfs.wait_for_lines(tmp_path / "pids")
         # If SIGCHLD is ignored, the kernel reaps every child, and the exit status is lost.
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
@@ -179,22 +185,26 @@ async def test_session_fails_if_other_code_reaped_its_command(
     assert "its exit status was taken" in str(end.error)
 
 
-async def test_session_fails_if_its_command_was_reaped_before_watch(
-    kit: Kit, shell_command: Shell, process_view: Any, tmp_path: Path, before_watch: InstallCallback
+async def test_session_fails_if_other_code_reaped_command_right_after_spawn(
+    kit: Kit,
+    shell_command: Shell,
+    procfs: Any,
+    tmp_path: Path,
+    run_after_spawn: InstallCallback,
 ) -> None:
-    before_watch(lambda pid: os.waitpid(pid, 0))
+    run_after_spawn(lambda pid: os.waitpid(pid, 0))
     result = await kit.run_session(shell_command("sleep 60 & echo $! >$0", tmp_path / "pids"))
 
     assert result.outcome == "failed"
     assert "its exit status was taken" in str(result.error)
-    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
+    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids"))
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
     shell_command: Shell,
-    process_view: Any,
+    procfs: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Some commands exit, some are stopped, some are killed and some kill themselves."""
@@ -216,7 +226,8 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
 
     async def run_sessions(kit: Kit, count: int) -> None:
         command = shell_command(script, grace=0.3)
-        # The kinds alternate, because the pool slows down a handler that fails repeatedly.
+        # Mix failing and successful sessions, because the pool slows down a handler that fails
+        # several times in a row.
         enqueued = [kit.enqueue(1, {"kind": kind}) for _ in range(count) for kind in outcomes]
         items = {item.id: item for (item,) in enqueued}
         async with kit.pool(command, concurrency=25):
@@ -228,16 +239,16 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
         for end in kit.recorder.of(SessionFinished):
             assert end.outcome == outcomes[end.session.item.metadata["kind"]]
 
-    async def compare_before_and_after() -> None:
+    async def check_for_leaks() -> None:
         async with Kit() as first, Kit() as kit:
-            # Run one session of each kind first: a loop opens some descriptors once and keeps them,
-            # which would look like a leak.
+            # Run one session of each kind before counting. The event loop opens some descriptors at
+            # their first use and keeps them, which would look like a leak.
             await run_sessions(first, 1)
-            children, descriptors = process_view.child_processes(), process_view.open_descriptors()
+            children, descriptors = procfs.child_processes(), procfs.open_descriptors()
             await run_sessions(kit, 25)
-            assert process_view.child_processes() == children
-            assert process_view.open_descriptors() == descriptors
+            assert procfs.child_processes() == children
+            assert procfs.open_descriptors() == descriptors
             assert kit.server.summary().overlapping == 0
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(compare_before_and_after())
+        runner.run(check_for_leaks())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def limited_descriptors(count: int) -> Iterator[None]:
-    """Allow this process to open only `count` further descriptors during the block."""
+    """Allow this process to open only `count` more descriptors during the `with` block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0)]
     try:
@@ -48,8 +48,8 @@ def limited_descriptors(count: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-class WrappingPlugin:
-    """A plugin that runs each session inside a context manager."""
+class SessionContextPlugin:
+    """A plugin whose hook `workpool_wrap_session` returns the given context manager."""
 
     def __init__(self, context: AbstractAsyncContextManager[None]) -> None:
         self._context = context
@@ -60,7 +60,7 @@ class WrappingPlugin:
 
 
 @asynccontextmanager
-async def few_descriptors(left: int) -> AsyncIterator[None]:
+async def limited_descriptors_context(left: int) -> AsyncIterator[None]:
     with limited_descriptors(left):
         yield
 
@@ -69,9 +69,14 @@ async def few_descriptors(left: int) -> AsyncIterator[None]:
 async def test_session_without_free_descriptors_is_released(
     kit: Kit, shell_command: Shell, left: int
 ) -> None:
-    """The number of free descriptors decides which call fails: pipes, directory, stdin, spawn."""
-    result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(few_descriptors(left)))
-    # The outcome for the other counts depends on the versions of Python and the kernel.
+    """Depending on the number of free descriptors, a different step of the session fails.
+
+    The steps are: open the pipes, create the directory, open stdin, spawn the command.
+    """
+    result = await kit.run_session(
+        shell_command("echo ran"), SessionContextPlugin(limited_descriptors_context(left))
+    )
+    # With 1 to 11 free descriptors, the outcome depends on the versions of Python and the kernel.
     outcomes = {0: {"released"}, 12: {"completed"}}
     assert result.outcome in outcomes.get(left, {"released", "completed"}), repr(result.error)
 
@@ -86,7 +91,7 @@ async def test_session_without_free_descriptors_is_released(
     ],
     ids=repr,
 )
-async def test_session_with_exhausted_resource_is_released(
+async def test_session_that_hits_resource_limit_at_start_is_released(
     kit: Kit, shell_command: Shell, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raise_error(*_: object) -> None:
@@ -96,17 +101,19 @@ async def test_session_with_exhausted_resource_is_released(
     assert (await kit.run_session(shell_command("echo ran"))).outcome == "released"
 
 
-async def test_session_whose_directory_no_thread_can_remove_is_completed(
+async def test_session_completes_if_no_thread_starts_to_remove_its_directory(
     kit: Kit, shell_command: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse_start(_thread: threading.Thread) -> None:
+    def refuse_thread_start(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     @asynccontextmanager
-    async def no_threads() -> AsyncIterator[None]:
+    async def without_new_threads() -> AsyncIterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse_start)
+            patch.setattr(threading.Thread, "start", refuse_thread_start)
             yield
 
-    result = await kit.run_session(shell_command("echo ran"), WrappingPlugin(no_threads()))
+    result = await kit.run_session(
+        shell_command("echo ran"), SessionContextPlugin(without_new_threads())
+    )
     assert result.outcome == "completed", repr(result.error)

@@ -1,4 +1,4 @@
-"""Process groups: an error after the spawn leaves no process, no zombie and no descriptor."""
+"""Tests of `process_group`: an error after the spawn leaves no process, zombie or descriptor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from plugins.command.tests.conftest import WAIT_SECONDS
-from workpool_command.process_group import CommandStart, running_group, start_group
+from workpool_command.process_group import CommandArguments, running_group, start_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ NOBODY = 65_534
 
 
 class RecordingGuard:
-    """A fake guard that stores the numbers of the running groups, and can refuse new groups."""
+    """A fake `ProcessGroupRegistry` that records process group ids and can refuse new groups."""
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.running: set[int] = set()
@@ -48,18 +48,19 @@ class RecordingGuard:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_or_descriptor_left(process_view: Any) -> Iterator[None]:
-    children, descriptors = process_view.child_processes(), process_view.open_descriptors()
+def _check_for_leaks(procfs: Any) -> Iterator[None]:
+    children, descriptors = procfs.child_processes(), procfs.open_descriptors()
     yield
-    # Deleting a `Popen` that nobody waited for causes a ResourceWarning, which fails the test.
+    # Delete unreachable `Popen` objects now. One whose process was not waited for causes a
+    # ResourceWarning, which fails the test.
     gc.collect()
-    assert process_view.child_processes() == children
-    assert process_view.open_descriptors() == descriptors
+    assert procfs.child_processes() == children
+    assert procfs.open_descriptors() == descriptors
 
 
 @contextmanager
-def no_free_descriptor() -> Iterator[None]:
-    """Make every call that needs a new descriptor fail with EMFILE during the block."""
+def without_free_descriptors() -> Iterator[None]:
+    """Make every call that needs a new descriptor fail with EMFILE during the `with` block."""
     free = os.open("/dev/null", os.O_RDONLY)
     os.close(free)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -72,7 +73,7 @@ def no_free_descriptor() -> Iterator[None]:
 
 @contextmanager
 def without_kill_permission() -> Iterator[None]:
-    """Run the block as a user without permission to signal this process's children."""
+    """Run the `with` block as a user who may not send signals to this process's children."""
     os.setresuid(NOBODY, NOBODY, 0)
     try:
         yield
@@ -80,8 +81,8 @@ def without_kill_permission() -> Iterator[None]:
         os.setresuid(0, 0, 0)
 
 
-def shell_script(text: str, *arguments: object) -> CommandStart:
-    return CommandStart(
+def sh_arguments(text: str, *arguments: object) -> CommandArguments:
+    return CommandArguments(
         argv=["sh", "-c", text, *map(str, arguments)],
         cwd=Path("/"),
         env=dict(os.environ),
@@ -91,26 +92,26 @@ def shell_script(text: str, *arguments: object) -> CommandStart:
     )
 
 
-async def test_leader_reaped_before_watch_counts_as_exited_with_unknown_status(
-    before_watch: InstallCallback, process_view: Any, tmp_path: Path
+async def test_leader_reaped_right_after_spawn_counts_as_exited_with_unknown_status(
+    run_after_spawn: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
-    before_watch(lambda pid: os.waitpid(pid, 0))
+    run_after_spawn(lambda pid: os.waitpid(pid, 0))
     guard = RecordingGuard()
-    start = shell_script("sleep 60 & echo $! >$0", tmp_path / "pids")
+    start = sh_arguments("sleep 60 & echo $! >$0", tmp_path / "pids")
     async with running_group(start, guard, lambda: 5.0) as group:
         assert group.exited.is_set()
         assert guard.running == {group.number}
 
     assert group.status is None
     assert guard.running == set()
-    await process_view.wait_for_end(await process_view.wait_for_lines(tmp_path / "pids"))
+    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids"))
 
 
-async def test_group_whose_leader_was_reaped_before_watch_can_continue_to_run(
-    before_watch: InstallCallback,
+async def test_reap_on_exit_after_other_code_reaped_leader_leaves_status_unknown(
+    run_after_spawn: InstallCallback,
 ) -> None:
-    before_watch(lambda pid: os.waitpid(pid, 0))
-    group = start_group(shell_script("exit 3"))
+    run_after_spawn(lambda pid: os.waitpid(pid, 0))
+    group = start_group(sh_arguments("exit 3"))
     group.reap_on_exit()
 
     assert group.exited.is_set()
@@ -118,7 +119,7 @@ async def test_group_whose_leader_was_reaped_before_watch_can_continue_to_run(
 
 
 async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
-    before_watch: InstallCallback, process_view: Any, tmp_path: Path
+    run_after_spawn: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pids")
     pids: list[str] = []
@@ -127,60 +128,60 @@ async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
         def exhaust_descriptors(_pid: int) -> None:
             # `pids` is a FIFO: the read returns once the script has written both process ids.
             pids.extend((tmp_path / "pids").read_text().split())
-            stack.enter_context(no_free_descriptor())
+            stack.enter_context(without_free_descriptors())
 
-        before_watch(exhaust_descriptors)
+        run_after_spawn(exhaust_descriptors)
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
-            start_group(shell_script("sleep 60 & echo $$ $! >$0; wait", tmp_path / "pids"))
+            start_group(sh_arguments("sleep 60 & echo $$ $! >$0; wait", tmp_path / "pids"))
 
     assert len(pids) == 2
-    await process_view.wait_for_end(pids)
+    await procfs.wait_for_process_end(pids)
 
 
-async def test_start_without_free_descriptor_for_reaped_leader_counts_as_exited(
-    before_watch: InstallCallback,
+async def test_leader_reaped_while_no_descriptor_is_free_counts_as_exited(
+    run_after_spawn: InstallCallback,
 ) -> None:
     with ExitStack() as stack:
 
-        def reap_and_exhaust(pid: int) -> None:
+        def reap_leader_and_exhaust_descriptors(pid: int) -> None:
             os.waitpid(pid, 0)
-            stack.enter_context(no_free_descriptor())
+            stack.enter_context(without_free_descriptors())
 
-        before_watch(reap_and_exhaust)
-        group = start_group(shell_script("exit 3"))
+        run_after_spawn(reap_leader_and_exhaust_descriptors)
+        group = start_group(sh_arguments("exit 3"))
     group.reap_on_exit()
 
     assert group.exited.is_set()
     assert group.status is None
 
 
-async def test_start_of_command_that_loop_cannot_watch_raises_error_and_closes_pidfd(
+async def test_failed_add_reader_at_start_raises_error_and_closes_pidfd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def raise_no_space(*_: object) -> None:
+    def raise_enospc(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", raise_no_space)
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", raise_enospc)
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
-        start_group(shell_script("exec sleep 60"))
+        start_group(sh_arguments("exec sleep 60"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its user")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 async def test_start_without_permission_to_kill_group_raises_first_error(
-    before_watch: InstallCallback, caplog: pytest.LogCaptureFixture
+    run_after_spawn: InstallCallback, caplog: pytest.LogCaptureFixture
 ) -> None:
     pids: list[int] = []
     with ExitStack() as stack:
 
         def exhaust_descriptors(pid: int) -> None:
             pids.append(pid)
-            stack.enter_context(no_free_descriptor())
+            stack.enter_context(without_free_descriptors())
             stack.enter_context(without_kill_permission())
 
-        before_watch(exhaust_descriptors)
+        run_after_spawn(exhaust_descriptors)
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
-            start_group(shell_script("exec sleep 60"))
+            start_group(sh_arguments("exec sleep 60"))
     os.kill(pids[0], signal.SIGKILL)
     await asyncio.to_thread(os.waitpid, pids[0], 0)
 
@@ -191,9 +192,9 @@ async def test_start_without_permission_to_kill_group_raises_first_error(
     assert vars(record)["pid"] == pids[0]
 
 
-async def test_failed_start_of_missing_program_withdraws_group_announcement() -> None:
+async def test_start_of_missing_program_withdraws_announcement_to_guard() -> None:
     guard = RecordingGuard()
-    start = replace(shell_script(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
+    start = replace(sh_arguments(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):
         async with running_group(start, guard, lambda: 0.0):
             pytest.fail("the block was entered")
@@ -201,40 +202,41 @@ async def test_failed_start_of_missing_program_withdraws_group_announcement() ->
     assert guard.announced == ""
 
 
-async def test_group_that_guard_refuses_is_killed_and_reaped() -> None:
+async def test_process_group_is_killed_and_reaped_if_registration_at_guard_fails() -> None:
     with pytest.raises(RuntimeError, match="refused"):
         async with running_group(
-            shell_script("exec sleep 60"), RecordingGuard(RuntimeError("refused")), lambda: 0.0
+            sh_arguments("exec sleep 60"), RecordingGuard(RuntimeError("refused")), lambda: 0.0
         ):
             pytest.fail("the block was entered")
 
 
-async def test_command_cancelled_again_after_kill_is_reaped_when_leader_exits(
+async def test_second_cancellation_after_kill_still_reaps_leader_on_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     guard, entered, removed = RecordingGuard(), asyncio.Event(), asyncio.Event()
 
-    async def run_until_cancelled() -> None:
-        async with running_group(shell_script("exec sleep 60"), guard, lambda: 0.0):
+    async def run_group_until_cancelled() -> None:
+        async with running_group(sh_arguments("exec sleep 60"), guard, lambda: 0.0):
             entered.set()
             await asyncio.Event().wait()
 
-    def record_removal(number: int) -> None:
+    def record_group_removal(number: int) -> None:
         guard.running.remove(number)
         removed.set()
 
-    monkeypatch.setattr(guard, "remove_group", record_removal)
-    task = asyncio.get_running_loop().create_task(run_until_cancelled())
+    monkeypatch.setattr(guard, "remove_group", record_group_removal)
+    task = asyncio.get_running_loop().create_task(run_group_until_cancelled())
     await entered.wait()
     [number] = guard.running
     killpg = os.killpg
 
-    def cancel_at_kill(_group: int, sent: int) -> None:
-        # Send no SIGKILL: the leader survives, like a process that is blocked in the kernel.
+    def cancel_instead_of_kill(_group: int, sent: int) -> None:
+        # Cancel the task instead of sending SIGKILL. The leader survives, like a process that is
+        # blocked in the kernel.
         if sent == signal.SIGKILL:
             task.cancel()
 
-    monkeypatch.setattr(os, "killpg", cancel_at_kill)
+    monkeypatch.setattr(os, "killpg", cancel_instead_of_kill)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -1,4 +1,4 @@
-"""A command that gets only the item's token cannot read the worker's own key."""
+"""Tests of the setting `item_token`: the command gets the item's token, not the worker's key."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ with open(sys.argv[1], "wb") as dump:
 
 @pytest.fixture
 def worker_settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """Settings of a worker whose key is also in a file and in environment variables."""
+    """Return the settings of a worker. Its key is also in a file and in environment variables."""
     key = tmp_path / "key"
     key.write_text(kit.server.token)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", kit.server.token)
@@ -73,11 +73,11 @@ def worker_settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @pytest.fixture
 def find_worker_secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
-    def find_secrets(dump: bytes) -> list[bytes]:
+    def find_secrets_in_dump(dump: bytes) -> list[bytes]:
         secrets = (kit.server.token.encode(), b"second-credential", b"secret-of-the-header")
         return [secret for secret in secrets if secret in dump]
 
-    return find_secrets
+    return find_secrets_in_dump
 
 
 def dump_command(tmp_path: Path, **options: Any) -> Command:
@@ -112,19 +112,19 @@ async def test_command_without_item_token_gets_no_token(
 @pytest.mark.acceptance
 async def test_detached_command_and_its_hold_process_cannot_read_key_of_worker(
     kit: Kit,
-    process_view: Any,
+    procfs: Any,
     worker_settings: dict[str, Any],
     find_worker_secrets: Callable[[bytes], list[bytes]],
     tmp_path: Path,
 ) -> None:
-    before = process_view.child_processes()
+    before = procfs.child_processes()
     async with kit.pool(dump_command(tmp_path, detach=True), **worker_settings):
         (item,) = kit.enqueue()
         finished = await kit.recorder.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         assert finished.outcome == "detached"
         await kit.faults.wait_for("stop", answered=True, timeout=WAIT_SECONDS)
-        # No child process may remain except the guard.
-        await process_view.wait_until(lambda: len(process_view.child_processes() - before) <= 1)
+        # Wait until the `workpool hold` process is reaped. The guard process still runs.
+        await procfs.wait_until(lambda: len(procfs.child_processes() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump

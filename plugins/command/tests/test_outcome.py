@@ -1,4 +1,4 @@
-"""The input of a command, its directory, and the outcome of its session."""
+"""Tests of a command's input and directory, and of the outcome of its session."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ async def test_command_that_exits_with_ex_tempfail_is_released(
     assert result.item.state != "stopped"
 
 
-async def test_last_output_line_becomes_metadata_only_if_result_is_set(
+async def test_last_output_line_becomes_metadata_only_with_setting_result(
     kit: Kit, shell_command: Shell
 ) -> None:
     script = """echo '{"rows": "1"}'; echo '{"rows": "42", "é": "ü"}'; echo; echo no >&2"""

@@ -12,7 +12,7 @@ import pytest
 from workpool import PluginError, Release
 from workpool.events import ItemDeclined, SessionFinished
 from workpool_command import Command, CommandFailed
-from workpool_command.command_result import start_errors_as_session_errors
+from workpool_command.command_result import convert_start_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -144,8 +144,8 @@ async def test_kept_directory_replaced_by_symlink_fails_session(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
-def test_exhausted_resource_at_start_of_command_raises_release(number: int) -> None:
-    with pytest.raises(Release), start_errors_as_session_errors("tool"):
+def test_resource_exhaustion_at_command_start_is_converted_to_release(number: int) -> None:
+    with pytest.raises(Release), convert_start_errors("tool"):
         raise OSError(number, os.strerror(number))
 
 

@@ -54,17 +54,15 @@ async def running_worker(
         await process.wait()
 
 
-async def test_commands_of_killed_worker_are_killed(
-    kit: Kit, process_view: Any, tmp_path: Path
-) -> None:
+async def test_commands_of_killed_worker_are_killed(kit: Kit, procfs: Any, tmp_path: Path) -> None:
     script = "sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$0; wait"
     command = ["sh", "-c", script, str(tmp_path / "pids")]
     async with running_worker(kit, tmp_path, command=command) as process:
         kit.enqueue(2)
-        pids = await process_view.wait_for_lines(tmp_path / "pids", 4)
+        pids = await procfs.wait_for_lines(tmp_path / "pids", 4)
         process.kill()
         await process.wait()
-        await process_view.wait_for_end(pids)
+        await procfs.wait_for_process_end(pids)
 
 
 WAITING_SCRIPT = """
@@ -73,8 +71,8 @@ WAITING_SCRIPT = """
 """
 
 
-async def test_detached_command_of_killed_worker_continues(
-    kit: Kit, process_view: Any, tmp_path: Path
+async def test_detached_command_continues_after_its_worker_is_killed(
+    kit: Kit, procfs: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     command = ["sh", "-c", WAITING_SCRIPT, str(tmp_path)]
@@ -83,12 +81,12 @@ async def test_detached_command_of_killed_worker_continues(
         kit, tmp_path, command=command, detach=True, root=str(root)
     ) as process:
         [item] = kit.enqueue()
-        await process_view.wait_for_lines(tmp_path / "started")
+        await procfs.wait_for_lines(tmp_path / "started")
         process.kill()
         await process.wait()
     assert item_state(kit, item) == "active"
     await asyncio.to_thread((tmp_path / "fifo").write_text, "go\n")
-    await process_view.wait_until(lambda: item_state(kit, item) == "stopped")
+    await procfs.wait_until(lambda: item_state(kit, item) == "stopped")
 
     cwd = root / item.session_id
     assert json.loads((cwd / "item").read_text())["id"] == item.id
@@ -98,19 +96,19 @@ async def test_detached_command_of_killed_worker_continues(
 
 
 async def test_detached_command_of_running_worker_is_reaped(
-    kit: Kit, process_view: Any, tmp_path: Path
+    kit: Kit, procfs: Any, tmp_path: Path
 ) -> None:
-    children, descriptors = process_view.child_processes(), process_view.open_descriptors()
+    children, descriptors = procfs.child_processes(), procfs.open_descriptors()
     [item] = kit.enqueue()
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
-        await process_view.wait_until(lambda: item_state(kit, item) == "stopped")
-        # No child process remains except the guard.
-        await process_view.wait_until(lambda: len(process_view.child_processes() - children) == 1)
+        await procfs.wait_until(lambda: item_state(kit, item) == "stopped")
+        # Wait until the `workpool hold` process is reaped. The guard process still runs.
+        await procfs.wait_until(lambda: len(procfs.child_processes() - children) == 1)
 
     assert end.outcome == "detached"
-    assert process_view.child_processes() == children
-    assert process_view.open_descriptors() == descriptors
+    assert procfs.child_processes() == children
+    assert procfs.open_descriptors() == descriptors
 
 
 async def test_detached_command_whose_hold_process_is_refused_releases_session(
@@ -120,7 +118,8 @@ async def test_detached_command_whose_hold_process_is_refused_releases_session(
     token.write_text(kit.server.token)
     command = Command(command=["true"], detach=True, root=tmp_path)
     async with kit.pool(command, token=None, token_file=token):
-        # Only `hold` gets the new token: the pool reads the file again only after a refused call.
+        # Only `workpool hold` reads the revoked token. The pool keeps the first token until a call
+        # is refused.
         token.write_text("revoked")
         [item] = kit.enqueue()
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)

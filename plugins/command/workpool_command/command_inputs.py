@@ -58,7 +58,7 @@ def redelivery_variables(session: Session) -> dict[str, str]:
 
 
 def trace_variables(session: Session) -> dict[str, str]:
-    """Return the variable with the trace context of the session, if it has one."""
+    """Return the variable `TRACEPARENT`, or no variable if the session has no trace context."""
     return {} if session.traceparent is None else {"TRACEPARENT": session.traceparent}
 
 
@@ -90,7 +90,7 @@ def _timestamp_text(time: datetime | None) -> str | None:
 
 
 def kept_directory(root: Path, name: str) -> Path:
-    """Create the private directory with this name, or return the one of an earlier run.
+    """Return the private directory `name` below `root`. Create it unless an earlier run did.
 
     Raises:
         OSError: The directory cannot be created, or another file has this name.
@@ -110,7 +110,7 @@ def kept_directory(root: Path, name: str) -> Path:
 async def temporary_directory(
     root: Path | None, name: str, threads: DaemonThreads
 ) -> AsyncIterator[Path]:
-    """Create a new private directory, and remove it at the end of the block.
+    """Create a new private directory, and remove it when the `with` block ends.
 
     Each run has a new directory, because an earlier run of the item may still be ending here.
 

@@ -1,4 +1,4 @@
-"""The output of a command, which is logged up to a limit and not stored.
+"""Logs a command's output up to a limit of lines, and drops the output after the limit.
 
 A command can always write, and its output cannot exhaust memory, log or CPU: after the limit of
 logged lines, output is read slowly and dropped.
@@ -43,11 +43,12 @@ class OutputLog:
         return self._left <= 0
 
     def add_lines(self, stream: str, text: bytes) -> None:
-        """Log lines of a stream, and count the lines after the limit."""
+        """Log lines of a stream up to the limit, and count the lines after the limit."""
         lines = text.split(b"\n", self._left) if self._left else [text]
         for line in lines[: self._left]:
             self._log.info("%s: %s", stream, escape_line(line))
-        # The lines after the limit are only counted: splitting many short lines would be slow.
+        # Count the lines after the limit without splitting them, because splitting many short lines
+        # would be slow.
         self._dropped += sum(rest.count(b"\n") + 1 for rest in lines[self._left :])
         self._left = max(0, self._left - len(lines))
 
@@ -65,7 +66,10 @@ class LineSplitter:
     """
 
     def __init__(self, on_lines: Callable[[bytes], None]) -> None:
-        """Create a splitter that calls `on_lines` with whole lines, without the last newline."""
+        """Create a splitter that calls `on_lines` with one or more whole lines at a time.
+
+        The lines are separated by newlines, without a newline at the end.
+        """
         self.last = b""
         self._on_lines = on_lines
         self._part = b""
@@ -74,16 +78,16 @@ class LineSplitter:
         """Split a chunk of the stream, and report the completed lines."""
         whole, newline, rest = (self._part + chunk).rpartition(b"\n")
         if newline:
-            self._report_lines(whole)
+            self._store_and_report_lines(whole)
         self._part = rest[: MAX_RESULT_BYTES + 1]
 
     def end_last_line(self) -> None:
         """Report the bytes after the last newline as a line."""
         if self._part:
-            self._report_lines(self._part)
+            self._store_and_report_lines(self._part)
             self._part = b""
 
-    def _report_lines(self, lines: bytes) -> None:
+    def _store_and_report_lines(self, lines: bytes) -> None:
         last = lines.rstrip().rpartition(b"\n")[2]
         self.last = last[: MAX_RESULT_BYTES + 1] or self.last
         self._on_lines(lines)
@@ -162,7 +166,7 @@ class PipeReader:
             )
 
     def _read_chunk(self) -> bytes | None:
-        """Return a chunk, empty bytes after the last output, or None if there is no output yet."""
+        """Return a chunk, empty bytes at the end of the output, or None if no output is waiting."""
         try:
             return os.read(self._reader, CHUNK_BYTES)
         except BlockingIOError:
@@ -173,7 +177,7 @@ class PipeReader:
 def read_output_into_log(
     log: logging.LoggerAdapter[logging.Logger], limit: int, progress: Callable[[], None]
 ) -> Iterator[tuple[PipeReader, PipeReader]]:
-    """Log at most `limit` lines of a command's stdout and stderr during the block.
+    """Log at most `limit` lines of a command's stdout and stderr during the `with` block.
 
     `progress` is called for each chunk with a line end, also after the limit is reached.
     """

@@ -40,8 +40,8 @@ class CommandFailed(WorkpoolError):
 
 
 @contextmanager
-def start_errors_as_session_errors(program: str) -> Iterator[None]:
-    """Convert an operating system error at a command's start to an error that ends the session.
+def convert_start_errors(program: str) -> Iterator[None]:
+    """Convert an `OSError` that a command's start raises to `Release` or `CommandFailed`.
 
     Raises:
         Release: The machine has no free memory, processes or descriptors.
@@ -55,8 +55,8 @@ def start_errors_as_session_errors(program: str) -> Iterator[None]:
         raise CommandFailed(program, f"cannot be started: {error}") from error
 
 
-def check_exit_status(session: Session, program: str, status: int | None) -> None:
-    """Raise an error unless the command succeeded or ended after a stop request.
+def raise_for_exit_status(session: Session, program: str, status: int | None) -> None:
+    """Raise an error for a failed command, unless it ended because of a stop request.
 
     Args:
         session: The session of the command.
@@ -113,7 +113,8 @@ def parse_result(program: str, line: bytes) -> dict[str, str]:
     try:
         metadata = json.loads(line)
         if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
-            # A lone surrogate cannot be sent: `encode` raises a ValueError for it.
+            # Refuse a lone surrogate, which no request could send: `encode` raises a ValueError for
+            # it.
             "".join((*metadata.keys(), *metadata.values())).encode()
             return metadata
     except (ValueError, RecursionError):

@@ -1,4 +1,6 @@
-"""Commands that outlive the worker: a `workpool hold` process runs each and extends its lease.
+"""Detached commands, which continue to run after the worker's end.
+
+For each of them, a `workpool hold` process runs the command and extends its lease.
 
 A handoff that fails needs no clean-up. `hold` starts the command only after its first heartbeat has
 succeeded, and that heartbeat is refused as soon as the pool holds the lease again.
@@ -24,10 +26,10 @@ from workpool_command.command_inputs import (
 )
 from workpool_command.command_result import (
     CommandFailed,
+    convert_start_errors,
     exit_status_text,
-    start_errors_as_session_errors,
 )
-from workpool_command.process_group import CommandStart, ProcessGroup, start_group
+from workpool_command.process_group import CommandArguments, ProcessGroup, start_group
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,8 +44,8 @@ USAGE_ERROR_STATUS: Final = 2
 """The exit status of a `hold` process with wrong settings."""
 
 
-class DetachableCommand(Protocol):
-    """The settings that a detached command needs. The class `Command` documents them."""
+class DetachedCommandSettings(Protocol):
+    """The settings of the plugin class `Command` that a detached command needs."""
 
     command: Sequence[str]
     environment: Sequence[str]
@@ -52,17 +54,17 @@ class DetachableCommand(Protocol):
     timeout: float | None
 
 
-class HoldProcesses:
-    """Starts a `workpool hold` process for each session, and reaps the processes that end."""
+class HoldProcessStarter:
+    """Starts a `workpool hold` process for each session, and reaps each process after its exit."""
 
-    def __init__(self, command: DetachableCommand, settings: Settings) -> None:
+    def __init__(self, command: DetachedCommandSettings, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        # The set is weak, so that a group is freed once its leader has exited.
+        # A strong set would keep every group in memory after the exit of its leader.
         self._groups: WeakSet[ProcessGroup] = WeakSet()
 
     def close(self) -> None:
-        """Stop watching the processes, which continue to run after the worker's end."""
+        """Stop watching the `workpool hold` processes, which outlive the worker."""
         for group in list(self._groups):
             group.stop_watching()
 
@@ -83,14 +85,17 @@ class HoldProcesses:
                 async with session.handover() as lease:
                     keyless = self._command.item_token
                     lease_variables = lease.keyless_variables if keyless else lease.variables
-                    group = self._start_hold(session, cwd, lease_variables)
-                    early_end = tasks.create_task(self._detect_early_end(group, cwd), name="hold")
+                    group = self._start_hold_process(session, cwd, lease_variables)
+                    early_end = tasks.create_task(
+                        self._raise_on_early_exit(group, cwd), name="hold"
+                    )
                 early_end.cancel()
         except BaseExceptionGroup as failure:
             error = innermost(failure)
             if group is None or not isinstance(error, HandoverError):
                 raise error from error.__cause__
-            # The pool owns the lease again. Heartbeats of this `hold` process would be refused.
+            # Kill the `hold` process. The pool owns the lease again, so the heartbeats of `hold`
+            # would be refused.
             group.send_signal(signal.SIGKILL)
             raise Release("workpool hold was not ready in time") from error
         finally:
@@ -98,7 +103,7 @@ class HoldProcesses:
                 self._groups.add(group)
                 group.reap_on_exit()
 
-    def _start_hold(
+    def _start_hold_process(
         self, session: Session, cwd: Path, lease_variables: Mapping[str, str]
     ) -> ProcessGroup:
         # With -P, Python imports no modules from the directory `cwd`, which the session can write.
@@ -106,16 +111,16 @@ class HoldProcesses:
         variables = redelivery_variables(session) | trace_variables(session)
         assignments = [f"{name}={value}" for name, value in variables.items()]
         with (
-            start_errors_as_session_errors("workpool hold"),
+            convert_start_errors("workpool hold"),
             (cwd / OUTPUT_FILE).open("ab") as output,
         ):
             return start_group(
-                CommandStart(
+                CommandArguments(
                     argv=(*hold, "env", *assignments, *self._command.command),
                     cwd=cwd,
                     env={
                         **inherited_variables(self._command.environment),
-                        **self._hold_variables(),
+                        **self._hold_process_variables(),
                         **lease_variables,
                     },
                     stdin=item_json(session.item),
@@ -124,8 +129,11 @@ class HoldProcesses:
                 )
             )
 
-    def _hold_variables(self) -> dict[str, str]:
-        """Return the pool's settings as variables that `hold` reads and hides from the command."""
+    def _hold_process_variables(self) -> dict[str, str]:
+        """Return environment variables with the pool's settings for `workpool hold`.
+
+        `workpool hold` removes them from the environment of the command.
+        """
         settings, limit = self._settings, self._command.timeout or self._settings.session_timeout
         variables = {
             "WORKPOOL_WORKER_ID": settings.worker_id,
@@ -147,7 +155,7 @@ class HoldProcesses:
         return variables
 
     def _secret_variables(self) -> dict[str, str]:
-        """Return variables with those credentials of the worker that are not in files."""
+        """Return environment variables with the worker's credentials, except those in files."""
         settings, variables = self._settings, dict[str, str]()
         if settings.token_file is None:
             variables["WORKPOOL_TOKEN"] = settings.read_token()
@@ -158,8 +166,8 @@ class HoldProcesses:
             variables["WORKPOOL_EXTRA_HEADERS"] = json.dumps(values)
         return variables
 
-    async def _detect_early_end(self, group: ProcessGroup, cwd: Path) -> None:
-        """Raise an error as soon as `hold` ends without having taken the lease over.
+    async def _raise_on_early_exit(self, group: ProcessGroup, cwd: Path) -> None:
+        """Wait for the exit of `hold`, and raise an error if it has not taken the lease over.
 
         Raises:
             CommandFailed: The settings of `hold` are wrong.

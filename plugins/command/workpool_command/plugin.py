@@ -1,4 +1,4 @@
-"""The plugin class: its settings, the checks before the first session, and the handler.
+"""The plugin class `Command`: its settings, the checks at the start of a pool, and the handler.
 
 A problem that is found only when a session starts fails that session.
 """
@@ -41,13 +41,13 @@ from workpool_command.command_inputs import (
 )
 from workpool_command.command_output import read_output_into_log
 from workpool_command.command_result import (
-    check_exit_status,
+    convert_start_errors,
     parse_result,
-    start_errors_as_session_errors,
+    raise_for_exit_status,
 )
-from workpool_command.detached_command import HoldProcesses
-from workpool_command.guard import Guard, running_guard
-from workpool_command.process_group import CommandStart, ProcessGroup, running_group
+from workpool_command.detached_command import HoldProcessStarter
+from workpool_command.guard_process import Guard, running_guard
+from workpool_command.process_group import CommandArguments, ProcessGroup, running_group
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -102,7 +102,7 @@ class Command:
     """The seconds without a line of output after which a session is stalled, as in `@handler`."""
 
     def __post_init__(self) -> None:
-        """Check everything about the settings that does not depend on the machine.
+        """Check the settings as far as that is possible without the machine that runs the command.
 
         Raises:
             TypeError: A setting has the wrong type.
@@ -111,7 +111,7 @@ class Command:
         _check_settings(self)
         self._root = None if self.root is None else Path(self.root).absolute()
         self._guard: Guard | None = None
-        self._hold_processes: HoldProcesses | None = None
+        self._hold_process_starter: HoldProcessStarter | None = None
         self._settings: Settings | None = None
         self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
 
@@ -119,7 +119,7 @@ class Command:
             with release_on_exhaustion():
                 return await self._run_command(session)
 
-        # `handler` uses this name in its error messages about the settings.
+        # `handler` puts the qualified name into its error messages about the settings.
         run.__qualname__ = NAME
         as_handler = handler(
             type=self.type,
@@ -133,30 +133,31 @@ class Command:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Check the machine, and run the guard while the pool runs."""
+        """Check the machine, and run the guard process while the pool runs."""
         if self._guard is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
         async with AsyncExitStack() as stack:
             self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
             stack.push_async_callback(self._threads.close)
             try:
-                # This also starts a thread now: while sessions run, the machine may have none left.
+                # Start a thread now. Later the machine may have no free thread, and no directory
+                # could be removed.
                 await self._threads.run(self._check_machine)
                 env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(running_guard(env))
             except OSError as error:
                 raise PluginError(NAME, f"cannot be used here: {error}") from error
             self._settings = supervisor.settings
-            self._hold_processes = stack.enter_context(
-                closing(HoldProcesses(self, supervisor.settings))
+            self._hold_process_starter = stack.enter_context(
+                closing(HoldProcessStarter(self, supervisor.settings))
             )
             try:
                 yield
             finally:
-                self._guard = self._hold_processes = None
+                self._guard = self._hold_process_starter = None
 
     def _check_machine(self) -> None:
-        """Check that the program can run, and that directories and processes can be created.
+        """Check that this machine can run the program, create directories and watch processes.
 
         Raises:
             PluginError: A setting does not fit the machine.
@@ -179,16 +180,17 @@ class Command:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")
         if not hasattr(os, "pidfd_open"):
             raise PluginError(NAME, "needs Linux")
-        # This call raises an OSError on Linux before 5.3 and in some sandboxes.
+        # Fail here where `pidfd_open` raises an OSError: on Linux before 5.3 and in some sandboxes.
+        # Otherwise each session would fail.
         os.close(os.pidfd_open(os.getpid()))
 
     async def _run_command(self, session: Session) -> Mapping[str, str] | None:
-        if self._guard is None or self._hold_processes is None:
+        if self._guard is None or self._hold_process_starter is None:
             raise PluginError(NAME, "runs in a pool only")
         if self.detach and self._root is not None:
-            with start_errors_as_session_errors("directory"):
-                cwd = kept_directory(self._root, _directory_name(session))
-            await self._hold_processes.hand_off_session(session, cwd)
+            with convert_start_errors("directory"):
+                cwd = kept_directory(self._root, _session_directory_name(session))
+            await self._hold_process_starter.hand_off_session(session, cwd)
             return None
         program = Path(self.command[0]).name
         with read_output_into_log(session.log, self.log_lines, session.progress) as (
@@ -196,9 +198,9 @@ class Command:
             stderr,
         ):
             async with AsyncExitStack() as stack:
-                with start_errors_as_session_errors(program):
+                with convert_start_errors(program):
                     cwd = await stack.enter_async_context(self._working_directory(session))
-                    start = self._command_start(session, cwd, stdout.writer, stderr.writer)
+                    start = self._command_arguments(session, cwd, stdout.writer, stderr.writer)
                     grace = functools.partial(self._grace_seconds, session)
                     group = await stack.enter_async_context(
                         running_group(start, self._guard, grace)
@@ -206,11 +208,11 @@ class Command:
                 stdout.close_writing_end()
                 stderr.close_writing_end()
                 await self._wait_for_exit(session, group)
-        check_exit_status(session, program, group.status)
+        raise_for_exit_status(session, program, group.status)
         return parse_result(program, stdout.lines.last) if self.result else None
 
     async def _wait_for_exit(self, session: Session, group: ProcessGroup) -> None:
-        """Wait for the command's exit; after a stop request or in a drain, end the command."""
+        """Wait for the command's exit. A stop request or a drain ends the command."""
         async with asyncio.TaskGroup() as tasks:
             interrupt = tasks.create_task(
                 self._end_on_interrupt(session, group), name="interrupted"
@@ -235,37 +237,39 @@ class Command:
 
     def _working_directory(self, session: Session) -> AbstractAsyncContextManager[Path]:
         if self.keep and self._root is not None:
-            return nullcontext(kept_directory(self._root, _directory_name(session)))
-        return temporary_directory(self._root, _directory_name(session), self._threads)
+            return nullcontext(kept_directory(self._root, _session_directory_name(session)))
+        return temporary_directory(self._root, _session_directory_name(session), self._threads)
 
-    def _command_start(self, session: Session, cwd: Path, stdout: int, stderr: int) -> CommandStart:
-        return CommandStart(
+    def _command_arguments(
+        self, session: Session, cwd: Path, stdout: int, stderr: int
+    ) -> CommandArguments:
+        return CommandArguments(
             argv=self.command,
             cwd=cwd,
             env=inherited_variables(self.environment)
             | id_variables(session)
             | redelivery_variables(session)
             | trace_variables(session)
-            | self._token_variables(session),
+            | self._item_token_variables(session),
             stdin=item_json(session.item),
             stdout=stdout,
             stderr=stderr,
             unique_entry=f"WORKPOOL_WORK_ID={session.item.id}",
         )
 
-    def _token_variables(self, session: Session) -> dict[str, str]:
+    def _item_token_variables(self, session: Session) -> dict[str, str]:
         if not self.item_token or self._settings is None:
             return {}
         return self._settings.item_token_variables(session.item)
 
 
-def _directory_name(session: Session) -> str:
+def _session_directory_name(session: Session) -> str:
     # An item of a type other than `session` may have no session id.
     return session.id or session.item.id
 
 
 def _check_settings(plugin: Command) -> None:
-    """Raise an error for settings that are wrong on every machine."""
+    """Raise an error if a setting is wrong on every machine."""
     _check_types(plugin)
     if not plugin.command or not plugin.command[0]:
         raise ValueError("command: names no program")
@@ -281,8 +285,8 @@ def _check_settings(plugin: Command) -> None:
 
 
 def _check_types(plugin: Command) -> None:
-    _check_strings("command", plugin.command)
-    _check_strings("environment", plugin.environment)
+    _check_string_list("command", plugin.command)
+    _check_string_list("environment", plugin.environment)
     _check_number("grace", plugin.grace, float)
     _check_number("log_lines", plugin.log_lines, int)
     for name in ("keep", "result", "detach", "item_token"):
@@ -290,7 +294,7 @@ def _check_types(plugin: Command) -> None:
             raise TypeError(f"{name}: not true or false")
 
 
-def _check_strings(name: str, value: object) -> None:
+def _check_string_list(name: str, value: object) -> None:
     # A string is a sequence of strings: `command = "ls -l"` would run `l`.
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"{name}: not a list of strings")

@@ -28,8 +28,8 @@ KILL_WAIT_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommandStart:
-    """The arguments of a command's start: program, directory, environment and files.
+class CommandArguments:
+    """The program, directory, environment and files with which a command is started.
 
     Attributes:
         argv: The program and its arguments.
@@ -55,7 +55,8 @@ class CommandStart:
         Raises:
             OSError: The command cannot be started.
         """
-        # A file in memory, because a write to a pipe could block until the command reads it.
+        # Pass standard input in a memory file: a write to a pipe could block until the command
+        # reads it.
         with os.fdopen(os.memfd_create("item"), "w+b") as stdin:
             stdin.write(self.stdin)
             stdin.seek(0)
@@ -70,20 +71,25 @@ class CommandStart:
             )
 
 
-class GroupRegistry(Protocol):
-    """The interface of the guard, which kills the registered groups if the worker is killed."""
+class ProcessGroupRegistry(Protocol):
+    """The interface for reporting process groups to the guard process.
+
+    The guard process kills the registered groups if the worker is killed.
+    """
 
     def announce_group(self, unique_entry: str) -> None:
-        """Announce a group whose leader will have this entry `NAME=value` in its environment.
+        """Announce a process group that will be spawned.
+
+        The environment of its leader will contain `unique_entry`, which has the form `NAME=value`.
 
         An empty entry withdraws the announcement.
         """
 
     def add_group(self, number: int) -> None:
-        """Register a running group, which the guard kills if the worker is killed."""
+        """Register a running process group, so that it is killed if the worker is killed."""
 
     def remove_group(self, number: int) -> None:
-        """Unregister a group that has ended, because the kernel may reuse its number."""
+        """Unregister a process group that has ended, because the kernel may reuse its id."""
 
 
 class ProcessGroup:
@@ -126,8 +132,8 @@ class ProcessGroup:
             return True
         return False
 
-    def kill_unwatched(self) -> None:
-        """Kill a group whose leader cannot be watched, and reap the leader."""
+    def kill_without_watching(self) -> None:
+        """Kill the group and reap its leader, if the exit of the leader cannot be watched."""
         self.stop_watching()
         self.send_signal(signal.SIGKILL)
         try:
@@ -136,19 +142,19 @@ class ProcessGroup:
             log.critical("command may still run", extra={"pid": self.number})
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the group. No effect after the leader was reaped."""
+        """Send a signal to the group, or do nothing if the leader has been reaped."""
         if self._is_reaped:
             return
         try:
             os.killpg(self.number, number)
         except ProcessLookupError:
-            # Other code in this process has reaped the leader.
+            # The group has no process anymore: other code in this process has reaped the leader.
             pass
         except PermissionError:
             log.warning("command cannot be signalled, it runs as another user")
 
     async def end_group(self, grace: float) -> None:
-        """End the whole group: SIGTERM, `grace` seconds, SIGKILL.
+        """Send SIGTERM to the group, wait up to `grace` seconds for its leader, then send SIGKILL.
 
         A cancellation ends the grace at once. A cancellation after the SIGKILL ends the wait for
         the leader, which may be blocked in the kernel.
@@ -185,7 +191,7 @@ class ProcessGroup:
         return self._process.returncode is not None
 
     def reap_on_exit(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
-        """Reap the leader when it exits, or at once if it has exited.
+        """Arrange that the leader is reaped when it exits, or reap it now if it has exited.
 
         No effect after `stop_watching`.
 
@@ -197,7 +203,7 @@ class ProcessGroup:
             self._on_leader_exit()
 
     def stop_watching(self) -> None:
-        """Stop watching the leader, and close its descriptor."""
+        """Stop watching for the exit of the leader, and close the leader's pidfd."""
         if self._pidfd != -1:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -215,7 +221,7 @@ class ProcessGroup:
             self.stop_watching()
 
 
-def start_group(start: CommandStart) -> ProcessGroup:
+def start_group(start: CommandArguments) -> ProcessGroup:
     """Start a command in a process group of its own. An error kills the whole group.
 
     Raises:
@@ -226,26 +232,29 @@ def start_group(start: CommandStart) -> ProcessGroup:
     try:
         group.watch_leader()
     except BaseException:
-        group.kill_unwatched()
+        group.kill_without_watching()
         raise
     return group
 
 
-def _start_announced_group(start: CommandStart, registry: GroupRegistry) -> ProcessGroup:
+def _announce_and_start_group(
+    start: CommandArguments, registry: ProcessGroupRegistry
+) -> ProcessGroup:
     registry.announce_group(start.unique_entry)
     try:
         return start_group(start)
     except BaseException:
-        # Withdraw it, or the guard would search for this command after the worker's end.
+        # Withdraw the announcement. Otherwise the guard process would search for this command after
+        # the worker's end.
         registry.announce_group("")
         raise
 
 
 @asynccontextmanager
 async def running_group(
-    start: CommandStart, registry: GroupRegistry, grace: Callable[[], float]
+    start: CommandArguments, registry: ProcessGroupRegistry, grace: Callable[[], float]
 ) -> AsyncIterator[ProcessGroup]:
-    """Run a command in a process group of its own, and end the group at the end of the block.
+    """Run a command in its own process group, and end the group when the `with` block ends.
 
     Args:
         start: The command.
@@ -255,7 +264,7 @@ async def running_group(
     Raises:
         OSError: The command cannot be started.
     """
-    group = _start_announced_group(start, registry)
+    group = _announce_and_start_group(start, registry)
     try:
         registry.add_group(group.number)
         yield group

@@ -1,4 +1,4 @@
-"""The guard: a small process that kills the commands of a worker that was killed.
+"""The guard process, which kills the running commands if the worker is killed.
 
 A worker that is killed, or that runs out of memory, cannot end its commands. Its leases expire, and
 other workers start the sessions again while the old commands still run. The guard reads the numbers
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 CLOSE_SECONDS: Final = 2.0
 """The longest wait for the guard's exit after the pipe is closed, and again after SIGKILL, in
 seconds."""
-# The guard ignores the signals that an init system sends to all processes of a service at its end,
-# because the worker may still need the guard.
+# The guard process ignores SIGTERM, SIGINT and SIGHUP. An init system that stops a service sends
+# them to all processes of the service, and the guard process must outlive the worker.
 GUARD_PROGRAM: Final = """
 import os, signal, sys, time
 
@@ -63,7 +63,7 @@ for group in groups:
 
 
 class Guard:
-    """Reports the running process groups to the guard's process.
+    """Reports the running process groups to the guard process.
 
     Each line is written by a system call at once. An event loop could write it only after the step
     that spawns the command, and the worker could be killed before.
@@ -76,21 +76,21 @@ class Guard:
         self._pipe = pipe
 
     def announce_group(self, unique_entry: str) -> None:
-        """Announce that a group will be spawned. The next `add_group` call has the group's number.
+        """Announce a process group that will be spawned and then passed to `add_group`.
 
-        A worker can be killed before it calls `add_group`. The guard then searches for the leader
-        by this entry `NAME=value` of its environment. The search takes up to a second, because the
-        kernel shows the environment of a program only a moment after its start. An empty entry
-        withdraws the announcement.
+        A worker can be killed before it calls `add_group`. The guard process then searches for a
+        process whose environment contains `unique_entry`, which has the form `NAME=value`. The
+        search takes up to a second, because the kernel shows the environment of a program only a
+        moment after its start. An empty `unique_entry` withdraws the announcement.
         """
         self._write_line(b"?%s\n" % os.fsencode(unique_entry).hex().encode())
 
     def add_group(self, number: int) -> None:
-        """Register a running group, which the guard kills if the worker is killed."""
+        """Register a running process group, so that it is killed if the worker is killed."""
         self._write_line(b"%d\n" % number)
 
     def remove_group(self, number: int) -> None:
-        """Unregister a group that has ended, because the kernel may reuse its number."""
+        """Unregister a process group that has ended, because the kernel may reuse its id."""
         self._write_line(b"%d\n" % -number)
 
     def _write_line(self, line: bytes) -> None:
@@ -98,14 +98,15 @@ class Guard:
             written = self._pipe.write(line)
         except (OSError, ValueError):
             written = None
-        # `write` returns None if the pipe is full: the guard has left 64 KiB unread.
+        # `write` returns None if the pipe is full. The guard process has then not read 64 KiB of
+        # lines, so it does not work anymore.
         if written is None:
             log.warning("the guard has ended: commands may outlive a worker that is killed")
 
 
 @asynccontextmanager
 async def running_guard(env: Mapping[str, str]) -> AsyncIterator[Guard]:
-    """Run a guard process, which kills the remaining groups at the end of the block.
+    """Run a guard process during the `with` block. At its end, the remaining groups are killed.
 
     Raises:
         OSError: The guard cannot be started.
@@ -136,13 +137,13 @@ async def _start_guard_process(stdin: int, env: Mapping[str, str]) -> asyncio.su
 
 
 async def _wait_for_exit(process: asyncio.subprocess.Process) -> None:
-    """Wait `CLOSE_SECONDS` for the guard's exit, then kill it and wait as long again."""
+    """Wait `CLOSE_SECONDS` for the guard process to exit, then kill it and wait once more."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await process.wait()
     except TimeoutError:
-        # If other code has reaped the guard, `kill` raises an error, and the `wait` of a uvloop
-        # loop never returns.
+        # Other code may have reaped the guard process. `kill` then raises an error, and uvloop's
+        # `wait` never returns. Suppress both, or the end of the pool would fail or block.
         with suppress(ProcessLookupError, TimeoutError):
             process.kill()
             async with asyncio.timeout(CLOSE_SECONDS):

@@ -1,4 +1,4 @@
-"""The guard process: it kills the commands of a killed worker; the guard may be killed too."""
+"""Tests of the guard process, which kills the commands of a killed worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from plugins.command.tests.conftest import WAIT_SECONDS
-from workpool_command.guard import running_guard
+from workpool_command.guard_process import running_guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_guard_reaped_by_other_code_does_not_fail_end_of_pool(
-    new_loop: Callable[[], asyncio.AbstractEventLoop], process_view: Any
+def test_guard_process_reaped_by_other_code_does_not_fail_its_context(
+    new_loop: Callable[[], asyncio.AbstractEventLoop], procfs: Any
 ) -> None:
-    children = process_view.child_processes()
+    children = procfs.child_processes()
 
-    async def kill_guard_during_block() -> None:
+    async def kill_and_reap_guard() -> None:
         async with asyncio.timeout(WAIT_SECONDS), running_guard({}):
-            [pid] = process_view.child_processes() - children
-            # If SIGCHLD is ignored, the kernel reaps every child before asyncio can.
+            [pid] = procfs.child_processes() - children
+            # Ignore SIGCHLD, so that the kernel reaps the guard process before asyncio can.
             before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             try:
                 os.kill(int(pid), signal.SIGKILL)
-                await process_view.wait_until(lambda: process_view.child_processes() == children)
+                await procfs.wait_until(lambda: procfs.child_processes() == children)
             finally:
                 signal.signal(signal.SIGCHLD, before)
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(kill_guard_during_block())
+        runner.run(kill_and_reap_guard())
 
 
 WORKER_PROGRAM = """
 import asyncio, os, pathlib, signal, subprocess, sys, uvloop
-from workpool_command.process_group import CommandStart
-from workpool_command.guard import running_guard
+from workpool_command.process_group import CommandArguments
+from workpool_command.guard_process import running_guard
 
 async def work():
     async with running_guard({}) as guard:
         env = {"PATH": os.environ["PATH"], "ENTRY": "of this command"}
-        start = CommandStart(
+        start = CommandArguments(
             argv=["sleep", "60"], cwd=pathlib.Path("/"), env=env, stdin=b"",
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             unique_entry="ENTRY=of this command",
@@ -70,7 +70,7 @@ with asyncio.Runner(loop_factory=loops[sys.argv[1]]) as runner:
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("number", ["reported", "not_reported"])
 async def test_guard_of_worker_killed_right_after_spawn_kills_command(
-    loop: str, number: str, process_view: Any
+    loop: str, number: str, procfs: Any
 ) -> None:
     worker = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", WORKER_PROGRAM, loop, number), stdout=asyncio.subprocess.PIPE
@@ -80,7 +80,7 @@ async def test_guard_of_worker_killed_right_after_spawn_kills_command(
 
     assert worker.returncode == -signal.SIGKILL
     try:
-        await process_view.wait_for_end([str(pid)])
+        await procfs.wait_for_process_end([str(pid)])
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
