@@ -56,7 +56,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def podman() -> Iterator[PodmanEngine]:
-    """A running container engine with a busybox image; the tests are skipped without one."""
+    """A running container engine with a busybox image. Its tests are skipped if there is none."""
     engine = DockerEngine if os.environ.get("TEST_CONTAINER_ENGINE") == "docker" else PodmanEngine
     missing = [name for name in engine.programs if shutil.which(name) is None]
     if missing:
@@ -164,7 +164,7 @@ class ContainerTestbed:
         return self.plane.operations.get_item(self.plane.environments[0], work_id)
 
     def request_stop(self, work_id: str) -> None:
-        """Request an item's stop, and deliver the item again: the pool sends a heartbeat now."""
+        """Request an item's stop, and deliver the item again to make the pool send a heartbeat."""
         self.plane.operations.stop_item(self.plane.environments[0], work_id, force=False)
         delivery = json.dumps(DIALECTS["qoder"].item_json(self.stored_item(work_id))).encode()
         self.faults.add(literal(delivery), "poll", times=1)
@@ -173,7 +173,7 @@ class ContainerTestbed:
     async def running_worker(
         self, script: str, **options: Any
     ) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Run a worker in its own process during the block, and kill it at the end."""
+        """Run a worker in its own process during the `with` block, and kill it at the end."""
         options = self.options | {"command": ["/bin/sh", "-c", script]} | options
         settings = {
             "base_url": self.plane.base_url,
@@ -221,16 +221,16 @@ class ContainerTestbed:
         await self.poll_until(has_exited)
 
     async def wait_for_removal(self, work_id: str) -> None:
-        """Wait until no container of the item remains, except ones that were never started.
+        """Wait until the item has no containers, except containers that were never started.
 
         The engine may create a container after its request was cancelled, but never starts it.
         """
 
-        async def is_removed() -> bool:
+        async def has_no_started_container() -> bool:
             states = {each["State"] for each in await self.item_containers(work_id)}
             return states <= {"created"}
 
-        await self.poll_until(is_removed)
+        await self.poll_until(has_no_started_container)
 
     async def wait_for_output(self, line: str) -> None:
         """Wait until this line of a container's standard output is logged."""
@@ -267,7 +267,7 @@ async def docker_client(
 @pytest.fixture
 async def engine(podman: PodmanEngine) -> AsyncIterator[EngineClient]:
     async with EngineClient(podman.socket) as engine:
-        await engine.negotiate_version()
+        await engine.negotiate_api_version()
         yield engine
 
 
@@ -291,8 +291,8 @@ async def testbed(
 
 
 @pytest.fixture(autouse=True)
-async def no_task_left() -> AsyncIterator[None]:
-    """Check that no task outlives a test."""
+async def _check_for_leaked_tasks() -> AsyncIterator[None]:
+    """Check after each test that no asyncio task of it is left."""
     before = asyncio.all_tasks()
     yield
     assert not asyncio.all_tasks() - before - {asyncio.current_task()}

@@ -92,7 +92,7 @@ class PodmanEngine:
     def run_command(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run a Podman command; skip the test with the reason if the command fails."""
         done = subprocess.run(  # noqa: S603 - no input from outside
-            [*self._base_command, *arguments],
+            [*self._client_command, *arguments],
             env=self._environment,
             input=stdin,
             capture_output=True,
@@ -135,14 +135,14 @@ class PodmanEngine:
         self.registry.close()
 
     @property
-    def _base_command(self) -> list[str]:
+    def _client_command(self) -> list[str]:
         places = [f"--{name}={self._folder / name}" for name in ("root", "runroot", "tmpdir")]
         return ["podman", *places, "--storage-driver=vfs"]
 
     @property
     def _service_command(self) -> list[str]:
         # The service ends by itself after an hour without requests, in case the test run is killed.
-        return [*self._base_command, "system", "service", "--time=3600", f"unix://{self.socket}"]
+        return [*self._client_command, "system", "service", "--time=3600", f"unix://{self.socket}"]
 
 
 class DockerEngine(PodmanEngine):
@@ -157,7 +157,7 @@ class DockerEngine(PodmanEngine):
         subprocess.run(["umount", str(self._folder / "data")], check=False)  # noqa: S603, S607 - no input from outside
 
     @property
-    def _base_command(self) -> list[str]:
+    def _client_command(self) -> list[str]:
         return ["docker", "--host", f"unix://{self.socket}"]
 
     @property

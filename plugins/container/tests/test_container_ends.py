@@ -1,4 +1,4 @@
-"""The end, adoption and removal of the containers of an item."""
+"""Tests of how an item's containers end, are adopted and are removed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECORD_START = "echo started >> /kept/starts; "
 """The beginning of scripts that write a line at each start of a container."""
 
 
-def start_count(directory: Path) -> int:
+def count_container_starts(directory: Path) -> int:
     """Return the number of containers that have started."""
     return len((directory / "starts").read_text().splitlines())
 
@@ -104,11 +104,12 @@ async def test_container_of_lost_lease_is_removed_before_next_run_starts_another
     script = "echo ready; exec sleep 1000" if ignores_sigterm else testbed.endless_script
     async with testbed.make_pool(script, grace=600, sweep_seconds=600):
         await testbed.wait_for_output("ready")
-        # The item is then delivered again, and the pool detects that its lease is lost.
+        # Expire the lease, so that the control plane delivers the item again. The pool then detects
+        # that its lease is lost.
         expire_lease(testbed.plane, item.id)
         finished = await testbed.wait_for_session_end(item.id)
         assert finished.outcome == "lease_lost"
-        # The second run removes the container of the first run before it starts its own.
+        # The pool runs the item a second time. This run must remove the first container.
         second = await testbed.running_container(item.id)
         assert testbed.stored_item(item.id).metadata[CONTAINER_ID_KEY] == second
         assert len(await testbed.item_containers(item.id)) == 1
@@ -174,7 +175,7 @@ async def test_container_left_running_by_drain_is_adopted_by_next_run(
     async with testbed.make_pool(script):
         (kept_directory / "end").touch()
         assert (await testbed.wait_for_session_end(item.id, count=2)).outcome == "completed"
-    assert start_count(kept_directory) == 1
+    assert count_container_starts(kept_directory) == 1
     assert await testbed.item_containers(item.id) == []
 
 
@@ -194,7 +195,7 @@ async def test_exit_status_of_container_that_ended_between_runs_is_reported(
         finished = await testbed.wait_for_session_end(item.id, count=2)
     assert finished.outcome == "failed"
     assert "exit status 4" in str(finished.error)
-    assert start_count(kept_directory) == 1
+    assert count_container_starts(kept_directory) == 1
 
 
 async def test_container_of_killed_worker_is_adopted(
@@ -208,17 +209,17 @@ async def test_container_of_killed_worker_is_adopted(
         worker.kill()
         await worker.wait()
 
-    async def was_renamed() -> bool:
+    async def was_adopted() -> bool:
         (found,) = await testbed.item_containers(item.id)
         return bool(found["Names"] != name)
 
     expire_lease(testbed.plane, item.id)
     async with testbed.make_pool(script):
-        await testbed.poll_until(was_renamed)
+        await testbed.poll_until(was_adopted)
         (kept_directory / "end").touch()
         assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert testbed.stored_item(item.id).metadata[CONTAINER_ID_KEY] == container
-    assert start_count(kept_directory) == 1
+    assert count_container_starts(kept_directory) == 1
 
 
 async def test_output_and_exit_of_container_are_read_after_restart_of_engine(

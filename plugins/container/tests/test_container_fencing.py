@@ -1,4 +1,4 @@
-"""Cancelled and stale workers: an item never has two running containers."""
+"""Tests that an item never has two running containers, after cancellations and lost leases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ControlledLease:
-    """A lease whose remaining time the test sets, and that records the written metadata."""
+    """A fake lease: the test sets its remaining time, and it records the written metadata."""
 
     def __init__(self) -> None:
         self.remaining = 60.0
@@ -36,8 +36,8 @@ class ControlledLease:
         self.metadata |= patch
 
 
-class SessionWorker:
-    """The part of a worker that runs a session in a container, with a lease of the test."""
+class ControlledSessionRun:
+    """Runs one session in a container as a worker does, but with a `ControlledLease`."""
 
     def __init__(
         self,
@@ -69,11 +69,11 @@ class SessionWorker:
         self.options = ContainerOptions.from_settings(testbed.options | {"command": command})
 
     async def run_session(self) -> dict[str, str]:
-        return await ContainerRun(self.engine, self.options, self.session).run_to_end()
+        return await ContainerRun(self.engine, self.options, self.session).run_container()
 
 
 @pytest.fixture(autouse=True)
-def long_removal(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_removal_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow more time for the removal of a container, which is slow on a loaded machine."""
     monkeypatch.setattr(container_run, "REMOVAL_SECONDS", 60.0)
 
@@ -86,13 +86,13 @@ async def container_states(testbed: ContainerTestbed) -> dict[str, str]:
 async def test_worker_without_lease_leaves_container_adopted_by_another_worker_running(
     testbed: ContainerTestbed, engine: EngineClient
 ) -> None:
-    stale = SessionWorker(testbed, engine)
+    stale = ControlledSessionRun(testbed, engine)
     async with asyncio.TaskGroup() as group:
         first = group.create_task(stale.run_session())
         await testbed.wait_for_output("ready")
         (container,) = await container_states(testbed)
         second = group.create_task(
-            SessionWorker(testbed, engine, container_id=container).run_session()
+            ControlledSessionRun(testbed, engine, container_id=container).run_session()
         )
         await testbed.log.wait_until(lambda: any("adopted" in line for line in testbed.log.lines))
 
@@ -117,16 +117,17 @@ async def test_cancellation_at_any_engine_call_leaves_no_running_container(
 ) -> None:
     original = getattr(engine, call)
 
-    async def call_and_cancel(*arguments: Any) -> Any:
-        _call_after_loop_turns(turns, task.cancel)
+    async def cancel_soon_and_call(*arguments: Any) -> Any:
+        _call_after_loop_iterations(turns, task.cancel)
         return await original(*arguments)
 
-    monkeypatch.setattr(engine, call, call_and_cancel)
+    monkeypatch.setattr(engine, call, cancel_soon_and_call)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(SessionWorker(testbed, engine).run_session())
+        task = group.create_task(ControlledSessionRun(testbed, engine).run_session())
         await asyncio.wait({task})
     assert task.cancelled()
-    # The engine may create a container after the cancellation of its request, but never starts it.
+    # A container in the state "created" may remain: the engine may still create it after the
+    # request was cancelled.
     assert set((await container_states(testbed)).values()) <= {"created"}
 
 
@@ -141,35 +142,35 @@ async def test_second_cancellation_during_cleanup_leaves_no_container(
 ) -> None:
     original = getattr(engine, call)
 
-    async def cancel_again_and_call(*arguments: Any) -> Any:
+    async def cancel_second_time_and_call(*arguments: Any) -> Any:
         loop = asyncio.get_running_loop()
-        loop.call_soon(_call_after_loop_turns, turns, task.cancel)
+        loop.call_soon(_call_after_loop_iterations, turns, task.cancel)
         return await original(*arguments)
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(SessionWorker(testbed, engine).run_session())
+        task = group.create_task(ControlledSessionRun(testbed, engine).run_session())
         await testbed.wait_for_output("ready")
-        monkeypatch.setattr(engine, call, cancel_again_and_call)
+        monkeypatch.setattr(engine, call, cancel_second_time_and_call)
         task.cancel()
         await asyncio.wait({task})
     assert task.cancelled()
     assert await container_states(testbed) == {}
 
 
-async def test_second_cancellation_during_grace_kills_container_without_delay(
+async def test_second_cancellation_after_stop_signal_kills_container_at_once(
     testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(container_run, "CANCELLED_GRACE_SECONDS", 600.0)
     script = "trap '' TERM; echo ready; while :; do sleep 1; done"
     stop_container, stop_begun = engine.stop_container, asyncio.Event()
 
-    async def record_stop(*arguments: Any) -> None:
+    async def record_start_of_stop(*arguments: Any) -> None:
         stop_begun.set()
         await stop_container(*arguments)
 
-    monkeypatch.setattr(engine, "stop_container", record_stop)
+    monkeypatch.setattr(engine, "stop_container", record_start_of_stop)
     async with asyncio.timeout(240), asyncio.TaskGroup() as group:
-        task = group.create_task(SessionWorker(testbed, engine, script=script).run_session())
+        task = group.create_task(ControlledSessionRun(testbed, engine, script=script).run_session())
         await testbed.wait_for_output("ready")
         task.cancel()
         await stop_begun.wait()
@@ -178,9 +179,9 @@ async def test_second_cancellation_during_grace_kills_container_without_delay(
     assert await container_states(testbed) == {}
 
 
-def _call_after_loop_turns(turns: int, call: Callable[[], object]) -> None:
+def _call_after_loop_iterations(turns: int, call: Callable[[], object]) -> None:
     if turns:
-        asyncio.get_running_loop().call_soon(_call_after_loop_turns, turns - 1, call)
+        asyncio.get_running_loop().call_soon(_call_after_loop_iterations, turns - 1, call)
     else:
         call()
 
@@ -188,14 +189,14 @@ def _call_after_loop_turns(turns: int, call: Callable[[], object]) -> None:
 async def test_container_whose_lease_ends_before_its_start_is_not_started(
     testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = SessionWorker(testbed, engine)
+    worker = ControlledSessionRun(testbed, engine)
     states = []
 
-    async def end_lease(patch: dict[str, str]) -> None:
+    async def end_lease_after_creation(patch: dict[str, str]) -> None:
         states.append((await container_states(testbed))[patch[CONTAINER_ID_KEY]])
         worker.lease.remaining = 0.0
 
-    monkeypatch.setattr(worker.lease, "update_metadata", end_lease)
+    monkeypatch.setattr(worker.lease, "update_metadata", end_lease_after_creation)
     with pytest.raises(Release):
         await worker.run_session()
     assert states == ["created"]
@@ -206,7 +207,7 @@ async def test_container_whose_lease_ends_before_its_start_is_not_started(
 async def test_item_whose_metadata_cannot_be_written_is_released_without_container(
     testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = SessionWorker(testbed, engine)
+    worker = ControlledSessionRun(testbed, engine)
 
     async def raise_server_error(_: object) -> None:
         raise TransientError("update", 503, "busy", reason="server_error")
@@ -220,7 +221,7 @@ async def test_item_whose_metadata_cannot_be_written_is_released_without_contain
 async def test_container_of_worker_that_has_no_memory_is_stopped(
     testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = SessionWorker(testbed, engine)
+    worker = ControlledSessionRun(testbed, engine)
 
     async def raise_memory_error(_: object) -> None:
         await testbed.wait_for_output("ready")
@@ -236,13 +237,13 @@ async def test_container_of_worker_that_has_no_memory_is_stopped(
 async def test_container_that_cannot_be_adopted_is_removed_before_another_starts(
     testbed: ContainerTestbed, engine: EngineClient, kind: str
 ) -> None:
-    old = SessionWorker(testbed, engine)
+    old = ControlledSessionRun(testbed, engine)
     name = f"workpool-{testbed.work_id}-old{GIVEN_UP_SUFFIX if kind == 'given up' else ''}"
     left = await engine.create_container(name, container_specification(old.options, old.session))
     if kind != "never started":
         await engine.start_container(left)
-        await testbed.poll_until(lambda: _has_state(testbed, left, "running"))
-    worker = SessionWorker(
+        await testbed.poll_until(lambda: container_has_state(testbed, left, "running"))
+    worker = ControlledSessionRun(
         testbed, engine, container_id="" if kind == "not named by the item" else left
     )
     async with asyncio.TaskGroup() as group:
@@ -254,5 +255,5 @@ async def test_container_that_cannot_be_adopted_is_removed_before_another_starts
         task.cancel()
 
 
-async def _has_state(testbed: ContainerTestbed, container: str, state: str) -> bool:
+async def container_has_state(testbed: ContainerTestbed, container: str, state: str) -> bool:
     return (await container_states(testbed)).get(container) == state

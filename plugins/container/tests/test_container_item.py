@@ -54,10 +54,10 @@ def test_item_passed_to_container_has_creation_time_or_null(
 async def test_session_whose_worker_has_no_memory_or_descriptors_is_released(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    async def raise_error(_run: ContainerRun) -> None:
+    async def raise_exhaustion_error(_run: ContainerRun) -> None:
         raise error
 
-    monkeypatch.setattr(ContainerRun, "run_to_end", raise_error)
+    monkeypatch.setattr(ContainerRun, "run_container", raise_exhaustion_error)
     monkeypatch.setattr(Container, "_engine", None, raising=False)
     monkeypatch.setattr(Container, "_settings", Settings(), raising=False)
     session: Any = SimpleNamespace(item=SimpleNamespace(id="work_1"))
@@ -67,18 +67,18 @@ async def test_session_whose_worker_has_no_memory_or_descriptors_is_released(
 
 
 @pytest.mark.parametrize("item_token", [True, False])
-async def test_container_gets_item_token_only_if_set_and_never_key_of_worker(
+async def test_container_gets_token_of_item_only_with_setting_item_token(
     monkeypatch: pytest.MonkeyPatch, *, item_token: bool
 ) -> None:
     specifications: list[dict[str, Any]] = []
 
-    async def record_specification(run: ContainerRun) -> dict[str, str]:
+    async def record_container_specification(run: ContainerRun) -> dict[str, str]:
         specifications.append(
             container_specification(run._options, run._session, run._extra_variables)
         )
         return {}
 
-    monkeypatch.setattr(ContainerRun, "run_to_end", record_specification)
+    monkeypatch.setattr(ContainerRun, "run_container", record_container_specification)
     monkeypatch.setattr(Container, "_engine", None, raising=False)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", "key-of-the-worker")
     worker = Settings(

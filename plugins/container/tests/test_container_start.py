@@ -84,7 +84,7 @@ async def test_start_without_image_raises_plugin_error(testbed: ContainerTestbed
 
 @asynccontextmanager
 async def image_registry(podman: PodmanEngine, directory: Path) -> AsyncIterator[str]:
-    """Serve the test image as a registry over HTTP, and yield the image's name there."""
+    """Run an image registry that has the test image. Yield the image's name in this registry."""
     podman.run_command("push", "--format=v2s2", podman.image, f"dir:{directory}")
     manifest = (directory / "manifest.json").read_bytes()
     kind = json.loads(manifest)["mediaType"]
@@ -199,11 +199,11 @@ async def test_sweep_removes_leftover_containers_but_keeps_adoptable_and_unknown
         await other_worker.update_metadata(superseded, {CONTAINER_ID_KEY: "of another engine"})
         await other_worker.update_metadata(adoptable, {CONTAINER_ID_KEY: container[adoptable]})
 
-    async def was_swept_twice() -> bool:
+    async def both_items_were_read_twice() -> bool:
         gets = [request.work_id for request in testbed.faults.of("get")]
         return min(gets.count(adoptable), gets.count(unknown)) >= 2
 
     async with testbed.make_pool("true", sweep_seconds=0.1, metadata={"job": "none"}):
-        await testbed.poll_until(was_swept_twice)
+        await testbed.poll_until(both_items_were_read_twice)
     left = {each.id for each in await testbed.docker_client.containers.list()}
     assert left == {container[adoptable], container[unknown]}

@@ -53,7 +53,7 @@ RELEASE_DELAY_SECONDS: Final = 30.0
 
 
 class ContainerFailed(WorkpoolError):
-    """The container of a session failed, or another program removed it.
+    """The exit status of the container means failure, or another program removed the container.
 
     Attributes:
         status: The exit status, or None if it is unknown.
@@ -65,7 +65,7 @@ class ContainerFailed(WorkpoolError):
 
 
 class ContainerRun:
-    """Runs one session in a container, for one call of the handler."""
+    """Runs the container of one session. Each call of the handler creates a `ContainerRun`."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class ContainerRun:
         *,
         reads_all_output: bool = False,
     ) -> None:
-        """Create the run of a session.
+        """Store the arguments. `run_container` starts the container.
 
         Args:
             engine: The engine.
@@ -97,7 +97,7 @@ class ContainerRun:
         self._without_grace = False
         self._grace_timeout: asyncio.Timeout | None = None
 
-    async def run_to_end(self) -> dict[str, str]:
+    async def run_container(self) -> dict[str, str]:
         """Run the container of the session to its end, and return metadata for the item.
 
         Raises:
@@ -113,23 +113,24 @@ class ContainerRun:
             # After a cancellation, or if memory or descriptors are exhausted, another worker may
             # receive the item. The container must not run then.
             if isinstance(error, asyncio.CancelledError) or exhausted(error):
-                await self._give_up_container()
+                await self._remove_own_container()
             raise
 
     def _log_fields(self) -> dict[str, str]:
         return {"container_id": self._id[:12]}
 
     async def _adopt_or_start_container(self) -> bool:
-        """Adopt the item's container or start a new one, and return whether one was adopted."""
+        """Adopt the item's container or start a new one. Return whether a container was adopted."""
         try:
             adopted = await self._adopt_container()
             if not adopted:
                 await self._start_container()
         except (WorkpoolError, Release) as error:
-            await self._give_up_container()
+            await self._remove_own_container()
             if not isinstance(error, EngineError | TransientError):
                 raise
-            # No container has run. Release the item: a worker with another engine may succeed.
+            # Release the item, because a worker with another engine may succeed. No container has
+            # run.
             self._session.log.warning(
                 "container not started: %s", error, extra={"error": str(error)}
             )
@@ -218,14 +219,15 @@ class ContainerRun:
                     "container output interrupted: %s", error, extra={"error": str(error)}
                 )
                 await asyncio.sleep(OUTPUT_RETRY_SECONDS)
-                # Continue with new lines only: some lines may be missing, but none is logged twice.
+                # After an error, read only new lines. Some lines may be missing in the log, but
+                # none is logged twice.
                 tail = "0"
             else:
                 output.log_unfinished_lines()
                 return
 
     async def _stop_when_interrupted(self) -> None:
-        """Wait for a stop request or a drain, then stop the container or leave it for adoption.
+        """Wait for a stop request or a drain. Then stop the container, or leave it for adoption.
 
         Raises:
             Release: The pool drains, and the setting `on_drain` is `leave`.
@@ -249,37 +251,37 @@ class ContainerRun:
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
         if status == os.EX_TEMPFAIL or self._stop_signal_sent:
-            # Without this, the next run of the item would adopt the ended container and report its
-            # exit status instead of starting a new container.
-            await self._give_up_container()
+            # Remove the ended container. Otherwise the next run of the item would adopt it and
+            # report its exit status instead of starting a new container.
+            await self._remove_own_container()
             raise Release(f"exit status {status}")
         killed = " (SIGKILL: was it out of memory?)" if status == SIGKILL_EXIT_STATUS else ""
         raise ContainerFailed(self._id, f"exit status {status}{killed}", status)
 
-    async def _give_up_container(self) -> None:
-        """Stop and remove the container, also if the handler is cancelled again meanwhile.
+    async def _remove_own_container(self) -> None:
+        """Stop and remove the container, even if the handler is cancelled a second time.
 
         A second cancellation ends the grace at once, and is raised after the removal.
         """
         second_cancellation: asyncio.CancelledError | None = None
         async with asyncio.TaskGroup() as group:
-            removal = group.create_task(self._stop_and_remove(), name="container-clean-up")
+            removal = group.create_task(self._rename_and_remove(), name="container-clean-up")
             while not removal.done():
                 try:
                     await asyncio.wait({removal})
                 except asyncio.CancelledError as error:
                     second_cancellation = error
-                    self._end_grace_now()
+                    self._skip_remaining_grace()
         if second_cancellation is not None:
             raise second_cancellation
 
-    def _end_grace_now(self) -> None:
+    def _skip_remaining_grace(self) -> None:
         self._without_grace = True
         if self._grace_timeout is not None and not self._grace_timeout.expired():
             self._grace_timeout.reschedule(asyncio.get_running_loop().time())
 
-    async def _stop_and_remove(self) -> None:
-        """Give up this worker's container by renaming it, then stop and remove it.
+    async def _rename_and_remove(self) -> None:
+        """Rename this worker's container so that no worker can adopt it, then stop and remove it.
 
         The time of all calls is limited. The engine may still carry out a cancelled create or
         start. The removal waits for a start in progress; a container that the engine creates later
@@ -295,9 +297,10 @@ class ContainerRun:
                 if not await self._engine.rename_container(
                     self._name, self._name + GIVEN_UP_SUFFIX
                 ):
-                    # The container was not created, or another worker has adopted it.
+                    # Nothing to remove: the container was not created, or another worker has
+                    # adopted it.
                     return
-                await self._stop_and_remove_given_up(grace)
+                await self._stop_and_remove_renamed(grace)
         except (EngineError, TimeoutError) as error:
             self._session.log.critical(
                 "container may still run: %r",
@@ -305,12 +308,12 @@ class ContainerRun:
                 extra={"container": self._name, "error": repr(error)},
             )
 
-    async def _stop_and_remove_given_up(self, grace: float) -> None:
+    async def _stop_and_remove_renamed(self, grace: float) -> None:
         given_up_name = self._name + GIVEN_UP_SUFFIX
         try:
             async with asyncio.timeout(0 if self._without_grace else grace) as self._grace_timeout:
                 await self._engine.stop_container(given_up_name, grace)
         except (EngineError, TimeoutError):
-            pass  # If the stop failed, the removal kills the running container.
+            pass  # The removal below kills a container that was not stopped.
         self._grace_timeout = None
         await self._engine.remove_container(given_up_name)

@@ -85,12 +85,12 @@ class ListedContainer:
 
     @property
     def is_given_up(self) -> bool:
-        """Whether a worker has given up this container: its exit status is then no result."""
+        """Whether the name shows that its worker is removing it, so no worker may adopt it."""
         return self.name.endswith(GIVEN_UP_SUFFIX)
 
 
 class EngineClient:
-    """A client of the engine at `socket`. Enter its context and call `negotiate_version` first."""
+    """A client of the engine at `socket`. Call `negotiate_api_version` before other methods."""
 
     def __init__(self, socket: str) -> None:
         self.socket = socket
@@ -110,8 +110,8 @@ class EngineClient:
         await self._docker.close()
         await self._session.close()
 
-    async def negotiate_version(self) -> str:
-        """Negotiate the version of the API, and return the name and the version of the engine."""
+    async def negotiate_api_version(self) -> str:
+        """Use the API version of the engine from now on. Return the engine's name and version."""
         with _wrap_engine_errors("asking for the version"):
             async with self._session.get(f"{BASE_URL}/version", raise_for_status=True) as response:
                 version = await response.json()
@@ -167,7 +167,7 @@ class EngineClient:
         The request is never repeated, because a second one would restart an ended container.
         """
         with _wrap_engine_errors("starting the container"):
-            await self._docker_container(container).start()
+            await self._container_by_id_or_name(container).start()
 
     async def rename_container(self, name: str, new_name: str) -> bool:
         """Rename a container, and return whether a container had the old name.
@@ -176,7 +176,7 @@ class EngineClient:
         """
         try:
             with _wrap_engine_errors("renaming the container"):
-                await self._docker_container(name).rename(new_name)
+                await self._container_by_id_or_name(name).rename(new_name)
         except EngineError as error:
             if error.is_not_found:
                 return False
@@ -187,7 +187,7 @@ class EngineClient:
         """Stop a container with its stop signal, and with SIGKILL after `grace` seconds."""
         with _wrap_engine_errors("stopping the container"):
             async with asyncio.timeout(CALL_SECONDS + grace):
-                await self._docker_container(container).stop(t=math.ceil(grace))
+                await self._container_by_id_or_name(container).stop(t=math.ceil(grace))
 
     async def remove_container(self, container: str) -> None:
         """Kill the container if it runs, remove it, and wait until it does not exist anymore."""
@@ -202,12 +202,12 @@ class EngineClient:
 
     async def _try_remove_container(self, container: str, *, last: bool) -> bool:
         try:
-            await self._docker_container(container).delete(force=True, v=True)
+            await self._container_by_id_or_name(container).delete(force=True, v=True)
         except aiodocker.DockerError as error:
             if error.status == HTTPStatus.CONFLICT:
                 return False  # Docker answers 409 while an earlier call removes the container.
             if error.status == HTTPStatus.INTERNAL_SERVER_ERROR and not last:
-                return False  # Podman answers 500 while a cancelled stop changes the state.
+                return False  # Podman answers 500 while a cancelled `stop` is in progress.
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
         return True
@@ -229,7 +229,8 @@ class EngineClient:
             except EngineError as error:
                 if error.is_not_found:
                     raise
-                # Continue to wait: the container may still run, and the pool extends the lease.
+                # Try again after any other error, because the container may still run. The pool
+                # keeps extending the lease meanwhile.
                 log.warning(
                     "container not reached: %s",
                     error,
@@ -246,7 +247,7 @@ class EngineClient:
         The state is checked too: an engine may report the status 0 during a removal.
         """
         with _wrap_engine_errors("looking at the container"):
-            state = (await self._docker_container(container).show())["State"]
+            state = (await self._container_by_id_or_name(container).show())["State"]
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED_STATES else None
 
     async def _wait_for_next_exit(self, container: str, patience: float) -> None:
@@ -257,7 +258,7 @@ class EngineClient:
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 with _wrap_engine_errors("waiting for the container"):
-                    await self._docker_container(container).wait(condition="next-exit")
+                    await self._container_by_id_or_name(container).wait(condition="next-exit")
 
     async def container_output(
         self, container: str, tail: str
@@ -285,7 +286,7 @@ class EngineClient:
                         chunk = await response.content.readexactly(int.from_bytes(header[4:]))
                         yield STREAM_NAMES.get(header[0], "stdout"), chunk
 
-    def _docker_container(self, container: str) -> aiodocker.containers.DockerContainer:
+    def _container_by_id_or_name(self, container: str) -> aiodocker.containers.DockerContainer:
         return self._docker.containers.container(container)
 
 
@@ -294,7 +295,7 @@ def _wrap_engine_errors(action: str) -> Iterator[None]:
     try:
         yield
     except aiodocker.DockerError as error:
-        # The numbers of aiodocker's own errors are no HTTP statuses.
+        # aiodocker also raises this error without a response. Its `status` is then no HTTP status.
         answered = 100 <= error.status < 600  # noqa: PLR2004 - the statuses of HTTP
         raise EngineError(action, error.message, error.status if answered else None) from error
     except TimeoutError as error:
@@ -304,7 +305,7 @@ def _wrap_engine_errors(action: str) -> Iterator[None]:
 
 
 def find_socket(setting: str | None) -> str:
-    """Return the path of the engine's socket: the setting, `DOCKER_HOST`, or a usual path."""
+    """Return the socket path from the setting, else from `DOCKER_HOST`, else a usual path."""
     host = os.environ.get("DOCKER_HOST", "")
     if setting is not None or host.startswith("unix://"):
         return (setting or host).removeprefix("unix://")

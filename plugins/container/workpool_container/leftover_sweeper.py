@@ -41,7 +41,7 @@ class LeftoverSweeper:
         environment_id: str,
         running_item_ids: AbstractSet[str],
     ) -> None:
-        """Create a sweeper, which keeps the containers of the items in `running_item_ids`.
+        """Create a sweeper. It keeps the containers of the items in `running_item_ids`.
 
         Args:
             engine: The engine.
@@ -57,7 +57,10 @@ class LeftoverSweeper:
         self._containers_of_unknown_items: set[str] = set()
 
     async def sweep_repeatedly(self, seconds: float) -> None:
-        """Sweep at once, after each request, and at least every `seconds`, until cancelled."""
+        """Remove leftover containers now, at each `sweep_requested`, and every `seconds`.
+
+        The loop runs until it is cancelled.
+        """
         while True:
             await self.sweep_once()
             try:
@@ -105,7 +108,7 @@ class LeftoverSweeper:
             )
 
     async def _leftover_reason(self, listed: ListedContainer) -> str | None:
-        """Return why no worker can adopt the container anymore, or None if one can."""
+        """Return why the container is a leftover, or None if a worker may still adopt it."""
         try:
             item = await self._client.get(listed.labels[WORK_ID_LABEL])
         except ControlPlaneError as error:

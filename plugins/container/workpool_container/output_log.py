@@ -1,4 +1,4 @@
-"""Logs a container's output in the log of its session, up to a limit of lines."""
+"""Writes a container's output to the log of its session, up to a limit of lines."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class OutputLog:
         if self.is_full:
             return
         *lines, rest = (self._parts[stream] + chunk).split(b"\n")
-        # Memory is bounded: of an unfinished line only the logged bytes are stored, and one more
-        # byte that shows that the line is longer.
+        # Store only the bytes of an unfinished line that can be logged, or an endless line would
+        # fill the memory. One more byte shows that the line is longer.
         self._parts[stream] = rest[: MAX_LINE_BYTES + 1]
         for line in lines:
             self._log_line(stream, line)
@@ -64,7 +64,7 @@ class OutputLog:
 
 
 def escape_line(line: bytes) -> str:
-    """Return a line as text, cut and with all control characters but tabs escaped."""
+    """Return a line as text of limited length, with all control characters except tabs escaped."""
     text = line[:MAX_LINE_BYTES].rstrip(b"\r").decode(errors="backslashreplace")
     if not text.isprintable():
         text = "".join(

@@ -1,4 +1,4 @@
-"""The plugin class: checks of the machine at start, the sweeper, and the handler.
+"""The plugin class `Container`: checks at the start of a pool, the sweeper, and the handler.
 
 The start fails without an engine or an image, so that the worker claims no sessions that only other
 workers can run.
@@ -94,7 +94,7 @@ class Container:
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:
-        """Request a sweep, because the container of an ended session is a leftover."""
+        """Request a sweep, because the ended session may have left a container behind."""
         del event
         if self._sweeper is not None:
             self._sweeper.sweep_requested.set()
@@ -117,7 +117,7 @@ class Container:
                     extra_variables,
                     reads_all_output=reads_all_output,
                 )
-                return await run.run_to_end()
+                return await run.run_container()
         finally:
             self._running_item_ids.discard(work_id)
 
@@ -137,7 +137,7 @@ class Container:
         """
         socket, image = engine.socket, self._options.image
         try:
-            version = await engine.negotiate_version()
+            version = await engine.negotiate_api_version()
         except EngineError as error:
             raise PluginError(
                 "container",

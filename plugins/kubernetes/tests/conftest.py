@@ -27,7 +27,7 @@ KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
 
 
 @pytest.fixture(autouse=True)
-def long_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow more time for events of the pool, which come late on a loaded machine."""
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
 
@@ -107,7 +107,7 @@ class PodAPIServer:
                 pass
 
     async def handle_request(self, request: web.Request) -> web.Response:
-        status = self._answer_status(request)
+        status = self._choose_answer_status(request)
         if status == 0:
             # Never answer. The server cancels this handler when the client disconnects.
             await asyncio.Event().wait()
@@ -121,7 +121,7 @@ class PodAPIServer:
         self.costs.put_nowait(self.pod["metadata"]["annotations"][DELETION_COST])
         return web.json_response(self.pod)
 
-    def _answer_status(self, request: web.Request) -> int:
+    def _choose_answer_status(self, request: web.Request) -> int:
         if request.headers.get("Authorization") != f"Bearer {self.token}":
             return 401
         if request.path != f"/api/v1/namespaces/{NAMESPACE}/pods/{POD}":

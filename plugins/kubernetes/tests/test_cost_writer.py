@@ -1,4 +1,4 @@
-"""The cost writer in virtual time: the rate and order of its writes, and failed writes."""
+"""Tests of `CostWriter` in virtual time: the rate and order of its writes, and failed writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class WriterTestbed:
-    """A cost writer with a cost that the test sets, and a list of its writes with their times."""
+    """A `CostWriter` whose cost the test sets, and a list of all writes with their times."""
 
     def __init__(self, interval: float = 5.0) -> None:
         self.cost = 0
@@ -97,7 +97,7 @@ async def test_cost_that_changes_and_returns_within_interval_is_not_written() ->
 
 
 @in_virtual_time
-async def test_changed_cost_without_request_is_written_within_half_a_minute() -> None:
+async def test_changed_cost_without_update_request_is_written_at_next_recheck() -> None:
     testbed = WriterTestbed()
     async with testbed.running_writer():
         await asyncio.sleep(10)
@@ -130,8 +130,8 @@ async def test_failed_writes_are_repeated_after_growing_limited_pauses(
 
 
 @in_virtual_time
-async def test_cost_is_written_again_after_failed_write_of_another_cost() -> None:
-    """The API server may have applied the failed write, if only its answer was lost."""
+async def test_last_written_cost_is_written_again_after_failed_write() -> None:
+    """A write whose answer is lost counts as failed, but the API server may have applied it."""
     testbed = WriterTestbed()
     async with testbed.running_writer():
         await asyncio.sleep(10)

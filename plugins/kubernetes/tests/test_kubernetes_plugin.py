@@ -1,4 +1,4 @@
-"""Pools with the plugin, on an API server that checks tokens over TLS."""
+"""Tests of pools with the plugin. The API server uses TLS and checks the token."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class BlockedSessions:
         self.end = asyncio.Event()
 
     @handler
-    async def wait_for_end(self, session: Session) -> None:
+    async def wait_until_released(self, session: Session) -> None:
         del session
         await self.end.wait()
 
 
 @handler
-async def end_at_once(session: Session) -> None:
+async def return_at_once(session: Session) -> None:
     del session
 
 
@@ -89,7 +89,7 @@ async def test_service_account_without_role_runs_sessions_and_logs_missing_role(
 ) -> None:
     api_server.failures = [403] * 100
     workpool.enqueue()
-    async with workpool.pool(api_server.make_plugin(), end_at_once):
+    async with workpool.pool(api_server.make_plugin(), return_at_once):
         finished = await workpool.wait_for(SessionFinished)
         text = await warning_log.next_warning()
     assert finished.outcome == "completed"
@@ -102,7 +102,7 @@ async def test_cost_is_written_again_after_error_of_api_server(
     workpool: Kit, api_server: PodAPIServer, warning_log: WarningLog, status: int
 ) -> None:
     api_server.failures = [status]
-    async with workpool.pool(api_server.make_plugin(), end_at_once):
+    async with workpool.pool(api_server.make_plugin(), return_at_once):
         text = await warning_log.next_warning()
         await api_server.wait_for_cost("0")
     assert warning_log.texts.empty()
@@ -117,7 +117,7 @@ async def test_unknown_pod_name_is_logged_with_variable_to_set(
 ) -> None:
     monkeypatch.delenv("POD_NAME")
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
-    async with workpool.pool(api_server.make_plugin(), end_at_once):
+    async with workpool.pool(api_server.make_plugin(), return_at_once):
         text = await warning_log.next_warning()
     assert "has no pod node-7: set POD_NAME from metadata.name" in text
 
@@ -127,7 +127,7 @@ async def test_api_server_with_untrusted_certificate_receives_no_token(
 ) -> None:
     (api_server.service_account / "ca.crt").write_bytes((certificates / "other.pem").read_bytes())
     workpool.enqueue()
-    async with workpool.pool(api_server.make_plugin(), end_at_once):
+    async with workpool.pool(api_server.make_plugin(), return_at_once):
         finished = await workpool.wait_for(SessionFinished)
         text = await warning_log.next_warning()
     assert finished.outcome == "completed"
@@ -135,14 +135,14 @@ async def test_api_server_with_untrusted_certificate_receives_no_token(
     assert api_server.answers == []
 
 
-async def test_silent_api_server_delays_neither_session_nor_end(
+async def test_api_server_that_never_answers_delays_neither_session_nor_pool_end(
     workpool: Kit, api_server: PodAPIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the session or the end of the pool waited for an answer, the test would time out."""
+    """A session or pool that waited for the API server's answer would exceed the timeout."""
     monkeypatch.setattr("workpool_kubernetes.api_server.CALL_SECONDS", 3600)
     api_server.failures = [0] * 10
     workpool.enqueue()
-    async with workpool.pool(api_server.make_plugin(), end_at_once):
+    async with workpool.pool(api_server.make_plugin(), return_at_once):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
 
@@ -155,7 +155,7 @@ async def test_refused_token_is_not_logged(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     token, api_server.token = api_server.token, "another"
-    async with workpool.pool(api_server.make_plugin(), end_at_once):
+    async with workpool.pool(api_server.make_plugin(), return_at_once):
         text = await warning_log.next_warning()
     assert "refuses the token in" in text
     assert token not in caplog.text
@@ -166,14 +166,14 @@ async def test_malformed_token_file_is_logged_without_its_content(
     workpool: Kit, api_server: PodAPIServer, warning_log: WarningLog, content: str
 ) -> None:
     (api_server.service_account / "token").write_text(content)
-    async with workpool.pool(api_server.make_plugin(), end_at_once):
+    async with workpool.pool(api_server.make_plugin(), return_at_once):
         text = await warning_log.next_warning()
     assert text.endswith("token holds no token")
 
 
 async def start_error(kit: Kit, plugin: Kubernetes) -> str:
     with pytest.raises(PluginError) as caught:
-        async with kit.pool(plugin, end_at_once):
+        async with kit.pool(plugin, return_at_once):
             pass
     return str(caught.value)
 

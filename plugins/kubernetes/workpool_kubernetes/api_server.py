@@ -91,7 +91,9 @@ class PodClient:
                 ) as answer,
             ):
                 if answer.status != HTTPStatus.OK:
-                    raise self._refusal_error(answer.status, await _read_beginning(answer.content))
+                    raise self._error_for_status(
+                        answer.status, await _read_start_of_body(answer.content)
+                    )
         except TimeoutError:
             raise APIServerError(f"no answer within {CALL_SECONDS:.0f} s") from None
         except aiohttp.ClientError as error:
@@ -108,7 +110,7 @@ class PodClient:
             raise APIServerError(f"{file} holds no token")
         return token
 
-    def _refusal_error(self, status: int, body: bytes) -> APIServerError:
+    def _error_for_status(self, status: int, body: bytes) -> APIServerError:
         pod = self._pod
         texts = {
             401: f"the API server refuses the token in {pod.token_file}",
@@ -119,18 +121,18 @@ class PodClient:
             " metadata.name",
         }
         text = texts.get(status, f"the API server answered {status}")
-        message = _status_message(body)
+        message = _message_of_error_body(body)
         return APIServerError(f"{text} ({message})" if message else text)
 
 
-async def _read_beginning(content: aiohttp.StreamReader) -> bytes:
+async def _read_start_of_body(content: aiohttp.StreamReader) -> bytes:
     try:
         return await content.readexactly(MAX_ANSWER_BYTES)
     except asyncio.IncompleteReadError as error:
         return error.partial
 
 
-def _status_message(body: bytes) -> str:
+def _message_of_error_body(body: bytes) -> str:
     """Return the field `message` of an error's body, cut to a limit; empty if it is missing."""
     with suppress(ValueError, AttributeError):
         message = json.loads(body).get("message")

@@ -1,4 +1,4 @@
-"""The loop that writes the deletion cost after each change, at a limited rate."""
+"""Writes the deletion cost of the pod after each change, at a limited rate."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class CostWriter:
         self._failures = 0
 
     def request_update(self) -> None:
-        """Let the loop compute the cost again, because the cost may have changed."""
+        """Make `write_changes` compute the cost now, and write it if it has changed."""
         self._changed.set()
 
     async def write_changes(self) -> None:
@@ -53,7 +53,8 @@ class CostWriter:
             self._changed.clear()
             cost = self._cost()
             if cost is None:
-                # The plugin of another pool writes the cost now, so the stored cost is unknown.
+                # Forget the written cost. The plugin of another pool in this process writes the
+                # annotation now, so the stored cost may change.
                 self._written = None
             if cost is not None and cost != self._written:
                 await self._try_write(cost)
@@ -83,7 +84,7 @@ class CostWriter:
             self._failures = 0
 
     def _pause_seconds(self) -> float:
-        """Return the pause after a write: `interval`, or after failures a random, longer one."""
+        """Return the pause after a write: `interval`, or longer and random after failed writes."""
         if not self._failures:
             return self._interval
         ceiling = min(MAX_BACKOFF_SECONDS, self._interval * 2.0 ** min(self._failures, 16))
@@ -92,7 +93,7 @@ class CostWriter:
 
 @asynccontextmanager
 async def running_writer(writer: CostWriter) -> AsyncIterator[CostWriter]:
-    """Run the writer in a task during the block."""
+    """Run `writer.write_changes` in a task during the `with` block."""
     async with asyncio.TaskGroup() as group:
         task = group.create_task(writer.write_changes(), name="deletion-cost")
         try:

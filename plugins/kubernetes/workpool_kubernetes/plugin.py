@@ -1,4 +1,7 @@
-"""The plugin class, which counts the sessions of this process and writes their number."""
+"""The plugin class `Kubernetes`, which counts the sessions of this process.
+
+The number is written to the pod as its deletion cost.
+"""
 
 from __future__ import annotations
 
@@ -86,9 +89,10 @@ class Kubernetes:
 
 
 def deletion_cost(supervisor: Supervisor) -> int | None:
-    """Return the number of sessions in this process, or None if another pool's plugin writes it.
+    """Return the number of sessions in this process, or None if this pool must not write it.
 
-    A worker for several environments has several pools in one pod, whose sessions are added.
+    A worker for several environments has several pools in one process. Only the plugin of the first
+    pool writes the cost, which is the sum of the sessions of all pools.
     """
     pools = tuple(_UPDATE_REQUESTS)
     if pools[:1] != (supervisor,):
@@ -103,7 +107,7 @@ def running_sessions(supervisor: Supervisor) -> int:
 
 @contextmanager
 def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
-    """Include the sessions of this pool in the deletion cost during the block."""
+    """Include the sessions of this pool in the deletion cost during the `with` block."""
     loop = asyncio.get_running_loop()
     _UPDATE_REQUESTS[supervisor] = partial(loop.call_soon_threadsafe, writer.request_update)
     _request_update()
@@ -115,7 +119,7 @@ def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator
 
 
 def _request_update() -> None:
-    """Request an update from the plugin of the first pool, which writes for all pools."""
+    """Request an update from the first pool's plugin, which writes the cost of all pools."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
-        with suppress(RuntimeError):  # raised if the event loop of the first pool is closed
+        with suppress(RuntimeError):  # the event loop of the first pool may be closed
             request()

@@ -38,7 +38,7 @@ def span_recorder() -> SpanRecorder:
 
 @pytest.fixture
 async def kit(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Kit]:
-    """A control plane and pools, without the OTEL variables of the environment."""
+    """A `workpool.testing.Kit` in an environment without OTEL variables."""
     for name in ("OTEL_SERVICE_NAME", "OTEL_PROPAGATORS", "OTEL_SDK_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     async with Kit() as kit:

@@ -1,4 +1,4 @@
-"""The spans of real pools, stored in memory: attributes, parents, links and errors."""
+"""Tests of the spans that a pool records: attributes, parents, links and errors."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_session_has_one_span_with_its_requests_as_children(
     # The lease renewer sends heartbeats on a thread of its own, at any time.
     without_heartbeats = [each for each in operations if each != "heartbeat"]
     assert "heartbeat" in operations
-    # The three updates write the trace context, the phase and the result.
+    # One update writes the trace context, one the key "phase", and one the handler's result.
     assert without_heartbeats == ["ack", "update", "update", "update", "stop"]
     for call in calls:
         assert parent_id(call) == span_id(span)
@@ -120,13 +120,13 @@ async def test_span_of_second_run_links_to_span_of_first_run(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     @handler
-    async def lose_first_lease(session: Session) -> None:
+    async def lose_lease_in_first_attempt(session: Session) -> None:
         if session.attempt == 1:
             kit.lose(item)
             await asyncio.Event().wait()
 
     [item] = kit.enqueue()
-    async with kit.pool(span_recorder.make_plugin(), lose_first_lease):
+    async with kit.pool(span_recorder.make_plugin(), lose_lease_in_first_attempt):
         outcomes = [
             (await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)).outcome for _ in range(2)
         ]
@@ -143,10 +143,10 @@ async def test_span_of_failed_session_has_error_class_without_message(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     @handler
-    async def raise_error(_: Session) -> None:
+    async def raise_runtime_error(_: Session) -> None:
         raise RuntimeError("a secret")
 
-    finished = await run_item(kit, [span_recorder.make_plugin(), raise_error])
+    finished = await run_item(kit, [span_recorder.make_plugin(), raise_runtime_error])
     [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
     assert span.status.status_code is StatusCode.ERROR
     assert span_attributes(span)["error.type"] == "RuntimeError"
@@ -154,15 +154,15 @@ async def test_span_of_failed_session_has_error_class_without_message(
     assert not span.events
 
 
-async def test_retry_of_handler_is_event_of_session_span(
+async def test_retry_of_handler_is_recorded_as_event_of_session_span(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     @handler(retry=Retry(on=RuntimeError, times=1, backoff=0.01))
-    async def succeed_second_time(session: Session) -> None:
+    async def fail_first_call(session: Session) -> None:
         if session.retry == 0:
             raise RuntimeError("a secret")
 
-    finished = await run_item(kit, [span_recorder.make_plugin(), succeed_second_time])
+    finished = await run_item(kit, [span_recorder.make_plugin(), fail_first_call])
     [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
     [event] = span.events
     assert (event.name, dict(event.attributes or {})) == (
@@ -191,7 +191,7 @@ async def test_span_of_failed_request_has_error_status(
     kit.faults.add(status(503), "stop", times=1)
     finished = await run_item(kit, [span_recorder.make_plugin(), write_phase])
     stops = span_recorder.spans_named(f"stop {finished.session.item.environment_id}")
-    # The metrics, too, use the name "5xx" for all such statuses.
+    # The pool reports every status from 500 to 599 as "5xx".
     assert span_attributes(stops[0])["error.type"] == "5xx"
     assert "error.type" not in span_attributes(stops[1])
     assert [each.status.status_code for each in stops] == [StatusCode.ERROR, StatusCode.UNSET]
@@ -222,11 +222,11 @@ async def test_span_that_handler_creates_is_child_of_session_span(
     tracer = span_recorder.provider.get_tracer("reports")
 
     @handler
-    async def render(_: Session) -> None:
+    async def create_render_span(_: Session) -> None:
         with tracer.start_as_current_span("render"):
             await asyncio.sleep(0)
 
-    finished = await run_item(kit, [span_recorder.make_plugin(), render])
+    finished = await run_item(kit, [span_recorder.make_plugin(), create_render_span])
     [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
     [child] = span_recorder.spans_named("render")
     assert parent_id(child) == span_id(span)
@@ -253,7 +253,7 @@ async def test_item_whose_ack_is_refused_leaves_no_span(
     assert plugin._spans is None
 
 
-async def test_plugin_object_serves_one_pool_at_a_time(
+async def test_plugin_object_in_two_running_pools_raises_plugin_error(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     plugin = span_recorder.make_plugin()

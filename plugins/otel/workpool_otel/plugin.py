@@ -1,4 +1,4 @@
-"""The plugin class: its settings, its tracer provider, and the hooks that record spans."""
+"""The plugin class `Otel`: its settings, its tracer provider, and the hooks that record spans."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Otel:
             raise PluginError(NAME, "runs in a pool only")
         with self._spans.current_span(session) as context:
             if self.write_context and context:
-                await _write_run_context(session, context)
+                await _write_trace_context(session, context)
             yield
 
     @hookimpl
@@ -103,7 +103,10 @@ class Otel:
             self._spans.record_event(event)
 
     def _choose_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
-        """Return the provider to use, and the one to shut down at the end (the same or None)."""
+        """Return the provider to use, and the provider to shut down at the end of the pool.
+
+        The second is the same provider if this plugin class has created it, else None.
+        """
         if self.tracer_provider is not None:
             return self.tracer_provider, None
         current = trace.get_tracer_provider()
@@ -112,21 +115,21 @@ class Otel:
             return current, current
         if not isinstance(current, trace.ProxyTracerProvider):
             return current, None
-        # The SDK prefers an explicit service name to OTEL_SERVICE_NAME. The detector reads the
-        # variables again, so that OTEL_SERVICE_NAME counts.
+        # "workpool" is only the default service name. `Resource.create` prefers it to the variable
+        # OTEL_SERVICE_NAME, so the merge lets the variables override it.
         resource = Resource.create({SERVICE_NAME: "workpool"}).merge(
             OTELResourceDetector().detect()
         )
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        # Make it the global provider, so that spans of handlers are exported, too.
+        # Make it the global provider, so that spans that handlers create are exported, too.
         trace.set_tracer_provider(provider)
         _POOL_COUNTS[provider] = 1
         return provider, provider
 
 
-async def _write_run_context(session: Session, context: dict[str, str]) -> None:
-    """Write the trace context of this run to the metadata. A refusal is only logged."""
+async def _write_trace_context(session: Session, context: dict[str, str]) -> None:
+    """Write the trace context of this run to the item's metadata, or log that this is refused."""
     try:
         await session.update_metadata(
             {f"workpool.{name}": value for name, value in context.items()}

@@ -1,4 +1,4 @@
-"""The spans of the sessions of one pool.
+"""Creates the OpenTelemetry spans of the sessions of one pool.
 
 A session's span begins with the first request for its item (the ack), or with its handler, and ends
 with the session. The requests for the item are child spans. All functions are called on the
@@ -43,7 +43,7 @@ _FAILURES: Final = frozenset({"failed", "timed_out", "stalled"})
 
 
 class _FinishedRequest(NamedTuple):
-    """A finished request for an item. The times are nanoseconds since the epoch."""
+    """A finished request for an item. `start` and `end` are in nanoseconds since the epoch."""
 
     op: str
     code: str
@@ -52,8 +52,8 @@ class _FinishedRequest(NamedTuple):
 
 
 @dataclass(slots=True)
-class _RunSpan:
-    """The span of one session run, and the requests that finished before the span began."""
+class _SessionRunSpan:
+    """The span of one session run, and the requests that finished before the span was created."""
 
     span: Span | None = None
     attributes: dict[str, str] = field(default_factory=dict)
@@ -74,15 +74,15 @@ class SessionSpans:
         self._tracer = tracer
         self._client = client
         self._with_messages = with_messages
-        self._runs: dict[str, _RunSpan] = {}
+        self._runs: dict[str, _SessionRunSpan] = {}
 
     @contextmanager
     def current_span(self, session: Session) -> Iterator[dict[str, str]]:
-        """Make the session's span current during the block, and yield its trace context.
+        """Make the session's span current during the `with` block, and yield its trace context.
 
         The context is empty if the SDK creates no real spans.
         """
-        run = self._runs.setdefault(session.item.id, _RunSpan())
+        run = self._runs.setdefault(session.item.id, _SessionRunSpan())
         span = self._started_span(run, session.item)
         context: dict[str, str] = {}
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):
@@ -116,9 +116,10 @@ class SessionSpans:
         run = self._runs.get(work_id)
         if run is None:
             if event.op != "ack":
-                # This heartbeat released the item after the end of the session and of its span.
+                # Ignore a heartbeat that releases the item after its session, because the session's
+                # span has ended.
                 return
-            run = self._runs[work_id] = _RunSpan()
+            run = self._runs[work_id] = _SessionRunSpan()
         end = time.time_ns()
         request = _FinishedRequest(event.op, event.code, end - int(event.seconds * 1e9), end)
         if run.span is None:
@@ -137,7 +138,7 @@ class SessionSpans:
 
     def _end_span(self, event: SessionFinished) -> None:
         item = event.session.item
-        run = self._runs.pop(item.id, None) or _RunSpan()
+        run = self._runs.pop(item.id, None) or _SessionRunSpan()
         span = self._started_span(run, item)
         span.set_attributes(
             {
@@ -155,8 +156,8 @@ class SessionSpans:
             span.set_status(Status(StatusCode.ERROR, text))
         span.end()
 
-    def _started_span(self, run: _RunSpan, item: WorkItem) -> Span:
-        """Return the span of a run. If it has not begun, start it and add the early requests."""
+    def _started_span(self, run: _SessionRunSpan, item: WorkItem) -> Span:
+        """Return the span of a run. If it does not exist, create it and add the early requests."""
         if run.span is None:
             run.attributes = {
                 span_attributes.SYSTEM: "workpool",
@@ -182,8 +183,10 @@ class SessionSpans:
             run.early_requests.clear()
         return run.span
 
-    def _add_request_span(self, run: _RunSpan, parent: Span, request: _FinishedRequest) -> None:
-        """Record a finished request as a child of the session's span."""
+    def _add_request_span(
+        self, run: _SessionRunSpan, parent: Span, request: _FinishedRequest
+    ) -> None:
+        """Create the span of a finished request, as a child of the session's span."""
         span = self._tracer.start_span(
             f"{request.op} {run.attributes[span_attributes.DESTINATION]}",
             context=trace.set_span_in_context(parent),
@@ -210,7 +213,7 @@ def _creator_context(item: WorkItem) -> Context:
 
 
 def _link_to_last_run(item: WorkItem) -> list[Link]:
-    """Return a link to the item's last run if the metadata have that run's trace context."""
+    """Return a link to the span of the item's last run, if the metadata name that span."""
     metadata: Mapping[str, str] = item.metadata
     names = {each: metadata[_PREFIX + each] for each in _W3C.fields if _PREFIX + each in metadata}
     last = trace.get_current_span(_W3C.extract(names)).get_span_context()
