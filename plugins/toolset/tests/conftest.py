@@ -19,7 +19,13 @@ from workpool_toolset.isolation import (
 )
 from workpool_toolset.search_tools import SandboxCommand, SearchTools
 from workpool_toolset.shell import BashShell
-from workpool_toolset.toolbox import CallLimits, Toolbox, ToolCall, ToolThreads, started_threads
+from workpool_toolset.toolbox import (
+    CallLimits,
+    Toolbox,
+    ToolCall,
+    ToolThreads,
+    running_tool_threads,
+)
 from workpool_toolset.workspace import Workspace, WorkspaceRoot
 
 if TYPE_CHECKING:
@@ -32,7 +38,7 @@ SESSION = "sess_1"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Add the marker `trial` to every test that needs bubblewrap, which is no Python package."""
+    """Mark every test that needs bubblewrap as `trial`, because no Python package provides it."""
     if "sandbox" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.trial)
 
@@ -50,13 +56,13 @@ class ToolCaller:
         return await self.toolbox.run_call(call)
 
     async def call_successfully(self, name: str, **fields: Any) -> str:
-        """Call a tool that must succeed, and return the text of its result."""
+        """Call a tool, check that it succeeds, and return the text of its result."""
         result = await self.call_tool(name, **fields)
         assert not result.is_error, result
         return result_text(result)
 
     async def call_with_error(self, name: str, **fields: Any) -> str:
-        """Call a tool that must fail, and return the text of its error."""
+        """Call a tool, check that it fails, and return the text of its error."""
         result = await self.call_tool(name, **fields)
         assert result.is_error, result
         return result_text(result)
@@ -66,7 +72,7 @@ def result_text(result: ToolResult) -> str:
     return "\n".join(str(block.get("text")) for block in result.content)
 
 
-def make_agent(
+def make_tool_caller(
     isolation: Isolation,
     folder: Path,
     roots: Sequence[WorkspaceRoot] = (),
@@ -120,20 +126,20 @@ def workspace_directory(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 async def tool_threads() -> AsyncIterator[ToolThreads]:
-    async with started_threads() as threads:
+    async with running_tool_threads() as threads:
         yield threads
 
 
 @pytest.fixture
-async def make_agents(
+async def make_tool_callers(
     workspace_directory: Path, tool_threads: ToolThreads
 ) -> AsyncIterator[Callable[..., ToolCaller]]:
-    """Return a function that creates a `ToolCaller` with an isolation and further options."""
+    """Return a function that makes a `ToolCaller` from an isolation and its options."""
     callers: list[ToolCaller] = []
 
     def make_caller(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen
         callers.append(
-            make_agent(isolation, workspace_directory, **{"threads": tool_threads} | options)
+            make_tool_caller(isolation, workspace_directory, **{"threads": tool_threads} | options)
         )
         return callers[-1]
 
@@ -146,7 +152,7 @@ async def make_agents(
     params=["agent_without_sandbox", pytest.param("agent_with_sandbox", marks=pytest.mark.trial)]
 )
 def agent(request: pytest.FixtureRequest) -> ToolCaller:
-    """A caller of tools. Each test runs twice: without and with a sandbox."""
+    """A `ToolCaller`. Each test that uses it runs twice: without and with a sandbox."""
     caller: ToolCaller = request.getfixturevalue(request.param)
     return caller
 
@@ -155,8 +161,8 @@ def agent(request: pytest.FixtureRequest) -> ToolCaller:
 async def agent_without_sandbox(
     workspace_directory: Path, tool_threads: ToolThreads
 ) -> AsyncIterator[ToolCaller]:
-    """A caller of tools whose commands run without isolation."""
-    agent = make_agent(NoIsolation(), workspace_directory, threads=tool_threads)
+    """A `ToolCaller` whose commands run without isolation."""
+    agent = make_tool_caller(NoIsolation(), workspace_directory, threads=tool_threads)
     yield agent
     await agent.toolbox.close_shell()
 
@@ -165,7 +171,7 @@ async def agent_without_sandbox(
 async def agent_with_sandbox(
     sandbox: Bubblewrap, workspace_directory: Path, tool_threads: ToolThreads
 ) -> AsyncIterator[ToolCaller]:
-    """A caller of tools whose commands run in a sandbox."""
-    agent = make_agent(sandbox, workspace_directory, threads=tool_threads)
+    """A `ToolCaller` whose commands run in a sandbox."""
+    agent = make_tool_caller(sandbox, workspace_directory, threads=tool_threads)
     yield agent
     await agent.toolbox.close_shell()

@@ -49,39 +49,41 @@ async def shout(call):
 """
 
 
-def append_line_command(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
-    """Return a call of a command that appends a line, so that its executions can be counted."""
+def counted_bash_call(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
+    """Return a Bash call whose command appends its number to a file at each execution."""
     command = f"{before}echo {number} >> log; sleep 0.05; echo said {number}"
     return {"name": "Bash", "input": {"command": command}, "permission": permission}
 
 
-def tool_use(name: str, **fields: Any) -> dict[str, Any]:
+def scripted_call(name: str, **fields: Any) -> dict[str, Any]:
     return {"name": name, "input": fields}
 
 
 SCRIPT: list[dict[str, Any]] = [
-    append_line_command(1),
-    tool_use("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
-    tool_use("Read", file_path="notes/plan.txt"),
-    tool_use("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
-    tool_use("Glob", pattern="**/*.txt"),
-    tool_use("Grep", pattern="2nd|log"),
-    append_line_command(7, "cat notes/plan.txt; "),
-    tool_use("Read", file_path="missing.txt"),
-    tool_use("Bash", command="echo to stderr >&2; (exit 3)"),
-    tool_use("Bash", command="echo begun; sleep 60", timeout_ms=300),
-    tool_use("Bash", restart=True),
-    append_line_command(12, permission="ask"),
-    append_line_command(13, permission="deny"),
-    append_line_command(14, permission="ask"),
+    counted_bash_call(1),
+    scripted_call("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
+    scripted_call("Read", file_path="notes/plan.txt"),
+    scripted_call("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
+    scripted_call("Glob", pattern="**/*.txt"),
+    scripted_call("Grep", pattern="2nd|log"),
+    counted_bash_call(7, "cat notes/plan.txt; "),
+    scripted_call("Read", file_path="missing.txt"),
+    scripted_call("Bash", command="echo to stderr >&2; (exit 3)"),
+    scripted_call("Bash", command="echo begun; sleep 60", timeout_ms=300),
+    scripted_call("Bash", restart=True),
+    counted_bash_call(12, permission="ask"),
+    counted_bash_call(13, permission="deny"),
+    counted_bash_call(14, permission="ask"),
     {"name": "shout", "input": {"line": "15"}, "custom": True},
-    tool_use("Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True),
-    tool_use("Read", file_path="/proc/self/environ"),
-    *(append_line_command(number) for number in range(18, 24)),
+    scripted_call(
+        "Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True
+    ),
+    scripted_call("Read", file_path="/proc/self/environ"),
+    *(counted_bash_call(number) for number in range(18, 24)),
     {"name": "shout", "input": {"line": "24"}, "custom": True},
-    tool_use("Read", file_path="notes/plan.txt", view_range=[2, 2]),
-    tool_use("Write", file_path="notes/done.txt", content="done\n"),
-    *(append_line_command(number) for number in range(27, 31)),
+    scripted_call("Read", file_path="notes/plan.txt", view_range=[2, 2]),
+    scripted_call("Write", file_path="notes/done.txt", content="done\n"),
+    *(counted_bash_call(number) for number in range(27, 31)),
 ]
 VERDICTS = {12: "allow", 14: "deny"}
 DENIED = {13, 14}
@@ -92,8 +94,8 @@ COUNTED = {
 }
 
 
-class ScriptedRun:
-    """One session, its control plane, and the workers that are started and killed for it."""
+class ScriptedSession:
+    """One session with a scripted agent, and the workers that are started and killed for it."""
 
     def __init__(
         self, plane: ControlPlane, faults: Faults, folder: Path, seed: int, *, sleeping: bool
@@ -127,16 +129,16 @@ class ScriptedRun:
     def session_events(self) -> Sequence[Mapping[str, Any]]:
         return self.plane.events(self.item.session_id)
 
-    def answered_calls(self) -> int:
+    def count_answered_calls(self) -> int:
         return sum(event["type"].endswith("tool_result") for event in self.session_events)
 
-    def has_ended(self) -> bool:
+    def session_has_ended(self) -> bool:
         last = self.session_events[-1]
         return bool(last.get("stop_reason", {}).get("type") == "end_turn")
 
     @contextlib.asynccontextmanager
     async def running_worker(self, *flags: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """Run a `workpool run toolset` process during the block, then kill or suspend it."""
+        """Run a `workpool run toolset` process during the `with` block, then kill or suspend it."""
         environment = {
             name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ
         }
@@ -164,8 +166,8 @@ class ScriptedRun:
                 process.kill()
                 await process.wait()
 
-    async def confirm_requests(self) -> None:
-        """Answer the requests for confirmation in order, as a person would."""
+    async def answer_confirmations(self) -> None:
+        """Allow or deny each tool call for which the session requests confirmation."""
         waiting = list(VERDICTS.values())
         async with WorkClient(self.settings) as client:
             events = client.events(self.item.session_id)
@@ -188,15 +190,18 @@ class ScriptedRun:
             client.events(self.item.session_id).stream() as stream,
         ):
             async for _ in stream:
-                if self.answered_calls() >= answers or self.has_ended():
+                if self.count_answered_calls() >= answers or self.session_has_ended():
                     return
 
     @property
-    def item_key(self) -> tuple[str, str]:
+    def environment_and_item_id(self) -> tuple[str, str]:
         return self.item.environment_id, self.item.id
 
     async def resume_suspended_workers(self) -> list[str]:
-        """Let the suspended workers continue and end; describe their forbidden requests."""
+        """Let the suspended workers continue until they end. Return one text for each problem.
+
+        A worker that was suspended has lost its lease, so it must not send results or heartbeats.
+        """
         before = len(self.faults.seen)
         for process in self.asleep:
             process.send_signal(signal.SIGCONT)
@@ -212,23 +217,23 @@ class ScriptedRun:
         """Run the session to its end, and return how often workers were killed or suspended."""
         killed = 0
         async with asyncio.timeout(BOUND_SECONDS), asyncio.TaskGroup() as group:
-            group.create_task(self.confirm_requests(), name="person")
-            while killed < kills and not self.has_ended():
+            group.create_task(self.answer_confirmations(), name="person")
+            while killed < kills and not self.session_has_ended():
                 async with self.running_worker():
-                    # After this answer the worker begins its next call, in which it is killed.
-                    await self.wait_for_answers(self.answered_calls() + 1)
+                    # The worker is killed during the call that follows this answer.
+                    await self.wait_for_answers(self.count_answered_calls() + 1)
                     await asyncio.sleep(self.random.choice((0.0, 0.01, 0.02, 0.05, 0.1, 0.2)))
-                if not self.has_ended():
+                if not self.session_has_ended():
                     killed += 1
                 expire_lease(self.plane, self.item.id)
-            while self.plane.operations.get_item(*self.item_key).state != "stopped":
+            while self.plane.operations.get_item(*self.environment_and_item_id).state != "stopped":
                 async with self.running_worker("--drain") as process:
                     status = await process.wait()
                     assert status == 0, f"the worker ended with {status}"
         return killed
 
-    def check_session(self) -> tuple[list[str], Counter[str]]:
-        """Return the violated rules, and a count of the kinds of answers."""
+    def find_violations(self) -> tuple[list[str], Counter[str]]:
+        """Return a text for each violated rule, and the number of answers of each kind."""
         wrong: list[str] = []
         calls = [event for event in self.session_events if event["type"].endswith("tool_use")]
         results = [event for event in self.session_events if event["type"].endswith("tool_result")]
@@ -264,21 +269,23 @@ class ScriptedRun:
 
 
 async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
-    """Run sessions until workers were killed `kills` times, and return 1 if a rule was violated."""
+    """Run sessions until workers were killed `kills` times. Return 1 after a violation, else 0."""
     left, failed = kills, False
     while True:
         with tempfile.TemporaryDirectory(prefix="toolset-show-") as name:
             faults = Faults()
             async with ControlPlane(tokens={TOKEN: None}, middlewares=[faults.middleware]) as plane:
-                run = ScriptedRun(plane, faults, Path(name), seed, sleeping=sleeping)
-                killed, wrong = await run_and_check(run, left, quiet=quiet)
+                run = ScriptedSession(plane, faults, Path(name), seed, sleeping=sleeping)
+                killed, wrong = await run_and_check_session(run, left, quiet=quiet)
         left, seed, failed = left - killed, seed + 1, failed or bool(wrong)
         if left <= 0 or failed:
             return int(failed)
 
 
-async def run_and_check(run: ScriptedRun, kills: int, *, quiet: bool) -> tuple[int, list[str]]:
-    """Run and check one session. Return the number of killed workers and the violated rules."""
+async def run_and_check_session(
+    run: ScriptedSession, kills: int, *, quiet: bool
+) -> tuple[int, list[str]]:
+    """Run and check one session. Return the number of killed workers and all violations."""
     say = sys.stdout.write
     try:
         killed = await run.run_session(kills)
@@ -286,7 +293,7 @@ async def run_and_check(run: ScriptedRun, kills: int, *, quiet: bool) -> tuple[i
     except BaseException:
         say((run.folder / "worker.log").read_text()[-5000:])
         raise
-    found, counts = run.check_session()
+    found, counts = run.find_violations()
     wrong += found
     for event in () if quiet else run.session_events:
         shown = {key: event[key] for key in event if key not in {"type", "id"}}

@@ -1,4 +1,4 @@
-"""The effect of session events on the open tool calls, without I/O."""
+"""Tests of `Conversation`: how each session event changes the open tool calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ConversationTestbed:
-    """A conversation of a worker with two tools, and functions that add events."""
+    """A `Conversation` of a worker with two tools, and methods that apply events to it."""
 
     def __init__(self) -> None:
         self.denied: list[str] = []
@@ -23,7 +23,7 @@ class ConversationTestbed:
     def owns_call(call: ToolCall) -> bool:
         return call.name == ("weather" if call.custom else "bash")
 
-    def add_use(
+    def add_tool_use(
         self, name: str, tool: str = "bash", *, custom: bool = False, **more: Any
     ) -> ConversationTestbed:
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
@@ -43,10 +43,15 @@ class ConversationTestbed:
 
 
 def test_tool_calls_are_taken_in_order_until_they_are_answered() -> None:
-    uses = ConversationTestbed().add_use("a").add_use("b", "weather", custom=True).add_use("c")
+    uses = (
+        ConversationTestbed()
+        .add_tool_use("a")
+        .add_tool_use("b", "weather", custom=True)
+        .add_tool_use("c")
+    )
     assert uses.next_call == "a"
     assert [call.id for call in uses.now.runnable_calls()] == ["a", "b", "c"]
-    uses.now.close_call("a")
+    uses.now.mark_call_answered("a")
     assert uses.next_call == "b"
     uses.apply_event("user.custom_tool_result", custom_tool_use_id="b")
     uses.apply_event("agent.tool_result", tool_use_id="c")
@@ -54,39 +59,43 @@ def test_tool_calls_are_taken_in_order_until_they_are_answered() -> None:
 
 
 def test_conversation_waits_for_others_if_confirmation_or_message_is_missing() -> None:
-    uses = ConversationTestbed().add_use("a", evaluated_permission="ask")
-    assert uses.now.waits_for_others
-    assert uses.end_turn("requires_action").now.waits_for_others
+    uses = ConversationTestbed().add_tool_use("a", evaluated_permission="ask")
+    assert uses.now.waits_for_person_or_application
+    assert uses.end_turn("requires_action").now.waits_for_person_or_application
     uses.apply_event("user.tool_confirmation", tool_use_id="a", result="allow")
-    assert not uses.now.waits_for_others
-    uses.now.close_call("a")
-    assert not uses.apply_event("session.status_running").now.waits_for_others
-    assert uses.end_turn().now.waits_for_others
-    assert uses.add_use("browse", custom=True).end_turn("requires_action").now.waits_for_others
+    assert not uses.now.waits_for_person_or_application
+    uses.now.mark_call_answered("a")
+    assert not uses.apply_event("session.status_running").now.waits_for_person_or_application
+    assert uses.end_turn().now.waits_for_person_or_application
+    assert (
+        uses.add_tool_use("browse", custom=True)
+        .end_turn("requires_action")
+        .now.waits_for_person_or_application
+    )
 
 
 def test_result_that_arrives_before_its_call_answers_call() -> None:
     assert (
         ConversationTestbed()
         .apply_event("user.tool_result", tool_use_id="a")
-        .add_use("a")
+        .add_tool_use("a")
         .next_call
         is None
     )
 
 
 def test_call_that_was_answered_is_not_taken_again() -> None:
-    uses = ConversationTestbed().add_use("a")
-    uses.now.close_call("a")
-    assert uses.add_use("a").next_call is None
+    uses = ConversationTestbed().add_tool_use("a")
+    uses.now.mark_call_answered("a")
+    assert uses.add_tool_use("a").next_call is None
 
 
 def test_calls_of_unknown_tools_are_left_to_other_clients() -> None:
     uses = (
         ConversationTestbed()
-        .add_use("a", "browser")
-        .add_use("b", "bash", custom=True)
-        .add_use("c", "weather")
+        .add_tool_use("a", "browser")
+        .add_tool_use("b", "bash", custom=True)
+        .add_tool_use("c", "weather")
     )
     assert uses.next_call is None
     assert uses.end_turn().now.is_idle
@@ -96,9 +105,11 @@ def test_calls_of_unknown_tools_are_left_to_other_clients() -> None:
 
 @pytest.mark.parametrize("permission", ["ask", "unknown", 1, {}])
 def test_call_with_permission_pending_waits_for_confirmation(permission: object) -> None:
-    uses = ConversationTestbed().add_use("a", evaluated_permission=permission).add_use("b")
+    uses = (
+        ConversationTestbed().add_tool_use("a", evaluated_permission=permission).add_tool_use("b")
+    )
     assert uses.next_call == "b"
-    uses.now.close_call("b")
+    uses.now.mark_call_answered("b")
     assert not uses.end_turn().now.is_idle
     assert (
         uses.apply_event("user.tool_confirmation", tool_use_id="a", result="allow").next_call == "a"
@@ -107,29 +118,29 @@ def test_call_with_permission_pending_waits_for_confirmation(permission: object)
 
 @pytest.mark.parametrize("verdict", ["deny", "unknown", None])
 def test_denied_call_is_never_run(verdict: object) -> None:
-    uses = ConversationTestbed().add_use("a", evaluated_permission="ask")
+    uses = ConversationTestbed().add_tool_use("a", evaluated_permission="ask")
     uses.apply_event("user.tool_confirmation", tool_use_id="a", result=verdict)
     assert (uses.next_call, uses.denied) == (None, ["a"])
     uses.apply_event("user.tool_confirmation", tool_use_id="a", result="allow")
-    assert uses.add_use("a").next_call is None
+    assert uses.add_tool_use("a").next_call is None
     assert uses.end_turn().now.is_idle
-    assert ConversationTestbed().add_use("a", evaluated_permission="deny").denied == ["a"]
+    assert ConversationTestbed().add_tool_use("a", evaluated_permission="deny").denied == ["a"]
 
 
 @pytest.mark.parametrize(("verdict", "follows"), [("allow", "a"), ("deny", None)])
-def test_confirmation_that_arrives_before_its_call_is_applied(
+def test_early_confirmation_is_applied_when_its_call_arrives(
     verdict: str, follows: str | None
 ) -> None:
     uses = ConversationTestbed().apply_event(
         "user.tool_confirmation", tool_use_id="a", result=verdict
     )
-    assert uses.add_use("a", evaluated_permission="ask").next_call == follows
+    assert uses.add_tool_use("a", evaluated_permission="ask").next_call == follows
 
 
-def test_denial_of_allowed_call_prevents_its_run() -> None:
+def test_denial_after_automatic_permission_prevents_run_of_call() -> None:
     uses = (
         ConversationTestbed()
-        .add_use("a")
+        .add_tool_use("a")
         .apply_event("user.tool_confirmation", tool_use_id="a", result="deny")
     )
     assert uses.next_call is None
@@ -154,28 +165,28 @@ def test_idle_state_ends_with_new_messages_but_not_with_confirmations() -> None:
     assert not uses.apply_event("something.new").now.is_idle
 
 
-def test_interrupt_cancels_waiting_calls_but_not_later_ones() -> None:
+def test_interrupt_affects_open_calls_but_not_calls_that_follow() -> None:
     uses = (
         ConversationTestbed()
-        .add_use("a")
-        .add_use("b", evaluated_permission="ask")
+        .add_tool_use("a")
+        .add_tool_use("b", evaluated_permission="ask")
         .apply_event("user.interrupt")
-        .add_use("c")
+        .add_tool_use("c")
     )
     assert uses.now.is_interrupted("a")
     assert uses.now.is_interrupted("b")
     assert not uses.now.is_interrupted("c")
     assert [call.id for call in uses.now.runnable_calls()] == ["c"]
-    # The interrupted call "a" is answered next, with an error and without its execution.
+    # The worker must still answer the interrupted call "a", with an error.
     assert uses.next_call == "a"
 
 
-def test_termination_of_thread_removes_its_calls() -> None:
+def test_termination_of_agent_thread_closes_calls_of_thread() -> None:
     uses = (
         ConversationTestbed()
-        .add_use("a", session_thread_id="t")
-        .add_use("b", session_thread_id="u")
-        .add_use("c")
+        .add_tool_use("a", session_thread_id="t")
+        .add_tool_use("b", session_thread_id="u")
+        .add_tool_use("c")
     )
     assert (
         uses.apply_event("session.thread_status_terminated", session_thread_id="t").next_call == "b"
@@ -204,6 +215,6 @@ def test_termination_or_deletion_event_ends_conversation(kind: str) -> None:
     ],
 )
 def test_malformed_event_leaves_calls_unchanged(event: dict[str, Any]) -> None:
-    uses = ConversationTestbed().add_use("z", session_thread_id="t")
+    uses = ConversationTestbed().add_tool_use("z", session_thread_id="t")
     uses.now.apply_event(event)
     assert uses.next_call == "z"

@@ -165,17 +165,22 @@ async def test_large_file_is_readable_only_by_range(
 
 
 async def test_reads_far_into_large_file_leave_threads_to_other_sessions(
-    make_agents: Any, workspace_directory: Path
+    make_tool_callers: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "small").write_text("here")
     with (workspace_directory / "large").open("wb") as file:
         file.truncate(1 << 40)
     threads = ToolThreads(DaemonThreads("test", 2), DaemonThreads("test", 2))
-    hostile = make_agents(bounds=CallLimits(bash_seconds=20, tool_seconds=0.1), threads=threads)
+    hostile = make_tool_callers(
+        bounds=CallLimits(bash_seconds=20, tool_seconds=0.1), threads=threads
+    )
     async with asyncio.TaskGroup() as group:
         for _ in range(6):
             group.create_task(hostile.call_tool("read", file_path="large", view_range=[9, 9]))
-    assert await make_agents(threads=threads).call_successfully("read", file_path="small") == "here"
+    assert (
+        await make_tool_callers(threads=threads).call_successfully("read", file_path="small")
+        == "here"
+    )
     await threads.files.close()
 
 
@@ -209,29 +214,29 @@ async def test_search_for_line_range_is_limited_by_bytes_and_time(
     )
 
 
-async def test_hanging_custom_tools_leave_threads_to_file_tools(
-    make_agents: Any, workspace_directory: Path
+async def test_file_tools_still_run_while_custom_tools_block_their_threads(
+    make_tool_callers: Any, workspace_directory: Path
 ) -> None:
     release = threading.Event()
     (workspace_directory / "small").write_text("here")
     bounds = CallLimits(bash_seconds=20, tool_seconds=0.1)
-    agent = make_agents(custom={"hang": lambda _: release.wait()}, bounds=bounds)
+    agent = make_tool_callers(custom={"hang": lambda _: release.wait()}, bounds=bounds)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(2 * THREAD_COUNT):
                 group.create_task(agent.call_tool("hang", custom=True))
-        assert await make_agents().call_successfully("read", file_path="small") == "here"
+        assert await make_tool_callers().call_successfully("read", file_path="small") == "here"
     finally:
         release.set()
 
 
 async def test_configured_size_limits_apply_to_each_type_of_file(
-    make_agents: Any, workspace_directory: Path
+    make_tool_callers: Any, workspace_directory: Path
 ) -> None:
     bounds = CallLimits(
         bash_seconds=20, tool_seconds=30, sizes=FileSizeLimits(text=10, image=20, pdf=30)
     )
-    agent = make_agents(bounds=bounds)
+    agent = make_tool_callers(bounds=bounds)
     for name, limit in (("a.txt", 10), ("b.png", 20), ("c.pdf", 30)):
         (workspace_directory / name).write_bytes(b"x" * limit)
         assert not (await agent.call_tool("read", file_path=name)).is_error
@@ -344,7 +349,7 @@ async def test_edit_replaces_one_occurrence_or_all_and_refuses_ambiguity(
 
 
 async def test_additional_roots_are_writable_or_read_only_as_configured(
-    make_agents: Any, workspace_directory: Path, tmp_path: Path
+    make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared, frozen, nested = tmp_path / "shared", tmp_path / "frozen", tmp_path / "shared/frozen"
     nested.mkdir(parents=True)
@@ -355,7 +360,7 @@ async def test_additional_roots_are_writable_or_read_only_as_configured(
         WorkspaceRoot(str(shared), shared),
         *(WorkspaceRoot(str(r), r, writable=False) for r in (frozen, nested)),
     ]
-    agent = make_agents(roots=roots)
+    agent = make_tool_callers(roots=roots)
     await agent.call_successfully("write", file_path=f"{shared}/b", content="new")
     assert await agent.call_successfully("read", file_path="to/b") == "new"
     assert await agent.call_successfully("read", file_path=f"{frozen}/a") == "kept"
@@ -370,17 +375,17 @@ async def test_additional_roots_are_writable_or_read_only_as_configured(
 
 
 async def test_root_directory_as_additional_root_allows_every_path(
-    make_agents: Any, workspace_directory: Path, tmp_path: Path
+    make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "outside").write_text("seen")
     (workspace_directory / "link").symlink_to("/")
-    agent = make_agents(roots=[WorkspaceRoot("/", Path("/"))])
+    agent = make_tool_callers(roots=[WorkspaceRoot("/", Path("/"))])
     for path in (f"{tmp_path}/outside", "../outside", f"link{tmp_path}/outside"):
         assert await agent.call_successfully("read", file_path=path) == "seen"
 
 
-async def test_additional_roots_are_visible_in_sandbox_with_their_permissions(
-    make_agents: Any, sandbox: Any, tmp_path: Path
+async def test_sandboxed_shell_writes_allowed_root_but_not_read_only_root(
+    make_tool_callers: Any, sandbox: Any, tmp_path: Path
 ) -> None:
     shared, frozen = tmp_path / "shared", tmp_path / "frozen"
     for path in (shared, frozen):
@@ -388,7 +393,7 @@ async def test_additional_roots_are_visible_in_sandbox_with_their_permissions(
         path.chmod(0o777)
         (path / "a").write_text("here\n")
     roots = (WorkspaceRoot(str(shared), shared), WorkspaceRoot(str(frozen), frozen, writable=False))
-    agent = make_agents(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
+    agent = make_tool_callers(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
     assert (
         await agent.call_successfully("bash", command=f"cat {shared}/a {frozen}/a")
         == "here\nhere\n"
@@ -404,7 +409,7 @@ async def test_additional_roots_are_visible_in_sandbox_with_their_permissions(
     assert "No such file" in await agent.call_with_error("bash", command=f"cat {tmp_path}/outside")
 
 
-async def test_files_of_tools_and_of_sandboxed_shell_are_shared_within_session(
+async def test_file_tools_and_sandboxed_shell_see_same_files(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
     await agent_with_sandbox.call_successfully(

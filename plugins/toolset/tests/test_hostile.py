@@ -1,4 +1,4 @@
-"""Hostile sessions, which try to read the worker's token or to change other files.
+"""Tests of hostile sessions, which try to read the worker's token or to change foreign files.
 
 The token is where a real worker has it: in this process's environment, in a file beside the
 workspaces and in another session's workspace. No result of a tool may contain it, and no file
@@ -27,8 +27,10 @@ TOKEN = "pat-Zx9-of-the-worker"  # noqa: S105 - a token of the test only
 
 
 @pytest.fixture(autouse=True)
-def foreign_files(workspace_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Create files beside the workspace, and check at the end that none has changed."""
+def files_outside_workspace(
+    workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """Create files outside the workspace. Check after the test that they are unchanged."""
     monkeypatch.setenv("QODER_PAT", TOKEN)
     monkeypatch.setenv("ANTHROPIC_ENVIRONMENT_KEY", TOKEN)
     outside = workspace_directory.parent
@@ -43,7 +45,7 @@ def foreign_files(workspace_directory: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def file_snapshot(outside: Path) -> dict[str, str]:
-    """Return all files beside the workspace with their contents."""
+    """Return a hash of the content of each file outside the workspace, by path."""
     return {
         str(path.relative_to(outside)): hashlib.sha256(
             path.read_bytes() if path.is_file() else b""
@@ -57,8 +59,8 @@ def output_text(result: ToolResult) -> str:
     return str(result.content)
 
 
-def create_links(folder: Path) -> None:
-    """Create links to many targets in the workspace, as a session can with Bash."""
+def create_outward_links(folder: Path) -> None:
+    """Create symbolic links in the workspace, most of which lead outside, as a session could."""
     outside = folder.parent
     (folder / "src").mkdir()
     (folder / "src/own.txt").write_text("own")
@@ -155,18 +157,18 @@ FIELD = {"glob": "path", "grep": "path"}
 async def test_hostile_path_in_sandboxed_workspace_reaches_no_file_outside(
     agent_with_sandbox: Any, workspace_directory: Path, tool: str
 ) -> None:
-    await call_with_path(agent_with_sandbox, workspace_directory, tool)
+    await check_hostile_paths(agent_with_sandbox, workspace_directory, tool)
 
 
 @pytest.mark.parametrize("tool", INPUTS)
 async def test_hostile_path_without_sandbox_reaches_no_file_outside(
     agent_without_sandbox: Any, workspace_directory: Path, tool: str
 ) -> None:
-    await call_with_path(agent_without_sandbox, workspace_directory, tool)
+    await check_hostile_paths(agent_without_sandbox, workspace_directory, tool)
 
 
-async def call_with_path(agent: Any, folder: Path, tool: str) -> None:
-    create_links(folder)
+async def check_hostile_paths(agent: Any, folder: Path, tool: str) -> None:
+    create_outward_links(folder)
     for path in hostile_paths(folder):
         for fields in INPUTS[tool]:
             result = await agent.call_tool(tool, **{FIELD.get(tool, "file_path"): path}, **fields)
@@ -186,7 +188,7 @@ PATTERNS = [
 async def test_hostile_glob_pattern_finds_no_file_outside_workspace(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
-    create_links(workspace_directory)
+    create_outward_links(workspace_directory)
     for pattern in PATTERNS:
         answer = output_text(await agent_with_sandbox.call_tool("glob", pattern=pattern))
         assert "secret.txt" not in answer or "secret.txt" in pattern, pattern
@@ -202,7 +204,7 @@ GREPS = [
 async def test_hostile_grep_pattern_is_not_taken_for_an_option(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
-    create_links(workspace_directory)
+    create_outward_links(workspace_directory)
     for pattern in GREPS:
         assert TOKEN not in output_text(
             await agent_with_sandbox.call_tool("grep", pattern=pattern)
@@ -211,7 +213,7 @@ async def test_hostile_grep_pattern_is_not_taken_for_an_option(
         assert TOKEN not in output_text(include), pattern
 
 
-def hostile_commands(outside: Path, port: int) -> list[str]:
+def hostile_shell_commands(outside: Path, port: int) -> list[str]:
     pid = os.getpid()
     python = "python3 -c"
     return [
@@ -281,26 +283,26 @@ def hostile_commands(outside: Path, port: int) -> list[str]:
 
 
 async def test_hostile_command_reaches_nothing_outside_sandbox(
-    agent_with_sandbox: Any, foreign_files: Path
+    agent_with_sandbox: Any, files_outside_workspace: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0)
-        for command in hostile_commands(foreign_files, listener.getsockname()[1]):
+        for command in hostile_shell_commands(files_outside_workspace, listener.getsockname()[1]):
             if agent_with_sandbox.toolbox._shell.ended:
                 await agent_with_sandbox.call_successfully("bash", restart=True)
             result = await agent_with_sandbox.call_tool("bash", command=command, timeout_ms=800)
             assert TOKEN not in output_text(result), command
-            # The result contains no line of /etc/passwd or /etc/shadow.
+            # No line of /etc/passwd or /etc/shadow may be in the result.
             assert not re.search("root:[x*!$]", output_text(result)), command
         with pytest.raises(BlockingIOError):
             listener.accept()
     os.kill(os.getpid(), 0)
 
 
-def test_at_least_six_hundred_hostile_inputs_are_tested(workspace_directory: Path) -> None:
+def test_lists_contain_at_least_six_hundred_hostile_inputs(workspace_directory: Path) -> None:
     files = len(hostile_paths(workspace_directory)) * sum(map(len, INPUTS.values()))
     assert (
-        files + len(PATTERNS) + 2 * len(GREPS) + len(hostile_commands(workspace_directory, 1))
+        files + len(PATTERNS) + 2 * len(GREPS) + len(hostile_shell_commands(workspace_directory, 1))
         >= 600
     )
 
@@ -320,8 +322,8 @@ while True:
 
 
 @pytest.fixture
-def link_race(workspace_directory: Path) -> Iterator[None]:
-    """Create a directory and a file that another process replaces by links again and again."""
+def exchange_with_links(workspace_directory: Path) -> Iterator[None]:
+    """Let another process exchange a directory and a file with outward links all the time."""
     (workspace_directory / "place").mkdir()
     (workspace_directory / "place/secret.txt").write_text("own")
     (workspace_directory / "leaf").write_text("own")
@@ -340,12 +342,13 @@ def link_race(workspace_directory: Path) -> Iterator[None]:
         process.kill()
 
 
-@pytest.mark.usefixtures("link_race")
-async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(
+@pytest.mark.usefixtures("exchange_with_links")
+async def test_file_tools_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:
     outcomes: set[tuple[str, bool]] = set()
-    # Repeat until each tool has both succeeded and failed: calls then met replaced files.
+    # Repeat until each tool has both succeeded and failed. Some calls then began before the
+    # exchange with a link, and some after it.
     every_outcome = {(tool, error) for tool in ("read", "write", "edit") for error in (False, True)}
     rounds = 0
     while rounds < 300 or outcomes != every_outcome:
@@ -363,8 +366,8 @@ async def test_file_tool_in_race_with_moved_links_reaches_no_file_outside(
             outcomes.add((tool, result.is_error))
 
 
-@pytest.mark.usefixtures("link_race")
-async def test_search_in_race_with_moved_links_finds_no_file_outside(
+@pytest.mark.usefixtures("exchange_with_links")
+async def test_searches_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:
     for _ in range(8):

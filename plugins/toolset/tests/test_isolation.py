@@ -1,4 +1,4 @@
-"""The parts of a sandbox: the check at start, kernel key rings, and directories in memory."""
+"""Tests of the check of the sandbox at start, kernel key rings, and directories in memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_sandbox_check_whose_process_other_code_reaped_reports_problem(
 
 
 def kill_and_reap(pid: int) -> None:
-    """Kill and reap a process while the event loop, which would reap it too, is blocked."""
+    """Kill and reap a process before the event loop, which is blocked meanwhile, can reap it."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
@@ -113,11 +113,11 @@ def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> Non
     )
     program.chmod(0o755)
     launch = [sys.executable, "-I", "-S", sandbox_launcher.__file__]
-    keyrings = {program_output(*way, str(program)) for way in ([], launch, launch)}
+    keyrings = {run_program(*way, str(program)) for way in ([], launch, launch)}
     assert len(keyrings) == 3
 
 
-def program_output(*words: str) -> str:
+def run_program(*words: str) -> str:
     done = subprocess.run(words, capture_output=True, text=True, check=True)  # noqa: S603 - no input from outside
     return done.stdout
 
@@ -154,7 +154,7 @@ def test_launcher_of_missing_program_names_it_in_error() -> None:
     assert done.stderr == "/no/such cannot be started: No such file or directory\n"
 
 
-async def test_sandbox_on_machine_without_call_filter_is_refused(
+async def test_sandbox_on_architecture_without_seccomp_filter_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox_launcher, "CALLS", {})
@@ -208,8 +208,12 @@ async def test_sandboxed_session_cannot_use_keyrings_by_32_bit_calls(
     )
 
 
-async def test_in_memory_directories_share_one_size_limit(make_agents: Any, sandbox: Any) -> None:
-    agent = make_agents(isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64)))
+async def test_in_memory_directories_share_one_size_limit(
+    make_tool_callers: Any, sandbox: Any
+) -> None:
+    agent = make_tool_callers(
+        isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64))
+    )
     await agent.call_successfully("bash", command="head -c 40M /dev/zero > /tmp/a")
     failed = await agent.call_with_error("bash", command="head -c 40M /dev/zero > /dev/shm/a")
     assert "No space left on device" in failed
@@ -219,10 +223,12 @@ async def test_in_memory_directories_share_one_size_limit(make_agents: Any, sand
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can bound the number of files")
-async def test_in_memory_directories_hold_limited_number_of_files(
-    make_agents: Any, sandbox: Any
+async def test_number_of_files_in_in_memory_directories_is_limited(
+    make_tool_callers: Any, sandbox: Any
 ) -> None:
-    agent = make_agents(isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64)))
+    agent = make_tool_callers(
+        isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64))
+    )
     script = "cd /dev/shm && for n in {1..5000}; do : > $n || break; done; ls | wc -l"
     assert await agent.call_successfully("bash", command=f"{{ {script}; }} 2>/dev/null") == "4094\n"
     assert "No space left on device" in await agent.call_with_error("bash", command="touch /tmp/a")

@@ -1,4 +1,4 @@
-"""The journal of tool calls, reopened as a worker does after a crash."""
+"""Tests of `CallJournal`, which is reopened as a worker does after a crash."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def open_journal(directory: Path) -> CallJournal:
     return journal
 
 
-async def test_journal_begins_each_call_once_and_keeps_its_result(journal_directory: Path) -> None:
+async def test_reopened_journal_has_begun_calls_and_stored_results(journal_directory: Path) -> None:
     journal = await open_journal(journal_directory)
     assert journal.is_new
     assert await journal.begin_call("a") == "new"
@@ -51,7 +51,7 @@ async def test_journal_begins_each_call_once_and_keeps_its_result(journal_direct
     assert await journal.begin_call("c") == "new"
 
 
-async def test_journal_of_two_workers_begins_each_call_once(journal_directory: Path) -> None:
+async def test_call_that_two_workers_begin_is_new_for_one_only(journal_directory: Path) -> None:
     workers = [await open_journal(journal_directory), await open_journal(journal_directory)]
     both = await asyncio.gather(
         *(journal.begin_call(f"evt_{n}") for n in range(50) for journal in workers)

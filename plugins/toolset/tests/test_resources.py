@@ -1,4 +1,4 @@
-"""Tools and sessions on a machine without free memory, threads or descriptors."""
+"""Tests of tools and sessions on a machine without free memory, threads or descriptors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPARE_DESCRIPTORS = 256
 
 @contextmanager
 def limited_descriptors(count: int) -> Iterator[None]:
-    """Allow this process to open only `count` further descriptors during the block.
+    """Allow this process to open only `count` more descriptors during the `with` block.
 
     Child processes inherit the limit, so it stays above the highest descriptor that a shell uses.
     """
@@ -51,7 +51,7 @@ def limited_descriptors(count: int) -> Iterator[None]:
 async def test_tool_without_free_descriptors_reports_exhaustion(
     agent_without_sandbox: Any, workspace_directory: Path, left: int
 ) -> None:
-    """The number of free descriptors decides which step of the tool fails."""
+    """Depending on the number of free descriptors, a different step of the tool fails."""
     (workspace_directory / "a").write_text("b\n")
     calls: list[tuple[str, dict[str, Any], str]] = [
         ("read", {"file_path": "a"}, "b\n"),
@@ -70,12 +70,12 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
         outcomes.add(result.is_error)
     if left in {0, 12}:
         assert outcomes == {left == 0}
-    # The shell works again without `restart`.
+    # A shell that could not start can be started by the next command, without `restart`.
     assert await agent_without_sandbox.call_successfully("bash", command="echo later") == "later\n"
 
 
 @pytest.mark.parametrize("left", range(3))
-async def test_call_that_journal_could_not_record_is_not_reported_as_begun(
+async def test_call_whose_record_was_not_written_can_begin_again(
     tmp_path: Path, tool_threads: Any, left: int
 ) -> None:
     journal = CallJournal(tmp_path / "journal", tool_threads.files)

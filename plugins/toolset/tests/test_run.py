@@ -1,4 +1,4 @@
-"""Scripted sessions with `workpool run toolset`, and the settings in the readme."""
+"""Tests of scripted sessions with `workpool run toolset`, and of the settings in the readme."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 async def run_scripted_session(*flags: str) -> str:
-    """Run the program `killed_workers.py`, which checks a session, and return its output."""
+    """Run `killed_workers.py`, check that it found no violation, and return its output."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "tests/killed_workers.py"), *flags),
         stdout=asyncio.subprocess.PIPE,
@@ -46,7 +46,7 @@ async def test_thirty_tool_calls_are_answered_as_expected() -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
-async def test_thirty_tool_calls_of_killed_worker_are_answered_as_expected() -> None:
+async def test_thirty_tool_calls_are_answered_although_workers_are_killed() -> None:
     assert "killed=2 " in await run_scripted_session("--kills", "2", "--seed", "3", "--quiet")
 
 

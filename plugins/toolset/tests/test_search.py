@@ -92,14 +92,14 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
 
 
 async def test_glob_follows_links_to_additional_roots_only(
-    make_agents: Any, workspace_directory: Path, tmp_path: Path
+    make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
     (shared / "inner").mkdir(parents=True)
     (shared / "inner/file").touch()
     (workspace_directory / "link").symlink_to(shared / "inner")
-    assert await make_agents().call_successfully("glob", pattern="**") == "no matches"
-    agent = make_agents(roots=[WorkspaceRoot(str(shared), shared)])
+    assert await make_tool_callers().call_successfully("glob", pattern="**") == "no matches"
+    agent = make_tool_callers(roots=[WorkspaceRoot(str(shared), shared)])
     assert set((await agent.call_successfully("glob", pattern="**")).splitlines()) == {
         "link",
         "link/file",
@@ -137,7 +137,7 @@ async def test_grep_without_ripgrep_finds_matching_lines(
         await agent_without_sandbox.call_successfully("grep", pattern="import n")
         == "wide:2:import narrow\n"
     )
-    await check_common_matches(agent_without_sandbox)
+    await check_matches_of_both_searches(agent_without_sandbox)
     assert "not a regular expression" in await agent_without_sandbox.call_with_error(
         "grep", pattern="("
     )
@@ -153,13 +153,13 @@ async def test_grep_with_ripgrep_finds_matching_lines(
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
-    await check_common_matches(agent_with_sandbox)
+    await check_matches_of_both_searches(agent_with_sandbox)
     assert "not a regular expression" in await agent_with_sandbox.call_with_error(
         "grep", pattern="("
     )
 
 
-async def check_common_matches(agent: Any) -> None:
+async def check_matches_of_both_searches(agent: Any) -> None:
     assert await agent.call_successfully("grep", pattern="last", path="src/deep") == (
         "src/deep/d.py:2:last line of src/deep/d.py\n"
     )

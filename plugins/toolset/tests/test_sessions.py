@@ -15,7 +15,7 @@ from workpool import DaemonThreads, Session, WorkClient
 from workpool.errors import TransientError
 from workpool.events import SessionFinished, StopRequested
 from workpool.testing import expire_lease, lost, status
-from workpool_toolset import ToolCall, Toolset, session_answerer
+from workpool_toolset import ToolCall, Toolset, tool_call_answerer
 from workpool_toolset.call_journal import CallJournal
 from workpool_toolset.tool_result import ToolResult
 
@@ -36,16 +36,16 @@ pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(autouse=True)
-def long_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def long_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow more time for the start of processes, which is slow on a loaded machine."""
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
 
 
 @pytest.fixture
 def make_toolset(tmp_path: Path) -> Make:
-    """Return a function that makes a toolset without isolation and with its own state directory."""
+    """Return a function that makes a `Toolset` without isolation. Its state is in `tmp_path`."""
 
-    def make_with_defaults(**settings: Any) -> Toolset:
+    def make_with_test_defaults(**settings: Any) -> Toolset:
         defaults: dict[str, Any] = {
             "isolation": "none",
             "state": str(tmp_path / "state"),
@@ -53,18 +53,18 @@ def make_toolset(tmp_path: Path) -> Make:
         }
         return Toolset(**defaults | settings)
 
-    return make_with_defaults
+    return make_with_test_defaults
 
 
 WAIT_FOR_GO = "until [ -e go ]; do sleep 0.02; done"
 """A script that waits until the file `go` exists."""
 
 
-def bash_use(command: str, **more: Any) -> dict[str, Any]:
+def bash_call(command: str, **more: Any) -> dict[str, Any]:
     return {"name": "Bash", "input": {"command": command}} | more
 
 
-def answers_in_order(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+def answers_in_call_order(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     """Return the answers in the order of the calls, and check that no call has two answers."""
     calls = [event["id"] for event in events if event["type"].endswith("tool_use")]
     answers: dict[str, tuple[str, bool]] = {}
@@ -84,21 +84,21 @@ def session_directory(tmp_path: Path, session: str) -> Path:
 async def test_session_that_calls_every_tool_gets_expected_results(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    async def weather(call: ToolCall) -> object:
+    async def report_weather(call: ToolCall) -> object:
         return {"place": call.input["place"], "celsius": 21}
 
     def raise_error(call: ToolCall) -> None:
         raise RuntimeError(f"no {call.name}")
 
     result = await workpool.run_session(
-        make_toolset(tools={"weather": weather, "fail": raise_error}),
+        make_toolset(tools={"weather": report_weather, "fail": raise_error}),
         script=[
             {"name": "Write", "input": {"file_path": "a.txt", "content": "one\n"}},
             {"name": "Edit", "input": {"file_path": "a.txt", "old_string": "o", "new_string": "0"}},
             {"name": "read", "input": {"file_path": "a.txt"}},
             {"name": "GLOB", "input": {"pattern": "*"}},
             {"name": "Grep", "input": {"pattern": "ne"}},
-            bash_use("cat a.txt; exit_now() { return 2; }; exit_now"),
+            bash_call("cat a.txt; exit_now() { return 2; }; exit_now"),
             {"name": "Read", "input": {"file_path": "../journal/x"}},
             {"name": "Read", "input": {}},
             {"name": "weather", "input": {"place": "Oslo"}, "custom": True},
@@ -107,7 +107,7 @@ async def test_session_that_calls_every_tool_gets_expected_results(
         ],
     )
     assert result.outcome == "completed"
-    assert answers_in_order(result.events) == [
+    assert answers_in_call_order(result.events) == [
         ("wrote 4 bytes to a.txt", False),
         ("replaced 1 occurrence in a.txt", False),
         ("0ne\n", False),
@@ -130,18 +130,20 @@ async def test_session_under_key_without_metadata_permission_is_completed(
 ) -> None:
     workpool.faults.add(status(403), "get", "update", "stats")
     toolset = make_toolset()
-    result = await workpool.run_session(toolset, script=[bash_use("echo one")])
+    result = await workpool.run_session(toolset, script=[bash_call("echo one")])
     assert result.outcome == "completed"
-    assert answers_in_order(result.events) == [("one\n", False)]
+    assert answers_in_call_order(result.events) == [("one\n", False)]
     assert (session_directory(tmp_path, result.item.session_id) / "journal" / "name").exists()
     assert len(workpool.faults.of("update")) == 1
 
 
 @contextlib.asynccontextmanager
-async def confirming_person(workpool: Kit, session: str, *verdicts: str) -> AsyncIterator[None]:
-    """Answer the requests for confirmation with these verdicts, in order, as a person would."""
+async def answering_confirmations(
+    workpool: Kit, session: str, *verdicts: str
+) -> AsyncIterator[None]:
+    """During the `with` block, allow or deny the calls that need confirmation, in this order."""
 
-    async def answer_requests() -> None:
+    async def answer_confirmation_requests() -> None:
         left = list(verdicts)
         async with WorkClient(workpool.settings()) as client:
             events = client.events(session)
@@ -154,7 +156,7 @@ async def confirming_person(workpool: Kit, session: str, *verdicts: str) -> Asyn
                         return
 
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
-        group.create_task(answer_requests())
+        group.create_task(answer_confirmation_requests())
         yield
 
 
@@ -162,25 +164,25 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     workpool: Kit, make_toolset: Make
 ) -> None:
     script = [
-        bash_use("echo allowed >> log", permission="ask"),
-        bash_use("echo refused >> log", permission="ask"),
-        bash_use("echo denied >> log", permission="deny"),
-        bash_use("cat log"),
+        bash_call("echo allowed >> log", permission="ask"),
+        bash_call("echo refused >> log", permission="ask"),
+        bash_call("echo denied >> log", permission="deny"),
+        bash_call("cat log"),
     ]
     [item] = workpool.enqueue(script=script)
     async with (
         workpool.pool(make_toolset()),
-        confirming_person(workpool, item.session_id, "allow", "deny"),
+        answering_confirmations(workpool, item.session_id, "allow", "deny"),
     ):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     events = workpool.server.events(item.session_id)
-    answers = answers_in_order(events)
+    answers = answers_in_call_order(events)
     assert answers[0] == ("(no output)", False)
     assert [error for _, error in answers] == [False, True, True, False]
     assert answers[3] == ("allowed\n", False)
     ours = [event for event in events if event["type"] == "user.tool_result"]
-    # The worker answers two calls; the control plane answers the two denied ones.
+    # The worker has answered only the two allowed calls. The control plane answers denied calls.
     assert len(ours) == 2
 
 
@@ -190,7 +192,7 @@ async def test_waiting_for_confirmation_does_not_count_as_stall(
     begin_waiting, waiting = Session.waiting, asyncio.Event()
 
     @contextlib.contextmanager
-    def record_waiting(session: Session) -> Iterator[None]:
+    def record_waiting_state(session: Session) -> Iterator[None]:
         with begin_waiting(session):
             waiting.set()
             try:
@@ -198,32 +200,32 @@ async def test_waiting_for_confirmation_does_not_count_as_stall(
             finally:
                 waiting.clear()
 
-    monkeypatch.setattr(Session, "waiting", record_waiting)
-    [item] = workpool.enqueue(script=[bash_use("echo one", permission="ask")])
+    monkeypatch.setattr(Session, "waiting", record_waiting_state)
+    [item] = workpool.enqueue(script=[bash_call("echo one", permission="ask")])
     async with workpool.pool(make_toolset(), stall_timeout=600.0):
         async with asyncio.timeout(WAIT_SECONDS):
             await waiting.wait()
-        async with confirming_person(workpool, item.session_id, "allow"):
+        async with answering_confirmations(workpool, item.session_id, "allow"):
             finished = await workpool.wait_for(SessionFinished)
     assert not waiting.is_set()
     assert finished.outcome == "completed"
-    assert answers_in_order(workpool.server.events(item.session_id)) == [("one\n", False)]
+    assert answers_in_call_order(workpool.server.events(item.session_id)) == [("one\n", False)]
 
 
 async def test_session_whose_command_does_not_end_is_stalled(
     workpool: Kit, make_toolset: Make
 ) -> None:
     result = await workpool.run_session(
-        make_toolset(), script=[bash_use("sleep 600")], stall_timeout=1.0
+        make_toolset(), script=[bash_call("sleep 600")], stall_timeout=1.0
     )
     assert result.outcome == "stalled"
-    assert answers_in_order(result.events) == []
+    assert answers_in_call_order(result.events) == []
 
 
 async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
     workpool: Kit, make_toolset: Make
 ) -> None:
-    script = [{"name": "browse", "input": {}, "custom": True}, bash_use("echo after")]
+    script = [{"name": "browse", "input": {}, "custom": True}, bash_call("echo after")]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         events = client.events(item.session_id)
@@ -234,7 +236,7 @@ async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
                     await events.send({"type": "user.custom_tool_result", **reply})
                     break
         await workpool.wait_for(SessionFinished)
-    assert answers_in_order(workpool.server.events(item.session_id))[1] == ("after\n", False)
+    assert answers_in_call_order(workpool.server.events(item.session_id))[1] == ("after\n", False)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +248,10 @@ async def test_lost_answers_cause_no_second_run_and_no_second_result(
     workpool.faults.add(fault, "send", times=2)
     workpool.faults.add(lost(), "stream", "events", times=2)
     result = await workpool.run_session(
-        make_toolset(), script=[bash_use(f"echo {n} >> log") for n in range(3)]
+        make_toolset(), script=[bash_call(f"echo {n} >> log") for n in range(3)]
     )
     assert result.outcome == "completed"
-    assert answers_in_order(result.events) == [("(no output)", False)] * 3
+    assert answers_in_call_order(result.events) == [("(no output)", False)] * 3
     log = session_directory(tmp_path, result.item.session_id) / "workspace/log"
     assert log.read_text() == "0\n1\n2\n"
 
@@ -257,13 +259,13 @@ async def test_lost_answers_cause_no_second_run_and_no_second_result(
 async def test_result_refused_by_control_plane_is_replaced_by_error(
     workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_answerer, "REFUSED_SECONDS", 0.0)
+    monkeypatch.setattr(tool_call_answerer, "REFUSED_SECONDS", 0.0)
     workpool.faults.add(status(400), "send", times=1)
     result = await workpool.run_session(
-        make_toolset(), script=[bash_use("echo 1"), bash_use("echo 2")]
+        make_toolset(), script=[bash_call("echo 1"), bash_call("echo 2")]
     )
-    assert answers_in_order(result.events) == [
-        (session_answerer.RESULT_REFUSED, True),
+    assert answers_in_call_order(result.events) == [
+        (tool_call_answerer.RESULT_REFUSED, True),
         ("2\n", False),
     ]
 
@@ -272,23 +274,23 @@ async def test_result_refused_once_as_too_early_is_sent_again(
     workpool: Kit, make_toolset: Make
 ) -> None:
     workpool.faults.add(status(400), "send", times=1)
-    result = await workpool.run_session(make_toolset(), script=[bash_use("echo 1")])
-    assert answers_in_order(result.events) == [("1\n", False)]
+    result = await workpool.run_session(make_toolset(), script=[bash_call("echo 1")])
+    assert answers_in_call_order(result.events) == [("1\n", False)]
 
 
 async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_answerer, "POST_SECONDS", 0.0)
+    monkeypatch.setattr(tool_call_answerer, "POST_SECONDS", 0.0)
     monkeypatch.setattr("workpool.pool.session_runner.EVENTS_SECONDS", 0.2)
     toolset = make_toolset()
     with workpool.faults.add(status(500), "send"):
-        result = await workpool.run_session(toolset, script=[bash_use("echo 1 | tee -a log")])
+        result = await workpool.run_session(toolset, script=[bash_call("echo 1 | tee -a log")])
     assert result.outcome == "released"
     expire_lease(workpool.server, result.item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers_in_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert answers_in_call_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
     log = session_directory(tmp_path, result.item.session_id) / "workspace/log"
     assert log.read_text() == "1\n"
 
@@ -313,16 +315,16 @@ async def wait_for_file(file: Path) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_interrupt_ends_running_command(
+async def test_user_interrupt_ends_running_command_with_error_result(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_use("touch ready; sleep 600"), bash_use("echo never")])
+    [item] = workpool.enqueue(script=[bash_call("touch ready; sleep 600"), bash_call("echo never")])
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         await wait_for_command(tmp_path, item.session_id)
         await client.events(item.session_id).send({"type": "user.interrupt"})
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    [(text, error)] = answers_in_order(workpool.server.events(item.session_id))
+    [(text, error)] = answers_in_call_order(workpool.server.events(item.session_id))
     assert error
     assert "interrupted" in text
 
@@ -330,7 +332,7 @@ async def test_interrupt_ends_running_command(
 async def test_forced_stop_ends_session_without_further_results(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash_use("echo $$ > pid; touch ready; sleep 600"), bash_use("echo never >> log")]
+    script = [bash_call("echo $$ > pid; touch ready; sleep 600"), bash_call("echo never >> log")]
     [item] = workpool.enqueue(script=script)
     workspace = session_directory(tmp_path, item.session_id) / "workspace"
     async with workpool.pool(make_toolset()):
@@ -338,7 +340,7 @@ async def test_forced_stop_ends_session_without_further_results(
         workpool.stop(item, force=True)
         finished = await workpool.wait_for(SessionFinished)
         assert finished.outcome == "stopped"
-    assert answers_in_order(workpool.server.events(item.session_id)) == []
+    assert answers_in_call_order(workpool.server.events(item.session_id)) == []
     assert not (workspace / "log").exists()
     shell = Path(f"/proc/{(workspace / 'pid').read_text().strip()}")
     async with asyncio.timeout(WAIT_SECONDS):
@@ -351,19 +353,19 @@ async def test_two_workers_with_one_session_run_no_call_twice(
 ) -> None:
     lines = [str(number) for number in range(8)]
     script = [
-        bash_use("touch ready; sleep 600"),
-        *(bash_use(f"echo {line} >> log") for line in lines),
+        bash_call("touch ready; sleep 600"),
+        *(bash_call(f"echo {line} >> log") for line in lines),
     ]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset(), concurrency=1):
         await wait_for_command(tmp_path, item.session_id)
-        # The lease of the first worker expires, but the worker continues to run.
+        # Expire the lease of the first worker, which continues to run.
         expire_lease(workpool.server, item.id)
         async with workpool.pool(make_toolset()):
             await workpool.wait_for(SessionFinished, count=2)
-    answers = answers_in_order(workpool.server.events(item.session_id))
+    answers = answers_in_call_order(workpool.server.events(item.session_id))
     assert len(answers) == len(script)
-    assert answers[0] == (session_answerer.UNKNOWN_OUTCOME, True)
+    assert answers[0] == (tool_call_answerer.UNKNOWN_OUTCOME, True)
     log = session_directory(tmp_path, item.session_id) / "workspace/log"
     done = log.read_text().split() if log.exists() else []
     assert len(done) == len(set(done))
@@ -374,7 +376,7 @@ async def test_two_workers_with_one_session_run_no_call_twice(
 async def test_stop_request_lets_running_call_end(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash_use(f"touch ready; {WAIT_FOR_GO}; echo done"), bash_use("echo never")]
+    script = [bash_call(f"touch ready; {WAIT_FOR_GO}; echo done"), bash_call("echo never")]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset()):
         await wait_for_command(tmp_path, item.session_id)
@@ -383,15 +385,15 @@ async def test_stop_request_lets_running_call_end(
         (session_directory(tmp_path, item.session_id) / "workspace/go").touch()
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "stopped"
-    assert answers_in_order(workpool.server.events(item.session_id)) == [("done\n", False)]
+    assert answers_in_call_order(workpool.server.events(item.session_id)) == [("done\n", False)]
 
 
 async def test_drain_lets_running_call_end_and_releases_remaining_calls(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     script = [
-        bash_use(f"touch ready; {WAIT_FOR_GO}; echo 1 | tee -a log"),
-        bash_use("echo 2 | tee -a log"),
+        bash_call(f"touch ready; {WAIT_FOR_GO}; echo 1 | tee -a log"),
+        bash_call("echo 2 | tee -a log"),
     ]
     [item] = workpool.enqueue(script=script)
     toolset = make_toolset()
@@ -405,7 +407,7 @@ async def test_drain_lets_running_call_end_and_releases_remaining_calls(
     assert [end.outcome for end in workpool.recorder.of(SessionFinished)] == [
         *("released", "completed"),
     ]
-    assert answers_in_order(workpool.server.events(item.session_id)) == [
+    assert answers_in_call_order(workpool.server.events(item.session_id)) == [
         ("1\n", False),
         ("2\n", False),
     ]
@@ -416,23 +418,23 @@ async def test_drain_lets_running_call_end_and_releases_remaining_calls(
 async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_use("echo 1 >> log"), bash_use("echo 2 >> log")])
+    [item] = workpool.enqueue(script=[bash_call("echo 1 >> log"), bash_call("echo 2 >> log")])
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = session_directory(tmp_path, item.session_id)
     journal = await open_earlier_journal(folder)
-    # The earlier worker has begun this call, then crashed.
+    # Prepare the journal of a worker that has crashed during this call.
     await journal.begin_call(call)
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
-    answers = answers_in_order(workpool.server.events(item.session_id))
-    assert answers == [(session_answerer.UNKNOWN_OUTCOME, True), ("(no output)", False)]
+    answers = answers_in_call_order(workpool.server.events(item.session_id))
+    assert answers == [(tool_call_answerer.UNKNOWN_OUTCOME, True), ("(no output)", False)]
     assert (folder / "workspace/log").read_text() == "2\n"
 
 
 async def test_result_computed_before_crash_is_sent_without_second_run(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_use("echo 1 >> log")])
+    [item] = workpool.enqueue(script=[bash_call("echo 1 >> log")])
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = session_directory(tmp_path, item.session_id)
     journal = await open_earlier_journal(folder)
@@ -440,7 +442,9 @@ async def test_result_computed_before_crash_is_sent_without_second_run(
     await journal.store_result(call, ToolResult.from_value("computed before"))
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
-    assert answers_in_order(workpool.server.events(item.session_id)) == [("computed before", False)]
+    assert answers_in_call_order(workpool.server.events(item.session_id)) == [
+        ("computed before", False)
+    ]
     assert not (folder / "workspace/log").exists()
 
 
@@ -461,33 +465,33 @@ async def test_result_computed_before_interrupt_is_sent(
         workpool.server.emit(item.session_id, idle)
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert len(answers_in_order(workpool.server.events(item.session_id))) == 2
+    assert len(answers_in_call_order(workpool.server.events(item.session_id))) == 2
 
 
 async def test_call_possibly_begun_on_another_machine_is_not_executed(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_use("touch ready; sleep 600"), bash_use("echo 2")])
+    [item] = workpool.enqueue(script=[bash_call("touch ready; sleep 600"), bash_call("echo 2")])
     async with workpool.pool(make_toolset()) as pool:
         await wait_for_command(tmp_path, item.session_id)
         await pool.drain(timeout=0)
     expire_lease(workpool.server, item.id)
     async with workpool.pool(make_toolset(state=str(tmp_path / "elsewhere"))):
         await workpool.wait_for(SessionFinished, count=2)
-    answers = answers_in_order(workpool.server.events(item.session_id))
-    assert answers == [(session_answerer.UNKNOWN_OUTCOME, True), ("2\n", False)]
+    answers = answers_in_call_order(workpool.server.events(item.session_id))
+    assert answers == [(tool_call_answerer.UNKNOWN_OUTCOME, True), ("2\n", False)]
 
 
-async def test_call_begun_on_other_machine_between_runs_is_not_executed_again(
+async def test_call_begun_in_run_on_other_machine_is_not_executed_again(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    """The session runs here, elsewhere, then here again: this journal lacks the second run."""
+    """The second of three runs is on another machine, so the local journal lacks its call."""
     side = tmp_path / "side"
     ready = [tmp_path / "ready1", tmp_path / "ready2"]
     script = [
-        bash_use(f"touch {ready[0]}; sleep 600"),
-        bash_use(f"echo 2 >> {side}; touch {ready[1]}; sleep 600"),
-        bash_use("echo 3"),
+        bash_call(f"touch {ready[0]}; sleep 600"),
+        bash_call(f"echo 2 >> {side}; touch {ready[1]}; sleep 600"),
+        bash_call("echo 3"),
     ]
     [item] = workpool.enqueue(script=script)
     for state, begun in zip(("here", "elsewhere"), ready, strict=True):
@@ -497,16 +501,16 @@ async def test_call_begun_on_other_machine_between_runs_is_not_executed_again(
         expire_lease(workpool.server, item.id)
     async with workpool.pool(make_toolset(state=str(tmp_path / "here"))):
         await workpool.wait_for(SessionFinished, count=3)
-    answers = answers_in_order(workpool.server.events(item.session_id))
+    answers = answers_in_call_order(workpool.server.events(item.session_id))
     assert answers == [
-        (session_answerer.UNKNOWN_OUTCOME, True),
-        (session_answerer.UNKNOWN_OUTCOME, True),
+        (tool_call_answerer.UNKNOWN_OUTCOME, True),
+        (tool_call_answerer.UNKNOWN_OUTCOME, True),
         ("3\n", False),
     ]
     assert side.read_text() == "2\n"
 
 
-async def test_call_is_not_executed_before_metadata_have_name_of_journal(
+async def test_call_is_not_executed_until_metadata_contain_journal_name(
     workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def raise_transient_error(*_: object) -> None:
@@ -515,14 +519,14 @@ async def test_call_is_not_executed_before_metadata_have_name_of_journal(
     toolset = make_toolset()
     with monkeypatch.context() as patch:
         patch.setattr(Session, "update_metadata", raise_transient_error)
-        result = await workpool.run_session(toolset, script=[bash_use("echo 1 | tee -a log")])
+        result = await workpool.run_session(toolset, script=[bash_call("echo 1 | tee -a log")])
     assert result.outcome == "released"
     folder = session_directory(tmp_path, result.item.session_id)
     assert not (folder / "workspace/log").exists()
     expire_lease(workpool.server, result.item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers_in_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert answers_in_call_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
 
 
 async def test_result_computed_on_full_disk_is_sent_nevertheless(
@@ -534,9 +538,9 @@ async def test_result_computed_on_full_disk_is_sent_nevertheless(
         raise full
 
     monkeypatch.setattr(CallJournal, "_temporary_file", raise_disk_full)
-    result = await workpool.run_session(make_toolset(), script=[bash_use("echo 1")])
+    result = await workpool.run_session(make_toolset(), script=[bash_call("echo 1")])
     assert result.outcome == "released"
-    assert answers_in_order(result.events) == []
+    assert answers_in_call_order(result.events) == []
     monkeypatch.undo()
     expire_lease(workpool.server, result.item.id)
 
@@ -544,7 +548,7 @@ async def test_result_computed_on_full_disk_is_sent_nevertheless(
     monkeypatch.setattr(CallJournal, "_write_result", raise_disk_full)
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers_in_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert answers_in_call_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
     assert workpool.recorder.of(SessionFinished)[-1].outcome == "completed"
 
 
@@ -560,7 +564,7 @@ async def test_session_with_terminated_status_completes_without_running_calls(
     async with workpool.pool(make_toolset(max_idle=float("inf"))):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert answers_in_order(workpool.server.events(item.session_id)) == []
+    assert answers_in_call_order(workpool.server.events(item.session_id)) == []
 
 
 async def test_idle_time_counts_from_last_end_of_turn(workpool: Kit, make_toolset: Make) -> None:

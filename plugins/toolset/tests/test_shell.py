@@ -1,4 +1,4 @@
-"""The persistent bash of a session, with and without a sandbox."""
+"""Tests of `BashShell`, the persistent bash of a session, with and without a sandbox."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from workpool_toolset.isolation import BASH, Bubblewrap, NoIsolation, ProcessLimits
-from workpool_toolset.shell import BashShell, ShellEnded
+from workpool_toolset.shell import BashShell, ShellEndedError
 
 WAIT_SECONDS = 50.0
 """The time limit of a wait, which a loaded machine does not exceed."""
@@ -32,12 +32,12 @@ def process_descriptors(word: str) -> list[int]:
     return found
 
 
-async def wait_for_end(*processes: int) -> None:
+async def wait_for_process_end(*processes: int) -> None:
     """Wait until the processes of these pidfds have ended, and close the pidfds."""
     loop = asyncio.get_running_loop()
     for process in processes:
         over = asyncio.Event()
-        # The pidfd of an ended process is readable.
+        # A pidfd becomes readable when its process ends.
         loop.add_reader(process, over.set)
         try:
             async with asyncio.timeout(WAIT_SECONDS):
@@ -125,7 +125,7 @@ async def test_command_that_exits_shell_reports_status_and_restart_option(agent:
 async def test_exit_of_shell_does_not_wait_for_background_job(agent: Any) -> None:
     failed = await agent.call_with_error("bash", command="sleep 60.253 & echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
-    await wait_for_end(*process_descriptors("60.253"))
+    await wait_for_process_end(*process_descriptors("60.253"))
 
 
 async def test_exit_of_shell_does_not_wait_for_background_job_that_prints_endlessly(
@@ -150,9 +150,9 @@ async def test_redirection_of_shell_output_does_not_affect_later_commands(
     assert await agent.call_successfully("bash", command="echo later >&2") == "later\n"
 
 
-async def test_commands_do_not_inherit_descriptor_of_end_marker(agent: Any) -> None:
+async def test_command_inherits_standard_streams_only(agent: Any) -> None:
     shown_output = await agent.call_successfully("bash", command="ls -1 /proc/self/fd")
-    # `ls` itself has opened descriptor 3, which is the directory /proc/self/fd.
+    # Descriptor 3 is not inherited: `ls` has opened it to list the directory.
     assert shown_output == "0\n1\n2\n3\n"
 
 
@@ -160,7 +160,7 @@ PROCESS_WORD = f"test-of-{os.getpid()}"
 """A word in the command lines of test processes, different in each process that runs tests."""
 
 
-def two_processes_command(program: str) -> str:
+def two_background_processes(program: str) -> str:
     """Return a command that starts two background processes and ends when both run.
 
     The processes use builtins only: a shell that forks shows its command line twice for a moment.
@@ -171,24 +171,26 @@ def two_processes_command(program: str) -> str:
 
 
 async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox: Any) -> None:
-    start_two = two_processes_command("sh")
+    start_two = two_background_processes("sh")
     await agent_without_sandbox.call_successfully(
         "bash", command=f"trap '' TERM; {start_two}; trap - TERM; {start_two}"
     )
     processes = process_descriptors(PROCESS_WORD)
     assert len(processes) == 4
     await agent_without_sandbox.toolbox.close_shell()
-    await wait_for_end(*processes)
+    await wait_for_process_end(*processes)
 
 
-async def test_closed_sandbox_leaves_no_process_in_other_process_groups(
+async def test_closing_sandboxed_shell_ends_processes_of_other_process_groups(
     agent_with_sandbox: Any,
 ) -> None:
-    await agent_with_sandbox.call_successfully("bash", command=two_processes_command("setsid sh"))
+    await agent_with_sandbox.call_successfully(
+        "bash", command=two_background_processes("setsid sh")
+    )
     processes = process_descriptors(PROCESS_WORD)
     assert len(processes) == 2
     await agent_with_sandbox.toolbox.close_shell()
-    await wait_for_end(*processes)
+    await wait_for_process_end(*processes)
 
 
 async def test_cancelled_command_kills_its_shell(agent: Any, workspace_directory: Path) -> None:
@@ -199,11 +201,11 @@ async def test_cancelled_command_kills_its_shell(agent: Any, workspace_directory
         calling = group.create_task(agent.call_tool("bash", command=command))
         await asyncio.to_thread((workspace_directory / "ready").read_text)
         calling.cancel()
-    await wait_for_end(*process_descriptors("60.127"))
+    await wait_for_process_end(*process_descriptors("60.127"))
     assert "restart" in await agent.call_with_error("bash", command="echo x")
 
 
-async def test_shell_whose_closing_is_cancelled_during_exit_leaves_no_process(
+async def test_shell_close_that_is_cancelled_leaves_no_process(
     workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wait = asyncio.subprocess.Process.wait
@@ -216,14 +218,14 @@ async def test_shell_whose_closing_is_cancelled_during_exit_leaves_no_process(
 
     shell = BashShell(BASH, {"PATH": os.environ["PATH"]}, workspace_directory)
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
-        await shell.run_command(f"trap '' TERM; {two_processes_command('sh')}; trap - TERM")
+        await shell.run_command(f"trap '' TERM; {two_background_processes('sh')}; trap - TERM")
         processes = process_descriptors(PROCESS_WORD)
         assert len(processes) == 2
         with monkeypatch.context() as patch:
             patch.setattr(asyncio.subprocess.Process, "wait", cancel_at_exit)
             closing = group.create_task(shell.close())
             await asyncio.wait({closing})
-    await wait_for_end(*processes)
+    await wait_for_process_end(*processes)
     await shell.close()
 
 
@@ -242,7 +244,7 @@ async def test_sandbox_of_killed_worker_ends(
     async with asyncio.timeout(WAIT_SECONDS):
         assert await worker.stdout.readline() == b"up\n"
         worker.kill()
-        # The end of the pipe shows that all processes of the shell have ended.
+        # The pipe ends only when all processes of the sandbox have ended.
         assert await worker.stdout.read() == b""
         await worker.wait()
 
@@ -282,7 +284,7 @@ async def test_sandbox_enforces_limits_of_memory_files_and_processes(
 def test_sandbox_of_worker_without_root_hides_host_files(
     sandbox: Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Use the system's Python: the other user may have no access to the virtual environment.
+    # Use the system's Python. User 65534 may have no access to the virtual environment.
     monkeypatch.setattr(sys, "executable", shutil.which("python3", path=os.defpath))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -320,11 +322,11 @@ def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
     assert Bubblewrap(ProcessLimits(), as_root=False).file_owner("sess_1") is None
 
 
-async def test_shell_gets_no_command_before_its_first_answer(tmp_path: Path) -> None:
-    """If a worker is killed while a sandbox starts, the sandbox may survive, with no command."""
+async def test_shell_that_never_answers_gets_no_command(tmp_path: Path) -> None:
+    """The fake shell records its input and never answers. It must get no command."""
     words = ["/bin/bash", "-c", "head -n 3 > input; exit 3"]
     shell = BashShell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
-    with pytest.raises(ShellEnded):
+    with pytest.raises(ShellEndedError):
         await shell.run_command("touch made")
     assert (
         (tmp_path / "input")

@@ -1,4 +1,4 @@
-"""Tool calls without OpenTelemetry. The tests of plugins/otel check the spans."""
+"""Tests that a tool call works without OpenTelemetry. The tests of plugins/otel check the spans."""
 
 from __future__ import annotations
 

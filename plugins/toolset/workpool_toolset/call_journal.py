@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class CallJournal:
-    """The journal of one session, in a directory of its own. Files are accessed on threads.
+    """The journal of one session's tool calls, in its own directory. Threads access the files.
 
     Attributes:
         is_new: Whether `open_directory` created the directory.
@@ -42,11 +42,11 @@ class CallJournal:
         self.name = ""
 
     async def open_directory(self) -> None:
-        """Create the directory and the name of the journal, unless they exist."""
+        """Create the journal's directory and the file with its name, unless they exist."""
         await self._threads.run(self._make_directory)
 
     async def begin_call(self, call: str) -> ToolResult | Literal["new", "begun"]:
-        """Write the begin record of a call. Only a call that is "new" may be executed.
+        """Record on disk that the call begins. Execute the call only if this returns "new".
 
         Returns:
             "new"; for a call that was begun before, its stored result, or "begun" if it has none.
@@ -54,17 +54,20 @@ class CallJournal:
         return await self._threads.run(self._write_begin_record, call)
 
     async def store_result(self, call: str, result: ToolResult) -> None:
-        """Store the result of a call until `delete_result`."""
+        """Store the result of a call on disk, so that it can be sent after a crash."""
         await self._threads.run(self._write_result, call, result)
 
     async def delete_result(self, call: str) -> None:
-        """Delete a result that the control plane has received. The begin record stays."""
-        path = self._record_path(call, "result")
+        """Delete the stored result of a call, which the control plane has received.
+
+        The record that the call has begun remains.
+        """
+        path = self._path_of_record(call, "result")
         await self._threads.run(path.unlink, missing_ok=True)
 
-    def _record_path(self, call: str, kind: str) -> Path:
-        # The name is a hash of the id, because the id comes from outside and could contain `/`.
-        return self._directory / f"{hashlib.sha256(_id_bytes(call)).hexdigest()[:40]}.{kind}"
+    def _path_of_record(self, call: str, kind: str) -> Path:
+        # Name the file by a hash of the call's id. The id comes from outside and could contain `/`.
+        return self._directory / f"{hashlib.sha256(_encode_call_id(call)).hexdigest()[:40]}.{kind}"
 
     def _make_directory(self) -> None:
         with contextlib.suppress(FileExistsError):
@@ -74,7 +77,7 @@ class CallJournal:
         path = self._directory / "name"
         if not path.exists():
             written = self._temporary_file(secrets.token_hex(8))
-            # If another process has created the file meanwhile, that file is used.
+            # Another process may create the file first. Its name is then used.
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(written)
             written.unlink()
@@ -82,27 +85,28 @@ class CallJournal:
         self.name = path.read_text()
 
     def _write_begin_record(self, call: str) -> ToolResult | Literal["new", "begun"]:
-        path = self._record_path(call, "begun")
+        path = self._path_of_record(call, "begun")
         try:
             record = path.open("xb")
         except FileExistsError:
             try:
-                return ToolResult(**json.loads(self._record_path(call, "result").read_text()))
+                return ToolResult(**json.loads(self._path_of_record(call, "result").read_text()))
             except FileNotFoundError:
                 return "begun"
         try:
             with record:
-                record.write(_id_bytes(call))
+                record.write(_encode_call_id(call))
             _sync_directory(self._directory)
         except OSError:
-            # Remove the record, or the call would count as begun, although it is never executed.
+            # Remove the record. It would say that the call has begun, although this call is not
+            # executed.
             path.unlink()
             raise
         return "new"
 
     def _write_result(self, call: str, result: ToolResult) -> None:
         text = json.dumps({"content": result.content, "is_error": result.is_error})
-        self._temporary_file(text).rename(self._record_path(call, "result"))
+        self._temporary_file(text).rename(self._path_of_record(call, "result"))
         _sync_directory(self._directory)
 
     def _temporary_file(self, text: str) -> Path:
@@ -114,13 +118,13 @@ class CallJournal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
-            # The disk may be full, so the incomplete file is removed.
+            # Remove the incomplete file, because the disk may be full.
             path.unlink(missing_ok=True)
             raise
         return path
 
 
-def _id_bytes(call: str) -> bytes:
+def _encode_call_id(call: str) -> bytes:
     return call.encode(errors="backslashreplace")
 
 

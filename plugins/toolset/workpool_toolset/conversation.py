@@ -30,7 +30,7 @@ _KEEPS_CLOCK: Final = frozenset({_CONFIRMATION, _THREAD_ENDED})
 
 @dataclass(slots=True)
 class _OpenCall:
-    """A tool call without an answer. `allowed` is None until the call is allowed or denied."""
+    """A tool call that has no result yet. `allowed` is None until it is allowed or denied."""
 
     call: ToolCall
     thread: str | None
@@ -68,8 +68,8 @@ class Conversation:
         return self.turn_over and not self._open
 
     @property
-    def waits_for_others(self) -> bool:
-        """Whether a person or an application must act next, not this worker.
+    def waits_for_person_or_application(self) -> bool:
+        """Whether the session waits for a person or an application, and not for this worker.
 
         They must confirm a call, answer a call of their own tools, or begin the next turn.
         """
@@ -77,48 +77,51 @@ class Conversation:
         return self.next_call() is None and (undecided or self.agent_idle)
 
     def next_call(self) -> ToolCall | None:
-        """Return the oldest call that can be answered now. It stays open until `close_call`."""
+        """Return the oldest open call that is allowed or interrupted, or None if there is none."""
         return next((o.call for o in self._open.values() if o.allowed or o.interrupted), None)
 
     def runnable_calls(self) -> list[ToolCall]:
-        """Return all calls that are allowed and not interrupted, oldest first."""
+        """Return all open calls that are allowed and not interrupted, oldest first."""
         return [o.call for o in self._open.values() if o.allowed and not o.interrupted]
 
     def is_interrupted(self, call: str) -> bool:
-        """Return whether the user interrupted this call."""
+        """Return whether the user has interrupted the open call with this id."""
         open_call = self._open.get(call)
         return open_call is not None and open_call.interrupted
 
-    def close_call(self, call: str) -> None:
-        """Remove a call that needs no answer anymore."""
+    def mark_call_answered(self, call: str) -> None:
+        """Remove an open call, because it needs no answer of this worker anymore."""
         self.answered.add(call)
         self._open.pop(call, None)
 
     def apply_event(self, event: Event) -> None:
-        """Apply one event. Malformed and unknown events affect only the idle time."""
+        """Update the state with one event of the session.
+
+        A malformed or unknown event only shows that the session is not idle.
+        """
         kind = str(event.get("type"))
         if kind not in _KEEPS_CLOCK:
             self.agent_idle = kind == "session.status_idle"
-            self.turn_over = self.agent_idle and _stop_reason(event) != _NEEDS_ACTION
+            self.turn_over = self.agent_idle and _stop_reason_type(event) != _NEEDS_ACTION
         if kind in _CALLS:
             self._add_call(event, custom=_CALLS[kind])
         elif answered := answered_call_id(event):
-            self.close_call(answered)
+            self.mark_call_answered(answered)
         elif kind == _CONFIRMATION:
-            self._apply_decision(
+            self._apply_permission_decision(
                 str(event.get("tool_use_id")), allowed=event.get("result") == "allow"
             )
         elif kind in {_INTERRUPT, _THREAD_ENDED}:
-            self._cancel_calls(kind, _thread_id(event))
+            self._cancel_calls(kind, _session_thread_id(event))
         self.ended = self.ended or kind in _ENDINGS
 
     def _cancel_calls(self, kind: str, thread: str | None) -> None:
-        """Interrupt all open calls, or close those of a thread that has ended."""
+        """Mark all open calls as interrupted, or close the calls of a thread that has ended."""
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True
             elif thread is not None and one.thread == thread:
-                self.close_call(name)
+                self.mark_call_answered(name)
 
     def _add_call(self, event: Event, *, custom: bool) -> None:
         id_, name, fields = event.get("id"), event.get("name"), event.get("input")
@@ -138,19 +141,19 @@ class Conversation:
             return
         permission = event.get("evaluated_permission", "allow")
         allowed = permission == "allow" if permission in ("allow", "deny") else None
-        self._open[call.id] = _OpenCall(call, _thread_id(event), allowed)
+        self._open[call.id] = _OpenCall(call, _session_thread_id(event), allowed)
         if allowed is None:
             allowed = self._decisions.get(call.id)
         if allowed is not None:
-            self._apply_decision(call.id, allowed=allowed)
+            self._apply_permission_decision(call.id, allowed=allowed)
 
-    def _apply_decision(self, name: str, *, allowed: bool) -> None:
-        """Allow or deny a call. The decision may arrive before the call."""
+    def _apply_permission_decision(self, name: str, *, allowed: bool) -> None:
+        """Allow or deny a call. The event with the decision may arrive before the call's event."""
         self._decisions.setdefault(name, allowed)
         waiting = self._open.get(name)
         if waiting and not allowed:
-            # The control plane answers a denied call, so the worker does not.
-            self.close_call(name)
+            # Close the denied call, because the control plane answers it.
+            self.mark_call_answered(name)
             self.on_denied(waiting.call)
         elif waiting:
             waiting.allowed = True
@@ -162,11 +165,11 @@ def answered_call_id(event: Event) -> str | None:
     return str(event.get(name)) if name else None
 
 
-def _stop_reason(event: Event) -> object:
+def _stop_reason_type(event: Event) -> object:
     reason = event.get("stop_reason")
     return reason.get("type") if isinstance(reason, Mapping) else reason
 
 
-def _thread_id(event: Event) -> str | None:
+def _session_thread_id(event: Event) -> str | None:
     thread = event.get("session_thread_id")
     return thread if isinstance(thread, str) else None

@@ -84,7 +84,7 @@ def read_file(
             if view_range:
                 raise ToolError(f"{path}: view_range is for text files only")
             limit = sizes.pdf if suffix == ".pdf" else sizes.image
-            return [_encode_block(_read_whole_file(file, path, size, limit), suffix)]
+            return [_image_or_pdf_block(_read_whole_file(file, path, size, limit), suffix)]
         if view_range:
             return _read_lines(file, path, view_range, sizes.text)
         hint = "; read it in parts with view_range=[start, end]"
@@ -107,7 +107,10 @@ def edit_file(
     replace_all: bool = False,
     sizes: FileSizeLimits,
 ) -> str:
-    """Replace `change[0]` in a file by `change[1]`: the only occurrence, or all occurrences."""
+    """Replace the text `change[0]` in a file by `change[1]`, and return a message for the agent.
+
+    The text must occur once, unless `replace_all` is set.
+    """
     old, new = change
     if not old or old == new:
         raise ToolError("old_string must not be empty, nor equal to new_string")
@@ -130,9 +133,10 @@ def edit_file(
 
 @contextlib.contextmanager
 def _open_regular_file(spot: PathTarget, path: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a file after a check that it is regular: opening a device may have side effects."""
+    """Open a file if it is a regular file, because opening a device may have side effects."""
     _check_regular_file(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
-    # O_NONBLOCK: a pipe that has replaced the file meanwhile would block until it has a writer.
+    # Use O_NONBLOCK. If a pipe has replaced the file since the check, the open would otherwise
+    # block until the pipe has a writer.
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(spot.name, flags, dir_fd=spot.directory), "rb") as file:
         found = os.fstat(file.fileno())
@@ -148,7 +152,7 @@ def _check_regular_file(found: os.stat_result, path: str) -> None:
 
 
 def _read_whole_file(file: BinaryIO, path: str, size: int, limit: int, hint: str = "") -> bytes:
-    # The file may have grown after its size was read.
+    # Check the limit again, because the file may have grown since its size was read.
     content = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(content) > limit:
         raise ToolError(f"{path}: larger than {limit} bytes{hint}")
@@ -164,7 +168,7 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
     for chunk in _read_chunks(file, path):
         last, newlines = chunk[-1:], chunk.count(b"\n")
         if line + newlines >= start:
-            kept += _selected_lines(chunk, start - line, end - line)
+            kept += _lines_of_chunk(chunk, start - line, end - line)
         line += newlines
         if line > end or len(kept) > limit:
             break
@@ -176,8 +180,8 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
     return _decode_text(bytes(kept[:limit]), path, final=False) + f"\n[cut after {limit} bytes]"
 
 
-def _selected_lines(chunk: bytes, first: int, last: int) -> bytes:
-    """Return the lines `first` to `last` of a chunk, from 0. Both may lie outside of it."""
+def _lines_of_chunk(chunk: bytes, first: int, last: int) -> bytes:
+    """Return the lines `first` to `last` of a chunk, counted from 0, as far as it has them."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
@@ -196,7 +200,7 @@ def _read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
             )
 
 
-def _encode_block(content: bytes, suffix: str) -> Block:
+def _image_or_pdf_block(content: bytes, suffix: str) -> Block:
     return {
         "type": "document" if suffix == ".pdf" else "image",
         "source": {
@@ -213,7 +217,7 @@ def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
     with contextlib.suppress(FileNotFoundError):
         found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
         _check_regular_file(found, path)
-        # Drop the setuid bit, because the owner may change below.
+        # Keep the permissions without the setuid bit, because the owner may change below.
         mode = stat.S_IMODE(found.st_mode) & 0o777
     temporary = f".{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -1,4 +1,4 @@
-"""The isolation of a session's commands from the machine: none, or a sandbox of bubblewrap.
+"""Isolates a session's commands from the machine: by a bubblewrap sandbox, or not at all.
 
 This module has the command line of the sandbox, and a check that the sandbox works here. Inside, a
 command sees the programs of the system (read-only) and the workspace. It has process and network
@@ -85,10 +85,10 @@ class ProcessLimits:
     file_mb: int = 4096
 
     def setup_script(self) -> str:
-        """Return a script that enters the workspace, sets the limits and executes its arguments."""
-        # The script enters the workspace, because `bwrap` of a root worker has no permission to.
-        # `-d` limits the data. `-v` would limit the address space, of which programs such as node
-        # reserve much more than they use.
+        """Return a script that enters the workspace, sets the limits and runs its arguments."""
+        # Enter the workspace here and not with `--chdir`, because the `bwrap` of a root worker has
+        # no permission to enter it. Limit the data size (`-d`) and not the address space (`-v`), of
+        # which programs such as node reserve much more than they use.
         return (
             f"cd {HOME} && ulimit -c 0 -d {self.memory_mb * 1024} -t {self.cpu_seconds}"
             f' -u {self.processes} -f {self.file_mb * 1024} -n 4096 && exec "$@"'
@@ -96,11 +96,11 @@ class ProcessLimits:
 
 
 class Isolation(Protocol):
-    """The interface of `NoIsolation` and `Bubblewrap`."""
+    """Isolates the commands of sessions. `NoIsolation` and `Bubblewrap` implement it."""
 
     @property
     def name(self) -> str:
-        """The name of the isolation in the settings and the log."""
+        """The value of the setting `isolation`, which is also logged."""
 
     @property
     def is_sandboxed(self) -> bool:
@@ -110,13 +110,13 @@ class Isolation(Protocol):
         """Return the path under which the session sees its workspace."""
 
     def file_owner(self, session: str, /) -> tuple[int, int] | None:
-        """Return the user and group id for the session's files; None for those of this process."""
+        """Return the user and group id of the session's files, or None for this process's own."""
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
-        """Return the command line that runs `words` for the session."""
+        """Return the command line that runs the command `words` in isolation for the session."""
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return all environment variables of the session's commands."""
+        """Return all environment variables of commands: `explicit`, or defaults if it is None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +134,11 @@ class NoIsolation:
         """Return None, because the files belong to the user of this process."""
 
     def command_line(self, _session: str, _workspace: Path, words: Sequence[str], /) -> list[str]:
-        """Return `words` unchanged."""
+        """Return the command `words` without a sandbox around it."""
         return list(words)
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return `explicit`, or if it is None the variables of this process that are allowed."""
+        """Return `explicit`, or if it is None the `INHERITED_VARIABLES` of this process."""
         allowed = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         return _QUIET | (allowed if explicit is None else dict(explicit))
 
@@ -162,18 +162,18 @@ class Bubblewrap:
     is_sandboxed: bool = field(default=True, init=False)
 
     def workspace_path(self, _workspace: Path, /) -> str:
-        """Return the path of the workspace in each sandbox."""
+        """Return `HOME`, because the workspace has this path in every sandbox."""
         return HOME
 
     def file_owner(self, session: str) -> tuple[int, int] | None:
-        """Return a user and group id from a hash of the session's id; None if not run as root."""
+        """Return a user and group id derived from the session's id, or None if not run as root."""
         if not self.as_root:
             return None
         user = FIRST_USER + zlib.crc32(session.encode()) % USERS
         return user, user
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
-        """Return a command line of `bwrap` that sets the user and the limits and runs `words`."""
+        """Return a `bwrap` command line that sets user and limits and runs the command `words`."""
         owner = self.file_owner(session)
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
@@ -182,7 +182,7 @@ class Bubblewrap:
             for right in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):
                 rights += ["--cap-add", right]
             user = [
-                *(*BASH, "-c", self._memory_script(), "memory"),
+                *(*BASH, "-c", self._in_memory_directory_script(), "memory"),
                 *(SETPRIV, f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups"),
                 *("--inh-caps=-all", "--no-new-privs", "--"),
             ]
@@ -191,18 +191,19 @@ class Bubblewrap:
         return [*bwrap, *self._file_options(workspace), "--", *user, *limited]
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return `explicit`, or if it is None the allowed variables, with paths of the sandbox."""
+        """Return `explicit`, or if it is None variables that are valid inside the sandbox."""
         if explicit is not None:
             return _QUIET | dict(explicit)
         sandbox_paths = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}
         kept = {name: os.environ[name] for name in ("LANG", "TZ") if name in os.environ}
         return _QUIET | kept | sandbox_paths
 
-    def _memory_options(self) -> list[str]:
-        """Return the options for `/tmp` and `/dev/shm`, which share the size `memory_mb`."""
+    def _in_memory_directory_options(self) -> list[str]:
+        """Return `bwrap` options for `/tmp` and `/dev/shm`, which share the size `memory_mb`."""
         size = self.limits.memory_mb << 20
         if self.as_root:
-            # `_memory_script` mounts this directory of `/tmp` as `/dev/shm`.
+            # Create a directory below `/tmp`. `_in_memory_directory_script` mounts it as
+            # `/dev/shm`.
             shared = ["--perms", "1777", "--dir", f"{_TMP}/{_SHARED}"]
             return ["--perms", "1777", "--size", str(size), "--tmpfs", _TMP, *shared]
         sizes = {_TMP: size - size // 4, _SHM: size // 4}
@@ -212,8 +213,11 @@ class Bubblewrap:
             for word in ("--perms", "1777", "--size", str(part), "--tmpfs", place)
         ]
 
-    def _memory_script(self) -> str:
-        """Return a script that limits the number of files in `/tmp`, and mounts `/dev/shm`."""
+    def _in_memory_directory_script(self) -> str:
+        """Return a script that limits `/tmp`, mounts `/dev/shm` and runs its arguments.
+
+        The limit of `/tmp` is a number of files.
+        """
         inodes = (self.limits.memory_mb << 20) // INODE_BYTES
         return (
             f"{MOUNT} -o remount,nr_inodes={inodes} {_TMP}"
@@ -235,7 +239,7 @@ class Bubblewrap:
             "/proc",
             "--dev",
             "/dev",
-            *self._memory_options(),
+            *self._in_memory_directory_options(),
             "--remount-ro",
             "/dev",
         ]
@@ -249,7 +253,7 @@ class Bubblewrap:
 
 
 def _parent_directory_options(path: str) -> list[str]:
-    """Return options that create the parents of a path as directories that all can read."""
+    """Return `bwrap` options that create the parent directories of a path, readable by all."""
     parents = [str(parent) for parent in reversed(Path(path).parents) if str(parent) != "/"]
     return [word for parent in parents for word in ("--perms", "0755", "--dir", parent)]
 
@@ -288,8 +292,8 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
             return "bwrap did not answer"
         finally:
             if process.returncode is None:
-                # If other code has reaped the process, `kill` raises an error, and the `wait` of a
-                # uvloop loop never returns.
+                # Other code may have reaped the process. `kill` then raises an error, and uvloop's
+                # `wait` never returns. Suppress both, or the check would fail or block.
                 with suppress(ProcessLookupError, TimeoutError):
                     process.kill()
                     async with asyncio.timeout(REAP_SECONDS):

@@ -1,4 +1,4 @@
-"""The plugin class: its settings, the checks at start, and the handler."""
+"""The plugin class `Toolset`: its settings, the checks at start, and the handler."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from workpool_toolset.isolation import (
     find_sandbox_problem,
 )
 from workpool_toolset.search_tools import SandboxCommand, SearchTools
-from workpool_toolset.session_answerer import SessionAnswerer, journal_errors_as_release
 from workpool_toolset.shell import BashShell
+from workpool_toolset.tool_call_answerer import ToolCallAnswerer, release_on_journal_error
 from workpool_toolset.toolbox import (
     MARGIN_SECONDS,
     CallLimits,
     CustomTool,
     Toolbox,
     ToolThreads,
-    started_threads,
+    running_tool_threads,
 )
 from workpool_toolset.workspace import Workspace, WorkspaceRoot
 
@@ -111,21 +111,21 @@ class Toolset:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Check the settings and the sandbox, and run the threads while the pool runs."""
-        self._check_numbers()
+        """Check the settings and the sandbox. Start the threads of the tools for this pool."""
+        self._check_number_settings()
         state, settings = self._state_directory(), supervisor.settings
         credentials = (settings.token_file, settings.api_key_file)
         private = [state, *(path for path in credentials if path)]
-        self._check_private_files(private)
+        self._check_token_and_state_paths(private)
         try:
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise PluginError(NAME, f"state {state}: {error.strerror}") from error
-        self._roots = tuple(self._checked_roots(private))
+        self._roots = tuple(self._root_directories(private))
         self._check_nested_roots()
         self._tools = {name: _load_custom_tool(name, tool) for name, tool in self.tools.items()}
         self._isolation = await self._choose_isolation(state)
-        async with started_threads() as self._threads:
+        async with running_tool_threads() as self._threads:
             yield
 
     @handler
@@ -135,13 +135,13 @@ class Toolset:
         if isolation is None or threads is None:
             raise PluginError(NAME, "not started: its workpool_lifespan was not entered")
         with release_on_exhaustion():
-            with journal_errors_as_release():
+            with release_on_journal_error():
                 folder = await threads.files.run(self._session_directory, session.id)
                 journal = CallJournal(folder / "journal", threads.files)
                 await journal.open_directory()
             toolbox = self._make_toolbox(session.id, folder / "workspace", isolation, threads)
             try:
-                await SessionAnswerer(session, toolbox, journal, self.max_idle).answer_session()
+                await ToolCallAnswerer(session, toolbox, journal, self.max_idle).answer_session()
             finally:
                 await toolbox.close_shell()
 
@@ -211,7 +211,7 @@ class Toolset:
         _log.info("toolset: isolation is bubblewrap", extra={"path": str(state)})
         return sandbox
 
-    def _check_numbers(self) -> None:
+    def _check_number_settings(self) -> None:
         for name in NUMBERS:
             value: Any = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -221,15 +221,15 @@ class Toolset:
         if self.tool_timeout < self.bash_timeout + MARGIN_SECONDS:
             raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
 
-    def _check_private_files(self, private: Sequence[Path]) -> None:
-        """Check that no sandbox shows the worker's tokens or state."""
+    def _check_token_and_state_paths(self, private: Sequence[Path]) -> None:
+        """Raise an error if every sandbox would show a file with the worker's tokens or state."""
         for path in private if self.isolation != "none" else ():
             for visible in VISIBLE_PATHS:
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(visible)):
                     raise PluginError(NAME, f"{path}: lies in {visible}, which sessions may read")
 
     def _check_nested_roots(self) -> None:
-        """Raise an error for a root whose parent directory a session could replace by a link."""
+        """Raise an error if a session could replace a parent directory of a root by a link."""
         hosts = {root.host for root in self._roots}
         for inner in hosts:
             for outer in (root.host for root in self._roots if root.writable):
@@ -238,8 +238,8 @@ class Toolset:
                         NAME, f"root {inner}: {inner.parent}, in root {outer}, must be a root, too"
                     )
 
-    def _checked_roots(self, private: Sequence[Path]) -> Iterator[WorkspaceRoot]:
-        """Yield the roots of the settings; raise an error for one that shows tokens or state."""
+    def _root_directories(self, private: Sequence[Path]) -> Iterator[WorkspaceRoot]:
+        """Yield the roots of the settings. Raise an error if one would show tokens or state."""
         writable_roots = [(path, True) for path in self.allowed_roots]
         for path, writable in [*writable_roots, *((path, False) for path in self.read_only_roots)]:
             host = Path(os.path.realpath(path))
@@ -252,7 +252,7 @@ class Toolset:
 
 
 def _load_custom_tool(name: str, tool: object) -> CustomTool:
-    """Return the function of a custom tool, which may be given as `module:function`."""
+    """Return the function of a custom tool. `tool` is a function or a string `module:function`."""
     if isinstance(tool, str):
         module, _, attribute = tool.partition(":")
         try:

@@ -27,7 +27,7 @@ _CHUNK: Final = 64 * 1024
 
 
 def glob_options(where: str, include: str | None) -> Iterator[str]:
-    """Yield the options with which ripgrep searches the same files as the module `walker`.
+    """Yield `--glob` options with which ripgrep searches the same files as the module `walker`.
 
     Args:
         where: The directory that is searched, as ripgrep gets it.
@@ -38,7 +38,7 @@ def glob_options(where: str, include: str | None) -> Iterator[str]:
     start = ("!" if wanted != include else "") + (way if walker.is_anchored(wanted) else "")
     for pattern in walker.split_pattern(wanted) if include else ():
         if pattern:
-            yield f"--glob={start}{'/'.join(map(_translate_component, pattern))}"
+            yield f"--glob={start}{'/'.join(map(_translate_path_component, pattern))}"
     yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED_DIRECTORIES))
 
 
@@ -47,8 +47,8 @@ def _path_pattern(path: str) -> str:
     return re.sub(r"([][*?{}!\\])", r"\\\1", path)
 
 
-def _translate_component(pattern: str) -> str:
-    """Translate one component of an `fnmatch` pattern to a ripgrep pattern."""
+def _translate_path_component(pattern: str) -> str:
+    """Translate one path component of an `fnmatch` pattern to a ripgrep pattern."""
     if pattern == "**":
         return pattern
     kept = re.compile(r"\[!?\]?[^]]*\]|\*+|\?|.", re.DOTALL)
@@ -85,54 +85,54 @@ class RipgrepMatches:
         self._file_size = 0
 
     def matching_text(self) -> str:
-        """Return all matching lines."""
+        """Return the matching lines, each as `path:line:text`."""
         return "".join(self._lines)
 
     async def read_messages(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
-        """Read all messages, and call `enough` when the matches have more than `limit` bytes."""
+        """Read all messages. Call `enough` once the matches exceed the limit of bytes."""
         part, dropped = b"", False
         while stream and (chunk := await stream.read(_CHUNK)):
             *messages, part = (part + chunk).split(b"\n")
             for message in messages:
                 if not (dropped or self.cut or len(message) > MAX_MESSAGE_BYTES):
-                    self._add_message(json.loads(message))
+                    self._process_message(json.loads(message))
                 dropped = False
-            # Drop a message of this length: its line exceeds the limit.
+            # Drop a message of this length, because its line is longer than the limit of a line.
             if len(part) > MAX_MESSAGE_BYTES:
                 part, dropped = b"", True
             if self.cut:
                 enough()
 
-    def _add_message(self, message: dict[str, Any]) -> None:
+    def _process_message(self, message: dict[str, Any]) -> None:
         kind, data = message["type"], message.get("data", {})
         if kind == "match":
-            self._add_line(data)
+            self._add_matching_line(data)
         elif kind == "end":
-            self._end_file(searched=data["binary_offset"] is None)
+            self._finish_file(searched=data["binary_offset"] is None)
         elif kind == "summary":
             self.complete = True
 
-    def _add_line(self, data: dict[str, Any]) -> None:
-        line = _field_bytes(data["lines"])
+    def _add_matching_line(self, data: dict[str, Any]) -> None:
+        line = _bytes_of_json_field(data["lines"])
         if len(line.removesuffix(b"\n")) > walker.MAX_LINE_BYTES:
             return
-        path = _field_bytes(data["path"]).decode(errors="replace").removeprefix("./")
+        path = _bytes_of_json_field(data["path"]).decode(errors="replace").removeprefix("./")
         text = f"{path}:{data['line_number']}:{walker.line_text(line)}\n"
         self._file_size += len(text.encode())
         if self._size + self._file_size > self._limit:
-            self._end_file(searched=True)
+            self._finish_file(searched=True)
             self.cut = self.complete = True
         else:
             self._file.append(text)
 
-    def _end_file(self, *, searched: bool) -> None:
+    def _finish_file(self, *, searched: bool) -> None:
         if searched:
             self._lines += self._file
             self._size += self._file_size
         self._file, self._file_size = [], 0
 
 
-def _field_bytes(data: Mapping[str, str]) -> bytes:
+def _bytes_of_json_field(data: Mapping[str, str]) -> bytes:
     return data["text"].encode() if "text" in data else base64.b64decode(data["bytes"])

@@ -79,7 +79,8 @@ def main() -> int:
         opened = os.memfd_create("seccomp", 0)
         os.write(opened, seccomp_filter(machine))
         os.lseek(opened, 0, os.SEEK_SET)
-        # Python ignores these signals. Reset them, or the program would inherit that.
+        # Restore the default action of these signals. Python ignores them, and the program would
+        # inherit that.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvp(program, [program, "--seccomp", str(opened), *arguments])  # noqa: S606 - no shell

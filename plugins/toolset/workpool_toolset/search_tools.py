@@ -41,7 +41,7 @@ _WALKER: Final = str(Path(walker.__file__).resolve())
 
 @dataclass(frozen=True, slots=True)
 class SandboxCommand:
-    """The command line prefix and the variables that run a program in the session's sandbox."""
+    """What a program needs to run in the session's sandbox: a command prefix and variables."""
 
     prefix: Sequence[str]
     environment: Mapping[str, str]
@@ -75,24 +75,24 @@ class SearchTools:
             raise ToolError("the pattern holds a NUL")
         with self._workspace.open_parent(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
-            # Refuse a pipe, because opening it would block the search.
+            # Refuse other types of file, because opening a pipe would block the search.
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ToolError(f"{path}: neither a file nor a directory")
             is_file = stat.S_ISREG(mode)
             if is_file and include and not walker.matches_include((spot.name,), include):
                 return "no matches"
-            inside = spot.root is self._workspace.home_root
+            inside = spot.root is self._workspace.session_root
             if self._sandboxed and inside and RIPGREP.exists():
                 where = self._workspace.relative_path(spot.shown)
                 globs = () if is_file else tuple(ripgrep_search.glob_options(where, include))
                 found = await self._run_ripgrep(self._sandboxed, spot, pattern, globs)
             elif is_file:
                 found = await self._run_walker(
-                    spot, _grep_request(pattern, include) | {"name": spot.name}
+                    spot, _walker_grep_request(pattern, include) | {"name": spot.name}
                 )
             else:
                 with self._workspace.open_directory(path) as inner:
-                    found = await self._run_walker(inner, _grep_request(pattern, include))
+                    found = await self._run_walker(inner, _walker_grep_request(pattern, include))
         return found or "no matches"
 
     async def _run_ripgrep(
@@ -136,12 +136,12 @@ class SearchTools:
         return output.text
 
 
-def _grep_request(pattern: str, include: str | None) -> dict[str, Any]:
+def _walker_grep_request(pattern: str, include: str | None) -> dict[str, Any]:
     return {"tool": "grep", "pattern": pattern, "include": include}
 
 
 class _WalkerOutput:
-    """The output of the walker, cut to whole lines.
+    """The output of the program `walker`, cut to whole lines.
 
     Attributes:
         text: The first lines, with a note if further lines are missing.
@@ -152,8 +152,8 @@ class _WalkerOutput:
     async def read_output(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
-        """Read all output, and call `enough` when the output exceeds its limit."""
-        text, cut = await _first_lines(stream, GREP_BYTES, enough)
+        """Read all output of the walker. Call `enough` once the output exceeds its limit."""
+        text, cut = await _read_first_lines(stream, GREP_BYTES, enough)
         self.text = text + (CUT if cut else "")
 
 
@@ -177,7 +177,7 @@ async def _run_search_process(
         async with asyncio.timeout(SEARCH_SECONDS), asyncio.TaskGroup() as group:
             group.create_task(read(process.stdout, partial(_kill_process, process)), name="found")
             error_text = group.create_task(
-                _first_lines(process.stderr, MAX_ERROR_CHARACTERS), name="errors"
+                _read_first_lines(process.stderr, MAX_ERROR_CHARACTERS), name="errors"
             )
             await process.wait()
     except TimeoutError:
@@ -186,12 +186,12 @@ async def _run_search_process(
         _kill_process(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
-                # Do not call `wait`: it does not return while the pipe has unread output.
+                # Do not call `wait`, which does not return while the pipe has unread output.
                 await process.communicate()
     return process.returncode or 0, error_text.result()[0]
 
 
-async def _first_lines(
+async def _read_first_lines(
     stream: asyncio.StreamReader | None, limit: int, on_cut: Callable[[], None] | None = None
 ) -> tuple[str, bool]:
     """Return the first lines of a stream, and whether lines are missing.

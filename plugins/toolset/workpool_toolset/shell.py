@@ -1,4 +1,4 @@
-"""The bash of a session, whose commands run one after the other and share variables and directory.
+"""The bash process of a session. Its commands run in sequence and share variables and directory.
 
 A random word, the end marker, ends the output of a command. The script contains the marker in two
 halves, so an echo of the script does not look like the marker. The marker is written to a
@@ -39,8 +39,8 @@ _REST_BYTES: Final = 1024 * 1024
 _ANSI: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
-class ShellEnded(Exception):
-    """The shell ended during a command. The error has the output so far and the exit status."""
+class ShellEndedError(Exception):
+    """Raised if the shell ends during a command. Has the output so far and the exit status."""
 
     def __init__(self, output: str, status: int | None) -> None:
         super().__init__(f"the shell ended with status {status}")
@@ -57,7 +57,9 @@ class CommandOutput:
 
 
 class BashShell:
-    """A bash process, which the first command starts. Once it ends, only `restart` allows another.
+    """Runs commands in one bash process, which the first command starts.
+
+    After this process has ended, `restart` must be called before the next command.
 
     Args:
         words: The command line of the shell, with its sandbox.
@@ -71,7 +73,7 @@ class BashShell:
         self._words = tuple(words)
         self._environment = dict(environment)
         self._folder = folder
-        self._started: _StartedShell | None = None
+        self._started: _ShellProcess | None = None
         self._output = _OutputTail()
         self.ended = False
 
@@ -79,17 +81,18 @@ class BashShell:
         """Run one command to its end. A cancellation ends the shell.
 
         Raises:
-            ShellEnded: The shell ended by itself, for example after `exit`.
+            ShellEndedError: The shell ended by itself, for example after `exit`.
         """
         self._output = _OutputTail()
         try:
             if self._started is None:
                 self._started = await self._start_shell()
                 self._started.stdin.write(f"exec {_MARKER_FD}>&1\n".encode())
-                # A command is sent only after the shell's first answer. A sandbox that is not ready
-                # when its worker is killed may outlive the worker, and must get no command.
-                await self._send_and_read(":", self._started)
-            return await self._send_and_read(command, self._started)
+                # Send the first command only after the shell has answered. If the worker is killed
+                # while its sandbox starts, the sandbox may survive, and must not run a command
+                # then.
+                await self._run_in_started_shell(":", self._started)
+            return await self._run_in_started_shell(command, self._started)
         except BaseException:
             # After a failed start, the next command may start the shell without `restart`.
             self.ended = self._started is not None
@@ -107,7 +110,7 @@ class BashShell:
         self.ended = False
 
     async def close(self) -> None:
-        """End the shell with all its processes: SIGTERM, then SIGKILL. Idempotent."""
+        """End the shell and all its processes, with SIGTERM and then SIGKILL."""
         started = self._started
         if started is None:
             return
@@ -116,17 +119,17 @@ class BashShell:
         finally:
             started.stdin.close()
             started.output.close()
-        # Set this last: after a cancelled `close`, the next call must wait for the shell's end.
+        # Set this last. If this `close` is cancelled, the next `close` must still end the shell.
         self._started = None
 
-    async def _start_shell(self) -> _StartedShell:
+    async def _start_shell(self) -> _ShellProcess:
         output = _ShellOutput()
         try:
             process = await self._spawn_shell(output)
         except BaseException:
             output.close()
             raise
-        return _StartedShell(process, cast("asyncio.StreamWriter", process.stdin), output)
+        return _ShellProcess(process, cast("asyncio.StreamWriter", process.stdin), output)
 
     async def _spawn_shell(self, output: _ShellOutput) -> Process:
         with os.fdopen(output.writer, "wb", 0) as sink:
@@ -140,19 +143,19 @@ class BashShell:
                 start_new_session=True,
             )
         try:
-            output.watch_exit(process.pid)
+            output.watch_shell_exit(process.pid)
         except OSError:
             await _end_group(process)
             raise
         return process
 
-    async def _send_and_read(self, command: str, started: _StartedShell) -> CommandOutput:
+    async def _run_in_started_shell(self, command: str, started: _ShellProcess) -> CommandOutput:
         first, second = secrets.token_hex(8), secrets.token_hex(8)
         script = (
             f"eval {shlex.quote(command)} </dev/null 2>&{_MARKER_FD} {_MARKER_FD}>&-\n"
             f"\\builtin printf '\\n%s%s %d\\n' {first} {second} \"$?\" >&{_MARKER_FD}\n"
         )
-        # If the shell has ended, the write may fail, and the read below reports the end.
+        # Ignore a failed write to a shell that has ended. The read below reports the end.
         with contextlib.suppress(ConnectionError):
             started.stdin.write(script.encode(errors="replace"))
             await started.stdin.drain()
@@ -163,12 +166,12 @@ class BashShell:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(REAP_SECONDS):
                         await started.process.wait()
-                raise ShellEnded(self.output_so_far, started.process.returncode)
+                raise ShellEndedError(self.output_so_far, started.process.returncode)
             if status := self._output.add_output(chunk, end_marker):
                 return CommandOutput(self.output_so_far, status.code)
 
 
-class _StartedShell(NamedTuple):
+class _ShellProcess(NamedTuple):
     process: Process
     stdin: asyncio.StreamWriter
     output: _ShellOutput
@@ -188,8 +191,8 @@ class _ShellOutput:
         self._rest: int | None = None
         self._changed = asyncio.Event()
 
-    def watch_exit(self, shell: int) -> None:
-        """Watch for the exit of the process with this id.
+    def watch_shell_exit(self, shell: int) -> None:
+        """Watch for the exit of the shell, given by its process id.
 
         Raises:
             OSError: The process cannot be watched.
@@ -201,7 +204,7 @@ class _ShellOutput:
             self._on_shell_exit()
 
     async def read_chunk(self) -> bytes:
-        """Return the next chunk, or empty bytes after the last output of the shell."""
+        """Return the next chunk of output, or empty bytes at the end of the shell's output."""
         while self._rest is None:
             await self._wait_until_readable()
             with contextlib.suppress(BlockingIOError):
@@ -213,8 +216,8 @@ class _ShellOutput:
             return b""
 
     def close(self) -> None:
-        """Close the pipe. Idempotent."""
-        self._stop_watching()
+        """Close the pipe, or do nothing if it is closed."""
+        self._stop_watching_exit()
         if self._reader != -1:
             os.close(self._reader)
             self._reader = -1
@@ -231,11 +234,11 @@ class _ShellOutput:
             loop.remove_reader(self._reader)
 
     def _on_shell_exit(self) -> None:
-        self._stop_watching()
+        self._stop_watching_exit()
         self._rest = _REST_BYTES
         self._changed.set()
 
-    def _stop_watching(self) -> None:
+    def _stop_watching_exit(self) -> None:
         if self._pidfd != -1:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
@@ -243,24 +246,24 @@ class _ShellOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class _CommandStatus:
+class _CommandExitStatus:
     code: int
 
 
 class _OutputTail:
-    """The last part of a command's output, and whether the first part was dropped."""
+    """Stores the last part of a command's output, and whether an earlier part was dropped."""
 
     def __init__(self) -> None:
         self._kept = bytearray()
         self._cut = False
 
-    def add_output(self, chunk: bytes, end_marker: re.Pattern[bytes]) -> _CommandStatus | None:
-        """Add output, and return the command's status when the end marker has arrived."""
-        # Search from before this chunk, because the marker may begin in the previous one.
+    def add_output(self, chunk: bytes, end_marker: re.Pattern[bytes]) -> _CommandExitStatus | None:
+        """Add output. Return the command's exit status once the end marker has arrived."""
+        # Search also the end of the previous chunk, because the marker may begin there.
         before = max(0, len(self._kept) - 128)
         self._kept += chunk
         if found := end_marker.search(self._kept, before):
-            status = _CommandStatus(int(found[1]) if found[1] else -1)
+            status = _CommandExitStatus(int(found[1]) if found[1] else -1)
             del self._kept[found.start() :]
             return status
         if len(self._kept) > 2 * OUTPUT_BYTES:
@@ -282,8 +285,8 @@ async def _end_group(process: Process) -> None:
             async with asyncio.timeout(TERM_SECONDS):
                 await process.wait()
     finally:
-        # Kill the group in any case: processes may outlive the leader, and the wait above may have
-        # been cancelled.
+        # Always send SIGKILL, because processes of the group may outlive its leader, and the wait
+        # above may have been cancelled.
         _signal_group(process, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REAP_SECONDS):
@@ -291,7 +294,7 @@ async def _end_group(process: Process) -> None:
 
 
 def _signal_group(process: Process, number: signal.Signals) -> None:
-    # The kernel does not reuse the id of a group while one of its processes exists, so no other
-    # process gets the signal.
+    # The signal cannot reach an unrelated process. The kernel does not reuse the id of a group
+    # while one of its processes exists.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

@@ -1,4 +1,4 @@
-"""The built-in tools and the custom tools of a session, which return errors as results.
+"""Runs the built-in and custom tools of a session. An error of a tool becomes its result.
 
 The names of built-in tools are case-insensitive. Some fields have several names, because services
 use different ones. Unknown fields are ignored.
@@ -19,7 +19,7 @@ from workpool import DaemonThreads
 from workpool.errors import exhausted
 from workpool_toolset import file_tools
 from workpool_toolset.file_tools import DEFAULT_SIZE_LIMITS, FileSizeLimits
-from workpool_toolset.shell import BashShell, ShellEnded
+from workpool_toolset.shell import BashShell, ShellEndedError
 from workpool_toolset.tool_result import ToolError, ToolResult
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class CallLimits:
 
 @dataclass(frozen=True, slots=True)
 class ToolThreads:
-    """The threads for the tools of all sessions of a pool.
+    """The two groups of threads on which the tools of all sessions of a pool run.
 
     Attributes:
         files: The threads for the journals and the file tools, whose calls take limited time.
@@ -95,21 +95,22 @@ class ToolThreads:
 
 
 @contextlib.asynccontextmanager
-async def started_threads() -> AsyncIterator[ToolThreads]:
-    """Provide the threads during the block, and start one thread of each kind."""
+async def running_tool_threads() -> AsyncIterator[ToolThreads]:
+    """Yield the threads for file tools and custom tools. They end with the `with` block."""
     async with contextlib.AsyncExitStack() as stack:
         kinds = [
             DaemonThreads(f"workpool-{name}", THREAD_COUNT) for name in ("toolset", "custom-tool")
         ]
         for threads in kinds:
             stack.push_async_callback(threads.close)
-            # Start a thread: if none is free, the pool fails here, before it claims sessions.
+            # Start a thread now, so that a machine without free threads fails before the pool
+            # claims sessions.
             await threads.run(threading.current_thread)
         yield ToolThreads(*kinds)
 
 
 class Toolbox:
-    """The tools of one session, which run one call at a time.
+    """Runs the tool calls of one session, one call at a time.
 
     Args:
         workspace: The roots of the file tools.
@@ -183,10 +184,10 @@ class Toolbox:
         return await self._threads.custom.run(tool, call)
 
     async def _run_bash(self, fields: Fields) -> object:
-        restarts = _flag_field(fields, "restart")
+        restarts = _read_flag_field(fields, "restart")
         if restarts:
             await self._shell.restart()
-        command = _text_field(fields, "command", default="" if restarts else None)
+        command = _read_text_field(fields, "command", default="" if restarts else None)
         if not command.strip():
             if restarts:
                 return "bash session restarted"
@@ -195,16 +196,16 @@ class Toolbox:
             raise ToolError("command holds a NUL")
         if self._shell.ended:
             raise ToolError(f"the shell has ended; {RESTART_HINT}")
-        return await self._command_text(command, self._timeout_seconds(fields))
+        return await self._run_command_in_shell(command, self._timeout_seconds(fields))
 
-    async def _command_text(self, command: str, seconds: float) -> ToolResult:
+    async def _run_command_in_shell(self, command: str, seconds: float) -> ToolResult:
         try:
             async with asyncio.timeout(seconds):
                 output = await self._shell.run_command(command)
         except TimeoutError:
             detail = f"killed after {seconds:g} s, and the shell with it; {RESTART_HINT}"
             return ToolResult.from_value([self._shell.output_so_far, detail], is_error=True)
-        except ShellEnded as error:
+        except ShellEndedError as error:
             detail = f"the shell ended with status {error.status}; {RESTART_HINT}"
             return ToolResult.from_value([error.output, detail], is_error=True)
         if output.status == 0:
@@ -212,7 +213,7 @@ class Toolbox:
         return ToolResult.from_value([output.text, f"exit status {output.status}"], is_error=True)
 
     def _timeout_seconds(self, fields: Fields) -> float:
-        milliseconds = _number_field(fields, "timeout_ms", "timeout")
+        milliseconds = _read_number_field(fields, "timeout_ms", "timeout")
         longest = self._bounds.tool_seconds - MARGIN_SECONDS
         seconds = (
             milliseconds / 1000
@@ -222,46 +223,46 @@ class Toolbox:
         return min(seconds, longest)
 
     async def _run_read(self, fields: Fields) -> object:
-        path = _text_field(fields, "file_path", "path")
+        path = _read_text_field(fields, "file_path", "path")
         return await self._threads.files.run(
             file_tools.read_file, self._workspace, path, _line_range(fields), self._bounds.sizes
         )
 
     async def _run_write(self, fields: Fields) -> object:
-        path = _text_field(fields, "file_path", "path")
-        content = _text_field(fields, "content")
+        path = _read_text_field(fields, "file_path", "path")
+        content = _read_text_field(fields, "content")
         return await self._threads.files.run(file_tools.write_file, self._workspace, path, content)
 
     async def _run_edit(self, fields: Fields) -> object:
-        path = _text_field(fields, "file_path", "path")
-        change = _text_field(fields, "old_string"), _text_field(fields, "new_string")
+        path = _read_text_field(fields, "file_path", "path")
+        change = _read_text_field(fields, "old_string"), _read_text_field(fields, "new_string")
         return await self._threads.files.run(
             file_tools.edit_file,
             self._workspace,
             path,
             change,
-            replace_all=_flag_field(fields, "replace_all"),
+            replace_all=_read_flag_field(fields, "replace_all"),
             sizes=self._bounds.sizes,
         )
 
     async def _run_glob(self, fields: Fields) -> object:
         return await self._search.glob(
-            _text_field(fields, "pattern"), _text_field(fields, "path", default=".")
+            _read_text_field(fields, "pattern"), _read_text_field(fields, "path", default=".")
         )
 
     async def _run_grep(self, fields: Fields) -> object:
-        include = _text_field(fields, "include", "glob", default="")
-        path = _text_field(fields, "path", default=".")
-        return await self._search.grep(_text_field(fields, "pattern"), path, include or None)
+        include = _read_text_field(fields, "include", "glob", default="")
+        path = _read_text_field(fields, "path", default=".")
+        return await self._search.grep(_read_text_field(fields, "pattern"), path, include or None)
 
 
-def _first_field(fields: Fields, *names: str) -> Any:
-    """Return the value of the first of these fields that has one, or None."""
+def _first_present_field(fields: Fields, *names: str) -> Any:
+    """Return the value of the first field in `names` that has a value, or None."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
-def _text_field(fields: Fields, *names: str, default: str | None = None) -> str:
-    value = _first_field(fields, *names)
+def _read_text_field(fields: Fields, *names: str, default: str | None = None) -> str:
+    value = _first_present_field(fields, *names)
     if value is None:
         if default is None:
             raise ToolError(f"{names[0]} is missing")
@@ -271,15 +272,15 @@ def _text_field(fields: Fields, *names: str, default: str | None = None) -> str:
     return value
 
 
-def _flag_field(fields: Fields, name: str) -> bool:
-    value = _first_field(fields, name)
+def _read_flag_field(fields: Fields, name: str) -> bool:
+    value = _first_present_field(fields, name)
     if value is None or isinstance(value, bool):
         return bool(value)
     raise ToolError(f"{name} must be true or false")
 
 
-def _number_field(fields: Fields, *names: str) -> float | None:
-    value = _first_field(fields, *names)
+def _read_number_field(fields: Fields, *names: str) -> float | None:
+    value = _first_present_field(fields, *names)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -288,12 +289,12 @@ def _number_field(fields: Fields, *names: str) -> float | None:
 
 
 def _line_range(fields: Fields) -> tuple[int, int] | None:
-    """Return the first and last line that `view_range`, or `offset` and `limit`, ask for.
+    """Return the first and last line to read, from `view_range` or from `offset` and `limit`.
 
     `offset` is a line, from 1, and `limit` a number of lines. An empty `view_range` is ignored. A
     first line of 0 means line 1.
     """
-    view_range = _first_field(fields, "view_range")
+    view_range = _first_present_field(fields, "view_range")
     if view_range == []:
         return None
     if view_range is not None:
@@ -301,15 +302,15 @@ def _line_range(fields: Fields) -> tuple[int, int] | None:
             case [int(start), int(end)] if start >= 0:
                 return max(start, 1), end
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
-    offset, limit = (_count_field(fields, name) for name in ("offset", "limit"))
+    offset, limit = (_read_count_field(fields, name) for name in ("offset", "limit"))
     if offset is None and limit is None:
         return None
     start = max(offset or 1, 1)
     return start, start + limit - 1 if limit else 0
 
 
-def _count_field(fields: Fields, name: str) -> int | None:
-    value = _first_field(fields, name)
+def _read_count_field(fields: Fields, name: str) -> int | None:
+    value = _first_present_field(fields, name)
     count = _whole_number(value)
     if count is None and value is not None:
         raise ToolError(f"{name} must be a number")
@@ -317,7 +318,7 @@ def _count_field(fields: Fields, name: str) -> int | None:
 
 
 def _whole_number(value: object) -> int | None:
-    """Convert a number that a model wrote (3, 3.0 or "3") to an int; None if it is no number."""
+    """Convert a number that a model wrote (3, 3.0 or "3") to an int, or return None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Spans of tool calls, if the API of OpenTelemetry is installed.
+"""Creates spans of tool calls if the API of OpenTelemetry is installed.
 
 See plugins/toolset/README.md, "Tracing".
 """
@@ -26,7 +26,7 @@ TOOL_ERROR: Final = "tool_error"
 
 @contextmanager
 def tool_span(call: ToolCall) -> Iterator[Callable[[ToolResult], None]]:
-    """Run the block in the span of a tool call, and yield a function that records the result.
+    """Run the `with` block in a span of the tool call. Yield a function to record the result.
 
     Arguments and results are not recorded: they may be large, and contain secrets.
     """

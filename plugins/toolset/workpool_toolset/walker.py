@@ -1,4 +1,4 @@
-"""The search of `glob` and `grep` as a separate program, so that an endless search can be killed.
+"""The program that searches for `glob` and `grep`. As a process, an endless search can be killed.
 
 The program is run by its path with `python -I -S` and uses the standard library only. It gets an
 open directory and a request as JSON, and prints one line for each match. A wrong request ends it
@@ -37,7 +37,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class DirectoryEntry(NamedTuple):
-    """One entry of a directory. The directory is open until the next entry is requested.
+    """A file or directory that was found. `directory` is open until the next entry is requested.
 
     Attributes:
         directory: The descriptor of the directory.
@@ -87,7 +87,10 @@ class DirectoryWalk:
         self._linked: set[tuple[int, int]] = set()
 
     def entries_below(self, place: SearchedDirectory) -> Iterator[DirectoryEntry]:
-        """Yield all directories and regular files at any depth, each valid until the next one."""
+        """Yield all directories and regular files at any depth below `place`.
+
+        The descriptor of an entry is valid until the next entry is requested.
+        """
         with os.scandir(place.opened) as entries:
             names = sorted(entry.name for entry in entries)
         for name in names:
@@ -96,7 +99,7 @@ class DirectoryWalk:
             try:
                 state = os.lstat(name, dir_fd=place.opened)
                 if stat.S_ISLNK(state.st_mode):
-                    yield from self._enter_link(place, name)
+                    yield from self._entries_of_link(place, name)
                 elif stat.S_ISDIR(state.st_mode):
                     opened = os.open(name, _LISTED, dir_fd=place.opened)
                     yield from self._directory_with_entries(
@@ -105,10 +108,10 @@ class DirectoryWalk:
                 elif stat.S_ISREG(state.st_mode):
                     yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
             except OSError:
-                # The entry was replaced after it was listed, or cannot be read.
+                # Skip the entry: it was replaced after it was listed, or cannot be read.
                 continue
 
-    def _enter_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:
+    def _entries_of_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:
         target = (
             open_target(self._roots, posixpath.join(place.shown, name)) if self._roots else None
         )
@@ -147,30 +150,30 @@ class DirectoryWalk:
 
 
 def open_target(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
-    """Open the target of a path, and follow links inside of the roots.
+    """Follow the symbolic links of a path as long as they stay in the roots, and open the target.
 
     Returns:
         A descriptor for `fstat` and the path without links; None for a path outside of the roots.
     """
     for _ in range(MAX_LINKS + 1):
-        inside = [(shown, host) for shown, host in roots if _is_below(path, shown)]
+        inside = [(shown, host) for shown, host in roots if _is_in_root(path, shown)]
         if not inside:
             return None
-        # Roots may be nested: use the innermost one that contains the path.
+        # One root may contain another. Use the innermost root that contains the path.
         shown, host = max(inside, key=lambda root: len(root[0]))
-        found = _open_in_root(shown, host, path)
+        found = _open_below_root(shown, host, path)
         if isinstance(found, int):
             return found, path
         path = found
     return None
 
 
-def _is_below(path: str, root: str) -> bool:
+def _is_in_root(path: str, root: str) -> bool:
     return root in {"/", path} or path.startswith(root + "/")
 
 
-def _open_in_root(shown: str, host: str, path: str) -> int | str:
-    """Open a path in a root. If a component is a link, return the path of its target instead."""
+def _open_below_root(shown: str, host: str, path: str) -> int | str:
+    """Open a path below a root. If a component is a link, return the link's target path instead."""
     parts = [part for part in path[len(shown) :].split("/") if part]
     opened, here = os.open(host, _PASSED), shown
     try:
@@ -178,7 +181,7 @@ def _open_in_root(shown: str, host: str, path: str) -> int | str:
             try:
                 target = os.readlink(part, dir_fd=opened)
             except OSError:
-                # The error shows that this component of the path is no link.
+                # The error shows that this component is no link, so open it.
                 inner = os.open(part, _PASSED, dir_fd=opened)
                 os.close(opened)
                 opened, here = inner, posixpath.join(here, part)
@@ -224,18 +227,21 @@ def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
         patterns = [*patterns, "*"]
     reached = {0}
     for part in parts:
-        reached = _with_empty_wildcards(reached, patterns)
+        reached = _add_positions_after_wildcards(reached, patterns)
         reached = {
             place if patterns[place] == "**" else place + 1
             for place in reached
             if place < len(patterns)
             and (patterns[place] == "**" or fnmatch.fnmatchcase(part, patterns[place]))
         }
-    return len(patterns) in _with_empty_wildcards(reached, patterns)
+    return len(patterns) in _add_positions_after_wildcards(reached, patterns)
 
 
-def _with_empty_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
-    """Add the position after each `**` that was reached, because `**` may match nothing."""
+def _add_positions_after_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
+    """Return the reached pattern positions and the positions after each reached `**`.
+
+    A `**` may match no component, so the component after it is reached at the same time.
+    """
     for place in range(len(patterns)):
         if place in reached and patterns[place] == "**":
             reached = reached | {place + 1}
@@ -258,7 +264,10 @@ def matches_include(parts: Sequence[str], include: str) -> bool:
 
 
 def is_anchored(include: str) -> bool:
-    """Return whether an `include` pattern is compared with the path and not with the name."""
+    """Return whether an `include` pattern is matched with the whole path of a file.
+
+    Otherwise it is matched with the name of the file only.
+    """
     return "/" in include.strip("/")
 
 
@@ -279,7 +288,7 @@ def glob_paths(
 def grep_lines(
     start: SearchedDirectory, pattern: str, name: str | None, include: str | None
 ) -> Iterator[str]:
-    """Yield `path:line:text` for each matching line of all files, or of the file `name`."""
+    """Yield `path:line:text` for each matching line of the file `name`, or of all files."""
     wanted = re.compile(pattern)
     entries = DirectoryWalk(SKIPPED_DIRECTORIES).entries_below(start)
     if name:
@@ -316,7 +325,10 @@ def line_text(line: bytes) -> str:
 
 
 def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield for each line of a regular file its number, its bytes and whether they are all."""
+    """Yield the lines of a regular file, each as its number, its bytes and whether it is complete.
+
+    Of a line that is longer than the limit, each piece is yielded and is not complete.
+    """
     try:
         file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")
     except OSError:
@@ -332,7 +344,7 @@ def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
 
 
 def main() -> int:
-    """Search as the JSON request in the first argument says, and print the matches."""
+    """Run the search that the first argument describes as JSON, and print the matches."""
     request = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
@@ -351,7 +363,7 @@ def main() -> int:
         sys.stderr.write(f"not a regular expression: {error}")
         return BAD_REQUEST
     except BrokenPipeError:
-        # The reader has closed the pipe, because it has enough output.
+        # End without an error: the reader has enough output and has closed the pipe.
         os._exit(0)
     return 0
 

@@ -1,4 +1,4 @@
-"""The paths of a session's file tools, resolved component by component with descriptors.
+"""Resolves the paths of a session's file tools, component by component, with descriptors.
 
 Each component is opened relative to the directory before it, with O_NOFOLLOW. A symbolic link is
 read and followed by this module, from a root again. So a session cannot let a file tool leave the
@@ -45,7 +45,7 @@ _ERROR_TEXTS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceRoot:
-    """A directory that the file tools may enter.
+    """A root: a directory that the file tools may use, with everything below it.
 
     Attributes:
         shown: The path as the session sees it, absolute and without links.
@@ -62,7 +62,7 @@ class WorkspaceRoot:
 
 @dataclass(frozen=True, slots=True)
 class PathTarget:
-    """The target of a path without links: an open directory, and a name in this directory.
+    """The file that a path leads to, as an open directory and a name in this directory.
 
     Attributes:
         directory: The descriptor of the directory, valid during the block.
@@ -77,25 +77,25 @@ class PathTarget:
     root: WorkspaceRoot
 
     def set_entry_owner(self, name: str) -> None:
-        """Give a new entry of the directory the same owner as the root, if the root has one."""
+        """Set the owner of a new file or directory in `directory` to the owner of the root."""
         if self.root.owner:
             os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
 
 
 class Workspace:
-    """The roots of one session. Relative paths begin at the first root."""
+    """The root directories of one session. Relative paths begin at the first of them."""
 
     def __init__(self, roots: Sequence[WorkspaceRoot]) -> None:
         self._roots = tuple(roots)
 
     @property
     def roots(self) -> tuple[WorkspaceRoot, ...]:
-        """The roots of the session, with its own directory first."""
+        """All root directories of the session. The first is its own working directory."""
         return self._roots
 
     @property
-    def home_root(self) -> WorkspaceRoot:
-        """The session's own directory."""
+    def session_root(self) -> WorkspaceRoot:
+        """The root that is the session's own working directory."""
         return self._roots[0]
 
     @contextlib.contextmanager
@@ -118,7 +118,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def open_directory(self, path: str) -> Iterator[PathTarget]:
-        """Open the directory at `path`, and yield it with the name `.`."""
+        """Open the directory `path`, and yield it as a `PathTarget` with the name `.`."""
         with self.open_parent(path) as spot:
             opened = os.open(spot.name, _ENTER & ~os.O_PATH, dir_fd=spot.directory)
             try:
@@ -127,27 +127,27 @@ class Workspace:
                 os.close(opened)
 
     def relative_path(self, shown: str) -> str:
-        """Return a path for messages, relative if it is in the session's own directory."""
-        inside = _components_below(shown, self.home_root.shown)
+        """Return a path for messages. A path in the session's own directory becomes relative."""
+        inside = _components_below(shown, self.session_root.shown)
         return shown if inside is None else "/".join(inside)
 
     def _resolve_path(
         self, path: str, stack: contextlib.ExitStack, *, write: bool, make: bool
     ) -> PathTarget:
-        _check_path_text(path)
-        wanted = _normalized_path(posixpath.join(self.home_root.shown, path))
+        _check_path_characters(path)
+        wanted = _normalized_path(posixpath.join(self.session_root.shown, path))
         for _ in range(MAX_LINKS + 1):
-            root, parts = self._innermost_root(wanted, path)
+            root, parts = self._innermost_root_of(wanted, path)
             if write and not root.writable:
                 raise ToolError(f"{path}: read-only")
-            found = _enter_components(root, parts, make=make)
+            found = _follow_components(root, parts, make=make)
             if isinstance(found, PathTarget):
                 stack.callback(os.close, found.directory)
                 return found
             wanted = found
         raise ToolError(f"{path}: too many levels of symbolic links")
 
-    def _innermost_root(self, wanted: str, path: str) -> tuple[WorkspaceRoot, list[str]]:
+    def _innermost_root_of(self, wanted: str, path: str) -> tuple[WorkspaceRoot, list[str]]:
         found = [(root, _components_below(wanted, root.shown)) for root in self._roots]
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
@@ -158,7 +158,7 @@ class Workspace:
 
 @contextlib.contextmanager
 def readable_os_errors(path: str) -> Iterator[None]:
-    """Raise a `ToolError` with a readable text for an error of the operating system.
+    """Convert an `OSError` of the `with` block to a `ToolError` with a text for the agent.
 
     Raises:
         OSError: The machine has no free memory or descriptors.
@@ -173,8 +173,8 @@ def readable_os_errors(path: str) -> Iterator[None]:
         raise ToolError(f"{path}: {words or 'cannot be used'}") from None
 
 
-def _enter_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> PathTarget | str:
-    """Enter the directories from a root, and return the target.
+def _follow_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> PathTarget | str:
+    """Follow `parts` from the root to a file, and return the file as a `PathTarget`.
 
     If a component is a link, the path of the link's target is returned instead.
     """
@@ -190,8 +190,8 @@ def _enter_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> P
             if index == len(parts) - 1:
                 return spot
             entered = _enter_directory(spot, make=make)
-            # Each directory is closed at once, because a path may be deeper than the limit of open
-            # descriptors.
+            # Close each directory at once, because a path may have more components than this
+            # process may have open descriptors.
             os.close(directory)
             directory, here = entered, spot.shown
     except BaseException:
@@ -206,7 +206,7 @@ def _enter_directory(spot: PathTarget, *, make: bool) -> int:
     except FileNotFoundError:
         if not make:
             raise
-    # The session may have created the directory meanwhile.
+    # Ignore FileExistsError, because the session may have created the directory since the open.
     with contextlib.suppress(FileExistsError):
         os.mkdir(spot.name, 0o755, dir_fd=spot.directory)
         spot.set_entry_owner(spot.name)
@@ -217,7 +217,7 @@ def _link_target(directory: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
-        # EINVAL: the name is no link. ENOENT: the name does not exist.
+        # EINVAL means that the name is no link, ENOENT that it does not exist.
         if error.errno in {errno.EINVAL, errno.ENOENT}:
             return None
         raise
@@ -231,11 +231,11 @@ def _components_below(path: str, root: str) -> list[str] | None:
 
 
 def _normalized_path(path: str) -> str:
-    # `normpath` does not remove a leading `//`.
+    # Replace a leading `//`, which `normpath` keeps, by `/`.
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
-def _check_path_text(path: str) -> None:
+def _check_path_characters(path: str) -> None:
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The answers to the tool calls of one session, each sent exactly once.
+"""Executes the tool calls of one session, and sends the answer to each call exactly once.
 
 Two tasks share the conversation: one reads and applies events, the other answers calls, one at a
 time. Neither blocks the other. A cancellation (lost lease, deadline of a drain) may end both at any
@@ -53,7 +53,7 @@ _BAD_REQUEST: Final = 400
 Ending = Literal["ended", "idle", "interrupted"]
 
 
-class SessionAnswerer:
+class ToolCallAnswerer:
     """Answers the tool calls of one session until the session ends, is idle or is interrupted.
 
     Args:
@@ -88,7 +88,7 @@ class SessionAnswerer:
             async with asyncio.TaskGroup() as group:
                 others = [
                     group.create_task(self._read_events(), name="toolset-reader"),
-                    group.create_task(self._wake_on_interrupt(), name="toolset-watch"),
+                    group.create_task(self._wake_answerer_on_interrupt(), name="toolset-watch"),
                 ]
                 ending = await self._answer_calls()
                 for other in others:
@@ -106,19 +106,23 @@ class SessionAnswerer:
                 self._conversation.apply_event(event)
                 self._session.progress()
                 self._caught_up = stream.caught_up
-                self._handle_change()
+                self._update_state_and_wake()
                 if answered := answered_call_id(event):
-                    with journal_errors_as_release():
+                    with release_on_journal_error():
                         await self._journal.delete_result(answered)
         self._conversation.ended = self._caught_up = True
-        self._handle_change()
+        self._update_state_and_wake()
 
-    async def _wake_on_interrupt(self) -> None:
+    async def _wake_answerer_on_interrupt(self) -> None:
         await self._session.interrupted()
         self._changed.set()
 
-    def _handle_change(self) -> None:
-        """Update the idle time, cancel a call that needs no result, and wake `_answer_calls`."""
+    def _update_state_and_wake(self) -> None:
+        """React to a change of the conversation, and wake `_answer_calls`.
+
+        The time since which the session is idle is updated. A running call that needs no result
+        anymore is cancelled.
+        """
         now = asyncio.get_running_loop().time()
         if not self._conversation.is_idle:
             self._idle_since = None
@@ -151,19 +155,21 @@ class SessionAnswerer:
             return None
         if not self._journal_named:
             self._journal_named = True
-            await self._name_journal()
+            await self._write_journal_name_to_item()
         return self._conversation.next_call()
 
-    async def _name_journal(self) -> None:
-        """Mark calls as begun if another machine may have begun them, then name the journal.
+    async def _write_journal_name_to_item(self) -> None:
+        """Write the journal's name to the item's metadata, after recording earlier calls.
 
-        The name is written last. Otherwise a crash between the two steps would make the calls of
-        the other machine look like calls that were never begun.
+        If the last run was on another machine, calls may have begun there. They are recorded in
+        this journal as begun, so that they are not executed again. The name is written last.
+        Otherwise a crash between the two steps would make these calls look as if they had never
+        begun.
         """
         stored_name, name = self._session.item.metadata.get(JOURNAL_KEY), self._journal.name
         elsewhere = self._journal.is_new if stored_name is None else stored_name != name
         if self._session.redelivered and elsewhere:
-            with journal_errors_as_release():
+            with release_on_journal_error():
                 for call in self._conversation.runnable_calls():
                     await self._journal.begin_call(call.id)
         if stored_name == name:
@@ -171,15 +177,15 @@ class SessionAnswerer:
         try:
             await self._session.update_metadata({JOURNAL_KEY: name})
         except NotPermittedError:
-            # Continue without the name in the metadata. The pool has logged the error.
+            # Continue without the name in the metadata. The pool has already logged the error.
             pass
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
 
     async def _wait_for_change(self) -> bool:
-        """Wait for a change, or return False when the session was idle for `max_idle` seconds."""
+        """Wait for a change, and return True. Return False after `max_idle` idle seconds."""
         since = self._idle_since if self._caught_up and math.isfinite(self._max_idle) else None
-        others_next = self._caught_up and self._conversation.waits_for_others
+        others_next = self._caught_up and self._conversation.waits_for_person_or_application
         try:
             async with asyncio.timeout_at(None if since is None else since + self._max_idle):
                 with self._session.waiting() if others_next else contextlib.nullcontext():
@@ -190,7 +196,7 @@ class SessionAnswerer:
 
     async def _answer_call(self, call: ToolCall) -> None:
         self._check_lease()
-        with journal_errors_as_release():
+        with release_on_journal_error():
             known = await self._journal.begin_call(call.id)
         if known != "new":
             self._session.log.info(
@@ -203,7 +209,7 @@ class SessionAnswerer:
         elif self._conversation.is_interrupted(call.id):
             result = ToolResult.from_error(INTERRUPTED_BY_USER)
         else:
-            # The lease may have expired while the journal was written.
+            # Check the lease again, because it may have expired while the journal was written.
             self._check_lease()
             with tool_span(call) as record:
                 result = await self._execute_call(call)
@@ -211,14 +217,15 @@ class SessionAnswerer:
             await self._store_result(call, result)
         if call.id not in self._conversation.answered:
             await self._post_result(call, result)
-        self._conversation.close_call(call.id)
-        self._handle_change()
+        self._conversation.mark_call_answered(call.id)
+        self._update_state_and_wake()
 
     async def _store_result(self, call: ToolCall, result: ToolResult) -> None:
         try:
             await self._journal.store_result(call.id, result)
         except OSError:
-            # Send the result nevertheless. A crash before that would make the outcome unknown.
+            # Continue, so that the result is sent. Only after a crash before that is the result
+            # lost.
             self._session.log.exception("toolset: result not kept", extra={"call_id": call.id})
 
     def _check_lease(self) -> None:
@@ -231,8 +238,8 @@ class SessionAnswerer:
         try:
             async with asyncio.timeout(None) as scope:
                 self._running = call, scope
-                # An interrupt may have arrived while the journal was written.
-                self._handle_change()
+                # Cancel the call at once if an interrupt arrived while the journal was written.
+                self._update_state_and_wake()
                 result = await self._toolbox.run_call(call)
         except TimeoutError:
             result = ToolResult.from_error(INTERRUPTED_BY_USER)
@@ -252,12 +259,13 @@ class SessionAnswerer:
         return result
 
     async def _post_result(self, call: ToolCall, result: ToolResult) -> None:
-        """Send a result until it is stored. A refused result is replaced by an error once."""
+        """Send a result until the control plane has stored it. If it is refused, send an error."""
         for candidate in (result, ToolResult.from_error(RESULT_REFUSED)):
             try:
                 await self._send_result(call, candidate)
             except ConflictError:
-                # The result is already stored: the answer to an earlier request was lost.
+                # Nothing to do: the result is already stored, and the answer to an earlier request
+                # was lost.
                 return
             except RefusedError:
                 self._session.log.exception("toolset: result refused", extra={"call_id": call.id})
@@ -278,7 +286,7 @@ class SessionAnswerer:
                 limit = REFUSED_SECONDS if error.status == _BAD_REQUEST else 0.0
             else:
                 return
-            # The event stream may have shown that the result was stored.
+            # Stop if an event has shown that the control plane has stored the result.
             if call.id in self._conversation.answered:
                 return
             if clock() - started >= limit:
@@ -289,7 +297,7 @@ class SessionAnswerer:
             pause = min(pause * 2, MAX_RETRY_SECONDS)
 
     def _log_denied_call(self, call: ToolCall) -> None:
-        # An earlier run has logged the denials in the history.
+        # Do not log a denial from the history again: an earlier run has logged it.
         if self._caught_up:
             self._session.log.info(
                 "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}
@@ -297,8 +305,8 @@ class SessionAnswerer:
 
 
 @contextlib.contextmanager
-def journal_errors_as_release() -> Iterator[None]:
-    """Convert an error of the journal to `Release`, because no call may run without a journal."""
+def release_on_journal_error() -> Iterator[None]:
+    """Convert an `OSError` to `Release`, because no call may run without the journal."""
     try:
         yield
     except OSError as error:
