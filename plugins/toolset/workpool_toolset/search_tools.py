@@ -41,7 +41,7 @@ _WALKER: Final = str(Path(walker.__file__).resolve())
 
 @dataclass(frozen=True, slots=True)
 class SandboxCommand:
-    """What a program needs to run in the session's sandbox: a command prefix and variables."""
+    """The command prefix and the variables with which a program runs in the session's sandbox."""
 
     prefix: Sequence[str]
     environment: Mapping[str, str]
