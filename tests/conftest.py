@@ -72,7 +72,10 @@ def recorder() -> Recorder:
 def make_settings(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Settings]:
-    """Return a function that makes settings for the control plane without environment variables."""
+    """Return a function that makes settings for a pool of the control plane.
+
+    The settings of the caller's environment variables are removed, so that they have no effect.
+    """
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)
@@ -86,12 +89,12 @@ def make_settings(
         "stop_grace": 5,
     }
 
-    def make_settings_with(**values: Any) -> Settings:
+    def make_pool_settings(**values: Any) -> Settings:
         if "token_file" not in values:
             values.setdefault("token", control_plane.token)
         return Settings(**{**defaults, **values})
 
-    return make_settings_with
+    return make_pool_settings
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ class RecordingView(DemoView):
     """A demo view that shows the demo's own messages only, without log lines and live tables."""
 
     def print_worker_line(self, worker: str, line: str) -> None:
-        """Ignore log lines of workers."""
+        """Print nothing, because the picture contains no log lines of workers."""
 
     def draw_state(self, state: DemoState) -> None:
         """Ignore the tables of the running demo; `record_demo` prints the final table."""

@@ -1,4 +1,6 @@
-"""Generates the reference parts of pages; `python -m tests.references` writes them.
+"""Generates the tables of settings, metrics and commands in the pages of the documentation.
+
+`python -m tests.references` writes the tables into the pages.
 
 A generated part stands between two comments in a page under `workpool/docs/`; the text around it is
 written by hand.

@@ -1,4 +1,4 @@
-"""Rules for the code that a program can check."""
+"""Checks the rules for the architecture: names, imports, exceptions and suppressions."""
 
 from __future__ import annotations
 
@@ -44,24 +44,25 @@ LOOPS = (
     "pool/lease_renewer.py",
 )
 MODULES_WITH_BROAD_EXCEPT = {
-    "logs.py",  # `__str__` of an object that a user logs may raise
+    "logs.py",  # A `__str__` method that raises must not prevent the log line.
     "metrics/observer.py",  # An error in a metric must not end the pool.
-    "session.py",  # Raises each error again; raises `Release` if the machine is exhausted.
-    "plugins/loading.py",  # annotations of a plugin may raise when they are evaluated
-    "pool/handler_executor.py",  # a handler may raise any error
-    # Calls a plain handler on a thread, and raises its error where the call is awaited.
+    # Any error of a handler is replaced by `Release` if the machine has run out of resources.
+    "session.py",
+    "plugins/loading.py",  # An annotation that cannot be evaluated is reported as PluginError.
+    "pool/handler_executor.py",  # Any error of a handler must fail only its own session.
+    # Any error of a plain handler is caught on its thread and raised again in its task.
     "pool/handler_threads.py",
-    "plugins/discovery.py",  # hooks of plugins may raise any error
+    "plugins/discovery.py",  # Any error of a plugin hook must be reported with the plugin's name.
     "pool/poller.py",  # An error in one poll must not end the poller.
-    "pool/item_requests.py",  # an error in one heartbeat must not end the renewal
-    "pool/lease_renewer.py",  # Reports an error of the renewer thread on the handlers' loop.
-    "pool/diagnostics.py",  # Raises an error of the report's thread in the thread that waits.
-    "server/stores/sqlite.py",  # Reports an error of the writer thread on the loop.
-    # aiohttp would take an error of a caller's check for a failed connection.
+    "pool/item_requests.py",  # An error in one heartbeat must not end the other leases.
+    "pool/lease_renewer.py",  # Any error of the renewer thread is raised on the handlers' loop.
+    "pool/diagnostics.py",  # Any error of the thread that writes a report is raised by its caller.
+    "server/stores/sqlite.py",  # Any error of the writer thread must be raised on the event loop.
+    # aiohttp would report an error of this module's check as a failed connection.
     "wire/http/checked_request.py",
-    # Calls a function on a thread, and raises its error where the result is awaited.
+    # Any error of a function is caught on its thread and raised where the result is awaited.
     "wire/http/daemon_threads.py",
-    "cli/environment_group.py",  # Raises an environment's error once all others have ended.
+    "cli/environment_group.py",  # An error of one environment must not end the others.
 }
 
 
@@ -73,7 +74,7 @@ def words_in_name(name: str) -> set[str]:
     return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
-def test_checks_cover_modules_and_plugins() -> None:
+def test_checked_modules_include_package_and_plugins() -> None:
     assert len(MODULES) > 40
     assert PLUGIN_MODULES
 
@@ -172,7 +173,7 @@ def test_suppressions_of_tests_have_reasons() -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_module_with_event_loop_subclass_suppresses_no_coverage_or_complexity_rule(
+def test_modules_of_pool_loops_suppress_neither_coverage_nor_complexity_rules(
     name: str,
 ) -> None:
     hidden = [
@@ -212,7 +213,7 @@ def test_imports_including_those_for_types_form_no_cycle() -> None:
             if found in modules and found != name:
                 graph.setdefault(name, set()).add(found)
     assert len(graph) > 100
-    TopologicalSorter(graph).prepare()  # raises CycleError if there is a cycle
+    TopologicalSorter(graph).prepare()  # raises CycleError if the imports form a cycle
 
 
 def private_component(dotted: str) -> str | None:
@@ -278,7 +279,7 @@ def is_dialect(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
-def test_dialect_names_are_compared_in_dialect_tables_only(path: Path) -> None:
+def test_no_module_compares_a_value_with_a_dialect_name(path: Path) -> None:
     compared = [
         ast.unparse(node)
         for node in ast.walk(ast.parse(path.read_text()))
@@ -305,15 +306,16 @@ DIALECT_TABLES = {
     "server/http/server_dialects.py",
 }
 DIALECT_TEXTS = {
-    "cli/conform.py",  # a help text has an example with `--dialect anthropic`
-    "conformance/clauses/heartbeats.py",  # clauses that differ between the dialects
+    "cli/conform.py",  # Its help text shows an example with `--dialect anthropic`.
+    # These three modules contain the conformance clauses that differ between the dialects.
+    "conformance/clauses/heartbeats.py",
     "conformance/clauses/stops.py",
     "conformance/clauses/conversations.py",
 }
 
 
 @pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
-def test_dialect_names_are_written_in_dialect_tables_only(path: Path) -> None:
+def test_strings_with_dialect_names_occur_in_listed_modules_only(path: Path) -> None:
     if path.is_relative_to(PACKAGE) and relative_path(path) in DIALECT_TABLES | DIALECT_TEXTS:
         return
     tree = ast.parse(path.read_text())

@@ -144,7 +144,7 @@ def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
     assert malformed_mentions(text) == found
 
 
-def citation_rows_in_docs(first_column: str) -> list[list[str]]:
+def architecture_table_rows(first_column: str) -> list[list[str]]:
     """Return the rows of the architecture page's table whose first column has this title."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
@@ -167,22 +167,22 @@ def test_link_inside_document_leads_to_heading(document: Path) -> None:
     assert set(re.findall(r"\]\(#([^)]+)\)", document.read_text())) <= anchors
 
 
-def test_documented_table_of_states_equals_code() -> None:
+def test_documented_item_state_transitions_equal_transitions_in_code() -> None:
     documented = {
-        (state, transition): then for state, transition, then, _ in citation_rows_in_docs("state")
+        (state, transition): then for state, transition, then, _ in architecture_table_rows("state")
     }
     assert documented == TRANSITIONS
 
 
 def test_documented_table_of_end_reasons_equals_code() -> None:
-    documented = [tuple(row) for row in citation_rows_in_docs("end reason")]
+    documented = [tuple(row) for row in architecture_table_rows("end reason")]
     assert documented == [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())
     ]
 
 
 def test_documented_constants_have_values_of_code() -> None:
-    constants = citation_rows_in_docs("constant")
+    constants = architecture_table_rows("constant")
     assert constants
     for name, value in constants:
         module, _, attribute = name.partition(".")

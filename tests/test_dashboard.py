@@ -112,7 +112,7 @@ async def test_every_dashboard_query_has_a_result_after_drain_kill_and_outage(
         drained.send_signal(signal.SIGTERM)
         await drained.wait()
         drains = "sum(max_over_time(workpool_drain_duration_seconds_count[2m]))"
-        # The ended worker's series are stale, so the query takes their maximum over two minutes.
+        # Prometheus has no current value for a worker that has ended: use the last two minutes.
         await wait_for_query_value(url, drains, 1)
         empty = [
             f"{title}: {query}"

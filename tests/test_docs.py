@@ -119,8 +119,9 @@ def test_alert_rules_pass_their_unit_tests() -> None:
 def test_every_alert_fires_in_a_unit_test() -> None:
     cases = (ROOT / "workpool/alerts_test.yml").read_text()
     fired = set(re.findall(r'alertname="(\w+)"', cases))
-    cannot = {"WorkpoolFewerWorkers"}  # its threshold depends on the installation
-    assert fired | cannot == set(re.findall(r"alert: (\w+)", ALERTS))
+    # Each installation sets the threshold of this alert, so no unit test can fire it.
+    untested = {"WorkpoolFewerWorkers"}
+    assert fired | untested == set(re.findall(r"alert: (\w+)", ALERTS))
 
 
 def test_cpu_times_in_readme_equal_benchmark_results() -> None:
@@ -148,7 +149,7 @@ def test_ci_script_runs_every_python_version_of_classifiers() -> None:
 
 
 def test_each_test_is_selected_by_exactly_one_tier() -> None:
-    """`poe test` selects `not trial`, which `addopts` contains; `poe trials` selects `trial`."""
+    """`poe test` runs the tests without the marker `trial`; `poe trials` runs all others."""
     assert TOOLS["pytest"]["ini_options"]["addopts"][-2:] == ["-m", "not trial"]
     tasks = TOOLS["poe"]["tasks"]
     selection = re.compile(r" -m | -k |--ignore|--deselect| tests| plugins")
@@ -239,14 +240,18 @@ async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_blocking_code_in_thread_returns_its_result(tmp_path: Path) -> None:
+async def test_documented_handler_with_blocking_code_in_thread_writes_digest(
+    tmp_path: Path,
+) -> None:
     names = run_example("pbkdf2_hmac", tmp_path)
     done = await metadata_written_by_plugin(names["digest_session"], {"job": "digest"})
     assert len(done["digest"]) == 64
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handler_with_release_on_exhaustion_completes(tmp_path: Path) -> None:
+async def test_documented_handler_that_releases_when_resources_run_out_completes(
+    tmp_path: Path,
+) -> None:
     scratch = run_example("# scratch.py", tmp_path)["scratch"]
     assert int((await metadata_written_by_plugin(scratch, {"job": "scratch"}))["bytes"]) > 10
 
@@ -272,7 +277,9 @@ async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_pool_of_processes_computes_and_ends(tmp_path: Path) -> None:
+async def test_documented_plugin_with_process_pool_writes_result_and_ends_processes(
+    tmp_path: Path,
+) -> None:
     # Each process of the example's process pool imports this module.
     (tmp_path / "primes.py").write_text(code_block_with("# primes.py"))
     primes = importlib.import_module("primes").Primes
@@ -307,7 +314,7 @@ async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Pa
 async def test_documented_handoff_ends_session_with_its_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The handoff goes to a real `workpool hold`, which stops the item when its program ends."""
+    """A real `workpool hold` process takes the item over, runs a program, and stops the item."""
     commands = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     start, children = asyncio.create_subprocess_exec, []
@@ -320,7 +327,8 @@ async def test_documented_handoff_ends_session_with_its_program(
     apart = run_example("def apart", tmp_path)["apart"]
     assert await metadata_written_by_plugin(apart, {"job": "apart"}) == {"job": "apart"}
     async with asyncio.timeout(20):
-        # the child exits shortly after it stops its item, and must exit before this loop closes
+        # The child process stops the item and exits a little later. Its exit must be awaited
+        # before the event loop of this test closes.
         await children[0].wait()
 
 
@@ -450,7 +458,7 @@ def glossary_entries() -> list[list[str]]:
 
 
 def code_name_exists(path: str) -> bool:
-    """Return whether a dotted path below `workpool`, or one that starts with `tests`, exists."""
+    """Return whether a dotted name exists in `workpool`, or in `tests` if that is its start."""
     module, names = "workpool", path.split(".")
     if names[0] == "tests":
         module = names.pop(0)
@@ -460,7 +468,7 @@ def code_name_exists(path: str) -> bool:
             found = importlib.import_module(f"{module}.{name}")
             module = f"{module}.{name}"
         except ModuleNotFoundError:
-            # Attributes of instances are found in the source of the class.
+            # An instance attribute is no attribute of the class, so search the source of the class.
             if not hasattr(found, name):
                 source = inspect.getsource(found) if inspect.isclass(found) else ""
                 return (
@@ -487,7 +495,7 @@ def test_glossary_term_has_one_sentence_and_one_entry() -> None:
     assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in glossary_entries())
 
 
-def test_documented_scripts_use_tool_names_known_to_all_workers() -> None:
+def test_documented_names_of_builtin_tools_are_lower_case() -> None:
     """Workers of other vendors know the built-in tools by lower-case names only."""
     builtin = {"bash", "read", "write", "edit", "glob", "grep"}
     documents = [*PAGES, *ROOT.glob("plugins/*/*.md")]

@@ -56,7 +56,7 @@ def checked_pages() -> list[Path]:
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
 
-def docstrings(text: str) -> list[tuple[int, str]]:
+def docstrings_by_line(text: str) -> list[tuple[int, str]]:
     """Return the line and text of each docstring, including docstrings of attributes."""
     return [
         (node.lineno, node.value.value)
@@ -89,7 +89,7 @@ def language_problems(text: str) -> list[str]:
         for line, part in comments_and_strings(text)
         for problem in banned_word_problems(part)
     ]
-    for line, docstring in docstrings(text):
+    for line, docstring in docstrings_by_line(text):
         flat = " ".join(docstring.split())
         if CITATION.fullmatch(flat):
             found.append(f"{line}: the docstring is only a citation")

@@ -1,4 +1,4 @@
-"""The public names of `workpool`; a change of one needs a changelog entry."""
+"""The public names of `workpool`. A changed public name needs an entry in the changelog."""
 
 import ast
 import subprocess
@@ -66,7 +66,7 @@ def test_import_of_workpool_does_not_import_command_line() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def output_of_code(code: str) -> str:
+def run_code_in_new_process(code: str) -> str:
     """Run code in a new Python process and return its output."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own words
@@ -76,7 +76,7 @@ def output_of_code(code: str) -> str:
 def test_import_of_workpool_imports_none_of_its_modules() -> None:
     """The command line must be able to install its signal handlers before the slow imports."""
     code = "import sys, workpool; print([n for n in sys.modules if n.startswith('workpool.')])"
-    assert output_of_code(code) == "[]"
+    assert run_code_in_new_process(code) == "[]"
 
 
 def test_import_of_workpool_keeps_signal_handlers_unchanged() -> None:
@@ -88,19 +88,19 @@ def test_import_of_workpool_keeps_signal_handlers_unchanged() -> None:
         "from workpool.cli.commands import app\n"
         "print(handlers() == before)"
     )
-    assert output_of_code(code) == "True"
+    assert run_code_in_new_process(code) == "True"
 
 
 def test_public_names_are_available_if_another_module_was_imported_first() -> None:
     code = "import workpool.testing, workpool\nprint(callable(workpool.handler), dir(workpool))"
-    callable_, _, names = output_of_code(code).partition(" ")
+    callable_, _, names = run_code_in_new_process(code).partition(" ")
     assert callable_ == "True"
     assert set(workpool.__all__) <= set(ast.literal_eval(names))
 
 
 def test_public_modules_are_attributes_of_the_package() -> None:
     code = "import workpool as w; print(w.errors, w.events, w.settings)"
-    assert output_of_code(code).count("<module") == 3
+    assert run_code_in_new_process(code).count("<module") == 3
 
 
 def test_unknown_name_of_workpool_raises_attribute_error() -> None:

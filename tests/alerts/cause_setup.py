@@ -1,4 +1,4 @@
-"""The control plane, the environment and the workers of one alert cause."""
+"""The control plane and the workers that run in one situation that must make alerts fire."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def free_port() -> int:
 
 
 class CauseSetup:
-    """The control plane and the workers of one alert cause, as an async context manager.
+    """A control plane and workers in one situation that makes alerts fire.
+
+    The class is an async context manager.
 
     Attributes:
         environment: The id of the environment, and the label of its alerts.

@@ -198,8 +198,8 @@ def build_image(engine: PodmanEngine, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[PodmanEngine]:
-    """A Podman whose storage has the image of a worker."""
+def podman_engine() -> Iterator[PodmanEngine]:
+    """Return a Podman engine whose storage contains the worker's image."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
@@ -253,7 +253,7 @@ class WorkerContainer:
         async with asyncio.timeout(120):
             self.err += (await self._stderr.read()).decode()
             status = await self._process.wait()
-        sys.stderr.write(self.err)  # pytest shows the log if the test fails
+        sys.stderr.write(self.err)  # If the test fails, pytest shows this log of the worker.
         return status
 
 
@@ -290,7 +290,7 @@ class WorkerStarter:
         )
         return WorkerContainer(self._engine, name, process)
 
-    def item_record_kinds(self, item: Item) -> list[str]:
+    def item_history_kinds(self, item: Item) -> list[str]:
         return [record.kind for record in self.plane.history.records_of_item(item.id)]
 
 
@@ -304,10 +304,10 @@ def shared_directory() -> Iterator[Path]:
 
 @pytest.fixture
 async def worker_starter(
-    engine: PodmanEngine, shared_directory: Path
+    podman_engine: PodmanEngine, shared_directory: Path
 ) -> AsyncIterator[WorkerStarter]:
     async with ControlPlane() as plane:
-        yield WorkerStarter(engine, plane, shared_directory)
+        yield WorkerStarter(podman_engine, plane, shared_directory)
 
 
 async def test_ten_sessions_run_without_privileges_under_an_init_process(
@@ -336,10 +336,10 @@ async def test_sigterm_during_start_ends_the_container_with_status_0(
     (worker_starter.folder / "go").touch()
     assert await worker.wait_for_end() == 0
     assert "drained result=clean" in worker.err
-    assert worker_starter.item_record_kinds(item) == ["created"]
+    assert worker_starter.item_history_kinds(item) == ["created"]
 
 
-async def test_sigterm_with_work_finishes_one_session_and_releases_the_other(
+async def test_sigterm_lets_one_session_complete_and_releases_the_endless_session(
     worker_starter: WorkerStarter,
 ) -> None:
     [waiting] = worker_starter.plane.enqueue(metadata={"do": "wait"})
@@ -350,7 +350,7 @@ async def test_sigterm_with_work_finishes_one_session_and_releases_the_other(
     await worker.send_signal("TERM")
     assert await worker.wait_for_end() == 0
     assert "drained result=deadline" in worker.err
-    assert worker_starter.item_record_kinds(waiting)[-1] == "stopped"
+    assert worker_starter.item_history_kinds(waiting)[-1] == "stopped"
     found = worker_starter.plane.operations.get_item(
         worker_starter.plane.environments[0], lingering.id
     )

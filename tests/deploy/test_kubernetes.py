@@ -109,7 +109,9 @@ def render_overlay(kubectl: str, folder: Path) -> list[Manifest]:
 
 def write_overlay_with_deletion_cost(overlay: str, folder: Path) -> Path:
     """Write an overlay with the deletion-cost component, and return its directory."""
-    checkout = os.path.relpath(KUBERNETES, folder)  # Kustomize accepts relative paths only.
+    checkout = os.path.relpath(
+        KUBERNETES, folder
+    )  # relative, because Kustomize rejects absolute paths
     kustomization = {
         "resources": [f"{checkout}/{overlay}"],
         "components": [f"{checkout}/components/deletion-cost"],
@@ -138,13 +140,13 @@ def schema_path(manifest: Manifest) -> Path:
     return SCHEMAS / f"{manifest['kind'].lower()}.json"
 
 
-def check_custom_resource(manifest: Manifest) -> None:
+def validate_custom_resource(manifest: Manifest) -> None:
     schema = json.loads(schema_path(manifest).read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(manifest, schema)
 
 
-def check_builtin_resource(manifest: Manifest, version: str = VERSIONS[-1]) -> None:
+def validate_builtin_resource(manifest: Manifest, version: str = VERSIONS[-1]) -> None:
     kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -153,28 +155,30 @@ def test_overlay_manifests_are_valid_for_kubernetes(
     rendered_overlay: list[Manifest], version: str
 ) -> None:
     for each in builtin_manifests(rendered_overlay):
-        check_builtin_resource(each, version)
+        validate_builtin_resource(each, version)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
     """Unlike the check of rendered overlays, this check also runs without kubectl."""
     for each in builtin_manifests(manifests_in_files()):
-        check_builtin_resource(each, version)
+        validate_builtin_resource(each, version)
 
 
 def test_custom_resources_have_known_fields_only() -> None:
     custom = [each for each in manifests_in_files() if schema_path(each).exists()]
     assert {each["kind"] for each in custom} == {"PodMonitor", "ScaledJob", "ScaledObject"}
     for each in custom:
-        check_custom_resource(each)
+        validate_custom_resource(each)
 
 
 def test_unknown_field_of_a_manifest_is_reported() -> None:
     for each in manifests_in_files():
         wrong = copy.deepcopy(each)
         wrong.get("spec", wrong)["limitOfReplicas"] = 1
-        check = check_custom_resource if schema_path(wrong).exists() else check_builtin_resource
+        check = (
+            validate_custom_resource if schema_path(wrong).exists() else validate_builtin_resource
+        )
         with pytest.raises(jsonschema.ValidationError):
             check(wrong)
 
@@ -191,8 +195,10 @@ def test_kustomization_lists_every_file_of_its_folder() -> None:
             assert (path.parent / name / "kustomization.yaml").is_file(), name
 
 
-def test_each_name_that_an_overlay_refers_to_exists_in_it(rendered_overlay: list[Manifest]) -> None:
-    """No manifest has the Secret `workpool-token`, because the operator creates it."""
+def test_resources_that_an_overlay_refers_to_exist_in_the_overlay(
+    rendered_overlay: list[Manifest],
+) -> None:
+    """The Secret `workpool-token` is no part of the overlay, because the operator creates it."""
     names = {(each["kind"], each["metadata"]["name"]) for each in rendered_overlay}
     for each in rendered_overlay:
         if each["kind"] in {"Deployment", "ScaledJob"}:
@@ -235,7 +241,7 @@ def test_documented_kustomization_sets_image_settings_and_namespace(
 ) -> None:
     page = (ROOT / "workpool/docs/operating.md").read_text()
     [example] = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", page, re.DOTALL)
-    checkout = os.path.relpath(ROOT, tmp_path)  # Kustomize accepts relative paths only.
+    checkout = os.path.relpath(ROOT, tmp_path)  # relative, because Kustomize rejects absolute paths
     (tmp_path / "kustomization.yaml").write_text(example.replace("PATH/TO", checkout))
     (tmp_path / "workpool.toml").write_text('[workpool]\nplugins = ["reports"]\n')
     found = render_overlay(kubectl, tmp_path)
@@ -246,7 +252,7 @@ def test_documented_kustomization_sets_image_settings_and_namespace(
     assert "reports" in manifest_of_kind(found, "ConfigMap")["data"]["workpool.toml"]
     assert {each["metadata"]["namespace"] for each in found} == {"workers"}
     for each in builtin_manifests(found):
-        check_builtin_resource(each)
+        validate_builtin_resource(each)
 
 
 @pytest.mark.parametrize("overlay", AUTOSCALED)
@@ -260,14 +266,14 @@ def test_autoscaled_deployment_leaves_the_number_of_pods_to_the_autoscaler(
             assert each["spec"]["replicas"] == 1
 
 
-def test_deletion_cost_component_gives_pods_a_token_a_name_and_the_role(
+def test_deletion_cost_component_mounts_token_sets_pod_name_and_binds_role(
     kubectl: str, tmp_path: Path
 ) -> None:
     found = render_overlay(
         kubectl, write_overlay_with_deletion_cost("overlays/autoscaled", tmp_path)
     )
     for each in builtin_manifests(found):
-        check_builtin_resource(each)
+        validate_builtin_resource(each)
     deployment = manifest_of_kind(found, "Deployment")
     assert pod_spec(deployment)["automountServiceAccountToken"] is True
     variables = {each["name"]: each for each in worker_container(deployment)["env"]}
@@ -321,7 +327,7 @@ def test_termination_grace_period_exceeds_drain_timeout_by_30_seconds(
 
 
 @WORKERS
-def test_frozen_process_is_killed_before_its_leases_lapse(
+def test_liveness_probe_kills_frozen_worker_before_its_leases_expire(
     worker_settings: Settings, kind: str
 ) -> None:
     probe = worker_container(manifest_of_kind(manifests_in_files(), kind))["livenessProbe"]
@@ -347,7 +353,9 @@ def test_probes_and_scrapes_use_the_metrics_port_of_the_settings(
 ) -> None:
     address = worker_settings.metrics_address
     assert address is not None
-    assert not address.host  # all interfaces, since no probe reaches loopback
+    assert (
+        not address.host
+    )  # An empty host means all interfaces: probes cannot reach the loopback interface.
     container = worker_container(manifest_of_kind(manifests_in_files(), kind))
     [port] = container["ports"]
     assert port["containerPort"] == address.port
@@ -425,8 +433,10 @@ def test_queries_of_both_autoscalers_are_equal_and_name_metrics_of_the_worker() 
     assert rule["name"]["as"] == metric["external"]["metric"]["name"]
 
 
-def test_query_counts_the_queue_once_whatever_the_number_of_workers(tmp_path: Path) -> None:
-    """Three workers with two busy slots each report the same queue; one reports old numbers."""
+def test_autoscaler_query_counts_queued_items_once_although_each_worker_reports_them(
+    tmp_path: Path,
+) -> None:
+    """Each of three workers has two busy slots and reports the same queue, one with old values."""
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed")
@@ -501,7 +511,7 @@ def test_scale_process_listens_on_the_port_of_service_and_probes() -> None:
         assert container[name]["httpGet"] == {"path": path, "port": port["name"]}
 
 
-def test_keda_jobs_with_strategy_default_count_running_items_too() -> None:
+def test_keda_scaled_job_uses_strategy_default_and_counts_running_items() -> None:
     """KEDA's strategy `default` subtracts running jobs, so the number must include their items."""
     spec = manifest_of_kind(manifests_in_files(), "ScaledJob")["spec"]
     [trigger] = spec["triggers"]
@@ -520,7 +530,7 @@ def test_documented_trigger_authentication_is_valid_and_uses_the_scale_token() -
     page = (ROOT / "workpool/docs/operating.md").read_text()
     [example] = re.findall(r"```yaml\n([^`]*?kind: TriggerAuthentication.*?)```", page, re.DOTALL)
     authentication, trigger = parse_manifests(example)
-    check_custom_resource(authentication)
+    validate_custom_resource(authentication)
     [target] = authentication["spec"]["secretTargetRef"]
     assert target["parameter"] == "token"
     [wanted] = trigger["triggers"]

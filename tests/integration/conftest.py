@@ -75,7 +75,7 @@ class EndedItem:
         return dict(self.item.metadata)
 
 
-class WaitForEnd(Protocol):
+class WaitForSessionEnd(Protocol):
     def __call__(self, work_id: str) -> Awaitable[EndedItem]: ...
 
 
@@ -84,7 +84,9 @@ class RunOneItem(Protocol):
 
 
 @pytest.fixture
-def wait_for_end(control_plane: ControlPlane, faults: Faults, recorder: Recorder) -> WaitForEnd:
+def wait_for_end(
+    control_plane: ControlPlane, faults: Faults, recorder: Recorder
+) -> WaitForSessionEnd:
     """Return a function that waits for the end of an item's session and returns its `EndedItem`."""
 
     async def read_final_item(work_id: str) -> EndedItem:
@@ -103,7 +105,7 @@ def wait_for_end(control_plane: ControlPlane, faults: Faults, recorder: Recorder
 
 @pytest.fixture
 def run_one_item(
-    control_plane: ControlPlane, make_pool: PoolFactory, wait_for_end: WaitForEnd
+    control_plane: ControlPlane, make_pool: PoolFactory, wait_for_end: WaitForSessionEnd
 ) -> RunOneItem:
     """Return a function that runs a pool with one handler until one item's session has ended."""
 
@@ -148,7 +150,10 @@ def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stubborn_handler() -> Iterator[StubbornHandler]:
-    """Return a stubborn handler that ends after the test: it would prevent the end of the loop."""
+    """Return a handler that ignores cancellation, and end it after the test.
+
+    A handler that still runs would keep the event loop from closing.
+    """
     stubborn = StubbornHandler()
     yield stubborn
     stubborn.may_end.set()

@@ -156,7 +156,7 @@ async def test_pause_with_end_time_without_time_zone_raises(make_pool: Any) -> N
     assert supervisor._admission.paused is None
 
 
-async def test_pause_leaves_items_waiting_for_slot_in_queue(
+async def test_items_that_wait_for_slot_stay_queued_when_pool_is_paused(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     _, *waiting = control_plane.enqueue(3)
@@ -202,7 +202,8 @@ async def test_paused_time_does_not_count_as_idle_time(make_pool: Any) -> None:
     supervisor.pause("now")
     async with supervisor:
         await wait_until_no_poll_is_in_flight(supervisor)
-        # Longer than `exit_after_idle`, which does not count during a pause.
+        # Stay paused for longer than `exit_after_idle`. If this time counted as idle, the pool
+        # would end as soon as it is resumed.
         await asyncio.sleep(0.6)
         resumed = time.monotonic()
         supervisor.resume()

@@ -37,7 +37,7 @@ async def return_at_once(_: Session) -> None:
 
 
 def handler_ended_by_drain(end: Callable[[], Any]) -> Any:
-    """Return a handler that waits for an interruption and then returns or raises as `end` does."""
+    """Return a handler that waits for an interruption, and then ends by a call of `end`."""
 
     @handler
     async def end_after_interruption(session: Session) -> Any:
@@ -52,8 +52,8 @@ def raise_value_error() -> None:
 
 
 @dataclass
-class ItemRuns:
-    """One item of a control plane, and the pools that run it one after another."""
+class ItemTestbed:
+    """One item of a control plane, and the pools that claim it one after another."""
 
     plane: ControlPlane
     faults: Faults
@@ -66,16 +66,16 @@ class ItemRuns:
         self.id = item.id
 
     @property
-    def metadata(self) -> dict[str, str]:
+    def item_metadata(self) -> dict[str, str]:
         return dict(self.plane.operations.get_item(self._environment, self.id).metadata)
 
     @property
-    def attempts(self) -> list[int]:
-        """Attempt numbers of all started sessions, in order."""
+    def attempt_numbers(self) -> list[int]:
+        """The attempt numbers of all started sessions, in order."""
         return [event.session.attempt for event in self.recorder.of(SessionStarted)]
 
     @property
-    def outcomes(self) -> list[str]:
+    def session_outcomes(self) -> list[str]:
         return [event.outcome for event in self.recorder.of(SessionFinished)]
 
     def write_metadata(self, **notes: str) -> None:
@@ -92,9 +92,9 @@ class ItemRuns:
         operations.heartbeat(self._environment, work_id, "NO_HEARTBEAT", worker_id="another")
         expire_lease(self.plane, work_id)
 
-    async def run_once(self, plugin: object, **settings: Any) -> SessionFinished:
-        """Run a pool until the session has ended; if it was released, let the lease expire."""
-        before = len(self.outcomes)
+    async def run_one_session(self, plugin: object, **settings: Any) -> SessionFinished:
+        """Run a pool until one session has ended, and let the lease of a released item expire."""
+        before = len(self.session_outcomes)
         async with self.make_pool(plugin, **settings):
             await self.recorder.wait_for(SessionFinished, count=before + 1)
         self.expire_lease()
@@ -105,14 +105,14 @@ class ItemRuns:
     ) -> None:
         """Run a pool and drain it while the session of the item runs."""
         async with self.make_pool(plugin, **settings) as supervisor:
-            await self.recorder.wait_for(SessionStarted, count=len(self.attempts) + 1)
+            await self.recorder.wait_for(SessionStarted, count=len(self.attempt_numbers) + 1)
             await supervisor.drain(timeout=timeout)
         assert supervisor.abandoned == 0
         self.expire_lease()
 
     @asynccontextmanager
     async def draining_pool(self, plugin: object, **settings: Any) -> AsyncIterator[None]:
-        """Run the `async with` block while a pool drains and the session of the item still runs."""
+        """Start a session and a drain, and run the `async with` block before the session ends."""
         async with self.make_pool(plugin, **settings) as supervisor, asyncio.TaskGroup() as group:
             await self.recorder.wait_for(SessionStarted)
             group.create_task(supervisor.drain(timeout=None))
@@ -122,10 +122,10 @@ class ItemRuns:
 
 
 @pytest.fixture
-def item_runs(
+def item_testbed(
     control_plane: ControlPlane, faults: Faults, recorder: Recorder, make_pool: Any
-) -> ItemRuns:
-    return ItemRuns(control_plane, faults, recorder, make_pool)
+) -> ItemTestbed:
+    return ItemTestbed(control_plane, faults, recorder, make_pool)
 
 
 @pytest.fixture
@@ -133,93 +133,99 @@ def short_attempt_number_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 0.1)
 
 
-async def test_attempt_of_new_item_is_one_without_extra_request(item_runs: ItemRuns) -> None:
-    await item_runs.run_once(return_at_once, max_attempts=1)
-    assert item_runs.attempts == [1]
-    assert [request.op for request in item_runs.faults.of(work_id=item_runs.id)] == [
+async def test_attempt_of_new_item_is_one_without_extra_request(item_testbed: ItemTestbed) -> None:
+    await item_testbed.run_one_session(return_at_once, max_attempts=1)
+    assert item_testbed.attempt_numbers == [1]
+    assert [request.op for request in item_testbed.faults.of(work_id=item_testbed.id)] == [
         "ack",
         "heartbeat",
         "stop",
     ]
 
 
-async def test_attempt_after_crashed_run_is_counted(item_runs: ItemRuns) -> None:
-    item_runs.run_and_crash()
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [2]
-    assert item_runs.metadata == {"workpool.attempt": "2"}
+async def test_attempt_after_crashed_run_is_counted(item_testbed: ItemTestbed) -> None:
+    item_testbed.run_and_crash()
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [2]
+    assert item_testbed.item_metadata == {"workpool.attempt": "2"}
 
 
 async def test_session_drained_repeatedly_completes_within_max_attempts(
-    item_runs: ItemRuns,
+    item_testbed: ItemTestbed,
 ) -> None:
     for _ in range(3):
-        await item_runs.drain_during_session(endless_handler, max_attempts=2)
-    assert (await item_runs.run_once(return_at_once, max_attempts=2)).outcome == "completed"
-    assert item_runs.attempts == [1, 1, 1, 1]
-    assert item_runs.metadata == {}
+        await item_testbed.drain_during_session(endless_handler, max_attempts=2)
+    assert (
+        await item_testbed.run_one_session(return_at_once, max_attempts=2)
+    ).outcome == "completed"
+    assert item_testbed.attempt_numbers == [1, 1, 1, 1]
+    assert item_testbed.item_metadata == {}
 
 
-async def test_release_by_handler_is_not_counted_as_attempt(item_runs: ItemRuns) -> None:
+async def test_release_by_handler_is_not_counted_as_attempt(item_testbed: ItemTestbed) -> None:
     @handler
-    async def release_later(_: Session) -> None:
+    async def raise_release(_: Session) -> None:
         raise Release("later")
 
     for _ in range(3):
-        assert (await item_runs.run_once(release_later, max_attempts=1)).outcome == "released"
-    assert (await item_runs.run_once(return_at_once, max_attempts=1)).outcome == "completed"
-    assert item_runs.attempts == [1, 1, 1, 1]
-    assert item_runs.metadata == {}
+        assert (
+            await item_testbed.run_one_session(raise_release, max_attempts=1)
+        ).outcome == "released"
+    assert (
+        await item_testbed.run_one_session(return_at_once, max_attempts=1)
+    ).outcome == "completed"
+    assert item_testbed.attempt_numbers == [1, 1, 1, 1]
+    assert item_testbed.item_metadata == {}
 
 
-async def test_crash_after_drained_run_counts_as_attempt(item_runs: ItemRuns) -> None:
-    await item_runs.drain_during_session(endless_handler)
-    assert item_runs.metadata == DRAINED
+async def test_crash_after_drained_run_counts_as_attempt(item_testbed: ItemTestbed) -> None:
+    await item_testbed.drain_during_session(endless_handler)
+    assert item_testbed.item_metadata == DRAINED
     seen: list[dict[str, str]] = []
 
     @handler
     async def lose_lease(_: Session) -> None:
-        seen.append(item_runs.metadata)
-        item_runs.expire_lease()
+        seen.append(item_testbed.item_metadata)
+        item_testbed.expire_lease()
         await asyncio.Event().wait()
 
-    assert (await item_runs.run_once(lose_lease)).outcome == "lease_lost"
-    assert seen == [{}]  # the earlier mark was deleted before the handler started
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [1, 1, 2]
+    assert (await item_testbed.run_one_session(lose_lease)).outcome == "lease_lost"
+    assert seen == [{}]  # The mark of the earlier run was deleted before the handler started.
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [1, 1, 2]
 
 
-async def test_drained_run_after_crash_keeps_attempt_number(item_runs: ItemRuns) -> None:
-    item_runs.run_and_crash()
-    await item_runs.drain_during_session(endless_handler)
-    assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [2, 2]
-    assert item_runs.metadata == {"workpool.attempt": "2"}
+async def test_drained_run_after_crash_keeps_attempt_number(item_testbed: ItemTestbed) -> None:
+    item_testbed.run_and_crash()
+    await item_testbed.drain_during_session(endless_handler)
+    assert item_testbed.item_metadata == {"workpool.attempt": "2"} | DRAINED
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [2, 2]
+    assert item_testbed.item_metadata == {"workpool.attempt": "2"}
 
 
 @pytest.mark.parametrize(("crashed", "number"), [(False, 1), (True, 2)])
 @pytest.mark.parametrize("op", ["ack", "heartbeat"])
 async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
-    item_runs: ItemRuns, op: Any, number: int, *, crashed: bool
+    item_testbed: ItemTestbed, op: Any, number: int, *, crashed: bool
 ) -> None:
     if crashed:
-        item_runs.run_and_crash()
+        item_testbed.run_and_crash()
     hold = Hold()
-    item_runs.faults.add(hold, op, times=1)
-    async with item_runs.make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
+    item_testbed.faults.add(hold, op, times=1)
+    async with item_testbed.make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         await hold.reached()
         group.create_task(supervisor.drain())
-        await item_runs.recorder.wait_for(DrainStarted)
+        await item_testbed.recorder.wait_for(DrainStarted)
         hold.release()
-    assert item_runs.attempts == []
-    item_runs.expire_lease()
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [number]
+    assert item_testbed.attempt_numbers == []
+    item_testbed.expire_lease()
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [number]
 
 
 async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attempt(
-    item_runs: ItemRuns, clock: Clock
+    item_testbed: ItemTestbed, clock: Clock
 ) -> None:
     may_end = asyncio.Event()
 
@@ -227,29 +233,31 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     async def wait_until_may_end(_: Session) -> None:
         await may_end.wait()
 
-    (second,) = item_runs.plane.enqueue()
-    async with item_runs.make_pool(wait_until_may_end, concurrency=1, prefetch=1):
-        await item_runs.recorder.wait_for(ItemReceived, count=2)
-        await item_runs.recorder.wait_for(SessionStarted)
-        clock.advance(6)  # beyond the reclaim window, so that the item is delivered again
-        item_runs.plane.operations.poll(item_runs.plane.environments[0], Poll("another"))
-        item_runs.run_and_crash(second.id)
+    (second,) = item_testbed.plane.enqueue()
+    async with item_testbed.make_pool(wait_until_may_end, concurrency=1, prefetch=1):
+        await item_testbed.recorder.wait_for(ItemReceived, count=2)
+        await item_testbed.recorder.wait_for(SessionStarted)
+        clock.advance(6)  # The reclaim window is over, so the next poll receives the item again.
+        item_testbed.plane.operations.poll(item_testbed.plane.environments[0], Poll("another"))
+        item_testbed.run_and_crash(second.id)
         may_end.set()
-        await item_runs.recorder.wait_for(SessionFinished, count=2)
-    assert item_runs.attempts == [1, 2]
-    assert [event.session.redelivered for event in item_runs.recorder.of(SessionStarted)] == [
+        await item_testbed.recorder.wait_for(SessionFinished, count=2)
+    assert item_testbed.attempt_numbers == [1, 2]
+    assert [event.session.redelivered for event in item_testbed.recorder.of(SessionStarted)] == [
         False,
         True,
     ]
 
 
-async def test_drain_mark_is_written_as_soon_as_drain_is_requested(item_runs: ItemRuns) -> None:
-    """A process that is killed at the end of its grace period has already written the mark."""
-    async with item_runs.draining_pool(endless_handler):
-        await item_runs.faults.wait_for("update", answered=True)
-        assert item_runs.metadata == DRAINED
-        assert not item_runs.recorder.of(SessionFinished)
-    assert len(item_runs.faults.of("update")) == 1
+async def test_release_mark_is_written_as_soon_as_drain_is_requested(
+    item_testbed: ItemTestbed,
+) -> None:
+    """The mark must exist even if the process is killed at the end of its grace period."""
+    async with item_testbed.draining_pool(endless_handler):
+        await item_testbed.faults.wait_for("update", answered=True)
+        assert item_testbed.item_metadata == DRAINED
+        assert not item_testbed.recorder.of(SessionFinished)
+    assert len(item_testbed.faults.of("update")) == 1
 
 
 @pytest.mark.parametrize(
@@ -262,46 +270,46 @@ async def test_drain_mark_is_written_as_soon_as_drain_is_requested(item_runs: It
     ids=["completes", "completes_with_result", "fails"],
 )
 async def test_session_that_ends_during_drain_leaves_no_mark(
-    item_runs: ItemRuns, end: Any, outcome: str, metadata: Any
+    item_testbed: ItemTestbed, end: Any, outcome: str, metadata: Any
 ) -> None:
-    await item_runs.drain_during_session(handler_ended_by_drain(end), timeout=LONG)
-    assert item_runs.recorder.of(SessionFinished)[-1].outcome == outcome
-    assert item_runs.metadata == metadata
-    assert item_runs.faults.of("update")
+    await item_testbed.drain_during_session(handler_ended_by_drain(end), timeout=LONG)
+    assert item_testbed.recorder.of(SessionFinished)[-1].outcome == outcome
+    assert item_testbed.item_metadata == metadata
+    assert item_testbed.faults.of("update")
 
 
-async def test_session_that_fails_while_its_mark_is_written_leaves_no_mark(
-    item_runs: ItemRuns,
+async def test_session_that_fails_while_release_mark_is_written_leaves_no_mark(
+    item_testbed: ItemTestbed,
 ) -> None:
     mark = Hold()
-    item_runs.faults.add(mark, "update", times=1)
+    item_testbed.faults.add(mark, "update", times=1)
     async with (
-        item_runs.make_pool(handler_ended_by_drain(raise_value_error)) as supervisor,
+        item_testbed.make_pool(handler_ended_by_drain(raise_value_error)) as supervisor,
         asyncio.TaskGroup() as group,
     ):
-        await item_runs.recorder.wait_for(SessionStarted)
+        await item_testbed.recorder.wait_for(SessionStarted)
         group.create_task(supervisor.drain(timeout=LONG))
         await mark.reached()
         mark.release()
-    assert item_runs.metadata == {"workpool.error": "ValueError"}
+    assert item_testbed.item_metadata == {"workpool.error": "ValueError"}
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_drained_session_whose_mark_write_is_never_answered_is_released(
-    item_runs: ItemRuns,
+async def test_drained_session_is_released_although_write_of_mark_is_never_answered(
+    item_testbed: ItemTestbed,
 ) -> None:
-    item_runs.faults.add(Hold(), "update")
-    async with item_runs.make_pool(endless_handler) as supervisor:
-        await item_runs.recorder.wait_for(SessionStarted)
+    item_testbed.faults.add(Hold(), "update")
+    async with item_testbed.make_pool(endless_handler) as supervisor:
+        await item_testbed.recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
     assert supervisor.abandoned == 0
-    assert item_runs.recorder.of(SessionFinished)[0].outcome == "released"
-    assert item_runs.faults.of("heartbeat")[-1].query["desired_ttl_seconds"] == "10"
-    assert item_runs.metadata == {}
+    assert item_testbed.recorder.of(SessionFinished)[0].outcome == "released"
+    assert item_testbed.faults.of("heartbeat")[-1].query["desired_ttl_seconds"] == "10"
+    assert item_testbed.item_metadata == {}
 
 
-async def test_drain_abandons_stuck_session_whose_mark_write_is_never_answered(
-    item_runs: ItemRuns, monkeypatch: pytest.MonkeyPatch
+async def test_drain_abandons_stuck_session_if_write_of_mark_is_never_answered(
+    item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
     cancelled, may_end = asyncio.Event(), asyncio.Event()
@@ -314,12 +322,12 @@ async def test_drain_abandons_stuck_session_whose_mark_write_is_never_answered(
             except asyncio.CancelledError:
                 cancelled.set()
 
-    item_runs.faults.add(Hold(), "update")
-    async with item_runs.make_pool(stubborn_handler) as supervisor:
+    item_testbed.faults.add(Hold(), "update")
+    async with item_testbed.make_pool(stubborn_handler) as supervisor:
         await cancelled.wait()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
-    metadata = item_runs.metadata
+    metadata = item_testbed.item_metadata
     left = asyncio.all_tasks() - {asyncio.current_task()}
     may_end.set()
     await asyncio.wait(left, timeout=20)
@@ -328,45 +336,51 @@ async def test_drain_abandons_stuck_session_whose_mark_write_is_never_answered(
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_attempt_whose_mark_could_not_be_written_is_counted(item_runs: ItemRuns) -> None:
-    item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
+async def test_drained_attempt_is_counted_if_release_mark_cannot_be_written(
+    item_testbed: ItemTestbed,
+) -> None:
+    item_testbed.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    await item_runs.drain_during_session(endless_handler)
+    await item_testbed.drain_during_session(endless_handler)
     recovered.append(True)
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [1, 2]
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [1, 2]
 
 
-async def test_release_by_handler_replaces_reason_written_by_drain(item_runs: ItemRuns) -> None:
+async def test_release_by_handler_replaces_reason_written_by_drain(
+    item_testbed: ItemTestbed,
+) -> None:
     may_end = asyncio.Event()
 
     @handler
-    async def release_when_allowed(_: Session) -> None:
+    async def wait_and_release(_: Session) -> None:
         await may_end.wait()
         raise Release("page 7")
 
-    async with item_runs.draining_pool(release_when_allowed):
-        await item_runs.faults.wait_for("update", answered=True)
+    async with item_testbed.draining_pool(wait_and_release):
+        await item_testbed.faults.wait_for("update", answered=True)
         may_end.set()
-        await item_runs.recorder.wait_for(SessionFinished)
-    assert item_runs.metadata == {"workpool.released": "Release"}
+        await item_testbed.recorder.wait_for(SessionFinished)
+    assert item_testbed.item_metadata == {"workpool.released": "Release"}
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_session_stopped_by_operator_during_drain_leaves_no_mark(item_runs: ItemRuns) -> None:
-    async with item_runs.draining_pool(endless_handler, stop_grace=0):
-        await item_runs.faults.wait_for("update", answered=True)
-        item_runs.plane.operations.stop_item(item_runs.plane.environments[0], item_runs.id)
-        await item_runs.recorder.wait_for(SessionFinished)
-    assert item_runs.outcomes == ["stopped"]
-    assert item_runs.metadata == {}
+async def test_session_stopped_by_operator_during_drain_leaves_no_release_mark(
+    item_testbed: ItemTestbed,
+) -> None:
+    async with item_testbed.draining_pool(endless_handler, stop_grace=0):
+        await item_testbed.faults.wait_for("update", answered=True)
+        item_testbed.plane.operations.stop_item(item_testbed.plane.environments[0], item_testbed.id)
+        await item_testbed.recorder.wait_for(SessionFinished)
+    assert item_testbed.session_outcomes == ["stopped"]
+    assert item_testbed.item_metadata == {}
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
-    item_runs: ItemRuns,
+async def test_item_of_completed_session_is_stopped_although_mark_cannot_be_deleted(
+    item_testbed: ItemTestbed,
 ) -> None:
-    """If the item were not stopped, it would be run again."""
+    """An item that is not stopped would be delivered and run again."""
     may_end = asyncio.Event()
 
     @handler
@@ -374,23 +388,25 @@ async def test_completed_session_whose_mark_cannot_be_deleted_is_stopped(
         await session.interrupted()
         await may_end.wait()
 
-    item_runs.faults.add(status(503), "update", skip=1)
+    item_testbed.faults.add(status(503), "update", skip=1)
     async with asyncio.TaskGroup() as group:
-        group.create_task(item_runs.drain_during_session(return_after_interruption, timeout=LONG))
-        await item_runs.faults.wait_for("update", answered=True)
+        group.create_task(
+            item_testbed.drain_during_session(return_after_interruption, timeout=LONG)
+        )
+        await item_testbed.faults.wait_for("update", answered=True)
         may_end.set()
-    assert item_runs.recorder.of(SessionFinished)[0].outcome == "completed"
-    assert item_runs.metadata == DRAINED
+    assert item_testbed.recorder.of(SessionFinished)[0].outcome == "completed"
+    assert item_testbed.item_metadata == DRAINED
 
 
-async def test_attempt_whose_number_was_written_without_answer_is_counted_once(
-    item_runs: ItemRuns,
+async def test_attempt_is_counted_once_although_write_of_number_is_not_answered(
+    item_testbed: ItemTestbed,
 ) -> None:
-    item_runs.run_and_crash()
-    item_runs.faults.add(lost(), "update", times=2)
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [2]
-    assert item_runs.metadata == {"workpool.attempt": "2"}
+    item_testbed.run_and_crash()
+    item_testbed.faults.add(lost(), "update", times=2)
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [2]
+    assert item_testbed.item_metadata == {"workpool.attempt": "2"}
 
 
 @pytest.mark.parametrize(
@@ -399,48 +415,50 @@ async def test_attempt_whose_number_was_written_without_answer_is_counted_once(
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_attempt_number_retries")
-async def test_run_whose_attempt_number_cannot_be_written_is_released_and_keeps_number(
-    item_runs: ItemRuns, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+async def test_item_whose_attempt_number_cannot_be_written_is_released_and_not_counted(
+    item_testbed: ItemTestbed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     notes: Any, number: int, *, applied: bool,
 ) -> None:  # fmt: skip
     def attempt_write_is_still_retried(_: object) -> bool:
         return "attempt not counted" not in caplog.text
 
-    item_runs.run_and_crash()
-    item_runs.write_metadata(**notes)
-    item_runs.faults.add(
+    item_testbed.run_and_crash()
+    item_testbed.write_metadata(**notes)
+    item_testbed.faults.add(
         status(503, applied=applied), "update", where=attempt_write_is_still_retried
     )
-    assert (await item_runs.run_once(endless_handler)).outcome == "released"
-    assert item_runs.attempts == []
+    assert (await item_testbed.run_one_session(endless_handler)).outcome == "released"
+    assert item_testbed.attempt_numbers == []
     monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 10.0)
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [number]
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [number]
 
 
 @pytest.mark.usefixtures("short_attempt_number_retries", "short_mark_retries")
-async def test_run_whose_attempt_number_cannot_be_written_keeps_mark_of_earlier_run(
-    item_runs: ItemRuns, monkeypatch: pytest.MonkeyPatch
+async def test_item_whose_attempt_number_cannot_be_written_keeps_release_mark(
+    item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    item_runs.run_and_crash()
-    item_runs.write_metadata(released="earlier")
-    item_runs.faults.add(status(503), "update", where=lambda _: not recovered)
+    item_testbed.run_and_crash()
+    item_testbed.write_metadata(released="earlier")
+    item_testbed.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
-    assert (await item_runs.run_once(endless_handler)).outcome == "released"
-    assert item_runs.metadata == {"workpool.released": "earlier"}
+    assert (await item_testbed.run_one_session(endless_handler)).outcome == "released"
+    assert item_testbed.item_metadata == {"workpool.released": "earlier"}
     recovered.append(True)
     monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 10.0)
-    await item_runs.run_once(return_at_once)
-    assert item_runs.attempts == [1]
+    await item_testbed.run_one_session(return_at_once)
+    assert item_testbed.attempt_numbers == [1]
 
 
-async def test_drain_mark_replaces_error_note_of_earlier_run(item_runs: ItemRuns) -> None:
-    """An earlier run failed and wrote an error note, but its item could not be stopped."""
-    item_runs.run_and_crash()
-    item_runs.write_metadata(error="ValueError")
-    await item_runs.drain_during_session(endless_handler)
-    assert item_runs.attempts == [2]
-    assert item_runs.metadata == {"workpool.attempt": "2"} | DRAINED
+async def test_release_mark_of_drain_replaces_error_of_earlier_run(
+    item_testbed: ItemTestbed,
+) -> None:
+    """An earlier run wrote its error to the metadata, but could not stop the item."""
+    item_testbed.run_and_crash()
+    item_testbed.write_metadata(error="ValueError")
+    await item_testbed.drain_during_session(endless_handler)
+    assert item_testbed.attempt_numbers == [2]
+    assert item_testbed.item_metadata == {"workpool.attempt": "2"} | DRAINED
 
 
 @pytest.mark.parametrize(
@@ -449,19 +467,22 @@ async def test_drain_mark_replaces_error_note_of_earlier_run(item_runs: ItemRuns
     ids=["default", "higher", "off"],
 )
 async def test_item_beyond_ten_attempts_fails_by_default(
-    item_runs: ItemRuns, settings: Any, outcome: str
+    item_testbed: ItemTestbed, settings: Any, outcome: str
 ) -> None:
-    item_runs.run_and_crash()
-    item_runs.write_metadata(attempt="10")
-    finished = await item_runs.run_once(return_at_once, **settings)
+    item_testbed.run_and_crash()
+    item_testbed.write_metadata(attempt="10")
+    finished = await item_testbed.run_one_session(return_at_once, **settings)
     assert finished.outcome == outcome
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
 async def test_item_beyond_max_attempts_is_failed_without_writing_its_attempt(
-    item_runs: ItemRuns,
+    item_testbed: ItemTestbed,
 ) -> None:
-    item_runs.run_and_crash()
-    item_runs.write_metadata(attempt="5", released="earlier")
-    assert (await item_runs.run_once(return_at_once, max_attempts=4)).outcome == "failed"
-    assert item_runs.metadata == {"workpool.attempt": "5", "workpool.error": "AttemptsExceeded"}
+    item_testbed.run_and_crash()
+    item_testbed.write_metadata(attempt="5", released="earlier")
+    assert (await item_testbed.run_one_session(return_at_once, max_attempts=4)).outcome == "failed"
+    assert item_testbed.item_metadata == {
+        "workpool.attempt": "5",
+        "workpool.error": "AttemptsExceeded",
+    }

@@ -38,7 +38,7 @@ async def printed_rows(
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_throughput_benchmark_compares_pool_with_bare_loop() -> None:
+async def test_throughput_benchmark_compares_pool_with_handwritten_loop() -> None:
     bare, pool = await printed_rows("throughput.py", "--items", "40", "--rounds", "2")
     assert bare[:2] == ["bare", "40"]
     assert pool[:2] == ["workpool", "40"]
@@ -49,7 +49,7 @@ async def test_throughput_benchmark_compares_pool_with_bare_loop() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_latency_benchmark_counts_every_item_of_both_contenders() -> None:
+async def test_latency_benchmark_counts_every_item_of_pool_and_handwritten_loop() -> None:
     bare, pool = await printed_rows(
         "latency.py", "--items", "20", "--rounds", "1", "--gaps", "idle"
     )
@@ -62,7 +62,7 @@ async def test_latency_benchmark_counts_every_item_of_both_contenders() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_idle_benchmark_counts_requests_of_both_contenders() -> None:
+async def test_idle_benchmark_counts_requests_of_pool_and_handwritten_loop() -> None:
     found = await printed_rows("idle.py", "--seconds", "1.5", "--settle", "0")
     assert [cells[0] for cells in found] == ["bare", "workpool"]
     for _, requests, cpu, memory in found:
@@ -74,7 +74,7 @@ async def test_idle_benchmark_counts_requests_of_both_contenders() -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("contender", ["bare", "workpool"])
-async def test_leases_benchmark_keeps_every_lease(contender: str) -> None:
+async def test_leases_benchmark_reports_no_lost_lease(contender: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
     [cells] = await printed_rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
@@ -83,7 +83,7 @@ async def test_leases_benchmark_keeps_every_lease(contender: str) -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_drain_benchmark_abandons_no_session() -> None:
+async def test_drain_benchmark_reports_no_abandoned_session() -> None:
     found = await printed_rows("drain.py", "--sessions", "5", "10", "--rounds", "1", only=())
     expected = [[end, number] for end in ("return", "release") for number in ("5", "10")]
     assert [cells[:2] for cells in found] == expected
@@ -107,7 +107,7 @@ PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_parts_benchmark_measures_pool_without_each_part() -> None:
+async def test_part_costs_benchmark_prints_one_row_for_each_variant_of_pool() -> None:
     found = await printed_rows("part_costs.py", "--items", "10", "--rounds", "1", only=PARTS)
     assert sorted(cells[0] for cells in found) == sorted(PARTS)
     assert found[0][0] == "workpool"
@@ -116,7 +116,7 @@ async def test_parts_benchmark_measures_pool_without_each_part() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_path_benchmark_lists_source_files_that_one_item_uses() -> None:
+async def test_call_path_benchmark_lists_source_files_that_one_item_uses() -> None:
     bare, pool, *files = await printed_rows("call_path.py", "--items", "20", "--by-file")
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
@@ -126,10 +126,11 @@ async def test_path_benchmark_lists_source_files_that_one_item_uses() -> None:
     assert float(pool[4]) > float(bare[4])
     names = {name for name, *_ in counted}
     assert {"pool/poller.py", "pool/claim.py", "pool/completion.py", "wire/client.py"} <= names
-    assert "pool/diagnostics.py" not in names  # this file runs once a second, not once an item
+    # The code in diagnostics.py runs once a second, whatever the number of items.
+    assert "pool/diagnostics.py" not in names
 
 
-async def test_instructions_benchmark_help_lists_all_contenders() -> None:
+async def test_instructions_benchmark_help_lists_handwritten_loop_and_all_variants() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(BENCHMARKS / "instructions.py"), "--help"),
         stdout=asyncio.subprocess.PIPE,
@@ -173,7 +174,7 @@ async def test_control_plane_benchmark_measures_databases_full_of_stopped_items(
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
-async def test_scale_benchmark_prints_workers_leases_streams_and_depths(store: str) -> None:
+async def test_scale_limits_benchmark_prints_one_row_for_each_given_size(store: str) -> None:
     sizes = ("--workers", "2", "--leases", "3", "--streams", "4", "--depths", "10", "50")
     options = ("--items", "30", *sizes, "--seconds", "0.2", "--settle", "0", "--stores", store)
     found = await printed_rows(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class CountingGatedHandler:
-    """A handler whose sessions wait until the test lets them end, and that counts them."""
+    """A handler that counts its sessions, and lets them end when the test sets `opened`."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
@@ -47,7 +47,7 @@ class CountingGatedHandler:
         self._changes = StateChanges()
 
     @handler
-    async def wait_until_opened(self, _: Session) -> None:
+    async def count_session_and_wait(self, _: Session) -> None:
         self.running += 1
         self.runs += 1
         self.most = max(self.most, self.running)
@@ -76,7 +76,7 @@ def item_body(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
     return orjson.dumps({**item, **changes})
 
 
-def is_for_item(work_id: str) -> Callable[[Request], bool]:
+def is_request_for_item(work_id: str) -> Callable[[Request], bool]:
     return lambda request: request.work_id == work_id
 
 
@@ -89,7 +89,7 @@ def count_held_items(plane: ControlPlane) -> int:
 
 
 @pytest.mark.parametrize("shape", [(1, 0, 3), (2, 0, 4), (2, 3, 3)])
-async def test_claimed_items_never_exceed_places(
+async def test_number_of_claimed_items_never_exceeds_slots_plus_prefetch(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, shape: Any
 ) -> None:
     concurrency, prefetch, pollers = shape
@@ -110,10 +110,10 @@ async def test_claimed_items_never_exceed_places(
     assert control_plane.summary().stopped == places + 10
 
 
-async def test_place_is_reserved_before_poll(
+async def test_poller_without_free_slot_does_not_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """The poll in flight has reserved the only slot, so the other pollers do not poll."""
+    """The first poll reserves the only slot, so the other two pollers wait."""
     gate, hold = CountingGatedHandler(), Hold()
     faults.add(hold, "poll")
     control_plane.enqueue(3)
@@ -273,11 +273,11 @@ async def test_item_is_declined_while_its_handler_is_at_max_sessions(
     opened = asyncio.Event()
 
     @handler(max_sessions=2)
-    async def limited_handler(_: Session) -> None:
+    async def handler_of_two_sessions(_: Session) -> None:
         await opened.wait()
 
     control_plane.enqueue(3)
-    async with make_pool(limited_handler, block_ms=20, reclaim_older_than_ms=30):
+    async with make_pool(handler_of_two_sessions, block_ms=20, reclaim_older_than_ms=30):
         declined = await recorder.wait_for(ItemDeclined)
         assert declined.reason == "busy"
         await recorder.wait_for(SessionStarted, count=2)
@@ -304,7 +304,8 @@ async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
     started = time.monotonic()
     async with make_pool(return_at_once, concurrency=1, block_ms=200):
         await recorder.wait_for(SessionFinished, lambda event: event.outcome == "completed")
-        assert time.monotonic() - started > 0.59  # three of the polls wait for 0.2 s each
+        # Three of the polls wait until 0.2 s have passed since the poll before.
+        assert time.monotonic() - started > 0.59
 
 
 async def test_polls_are_spaced_out_while_only_health_checks_arrive(
@@ -314,7 +315,8 @@ async def test_polls_are_spaced_out_while_only_health_checks_arrive(
     started = time.monotonic()
     async with make_pool(return_at_once, concurrency=1, block_ms=200):
         await faults.wait_for("stop", count=7)
-        assert time.monotonic() - started > 0.59  # three of the polls wait for 0.2 s each
+        # Three of the polls wait until 0.2 s have passed since the poll before.
+        assert time.monotonic() - started > 0.59
 
 
 async def test_health_check_is_stopped_without_heartbeat_or_session(
@@ -333,7 +335,7 @@ async def test_health_check_is_stopped_without_heartbeat_or_session(
     assert not recorder.of(SessionFinished)
 
 
-async def test_health_check_is_stopped_by_pool_with_selective_plugins(
+async def test_health_check_item_is_stopped_although_plugin_declines_items(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     control_plane.enqueue(work_type="healthcheck")
@@ -363,7 +365,7 @@ async def test_items_of_custom_type_without_session_run_concurrently(
     opened = asyncio.Event()
 
     @handler(type="index")
-    async def wait_until_opened(_: Session) -> None:
+    async def wait_for_event(_: Session) -> None:
         await opened.wait()
 
     items = control_plane.enqueue(2, work_type="index")
@@ -371,8 +373,8 @@ async def test_items_of_custom_type_without_session_run_concurrently(
         bare = item_body(control_plane, item.id, data={"type": "index"})
         faults.add(literal(bare), "poll", skip=number, times=1)
         acked = item_body(control_plane, item.id, data={"type": "index"}, state="starting")
-        faults.add(literal(acked, applied=True), "ack", where=is_for_item(item.id))
-    async with make_pool(wait_until_opened, block_ms=20):
+        faults.add(literal(acked, applied=True), "ack", where=is_request_for_item(item.id))
+    async with make_pool(wait_for_event, block_ms=20):
         await recorder.wait_for(SessionStarted, count=2)
         assert not recorder.of(ItemDeclined)
         opened.set()
@@ -410,13 +412,13 @@ INFORMATION_ONLY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", INFORMATION_ONLY.values(), ids=INFORMATION_ONLY)
-async def test_item_with_unusual_informational_fields_is_run(
+async def test_item_with_invalid_creation_time_or_metadata_is_run(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
 ) -> None:
     (item,) = control_plane.enqueue()
     faults.add(literal(item_body(control_plane, item.id, **changes), applied=True), "poll", times=1)
     acked = item_body(control_plane, item.id, state="starting", **changes)
-    faults.add(literal(acked, applied=True), "ack", where=is_for_item(item.id))
+    faults.add(literal(acked, applied=True), "ack", where=is_request_for_item(item.id))
     async with make_pool(return_at_once, block_ms=20, pollers=1):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
@@ -466,7 +468,7 @@ async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack
     assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
 
 
-async def test_item_held_elsewhere_after_active_ack_answer_is_lost_at_first_heartbeat(
+async def test_item_taken_by_another_worker_during_ack_is_lost_at_first_heartbeat(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold()
