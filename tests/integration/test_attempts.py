@@ -230,11 +230,11 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     may_end = asyncio.Event()
 
     @handler
-    async def wait_until_may_end(_: Session) -> None:
+    async def wait_for_event(_: Session) -> None:
         await may_end.wait()
 
     (second,) = item_testbed.plane.enqueue()
-    async with item_testbed.make_pool(wait_until_may_end, concurrency=1, prefetch=1):
+    async with item_testbed.make_pool(wait_for_event, concurrency=1, prefetch=1):
         await item_testbed.recorder.wait_for(ItemReceived, count=2)
         await item_testbed.recorder.wait_for(SessionStarted)
         clock.advance(6)  # The reclaim window is over, so the next poll receives the item again.

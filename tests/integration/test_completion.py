@@ -38,8 +38,8 @@ def endless_handler() -> Any:
     return wait_without_end
 
 
-def handler_ending_like(end: Callable[[], Any]) -> Any:
-    """Return a handler that ends as `end` does once it is cancelled."""
+def handler_ended_by_cancellation(end: Callable[[], Any]) -> Any:
+    """Return a handler that waits until it is cancelled, and then ends by a call of `end`."""
 
     @handler
     async def end_when_cancelled(session: Session) -> Any:
@@ -224,10 +224,10 @@ async def test_release_with_a_delay_outside_its_limits_fails_the_session(
 async def test_exception_group_of_releases_releases_session_with_longest_delay(
     run_one_item: Any, group: ExceptionGroup[Release], reason: str, ttl: int
 ) -> None:
-    async def raise_group(_: Session) -> None:
+    async def raise_exception_group(_: Session) -> None:
         raise group
 
-    final = await run_one_item(raise_group, report_errors="message")
+    final = await run_one_item(raise_exception_group, report_errors="message")
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": reason}
     assert final.sent[-1].query["desired_ttl_seconds"] == str(ttl)
@@ -260,10 +260,10 @@ async def test_release_in_task_group_of_handler_releases_session(run_one_item: A
 async def test_exception_group_of_release_and_other_error_fails_session(
     run_one_item: Any, group: BaseExceptionGroup[BaseException]
 ) -> None:
-    async def raise_group(_: Session) -> None:
+    async def raise_exception_group(_: Session) -> None:
         raise group
 
-    final = await run_one_item(raise_group)
+    final = await run_one_item(raise_exception_group)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": type(group).__name__}
 
@@ -333,7 +333,7 @@ async def test_session_that_ends_after_stop_request_is_stopped_with_result(
     assert (stop.mode, stop.result) == ("confirm", "ok")
 
 
-async def test_session_that_ignores_stop_request_is_stopped_after_grace(
+async def test_session_that_ignores_stop_request_is_stopped_after_stop_grace(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -394,7 +394,7 @@ async def test_session_whose_item_is_queued_again_loses_lease(
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
-        # With its lease expired, the item is delivered again, to this pool.
+        # The lease expires, and the next poll of this pool receives the item again.
         expire_lease(control_plane, item.id)
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "queued", {})
@@ -410,7 +410,7 @@ HANDLER_ENDS = {
 
 
 @pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
-async def test_session_whose_item_another_worker_holds_loses_lease_however_handler_ends(
+async def test_lease_is_lost_to_another_worker_however_handler_ends(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -419,7 +419,7 @@ async def test_session_whose_item_another_worker_holds_loses_lease_however_handl
     end: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end), **SHORT_POLLS):
+    async with make_pool(handler_ended_by_cancellation(end), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         expire_lease(control_plane, item.id)
         control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
@@ -448,7 +448,7 @@ async def test_outcome_of_timed_out_session_depends_on_how_handler_ends(
 ) -> None:
     outcome, last, metadata = expected
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end), session_timeout=0.05):
+    async with make_pool(handler_ended_by_cancellation(end), session_timeout=0.05):
         final = await wait_for_end(item.id)
     assert (final.outcome, final.metadata) == (outcome, metadata)
     assert final.request_names == [*FIRST_CALLS, "update", last]
@@ -468,7 +468,7 @@ async def test_drained_session_is_released_however_its_handler_ends(
     metadata: dict[str, str],
 ) -> None:  # fmt: skip
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end)) as supervisor:
+    async with make_pool(handler_ended_by_cancellation(end)) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
     final = await wait_for_end(item.id)
@@ -495,7 +495,7 @@ async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
 ) -> None:
     end, metadata = ending
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end), stop_grace=0, **SHORT_POLLS):
+    async with make_pool(handler_ended_by_cancellation(end), stop_grace=0, **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
@@ -532,7 +532,7 @@ async def test_session_stopped_by_another_client_is_stopped_however_its_handler_
     end: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_ending_like(end), **SHORT_POLLS):
+    async with make_pool(handler_ended_by_cancellation(end), **SHORT_POLLS):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)

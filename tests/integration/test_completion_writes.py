@@ -52,7 +52,7 @@ def run_until_drain_deadline(
     wait_for_end: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
-    """Return a function that runs one session whose completion the drain's deadline cuts short."""
+    """Return a function that runs one session that is still completing at the drain's deadline."""
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.2)
 
     async def run_session(call: Any, op: Any, count: int) -> Any:
@@ -94,11 +94,11 @@ async def test_completion_is_repeated_for_longer_than_request_timeout(
     """The result of a finished session is retried as long as its lease is held."""
     failures: list[float] = []
 
-    def fails_for_longer_than_timeout(_: object) -> bool:
+    def must_still_fail(_: object) -> bool:
         failures.append(time.monotonic())
         return failures[-1] < failures[0] + 1.5
 
-    faults.add(status(503), "update", where=fails_for_longer_than_timeout)
+    faults.add(status(503), "update", where=must_still_fail)
     final = await run_one_item(return_result, request_timeout=1.0)
     assert (final.outcome, final.item.state, final.metadata) == (
         "completed",
@@ -158,7 +158,7 @@ async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_item_read_as_stopped_after_unanswered_own_stop_counts_as_success(
+async def test_unanswered_stop_counts_as_success_if_item_is_read_as_stopped(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The answer to a heartbeat before the stop is lost, so the item is read after the stop."""
@@ -268,7 +268,9 @@ async def test_conflict_on_result_write_counts_as_stopped(
     assert final.request_names == [*FIRST_CALLS, "update", "stop"]
 
 
-async def test_refused_error_note_does_not_prevent_stop(run_one_item: Any, faults: Faults) -> None:
+async def test_item_is_stopped_although_write_of_handler_error_is_refused(
+    run_one_item: Any, faults: Faults
+) -> None:
     async def raise_error(_: Session) -> None:
         raise ValueError
 

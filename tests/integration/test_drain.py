@@ -80,7 +80,7 @@ async def test_drain_leaves_waiting_items_in_queue(
     assert [event.session.item.id for event in recorder.of(SessionFinished)] == [first.id]
 
 
-async def test_drain_ends_pollers_that_wait_for_place(
+async def test_drain_ends_pollers_that_wait_for_free_slot(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
@@ -289,7 +289,7 @@ async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
     await asyncio.wait(left, timeout=20)
 
 
-async def test_exception_in_block_of_embedder_drains_with_timeout_zero(
+async def test_exception_inside_async_with_block_drains_pool_with_timeout_zero(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
@@ -350,7 +350,7 @@ async def test_embedder_cancelled_in_every_loop_turn_leaves_no_pool_task(
     assert recorder.of(SessionFinished)[0].outcome == "released"
 
 
-async def test_cancelled_wait_does_not_drain_pool(
+async def test_pool_is_not_drained_when_a_call_of_wait_is_cancelled(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     async with make_pool(interruptible_handler) as supervisor:
@@ -362,7 +362,7 @@ async def test_cancelled_wait_does_not_drain_pool(
         await recorder.wait_for(SessionStarted)
 
 
-async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
+async def test_call_of_wait_returns_after_pool_has_drained_and_closed(make_pool: Any) -> None:
     async with make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         waiting = group.create_task(supervisor.wait())
         await supervisor.drain()
@@ -373,10 +373,10 @@ async def test_wait_returns_after_drain_and_close(make_pool: Any) -> None:
 
 
 @pytest.mark.parametrize("chunk", range(6))
-async def test_start_cancelled_at_any_point_leaves_no_task(
+async def test_pool_start_cancelled_at_any_point_leaves_no_task(
     make_settings: Any, recorder: Recorder, chunk: int
 ) -> None:
-    """The start is cancelled after each possible number of iterations of the event loop."""
+    """The start of the pool is cancelled after 0, 1, 2 … 47 iterations of the event loop."""
     for turns in range(chunk * 8, chunk * 8 + 8):
         supervisor = Supervisor(
             make_settings(metrics_listen="127.0.0.1:0"), plugins=[endless_handler, recorder]
@@ -384,7 +384,7 @@ async def test_start_cancelled_at_any_point_leaves_no_task(
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(supervisor.__aenter__())
             for turn in range(turns):
-                # After 15 iterations the start waits for the renewer's thread: it needs real time.
+                # After 15 iterations, the start waits for the renewer's thread: give it real time.
                 await asyncio.sleep(0.0005 * (turn > 15))
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)
@@ -442,7 +442,7 @@ async def test_plugin_whose_lifespan_never_closes_is_abandoned(
     assert vars(record)["plugin"] == "HangingPlugin"
 
 
-async def test_item_of_stuck_handler_gets_release_mark_before_session_is_abandoned(
+async def test_release_mark_of_stuck_session_is_written_before_drain_abandons_it(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)

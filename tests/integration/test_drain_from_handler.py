@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from workpool.testing import Recorder
 
 
-async def drain_directly(drain: Drain) -> None:
+async def await_drain(drain: Drain) -> None:
     await drain()
 
 
@@ -38,7 +38,7 @@ async def drain_in_task(drain: Drain) -> None:
     raise errors[0]
 
 
-@pytest.mark.parametrize("call", [drain_directly, drain_in_task])
+@pytest.mark.parametrize("call", [await_drain, drain_in_task])
 async def test_drain_called_in_handler_raises_and_suggests_request_drain(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, call: Any
 ) -> None:
@@ -80,7 +80,7 @@ async def test_request_drain_called_in_handler_lets_its_session_complete(
 async def test_handler_can_drain_another_pool(
     control_plane: ControlPlane, make_pool: Any, make_settings: Any, recorder: Recorder
 ) -> None:
-    other = Supervisor(make_settings(), plugins=[never_called])
+    other = Supervisor(make_settings(), plugins=[handler_that_never_matches])
 
     @handler
     async def handler_that_drains_other_pool(_: Session) -> None:
@@ -96,10 +96,10 @@ async def test_handler_can_drain_another_pool(
 
 
 @handler(metadata={"never": "matches"})
-async def never_called(_: Session) -> None:
+async def handler_that_never_matches(_: Session) -> None:
     raise AssertionError
 
 
 def test_request_drain_before_start_raises(make_settings: Any) -> None:
     with pytest.raises(RuntimeError, match="not started"):
-        Supervisor(make_settings(), plugins=[never_called]).request_drain()
+        Supervisor(make_settings(), plugins=[handler_that_never_matches]).request_drain()

@@ -77,7 +77,7 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 @pytest.fixture
 def plugin_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Return the imported module whose plugin serves both environments."""
+    """Write, import and return the module of the plugin that both environments load."""
     (tmp_path / "group_tool.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield importlib.import_module("group_tool")
@@ -103,13 +103,13 @@ def make_group(
         token_file = "{tmp_path / "other"}"
         """)
 
-    def make_from_file(**settings: Any) -> EnvironmentGroup:
+    def make_group_from_file(**settings: Any) -> EnvironmentGroup:
         process, environments = Settings.of_environments(
             config=path, **{"metrics_listen": "127.0.0.1:0", **settings}
         )
         return EnvironmentGroup(process, environments, CollectorRegistry())
 
-    return make_from_file
+    return make_group_from_file
 
 
 def failure_count(group: EnvironmentGroup, environment_id: str) -> float:
@@ -121,7 +121,7 @@ def failure_count(group: EnvironmentGroup, environment_id: str) -> float:
 
 
 async def use_running_group(group: EnvironmentGroup, use: Running) -> None:
-    """Run the group, await `use(group)`, and then drain the group."""
+    """Start the group, await `use(group)` while it runs, and drain the group."""
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
         try:
@@ -145,7 +145,7 @@ async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
     assert len(set(plugin_module.instances.values())) == 2
 
 
-async def test_environment_paused_while_failed_restarts_paused_and_recovers(
+async def test_failed_environment_that_is_paused_restarts_paused_and_recovers(
     make_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,
@@ -235,7 +235,8 @@ async def test_failed_lease_renewer_ends_process_only_if_handler_ignores_cancell
         plugin_module.released.append(True)
         control_plane.enqueue(environment_id=FIRST)
         await wait_until(lambda: FIRST in plugin_module.ended)
-        if ignores_cancellation:  # the pool does not wait for a handler that it has abandoned
+        if ignores_cancellation:
+            # The group does not wait for an abandoned handler, so this test waits for its end.
             await wait_until(lambda: OTHER in plugin_module.ended)
 
     with pytest.raises(ExceptionGroup) as raised:
@@ -262,14 +263,15 @@ async def test_environment_with_burst_yields_shared_slots_to_waiting_environment
     def running_sessions(group: EnvironmentGroup) -> list[int]:
         return [each.status().running for each in group.environments]
 
-    async def load_one_environment_then_other(group: EnvironmentGroup) -> None:
+    async def fill_first_environment_then_other(group: EnvironmentGroup) -> None:
         await wait_until(lambda: running_sessions(group) == [5, 0])
         control_plane.enqueue(10, {"wait": "yes"}, environment_id=OTHER)
         await wait_until(lambda: running_sessions(group) == [5, 1])
         assert group.status().ready
         shown = group.live_status(show_ids=True)
         assert shown["slots"] == {"busy": 6, "reserved": 0, "free": 0, "limit": 6}
-        for now in ([4, 2], [3, 3], [3, 3]):  # the sessions end in the order of their start
+        # Sessions end in the order of their start, so those of the first environment end first.
+        for now in ([4, 2], [3, 3], [3, 3]):
             ended = len(plugin_module.ended)
             plugin_module.may_end.release()
             await wait_until(lambda: len(plugin_module.ended) > ended)  # noqa: B023 - awaited in this turn
@@ -278,11 +280,11 @@ async def test_environment_with_burst_yields_shared_slots_to_waiting_environment
             plugin_module.may_end.release()
         await wait_until(lambda: len(plugin_module.ended) == 20)
 
-    await use_running_group(make_group(concurrency=6), load_one_environment_then_other)
+    await use_running_group(make_group(concurrency=6), fill_first_environment_then_other)
 
 
 async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> None:
-    def rate_limits_of(**values: Any) -> list[Any]:
+    def rate_limits_of_environments(**values: Any) -> list[Any]:
         path = tmp_path / "pool.toml"
         path.write_text(
             "[workpool]\nread_rate = 7\nwrite_rate = 5\n"
@@ -294,16 +296,16 @@ async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> 
         found = shared_rate_limits(Settings.of_environments(config=path)[1])
         return [found[name] for name in values]
 
-    one, two, three = rate_limits_of(a=("t", ""), b=("t", ""), c=("u", ""))
+    one, two, three = rate_limits_of_environments(a=("t", ""), b=("t", ""), c=("u", ""))
     assert one is two
     assert (one.read.rate, one.write.rate) == (7, 5)
     assert three is not one
     other_address = "base_url = 'http://127.0.0.1:1'"
-    assert len(set(rate_limits_of(a=("t", ""), b=("t", other_address)))) == 2
+    assert len(set(rate_limits_of_environments(a=("t", ""), b=("t", other_address)))) == 2
     group = "rate_limit_group = 'acme'"
-    assert len(set(rate_limits_of(a=("t", group), b=("u", group), c=("u", "")))) == 2
+    assert len(set(rate_limits_of_environments(a=("t", group), b=("u", group), c=("u", "")))) == 2
     with pytest.raises(SettingsError) as raised:
-        rate_limits_of(a=("secret-Zx9", ""), b=("secret-Zx9", "read_rate = 8"))
+        rate_limits_of_environments(a=("secret-Zx9", ""), b=("secret-Zx9", "read_rate = 8"))
     [problem] = raised.value.problems
     assert problem == (
         "read_rate: must be the same for a, b, which share it "
@@ -348,7 +350,7 @@ async def test_live_page_in_browser_shows_every_environment(
     for each in (FIRST, OTHER):
         control_plane.enqueue(1, {"wait": "yes"}, environment_id=each)
 
-    async def check_live_page(group: EnvironmentGroup) -> None:
+    async def assert_live_page_shows_environments(group: EnvironmentGroup) -> None:
         await wait_until(lambda: group.status().running == 2)
         async with driven_browser(tmp_path) as browser:
             await browser.open_page(f"{group.metrics_url}/")
@@ -362,4 +364,4 @@ async def test_live_page_in_browser_shows_every_environment(
         for _ in range(2):
             plugin_module.may_end.release()
 
-    await use_running_group(make_group(), check_live_page)
+    await use_running_group(make_group(), assert_live_page_shows_environments)

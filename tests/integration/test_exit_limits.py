@@ -207,7 +207,7 @@ async def test_pool_whose_last_handler_is_stuck_ends_after_exit_limit(
     )
 
 
-async def test_failed_pool_returns_shared_slots_and_does_not_delay_idle_exit(
+async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
     control_plane: ControlPlane, make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_crash = asyncio.Event()

@@ -129,7 +129,8 @@ async def test_poll_waits_for_retry_after(
 async def test_cooldown_after_429_or_503_holds_back_all_pollers(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, code: int, *, shared: bool
 ) -> None:
-    control_plane.enqueue()  # the second poller receives this item and then polls again
+    # Without a cooldown, the second poller would receive this item and poll again at once.
+    control_plane.enqueue()
     hold = Hold()
     # The second poll is still in flight when the first one is answered.
     faults.add(hold, "poll", skip=1, times=1)
@@ -160,7 +161,7 @@ async def test_poll_refused_before_first_success_is_fatal(
     ]
 
 
-async def test_fatal_poll_error_is_raised_when_supervisor_is_left(
+async def test_fatal_poll_error_is_raised_at_end_of_async_with_block(
     faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(403), "poll")
@@ -219,7 +220,7 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
     file.write_text(control_plane.token)
     hold = Hold()
     faults.add(hold, op, times=1)
-    # The token in the file is replaced while the call is held, and the old one is then refused.
+    # While this call is held, the token in the file is replaced and the old token is refused.
     faults.add(status(code), op, where=has_token(control_plane.token))
 
     @handler
@@ -372,7 +373,7 @@ async def test_failed_ack_is_repeated_and_item_runs_once(
     assert not recorder.of(ItemReclaimed)
 
 
-async def test_throttled_ack_is_given_up_after_claim_window(
+async def test_throttled_ack_is_not_repeated_after_reclaim_window(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(429), "ack")
@@ -381,11 +382,12 @@ async def test_throttled_ack_is_given_up_after_claim_window(
         acked = await recorder.wait_for(AckFinished)
         assert supervisor.status().running == 0
     assert acked.result == "error"
-    assert acked.delivery_seconds < 40  # only acks that may have been applied are repeated for 54 s
+    # An ack that may have been applied would be repeated for 54 s.
+    assert acked.delivery_seconds < 40
     assert not recorder.of(SessionStarted)
 
 
-async def test_ack_that_may_have_been_applied_is_repeated_beyond_claim_window(
+async def test_ack_that_may_have_been_applied_is_repeated_after_reclaim_window(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """If the ack was applied, no other worker can get the item before the lease expires."""
@@ -466,6 +468,6 @@ async def test_refused_heartbeat_loses_lease(
     assert final.outcome == "lease_lost"
     assert final.request_names == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)
-    # A 404 means that the item is lost; a 400 means only that the request was wrong.
+    # Only a 404 means that the item was lost. A 400 means that the request was wrong.
     reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]
     assert reclaims == ([("lost", "start")] if code == 404 else [])

@@ -1,4 +1,4 @@
-"""A fault has the same effect on a call and its answer over HTTP as in one process."""
+"""A fault has the same effect on a call over HTTP as on a call inside one process."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_fault_over_http_and_in_one_process_has_the_same_effect(
         assert await effect_of_ack_fault(control_plane, local, local_faults, case) == over_http
 
 
-async def test_expiry_fault_over_http_and_in_one_process_ends_the_lease_before_the_call(
+async def test_expiry_fault_ends_lease_before_call_over_http_and_in_process(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     faults.add(expired(control_plane), "heartbeat")

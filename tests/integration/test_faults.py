@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ItemApi:
-    """A client that sends literal requests for one item."""
+    """Sends HTTP requests for one item without the client of `workpool`."""
 
     def __init__(self, plane: ControlPlane, http: aiohttp.ClientSession) -> None:
         self.plane = plane
@@ -99,7 +99,7 @@ async def test_injected_status_has_json_or_html_body_and_retry_after(
     assert b"<html>" in body
 
 
-async def test_injected_response_body_is_garbled_literal_or_slow(
+async def test_injected_fault_truncates_replaces_or_slows_down_response_body(
     item_api: ItemApi, faults: Faults
 ) -> None:
     faults.add(garbled(), "ack")
@@ -157,14 +157,15 @@ async def test_injected_expiry_ends_lease_at_once(
     await item_api.acknowledge()
     clock.advance(61)
     assert item_api.item_state == "queued"
-    expire_lease(control_plane, item_api.id)  # no effect, because the item has no lease
+    # The item has no lease, so this call must not write a third record.
+    expire_lease(control_plane, item_api.id)
     lapsed = [record for record in control_plane.history if record.kind == "lapsed"]
     assert len(lapsed) == 2
     times = [record.time for record in control_plane.history]
     assert times == sorted(times)
 
 
-async def statuses_of_reads(wire: ItemApi, count: int) -> list[int]:
+async def read_status_codes(wire: ItemApi, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
@@ -172,15 +173,15 @@ async def test_fault_with_skip_and_times_applies_to_that_range_of_requests(
     item_api: ItemApi, faults: Faults
 ) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)
-    assert await statuses_of_reads(item_api, 5) == [200, 500, 500, 200, 200]
+    assert await read_status_codes(item_api, 5) == [200, 500, 500, 200, 200]
     assert rule.hits == 2
 
 
-async def test_fault_with_named_calls_applies_to_them_only(
+async def test_fault_with_named_calls_leaves_other_calls_unchanged(
     item_api: ItemApi, faults: Faults
 ) -> None:
     faults.add(status(500), "get", "list")
-    assert await statuses_of_reads(item_api, 1) == [500]
+    assert await read_status_codes(item_api, 1) == [500]
     assert (await item_api("GET"))[0] == 500
     assert (await item_api.acknowledge())[0] == 200
 
@@ -211,14 +212,16 @@ async def test_fault_with_predicate_applies_where_it_is_true(
         return request.work_id == item_api.id
 
     faults.add(status(500), "get", where=is_for_this_item)
-    assert await statuses_of_reads(item_api, 1) == [500]
+    assert await read_status_codes(item_api, 1) == [500]
     assert (await item_api("GET", "/work_other"))[0] == 404
 
 
-async def test_fault_with_time_window_applies_within_it(item_api: ItemApi, faults: Faults) -> None:
+async def test_fault_with_start_and_end_time_applies_between_them(
+    item_api: ItemApi, faults: Faults
+) -> None:
     faults.add(status(500), "get", between=(0, 3600))
     faults.add(status(501), "get", between=(3600, 7200))
-    assert await statuses_of_reads(item_api, 1) == [500]
+    assert await read_status_codes(item_api, 1) == [500]
 
 
 async def test_fault_with_probability_is_repeatable_by_seed(
@@ -228,19 +231,19 @@ async def test_fault_with_probability_is_repeatable_by_seed(
     statuses = []
     for seed in (1, 1, 2):
         monkeypatch.setattr(faults, "_random", Faults(seed)._random)
-        statuses.append(await statuses_of_reads(item_api, 60))
+        statuses.append(await read_status_codes(item_api, 60))
     assert statuses[0] == statuses[1] != statuses[2]
     assert 0.1 * 180 < rule.hits < 0.5 * 180
 
 
-async def test_fault_added_as_context_ends_with_its_block(
+async def test_fault_added_by_with_statement_ends_with_the_block(
     item_api: ItemApi, faults: Faults
 ) -> None:
     with faults.add(status(500), "get") as rule:
-        assert await statuses_of_reads(item_api, 1) == [500]
-    assert await statuses_of_reads(item_api, 1) == [200]
+        assert await read_status_codes(item_api, 1) == [500]
+    assert await read_status_codes(item_api, 1) == [200]
     rule.remove()
-    assert await statuses_of_reads(item_api, 1) == [200]
+    assert await read_status_codes(item_api, 1) == [200]
 
 
 async def test_faults_of_one_call_are_combined(item_api: ItemApi, faults: Faults) -> None:

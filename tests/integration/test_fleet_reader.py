@@ -48,7 +48,7 @@ async def read_load(reader: FleetReader) -> FleetLoad:
     return load
 
 
-def without_running_count(
+def middleware_without_running_count(
     *, statistics: bool = True, after_id: str = "known", newest: bool = False
 ) -> Any:
     """Return a middleware that removes the count of running items from the statistics.
@@ -60,7 +60,9 @@ def without_running_count(
     """
 
     @web.middleware
-    async def change_answer(request: web.Request, handler: Answer) -> web.StreamResponse:
+    async def change_request_and_answer(
+        request: web.Request, handler: Answer
+    ) -> web.StreamResponse:
         if request.path.endswith("/stats"):
             if not statistics:
                 error = {"type": "permission_error", "message": "not for this key"}
@@ -71,13 +73,13 @@ def without_running_count(
             del stats["running"], stats["stopped"]
             return web.json_response(stats)
         if request.path.endswith("/work"):
-            request = change_list_request(request, after_id, newest=newest)
+            request = change_list_parameters(request, after_id, newest=newest)
         return await handler(request)
 
-    return change_answer
+    return change_request_and_answer
 
 
-def change_list_request(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
+def change_list_parameters(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
     query = dict(request.query)
     if "after_id" in query and after_id == "refused":
         query["after_id"] = "work_of_nobody"
@@ -116,7 +118,7 @@ async def test_load_is_read_from_statistics_that_count_running_items() -> None:
 async def test_running_items_are_counted_in_the_list_of_other_control_planes(
     caplog: pytest.LogCaptureFixture, *, statistics: bool, newest: bool
 ) -> None:
-    middlewares = [without_running_count(statistics=statistics, newest=newest)]
+    middlewares = [middleware_without_running_count(statistics=statistics, newest=newest)]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         items = plane.enqueue(6)
         await claim_items(client, 3)
@@ -135,7 +137,7 @@ async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
     """A partial count would miss the running items, and so recommend too few workers."""
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE_ITEMS)
     async with (
-        ControlPlane(middlewares=[without_running_count()]) as plane,
+        ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
         make_client(plane) as client,
     ):
         stop_items(plane, *(item.id for item in plane.enqueue(5 * PAGE_ITEMS)))
@@ -148,13 +150,13 @@ async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
             assert (load.running, load.lower_bound) == (4, False)
 
 
-async def test_reader_skips_long_list_of_stopped_items_and_is_then_ready(
+async def test_reader_is_ready_once_long_list_of_stopped_items_is_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
     monkeypatch.setattr(fleet_reader, "HISTORY_SECONDS", 0.01)
     async with (
-        ControlPlane(middlewares=[without_running_count()]) as plane,
+        ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
         make_client(plane) as client,
     ):
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
@@ -176,18 +178,18 @@ async def test_load_stays_unknown_if_stopped_items_cannot_be_skipped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
-    middlewares = [without_running_count(after_id="refused")]
+    middlewares = [middleware_without_running_count(after_id="refused")]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         reader = make_reader(client)
         assert [await reader.read_load() for _ in range(4)] == [None] * 4
 
 
-async def test_load_from_long_list_that_begins_with_newest_item_is_lower_bound(
+async def test_load_is_lower_bound_if_long_list_begins_with_newest_item(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
-    middlewares = [without_running_count(newest=True)]
+    middlewares = [middleware_without_running_count(newest=True)]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
@@ -197,8 +199,10 @@ async def test_load_from_long_list_that_begins_with_newest_item_is_lower_bound(
 
 
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
-async def test_load_is_exact_however_control_plane_treats_after_id(after_id: str) -> None:
-    middlewares = [without_running_count(after_id=after_id)]
+async def test_load_is_exact_although_control_plane_ignores_or_refuses_after_id(
+    after_id: str,
+) -> None:
+    middlewares = [middleware_without_running_count(after_id=after_id)]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(PAGE_ITEMS)))
         plane.enqueue(4)
@@ -217,7 +221,7 @@ async def test_load_is_exact_however_control_plane_treats_after_id(after_id: str
 async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
     order: str, *, skips: bool
 ) -> None:
-    """In another order, a new item could be listed before the point where the count begins."""
+    """In a list with another order, a new item could be among the items that are skipped."""
     async with ControlPlane() as plane, make_client(plane) as client:
         item = plane.enqueue(1)[0]
         shown = parse_item(QODER.item_json(item) | {"state": "stopped"})
@@ -238,10 +242,10 @@ async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
         assert (counter._after is not None) == skips
 
 
-async def test_running_item_behind_stopped_ones_is_counted_after_they_are_skipped() -> None:
+async def test_running_item_listed_after_skipped_stopped_items_is_counted() -> None:
     """Skipping stopped items must never hide a running item."""
     async with (
-        ControlPlane(middlewares=[without_running_count()]) as plane,
+        ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
         make_client(plane) as client,
     ):
         items = plane.enqueue(PAGE_ITEMS + 3)
@@ -272,7 +276,7 @@ async def test_refused_item_list_raises_and_leaves_load_unknown(
 ) -> None:
     async with ControlPlane() as plane:
         (other := ControlPlane()).port = plane.port
-        async with make_client(other) as client:  # `plane` does not know this client's token
+        async with make_client(other) as client:  # `plane` refuses the token of this client
             reader = make_reader(client)
             with pytest.raises(RefusedError):
                 await reader.read_load()

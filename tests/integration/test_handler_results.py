@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 
-async def test_result_that_is_no_mapping_of_strings_is_written_as_json(run_one_item: Any) -> None:
+async def test_result_other_than_mapping_of_strings_is_written_as_json(run_one_item: Any) -> None:
     async def return_json(_: Session) -> JSON:
         return {"rows": 42, "names": ["a", "b"]}
 

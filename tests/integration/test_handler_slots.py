@@ -64,7 +64,8 @@ async def test_limited_handler_runs_as_fast_as_its_limit_allows(
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
     assert running["most"] == 2
-    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5  # 10 % and 0.5 s more, for polls
+    # Two sessions at a time need 20 times `seconds`. Polls may add 10 % and 0.5 s.
+    assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5
 
 
 @in_virtual_time
@@ -93,8 +94,8 @@ async def test_item_of_full_handler_is_declined_one_second_before_redelivery(wor
     assert len(acked_items(workpool)) == 2
 
 
-def next_use_of_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
-    """Return a `next_use` callback that needs one slot and sets `granted` when it gets it."""
+def callback_taking_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
+    """Return a `next_use` callback of a share, which takes one free slot and sets `granted`."""
     return lambda: None if granted.is_set() else granted.set
 
 
@@ -116,9 +117,9 @@ async def test_item_of_full_handler_starts_when_another_environment_frees_shared
         await workpool.wait_for(SessionStarted, count=5)
         while pool.live_status(show_ids=False)["queue"]["set_aside"] == 0:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.1)
-        others.next_use = next_use_of_one_slot(slot_of_poller)
+        others.next_use = callback_taking_one_slot(slot_of_poller)
         await slot_of_poller.wait()
-        others.next_use = next_use_of_one_slot(slot_of_session)
+        others.next_use = callback_taking_one_slot(slot_of_session)
         await slot_of_session.wait()
         assert len(workpool.recorder.of(SessionStarted)) == 5
         freed_at = clock()
@@ -147,7 +148,7 @@ async def test_until_empty_runs_items_that_wait_for_full_handler(workpool: Kit) 
 
 
 @in_virtual_time
-async def test_pause_and_drain_leave_items_of_full_handler_to_other_workers(workpool: Kit) -> None:
+async def test_paused_or_draining_pool_claims_no_item_of_full_handler(workpool: Kit) -> None:
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     limited = counting_handler(2.0, Counter(), most=1)
     async with workpool.pool(limited) as pool:
@@ -195,7 +196,7 @@ async def test_handler_with_reserved_slots_may_use_unreserved_slots_too(workpool
         (2, "other_handler.other_handler would never run: all 2 slots are reserved"),
     ],
 )
-async def test_reservation_that_leaves_other_handlers_no_slot_prevents_start(
+async def test_reserved_slots_that_leave_no_slot_for_other_handlers_prevent_start(
     workpool: Kit, reserved: int, message: str
 ) -> None:
     limited = counting_handler(0.0, Counter(), reserved=reserved)

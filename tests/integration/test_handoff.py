@@ -41,7 +41,7 @@ TAKE_BACK_SECONDS = 60 - 6 - 15
 """Seconds after which a parent takes back an item with the default TTL of 60 s."""
 
 
-class ChildInLoop(LoopSupervisor, HandoffChild):
+class ChildInVirtualTime(LoopSupervisor, HandoffChild):
     """The supervisor of a child process, in virtual time."""
 
 
@@ -75,17 +75,19 @@ class HandoffTestbed:
         meanwhile: Callable[[LoopSupervisor], Awaitable[None]] | None = None,
         **values: Any,
     ) -> str:
-        """Run a pool with this handler until its session has ended; return the outcome."""
+        """Run a pool with this handler until its session has ended, and return the outcome."""
 
         @handler
-        async def run_given_handler(session: Session) -> Any:
+        async def handler_under_test(session: Session) -> Any:
             return await hand_off_item(session)
 
         settings = Settings(
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
         )
         connect = partial(LocalClient, self.operations, faults=self._record_request)
-        pool = LoopSupervisor(settings, plugins=[run_given_handler, self.recorder], connect=connect)
+        pool = LoopSupervisor(
+            settings, plugins=[handler_under_test, self.recorder], connect=connect
+        )
         child = LocalClient(self.operations, settings, worker_id="child")
         async with child as self.child, asyncio.TaskGroup() as self.group, pool as self.pool:
             if meanwhile is not None:
@@ -113,7 +115,7 @@ class HandoffTestbed:
         """Send the child's first heartbeat."""
         await self.child.heartbeat(self.work_id, self.lease.last_heartbeat, self.lease.ttl)
 
-    async def is_child_refused(self) -> bool:
+    async def is_child_heartbeat_refused(self) -> bool:
         """Return whether the child's first heartbeat is refused."""
         with pytest.raises(PreconditionError):
             await self.send_child_heartbeat()
@@ -124,18 +126,18 @@ class HandoffTestbed:
         return self.pool.registry.get_sample_value(f"workpool_{name}", labels)
 
     def stop_by_operator(self, *, force: bool = False) -> None:
-        """Stop the item as an operator does."""
+        """Stop the item in the name of an operator, not of a worker."""
         self.operations.stop_item(ENVIRONMENT, self.work_id, "operator", force=force)
 
     @property
     def request_names(self) -> list[str]:
         return [op for _, op in self.sent]
 
-    def requests_since(self, moment: float) -> list[str]:
+    def request_names_after(self, moment: float) -> list[str]:
         return [op for at, op in self.sent if at > moment]
 
     @property
-    def item(self) -> Any:
+    def current_item(self) -> Any:
         return self.operations.get_item(ENVIRONMENT, self.work_id)
 
 
@@ -158,15 +160,15 @@ async def test_first_heartbeat_of_child_ends_session_of_parent_as_detached(after
 
     assert await testbed.run_handler(hand_off_item) == "detached"
     assert after <= left_at <= after + 2
-    labels = {"handler": "run_given_handler.run_given_handler", "outcome": "detached"}
+    labels = {"handler": "handler_under_test.handler_under_test", "outcome": "detached"}
     assert testbed.metric_value("sessions_total", **labels) == 1
     assert testbed.lease.work_id == testbed.work_id
     assert testbed.lease.environment_id == ENVIRONMENT
     assert testbed.lease.ttl == 60
-    # The pool sends a first heartbeat, and another one before the handoff.
+    # The first heartbeat starts the lease, and the second one extends it before the handoff.
     assert testbed.request_names.count("heartbeat") == 2
-    assert set(testbed.requests_since(0)) <= {"get"}
-    assert (testbed.item.state, dict(testbed.item.metadata)) == ("active", {})
+    assert set(testbed.request_names_after(0)) <= {"get"}
+    assert (testbed.current_item.state, dict(testbed.current_item.metadata)) == ("active", {})
     assert testbed.recorder.of(ItemReclaimed) == []
 
 
@@ -182,7 +184,7 @@ async def test_parent_sends_nothing_for_item_inside_handoff_block() -> None:
             with pytest.raises(LeaseLost):
                 await session.handover().__aenter__()
             await asyncio.sleep(TAKE_BACK_SECONDS - 4)
-            assert testbed.requests_since(entered) == []
+            assert testbed.request_names_after(entered) == []
             await testbed.send_child_heartbeat()
 
     assert await testbed.run_handler(hand_off_item) == "detached"
@@ -205,16 +207,16 @@ async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
                 testbed.start_child()
 
     assert await testbed.run_handler(hand_off_item) == "detached"
-    assert testbed.item.metadata == {}
+    assert testbed.current_item.metadata == {}
 
 
 @in_virtual_time
-async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
+async def test_handoff_begins_only_after_heartbeat_in_progress_is_answered() -> None:
     """Parent and child must not both have a heartbeat in flight."""
     testbed = HandoffTestbed(heartbeat=[None, Fault(request_delay=4, answer_delay=4)])
 
     async def hand_off_item(session: Session) -> None:
-        # The second heartbeat was due 20 s after the first one, less jitter, so it is in flight.
+        # The second heartbeat is sent at most 20 s after the first one, so it is in flight now.
         await asyncio.sleep(21)
         assert testbed.request_names.count("heartbeat") == 2
         async with session.handover() as testbed.lease:
@@ -227,7 +229,7 @@ async def test_handoff_block_starts_after_heartbeat_in_progress() -> None:
 
 @in_virtual_time
 async def test_unanswered_heartbeat_is_resolved_before_child_starts() -> None:
-    """The heartbeat was applied but its answer lost, so the child's heartbeat must name it."""
+    """The child must send the time of the last heartbeat that was applied, answered or not."""
     testbed = HandoffTestbed(heartbeat=[None, UNANSWERED])
 
     async def hand_off_item(session: Session) -> None:
@@ -240,7 +242,7 @@ async def test_unanswered_heartbeat_is_resolved_before_child_starts() -> None:
 
 @in_virtual_time
 @pytest.mark.parametrize("end", ["stopped", "lapsed"])
-async def test_child_that_ended_before_parent_read_item_counts_as_its_owner(
+async def test_handoff_succeeds_if_child_ends_before_parent_reads_item(
     end: str,
 ) -> None:
     testbed = HandoffTestbed()
@@ -259,8 +261,8 @@ async def test_child_that_ended_before_parent_read_item_counts_as_its_owner(
 
 
 @in_virtual_time
-async def test_child_that_starts_at_last_moment_keeps_item() -> None:
-    """The parent's heartbeat is refused because the child holds the item: no lease is lost."""
+async def test_child_that_starts_just_before_parent_takes_item_back_keeps_item() -> None:
+    """The parent's heartbeat is refused, and this does not count as a lost lease."""
     testbed = HandoffTestbed(get=[UNSENT] * 5)
 
     async def hand_off_item(session: Session) -> None:
@@ -270,13 +272,13 @@ async def test_child_that_starts_at_last_moment_keeps_item() -> None:
     assert await testbed.run_handler(hand_off_item) == "detached"
     heartbeats = [event.result for event in testbed.recorder.of(HeartbeatFinished)]
     assert heartbeats[-1] == "precondition"
-    assert testbed.item.state == "active"
+    assert testbed.current_item.state == "active"
     assert testbed.recorder.of(ItemReclaimed) == []
 
 
 @in_virtual_time
-async def test_item_whose_holder_is_unknown_after_handoff_is_left_to_child() -> None:
-    """The answer to the parent's heartbeat is lost, and the item does not show its holder."""
+async def test_parent_does_not_stop_item_whose_holder_is_unknown_after_handoff() -> None:
+    """The parent's last heartbeat has no answer, and the item does not show who holds it."""
     testbed = HandoffTestbed(heartbeat=[None, None, GARBLED])
 
     async def hand_off_item(session: Session) -> None:
@@ -288,7 +290,7 @@ async def test_item_whose_holder_is_unknown_after_handoff_is_left_to_child() -> 
 
 
 @in_virtual_time
-async def test_handoff_block_longer_than_handoff_time_limit_loses_no_lease() -> None:
+async def test_handoff_longer_than_its_time_limit_loses_no_lease() -> None:
     """A handler that starts its child slowly must not lose the item to an expired lease."""
     testbed = HandoffTestbed()
 
@@ -296,7 +298,7 @@ async def test_handoff_block_longer_than_handoff_time_limit_loses_no_lease() -> 
         async def start_slowly() -> None:
             async with session.handover() as testbed.lease:
                 await asyncio.sleep(300)
-                assert await testbed.is_child_refused()
+                assert await testbed.is_child_heartbeat_refused()
 
         with pytest.raises(HandoverError):
             await start_slowly()
@@ -314,13 +316,13 @@ async def test_handoff_without_child_returns_item_to_parent() -> None:
                 pass
         assert caught.value.work_id == testbed.work_id
         assert testbed.loop.time() == pytest.approx(TAKE_BACK_SECONDS, abs=0.1)
-        assert await testbed.is_child_refused()
+        assert await testbed.is_child_heartbeat_refused()
         await session.update_metadata({"a": "b"})
         await asyncio.sleep(100)  # longer than the TTL, so the lease must be renewed
         return {"c": "d"}
 
     assert await testbed.run_handler(hand_off_item) == "completed"
-    assert dict(testbed.item.metadata) == {"a": "b", "c": "d"}
+    assert dict(testbed.current_item.metadata) == {"a": "b", "c": "d"}
 
 
 @in_virtual_time
@@ -346,7 +348,7 @@ async def test_failed_handoff_fails_session() -> None:
             pass
 
     assert await testbed.run_handler(hand_off_item) == "failed"
-    assert testbed.item.metadata == {"workpool.error": "HandoverError"}
+    assert testbed.current_item.metadata == {"workpool.error": "HandoverError"}
 
 
 @in_virtual_time
@@ -362,10 +364,10 @@ async def test_exception_in_handoff_block_returns_item_unless_child_took_it(came
 
     assert await testbed.run_handler(hand_off_item) == ("detached" if came else "failed")
     assert ("stop" in testbed.request_names) is not came
-    assert testbed.item.metadata == ({} if came else {"workpool.error": "ValueError"})
+    assert testbed.current_item.metadata == ({} if came else {"workpool.error": "ValueError"})
     assert testbed.loop.time() < 10
     if not came:
-        assert testbed.item.state == "stopped"
+        assert testbed.current_item.state == "stopped"
 
 
 @in_virtual_time
@@ -402,7 +404,7 @@ async def test_stop_by_operator_during_handoff_ends_session_at_once(
 
     assert await testbed.run_handler(hand_off_item) == "stopped"
     assert testbed.loop.time() < 12
-    assert testbed.item.state == "stopped"
+    assert testbed.current_item.state == "stopped"
     assert ("stop" in testbed.request_names) is not force
 
 
@@ -416,7 +418,7 @@ async def test_handoff_of_session_with_stop_request_is_refused() -> None:
             raise AssertionError("the block was entered")
 
     assert await testbed.run_handler(hand_off_item) == "stopped"
-    assert testbed.item.state == "stopped"
+    assert testbed.current_item.state == "stopped"
 
 
 @in_virtual_time
@@ -441,8 +443,8 @@ async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes:
     outcome = await testbed.run_handler(hand_off_item, drain_pool, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")
     if not comes:
-        # At most 6 s for the drain; then the lease of the released item lasts 10 s.
-        assert testbed.item.lease_end <= (START + 16.2) * 1_000_000
+        # The drain takes at most 6 s, and the lease of the released item ends 10 s later.
+        assert testbed.current_item.lease_end <= (START + 16.2) * 1_000_000
 
 
 @in_virtual_time
@@ -454,7 +456,7 @@ async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
             pass
 
     assert await testbed.run_handler(hand_off_item, session_timeout=5) == "timed_out"
-    assert testbed.item.state == "stopped"
+    assert testbed.current_item.state == "stopped"
 
 
 @in_virtual_time
@@ -466,7 +468,7 @@ async def test_handler_cancelled_before_handoff_block_leaves_no_handoff() -> Non
             raise AssertionError("the block was entered")
 
     assert await testbed.run_handler(hand_off_item, session_timeout=2) == "timed_out"
-    assert testbed.item.state == "stopped"
+    assert testbed.current_item.state == "stopped"
 
 
 @in_virtual_time
@@ -481,7 +483,7 @@ async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool)
                 await asyncio.sleep(300)
 
     assert await testbed.run_handler(hand_off_item, reclaim_older_than_ms=60_000) == "lease_lost"
-    assert testbed.requests_since(54) == []
+    assert testbed.request_names_after(54) == []
     assert testbed.recorder.of(ItemReclaimed) == []
 
 
@@ -504,8 +506,12 @@ async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
 
 async def run_pool_with_child(
     testbed: HandoffTestbed, **faults: list[Fault | None]
-) -> tuple[ChildInLoop, list[str]]:
-    """Hand the item off to a child with these faults; return the child and its session outcomes."""
+) -> tuple[ChildInVirtualTime, list[str]]:
+    """Hand the item off to a child whose requests have the given faults.
+
+    Returns:
+        The child, and the outcomes of its sessions.
+    """
 
     @handler
     async def child_program(session: Session) -> None:
@@ -521,7 +527,7 @@ async def run_pool_with_child(
 
     async def wait_for_child() -> None:
         lease = testbed.lease
-        child = ChildInLoop(
+        child = ChildInVirtualTime(
             settings,
             lease.work_id,
             lease.last_heartbeat,
@@ -532,7 +538,7 @@ async def run_pool_with_child(
         with suppress(TransientError):
             await child.run()
 
-    children: list[ChildInLoop] = []
+    children: list[ChildInVirtualTime] = []
     testbed.outcome = await testbed.run_handler(hand_off_item, reclaim_older_than_ms=600_000)
     return children[0], [event.outcome for event in recorder.of(SessionFinished)]
 
@@ -545,7 +551,7 @@ async def test_child_repeats_failed_requests_and_takes_item_over() -> None:
         testbed, get=[*fault], heartbeat=[Fault(answer=429, applied=False)]
     )
     assert (testbed.outcome, outcomes) == ("detached", ["completed"])
-    assert dict(testbed.item.metadata) == {"by": "child"}
+    assert dict(testbed.current_item.metadata) == {"by": "child"}
 
 
 @in_virtual_time
@@ -558,8 +564,8 @@ async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
 
 @in_virtual_time
 async def test_child_whose_heartbeat_answer_is_lost_does_not_run_item() -> None:
-    """The answer to the child's heartbeat is lost: the applied heartbeat may be the parent's."""
+    """Without an answer, the child cannot know which heartbeat was applied, its own or another."""
     testbed = HandoffTestbed()
     _, outcomes = await run_pool_with_child(testbed, heartbeat=[GARBLED])
     assert (testbed.outcome, outcomes) == ("detached", ["detached"])
-    assert testbed.item.metadata == {}
+    assert testbed.current_item.metadata == {}

@@ -32,7 +32,7 @@ BLOCK_SECONDS = 1.5
 
 
 class HostilePlugin:
-    """A plugin that misbehaves in the way that the metadata of an item name."""
+    """A plugin that breaks a rule for plugins; the metadata of the item select the rule."""
 
     def __init__(self) -> None:
         self.threads_may_end = threading.Event()
@@ -81,7 +81,7 @@ class HostilePlugin:
     async def block_loop(self, _: Session) -> None:
         time.sleep(BLOCK_SECONDS)  # noqa: ASYNC251 - what it must not do
 
-    async def leave_thread(self, _: Session) -> None:
+    async def leave_thread_running(self, _: Session) -> None:
         threading.Thread(target=self.threads_may_end.wait, daemon=True).start()
 
 
@@ -96,7 +96,7 @@ def hostile_plugin() -> Iterator[HostilePlugin]:
     plugin = HostilePlugin()
     yield plugin
     plugin.threads_may_end.set()
-    plugin.sessions_may_end.set()  # a running session would keep the loop from ending
+    plugin.sessions_may_end.set()  # A session that still runs would keep the loop open.
 
 
 async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
@@ -106,7 +106,7 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.5)
     mischiefs = [
         "choose", "not callable", "raise in wrapper", "never return", "swallow cancellation",
-        "return numbers", "exit process", "block loop", "leave thread",
+        "return numbers", "exit process", "block loop", "leave thread running",
     ]  # fmt: skip
     for mischief in mischiefs:
         control_plane.enqueue(metadata={"mischief": mischief})
@@ -128,7 +128,7 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     assert outcomes == {
         None: "completed", "raise in wrapper": "failed", "never return": "released",
         "swallow cancellation": "released", "return numbers": "failed", "exit process": "failed",
-        "block loop": "completed", "leave thread": "completed",
+        "block loop": "completed", "leave thread running": "completed",
     }  # fmt: skip
     assert {event.reason for event in recorder.of(ItemDeclined)} == {"plugin_error"}
     hooks = Counter(event.hook for event in recorder.of(PluginFailed))

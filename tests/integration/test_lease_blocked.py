@@ -31,15 +31,15 @@ class PoolOnThread:
         self.errors: list[str] = []
 
     async def run_pool(self) -> None:
-        """Run until the queue is empty and all sessions have ended."""
+        """Run the pool until the queue is empty and all sessions have ended."""
         await asyncio.to_thread(asyncio.run, self.supervisor.run(until_empty=True))
 
     @property
-    def outcomes(self) -> list[str]:
+    def session_outcomes(self) -> list[str]:
         return [event.outcome for event in self.recorder.of(SessionFinished)]
 
 
-async def get_text(url: str) -> str:
+async def fetch_text(url: str) -> str:
     async with aiohttp.ClientSession() as http, http.get(url) as response:
         assert response.status == 200
         return await response.text()
@@ -62,11 +62,11 @@ async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
         assert await asyncio.to_thread(blocked.wait, 40)
         await faults.wait_for("heartbeat", work_id=item.id, count=2, answered=True)
         assert pool.supervisor.metrics_url is not None
-        text = await get_text(f"{pool.supervisor.metrics_url}/metrics")
+        text = await fetch_text(f"{pool.supervisor.metrics_url}/metrics")
         assert 'state="active"} 1.0' in text
-        assert await get_text(f"{pool.supervisor.metrics_url}/healthz")
+        assert await fetch_text(f"{pool.supervisor.metrics_url}/healthz")
         may_end.set()
-    assert pool.outcomes == ["completed"]
+    assert pool.session_outcomes == ["completed"]
 
 
 @pytest.mark.trial
@@ -91,13 +91,14 @@ async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
                 break
             before = time.monotonic()
             try:
-                await get_text(f"{pool.supervisor.metrics_url}/metrics")
+                await fetch_text(f"{pool.supervisor.metrics_url}/metrics")
             except aiohttp.ClientError:
-                assert faults.of("stop")  # the endpoint closes only after the last stop of the pool
+                # The metrics endpoint may close only after the pool has stopped its item.
+                assert faults.of("stop")
             slowest = max(slowest, time.monotonic() - before)
             await asyncio.sleep(0.5)
     assert slowest < 20
-    assert pool.outcomes == ["completed"]
+    assert pool.session_outcomes == ["completed"]
     kinds = [record.kind for record in control_plane.history.records_of_item(item.id)]
     assert "lapsed" not in kinds
     assert kinds.count("heartbeat") >= 5

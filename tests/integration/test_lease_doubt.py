@@ -38,7 +38,7 @@ def let_other_worker_take_over(
 ) -> Callable[[str], Awaitable[None]]:
     """Return a function that ends the lease of an item and lets another worker claim it."""
 
-    async def claim_as_other_worker(work_id: str) -> None:
+    async def take_item_over(work_id: str) -> None:
         clock.advance(1_000)
         item = await other_worker.poll()
         assert item is not None
@@ -46,7 +46,7 @@ def let_other_worker_take_over(
         await other_worker.ack(work_id)
         await other_worker.heartbeat(work_id)
 
-    return claim_as_other_worker
+    return take_item_over
 
 
 def heartbeat_results(recorder: Recorder) -> list[str]:
@@ -84,11 +84,11 @@ async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect
     may_end = asyncio.Event()
 
     @handler
-    async def wait_until_may_end(_: Session) -> None:
+    async def wait_for_event(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(wait_until_may_end):
+    async with make_pool(wait_for_event):
         await recorder.wait_for(SessionStarted)
         rule = faults.add(fault, "heartbeat", times=1)
         await recorder.wait_for(HeartbeatFinished, lambda event: event.result == "recovered")
@@ -150,7 +150,7 @@ async def test_session_after_sleep_of_machine_beyond_ttl_sends_nothing_for_item(
     recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The lease clock counts sleep, but the clocks and timers of the loops do not."""
+    """While a machine sleeps, the lease clock goes on, but the timers of event loops stop."""
     slept = 0.0
     monkeypatch.setattr(supervisor.Supervisor, "_clock", lambda _: lease_clock() + slept)
     errors: list[BaseException] = []

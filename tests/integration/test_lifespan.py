@@ -21,7 +21,7 @@ async def return_at_once(_: Session) -> None:
     return None
 
 
-class LeakingPlugin:
+class CancelledErrorPlugin:
     """A plugin that raises a CancelledError although its task was not cancelled."""
 
     def __init__(self, where: str) -> None:
@@ -30,10 +30,10 @@ class LeakingPlugin:
     @hookimpl
     def workpool_lifespan(self) -> Any:
         self.raise_cancelled_error("hook")
-        return self.leaking_context()
+        return self.context_raising_cancelled_error()
 
     @asynccontextmanager
-    async def leaking_context(self) -> AsyncIterator[None]:
+    async def context_raising_cancelled_error(self) -> AsyncIterator[None]:
         self.raise_cancelled_error("entering")
         yield
         self.raise_cancelled_error("leaving")
@@ -49,9 +49,9 @@ async def test_cancelled_error_raised_by_plugin_becomes_plugin_error(
 ) -> None:
     entered = False
     with pytest.raises(PluginError, match="CancelledError") as caught:
-        async with make_pool(return_at_once, LeakingPlugin(where)):
+        async with make_pool(return_at_once, CancelledErrorPlugin(where)):
             entered = True
-    assert caught.value.plugin == "LeakingPlugin"
+    assert caught.value.plugin == "CancelledErrorPlugin"
     assert entered is (where == "leaving")
 
 
@@ -140,8 +140,8 @@ class StubbornPlugin:
             with suppress(asyncio.CancelledError):
                 await self.may_end.wait()
 
-    async def end_context(self) -> None:
-        """Let the context end, and wait until the abandoned pool has closed."""
+    async def let_context_end(self) -> None:
+        """Let the plugin's context end, and wait until the abandoned pool has closed."""
         self.may_end.set()
         [root] = [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
         await asyncio.wait({root}, timeout=20)
@@ -154,7 +154,7 @@ def short_close_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_close_timeouts")
-async def test_start_that_ignores_cancellation_is_abandoned(
+async def test_cancelled_start_is_abandoned_if_plugin_ignores_cancellation(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     stubborn = StubbornPlugin("opening")
@@ -165,7 +165,7 @@ async def test_start_that_ignores_cancellation_is_abandoned(
         await asyncio.wait({starting}, timeout=20)
     assert starting.cancelled()
     assert "pool did not close" in caplog.text
-    await stubborn.end_context()
+    await stubborn.let_context_end()
 
 
 @pytest.mark.usefixtures("short_close_timeouts")
@@ -178,4 +178,4 @@ async def test_pool_whose_plugin_never_closes_is_abandoned(
         running = group.create_task(pool.run(until_empty=True))
         await running
     assert "pool did not close" in caplog.text
-    await stubborn.end_context()
+    await stubborn.let_context_end()

@@ -1,4 +1,4 @@
-"""The status page of a worker ("live page"): its data, hidden data, and its look in a browser.
+"""The status page of a worker ("live page"): its data, what it hides, and how a browser shows it.
 
 See workpool/docs/operating.md, "The live page".
 """
@@ -146,7 +146,7 @@ class Browser:
         self._socket = socket
         self._sent = 0
 
-    async def call_method(self, method: str, **params: object) -> Any:
+    async def call_devtools_method(self, method: str, **params: object) -> Any:
         """Call a method of the DevTools protocol and return its result."""
         self._sent += 1
         await self._socket.send_json({"id": self._sent, "method": method, "params": params})
@@ -157,12 +157,14 @@ class Browser:
 
     async def open_page(self, url: str) -> None:
         """Open a page and wait until it is complete."""
-        await self.call_method("Page.navigate", url=url)
+        await self.call_devtools_method("Page.navigate", url=url)
         await self.wait_for_text("document.readyState", "complete")
 
     async def run_script(self, script: str) -> Any:
         """Run a script in the page and return its value."""
-        message = await self.call_method("Runtime.evaluate", expression=script, returnByValue=True)
+        message = await self.call_devtools_method(
+            "Runtime.evaluate", expression=script, returnByValue=True
+        )
         return message["result"].get("value")
 
     async def wait_for_text(self, script: str, part: str) -> str:
@@ -193,7 +195,7 @@ async def driven_browser(folder: Path) -> AsyncIterator[Browser]:
         async with asyncio.timeout(60), aiohttp.ClientSession() as http:
             assert process.stderr is not None
             port = ""
-            # Chromium prints "DevTools listening on ws://127.0.0.1:PORT/…".
+            # Chromium prints the port: "DevTools listening on ws://127.0.0.1:PORT/…".
             async for line in process.stderr:
                 if found := re.search(rb"ws://127\.0\.0\.1:(\d+)/", line):
                     port = found[1].decode()

@@ -35,8 +35,8 @@ async def raise_error_with_metadata(session: Session) -> None:
 
 
 @pytest.fixture(params=[TextFormatter, JsonFormatter])
-def formatted_logs(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
-    """Return a buffer that receives the log in one of the formats of the command line."""
+def log_output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
+    """Return a buffer that receives all log lines in one of the formats of the command line."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(request.param())
@@ -74,14 +74,14 @@ async def test_hostile_type_of_declined_item_is_escaped_and_cut(
     make_pool: Any,
     recorder: Recorder,
     hostile_item: Callable[[str], None],
-    formatted_logs: io.StringIO,
+    log_output: io.StringIO,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
     hostile_item(control_plane.token + FORGED + "x" * 3_900_000)
     async with make_pool(return_at_once, block_ms=20):
         await recorder.wait_for(ItemDeclined)
-    check_log_lines(formatted_logs, control_plane.token, 5_000)
+    check_log_lines(log_output, control_plane.token, 5_000)
     (record,) = [each for each in caplog.records if each.message == "item declined"]
     message = vars(record)["type"]
     # The record itself is shortened, not only its formatted text: applications may format it.
@@ -95,7 +95,7 @@ async def test_hostile_error_of_control_plane_is_escaped_and_cut(
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
-    formatted_logs: io.StringIO,
+    log_output: io.StringIO,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     text = control_plane.token + FORGED + "\u200f" * 1_000_000
@@ -103,7 +103,7 @@ async def test_hostile_error_of_control_plane_is_escaped_and_cut(
     faults.add(literal(orjson.dumps(envelope), 500), "poll", times=1)
     async with make_pool(return_at_once, block_ms=20):
         await recorder.wait_for(PollerBackedOff)
-    check_log_lines(formatted_logs, control_plane.token, 5_000)
+    check_log_lines(log_output, control_plane.token, 5_000)
     (message,) = [each for each in caplog.messages if each.startswith("poll failed")]
     assert len(message) < 600
     assert message.isprintable()
@@ -111,11 +111,11 @@ async def test_hostile_error_of_control_plane_is_escaped_and_cut(
 
 
 async def test_hostile_text_in_traceback_of_handler_is_escaped_and_cut(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, formatted_logs: io.StringIO
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, log_output: io.StringIO
 ) -> None:
     text = f"{control_plane.token}{FORGED}" + FORGED * 20_000
     control_plane.enqueue(metadata={"text": text})
     async with make_pool(raise_error_with_metadata, block_ms=20):
         await recorder.wait_for(SessionFinished)
-    assert "raise_error_with_metadata" in formatted_logs.getvalue()
-    check_log_lines(formatted_logs, control_plane.token, 120_000)
+    assert "raise_error_with_metadata" in log_output.getvalue()
+    check_log_lines(log_output, control_plane.token, 120_000)

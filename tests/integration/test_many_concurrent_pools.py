@@ -35,7 +35,7 @@ async def wait_briefly(session: Session) -> None:
 
 
 async def run_pool(supervisor: Supervisor, dice: random.Random, end: str) -> None:
-    """Run one pool and end it in the way that `end` names."""
+    """Run one pool; `end` says whether a drain, an error or a cancellation ends it."""
     await asyncio.sleep(dice.uniform(0, SPREAD_SECONDS / 2))
     async with supervisor:
         await asyncio.sleep(dice.uniform(0, SPREAD_SECONDS / 4))
@@ -55,7 +55,7 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     dice = random.Random(3)  # noqa: S311 - repeatable, guards nothing
     settings = make_settings(drain_timeout=2, concurrency=2)
     async with Supervisor(settings, plugins=[wait_briefly]):
-        pass  # fills caches, whose files and threads must not count as left over by the pools
+        pass  # This pool fills caches, so that their files and threads are counted below.
     gc.collect()
     files, tasks, threads = open_file_count(), asyncio.all_tasks(), threading.active_count()
     control_plane.enqueue(count=200)

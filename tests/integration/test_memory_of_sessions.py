@@ -27,7 +27,7 @@ def pool_objects_in_memory() -> dict[int, object]:
 
 
 @pytest.fixture
-def no_garbage_collection() -> Iterator[None]:
+def disabled_garbage_collector() -> Iterator[None]:
     gc.collect()
     gc.disable()
     yield
@@ -40,7 +40,7 @@ async def write_metadata(session: Session) -> dict[str, str]:
     return {"done": "yes"}
 
 
-@pytest.mark.usefixtures("no_garbage_collection")
+@pytest.mark.usefixtures("disabled_garbage_collector")
 async def test_finished_sessions_are_freed_without_garbage_collector(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:

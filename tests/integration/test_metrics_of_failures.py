@@ -33,7 +33,7 @@ def metric_value(pool: Supervisor, name: str, **labels: str) -> float | None:
 
 
 @handler
-async def handler_by_metadata(session: Session) -> dict[str, str] | None:
+async def run_behaviour_of_metadata(session: Session) -> dict[str, str] | None:
     match session.item.metadata.get("do"):
         case "raise":
             raise ValueError("no such report")
@@ -48,7 +48,7 @@ async def handler_by_metadata(session: Session) -> dict[str, str] | None:
 async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> None:
     for do in ("raise", "wait", "finish"):
         workpool.enqueue(metadata={"do": do})
-    async with workpool.pool(handler_by_metadata, session_timeout=60) as pool:
+    async with workpool.pool(run_behaviour_of_metadata, session_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, count=3, timeout=120)
     counted = {
         error: metric_value(pool, "session_errors_total", error=error)
@@ -62,7 +62,7 @@ async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> No
 @in_virtual_time
 async def test_session_beyond_max_attempts_is_counted_as_attempts_exceeded(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata={"do": "wait"})
-    async with workpool.pool(handler_by_metadata, max_attempts=1) as pool:
+    async with workpool.pool(run_behaviour_of_metadata, max_attempts=1) as pool:
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         failed = await workpool.wait_for(SessionFailed, timeout=120)
@@ -73,7 +73,7 @@ async def test_session_beyond_max_attempts_is_counted_as_attempts_exceeded(workp
 @in_virtual_time
 async def test_lease_taken_by_another_worker_is_counted_as_taken(workpool: Kit) -> None:
     item = workpool.enqueue(metadata={"do": "wait"})[0]
-    async with workpool.pool(handler_by_metadata) as pool:
+    async with workpool.pool(run_behaviour_of_metadata) as pool:
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         await workpool.wait_for(SessionFinished, timeout=120)
@@ -82,9 +82,9 @@ async def test_lease_taken_by_another_worker_is_counted_as_taken(workpool: Kit) 
 
 
 @in_virtual_time
-async def test_pickup_latency_excludes_items_that_were_held_before(workpool: Kit) -> None:
+async def test_pickup_latency_is_not_measured_for_redelivered_items(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "release"})
-    async with workpool.pool(handler_by_metadata) as pool:
+    async with workpool.pool(run_behaviour_of_metadata) as pool:
         await workpool.wait_for(ItemReceived, count=2, timeout=120)
         assert metric_value(pool, "item_pickup_latency_seconds_count") == 1
         assert metric_value(pool, "lease_ttl_seconds") == pool.settings.lease_ttl
@@ -126,6 +126,6 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
 @in_virtual_time
 async def test_stalled_session_is_counted_as_stalled(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "wait"})
-    async with workpool.pool(handler_by_metadata, stall_timeout=60) as pool:
+    async with workpool.pool(run_behaviour_of_metadata, stall_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, timeout=120)
     assert metric_value(pool, "session_errors_total", error="stalled") == 1

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-def rewrite_answers(
+def middleware_rewriting_answers(
     change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str
 ) -> Middleware:
     """Return a middleware that changes the JSON of a successful answer and adds headers."""
@@ -65,7 +65,7 @@ async def return_result(_: Session) -> dict[str, str]:
     return {"done": "yes"}
 
 
-async def test_item_with_active_ack_answer_is_run(
+async def test_item_whose_ack_is_answered_with_state_active_is_run(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(ACTIVE, "ack")
@@ -75,12 +75,14 @@ async def test_item_with_active_ack_answer_is_run(
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
-async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
+async def test_item_acknowledged_as_active_but_held_by_another_worker_is_not_run(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (item,) = control_plane.enqueue()
 
-    async def answer_and_take_item(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def send_heartbeat_of_another_worker(
+        request: web.Request, handler: Any
+    ) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         control_plane.operations.heartbeat(
             control_plane.environments[0], item.id, "NO_HEARTBEAT", 60, "another"
@@ -88,7 +90,7 @@ async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
         return response
 
     faults.add(ACTIVE, "ack")
-    faults.add(answer_and_take_item, "ack")
+    faults.add(send_heartbeat_of_another_worker, "ack")
     async with make_pool(return_result):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "lease_lost"
@@ -98,7 +100,7 @@ async def test_item_with_active_ack_answer_held_by_another_worker_is_not_run(
     assert (lost.direction, lost.stage) == ("lost", "start")
 
 
-async def test_health_check_with_active_ack_answer_is_stopped_after_heartbeat(
+async def test_health_check_item_acknowledged_as_active_is_stopped_after_heartbeat(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     faults.add(ACTIVE, "ack")
@@ -108,7 +110,7 @@ async def test_health_check_with_active_ack_answer_is_stopped_after_heartbeat(
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
 
 
-async def test_heartbeat_answer_without_last_heartbeat_loses_lease_without_read(
+async def test_heartbeat_answer_without_last_heartbeat_loses_lease_at_once(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(LOST, "heartbeat")
@@ -119,7 +121,7 @@ async def test_heartbeat_answer_without_last_heartbeat_loses_lease_without_read(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_heartbeat_answer_in_state_stopped_ends_session_without_read(
+async def test_heartbeat_answer_with_state_stopped_ends_session_at_once(
     run_one_item: Any, faults: Faults
 ) -> None:
     @handler
@@ -138,8 +140,12 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 ) -> None:
     more = {"lease": {"id": 7}, "ttl": "x", "secret_of_another_kind": [1]}
     for op in ("ack", "heartbeat", "update", "stop"):
-        faults.add(rewrite_answers(lambda value: {**more, **value}, **{"X-Lease": "7"}), op)
-    faults.add(rewrite_answers(lambda value: {**more, **value}, traceparent=TRACE), "poll")
+        faults.add(
+            middleware_rewriting_answers(lambda value: {**more, **value}, **{"X-Lease": "7"}), op
+        )
+    faults.add(
+        middleware_rewriting_answers(lambda value: {**more, **value}, traceparent=TRACE), "poll"
+    )
     final = await run_one_item(return_result)
     assert final.outcome == "completed"
     assert recorder.of(SessionStarted)[0].session.item.traceparent == TRACE
@@ -149,7 +155,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 async def test_reclaim_window_is_sent_only_if_set(
     run_one_item: Any, faults: Faults, window: int | None
 ) -> None:
-    """A window sent by default would hurt: one control plane then ends leases of that age."""
+    """By default the parameter is not sent: one control plane ends all leases that are older."""
     await run_one_item(
         return_result, **({} if window is None else {"reclaim_older_than_ms": window})
     )
@@ -164,13 +170,14 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
 
     async def record_header(request: web.Request, handler: Any) -> web.StreamResponse:
         seen.append(request.headers.get("x-worker-token"))
-        if len(seen) < 4:  # answer with an error that quotes the header, because errors are logged
+        # Errors are logged, so these errors contain the header's value, which must be redacted.
+        if len(seen) < 4:
             text = {"error": {"message": f"no {seen[-1]}"}}
             return web.json_response(text, status=503)
         response: web.StreamResponse = await handler(request)
         return response
 
-    async def make_every_call(session: Session) -> None:
+    async def use_metadata_and_events(session: Session) -> None:
         await session.update_metadata({"a": "b"})
         text = {"type": "text", "text": "hello"}
         await session.events.send({"type": "user.message", "content": [text]})
@@ -180,7 +187,7 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
     faults.add(record_header, *get_args(Op))
     with caplog.at_level("DEBUG"):
         final = await run_one_item(
-            make_every_call, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60
+            use_metadata_and_events, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60
         )
     assert final.outcome == "completed"
     assert set(seen) == {"hunter2"}

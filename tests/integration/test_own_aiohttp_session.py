@@ -39,7 +39,7 @@ class OwnSessionClient(WorkClient):
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_session_with_own_aiohttp_clients_survives_lease_renewals(
+async def test_leases_are_renewed_through_aiohttp_sessions_of_the_caller(
     control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     clients: list[OwnSessionClient] = []

@@ -41,23 +41,23 @@ WAIT_SECONDS = 20.0
 
 
 class ThreadGate:
-    """A gate at which the thread of a handler waits until the test opens it."""
+    """Blocks the thread of a handler until the test opens the gate."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.opened = threading.Event()
 
-    def wait_at_gate(self) -> None:
+    def block_until_opened(self) -> None:
         self.reached.set()
         assert self.opened.wait(WAIT_SECONDS)
 
-    async def wait_until_reached(self) -> None:
+    async def wait_until_thread_is_blocked(self) -> None:
         assert await asyncio.to_thread(self.reached.wait, WAIT_SECONDS)
 
 
 @pytest.fixture
 def gate() -> Iterator[ThreadGate]:
-    """Return a gate that is opened after the test, so that no thread waits there forever."""
+    """Return a gate, and open it after the test so that no thread stays blocked."""
     gate = ThreadGate()
     yield gate
     gate.opened.set()
@@ -142,14 +142,14 @@ async def test_loop_and_other_sessions_continue_while_a_plain_handler_blocks(
 ) -> None:
     @handler(metadata={"kind": "plain"})
     def blocking_handler(_: BlockingSession) -> None:
-        gate.wait_at_gate()
+        gate.block_until_opened()
 
     @handler
     async def other_handler(_: Session) -> None: ...
 
     control_plane.enqueue(metadata={"kind": "plain"})
     async with make_pool(blocking_handler, other_handler):
-        await gate.wait_until_reached()
+        await gate.wait_until_thread_is_blocked()
         control_plane.enqueue(5)
         await recorder.wait_for(SessionFinished, count=5)
         gate.opened.set()
@@ -183,7 +183,7 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
 
 
 def test_blocking_session_has_each_public_name_of_a_session() -> None:
-    """Only names that the pool uses, and the outcome, are missing from `BlockingSession`."""
+    """`BlockingSession` lacks only the outcome and the two names that the pool uses."""
     of_the_pool = {"interrupt", "trace_fields", "outcome"}
     names = {name for name in dir(Session) if not name.startswith("_")} - of_the_pool
     assert names <= set(dir(BlockingSession))
@@ -223,11 +223,11 @@ async def test_plain_handler_of_lost_session_keeps_slot_and_item_until_thread_en
     def wait_in_first_run(session: BlockingSession) -> None:
         runs.append(session.redelivered)
         if not session.redelivered:
-            gate.wait_at_gate()
+            gate.block_until_opened()
 
     [item] = workpool.enqueue()
     async with workpool.pool(wait_in_first_run, concurrency=2, reclaim_older_than_ms=0) as pool:
-        await gate.wait_until_reached()
+        await gate.wait_until_thread_is_blocked()
         workpool.lose(item)
         await workpool.faults.wait_for("poll", count=len(workpool.faults.of("poll")) + 5)
         assert (pool.status().running, runs) == (1, [False])
@@ -292,8 +292,8 @@ async def test_drain_abandons_plain_handler_that_hangs(
     errors: list[BaseException] = []
 
     @handler
-    def write_after_gate(session: BlockingSession) -> None:
-        gate.wait_at_gate()
+    def block_and_write_metadata(session: BlockingSession) -> None:
+        gate.block_until_opened()
         try:
             session.update_metadata({"late": "yes"})
         except SessionEnded as error:
@@ -301,8 +301,8 @@ async def test_drain_abandons_plain_handler_that_hangs(
 
     (item,) = control_plane.enqueue()
     began = time.monotonic()
-    async with make_pool(write_after_gate, drain_timeout=0) as pool:
-        await gate.wait_until_reached()
+    async with make_pool(block_and_write_metadata, drain_timeout=0) as pool:
+        await gate.wait_until_thread_is_blocked()
     assert time.monotonic() - began < 40
     assert pool.abandoned == 1
     assert recorder.of(SessionFinished)[0].outcome == "released"
@@ -325,7 +325,7 @@ async def test_plain_handler_that_ignores_cancellation_is_logged_with_its_stack(
 
     @handler(timeout=0.1)
     def ignore_cancellation(_: BlockingSession) -> None:
-        gate.wait_at_gate()
+        gate.block_until_opened()
 
     control_plane.enqueue()
     with caplog.at_level(logging.INFO, "workpool"):
@@ -338,7 +338,7 @@ async def test_plain_handler_that_ignores_cancellation_is_logged_with_its_stack(
             finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "timed_out"
     [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
-    assert "gate.wait_at_gate()" in str(report.stack_info)
+    assert "gate.block_until_opened()" in str(report.stack_info)
 
 
 async def test_calls_of_blocking_session_from_many_threads_all_succeed(run_one_item: Any) -> None:
@@ -362,11 +362,11 @@ async def test_blocking_session_used_after_handler_returned_raises_session_ended
     kept: list[BlockingSession] = []
 
     @handler
-    def keep_session(session: BlockingSession) -> None:
+    def store_session(session: BlockingSession) -> None:
         kept.append(session)
 
     control_plane.enqueue()
-    async with make_pool(keep_session):
+    async with make_pool(store_session):
         await recorder.wait_for(SessionFinished)
         with pytest.raises(SessionEnded):
             await asyncio.to_thread(kept[0].update_metadata, {"late": "yes"})
@@ -419,7 +419,9 @@ async def test_plain_handler_hands_its_item_off_to_a_child(workpool: Kit) -> Non
     assert (result.outcome, result.item.state) == ("detached", "active")
 
 
-async def test_plain_handler_without_progress_is_stalled_unless_it_waits(workpool: Kit) -> None:
+async def test_plain_handler_without_progress_is_stalled_except_in_waiting_block(
+    workpool: Kit,
+) -> None:
     waited: list[bool] = []
 
     @handler(stall_timeout=2.0)
@@ -433,10 +435,12 @@ async def test_plain_handler_without_progress_is_stalled_unless_it_waits(workpoo
     assert (result.outcome, waited) == ("stalled", [False, True])
 
 
-def test_plain_handler_in_virtual_time_raises_error_that_names_it(gate: ThreadGate) -> None:
+def test_plain_handler_that_blocks_in_virtual_time_raises_error_with_its_name(
+    gate: ThreadGate,
+) -> None:
     @handler
     def resize_image(_: BlockingSession) -> None:
-        gate.wait_at_gate()
+        gate.block_until_opened()
 
     async def run_in_virtual_time() -> None:
         async with Kit() as kit:
@@ -505,11 +509,11 @@ async def test_heartbeats_continue_while_a_plain_handler_blocks_its_thread(
 
     @handler
     def block_thread(_: BlockingSession) -> None:
-        gate.wait_at_gate()
+        gate.block_until_opened()
 
     [item] = workpool.enqueue()
     async with workpool.pool(block_thread):
-        await gate.wait_until_reached()
+        await gate.wait_until_thread_is_blocked()
         await workpool.faults.wait_for("heartbeat", work_id=item.id, count=10, answered=True)
         gate.opened.set()
         assert (await workpool.wait_for(SessionFinished)).outcome == "completed"
@@ -542,14 +546,14 @@ def test_embedding_program_ends_although_a_thread_hangs(
 
     @handler
     def block_thread(_: BlockingSession) -> None:
-        gate.wait_at_gate()
+        gate.block_until_opened()
 
     async def embed_pool() -> Supervisor:
         async with Kit() as kit:
             kit.enqueue()
             pool = kit.pool(block_thread, drain_timeout=0)
             async with pool:
-                await gate.wait_until_reached()
+                await gate.wait_until_thread_is_blocked()
             return pool
 
     began = time.monotonic()
@@ -560,13 +564,13 @@ def test_embedding_program_ends_although_a_thread_hangs(
 def test_program_that_never_closes_its_pool_ends_although_thread_hangs(gate: ThreadGate) -> None:
     @handler
     def block_thread(_: BlockingSession) -> None:
-        gate.wait_at_gate()
+        gate.block_until_opened()
 
     async def leave_pool_open() -> None:
         async with Kit() as kit:
             kit.enqueue()
             await kit.pool(block_thread).__aenter__()
-            await gate.wait_until_reached()
+            await gate.wait_until_thread_is_blocked()
 
     began = time.monotonic()
     asyncio.run(leave_pool_open())

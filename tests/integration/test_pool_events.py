@@ -38,11 +38,11 @@ def count_built_events(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def count_events_of_type(event_type: Any) -> None:
         init = event_type.__init__
 
-        def count_and_initialize(*args: Any, **kwargs: Any) -> None:
+        def count_event_and_initialize(*args: Any, **kwargs: Any) -> None:
             built[event_type.__name__] += 1
             init(*args, **kwargs)
 
-        monkeypatch.setattr(event_type, "__init__", count_and_initialize)
+        monkeypatch.setattr(event_type, "__init__", count_event_and_initialize)
 
     for event_type in get_args(Event):
         count_events_of_type(event_type)
@@ -90,7 +90,7 @@ async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
 
 
 class RequestObserver:
-    """A plugin that records the item of each request, from both threads of a pool."""
+    """A plugin that records the operation of each request, and the id of its item."""
 
     def __init__(self) -> None:
         self.items: list[tuple[str, str | None]] = []
@@ -104,7 +104,7 @@ class RequestObserver:
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_observer_of_requests_receives_the_item_of_each_request(
+async def test_current_work_id_is_set_while_observer_receives_request_of_item(
     control_plane: ControlPlane, make_settings: Any
 ) -> None:
     requests = RequestObserver()

@@ -22,7 +22,7 @@ SILENT_SECONDS = 0.3
 
 
 class ConnectionEnd(NamedTuple):
-    """One end of a connection."""
+    """The client's end or the server's end of a connection through the proxy."""
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
@@ -35,16 +35,16 @@ class ConnectionEnd(NamedTuple):
         async with asyncio.timeout(WAIT_SECONDS):
             assert await self.reader.readexactly(len(text)) == text
 
-    async def expect_end(self) -> None:
+    async def expect_end_of_stream(self) -> None:
         async with asyncio.timeout(WAIT_SECONDS):
             assert await self.reader.read() == b""
 
-    async def expect_nothing(self) -> None:
+    async def expect_no_bytes(self) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(SILENT_SECONDS):
                 await self.reader.read(1)
 
-    async def expect_reset(self) -> None:
+    async def expect_connection_reset(self) -> None:
         async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(ConnectionResetError):
                 await self.reader.read()
@@ -58,7 +58,7 @@ class ProxyTestbed:
         self._accepted = accepted
         self._writers: list[asyncio.StreamWriter] = []
 
-    async def open_pair(self) -> tuple[ConnectionEnd, ConnectionEnd]:
+    async def connect_through_proxy(self) -> tuple[ConnectionEnd, ConnectionEnd]:
         """Open a connection through the proxy; return the client's end and the server's end."""
         port = int(self.proxy.base_url.rpartition(":")[2])
         async with asyncio.timeout(WAIT_SECONDS):
@@ -87,53 +87,53 @@ async def testbed() -> AsyncIterator[ProxyTestbed]:
 
 
 async def test_proxy_forwards_bytes_and_end_of_stream(testbed: ProxyTestbed) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     await client.send_bytes(b"question")
     await server.expect_bytes(b"question")
     await server.send_bytes(b"answer")
     await client.expect_bytes(b"answer")
     client.writer.write_eof()
-    await server.expect_end()
+    await server.expect_end_of_stream()
     await server.send_bytes(b"late")
     await client.expect_bytes(b"late")
     server.writer.close()
-    await client.expect_end()
+    await client.expect_end_of_stream()
 
 
 async def test_proxy_blackhole_drops_bytes_of_open_connections_permanently(
     testbed: ProxyTestbed,
 ) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     testbed.proxy.blackhole()
     await client.send_bytes(b"lost")
-    await server.expect_nothing()
+    await server.expect_no_bytes()
     server.writer.close()
-    await client.expect_nothing()
+    await client.expect_no_bytes()
     testbed.proxy.heal()
     await client.send_bytes(b"lost too")
-    await client.expect_nothing()
-    client, server = await testbed.open_pair()
+    await client.expect_no_bytes()
+    client, server = await testbed.connect_through_proxy()
     await client.send_bytes(b"new")
     await server.expect_bytes(b"new")
 
 
 async def test_proxy_partition_delays_bytes_until_healed(testbed: ProxyTestbed) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     testbed.proxy.partition()
     await client.send_bytes(b"question")
     await server.send_bytes(b"news")
-    await server.expect_nothing()
+    await server.expect_no_bytes()
     testbed.proxy.partition()
-    await client.expect_nothing()
+    await client.expect_no_bytes()
     testbed.proxy.heal()
     await server.expect_bytes(b"question")
     await client.expect_bytes(b"news")
 
 
 async def test_proxy_half_close_still_forwards_requests(testbed: ProxyTestbed) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     testbed.proxy.half_close()
-    await client.expect_end()
+    await client.expect_end_of_stream()
     await client.send_bytes(b"question")
     await server.expect_bytes(b"question")
     await server.send_bytes(b"answer")
@@ -144,30 +144,31 @@ async def test_proxy_half_close_still_forwards_requests(testbed: ProxyTestbed) -
 async def test_proxy_reset_closes_open_connections_and_accepts_new_ones(
     testbed: ProxyTestbed,
 ) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     await client.send_bytes(b"known to both")
     await server.expect_bytes(b"known to both")
     testbed.proxy.reset()
-    await client.expect_reset()
-    await server.expect_reset()
-    client, server = await testbed.open_pair()
+    await client.expect_connection_reset()
+    await server.expect_connection_reset()
+    client, server = await testbed.connect_through_proxy()
     await client.send_bytes(b"new")
     await server.expect_bytes(b"new")
 
 
 async def test_proxy_reset_after_client_abort_resets_server_side(testbed: ProxyTestbed) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     await client.send_bytes(b"known to both")
     await server.expect_bytes(b"known to both")
     for link in testbed.proxy._connections:
         link.worker.transport.abort()
-    await asyncio.sleep(0)  # closes the socket; the proxy's task has not run yet
+    # Let the transport close its socket, but reset the proxy before its task notices that.
+    await asyncio.sleep(0)
     testbed.proxy.reset()
-    await server.expect_reset()
+    await server.expect_connection_reset()
 
 
 async def test_proxy_delay_postpones_every_byte(testbed: ProxyTestbed) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     loop = asyncio.get_running_loop()
     testbed.proxy.delay(SILENT_SECONDS)
     began = loop.time()
@@ -180,7 +181,7 @@ async def test_proxy_delay_postpones_every_byte(testbed: ProxyTestbed) -> None:
 
 
 async def test_proxy_throttle_limits_bytes_per_second(testbed: ProxyTestbed) -> None:
-    client, server = await testbed.open_pair()
+    client, server = await testbed.connect_through_proxy()
     loop = asyncio.get_running_loop()
     await client.send_bytes(b"warm")
     await server.expect_bytes(b"warm")
@@ -194,10 +195,10 @@ async def test_proxy_throttle_limits_bytes_per_second(testbed: ProxyTestbed) -> 
 async def test_closed_proxy_closes_its_connections(testbed: ProxyTestbed) -> None:
     async with Proxy(testbed.proxy.base_url) as outer:
         inner = ProxyTestbed(outer, testbed._accepted)
-        client, server = await inner.open_pair()
+        client, server = await inner.connect_through_proxy()
         outer.blackhole()
         await client.send_bytes(b"lost")
-    await server.expect_end()
+    await server.expect_end_of_stream()
     inner.abort_connections()
 
 
@@ -211,7 +212,7 @@ async def test_proxy_without_control_plane_closes_connections() -> None:
     async with Proxy("http://127.0.0.1:9") as proxy:
         port = int(proxy.base_url.rpartition(":")[2])
         client = ConnectionEnd(*await asyncio.open_connection("127.0.0.1", port))
-        await client.expect_end()
+        await client.expect_end_of_stream()
         client.writer.transport.abort()
 
 

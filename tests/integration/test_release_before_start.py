@@ -27,8 +27,8 @@ async def endless_handler(_: Session) -> None:
 
 
 @pytest.fixture
-async def former_worker(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
-    """Return the client of a worker that loses its item."""
+async def worker_losing_item(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+    """Return the client of another worker, which claims the item first and loses it."""
     async with WorkClient(make_settings(), worker_id="former") as client:
         yield client
 
@@ -54,16 +54,16 @@ def pool_drained_during_ack(faults: Faults, make_pool: Any, recorder: Recorder) 
 
 async def test_redelivered_item_acknowledged_during_drain_is_released(
     control_plane: ControlPlane,
-    former_worker: WorkClient,
+    worker_losing_item: WorkClient,
     clock: Clock,
     pool_drained_during_ack: Any,
     wait_for_end: Any,
     recorder: Recorder,
 ) -> None:
-    """The attempt is not counted, because nothing may be written after the last heartbeat."""
+    """After the last heartbeat, nothing is written, so the attempt is not counted."""
     (item,) = control_plane.enqueue()
-    await former_worker.poll()
-    await former_worker.ack(item.id)
+    await worker_losing_item.poll()
+    await worker_losing_item.ack(item.id)
     clock.advance(100)
     async with pool_drained_during_ack():
         pass

@@ -68,7 +68,7 @@ async def run_on_thread(supervisor: Supervisor) -> WorkpoolError | None:
 
 @pytest.fixture
 def tolerate_loaded_machine() -> None:
-    """Keep the default limits, because blocked loops are tested here."""
+    """Override the fixture of this name: these tests need the default limit of loop lag."""
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     async def block_loop(_: Session) -> None:
         may_end.wait(50)  # a blocking call, so the event loop stops
 
-    def on_blocked() -> None:
+    def record_pool_error() -> None:
         calls.append(supervisor.status().error)
         called.set()
 
     (item,) = control_plane.enqueue()
     supervisor = Supervisor(make_settings(max_block=raising_log_handler), plugins=[block_loop])
-    supervisor.on_blocked = on_blocked
+    supervisor.on_blocked = record_pool_error
     async with asyncio.TaskGroup() as group:
         running = group.create_task(run_on_thread(supervisor))
         try:
@@ -117,7 +117,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     assert isinstance(calls[-1], LeaseRenewerError) or raising_log_handler == 1.5
 
 
-async def test_exception_on_renewer_thread_while_loop_runs_calls_on_blocked_callback(
+async def test_exception_on_renewer_thread_calls_on_blocked_while_loop_runs(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = threading.Event()

@@ -29,7 +29,7 @@ class FailingDependency:
         self.failures = failures
         self.error = error or ConnectionError("no route")
 
-    async def answer_or_raise(self, session: Session) -> dict[str, str]:
+    async def fail_first_calls(self, session: Session) -> dict[str, str]:
         self.calls.append(session.retry)
         await asyncio.sleep(1)
         if len(self.calls) <= self.failures:
@@ -42,7 +42,7 @@ def retrying_handler(
 ) -> Any:
     @handler(retry=retry, **arguments)
     async def call_dependency(session: Session) -> dict[str, str]:
-        return await dependency.answer_or_raise(session)
+        return await dependency.fail_first_calls(session)
 
     return call_dependency
 
@@ -55,7 +55,7 @@ async def wait_for_first_failure(workpool: Kit, dependency: FailingDependency) -
 
 
 @pytest.fixture
-def longest_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+def longest_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make each delay before a retry as long as its random part allows."""
     monkeypatch.setattr(Backoff.__init__, "__defaults__", (lambda: 1.0,))
 
@@ -71,7 +71,7 @@ async def test_handler_is_called_again_in_same_run_until_it_returns(workpool: Ki
 
 
 @in_virtual_time
-@pytest.mark.usefixtures("longest_delays")
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_delays_between_retries_double_up_to_their_limit(workpool: Kit) -> None:
     result = await workpool.run_session(retrying_handler(FailingDependency()))
     assert result.outcome == "failed"
@@ -98,7 +98,9 @@ async def test_last_error_fails_session_after_last_retry(workpool: Kit) -> None:
     ],
     ids=["subclass", "group", "mixed_group", "another"],
 )
-async def test_only_listed_errors_are_retried(workpool: Kit, error: Exception, calls: int) -> None:
+async def test_only_errors_of_listed_types_are_retried(
+    workpool: Kit, error: Exception, calls: int
+) -> None:
     dependency = FailingDependency(error=error)
     result = await workpool.run_session(retrying_handler(dependency))
     assert (result.outcome, len(dependency.calls)) == ("failed", calls)
@@ -131,7 +133,7 @@ async def test_lost_lease_ends_wait_for_retry_without_another_call(workpool: Kit
 
 
 @in_virtual_time
-@pytest.mark.usefixtures("longest_delays")
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_stop_request_ends_wait_for_retry_at_once(workpool: Kit) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
@@ -144,7 +146,7 @@ async def test_stop_request_ends_wait_for_retry_at_once(workpool: Kit) -> None:
 
 
 @in_virtual_time
-@pytest.mark.usefixtures("longest_delays")
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_drain_ends_wait_for_retry_and_next_run_continues_counting(workpool: Kit) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
@@ -168,7 +170,7 @@ async def test_drain_ends_wait_for_retry_and_next_run_continues_counting(workpoo
 
 
 @in_virtual_time
-@pytest.mark.usefixtures("longest_delays")
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_drain_during_retry_keeps_retry_number_for_next_run(workpool: Kit) -> None:
     @handler(retry=RETRY_CONNECTION_ERRORS)
     async def hang_when_retried(session: Session) -> dict[str, str]:
@@ -189,7 +191,7 @@ async def test_drain_during_retry_keeps_retry_number_for_next_run(workpool: Kit)
 
 
 @in_virtual_time
-@pytest.mark.usefixtures("longest_delays")
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_handler_timeout_limits_all_retries_together(workpool: Kit) -> None:
     dependency = FailingDependency()
     result = await workpool.run_session(retrying_handler(dependency, timeout=30))
@@ -198,15 +200,16 @@ async def test_handler_timeout_limits_all_retries_together(workpool: Kit) -> Non
 
 
 @in_virtual_time
-@pytest.mark.usefixtures("longest_delays")
-async def test_retry_after_pause_of_machine_is_left_to_next_run(workpool: Kit) -> None:
+@pytest.mark.usefixtures("longest_retry_delays")
+async def test_handler_is_retried_in_next_run_if_machine_was_paused(workpool: Kit) -> None:
     dependency = FailingDependency(failures=1)
     loop: Any = asyncio.get_running_loop()
     workpool.enqueue()
     async with workpool.pool(retrying_handler(dependency), concurrency=1):
         await wait_for_first_failure(workpool, dependency)
         await asyncio.sleep(19.85)
-        loop.pause(5)  # the retry is due before a heartbeat can verify the lease
+        # After this pause, the retry is due before a heartbeat can show that the lease exists.
+        loop.pause(5)
         released = await workpool.wait_for(SessionFinished)
         completed = await workpool.wait_for(SessionFinished)
     assert (released.outcome, completed.outcome) == ("released", "completed")
@@ -214,7 +217,7 @@ async def test_retry_after_pause_of_machine_is_left_to_next_run(workpool: Kit) -
 
 
 @in_virtual_time
-@pytest.mark.usefixtures("longest_delays")
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_stall_timeout_applies_to_each_call_and_not_to_delays(
     workpool: Kit,
 ) -> None:

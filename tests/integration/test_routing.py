@@ -142,7 +142,8 @@ def declines_per_poll(pool: Supervisor) -> float:
 def alert_threshold() -> float:
     """Return the ratio above which the alert WorkpoolPollsWasted fires."""
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # imported by name, because mypy has no types of `yaml`
+    # mypy has no types of `yaml`, so an `import` statement would not pass its check.
+    yaml = importlib.import_module("yaml")
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     (expr,) = [rule["expr"] for rule in rules if rule.get("alert") == "WorkpoolPollsWasted"]
     return float(re.findall(r"> ([\d.]+)\s*$", expr)[0])
@@ -165,7 +166,7 @@ async def test_few_unwanted_items_cost_polls_and_delay_no_other_item(
 
 @pytest.mark.parametrize("pollers", [1, 2])
 @in_virtual_time
-async def test_more_unwanted_items_than_polls_per_reclaim_window_starve_other_items(
+async def test_wanted_item_starves_if_unwanted_items_exceed_polls_per_reclaim_window(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=30, metadata={"job": "of another pool"})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.held_items import enqueue_item_held_before
+from tests.integration.redelivered_items import enqueue_redelivered_item
 from workpool import LeaseLost, Session, SessionEnded, handler, hookimpl
 from workpool.errors import ConflictError, RefusedError, TransientError
 from workpool.events import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class CancellationIgnoringHandler:
-    """A handler that ignores its cancellation, and records the errors of its later calls."""
+    """A handler that ignores its cancellation, and records the errors of calls after it."""
 
     def __init__(self) -> None:
         self.cancelled = self.left = False
@@ -61,8 +61,8 @@ class CancellationIgnoringHandler:
 
 
 @pytest.fixture
-def ignoring_handler() -> Iterator[CancellationIgnoringHandler]:
-    """Return a handler that ends after the test, so that a failed test does not hang."""
+def cancellation_ignoring_handler() -> Iterator[CancellationIgnoringHandler]:
+    """Return a handler that ignores its cancellation, and end it after the test."""
     made = CancellationIgnoringHandler()
     yield made
     made.may_end.set()
@@ -73,11 +73,11 @@ def short_cancellation_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
 
 
-def log_levels_of(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+def log_levels_of_message(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
     return [record.levelname for record in caplog.records if text in record.getMessage()]
 
 
-async def test_stop_request_interrupts_session_and_is_reported(
+async def test_stop_request_interrupts_session_and_sets_session_stopping(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     seen: list[tuple[bool, bool]] = []
@@ -144,7 +144,7 @@ async def test_handler_can_read_item_remaining_lease_and_log_of_session(
 
 @pytest.mark.usefixtures("short_cancellation_interval")
 async def test_stuck_handler_keeps_its_slot_and_session_until_it_ends(
-    ignoring_handler: CancellationIgnoringHandler,
+    cancellation_ignoring_handler: CancellationIgnoringHandler,
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -153,52 +153,54 @@ async def test_stuck_handler_keeps_its_slot_and_session_until_it_ends(
     (item,) = control_plane.enqueue()
     control_plane.enqueue(session_id=item.session_id)
     settings = {"concurrency": 2, "session_timeout": 0.02, "block_ms": 20}
-    async with make_pool(ignoring_handler, **settings, reclaim_older_than_ms=20) as supervisor:
-        await ignoring_handler.wait_until_cancelled()
+    async with make_pool(
+        cancellation_ignoring_handler, **settings, reclaim_older_than_ms=20
+    ) as supervisor:
+        await cancellation_ignoring_handler.wait_until_cancelled()
         await recorder.wait_for(ItemDeclined, lambda _: not supervisor.status().ready)
         declined = len(recorder.of(ItemDeclined))
         await recorder.wait_for(ItemDeclined, count=declined + 2)
         assert supervisor.status().running == 1
         assert not recorder.of(SessionFinished)
-        assert log_levels_of(caplog, "handler ignores its cancellation") == ["CRITICAL"]
+        assert log_levels_of_message(caplog, "handler ignores its cancellation") == ["CRITICAL"]
         [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
         # The report contains the line at which the handler waits.
         assert "await self.may_end.wait()" in str(report.stack_info)
         assert supervisor.status().reasons == ("handlers that ignore their cancellation: 1",)
-        ignoring_handler.may_end.set()
+        cancellation_ignoring_handler.may_end.set()
         finished = await recorder.wait_for(SessionFinished)
         assert supervisor.status().ready
         assert finished.outcome == "timed_out"
-        ignoring_handler.cancelled = False
+        cancellation_ignoring_handler.cancelled = False
         control_plane.operations.stop_item(
             control_plane.environments[0], recorder.of(ItemDeclined)[0].item.id
         )
-    assert ignoring_handler.raised == [SessionEnded]
+    assert cancellation_ignoring_handler.raised == [SessionEnded]
 
 
 @pytest.mark.usefixtures("short_cancellation_interval")
 @pytest.mark.parametrize("timeout", [None, 60.0])
 async def test_drain_does_not_wait_for_stuck_handler(
-    ignoring_handler: CancellationIgnoringHandler, control_plane: ControlPlane, make_pool: Any,
-    recorder: Recorder, timeout: float | None,
+    cancellation_ignoring_handler: CancellationIgnoringHandler, control_plane: ControlPlane,
+    make_pool: Any, recorder: Recorder, timeout: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
     control_plane.enqueue()
-    async with make_pool(ignoring_handler, session_timeout=0.02) as supervisor:
-        await ignoring_handler.wait_until_cancelled()
+    async with make_pool(cancellation_ignoring_handler, session_timeout=0.02) as supervisor:
+        await cancellation_ignoring_handler.wait_until_cancelled()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=timeout)
     assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
-    assert not ignoring_handler.left
-    ignoring_handler.may_end.set()
+    assert not cancellation_ignoring_handler.left
+    cancellation_ignoring_handler.may_end.set()
     await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=20)
-    assert ignoring_handler.left
+    assert cancellation_ignoring_handler.left
 
 
 async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
-    ignoring_handler: CancellationIgnoringHandler,
+    cancellation_ignoring_handler: CancellationIgnoringHandler,
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -206,20 +208,20 @@ async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(ignoring_handler, block_ms=20):
+    async with make_pool(cancellation_ignoring_handler, block_ms=20):
         await recorder.wait_for(SessionStarted)
         expire_lease(control_plane, item.id)
         control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
-        await ignoring_handler.wait_until_cancelled()
-        ignoring_handler.may_end.set()
+        await cancellation_ignoring_handler.wait_until_cancelled()
+        cancellation_ignoring_handler.may_end.set()
         await recorder.wait_for(SessionFinished)
-    assert ignoring_handler.raised == [LeaseLost]
+    assert cancellation_ignoring_handler.raised == [LeaseLost]
     assert not faults.of("update", "stop")
 
 
-async def test_session_stopped_by_another_client_sends_nothing_and_raises_session_ended(
-    ignoring_handler: CancellationIgnoringHandler,
+async def test_metadata_write_after_stop_by_another_client_raises_session_ended(
+    cancellation_ignoring_handler: CancellationIgnoringHandler,
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -227,14 +229,14 @@ async def test_session_stopped_by_another_client_sends_nothing_and_raises_sessio
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
-    async with make_pool(ignoring_handler, block_ms=20):
+    async with make_pool(cancellation_ignoring_handler, block_ms=20):
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        await ignoring_handler.wait_until_cancelled()
-        ignoring_handler.may_end.set()
+        await cancellation_ignoring_handler.wait_until_cancelled()
+        cancellation_ignoring_handler.may_end.set()
         await recorder.wait_for(SessionFinished)
-    assert ignoring_handler.raised == [SessionEnded]
+    assert cancellation_ignoring_handler.raised == [SessionEnded]
     assert not faults.of("update", "stop")
 
 
@@ -286,7 +288,7 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
     assert len(faults.of("update")) == 1
 
 
-async def test_metadata_written_by_handler_are_merged_and_item_is_returned(
+async def test_metadata_writes_of_handler_are_merged_and_return_the_item(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
 ) -> None:
     answers: list[dict[str, str]] = []
@@ -355,7 +357,7 @@ async def test_metadata_write_without_success_in_time_raises_in_handler(
 
 
 @pytest.mark.parametrize("patch", [{"a": 1}, {"a": "\ud800"}])
-async def test_metadata_that_are_not_text_raise_in_handler(
+async def test_metadata_value_that_is_not_valid_text_raises_in_handler(
     run_one_item: Any, faults: Faults, patch: Any
 ) -> None:
     @handler
@@ -365,10 +367,11 @@ async def test_metadata_that_are_not_text_raise_in_handler(
     final = await run_one_item(write_invalid_metadata)
     assert final.outcome == "failed"
     assert isinstance(final.finished.error, TypeError | ValueError)
-    assert len(faults.of("update")) == 1  # the only write is the session's error
+    # The only write is that of the session's error, so the invalid metadata were not sent.
+    assert len(faults.of("update")) == 1
 
 
-class RecordingWrapper:
+class EntryRecordingPlugin:
     """A plugin whose context records when it is entered and left."""
 
     def __init__(self, name: str, trace: list[str]) -> None:
@@ -391,9 +394,9 @@ class RecordingWrapper:
             self.trace.append(f"leave {self.name}")
 
 
-def make_wrapper(name: str, trace: list[str]) -> RecordingWrapper:
-    """Return a plugin of a class with this name, because plugins are named by their class."""
-    built: RecordingWrapper = type(name, (RecordingWrapper,), {})(name, trace)
+def make_plugin_with_name(name: str, trace: list[str]) -> EntryRecordingPlugin:
+    """Return a plugin whose class has this name, because a plugin is named after its class."""
+    built: EntryRecordingPlugin = type(name, (EntryRecordingPlugin,), {})(name, trace)
     return built
 
 
@@ -407,7 +410,9 @@ async def test_plugin_contexts_are_entered_in_plugin_order_and_left_in_reverse(
         trace.append("call")
 
     control_plane.enqueue()
-    async with make_pool(make_wrapper("A", trace), record_call, make_wrapper("B", trace)):
+    async with make_pool(
+        make_plugin_with_name("A", trace), record_call, make_plugin_with_name("B", trace)
+    ):
         await recorder.wait_for(SessionFinished)
     assert trace == ["enter A", "enter B", "call", "leave B", "leave A"]
 
@@ -422,13 +427,13 @@ async def test_exception_of_handler_passes_through_plugin_contexts(
         raise ValueError
 
     control_plane.enqueue()
-    async with make_pool(make_wrapper("A", trace), raise_error):
+    async with make_pool(make_plugin_with_name("A", trace), raise_error):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "failed"
     assert trace == ["enter A", "A saw ValueError", "leave A"]
 
 
-class RaisingWrapper:
+class RaisingPlugin:
     """A plugin that raises an error in its hook, or when its context is entered or left."""
 
     def __init__(self, where: str) -> None:
@@ -462,7 +467,7 @@ async def test_exception_of_plugin_context_fails_session(
 
     trace: list[str] = []
     (item,) = control_plane.enqueue()
-    async with make_pool(make_wrapper("A", trace), RaisingWrapper(where), record_run):
+    async with make_pool(make_plugin_with_name("A", trace), RaisingPlugin(where), record_run):
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "LookupError"}
@@ -470,15 +475,15 @@ async def test_exception_of_plugin_context_fails_session(
     assert trace == ([] if where == "hook" else ["enter A", "A saw LookupError", "leave A"])
 
 
-class SwallowingWrapper:
+class ErrorSwallowingPlugin:
     """A plugin whose context swallows errors."""
 
     @hookimpl
     def workpool_wrap_session(self, session: Session) -> Any:
-        return self.swallowing_context(session)
+        return self.context_swallowing_errors(session)
 
     @asynccontextmanager
-    async def swallowing_context(self, _: Session) -> AsyncIterator[None]:
+    async def context_swallowing_errors(self, _: Session) -> AsyncIterator[None]:
         with suppress(ValueError):
             yield
 
@@ -491,12 +496,12 @@ async def test_plugin_context_can_swallow_exception_of_handler(
         raise ValueError
 
     (item,) = control_plane.enqueue()
-    async with make_pool(SwallowingWrapper(), raise_error):
+    async with make_pool(ErrorSwallowingPlugin(), raise_error):
         final = await wait_for_end(item.id)
     assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
 
 
-async def test_item_held_before_is_redelivered_and_counted(
+async def test_item_lost_by_another_worker_is_redelivered_as_second_attempt(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []
@@ -506,10 +511,10 @@ async def test_item_held_before_is_redelivered_and_counted(
         item = control_plane.operations.get_item(control_plane.environments[0], session.item.id)
         seen.append((session.redelivered, dict(item.metadata)))
 
-    work_id = enqueue_item_held_before(control_plane)
+    work_id = enqueue_redelivered_item(control_plane)
     async with make_pool(record_metadata):
         final = await wait_for_end(work_id)
-    # The handler already sees the attempt number in the metadata.
+    # The attempt number was written before the handler was called.
     assert seen == [(True, {"workpool.attempt": "2"})]
     assert final.request_names == ["ack", "heartbeat", "update", "stop"]
     assert [event.origin for event in recorder.of(ItemReceived)] == ["redelivered"]
@@ -525,7 +530,7 @@ async def test_attempt_number_continues_from_metadata(
     async def return_at_once(_: Session) -> None:
         pass
 
-    work_id = enqueue_item_held_before(control_plane, **{"workpool.attempt": before})
+    work_id = enqueue_redelivered_item(control_plane, **{"workpool.attempt": before})
     async with make_pool(return_at_once):
         final = await wait_for_end(work_id)
     assert final.metadata == {"workpool.attempt": after}
@@ -545,7 +550,7 @@ async def test_attempt_beyond_max_attempts_fails_session_before_handler_runs(
     async def return_at_once(_: Session) -> None:
         pass
 
-    work_id = enqueue_item_held_before(control_plane)
+    work_id = enqueue_redelivered_item(control_plane)
     async with make_pool(return_at_once, max_attempts=limit):
         final = await wait_for_end(work_id)
     assert bool(recorder.of(SessionStarted)) is runs
@@ -556,10 +561,10 @@ async def test_attempt_beyond_max_attempts_fails_session_before_handler_runs(
         assert final.metadata["workpool.error"] == "AttemptsExceeded"
 
 
-async def test_item_never_held_before_is_not_counted_as_redelivered(run_one_item: Any) -> None:
+async def test_session_of_item_without_earlier_lease_is_not_redelivered(run_one_item: Any) -> None:
     @handler
-    async def return_redelivered(session: Session) -> dict[str, str]:
+    async def return_redelivered_attribute(session: Session) -> dict[str, str]:
         return {"redelivered": str(session.redelivered)}
 
-    final = await run_one_item(return_redelivered, max_attempts=1)
+    final = await run_one_item(return_redelivered_attribute, max_attempts=1)
     assert final.metadata == {"redelivered": "False"}

@@ -25,17 +25,17 @@ async def fetch_scale_numbers(pool: Supervisor) -> dict[str, Any]:
         return numbers
 
 
-async def test_scale_of_worker_counts_busy_and_idle_slots(
+async def test_scale_numbers_of_worker_count_busy_and_idle_slots(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     may_end = asyncio.Event()
 
     @handler
-    async def wait_until_may_end(_: Session) -> None:
+    async def wait_for_event(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue(2)
-    async with make_pool(wait_until_may_end, concurrency=3, metrics_listen="127.0.0.1:0") as pool:
+    async with make_pool(wait_for_event, concurrency=3, metrics_listen="127.0.0.1:0") as pool:
         await recorder.wait_for(SessionStarted, count=2)
         assert await fetch_scale_numbers(pool) == {
             "busy": 2,
@@ -59,17 +59,17 @@ async def test_scale_of_worker_counts_busy_and_idle_slots(
                 await asyncio.sleep(0.01)
 
 
-async def test_scale_of_paused_or_draining_worker_shows_that_it_claims_nothing(
+async def test_scale_numbers_of_paused_or_draining_worker_show_no_claiming(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     may_end = asyncio.Event()
 
     @handler
-    async def wait_until_may_end(_: Session) -> None:
+    async def wait_for_event(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(wait_until_may_end, concurrency=2, metrics_listen="127.0.0.1:0") as pool:
+    async with make_pool(wait_for_event, concurrency=2, metrics_listen="127.0.0.1:0") as pool:
         await recorder.wait_for(SessionStarted)
         pool.pause("the database is moved")
         numbers = await fetch_scale_numbers(pool)
@@ -84,6 +84,6 @@ async def test_scale_of_paused_or_draining_worker_shows_that_it_claims_nothing(
         await pool.wait()
 
 
-def test_status_before_start_shows_slots_and_no_claiming(make_settings: Any) -> None:
+def test_status_before_start_shows_slots_and_claiming_false(make_settings: Any) -> None:
     status = Supervisor(make_settings(concurrency=3)).status()
     assert (status.slots, status.claiming, status.idle_seconds) == (3, False, 0.0)

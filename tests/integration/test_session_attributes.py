@@ -85,17 +85,17 @@ async def test_plugin_context_reads_outcome_after_handler_ended(
     error: type[BaseException] | None,
 ) -> None:
     @handler
-    async def check_connection_and_act(session: Session) -> Any:
+    async def handler_with_connection(session: Session) -> Any:
         assert session.state["connection"] == f"to {session.id}"
         return await act(session)
 
     connecting = ConnectingPlugin()
-    result = await workpool.run_session(check_connection_and_act, connecting, stall_timeout=5)
+    result = await workpool.run_session(handler_with_connection, connecting, stall_timeout=5)
     assert connecting.outcomes == [outcome] == [result.outcome]
     assert connecting.errors == [error]
 
 
-async def test_plugin_context_reads_outcome_stopped_after_stop_request(
+async def test_outcome_in_plugin_context_is_stopped_after_stop_request(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     @handler
@@ -118,14 +118,14 @@ async def test_current_session_is_available_in_tasks_and_threads_of_handler(
     seen: dict[str, list[Session | None]] = {}
     both = asyncio.Barrier(2)
 
-    async def read_in_task() -> Session | None:
+    async def read_current_session() -> Session | None:
         return current_session()
 
     @handler
     async def record_current_session(session: Session) -> None:
         await both.wait()
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(read_in_task())
+            task = group.create_task(read_current_session())
         seen[session.id] = [
             current_session(),
             task.result(),
@@ -183,7 +183,7 @@ async def test_deadline_is_earlier_after_a_drain_or_a_stop_request(workpool: Kit
 
 
 @in_virtual_time
-async def test_deadline_during_drain_without_timeout_is_that_of_handler_timeout(
+async def test_deadline_during_drain_without_timeout_is_end_of_handler_timeout(
     workpool: Kit,
 ) -> None:
     left: list[float | None] = []

@@ -35,8 +35,8 @@ def tool_result(use: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "user.tool_result", "tool_use_id": use["id"], "content": content}
 
 
-async def answer_all_tools(session: Session) -> dict[str, str]:
-    """Execute every tool use without a result until the turn ends."""
+async def answer_all_tool_uses(session: Session) -> dict[str, str]:
+    """Send a result for each tool use that has none, until the turn of the agent ends."""
     uses: dict[str, Mapping[str, Any]] = {}
     answered = 0
     async with session.events.stream() as stream:
@@ -68,25 +68,25 @@ def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run_script(
+def run_scripted_session(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """Return a function that runs a scripted session through a pool."""
+    """Return a function that runs a pool until its only, scripted session has ended."""
 
-    async def run_until_end(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
+    async def run_pool_until_end(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
         (item,) = control_plane.enqueue(script=script)
         plugin = call if rule_of(call) else handler(call)
         async with make_pool(plugin, **settings):
             return await wait_for_end(item.id)
 
-    return run_until_end
+    return run_pool_until_end
 
 
-async def test_handler_answers_every_tool_use_of_script(
-    control_plane: ControlPlane, run_script: Any
+async def test_handler_answers_every_tool_use_of_scripted_session(
+    control_plane: ControlPlane, run_scripted_session: Any
 ) -> None:
     script = [{"name": "Bash", "input": {"command": str(number)}} for number in range(10)]
-    final = await run_script(answer_all_tools, *script)
+    final = await run_scripted_session(answer_all_tool_uses, *script)
     assert (final.outcome, final.metadata) == ("completed", {"answered": "10"})
     events = control_plane.events(final.item.session_id)
     texts = [one["content"][0]["text"] for one in events if one["type"] == "user.tool_result"]
@@ -94,11 +94,11 @@ async def test_handler_answers_every_tool_use_of_script(
 
 
 async def test_each_tool_use_is_answered_once_although_requests_fail(
-    control_plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     for fault in (lost(applied=True), lost(applied=False), status(503), reset()):
         faults.add(fault, "send", "stream", "events", probability=0.15)
-    final = await run_script(answer_all_tools, *[BASH] * 15)
+    final = await run_scripted_session(answer_all_tool_uses, *[BASH] * 15)
     assert final.outcome == "completed"
     events = control_plane.events(final.item.session_id)
     uses = [event["id"] for event in events if event["type"] == "agent.tool_use"]
@@ -107,33 +107,35 @@ async def test_each_tool_use_is_answered_once_although_requests_fail(
     assert len(faults.of("send")) > 15
 
 
-async def test_session_events_list_returns_history(run_script: Any) -> None:
+async def test_session_events_list_returns_history(run_scripted_session: Any) -> None:
     async def return_event_types(session: Session) -> dict[str, str]:
         return {"types": " ".join([event["type"] async for event in session.events.list()])}
 
-    final = await run_script(return_event_types, BASH)
+    final = await run_scripted_session(return_event_types, BASH)
     assert final.metadata["types"] == "user.message session.status_running agent.tool_use"
 
 
 async def test_unanswered_send_of_message_is_not_repeated(
-    control_plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
-    faults.add(status(429), "send", times=2)  # repeated: a call answered 429 was not applied
+    # A call that is answered 429 was not applied, so it is repeated.
+    faults.add(status(429), "send", times=2)
     faults.add(lost(applied=True), "send", times=1, skip=2)
 
     async def send_message(session: Session) -> None:
         with pytest.raises(TransientError):
             await session.events.send(MESSAGE)
 
-    final = await run_script(send_message, BASH)
+    final = await run_scripted_session(send_message, BASH)
     assert final.outcome == "completed"
     events = [event["type"] for event in control_plane.events(final.item.session_id)]
-    assert events.count("user.message") == 2  # one begins the script, and the handler sent one
+    # The scripted session begins with one message, and the handler sent another one.
+    assert events.count("user.message") == 2
     assert len(faults.of("send")) == 3
 
 
 async def test_failed_read_of_history_after_unanswered_send_is_repeated(
-    control_plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)
     faults.add(status(503), "events", times=2)
@@ -142,16 +144,17 @@ async def test_failed_read_of_history_after_unanswered_send_is_repeated(
         (stored,) = await session.events.send(tool_result(control_plane.events(session.id)[2]))
         assert stored == control_plane.events(session.id)[3]
 
-    final = await run_script(send_result, BASH)
+    final = await run_scripted_session(send_result, BASH)
     assert final.outcome == "completed"
     assert [request.op for request in faults.of("send", "events")] == [
         "send",
-        *["send", "events"] * 3,  # each repeated send is answered 409, so the history is read
+        # Each repeated send is answered 409, so the pool looks for the result in the history.
+        *["send", "events"] * 3,
     ]
 
 
 async def test_different_result_for_answered_tool_use_raises_conflict(
-    control_plane: ControlPlane, run_script: Any
+    control_plane: ControlPlane, run_scripted_session: Any
 ) -> None:
     async def send_different_result(session: Session) -> None:
         use = control_plane.events(session.id)[-1]
@@ -159,11 +162,11 @@ async def test_different_result_for_answered_tool_use_raises_conflict(
         with pytest.raises(ConflictError):
             await session.events.send(tool_result(use))
 
-    assert (await run_script(send_different_result, BASH)).outcome == "completed"
+    assert (await run_scripted_session(send_different_result, BASH)).outcome == "completed"
 
 
 async def test_events_after_lost_lease_are_neither_sent_nor_read(
-    control_plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     raised: list[type[BaseException]] = []
 
@@ -184,13 +187,13 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
                 raised.append(caught.type)
             assert [one.op for one in faults.seen[before:] if one.op in {"send", "events"}] == []
 
-    final = await run_script(use_events_without_lease, BASH)
+    final = await run_scripted_session(use_events_without_lease, BASH)
     assert final.outcome == "lease_lost"
     assert len(raised) == 3
 
 
 async def test_event_stream_in_own_task_ends_with_lease(
-    control_plane: ControlPlane, run_script: Any
+    control_plane: ControlPlane, run_scripted_session: Any
 ) -> None:
     """The pool does not cancel tasks that a handler started, so the stream must end by itself."""
     ended = asyncio.Event()
@@ -208,7 +211,7 @@ async def test_event_stream_in_own_task_ends_with_lease(
 
     async with asyncio.TaskGroup() as group:
 
-        async def follow_in_task(session: Session) -> None:
+        async def follow_stream_in_task(session: Session) -> None:
             caught_up = asyncio.Event()
             group.create_task(follow_stream(session, caught_up))
             await caught_up.wait()
@@ -216,11 +219,11 @@ async def test_event_stream_in_own_task_ends_with_lease(
             async with asyncio.timeout(30):
                 await ended.wait()
 
-        assert (await run_script(follow_in_task, BASH)).outcome == "lease_lost"
+        assert (await run_scripted_session(follow_stream_in_task, BASH)).outcome == "lease_lost"
 
 
 async def test_event_send_in_progress_is_cancelled_with_lease(
-    control_plane: ControlPlane, run_script: Any, faults: Faults
+    control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     hold = Hold()
     faults.add(hold, "send")
@@ -239,20 +242,20 @@ async def test_event_send_in_progress_is_cancelled_with_lease(
             lose_lease(control_plane, session)
             await asyncio.Event().wait()
 
-        assert (await run_script(send_in_task, BASH)).outcome == "lease_lost"
+        assert (await run_scripted_session(send_in_task, BASH)).outcome == "lease_lost"
     assert raised == [LeaseLost]
     hold.release()
 
 
 async def test_events_after_end_of_session_are_neither_sent_nor_read(
-    run_script: Any, faults: Faults
+    run_scripted_session: Any, faults: Faults
 ) -> None:
     kept: list[Session] = []
 
-    async def keep_session(session: Session) -> None:
+    async def store_session(session: Session) -> None:
         kept.append(session)
 
-    assert (await run_script(keep_session, BASH)).outcome == "completed"
+    assert (await run_scripted_session(store_session, BASH)).outcome == "completed"
     (session,) = kept
     with pytest.raises(SessionEnded):
         await session.events.send(MESSAGE)
@@ -311,9 +314,9 @@ async def test_item_token_is_used_for_event_calls_only_and_never_logged(
     caplog.set_level("DEBUG")
     shown: list[str] = []
 
-    async def answer_and_show_session(session: Session) -> None:
+    async def record_representations_and_answer(session: Session) -> None:
         shown.append(f"{session!r} {session.item!r} {session.item}")
-        await answer_all_tools(session)
+        await answer_all_tool_uses(session)
 
     secrets, faults = SecretMiddleware(secret), Faults()
     faults.add(status(500), "send", "stream", times=2)
@@ -323,7 +326,9 @@ async def test_item_token_is_used_for_event_calls_only_and_never_logged(
     ) as plane:
         (item,) = plane.enqueue(script=[BASH])
         settings = {"base_url": plane.anthropic_base_url, "token": "environment-key"}
-        async with make_pool(handler(answer_and_show_session), dialect="anthropic", **settings):
+        async with make_pool(
+            handler(record_representations_and_answer), dialect="anthropic", **settings
+        ):
             await recorder.wait_for(SessionFinished)
         assert plane.events(item.session_id)[-1]["stop_reason"] == {"type": "end_turn"}
     own = {f"Bearer {SESSIONS_TOKEN if uses_own_token else 'environment-key'}"}

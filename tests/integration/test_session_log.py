@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.held_items import enqueue_item_held_before
+from tests.integration.redelivered_items import enqueue_redelivered_item
 from workpool import Release, Session, handler
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
 from workpool.log_fields import FIELDS
@@ -23,7 +23,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @handler
-async def handler_by_metadata(session: Session) -> None:
+async def run_behaviour_of_metadata(session: Session) -> None:
     session.log.info("at work", extra={"reason": "a report"})
     if session.item.metadata.get("do") == "fail":
         raise RuntimeError("as it was asked to")
@@ -31,8 +31,8 @@ async def handler_by_metadata(session: Session) -> None:
         raise Release("busy\nhere")
 
 
-def fields_of_records(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
-    """Return the fields of the records with this message."""
+def log_fields_of_message(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
+    """Return the fields of each log record whose message is `message`."""
     names = {*FIELDS, "levelname"}
     return [
         {name: value for name, value in vars(record).items() if name in names}
@@ -51,10 +51,10 @@ async def test_each_session_ends_with_one_line_at_info(
     control_plane.enqueue()
     control_plane.enqueue(metadata={"do": "fail"})
     control_plane.enqueue(metadata={"do": "release"})
-    async with make_pool(handler_by_metadata) as pool:
+    async with make_pool(run_behaviour_of_metadata) as pool:
         await recorder.wait_for(SessionFinished, count=3)
         ids = pool.log_ids
-    lines = fields_of_records(caplog, "session ended")
+    lines = log_fields_of_message(caplog, "session ended")
     assert sorted(line["outcome"] for line in lines) == ["completed", "failed", "released"]
     ended = {event.session.item.id: event for event in recorder.of(SessionFinished)}
     for line in lines:
@@ -80,15 +80,15 @@ async def test_handler_failure_is_logged_with_item_and_session_ids(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "fail"})
-    async with make_pool(handler_by_metadata) as pool:
+    async with make_pool(run_behaviour_of_metadata) as pool:
         await recorder.wait_for(SessionFinished)
         ids = pool.log_ids
-    (line,) = fields_of_records(caplog, "handler failed")
+    (line,) = log_fields_of_message(caplog, "handler failed")
     assert line == {
         "levelname": "ERROR",
         "work_id": item.id,
         "session_id": item.session_id,
-        "handler": "handler_by_metadata.handler_by_metadata",
+        "handler": "run_behaviour_of_metadata.run_behaviour_of_metadata",
         **ids,
     }
 
@@ -99,10 +99,10 @@ async def test_every_log_record_of_pool_has_pool_ids(
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The ids are also on records of the renewer's thread and of tasks of the embedder."""
+    """The lease renewer's thread and the tasks of the embedder log the ids of the pool, too."""
     caplog.set_level(logging.DEBUG, "workpool")
     control_plane.enqueue(2)
-    async with make_pool(handler_by_metadata) as pool:
+    async with make_pool(run_behaviour_of_metadata) as pool:
         await recorder.wait_for(SessionFinished, count=2)
         pool.pause("for lunch")
         pool.resume()
@@ -132,7 +132,7 @@ async def test_every_log_record_of_pool_has_pool_ids(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_heartbeat_of_the_renewers_thread_is_logged_with_ids(
+async def test_heartbeat_of_renewer_thread_is_logged_with_pool_ids(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -159,20 +159,20 @@ async def test_log_records_of_session_have_trace_of_item(
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def answer_with_trace(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def answer_with_traceparent(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         response.headers["traceparent"] = TRACE
         return response
 
     caplog.set_level(logging.INFO, "workpool")
-    faults.add(answer_with_trace, "poll")
+    faults.add(answer_with_traceparent, "poll")
     control_plane.enqueue()
-    async with make_pool(handler_by_metadata):
+    async with make_pool(run_behaviour_of_metadata):
         await recorder.wait_for(SessionFinished)
     for message in ("at work", "session ended"):
-        [line] = fields_of_records(caplog, message)
+        [line] = log_fields_of_message(caplog, message)
         assert line["trace_id"] == TRACE.split("-")[1]
-    assert fields_of_records(caplog, "at work")[0]["reason"] == "a report"
+    assert log_fields_of_message(caplog, "at work")[0]["reason"] == "a report"
 
 
 async def test_log_line_of_session_has_trace_set_by_handler(
@@ -190,7 +190,7 @@ async def test_log_line_of_session_has_trace_set_by_handler(
     control_plane.enqueue(metadata={"trace": "malformed"})
     async with make_pool(begin_trace):
         await recorder.wait_for(SessionFinished, count=2)
-    lines = fields_of_records(caplog, "session ended")
+    lines = log_fields_of_message(caplog, "session ended")
     assert sorted(line.get("trace_id", "") for line in lines) == ["", TRACE.split("-")[1]]
 
 
@@ -202,10 +202,10 @@ async def test_pool_at_level_info_logs_no_polls(
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
     control_plane.enqueue()
-    async with make_pool(handler_by_metadata):
+    async with make_pool(run_behaviour_of_metadata):
         await recorder.wait_for(SessionFinished)
     assert not [each for each in caplog.records if each.levelno < logging.INFO]
-    assert len(fields_of_records(caplog, "session ended")) == 1
+    assert len(log_fields_of_message(caplog, "session ended")) == 1
 
 
 async def test_item_that_was_held_before_is_logged_as_reclaimed(
@@ -215,10 +215,10 @@ async def test_item_that_was_held_before_is_logged_as_reclaimed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
-    work_id = enqueue_item_held_before(control_plane)
-    async with make_pool(handler_by_metadata):
+    work_id = enqueue_redelivered_item(control_plane)
+    async with make_pool(run_behaviour_of_metadata):
         await recorder.wait_for(SessionFinished)
-    [line] = fields_of_records(caplog, "item reclaimed")
+    [line] = log_fields_of_message(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (work_id, "gained", "poll")
 
 
@@ -232,7 +232,7 @@ async def test_item_with_ack_conflict_is_logged_as_lost(
     caplog.set_level(logging.INFO, "workpool")
     faults.add(literal(b'{"error": {"type": "conflict"}}', 409), "ack", times=1)
     (item,) = control_plane.enqueue()
-    async with make_pool(handler_by_metadata, block_ms=20):
+    async with make_pool(run_behaviour_of_metadata, block_ms=20):
         await recorder.wait_for(ItemReclaimed)
-    [line] = fields_of_records(caplog, "item reclaimed")
+    [line] = log_fields_of_message(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (item.id, "lost", "ack")

@@ -53,6 +53,6 @@ async def test_two_pools_on_two_threads_share_one_rate_limit(
     async with asyncio.timeout(40), asyncio.TaskGroup() as group:
         for _ in range(2):
             group.create_task(asyncio.to_thread(asyncio.run, run_until_empty()))
-    writes = 2 * ITEMS  # one ack and one stop per item
+    writes = 2 * ITEMS  # Each item needs one ack and one stop.
     assert len(watched.threads) == 2
     assert time.monotonic() - began >= (writes - WRITE_RATE / 4) / WRITE_RATE

@@ -33,16 +33,16 @@ async def wait_forever() -> None:
 
 
 async def run_stalling_session(
-    workpool: Kit, act: Callable[[Session], Awaitable[object]], **settings: Any
+    workpool: Kit, behaviour: Callable[[Session], Awaitable[object]], **settings: Any
 ) -> tuple[str, float]:
-    """Run a session whose handler awaits `act`; return the outcome and the duration in seconds."""
+    """Run a session whose handler awaits `behaviour`; return its outcome and its seconds."""
 
     @handler
-    async def handler_awaiting_act(session: Session) -> None:
-        await act(session)
+    async def run_behaviour(session: Session) -> None:
+        await behaviour(session)
 
     result = await workpool.run_session(
-        handler_awaiting_act, **{"stall_timeout": STALL_SECONDS, **settings}
+        run_behaviour, **{"stall_timeout": STALL_SECONDS, **settings}
     )
     return result.outcome, round(result.seconds)
 
@@ -84,14 +84,17 @@ async def test_session_that_makes_progress_is_not_stalled(workpool: Kit) -> None
 
 @in_virtual_time
 async def test_metadata_writes_and_sent_events_count_as_progress(workpool: Kit) -> None:
-    async def write_and_send(session: Session) -> None:
+    async def write_metadata_and_send_events(session: Session) -> None:
         for number in range(5):
             await asyncio.sleep(STALL_SECONDS - 1)
             await session.update_metadata({"page": str(number)})
             await asyncio.sleep(STALL_SECONDS - 1)
             await session.events.send(MESSAGE)
 
-    assert await run_stalling_session(workpool, write_and_send) == ("completed", 290)
+    assert await run_stalling_session(workpool, write_metadata_and_send_events) == (
+        "completed",
+        290,
+    )
 
 
 @in_virtual_time
@@ -160,7 +163,7 @@ async def test_stall_is_logged_with_handler_and_seconds(
     await run_stalling_session(workpool, hang_in_handler)
     [record] = [vars(each) for each in caplog.records if each.message == "session stalled"]
     assert (record["handler"], round(record["seconds"])) == (
-        "handler_awaiting_act.handler_awaiting_act",
+        "run_behaviour.run_behaviour",
         STALL_SECONDS,
     )
 
@@ -203,7 +206,7 @@ async def test_blocked_loop_does_not_stall_other_sessions(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     @handler(metadata={"job": "steady"})
-    async def steady_handler(session: Session) -> None:
+    async def handler_with_steady_progress(session: Session) -> None:
         for _ in range(10):
             await asyncio.sleep(0.1)
             session.progress()
@@ -215,10 +218,12 @@ async def test_blocked_loop_does_not_stall_other_sessions(
 
     control_plane.enqueue(metadata={"job": "steady"})
     control_plane.enqueue(metadata={"job": "block"})
-    async with make_pool(steady_handler, blocking_handler, stall_timeout=1.0, concurrency=2):
+    async with make_pool(
+        handler_with_steady_progress, blocking_handler, stall_timeout=1.0, concurrency=2
+    ):
         await recorder.wait_for(SessionFinished, count=2)
     assert {event.handler: event.outcome for event in recorder.of(SessionFinished)} == {
-        "steady_handler.steady_handler": "completed",
+        "handler_with_steady_progress.handler_with_steady_progress": "completed",
         "blocking_handler.blocking_handler": "completed",
     }
 

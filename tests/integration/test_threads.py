@@ -105,7 +105,7 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
             await client.stats()
 
 
-async def test_number_of_remembered_work_ids_is_limited(
+async def test_dispatcher_keeps_limited_number_of_ids_of_ended_items(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.dispatcher.REMEMBERED_IDS", 3)

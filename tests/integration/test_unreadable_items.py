@@ -33,7 +33,7 @@ def too_large_item(item: dict[str, Any]) -> bytes:
     return orjson.dumps(item)
 
 
-def too_large_item_with_late_id(item: dict[str, Any]) -> bytes:
+def too_large_item_with_id_at_end(item: dict[str, Any]) -> bytes:
     return orjson.dumps({"pad": {"x": PADDING}, **item})
 
 
@@ -41,11 +41,11 @@ def malformed_item(item: dict[str, Any]) -> bytes:
     return orjson.dumps(item | {"state": "odd"})
 
 
-@pytest.fixture(params=[too_large_item, too_large_item_with_late_id, malformed_item])
+@pytest.fixture(params=[too_large_item, too_large_item_with_id_at_end, malformed_item])
 def unreadable_items(
     faults: Faults, request: pytest.FixtureRequest
 ) -> Callable[[dict[str, Any]], bytes]:
-    """Make polled items with the metadata `bad` unreadable; return the function that does so."""
+    """Make polled items with the metadata `bad` unreadable; return the function for one item."""
     make_unreadable: Callable[[dict[str, Any]], bytes] = request.param
 
     async def make_bad_items_unreadable(
@@ -74,9 +74,10 @@ async def test_thirty_unreadable_items_do_not_prevent_other_items(
     async with make_pool(return_at_once):
         await recorder.wait_for(SessionFinished, count=10)
     assert not recorder.of(PollerBackedOff)
-    assert len(recorder.of(PollFinished)) < 1000  # without pauses there would be thousands
+    # Without pauses after unreadable items, there would be thousands of polls.
+    assert len(recorder.of(PollFinished)) < 1000
     lines = [each for each in caplog.records if each.message.startswith("item cannot be read")]
-    if unreadable_items is too_large_item_with_late_id:
+    if unreadable_items is too_large_item_with_id_at_end:
         assert len(lines) == 1
     else:
         named = {each.id for each in bad if each.id in {vars(line)["work_id"] for line in lines}}

@@ -58,14 +58,15 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
-    async def enqueue_more(session: Session) -> None:
+    async def enqueue_last_item(session: Session) -> None:
         if "last" not in session.item.metadata:
-            await asyncio.sleep(0.1)  # meanwhile several polls return no item
+            # During this sleep, several polls return no item, but the pool must not end.
+            await asyncio.sleep(0.1)
             control_plane.enqueue(metadata={"last": "yes"})
 
     control_plane.enqueue()
     async with asyncio.timeout(20):
-        await make_pool(enqueue_more, pollers=2, block_ms=20).run(until_empty=True)
+        await make_pool(enqueue_last_item, pollers=2, block_ms=20).run(until_empty=True)
     assert len(recorder.of(SessionFinished)) == 2
 
 
@@ -117,10 +118,10 @@ async def test_until_empty_ends_although_handler_released_its_item(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
-    async def release_later(_: Session) -> None:
+    async def release_with_long_delay(_: Session) -> None:
         raise Release(delay=600)
 
     control_plane.enqueue()
     async with asyncio.timeout(20):
-        await make_pool(release_later, pollers=2, block_ms=20).run(until_empty=True)
+        await make_pool(release_with_long_delay, pollers=2, block_ms=20).run(until_empty=True)
     assert [event.outcome for event in recorder.of(SessionFinished)] == ["released"]

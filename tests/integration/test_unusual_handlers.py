@@ -134,7 +134,8 @@ async def test_answer_about_another_item_is_ignored(
     def is_for_our_item(request: Request) -> bool:
         return request.work_id == ours.id
 
-    if op == "get":  # the item is read after a heartbeat that was applied but not answered
+    if op == "get":
+        # The pool reads the item only if a heartbeat was applied but not answered.
         faults.add(status(503, applied=True), "heartbeat", times=1, where=is_for_our_item)
     faults.add(literal(answer_with_other_item), op, times=1, where=is_for_our_item)
     async with make_pool(return_at_once):
@@ -143,7 +144,7 @@ async def test_answer_about_another_item_is_ignored(
     assert len(faults.of(op, work_id=ours.id)) == 2
 
 
-async def test_handler_that_cancels_its_own_task_fails(run_one_item: Any) -> None:
+async def test_session_whose_handler_cancels_its_own_task_fails(run_one_item: Any) -> None:
     async def cancel_own_task(_: Session) -> None:
         task = asyncio.current_task()
         assert task is not None

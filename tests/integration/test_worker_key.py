@@ -92,7 +92,7 @@ async def test_each_optional_call_is_refused_and_logged_once(
     assert {end.outcome for end in ends} == {"completed"}
     assert {
         control_plane.operations.get_item(item.environment_id, item.id).state
-        for item in all_items(control_plane)
+        for item in list_all_items(control_plane)
     } == {"stopped"}
     assert call_counts(faults)["update"] == call_counts(faults)["stats"] == 1
     assert len(recorder.of(ResultDropped)) == 5
@@ -105,7 +105,7 @@ async def test_each_optional_call_is_refused_and_logged_once(
     assert "yes" not in caplog.text
 
 
-def all_items(plane: ControlPlane) -> tuple[Any, ...]:
+def list_all_items(plane: ControlPlane) -> tuple[Any, ...]:
     return tuple(plane.operations.list_items(plane.environments[0], 100).items)
 
 
@@ -164,12 +164,12 @@ async def test_attempts_under_worker_key_are_counted_in_process(
     held = asyncio.Event()
 
     @handler
-    async def record_run(session: Session) -> None:
+    async def record_attempt(session: Session) -> None:
         attempts.append(session.attempt)
         held.set()
         await asyncio.Event().wait()
 
-    async with make_pool(record_run, max_attempts=2, reclaim_older_than_ms=0, block_ms=50):
+    async with make_pool(record_attempt, max_attempts=2, reclaim_older_than_ms=0, block_ms=50):
         (item,) = control_plane.enqueue()
         for _ in range(2):
             await held.wait()
@@ -226,7 +226,8 @@ async def test_metadata_write_under_worker_key_is_refused_without_request(
     assert {end.outcome for end in ends} == {"completed"}
     assert len(errors) == 3
     assert "may not make this call" in errors[0]
-    assert call_counts(faults)["update"] <= 3  # the calls that were sent before the first refusal
+    # Each of the three sessions may send one call before the first refusal arrives.
+    assert call_counts(faults)["update"] <= 3
 
 
 async def test_handler_error_under_worker_key_fails_session(
@@ -242,7 +243,7 @@ async def test_handler_error_under_worker_key_fails_session(
     assert call_counts(faults)["update"] == 1
 
 
-async def test_api_key_is_used_for_optional_calls_and_token_for_others(
+async def test_api_key_is_used_for_optional_calls_and_token_for_required_calls(
     control_plane: ControlPlane, run_one_item: Any, faults: Faults, recorder: Recorder, dialect: str
 ) -> None:
     names: list[tuple[str, bool]] = []
@@ -269,10 +270,10 @@ async def test_api_key_is_used_for_optional_calls_and_token_for_others(
     assert {name for name, key in names if not key} == {"poll", "ack", "heartbeat", "stop"}
 
 
-async def test_optional_calls_are_tried_again_after_refused_poll(
+async def test_refused_optional_calls_are_tried_again_after_a_poll_was_refused(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """A temporary fault that refuses a poll may have refused the optional call, too."""
+    """If a poll is refused for a time, the optional calls may have been refused for a time, too."""
     async with make_pool(return_result, concurrency=1, block_ms=20):
         control_plane.enqueue()
         await wait_for_finished_sessions(recorder, 1)

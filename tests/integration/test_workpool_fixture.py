@@ -45,7 +45,7 @@ async def release_first_run(session: Session) -> None:
 
 
 @handler
-async def answer_tools(session: Session) -> None:
+async def answer_tool_uses(session: Session) -> None:
     async with session.events.stream() as stream:
         async for event in stream:
             if event["type"] == "agent.tool_use":
@@ -56,7 +56,7 @@ async def answer_tools(session: Session) -> None:
                 return
 
 
-async def test_completed_session_has_its_result(workpool: Kit) -> None:
+async def test_result_of_completed_session_contains_outcome_and_metadata(workpool: Kit) -> None:
     result = await workpool.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert (result.outcome, result.item.state) == ("completed", "stopped")
     assert result.metadata == {"job": "add", "a": "1", "b": "2", "sum": "3"}
@@ -64,7 +64,7 @@ async def test_completed_session_has_its_result(workpool: Kit) -> None:
     assert result.seconds > 0
 
 
-async def test_failed_session_has_exception_of_its_handler(workpool: Kit) -> None:
+async def test_result_of_failed_session_contains_exception_of_handler(workpool: Kit) -> None:
     result = await workpool.run_session(add_numbers, metadata={"job": "add", "a": "one", "b": "2"})
     assert (result.outcome, result.metadata["workpool.error"]) == ("failed", "ValueError")
     assert isinstance(result.error, ValueError)
@@ -150,7 +150,7 @@ async def test_run_session_with_failed_pool_raises_its_error(workpool: Kit) -> N
         await workpool.run_session(wait_for_cancellation)
 
 
-async def test_kit_without_pytest_works_only_while_open() -> None:
+async def test_kit_outside_its_async_with_block_raises() -> None:
     async with Kit() as kit:
         result = await kit.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert result.metadata["sum"] == "3"
@@ -158,7 +158,7 @@ async def test_kit_without_pytest_works_only_while_open() -> None:
         await Kit().run_session(add_numbers)
 
 
-def test_fixture_in_test_that_is_no_coroutine_raises(workpool: Kit) -> None:
+def test_fixture_in_test_without_async_def_raises(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="async def"):
         workpool.enqueue()
 
@@ -190,12 +190,13 @@ async def test_released_item_is_delivered_again(workpool: Kit) -> None:
         second = await workpool.wait_for(SessionFinished, count=2)
     assert (first.outcome, second.outcome) == ("released", "completed")
     done = workpool.item(item)
-    assert second.session.attempt == 1  # a release is not counted as an attempt
+    # The released run was not counted as an attempt, so the second run is attempt 1, too.
+    assert second.session.attempt == 1
     assert "workpool.released" not in done.metadata
 
 
 @in_virtual_time
-async def test_stop_in_virtual_time_ends_session(workpool: Kit) -> None:
+async def test_item_stopped_in_virtual_time_ends_its_session(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
         await asyncio.sleep(HOUR_SECONDS)
@@ -211,9 +212,9 @@ def tool_use_ids(result: SessionResult) -> tuple[list[str], list[str]]:
     return asked, answered
 
 
-async def test_script_emits_next_tool_use_after_each_result(workpool: Kit) -> None:
+async def test_scripted_session_emits_next_tool_use_after_each_result(workpool: Kit) -> None:
     script = [{"name": "Bash", "input": {"seconds": 0}}] * 3
-    result = await workpool.run_session(answer_tools, script=script)
+    result = await workpool.run_session(answer_tool_uses, script=script)
     asked, answered = tool_use_ids(result)
     assert (result.outcome, len(asked)) == ("completed", 3)
     assert asked == answered
@@ -221,9 +222,11 @@ async def test_script_emits_next_tool_use_after_each_result(workpool: Kit) -> No
 
 
 @in_virtual_time
-async def test_script_in_virtual_time_lasts_as_long_as_its_tools(workpool: Kit) -> None:
+async def test_scripted_session_in_virtual_time_lasts_as_long_as_its_tool_uses(
+    workpool: Kit,
+) -> None:
     script = [{"name": "Bash", "input": {"seconds": HOUR_SECONDS}}] * 3
-    result = await workpool.run_session(answer_tools, script=script)
+    result = await workpool.run_session(answer_tool_uses, script=script)
     asked, answered = tool_use_ids(result)
     assert (result.outcome, len(asked)) == ("completed", 3)
     assert asked == answered
@@ -243,14 +246,16 @@ async def test_faults_in_virtual_time_are_injected_and_requests_recorded(workpoo
 
 
 @in_virtual_time
-async def test_lease_expired_by_fault_in_virtual_time_is_lost(workpool: Kit) -> None:
+async def test_session_in_virtual_time_loses_lease_that_a_fault_expires(workpool: Kit) -> None:
     workpool.faults.add(expired(workpool.server), "heartbeat", skip=1, times=1)
     result = await workpool.run_session(sleep_for_given_seconds, metadata={"seconds": "100"})
     assert result.outcome == "lease_lost"
 
 
 @in_virtual_time
-async def test_wait_for_request_in_virtual_time_returns_it_with_its_answer(workpool: Kit) -> None:
+async def test_wait_for_answered_request_in_virtual_time_returns_request_with_status(
+    workpool: Kit,
+) -> None:
     workpool.faults.add(delay(8, applied=True), "ack")
     [item] = workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
@@ -265,7 +270,7 @@ async def test_fault_that_needs_http_is_refused_in_virtual_time(workpool: Kit) -
         workpool.faults.add(Hold(), "poll")
 
 
-async def test_wait_for_without_count_returns_each_event_once(workpool: Kit) -> None:
+async def test_kit_wait_for_without_count_returns_each_event_once(workpool: Kit) -> None:
     workpool.enqueue(count=2)
     async with workpool.pool(wait_for_cancellation):
         first = await workpool.wait_for(SessionStarted)
@@ -276,7 +281,7 @@ async def test_wait_for_without_count_returns_each_event_once(workpool: Kit) -> 
         assert await workpool.wait_for(SessionStarted, count=1) is first
 
 
-async def test_wait_for_that_times_out_reports_items_and_handlers(workpool: Kit) -> None:
+async def test_kit_wait_for_timeout_error_lists_items_and_waiting_handlers(workpool: Kit) -> None:
     (running,) = workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
@@ -309,7 +314,7 @@ async def test_lost_lease_in_virtual_time_ends_session(workpool: Kit) -> None:
     assert finished.outcome == "lease_lost"
 
 
-async def test_kit_lose_for_item_without_lease_raises(workpool: Kit) -> None:
+async def test_call_of_kit_lose_for_item_without_lease_raises(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     with pytest.raises(ValueError, match=f"no worker holds a lease of {item.id}: it is queued"):
         workpool.lose(item)
@@ -319,11 +324,11 @@ async def test_fixtures_kit_and_workpool_return_same_object(kit: Kit, workpool: 
     assert kit is workpool
 
 
-async def test_fixture_kit_alone_opens_control_plane(kit: Kit) -> None:
+async def test_kit_fixture_without_workpool_fixture_opens_control_plane(kit: Kit) -> None:
     assert kit.server.port
 
 
-def test_handler_thread_in_virtual_time_fails_with_name_of_its_function() -> None:
+def test_handler_waiting_for_thread_in_virtual_time_raises_error_with_function() -> None:
     @handler
     async def wait_in_thread(_: Session) -> None:
         await asyncio.to_thread(release.wait, 20)
@@ -340,7 +345,7 @@ def test_handler_thread_in_virtual_time_fails_with_name_of_its_function() -> Non
 
 
 @in_virtual_time
-async def test_kit_without_pytest_works_in_virtual_time() -> None:
+async def test_kit_without_pytest_fixture_runs_session_in_virtual_time() -> None:
     async with Kit() as kit:
         result = await kit.run_session(
             sleep_for_given_seconds, metadata={"seconds": str(HOUR_SECONDS)}

@@ -1,4 +1,4 @@
-"""Items that another worker held before the pool under test gets them."""
+"""Items that a pool receives after another worker has lost them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from workpool.server import ControlPlane
 
 
-def enqueue_item_held_before(plane: ControlPlane, **metadata: str) -> str:
-    """Enqueue an item that another worker then holds and loses; return the id of the item."""
+def enqueue_redelivered_item(plane: ControlPlane, **metadata: str) -> str:
+    """Enqueue an item, let another worker claim it and lose its lease, and return the item's id."""
     (item,) = plane.enqueue(metadata=metadata)
     operations, environment = plane.operations, plane.environments[0]
     operations.ack_item(environment, item.id, "another")
