@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from workpool.conformance.trial import Trial
+    from workpool.conformance.clause_trial import ClauseTrial
 
-Check: TypeAlias = "Callable[[Trial], Awaitable[None]]"
+Check: TypeAlias = "Callable[[ClauseTrial], Awaitable[None]]"
 When: TypeAlias = Literal["together", "last"]
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from workpool.conformance.api import NoAnswerError
+from workpool.conformance.clause_trial import ClauseTrial
 from workpool.conformance.shared_queue import ForeignItemsError, SharedQueue
-from workpool.conformance.trial import Trial
 from workpool.conformance.verdict import ClauseNotConfirmedError, Verdict
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Suite(SharedQueue):
 
     async def check_clause(self, clause: Clause, deadline: float | None = None) -> Finding:
         """Check one clause, for no longer than until `deadline` on the event loop's clock."""
-        trial = Trial(self)
+        trial = ClauseTrial(self)
         try:
             async with asyncio.timeout_at(deadline):
                 await trial.wait_for_start_permit()

@@ -36,13 +36,13 @@ class Breaks(ClauseNotConfirmedError):
     verdict = Verdict.BREAKS
 
 
-def differs_unless(holds: object, seen: str) -> None:
+def raise_differs_unless(holds: object, seen: str) -> None:
     """Raise `Differs` with the observation `seen` unless the condition holds."""
     if not holds:
         raise Differs(seen)
 
 
-def breaks_unless(holds: object, seen: str) -> None:
+def raise_breaks_unless(holds: object, seen: str) -> None:
     """Raise `Breaks` with the observation `seen` unless the condition holds."""
     if not holds:
         raise Breaks(seen)

@@ -315,7 +315,7 @@ class Operations:
     def withdraw_delivery(self, item: Item) -> None:
         """Undo a delivery, because the client disconnected before it got the answer."""
         queue = self.get_queue(item.environment_id)
-        if queue.is_current(item):
+        if queue.is_current_version(item):
             self._replace_item(
                 queue, state_machine.withdraw_delivery(item), "withdrawn", item.holder
             )
@@ -426,7 +426,7 @@ class Operations:
         last: str | None = None
         for count, item in enumerate(walk):
             if len(found) == limit or count == LOOKED_AT_MAX:
-                break  # The next page begins with this item.
+                break  # the next page begins with this item
             last = item.id
             if wanted.matches(item):
                 found.append(item)
@@ -502,7 +502,7 @@ class Operations:
         )
 
     def _read_clock(self) -> int:
-        """Read the clock once for each call, and return a time that never goes back."""
+        """Read the clock, and return the time, which is never earlier than before."""
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
@@ -524,7 +524,7 @@ class Operations:
         op: str | None = None,
     ) -> Item:
         """Store a new version of an item and record the change, unless nothing changed."""
-        if not queue.is_current(item):
+        if not queue.is_current_version(item):
             queue.put_item(item)
             self._store.save_item(item)
             self._add_record(kind, item, worker_id, at, op)
@@ -541,7 +541,7 @@ class Operations:
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.find_existing_items(work_ids)
             # Keep the session if one of its items is not stopped, or stopped too recently.
-            if len(items) == len(work_ids) and self._retention.have_expired(items, self._latest):
+            if len(items) == len(work_ids) and self._retention.are_all_expired(items, self._latest):
                 for work_id in work_ids:
                     queue.remove_item(work_id)
                 self._store.delete_rows([*items, *self.sessions.remove_session(session_id)])

@@ -54,7 +54,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session as it is stored. Its metadata is a copy of its first item's, made at creation.
+    """A session as it is stored. Its metadata is equal to that of its first item at creation.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.
@@ -96,7 +96,7 @@ class SessionView(NamedTuple):
     def status(self) -> str:
         """The status of the session."""
         if self.last_status == TERMINATED:
-            return self.last_status  # a terminated session stays so, whatever its item's state is
+            return self.last_status  # a session stays terminated, whatever its item's state is
         if self.last_status is None or self.item.state == STOPPING:
             return STATUS[self.item.state]
         return self.last_status

@@ -10,50 +10,52 @@ from typing import TYPE_CHECKING
 
 from workpool.conformance.api import shorten_for_terminal
 from workpool.conformance.clause import clause
+from workpool.conformance.clause_trial import is_conflict
 from workpool.conformance.clauses.auth_and_errors import UNKNOWN
 from workpool.conformance.clauses.delivery import require_readable_item
-from workpool.conformance.trial import is_conflict
-from workpool.conformance.verdict import Breaks, Differs, breaks_unless, differs_unless
+from workpool.conformance.verdict import Breaks, Differs, raise_breaks_unless, raise_differs_unless
 from workpool.wire.protocol import ACTIVE, STARTING
 
 if TYPE_CHECKING:
-    from workpool.conformance.trial import Trial
+    from workpool.conformance.clause_trial import ClauseTrial
 
 
 @clause("ack-starts", "The answer is the item, `starting`, with `acknowledged_at`.")
-async def check_ack_starts_item(trial: Trial) -> None:
+async def check_ack_starts_item(trial: ClauseTrial) -> None:
     """Acknowledge an item, and parse the answer as a worker does."""
     answer = await trial.api.ack((await trial.claim_item()).id)
-    breaks_unless(answer.ok, str(answer))
+    raise_breaks_unless(answer.ok, str(answer))
     require_readable_item(answer.body)
     state = answer.get("state")
-    breaks_unless(state in {STARTING, ACTIVE}, f"the item is {shorten_for_terminal(state)}")
-    differs_unless(state == STARTING, f"the item is {state}")
-    differs_unless(isinstance(answer.get("acknowledged_at"), str), "without `acknowledged_at`")
+    raise_breaks_unless(state in {STARTING, ACTIVE}, f"the item is {shorten_for_terminal(state)}")
+    raise_differs_unless(state == STARTING, f"the item is {state}")
+    raise_differs_unless(
+        isinstance(answer.get("acknowledged_at"), str), "without `acknowledged_at`"
+    )
 
 
 @clause("ack-repeat", "The holder may repeat it: `acknowledged_at` does not change.")
-async def check_repeated_ack_keeps_its_time(trial: Trial) -> None:
+async def check_repeated_ack_keeps_its_time(trial: ClauseTrial) -> None:
     """Acknowledge an item twice, as a worker does after a lost answer."""
     subject = await trial.claim_item()
     first = await trial.acknowledge_item(subject)
     # After this wait, times differ even if the control plane rounds them to seconds.
     await trial.wait_while_others_run(1.1)
     second = await trial.api.ack(subject.id)
-    differs_unless(second.ok, f"{second}: a lost answer costs a redelivery")
+    raise_differs_unless(second.ok, f"{second}: a lost answer costs a redelivery")
     same = first.get("acknowledged_at") == second.get("acknowledged_at")
-    differs_unless(same, "`acknowledged_at` is a new time")
+    raise_differs_unless(same, "`acknowledged_at` is a new time")
 
 
 @clause("ack-other-worker", "The ack of a worker with another name than the poll's is a 409.")
-async def check_ack_of_another_worker_is_refused(trial: Trial) -> None:
+async def check_ack_of_another_worker_is_refused(trial: ClauseTrial) -> None:
     """Acknowledge an item that was delivered to another worker."""
     answer = await trial.other.ack((await trial.claim_item()).id)
-    differs_unless(is_conflict(answer), f"{answer}: the first heartbeat decides")
+    raise_differs_unless(is_conflict(answer), f"{answer}: the first heartbeat decides")
 
 
 @clause("ack-stopped", "An item that is `stopped` is a 409.")
-async def check_ack_of_stopped_item_is_refused(trial: Trial) -> None:
+async def check_ack_of_stopped_item_is_refused(trial: ClauseTrial) -> None:
     """Acknowledge an item that was stopped."""
     subject = await trial.claim_item()
     await trial.stop_item(subject, force=True)
@@ -61,13 +63,13 @@ async def check_ack_of_stopped_item_is_refused(trial: Trial) -> None:
     state = answer.get("state")
     if answer.ok and state in {STARTING, ACTIVE}:
         raise Breaks(f"the stopped item is {state} again")
-    differs_unless(is_conflict(answer), str(answer))
+    raise_differs_unless(is_conflict(answer), str(answer))
 
 
 @clause("ack-unknown", "An unknown item is a 404.")
-async def check_ack_of_unknown_item_is_refused(trial: Trial) -> None:
+async def check_ack_of_unknown_item_is_refused(trial: ClauseTrial) -> None:
     """Acknowledge an item that does not exist."""
     answer = await trial.api.ack(f"work_{UNKNOWN}")
-    breaks_unless(not answer.ok, f"{answer} for an item that does not exist")
+    raise_breaks_unless(not answer.ok, f"{answer} for an item that does not exist")
     if answer.status != HTTPStatus.NOT_FOUND:
         raise Differs(str(answer))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from workpool.conformance.api import shorten_for_terminal
 from workpool.conformance.clause import clause
-from workpool.conformance.trial import is_bad_request, is_conflict, is_precondition_failed
-from workpool.conformance.verdict import Breaks, Differs, breaks_unless, differs_unless
+from workpool.conformance.clause_trial import is_bad_request, is_conflict, is_precondition_failed
+from workpool.conformance.verdict import Breaks, Differs, raise_breaks_unless, raise_differs_unless
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire import protocol
 from workpool.wire.items import parse_heartbeat
@@ -18,7 +18,7 @@ from workpool.wire.protocol import NO_HEARTBEAT, TTL_MAX_SECONDS, TTL_MIN_SECOND
 
 if TYPE_CHECKING:
     from workpool.conformance.api import Answer
-    from workpool.conformance.trial import Trial
+    from workpool.conformance.clause_trial import ClauseTrial
 
 LONG_AGO: Final = "2020-01-01T00:00:00.000000Z"
 TTLS: Final = (
@@ -31,40 +31,42 @@ TTLS: Final = (
 
 
 @clause("heartbeat-first", "The first one moves `starting` to `active` and extends the lease.")
-async def check_first_heartbeat_activates_item(trial: Trial) -> None:
+async def check_first_heartbeat_activates_item(trial: ClauseTrial) -> None:
     """Send a first heartbeat, and parse the answer as a worker does."""
     subject = await trial.create_acknowledged_item()
     answer = await trial.api.heartbeat(subject.id, NO_HEARTBEAT, 60)
-    breaks_unless(answer.ok, str(answer))
+    raise_breaks_unless(answer.ok, str(answer))
     _require_readable_heartbeat(answer)
     state, extended = answer.get("state"), answer.get("lease_extended")
-    breaks_unless(extended is True, "the lease is not extended")
-    breaks_unless(state == protocol.ACTIVE, f"the item is {shorten_for_terminal(state)}")
+    raise_breaks_unless(extended is True, "the lease is not extended")
+    raise_breaks_unless(state == protocol.ACTIVE, f"the item is {shorten_for_terminal(state)}")
 
 
 @clause("heartbeat-next", "The next one expects the last `last_heartbeat` and returns a new one.")
-async def check_next_heartbeat_returns_new_value(trial: Trial) -> None:
+async def check_next_heartbeat_returns_new_value(trial: ClauseTrial) -> None:
     """Send a second heartbeat, and compare the values that both answers return."""
     subject = await trial.create_active_item()
     await trial.wait_while_others_run(0.1)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
-    breaks_unless(answer.ok, str(answer))
+    raise_breaks_unless(answer.ok, str(answer))
     new = answer.get("last_heartbeat")
-    breaks_unless(new != subject.last_heartbeat, "two heartbeats have the same `last_heartbeat`")
+    raise_breaks_unless(
+        new != subject.last_heartbeat, "two heartbeats have the same `last_heartbeat`"
+    )
 
 
 @clause("heartbeat-read-back", "The item's `latest_heartbeat_at` can be the expected value.")
-async def check_heartbeat_with_value_read_from_item(trial: Trial) -> None:
+async def check_heartbeat_with_value_read_from_item(trial: ClauseTrial) -> None:
     """Send a heartbeat whose expected value was read from the item, as after a lost answer."""
     subject = await trial.create_active_item()
     read = (await trial.read_item(subject)).get("latest_heartbeat_at")
-    breaks_unless(isinstance(read, str), "the item shows no heartbeat")
+    raise_breaks_unless(isinstance(read, str), "the item shows no heartbeat")
     answer = await trial.api.heartbeat(subject.id, str(read), 60)
-    breaks_unless(answer.ok, f"{answer}: a lost answer costs the lease")
+    raise_breaks_unless(answer.ok, f"{answer}: a lost answer costs the lease")
 
 
 @clause("heartbeat-mismatch", "Another time is a 412.")
-async def check_heartbeat_with_wrong_time_is_refused(trial: Trial) -> None:
+async def check_heartbeat_with_wrong_time_is_refused(trial: ClauseTrial) -> None:
     """Send a heartbeat whose expected value is not the time of the item's last heartbeat."""
     subject = await trial.create_active_item()
     _expect_precondition_failed(
@@ -73,7 +75,7 @@ async def check_heartbeat_with_wrong_time_is_refused(trial: Trial) -> None:
 
 
 @clause("heartbeat-first-again", "`NO_HEARTBEAT` after a heartbeat is a 412.")
-async def check_first_heartbeat_for_active_item_is_refused(trial: Trial) -> None:
+async def check_first_heartbeat_for_active_item_is_refused(trial: ClauseTrial) -> None:
     """Send a first heartbeat for an item that another worker holds."""
     subject = await trial.create_active_item()
     _expect_precondition_failed(
@@ -82,31 +84,31 @@ async def check_first_heartbeat_for_active_item_is_refused(trial: Trial) -> None
 
 
 @clause("heartbeat-malformed", "A value that is neither `NO_HEARTBEAT` nor a time is a 400.")
-async def check_heartbeat_with_malformed_value_is_refused(trial: Trial) -> None:
+async def check_heartbeat_with_malformed_value_is_refused(trial: ClauseTrial) -> None:
     """Send a heartbeat with a malformed expected value."""
     subject = await trial.create_active_item()
     answer = await trial.api.heartbeat(subject.id, "yesterday", 60)
-    breaks_unless(not answer.ok, f"{answer}: the expected value is not compared")
-    differs_unless(is_bad_request(answer), str(answer))
+    raise_breaks_unless(not answer.ok, f"{answer}: the expected value is not compared")
+    raise_differs_unless(is_bad_request(answer), str(answer))
 
 
 @clause("heartbeat-unconditional", "Without an expected value the lease is extended.")
-async def check_heartbeat_without_expected_value_extends_lease(trial: Trial) -> None:
+async def check_heartbeat_without_expected_value_extends_lease(trial: ClauseTrial) -> None:
     """Send a heartbeat without an expected value, and check that it is accepted."""
     subject = await trial.create_active_item()
     answer = await trial.api.heartbeat(subject.id, None, 60)
-    differs_unless(answer.ok, str(answer))
+    raise_differs_unless(answer.ok, str(answer))
 
 
 @clause("heartbeat-ttl", "The TTL is clamped to 10–600 s, and the answer says it.")
-async def check_ttl_is_clamped_to_range(trial: Trial) -> None:
+async def check_ttl_is_clamped_to_range(trial: ClauseTrial) -> None:
     """Request TTLs inside and outside of the allowed range, and check the granted TTLs."""
     subject = await trial.create_active_item()
     different: list[str] = []
     for asked, granted in TTLS:
         answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, asked)
         if not answer.ok:
-            breaks_unless(asked != granted, f"{asked} s: {answer}")
+            raise_breaks_unless(asked != granted, f"{asked} s: {answer}")
             different.append(f"{asked} s: {answer}")
             continue
         _require_readable_heartbeat(answer)
@@ -114,34 +116,34 @@ async def check_ttl_is_clamped_to_range(trial: Trial) -> None:
         ttl = answer.get("ttl_seconds")
         if ttl != granted:
             different.append(f"{asked} s: {ttl} s instead of {granted} s")
-    differs_unless(not different, "; ".join(different))
+    raise_differs_unless(not different, "; ".join(different))
 
 
 @clause("heartbeat-ttl-zero", "A TTL that is not a positive integer is a 400.")
-async def check_ttl_of_zero_is_refused(trial: Trial) -> None:
+async def check_ttl_of_zero_is_refused(trial: ClauseTrial) -> None:
     """Send a heartbeat that requests a TTL of zero."""
     subject = await trial.create_active_item()
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 0)
-    differs_unless(is_bad_request(answer), str(answer))
+    raise_differs_unless(is_bad_request(answer), str(answer))
 
 
 @clause("heartbeat-queued", "A `queued` item is a 409.")
-async def check_heartbeat_of_queued_item_is_refused(trial: Trial) -> None:
+async def check_heartbeat_of_queued_item_is_refused(trial: ClauseTrial) -> None:
     """Send a heartbeat for an item that was delivered and not acknowledged."""
     answer = await trial.api.heartbeat((await trial.claim_item()).id, NO_HEARTBEAT, 60)
-    differs_unless(is_conflict(answer), _describe_heartbeat_answer(answer))
+    raise_differs_unless(is_conflict(answer), _describe_heartbeat_answer(answer))
 
 
 @clause("heartbeat-stopping", "A `stopping` item: 200, extended, `state` is `stopping`.")
-async def check_heartbeat_of_stopping_item_reports_stop(trial: Trial) -> None:
+async def check_heartbeat_of_stopping_item_reports_stop(trial: ClauseTrial) -> None:
     """Stop an item gracefully, and check the worker's next heartbeat."""
     subject = await trial.create_active_item()
     await trial.stop_item(subject, force=False)
     answer = await trial.api.heartbeat(subject.id, subject.last_heartbeat, 60)
     goes_on = answer.ok and answer.get("state") == protocol.ACTIVE
-    breaks_unless(not goes_on, "the item is active: no worker learns of the stop")
+    raise_breaks_unless(not goes_on, "the item is active: no worker learns of the stop")
     as_documented = answer.ok and answer.get("state") == protocol.STOPPING
-    differs_unless(
+    raise_differs_unless(
         as_documented and answer.get("lease_extended") is True, _describe_heartbeat_answer(answer)
     )
 
@@ -150,7 +152,7 @@ async def check_heartbeat_of_stopping_item_reports_stop(trial: Trial) -> None:
     "heartbeat-stopped",
     "A `stopped` item: 409 (`qoder`), or 200 with the state, whatever is expected (`anthropic`).",
 )
-async def check_heartbeat_of_stopped_item_extends_no_lease(trial: Trial) -> None:
+async def check_heartbeat_of_stopped_item_extends_no_lease(trial: ClauseTrial) -> None:
     """Send a heartbeat for an item that was stopped."""
     subject = await trial.create_active_item()
     await trial.stop_item(subject, force=True)
@@ -158,12 +160,12 @@ async def check_heartbeat_of_stopped_item_extends_no_lease(trial: Trial) -> None
     if answer.ok and answer.get("lease_extended") is True:
         raise Breaks("the lease of a stopped item is extended")
     if DIALECTS[trial.api.dialect].compare_on_stop:
-        differs_unless(is_conflict(answer), _describe_heartbeat_answer(answer))
+        raise_differs_unless(is_conflict(answer), _describe_heartbeat_answer(answer))
         return
     stopped = answer.ok and answer.get("state") == protocol.STOPPED
-    differs_unless(stopped, _describe_heartbeat_answer(answer))
+    raise_differs_unless(stopped, _describe_heartbeat_answer(answer))
     compared = await trial.api.heartbeat(subject.id, LONG_AGO, 60)
-    differs_unless(compared.ok, f"the expected value is compared: {compared}")
+    raise_differs_unless(compared.ok, f"the expected value is compared: {compared}")
 
 
 def _require_readable_heartbeat(answer: Answer) -> None:
@@ -176,7 +178,7 @@ def _require_readable_heartbeat(answer: Answer) -> None:
 
 def _expect_precondition_failed(answer: Answer, consequence: str) -> None:
     """Raise `Breaks` if the lease was extended, or `Differs` if the status is not 412."""
-    breaks_unless(not answer.ok or answer.get("lease_extended") is False, consequence)
+    raise_breaks_unless(not answer.ok or answer.get("lease_extended") is False, consequence)
     if not is_precondition_failed(answer):
         raise Differs(_describe_heartbeat_answer(answer))
 

@@ -10,15 +10,15 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.conformance.clause import clause
+from workpool.conformance.clause_trial import is_bad_request
 from workpool.conformance.clauses.auth_and_errors import UNKNOWN
 from workpool.conformance.clauses.delivery import require_readable_item
-from workpool.conformance.trial import is_bad_request
-from workpool.conformance.verdict import Differs, breaks_unless, differs_unless
+from workpool.conformance.verdict import Differs, raise_breaks_unless, raise_differs_unless
 from workpool.wire.items import parse_stats
 
 if TYPE_CHECKING:
     from workpool.conformance.api import Answer
-    from workpool.conformance.trial import Trial
+    from workpool.conformance.clause_trial import ClauseTrial
 
 SET: Final = "workpool.conform.set"
 DELETED: Final = "workpool.conform.deleted"
@@ -28,61 +28,63 @@ PAGES_MAX: Final = 100
 
 
 @clause("update-merges", "Keys are set, deleted and kept as the patch says.")
-async def check_metadata_patch_is_merged(trial: Trial) -> None:
-    """Set two keys, then delete one and set the other to an empty text."""
+async def check_metadata_patch_is_merged(trial: ClauseTrial) -> None:
+    """Set three keys; then delete one, set one to an empty text and leave one unchanged."""
     subject = await trial.claim_item()
     first = await trial.api.update(
         subject.id, json={"metadata": {SET: "1", DELETED: "1", f"{SET}.kept": "1"}}
     )
     _require_permitted_call(first, NO_WRITE)
-    breaks_unless(first.ok, str(first))
+    raise_breaks_unless(first.ok, str(first))
     second = await trial.api.update(subject.id, json={"metadata": {SET: "", DELETED: None}})
-    breaks_unless(second.ok, str(second))
+    raise_breaks_unless(second.ok, str(second))
     metadata = second.get("metadata") or {}
-    breaks_unless(metadata.get(f"{SET}.kept") == "1", "a key that the patch does not name is lost")
-    breaks_unless(DELETED not in metadata, "null does not delete a key")
-    differs_unless(metadata.get(SET) == "", "an empty string is no value")
+    raise_breaks_unless(
+        metadata.get(f"{SET}.kept") == "1", "a key that the patch does not name is lost"
+    )
+    raise_breaks_unless(DELETED not in metadata, "null does not delete a key")
+    raise_differs_unless(metadata.get(SET) == "", "an empty string is no value")
 
 
 @clause("update-stopped", "A stopped item can be updated.")
-async def check_stopped_item_can_be_updated(trial: Trial) -> None:
+async def check_stopped_item_can_be_updated(trial: ClauseTrial) -> None:
     """Send a metadata patch for a stopped item, and check that it is accepted."""
     subject = await trial.create_active_item()
     await trial.stop_item(subject, force=True)
     answer = await trial.api.update(subject.id, json={"metadata": {SET: "1"}})
     _require_permitted_call(answer, NO_WRITE)
-    differs_unless(answer.ok, str(answer))
+    raise_differs_unless(answer.ok, str(answer))
 
 
 @clause("update-invalid", "A value that is neither string nor null is a 400.")
-async def check_metadata_patch_with_number_is_refused(trial: Trial) -> None:
+async def check_metadata_patch_with_number_is_refused(trial: ClauseTrial) -> None:
     """Send a metadata patch with a number as value, and check that it is refused."""
     subject = await trial.claim_item()
     answer = await trial.api.update(subject.id, json={"metadata": {SET: 1}})
     _require_permitted_call(answer, NO_WRITE)
-    differs_unless(is_bad_request(answer), str(answer))
+    raise_differs_unless(is_bad_request(answer), str(answer))
 
 
 @clause("get-item", "The answer is the item.")
-async def check_item_can_be_read(trial: Trial) -> None:
+async def check_item_can_be_read(trial: ClauseTrial) -> None:
     """Read an item, and parse the answer as a worker does."""
     subject = await trial.claim_item()
     answer = await trial.api.get(subject.id)
     _require_permitted_call(answer, NO_READ)
-    breaks_unless(answer.ok and answer.get("id") == subject.id, str(answer))
+    raise_breaks_unless(answer.ok and answer.get("id") == subject.id, str(answer))
     require_readable_item(answer.body)
 
 
 @clause("get-unknown", "An unknown item is a 404.")
-async def check_read_of_unknown_item_is_not_found(trial: Trial) -> None:
+async def check_read_of_unknown_item_is_not_found(trial: ClauseTrial) -> None:
     """Read an item that does not exist."""
     answer = await trial.api.get(f"work_{UNKNOWN}")
     _require_permitted_call(answer, NO_READ)
-    differs_unless(answer.status == HTTPStatus.NOT_FOUND, str(answer))
+    raise_differs_unless(answer.status == HTTPStatus.NOT_FOUND, str(answer))
 
 
 @clause("list-pages", "`page` with the former `next_page` answers the next items.", when="last")
-async def check_pages_of_list_contain_each_item_once(trial: Trial) -> None:
+async def check_pages_of_list_contain_each_item_once(trial: ClauseTrial) -> None:
     """Read two pages of one item each, then look for this clause's items in the whole list."""
     subjects = [await trial.claim_item(), await trial.claim_item()]
     first = await _read_page(trial, "1")
@@ -90,17 +92,17 @@ async def check_pages_of_list_contain_each_item_once(trial: Trial) -> None:
         first, "lost answers cannot be cleared up under a key that may not read items"
     )
     token = first.get("next_page")
-    differs_unless(isinstance(token, str) and token, "the list has one page")
+    raise_differs_unless(isinstance(token, str) and token, "the list has one page")
     second = await _read_page(trial, "1", token)
     ids = [row.get("id") for page in (first, second) for row in _rows_of_page(page)]
-    breaks_unless(len(set(ids)) == len(ids) > 1, "the second page repeats the first")
+    raise_breaks_unless(len(set(ids)) == len(ids) > 1, "the second page repeats the first")
     seen = await _list_all_item_ids(trial)
     missing = [subject for subject in subjects if subject.id not in seen]
-    breaks_unless(not missing, "an item is on no page")
+    raise_breaks_unless(not missing, "an item is on no page")
 
 
 @clause("list-order", "Items come in ascending order of ids.", when="last")
-async def check_list_is_in_order_of_creation(trial: Trial) -> None:
+async def check_list_is_in_order_of_creation(trial: ClauseTrial) -> None:
     """Create two items, and compare the creation times in the list."""
     await trial.claim_item()
     # After this wait, times differ even if the control plane rounds them to seconds.
@@ -109,40 +111,40 @@ async def check_list_is_in_order_of_creation(trial: Trial) -> None:
     answer = await _read_page(trial, "100")
     _require_permitted_call(answer, "the order is not known")
     times = [str(row.get("created_at")) for row in _rows_of_page(answer)]
-    differs_unless(times == sorted(times), "the newest item comes first")
+    raise_differs_unless(times == sorted(times), "the newest item comes first")
 
 
 @clause("stats-counts", "The answer counts a queued item.", when="last")
-async def check_statistics_count_queued_item(trial: Trial) -> None:
+async def check_statistics_count_queued_item(trial: ClauseTrial) -> None:
     """Create an item, and check that the queue statistics count it."""
     await trial.create_item()
     answer = await trial.api("GET", trial.api.work_url("/stats"))
     _require_permitted_call(answer, "the metrics of the remote queue are missing")
-    differs_unless(answer.ok, str(answer))
+    raise_differs_unless(answer.ok, str(answer))
     try:
         stats = parse_stats(answer.body)
     except ValueError as error:
         raise Differs(f"a worker cannot read it: {error}") from None
-    differs_unless(stats.depth > 0, "`depth` is 0 while an item is queued")
+    raise_differs_unless(stats.depth > 0, "`depth` is 0 while an item is queued")
 
 
 def _require_permitted_call(answer: Answer, consequence: str) -> None:
     """Raise `Differs` if the key may not make the call, or the call is not supported."""
-    differs_unless(not answer.refused, f"{answer}: {consequence}")
+    raise_differs_unless(not answer.refused, f"{answer}: {consequence}")
 
 
-async def _read_page(trial: Trial, limit: str, page: str | None = None) -> Answer:
+async def _read_page(trial: ClauseTrial, limit: str, page: str | None = None) -> Answer:
     query = {"limit": limit} if page is None else {"limit": limit, "page": page}
     return await trial.api("GET", trial.api.work_url(), params=query)
 
 
 def _rows_of_page(answer: Answer) -> list[dict[str, Any]]:
     rows = answer.get("data")
-    breaks_unless(answer.ok and isinstance(rows, list), str(answer))
+    raise_breaks_unless(answer.ok and isinstance(rows, list), str(answer))
     return [row for row in rows if isinstance(row, dict)]
 
 
-async def _list_all_item_ids(trial: Trial) -> set[str]:
+async def _list_all_item_ids(trial: ClauseTrial) -> set[str]:
     seen: set[str] = set()
     token: str | None = None
     for _ in range(PAGES_MAX):

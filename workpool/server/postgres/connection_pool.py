@@ -230,15 +230,15 @@ class ConnectionPool:
             async with asyncio.timeout(seconds):
                 await waiter
         except TimeoutError:
-            self._pass_wake_up_on(waiter)
+            self._wake_another_call_instead(waiter)
             refusal = UnavailableError("all connections are in use")
             self._log_unavailability(refusal, None)
             raise refusal from None
         except asyncio.CancelledError:
-            self._pass_wake_up_on(waiter)
+            self._wake_another_call_instead(waiter)
             raise
 
-    def _pass_wake_up_on(self, waiter: asyncio.Future[None]) -> None:
+    def _wake_another_call_instead(self, waiter: asyncio.Future[None]) -> None:
         """Wake another waiting call if this one was woken but ends without a connection."""
         if waiter.done() and not waiter.cancelled():
             self._wake_waiting_calls()

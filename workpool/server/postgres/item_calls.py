@@ -213,7 +213,7 @@ class ItemCalls(ClaimCalls):
         worker_id: str | None,
         op: str | None,
     ) -> CachedItem:
-        async def attempt_change(connection: Connection) -> CachedItem | None:
+        async def attempt_to_change_item(connection: Connection) -> CachedItem | None:
             stored, item, version, now = await self._read_item(connection, environment_id, work_id)
             try:
                 change = decide(item, now)
@@ -228,7 +228,9 @@ class ItemCalls(ClaimCalls):
             written = await self._write_item(connection, stored, version, changes)
             return None if written is None else CachedItem(change.item, written, now)
 
-        changed = await self._retry_with_lock(attempt_change, LOCK_ITEM, environment_id, work_id)
+        changed = await self._retry_with_lock(
+            attempt_to_change_item, LOCK_ITEM, environment_id, work_id
+        )
         if changed.item.state == QUEUED:
             # If the change has ended a lease, the item is claimable again: wake a poll.
             self._hub.announce_changes(work_topic(environment_id))

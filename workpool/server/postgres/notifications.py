@@ -238,7 +238,7 @@ class NotificationHub:
             self._wake_to_read_again(topic)
 
     def _has_changed(self, topic: str, seen: int) -> bool:
-        """Return whether a call must read the database again: the topic changed after `seen`.
+        """Return whether `topic` changed after `seen`: then a call must read the database again.
 
         For each wake-up that found no waiting poll, only one of the polls that were reading reads
         again: otherwise each new item would make all of them read the database again.

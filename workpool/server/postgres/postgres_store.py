@@ -19,7 +19,7 @@ def _password_in_url(url: str) -> str | None:
     try:
         return urlsplit(url).password
     except ValueError:
-        return None  # the engine's `open` raises the error for a malformed URL
+        return None  # a malformed URL: the engine's `open` raises a `ServeError` for it
 
 
 class PostgresStore:

@@ -134,7 +134,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         """Append a client's events to a session: all of them, or none if one is refused."""
         has_message = any(event["type"] == USER_MESSAGE for event in new_events)
 
-        async def attempt_send(connection: Connection) -> Sequence[StoredEvent] | None:
+        async def attempt_to_send_events(connection: Connection) -> Sequence[StoredEvent] | None:
             read = await self._read_session(connection, session_id)
             conversation = await self._load_conversation(connection, read)
             try:
@@ -146,7 +146,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             item = self._make_next_item(read) if brings else None
             return await self._append_events(connection, read, conversation, new_events, item)
 
-        events = await self._retry_with_lock(attempt_send, _LOCK, session_id)
+        events = await self._retry_with_lock(attempt_to_send_events, _LOCK, session_id)
         self._hub.announce_changes(session_topic(session_id))
         if messages_bring_work and has_message:
             view = await self.get_session(session_id)
@@ -160,7 +160,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         if not all(is_storable_text(str(event.get("type", ""))) for event in new_events):
             raise APIError(400, "type has characters that are not printable", "type")
 
-        async def attempt_emit(connection: Connection) -> Sequence[StoredEvent] | None:
+        async def attempt_to_emit_events(connection: Connection) -> Sequence[StoredEvent] | None:
             read = await self._read_session(connection, session_id)
             conversation = await self._load_conversation(connection, read)
             try:
@@ -171,7 +171,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                 raise
             return await self._append_events(connection, read, conversation, copies)
 
-        events = await self._retry_with_lock(attempt_emit, _LOCK, session_id)
+        events = await self._retry_with_lock(attempt_to_emit_events, _LOCK, session_id)
         self._hub.announce_changes(session_topic(session_id))
         return tuple(event.value for event in events)
 

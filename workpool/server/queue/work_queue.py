@@ -82,7 +82,7 @@ class WorkQueue:
             raise APIError(404, "no such work item in this environment")
         return item
 
-    def is_current(self, item: Item) -> bool:
+    def is_current_version(self, item: Item) -> bool:
         """Return whether this object is the current version of its item."""
         return self._items.get(item.id) is item
 

@@ -29,7 +29,7 @@ POLLS_AT_ONCE: Final = 20
 """Number of polls in a row that may deliver items without a pause."""
 
 
-class Trial:
+class ClauseTrial:
     """The check of one clause, with methods that create the items in the state to be checked.
 
     Attributes:
