@@ -181,7 +181,7 @@ class ItemHolder(Protocol):
 
 
 class Session:
-    """One session, for its handler. Used on the supervisor's loop only.
+    """One session, as it is passed to its handler. Use it on the supervisor's event loop only.
 
     Attributes:
         item: The item as the acknowledgement returned it.
@@ -233,7 +233,7 @@ class Session:
         self._held = held
         self._stopping = False
         self._draining = False
-        # A list of futures, because an `asyncio.Event` would cost 1 KiB for each session.
+        # Use a list of futures, because an `asyncio.Event` would cost 1 KiB for each session.
         self._interrupt_waiters: list[asyncio.Future[None]] = []
 
     @property
@@ -286,7 +286,7 @@ class Session:
 
     @property
     def lease_remaining(self) -> float:
-        """Seconds for which the pool holds the item even if no further heartbeat succeeds."""
+        """Seconds until the pool loses the lease if no further heartbeat succeeds."""
         return self._held.remaining
 
     @property

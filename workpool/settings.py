@@ -249,7 +249,7 @@ class _ConfigFile(NamedTuple):
         }
 
     def table_name(self, environment_id: str) -> str:
-        """Return the name that errors give to an environment's table."""
+        """Return the name of an environment's table for error messages."""
         return f"{self.path} [workpool.environments.{environment_id}]"
 
     def plugin_tables(self, plugins: Iterable[str]) -> Mapping[str, Table]:
@@ -619,16 +619,13 @@ class Settings:
 
     @staticmethod
     def _source_name(name: str) -> str:
-        """Return how errors name the source of a keyword argument, such as a flag.
-
-        Empty if errors name no source.
-        """
+        """Return the name of a keyword argument's source in errors, such as its flag."""
         del name
         return ""
 
     @staticmethod
     def _raise_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
-        """Raise `SettingsError` if there are problems; each is named with its source."""
+        """Raise `SettingsError` if there are problems, and name the source of each."""
         found = tuple(_append_sources(problem, origins) for problem in problems)
         if found:
             raise SettingsError(found)
@@ -908,7 +905,8 @@ def _merge_layers(
             if len(given) > 1:
                 problems.append(f"{name}, {file}: set one of the two")
             if given:
-                # A token also replaces the token file of an earlier layer, and the other way round.
+                # Drop both settings of earlier layers, because a token replaces a token file, and a
+                # token file replaces a token.
                 merged.pop(name, None)
                 merged.pop(file, None)
         merged |= layer
@@ -940,7 +938,10 @@ def _parse_values(given: Mapping[str, _SourcedValue]) -> tuple[Table, list[str]]
 
 
 def _append_sources(problem: str, origins: Mapping[str, str]) -> str:
-    """Return the text of a problem, with the sources of the settings before its colon."""
+    """Return the text of a problem, with the sources of its settings appended.
+
+    The names of these settings are at the beginning of the text, before a colon.
+    """
     names = problem.partition(":")[0].split(", ")
     found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))
     return f"{problem} (from {', '.join(found)})" if found else problem

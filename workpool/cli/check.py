@@ -169,7 +169,7 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         started = time.monotonic()
         error: ControlPlaneError | None = None
         try:
-            # List items, because some credentials may list items but not read statistics.
+            # Use a list call to test the connection: some credentials cannot read the statistics.
             async for _ in client.list(limit=1):
                 pass
         except ControlPlaneError as failure:
@@ -199,7 +199,7 @@ def clock_result(date: str, now: datetime, seconds: float) -> CheckResult:
     except (TypeError, ValueError):
         return CheckResult("clock", "warn", "the control plane sends no date that can be read")
     # The server rounds `Date` down to a whole second, and the header is up to `seconds` old. So a
-    # correct clock is ahead of the header by 0 to 1 + `seconds`. Report only what exceeds that.
+    # correct clock is ahead of the header by 0 to 1 + `seconds`. `off` is the distance from that.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

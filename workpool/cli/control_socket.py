@@ -136,7 +136,7 @@ class ControlSocket:
         self._listener.close()
         with contextlib.suppress(OSError):
             found = self._path.lstat()
-            # Another worker may have a socket at this path now, which must not be removed.
+            # Remove the path only if it is still this socket: another worker may have replaced it.
             if (found.st_dev, found.st_ino) == self._identity:
                 self._path.unlink()
 
@@ -265,8 +265,8 @@ async def _answer_request(
         answer = {"error": "the request is not JSON"}
     except ValueError as error:
         answer = {"error": str(error)}
-    # Send the answer without an `await` in between: after a drain of an idle pool, the process may
-    # end before this task runs again.
+    # Do not await anything between the execution of the request and the sending of the answer:
+    # after a drain of an idle pool, the process may end before this task runs again.
     await loop.sock_sendall(connection, orjson.dumps(answer) + b"\n")
 
 
@@ -312,7 +312,7 @@ def _pause_unless_paused(members: Collection[ControllablePool], pool: Controllab
     A pool that is paused already is skipped, so that it keeps the reason of the earlier pause.
     """
     for each in members or (pool,):
-        # `Status.paused` does not suffice: it is also true while a plugin refuses to claim items.
+        # Do not use `Status.paused`: it is also true while a plugin refuses to claim items.
         if not any(reason.startswith("paused: ") for reason in each.status().reasons):
             each.pause(PAUSE_REASON)
 

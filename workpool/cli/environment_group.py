@@ -1,9 +1,9 @@
-"""The supervisors of a process that works for several environments: one for each.
+"""Runs several environments in one process, with one supervisor for each.
 
-They run on one event loop, each with a lease renewer, clients and plugins of its own. They share
-the slots, the exit limits, the registry and its exporter, and the rate limits of one account. The
-failure of one environment does not end the others: the environment starts again after a while. The
-process ends once no environment runs. See workpool/docs/operating.md, "Several environments".
+The supervisors run on one event loop. Each has its own lease renewer, clients and plugins. They
+share the slots, the exit limits, the registry and its exporter, and the rate limits of one account.
+The failure of one environment does not end the others: the environment starts again after a while.
+The process ends once no environment runs. See workpool/docs/operating.md, "Several environments".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RETRY_SECONDS: Final = 60.0
 
 
 class GroupMember:
-    """One environment of the process; each start of it creates a new supervisor.
+    """One environment of the process. Each restart of the environment creates a new supervisor.
 
     Attributes:
         settings: The settings of the environment.
@@ -74,7 +74,7 @@ class GroupMember:
 
     @property
     def unready_reasons(self) -> Iterator[str]:
-        """The reasons why the environment is not ready; empty if it ended without a failure."""
+        """The reasons why the environment is not ready; none after an end without a failure."""
         if self.error is not None and not self.running:
             yield f"{self.environment_id}: failed: {type(self.error).__name__}"
         elif not self.ended:
@@ -164,10 +164,7 @@ class EnvironmentGroup:
 
     @property
     def log_ids(self) -> dict[str, str]:
-        """The log fields of records from outside of a pool's tasks: none.
-
-        Such a record belongs to no particular environment.
-        """
+        """Return no ids: a log record from outside of a pool's tasks belongs to no environment."""
         return {}
 
     @property
@@ -285,7 +282,7 @@ class EnvironmentGroup:
 
     @asynccontextmanager
     async def _mark_opened_on_entry(self, environment_id: str | None) -> AsyncIterator[None]:
-        """A context that its lease renewer enters; entering it marks the environment as opened."""
+        """Mark an environment as opened when its lease renewer enters this context."""
         self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
         yield
 
@@ -345,7 +342,8 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        # A pool without an error has a blocked loop, so it cannot drain.
+        # Leases are not renewed although the pool has no error: its event loop is blocked, so a
+        # drain would have no effect.
         if supervisor.status().error is None:
             self._end_process()
             return
@@ -388,8 +386,8 @@ class EnvironmentGroup:
         return exporter
 
     def _health_problems(self) -> list[str]:
-        # Leave out environments that failed: a restart of the process would not repair them, and
-        # would interrupt the other environments.
+        # A failed environment does not make the process unhealthy: a restart of the process would
+        # not repair the environment, and would interrupt the others.
         reasons = (each.supervisor.unhealthy() for each in self.environments if each.running)
         return list(dict.fromkeys(reason for each in reasons for reason in each))
 

@@ -122,7 +122,7 @@ class FleetReader:
         stats: QueueStats | None = None
         try:
             stats = await self._client.stats()
-        # Many credentials may not read the statistics; count the items in the list instead.
+        # Many credentials have no permission for statistics, so count the items in the list.
         except RefusedError as error:
             refusal = error
         if stats is not None and stats.running is not None:

@@ -164,7 +164,8 @@ async def _run_and_clean_up(
     left_tasks = supervisor.abandoned or await _cancel_remaining_tasks()
     sys.stdout.flush()
     if left_tasks:
-        # Do not return to `asyncio.Runner`: it would wait without a bound for these tasks.
+        # Some tasks ignore their cancellation, and `asyncio.Runner` would wait for them without a
+        # bound. So end the process here.
         exits.end_process_now(status)
     exits.end_process_if_threads_remain(THREADS_SECONDS, status)
     return status

@@ -70,8 +70,8 @@ class ServiceReporter:
                     self._send_report(ending=True)
 
     async def _report_repeatedly(self) -> None:
-        # Three reports in each watchdog interval, so that systemd does not kill the process when
-        # two of them are late.
+        # Send three reports in each watchdog interval, so that systemd does not kill the process
+        # when two of them are late.
         interval = min(REPORT_SECONDS, (self._watchdog or 3 * REPORT_SECONDS) / 3)
         while True:
             self._send_report()

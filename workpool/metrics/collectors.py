@@ -74,7 +74,7 @@ _collectors_lock = threading.Lock()
 
 
 def collector_for_registry(registry: CollectorRegistry) -> MetricsCollector:
-    """Return the `MetricsCollector` of this registry; the first call creates and registers them.
+    """Return the `MetricsCollector` of this registry; the first call creates and registers it.
 
     Raises:
         RegistryError: The registry has another metric with one of the names.

@@ -49,8 +49,8 @@ CODES: Final = (
 
 H_POLL: Final = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75),
-    # Dense around `block_ms` (0.999 s): a poll without an item should take 1 s. From 1.25 s on, the
-    # network or the server is slow; below 0.9 s, the server ignores `block_ms`.
+    # These bounds are dense around `block_ms` (0.999 s): a poll without an item should take 1 s.
+    # From 1.25 s on, the network or the server is slow; below 0.9 s, the server ignores `block_ms`.
     *(0.95, 1, 1.05, 1.1, 1.25, 1.5),
     *(2.5, 5, 10, 30),
 )

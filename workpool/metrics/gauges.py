@@ -41,7 +41,7 @@ WINDOW_SECONDS: Final = 60
 
 
 class NullWindow:
-    """Counts the polls of the last 60 s that returned an item or none (null). Thread-safe."""
+    """Counts the polls with an item and without one (null) in the last 60 s. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -206,7 +206,7 @@ def _pool_samples(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Ite
 def _session_samples(
     environment_id: str, group: Sequence[GaugeSource], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
-    # Copied with `tuple`, since a session on another thread may add a handler meanwhile.
+    # Copy the set with `tuple`, because a session on another thread may add a handler meanwhile.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
     oldest, silent = dict.fromkeys(active, 0.0), dict.fromkeys(active, 0.0)
     rows = [

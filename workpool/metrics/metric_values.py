@@ -1,4 +1,4 @@
-"""The values of one counter or histogram: cheap to add to, read at scrape time.
+"""Stores the values of counters and histograms at a low cost for each event.
 
 Counting an event takes five Python calls with prometheus_client and none here, and each session
 counts about twenty events. A scrape returns the same text. In the multiprocess mode of
@@ -36,7 +36,7 @@ class Series(Protocol):
 
 
 class MetricStore(Protocol):
-    """All series of one metric."""
+    """The interface of a store that contains all series of one metric."""
 
     def series(self, labels: tuple[str, ...]) -> Series:
         """Return the series of these label values, which begins at 0."""
@@ -49,7 +49,7 @@ class MetricStore(Protocol):
 
 
 def new_metric_store(row: MetricDefinition, lock: threading.RLock) -> MetricStore:
-    """Return a new store for this counter or histogram, guarded by `lock`."""
+    """Return a new store for this counter or histogram, whose values are accessed under `lock`."""
     if values.ValueClass is not values.MutexValue:
         return _PrometheusStore(row)
     return _CounterStore(row, lock) if row.kind == "counter" else _HistogramStore(row, lock)

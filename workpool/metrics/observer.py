@@ -74,7 +74,7 @@ _LEFT_OUT: Final = _IgnoredSeries()
 
 
 class _MetricSeries(dict["Hashable", "Series"]):
-    """The series of one metric in one environment, by the values of the other labels.
+    """The series of one metric in one environment, with the values of the other labels as keys.
 
     The key is the value of the only other label, or the tuple of the values of several. A series
     with a run-time label is created at its first use, together with those for all closed values of
@@ -134,7 +134,7 @@ def _series_key(values: Iterable[Hashable]) -> Hashable:
     return key[0] if len(key) == 1 else key
 
 
-class _MetricUpdate(NamedTuple):
+class _MetricRule(NamedTuple):
     """A rule for one type of events and one metric: the series to change, and the amount to add.
 
     Attributes:
@@ -161,7 +161,7 @@ class _AffectedSeries(NamedTuple):
     others: list[tuple[Series, int | None]]
 
 
-class _EventUpdates:
+class _EventRules:
     """The rules by which events of one type change metrics, and the callbacks for these events.
 
     Attributes:
@@ -176,21 +176,21 @@ class _EventUpdates:
         self.labels_of: Callable[[Values], Hashable] = _NO_LABELS
         self.targets: dict[Hashable, _AffectedSeries] = {}
         self._names = _FIELDS[event_type]
-        self._effects: list[_MetricUpdate] = []
+        self._effects: list[_MetricRule] = []
         self._labels: tuple[str, ...] = ()
 
     def add_metric(self, series: _MetricSeries, row: MetricDefinition) -> None:
         """Add a metric that events of this type change."""
         names, labels = self._names, series.labels
         amount_at = None if row.value is None else names.index(row.value)
-        self._effects.append(_MetricUpdate(series, _label_reader(labels, names), amount_at))
+        self._effects.append(_MetricRule(series, _label_reader(labels, names), amount_at))
         self._labels = tuple(dict.fromkeys((*self._labels, *labels)))
         self.labels_of = _label_reader(self._labels, names)
 
     def find_affected_series(self, labels: Hashable, values: Values) -> _AffectedSeries:
-        """Return the series that an event changes, and store them for later events.
+        """Return the series that an event changes.
 
-        `targets` then has them for each event with the same labels.
+        Store them in `targets` for later events with the same labels.
         """
         targets = _AffectedSeries([], [], [])
         known = True
@@ -254,7 +254,7 @@ class Metrics:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = _unix_time
     _series: dict[str, _MetricSeries] = field(init=False)
-    _effects: dict[EventType, _EventUpdates] = field(init=False)
+    _effects: dict[EventType, _EventRules] = field(init=False)
     _acquire: Callable[[], object] = field(init=False)
     _release: Callable[[], None] = field(init=False)
     _source: GaugeSource = field(init=False)
@@ -281,7 +281,7 @@ class Metrics:
             for row in DEFINITIONS
             if row.name in shared.stores
         }
-        self._effects = {event_type: _EventUpdates(event_type) for event_type in _FIELDS}
+        self._effects = {event_type: _EventRules(event_type) for event_type in _FIELDS}
         for row in DEFINITIONS:
             if row.event is not None:
                 self._effects[row.event].add_metric(self._series[row.name], row)

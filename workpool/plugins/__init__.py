@@ -1,4 +1,4 @@
-"""Plugins: finding them (`discovery`), checking them (`loading`), calling them (`registry`)."""
+"""Finds plugins (`discovery`), checks them (`loading`), and calls their hooks (`registry`)."""
 
 from workpool.plugins.discovery import InstalledPlugin, installed_plugins
 from workpool.plugins.loading import Plugin

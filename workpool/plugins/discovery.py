@@ -1,4 +1,4 @@
-"""The lookup of plugins: entry points, modules, attributes.
+"""Finds plugins by name: an entry point, a module, or an attribute of a module.
 
 Installed is not active: entry points are listed without an import, and only the requested plugins
 are imported. See workpool/docs/plugins.md, "Plugins and hooks".

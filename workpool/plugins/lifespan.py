@@ -24,7 +24,7 @@ CLOSE_SECONDS = 10.0
 
 
 class Lifespan:
-    """The context that one plugin's hook `workpool_lifespan` returned, with limits and checks."""
+    """Wraps the context that a plugin's `workpool_lifespan` returned, and limits its time."""
 
     def __init__(self, plugin: str, context: AbstractAsyncContextManager[object]) -> None:
         self._plugin = plugin

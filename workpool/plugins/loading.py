@@ -1,4 +1,4 @@
-"""The loading of plugins, with all checks at start.
+"""Loads plugins, and finds their mistakes before the pool starts.
 
 A mistake that would prevent a hook or a handler from being called is an error at start, since
 nobody would notice it later. The handlers of a module are its attributes with `@handler`, including
@@ -172,7 +172,8 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
 
 
 def _check_hook_parameters(plugin: str, hook: str, parameters: list[inspect.Parameter]) -> None:
-    # pluggy passes no value to `event=None` or `*args`, so the hook would lack its argument.
+    # Refuse a default value and `*args`: pluggy passes no value to them, so the hook would not get
+    # its argument.
     only = parameters[0] if len(parameters) == 1 else None
     if parameters and (
         only is None
@@ -259,7 +260,8 @@ def _refuse_duplicate_plugin(found: FoundPlugin, before: Sequence[FoundPlugin]) 
 
 
 def _refuse_unused_options(options: Mapping[str, object], active: set[str], where: str) -> None:
-    # Pools with different plugins may share a file, so tables of all installed plugins are allowed.
+    # Accept the table of any installed plugin, even if it is not active: pools with different
+    # plugins may share a file.
     known = active | {point.name for point in installed_plugins()}
     for name in options:
         if name not in known:

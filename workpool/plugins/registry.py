@@ -143,10 +143,9 @@ class Plugins:
         return bool(self._refusers)
 
     def admission_refusal_reason(self, supervisor: object) -> str | None:
-        """Ask the plugins whether items may be claimed now; return None if so.
+        """Return the reason why a plugin refuses to claim items now; None if no plugin refuses.
 
-        Otherwise return the reason of the first plugin that refuses. A hook that fails counts as a
-        refusal; its error is logged and counted.
+        A hook that fails counts as a refusal; its error is logged and counted.
         """
         for plugin, hook in self._refusers:
             try:
@@ -197,7 +196,7 @@ class Plugins:
         return None
 
     def session_contexts(self, session: Session) -> list[Context]:
-        """Return the contexts for this session, in the order of entering them.
+        """Return the `workpool_wrap_session` contexts for this session, in the order of entering.
 
         An exception of a hook is not caught: it counts as an exception of the handler.
         """
@@ -206,7 +205,7 @@ class Plugins:
         return _collect_contexts("workpool_wrap_session", self._wrappers, session)
 
     def lifespan_contexts(self, supervisor: object) -> list[Context]:
-        """Return the contexts for the lifetime of the pool, in the order of entering them.
+        """Return the `workpool_lifespan` contexts for the pool, in the order of entering.
 
         An exception of a hook is not caught: it stops the start.
         """
@@ -226,8 +225,8 @@ class Plugins:
             try:
                 call_plugin(plugin, "workpool_event", hook, event)
             except PluginError as failure:
-                # The failure of an observer of `PluginFailed` is reported to no other observer: two
-                # such observers that both fail would report to each other without end.
+                # If an observer of `PluginFailed` fails, do not call other observers with that
+                # failure: two failing observers would call each other without end.
                 self._report_failure(
                     plugin, "workpool_event", failure, tell=type(event) is not PluginFailed
                 )

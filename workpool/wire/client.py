@@ -166,11 +166,11 @@ class WorkClient:
             self.rate_limits.write.refund()
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Acquire the right to send one write, unless others wait for it or the rate is used up."""
+        """Acquire the right to send one write, or return False if that would need a wait."""
         return not self.rate_limits.write.limited or self.rate_limits.write.try_acquire(priority)
 
     async def acquire_permit(self, priority: Priority) -> None:
-        """Acquire the right to send one write, without a bound on the wait."""
+        """Acquire the right to send one write. The wait has no time limit."""
         await self._transport.acquire_rate_token(
             self.rate_limits.write, "permit", priority, math.inf
         )

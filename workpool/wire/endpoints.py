@@ -56,7 +56,7 @@ class MalformedItemError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint(Generic[T]):
-    """One kind of HTTP call of the protocol, with the parser of its answer.
+    """One call of the protocol: its name, its HTTP method, and the parser of its answer.
 
     Attributes:
         op: The name of the call in errors and metrics.
@@ -214,7 +214,7 @@ def _parse_event_page(obj: object) -> EventPage:
 
 def _parse_stored_events(obj: object) -> list[SessionEvent]:
     page = {} if obj is NO_CONTENT else _require_object(obj)
-    # A control plane of the anthropic dialect may answer without `data`.
+    # In the anthropic dialect, the answer may have no `data`; then no stored event is known.
     return (
         [] if page.get("data") is None else [parse_event(row) for row in _require_page_data(page)]
     )

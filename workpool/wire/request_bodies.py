@@ -45,5 +45,5 @@ def _require_plain_string(text: object) -> str:
     # come later, and its traceback would not show the handler's line with that value.
     if not isinstance(text, str):
         raise TypeError("metadata: a key or a value is not a string")
-    # orjson accepts no subclass of str as a key, such as a member of a StrEnum.
+    # Convert to a plain str: orjson refuses a subclass of str as a key, such as a StrEnum member.
     return str.__str__(text)

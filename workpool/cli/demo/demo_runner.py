@@ -1,4 +1,4 @@
-"""The run of `workpool demo`, which ends with a check of the history.
+"""Runs `workpool demo`: the control plane, the workers, the view, and a final check.
 
 The control plane is in this process, two workers have processes of their own, and all calls are
 real HTTP. One worker is killed (SIGKILL) while it holds sessions, and the other one finishes them.
@@ -189,7 +189,8 @@ class DemoRunner:
         """After each request, show new records; kill a worker once enough sessions have ended."""
         worker = worker_name_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
-            # The worker sent this request before it was killed: it must not receive an item now.
+            # The worker sent this request before it was killed. Refuse it, so that no item is
+            # delivered to a dead worker.
             raise web.HTTPServiceUnavailable
         self._polled.add(worker)
         response = await handler(request)

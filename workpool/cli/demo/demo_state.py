@@ -28,7 +28,7 @@ class HeldItem:
 
 
 class DemoState:
-    """Which worker holds which item, computed from the history of the control plane.
+    """The items that each worker holds, computed from the history of the control plane.
 
     Args:
         count: The number of sessions of the demo.

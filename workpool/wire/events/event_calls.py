@@ -73,7 +73,7 @@ class EventCalls(Protocol):
 
 
 class SessionGuard(Protocol):
-    """Makes calls on a session, as long as the caller may use it.
+    """Makes calls on a session, as long as the caller may use the session.
 
     The implementation for handlers refuses calls, and ends waiting calls, once the lease is lost.
     """
@@ -102,7 +102,7 @@ class LeaselessGuard:
     async def await_within(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await `call()` for at most `seconds`."""
+        """Call `call` once, and await its result for at most `seconds`."""
         async with asyncio.timeout(seconds):
             return await call()
 

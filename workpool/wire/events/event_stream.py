@@ -168,9 +168,9 @@ class EventStream:
 
     async def _read_live(self, stream: OpenEventStream) -> None:
         clock = asyncio.get_running_loop().time
-        # Measure the time from the last received byte. Measured from here, a reader that cancels
-        # each wait early would never notice a dead connection. A timeout of 0 s, after a long pause
-        # of the reader, still reads the bytes that have arrived.
+        # Measure the timeout from the last received byte and not from the beginning of this wait: a
+        # reader that cancels each wait early would otherwise never notice a dead connection. A
+        # timeout of 0 s, after a long pause of the reader, still reads the bytes that have arrived.
         silence_left = self._last_byte_at + self._stall_seconds - clock()
         try:
             chunk = await self._guard.await_within(stream.read, max(0.0, silence_left))

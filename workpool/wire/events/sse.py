@@ -52,7 +52,8 @@ class FrameParser:
         """
         frames: list[Frame] = []
         if self._after_cr and chunk:
-            # The last chunk ended between CR and LF: the LF would count as an empty line.
+            # The previous chunk ended with CR. Skip an LF at the beginning of this chunk: it
+            # belongs to the same line end and is no empty line.
             chunk = chunk.removeprefix(b"\n")
             self._after_cr = False
         # Split before decoding: `str.splitlines` splits at more characters than CR and LF.

@@ -98,7 +98,7 @@ class CheckedBody(aiohttp.payload.Payload):
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         """Run the check, then write the headers and the whole body."""
-        del content_length  # aiohttp passes None or the size of the body, so it adds nothing
+        del content_length  # aiohttp passes None or the size of the whole body
         self._check.verify()
         if self._headers_first:
             writer.send_headers()
@@ -111,9 +111,9 @@ class InformationalFlood(aiohttp.ClientError):
 
 
 class _InformationalCounter:
-    """Replaces aiohttp's function that receives each answer on a connection.
+    """Counts the informational answers (1xx) on a connection.
 
-    It counts informational answers, and passes all answers on to the original function.
+    It replaces aiohttp's `feed_data` of the connection, and passes each answer on to that function.
     """
 
     __slots__ = ("_bytes", "_count", "_feed", "_flooded", "_protocol")

@@ -57,7 +57,7 @@ def no_answer_error(op: str, error: BaseException, *, plain: bool = False) -> Co
     `plain`: the request was sent without TLS, and no request of this client was answered before.
     """
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        # Not a transient error: no retry succeeds before somebody replaces the certificate.
+        # This error is not transient: no retry succeeds before somebody replaces the certificate.
         problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
         return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
     if isinstance(error, TimeoutError):

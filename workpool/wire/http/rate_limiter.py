@@ -77,9 +77,9 @@ class _WaiterQueue:
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
     def remove_served_waiter(self, waiter: _Waiter) -> None:
-        """Remove a waiter that got its token, and let the other kind of call be served next.
+        """Remove a waiter that got its token, and choose the priority that is served next.
 
-        The two kinds that take turns are claims and the calls of handlers.
+        Claims and the calls of handlers take turns.
         """
         self.discard_waiter(waiter)
         self._turn = _NEXT_TURN.get(waiter.priority, self._turn)

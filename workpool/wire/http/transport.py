@@ -1,4 +1,4 @@
-"""Sends requests: waits for rate limit and connection, checks, writes bytes, reads the answer.
+"""Sends HTTP requests: waits for the rate limit, runs the lease check, and reads the answer.
 
 Owns the connections and the token in use. It knows no call of the protocol by name: `client.py`
 defines the requests and the parsers of answers. A request is repeated in two cases only:
