@@ -666,12 +666,12 @@ class Settings:
     @property
     def read_limit(self) -> float:
         """The effective limit of reads per second; 0 = no limit."""
-        return self._rate_limit(self.read_rate, DEFAULT_READ_RATE)
+        return self._effective_rate_limit(self.read_rate, DEFAULT_READ_RATE)
 
     @property
     def write_limit(self) -> float:
         """The effective limit of writes per second; 0 = no limit."""
-        return self._rate_limit(self.write_rate, DEFAULT_WRITE_RATE)
+        return self._effective_rate_limit(self.write_rate, DEFAULT_WRITE_RATE)
 
     def read_token(self) -> str:
         """Read the credential from its source. Each call reads it again.
@@ -736,7 +736,7 @@ class Settings:
 
     def warnings(self) -> tuple[str, ...]:
         """Return a sentence for each setting that is allowed but probably a mistake."""
-        found = list(_unknown_variables())
+        found = list(_find_unknown_variables())
         url = URL(self.base_url)
         if url.scheme == "http" and not _LOOPBACK(url.host or ""):
             found.append("base_url: plain http, so the token can be read on the way")
@@ -766,7 +766,7 @@ class Settings:
                     f" second, but {meaning}; raise write_rate or {name}, or lower concurrency"
                 )
 
-    def _rate_limit(self, rate: float | None, default: float) -> float:
+    def _effective_rate_limit(self, rate: float | None, default: float) -> float:
         if rate is not None:
             return rate
         return default if self.base_url == DIALECTS[self.dialect].base_url else 0.0
@@ -915,7 +915,7 @@ def _merge_layers(
         if dialect is not None and name == dialect.value:
             merged.setdefault("base_url", _SourcedValue(rules.base_url, ""))
     problems += [
-        _unknown_setting(name, DESCRIPTIONS) for name in merged if name not in DESCRIPTIONS
+        _describe_unknown_setting(name, DESCRIPTIONS) for name in merged if name not in DESCRIPTIONS
     ]
     return merged, problems
 
@@ -947,16 +947,18 @@ def _append_sources(problem: str, origins: Mapping[str, str]) -> str:
     return f"{problem} (from {', '.join(found)})" if found else problem
 
 
-def _unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:
+def _describe_unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, 1)
     hint = f", did you mean {prefix}{close[0]}?" if close else ""
     return f"{prefix}{name}: no such setting{hint}"
 
 
-def _unknown_variables() -> tuple[str, ...]:
+def _find_unknown_variables() -> tuple[str, ...]:
     # Do not report the variables that other parts of workpool read.
     others = {name.removeprefix(PREFIX) for name in (CONFIG_VARIABLE, SERVE_VARIABLE)}
     names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))
     bare = [name.removeprefix(PREFIX) for name in given]
-    return tuple(_unknown_setting(name, names, PREFIX) for name in bare if name not in names)
+    return tuple(
+        _describe_unknown_setting(name, names, PREFIX) for name in bare if name not in names
+    )

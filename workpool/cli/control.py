@@ -130,7 +130,7 @@ def _send_to_chosen_worker(
         _print_and_exit(exits.FAILED, _failure_reason(error))
     if "error" in answer:
         _print_and_exit(exits.USAGE, f"{chosen}: {answer['error']}")
-    typer.echo(f"{done} {_describe_worker(answer)}")
+    typer.echo(f"{done} {_worker_text(answer)}")
 
 
 def _choose_worker(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
@@ -153,7 +153,7 @@ def _choose_worker(path: Path | None, pid: int | None, environment_id: str | Non
     if len(found) == 1:
         return next(iter(found))
     if found:
-        lines = [f"{_describe_worker(answer)} socket={each}" for each, answer in found.items()]
+        lines = [f"{_worker_text(answer)} socket={each}" for each, answer in found.items()]
         _print_and_exit(
             exits.USAGE,
             "several workers listen; choose one with --pid, --environment-id or --socket",
@@ -239,7 +239,7 @@ def _failure_reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _describe_worker(answer: Mapping[str, Any]) -> str:
+def _worker_text(answer: Mapping[str, Any]) -> str:
     names = ("pid", "environment_id", "running")
     shown = [f"{name}={readable(str(answer.get(name)), 200)}" for name in names]
     reasons = answer.get("reasons")

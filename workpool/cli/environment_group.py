@@ -298,11 +298,11 @@ class EnvironmentGroup:
         self._wake_waiters()
         with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
-                while self._may_restart(one):
+                while self._can_restart(one):
                     await self._changed.wait()
-        return self._may_restart(one)
+        return self._can_restart(one)
 
-    def _may_restart(self, one: GroupMember) -> bool:
+    def _can_restart(self, one: GroupMember) -> bool:
         others = any(each.running for each in self.environments if each is not one)
         return others and not one.drained and self._limits.reached is None
 

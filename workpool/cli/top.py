@@ -112,7 +112,7 @@ async def _read_status(http: aiohttp.ClientSession, url: str) -> Status:
 
 def _worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[Row]":
     return [
-        _safe_cells(_worker_cells(url, part))
+        _printable_cells(_worker_cells(url, part))
         for url, status in zip(urls, statuses, strict=True)
         for part in _environment_statuses(status)
     ]
@@ -160,7 +160,7 @@ def _session_rows(statuses: "Sequence[Status]") -> "list[Row]":
         for session in status.get("sessions", ())
     ]
     found.sort(key=lambda each: -each[0].get("age_seconds", 0))
-    return [_safe_cells(_session_cells(session, worker)) for session, worker in found]
+    return [_printable_cells(_session_cells(session, worker)) for session, worker in found]
 
 
 def _session_cells(session: "Mapping[str, Any]", worker: str) -> tuple[object, ...]:
@@ -186,7 +186,7 @@ def _new_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
     return table
 
 
-def _safe_cells(values: "Sequence[object]") -> "Row":
+def _printable_cells(values: "Sequence[object]") -> "Row":
     """Return the values as text, without the control characters that a worker could have sent."""
     return tuple(readable(str(value), TEXT_CHARACTERS) for value in values)
 

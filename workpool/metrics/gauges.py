@@ -150,7 +150,7 @@ class GaugeSource:
     handlers: set[str] = field(default_factory=set)
     remote: tuple[float, QueueStats] | None = None
 
-    def label_of(self, handler: str) -> str:
+    def handler_label(self, handler: str) -> str:
         """Return the label of a handler: its name, or `other` if there are too many."""
         if handler in self.handlers or len(self.handlers) < HANDLERS_MAX:
             return handler
@@ -210,7 +210,7 @@ def _session_samples(
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
     oldest, silent = dict.fromkeys(active, 0.0), dict.fromkeys(active, 0.0)
     rows = [
-        (source.label_of(handler), count, age, silence)
+        (source.handler_label(handler), count, age, silence)
         for source, snapshot in zip(group, snapshots, strict=True)
         for handler, count, age, silence in snapshot.sessions
     ]

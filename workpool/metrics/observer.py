@@ -86,10 +86,10 @@ class _MetricSeries(dict["Hashable", "Series"]):
         store: MetricStore,
         row: MetricDefinition,
         environment_id: str,
-        label_of: Callable[[str], str],
+        ensure_handler_label: Callable[[str], str],
     ) -> None:
         super().__init__(dict.fromkeys(row.skips, _LEFT_OUT))
-        self._label_of = label_of
+        self._ensure_handler_label = ensure_handler_label
         self._store = store
         self._row = row
         self._environment_id = environment_id
@@ -107,13 +107,13 @@ class _MetricSeries(dict["Hashable", "Series"]):
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
                 return _LEFT_OUT
         if HANDLER in given:
-            return self._series_of_handler(given)
+            return self._find_handler_series(given)
         self.create_series(given)
         return self[key]
 
-    def _series_of_handler(self, given: dict[str, Any]) -> Series:
+    def _find_handler_series(self, given: dict[str, Any]) -> Series:
         # Handlers beyond a limit share one series: a series for each could use unlimited memory.
-        given[HANDLER] = self._label_of(given[HANDLER])
+        given[HANDLER] = self._ensure_handler_label(given[HANDLER])
         return self[_series_key(given.values())]
 
     def create_series(self, given: Mapping[str, Hashable]) -> None:
@@ -276,7 +276,7 @@ class Metrics:
         )  # fmt: skip
         self._series = {
             row.name: _MetricSeries(
-                shared.stores[row.name], row, self.environment_id, self._label_of
+                shared.stores[row.name], row, self.environment_id, self._ensure_handler_label
             )
             for row in DEFINITIONS
             if row.name in shared.stores
@@ -286,10 +286,10 @@ class Metrics:
             if row.event is not None:
                 self._effects[row.event].add_metric(self._series[row.name], row)
         self.add_event_callback(ev.PollFinished, self._source.polls.count_poll)
-        self.add_event_callback(ev.QueueStatsRead, self._on_stats)
-        self.add_event_callback(ev.SessionStarted, self._on_start)
+        self.add_event_callback(ev.QueueStatsRead, self._store_queue_stats)
+        self.add_event_callback(ev.SessionStarted, self._add_handler_of_session)
         for handler in self.handlers:
-            self._label_of(handler)
+            self._ensure_handler_label(handler)
         shared.add_gauges(self._source)
         self._shared = shared
 
@@ -340,19 +340,19 @@ class Metrics:
         event_type = type(event)
         self.count(event_type, *(getattr(event, name) for name in _FIELDS[event_type]))
 
-    def _on_stats(self, stats: QueueStats) -> None:
+    def _store_queue_stats(self, stats: QueueStats) -> None:
         self._source.remote = (self.now(), stats)
 
-    def _on_start(self, _: object, handler: str) -> None:
+    def _add_handler_of_session(self, _: object, handler: str) -> None:
         if handler not in self._source.handlers:
-            self._label_of(handler)
+            self._ensure_handler_label(handler)
 
-    def _label_of(self, handler: str) -> str:
+    def _ensure_handler_label(self, handler: str) -> str:
         """Return the value of the label `handler` for a handler.
 
         Create the series and gauges of this label value if they do not exist yet.
         """
-        label = self._source.label_of(handler)
+        label = self._source.handler_label(handler)
         if label not in self._source.handlers:
             if label == OTHER_HANDLERS:
                 log.warning(

@@ -189,7 +189,11 @@ class Plugins:
             try:
                 answer = call_plugin(plugin, "workpool_session_handler", hook, item)
                 if answer is not None:
-                    return answer if isinstance(answer, Handler) else _as_handler(plugin, answer)
+                    return (
+                        answer
+                        if isinstance(answer, Handler)
+                        else _convert_to_handler(plugin, answer)
+                    )
             except PluginError as failure:
                 self._report_failure(plugin, "workpool_session_handler", failure)
                 raise
@@ -322,7 +326,7 @@ def _check_admission_result(plugin: str, answer: object) -> str | None:
     )
 
 
-def _as_handler(plugin: str, answer: object) -> Handler:
+def _convert_to_handler(plugin: str, answer: object) -> Handler:
     # Use `call_plugin`: reading an attribute of `answer` runs code of the plugin, which may fail.
     looking = "looking at the answer of workpool_session_handler"
     name = call_plugin(plugin, looking, name_of, answer)

@@ -38,11 +38,11 @@ class CredentialSource:
         if self._reading is None or self._reading.done():
             loop = asyncio.get_running_loop()
             self._reading = loop.run_in_executor(executor, self._read)
-            self._reading.add_done_callback(_mark_exception_retrieved)
+            self._reading.add_done_callback(_prevent_unretrieved_warning)
         return await asyncio.shield(self._reading)
 
 
-def _mark_exception_retrieved(reading: asyncio.Future[str | None]) -> None:
+def _prevent_unretrieved_warning(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
         # Mark the error as retrieved: otherwise asyncio would log it if all callers were cancelled.
         reading.exception()

@@ -114,7 +114,7 @@ class BoundTimer:
             self.at = at
             # Pass an empty context: a copy of the current one would keep the objects of the
             # current request alive.
-            self._handle = self.loop.call_at(at, self._expire_due, context=Context())
+            self._handle = self.loop.call_at(at, self._end_expired_waits, context=Context())
 
     def cancel_if_unused(self) -> None:
         """Cancel the timer if no block runs."""
@@ -127,7 +127,7 @@ class BoundTimer:
             self._handle.cancel()
         self._handle, self.at = None, math.inf
 
-    def _expire_due(self) -> None:
+    def _end_expired_waits(self) -> None:
         now = self.loop.time() + CLOCK_SECONDS
         for bound, at in self.open.items():
             if at <= now:

@@ -39,7 +39,7 @@ def tls_context(
         raise SettingsError(found)
     if ca_file is None and client_cert_file is None:
         return None
-    context = _context_trusting_ca(ca_file)
+    context = _new_context_with_ca(ca_file)
     context.set_alpn_protocols(["http/1.1"])
     if client_cert_file is not None:
         _load_client_certificate(context, client_cert_file, client_key_file)
@@ -58,7 +58,7 @@ def _describe_unreadable_file(name: str, path: Path) -> str:
         return f"{name}: {path}: {error.strerror or 'cannot be read'}"
 
 
-def _context_trusting_ca(ca_file: Path | None) -> ssl.SSLContext:
+def _new_context_with_ca(ca_file: Path | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:

@@ -284,7 +284,7 @@ class Transport:
         self, url: URL, headers: Mapping[str, str], until: float
     ) -> aiohttp.ClientResponse:
         started = time.monotonic()
-        seconds = _time_left(STREAM, until - started)
+        seconds = _require_time_left(STREAM, until - started)
         secrets, code = self._secrets, "error"
         try:
             async with asyncio.timeout(seconds):
@@ -496,7 +496,7 @@ async def read_bounded(
     return b"".join(chunks)
 
 
-def _time_left(op: str, seconds: float) -> float:
+def _require_time_left(op: str, seconds: float) -> float:
     if seconds <= 0:
         raise TransientError(op, None, "no time left to send the request", reason="timeout")
     return seconds
