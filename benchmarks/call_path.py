@@ -1,4 +1,4 @@
-"""The Python calls for one item: which functions of workpool run, in which files, how often.
+"""Counts which Python functions of workpool run for one item, in which files, and how often.
 
     python benchmarks/call_path.py [--items N] [--by-file] [--only NAME …]
 
@@ -24,14 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvloop
-from contenders import BenchmarkEntry, parse_contenders, run_bare_loop, run_pool
-from contest import (
+from benchmark_runs import (
     ContenderMeter,
-    describe_versions,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
     serve_control_plane,
 )
+from contenders import BenchmarkEntry, parse_contenders, run_bare_loop, run_pool
 
 import workpool as package
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import CodeType, FrameType
 
-    from contest import ControlPlaneAddress
+    from benchmark_runs import ControlPlaneAddress
 
 WARM_UP = 20
 PACKAGE = Path(package.__file__).parent
@@ -64,11 +64,11 @@ class CallMeter(ContenderMeter):
 
     def count_call(self, frame: FrameType, event: str, _: object) -> None:
         """Count a function call, as the callback of `sys.setprofile`."""
-        if event == "call" and _begins_call(frame):
+        if event == "call" and _is_start_of_call(frame):
             self._calls[frame.f_code] += 1
 
     def record_stop(self) -> None:
-        """Record the answered stop of an item, and begin to count the calls of the next item."""
+        """Record that an item was stopped, and begin to count the calls of the next item."""
         super().record_stop()
         self.calls_of_items.append(self._calls)
         self._calls = Counter()
@@ -90,7 +90,7 @@ class ItemCalls:
 
     @classmethod
     def average_calls_of(cls, items: Sequence[Counter[CodeType]]) -> ItemCalls:
-        """Return the calls per item, as an average of the counted calls of all `items`."""
+        """Return the average number of calls per item, from the calls counted for each item."""
         calls: Counter[CodeType] = Counter()
         for each in items:
             calls.update(each)
@@ -117,7 +117,7 @@ class ItemCalls:
         return dict(sorted(files.items()))
 
 
-def _begins_call(frame: FrameType) -> bool:
+def _is_start_of_call(frame: FrameType) -> bool:
     """Return whether the frame begins a call, and does not resume a coroutine or generator.
 
     Python executes a RESUME instruction in both cases; at a beginning, the two low bits of its
@@ -187,7 +187,7 @@ def main() -> None:
     for name, path in found.items():
         if options.by_file and path.functions:
             print(f"\n{name}:\n\n{format_report_by_file(path)}")
-    print(f"\n{options.items} items. {describe_versions()}")
+    print(f"\n{options.items} items. {describe_cores_and_versions()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The programs that benchmarks compare: the pool, a bare loop with the same calls, other SDKs.
+"""The programs that benchmarks compare: the pool, a loop with the same requests, other SDKs.
 
 All contenders run no-op items, eight at a time, with the longest poll that is allowed.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Coroutine, Sequence
 
-    from contest import Contender, ContenderMeter, ControlPlaneAddress
+    from benchmark_runs import Contender, ContenderMeter, ControlPlaneAddress
 
     from workpool import Settings, WorkItem
 
@@ -87,9 +87,9 @@ async def run_pool(
     plugins: Sequence[object] = (),
     **settings: Any,
 ) -> None:
-    """Run items in a pool with these plugins and settings; all others are the defaults."""
+    """Run items in a pool with these plugins. `settings` replace those that benchmarks use."""
 
-    class CountingClient(WorkClient):
+    class MeteredClient(WorkClient):
         """A client that also reports claims and stops to the meter."""
 
         async def poll(self, *args: Any, **named: Any) -> WorkItem | None:
@@ -103,8 +103,8 @@ async def run_pool(
             meter.record_stop()
             return item
 
-    def connect_counting_client(settings: Settings) -> WorkClient:
-        return CountingClient(settings)
+    def connect_metered_client(settings: Settings) -> WorkClient:
+        return MeteredClient(settings)
 
     @handler
     async def do_no_work(session: Session) -> None:
@@ -119,7 +119,7 @@ async def run_pool(
     pool = supervisor(
         plane.client_settings(**usual | settings),
         plugins=[do_no_work, *plugins],
-        connect=connect_counting_client,
+        connect=connect_metered_client,
     )
     async with pool:
         await pool.wait()
@@ -145,7 +145,7 @@ async def run_client_only(plane: ControlPlaneAddress, meter: ContenderMeter) -> 
 
 
 async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
-    """Run items in the loop of `run_bare_loop`, but with the vendor's SDK `qca`."""
+    """Run items in the loop of `run_bare_loop`, but with `qca`, the SDK of the service's vendor."""
     client = importlib.import_module("qca").AsyncManaged(pat=plane.token, base_url=plane.base_url)
     work, environment = client.environments.work, {"environment_id": plane.environment_id}
 

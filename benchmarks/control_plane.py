@@ -1,4 +1,4 @@
-"""The cost per item of control planes on each kind of store, compared with another job queue.
+"""The CPU cost per item of control planes with different stores, and of another job queue.
 
     python benchmarks/control_plane.py [--items N] [--stopped-rows N …] [--rounds N] [--only NAME …]
 
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import job_queue
 from backlogs import Backlog
+from benchmark_runs import describe_cores_and_versions, format_ratio, format_table
 from contenders import run_pool
-from contest import describe_versions, format_ratio, format_table
 from database_server import database_server
 from measured_system import MeasuredRun, measure_run
 from served_stores import COLUMNS, SERVED, ServedStore
@@ -43,7 +43,7 @@ ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
 def open_measured_system(
     entry: ServedStore, stopped: int, server: Cluster | None
 ) -> Iterator[MeasuredSystem]:
-    """Start a control plane or the job queue, with `stopped` items that have already ended."""
+    """Start a control plane or the job queue, on a store with `stopped` items that have ended."""
     if entry is not JOB_QUEUE:
         system = entry.open_store(run_pool, Backlog(stopped), server)
     else:
@@ -53,7 +53,7 @@ def open_measured_system(
         yield found
 
 
-def measure_entries(
+def measure_systems(
     entries: list[ServedStore], options: argparse.Namespace, server: Cluster | None
 ) -> dict[tuple[ServedStore, int], list[MeasuredRun]]:
     """Measure each system that can run on this machine, with each number of stopped items."""
@@ -108,11 +108,11 @@ def main() -> None:
     load = os.getloadavg()[0]
     on_database = any(entry.on_database for entry in entries)
     with database_server() if on_database else nullcontext() as server:
-        found = measure_entries(entries, options, server)
+        found = measure_systems(entries, options, server)
     print(format_report(found, min(options.stopped_rows)))
     print(
         f"\n{options.rounds} rounds, {options.workers} workers, a load of {load:.0f} at the start."
-        f" {describe_versions()}"
+        f" {describe_cores_and_versions()}"
     )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from tests.postgres.cluster import Cluster
 
-# Unlike the cluster of the tests, the server syncs commits to the disk, as in production.
+# Sync commits to the disk, as in production. The PostgreSQL server for the tests does not.
 SETTINGS = {
     "fsync": "on",
     "max_connections": "300",

@@ -21,10 +21,10 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import uvloop
-from contest import (
+from benchmark_runs import (
     ClockReading,
     ControlPlaneAddress,
-    describe_versions,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
     serve_control_plane,
@@ -62,9 +62,9 @@ async def measure_drain(plane: ControlPlaneAddress, sessions: int, end: str) -> 
     settings = plane.client_settings(concurrency=sessions, lease_ttl=600, drain_timeout=600)
     async with Supervisor(settings, plugins=[wait_for_drain]) as pool:
         await all_started.wait()
-        begin = ClockReading.read_now()
+        begin = ClockReading.read_clocks()
         await pool.drain(None if end == "return" else 0)
-        cpu, wall = ClockReading.read_now().cpu - begin.cpu, time.monotonic() - begin.wall
+        cpu, wall = ClockReading.read_clocks().cpu - begin.cpu, time.monotonic() - begin.wall
     return DrainCost(wall, cpu, pool.abandoned)
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         print(*rows[-1], file=sys.stderr, flush=True)
     head = ("handlers", "sessions", "seconds", "CPU seconds", "CPU ms/session", "abandoned")
     print(format_table(head, rows))
-    print(f"\nMedians of {options.rounds}. {describe_versions()}")
+    print(f"\nMedians of {options.rounds}. {describe_cores_and_versions()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The cost of a worker process that holds many sessions, each with or without an event stream.
+"""The cost of a worker process with many waiting sessions, with or without an event stream each.
 
 Another process measures the worker, the control plane and the database.
 """
@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmark_runs import private_memory_kib
 from contenders import BLOCK_MS, LEASE_SECONDS
-from contest import private_memory_kib
 from measured_system import ResourceUse, WorkerTeam
 
 from workpool import Session, Supervisor, WorkClient, handler
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
 
 if TYPE_CHECKING:
-    from contest import Contender, ContenderMeter, ControlPlaneAddress
+    from benchmark_runs import Contender, ContenderMeter, ControlPlaneAddress
     from measured_system import MeasuredSystem
 
 SCRIPT = [{"name": "wait", "input": {}, "custom": True}]
@@ -30,7 +30,7 @@ _ESTABLISHED = "01"
 
 @dataclass(frozen=True)
 class HeldSessionsCost:
-    """The cost of holding sessions in one process; shared memory is not counted."""
+    """The cost of many waiting sessions in one worker. Shared memory is not counted."""
 
     sessions: int
     use: ResourceUse
@@ -44,8 +44,8 @@ class HeldSessionsCost:
         return 100 * seconds / self.use.wall
 
 
-def make_holding_contender(sessions: int, *, streams: bool) -> Contender:
-    """Return a contender that claims and holds a number of sessions."""
+def make_contender_with_waiting_sessions(sessions: int, *, streams: bool) -> Contender:
+    """Return a contender that claims a number of sessions, whose handlers wait without end."""
     return partial(_hold_sessions, sessions=sessions, streams=streams)
 
 
@@ -53,7 +53,7 @@ async def _hold_sessions(
     plane: ControlPlaneAddress, meter: ContenderMeter, *, sessions: int, streams: bool
 ) -> None:
     @handler
-    async def hold_session(session: Session) -> None:
+    async def wait_until_interrupted(session: Session) -> None:
         if not streams:
             meter.record_stop()
             await session.interrupted()
@@ -66,14 +66,14 @@ async def _hold_sessions(
     settings = plane.client_settings(
         concurrency=sessions, lease_ttl=LEASE_SECONDS, block_ms=BLOCK_MS, drain_timeout=0
     )
-    async with Supervisor(settings, plugins=[hold_session]) as supervisor:
+    async with Supervisor(settings, plugins=[wait_until_interrupted]) as supervisor:
         await supervisor.wait()
 
 
 def measure_held_sessions(
     system: MeasuredSystem, sessions: int, *, seconds: float, settle: float, streams: bool
 ) -> HeldSessionsCost:
-    """Let one worker of the system hold a number of sessions, and return the cost."""
+    """Let one worker run a number of sessions that wait, and return their cost."""
     assert system.plane is not None
     with WorkerTeam(system, 1) as team:
         asyncio.run(_enqueue_sessions(system.plane, sessions, streams=streams))
@@ -81,7 +81,7 @@ def measure_held_sessions(
         time.sleep(settle)
         begin = team.read_usage()
         time.sleep(seconds)
-        use = team.read_usage().used_since(begin)
+        use = team.read_usage().usage_since(begin)
         [worker], [server] = team.pids, system.servers
         return HeldSessionsCost(
             sessions,

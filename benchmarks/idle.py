@@ -1,4 +1,4 @@
-"""The cost of an idle contender: requests per second and CPU, with an empty queue.
+"""The requests per second and the CPU time of a worker program while its queue is empty.
 
     python benchmarks/idle.py [--seconds N] [--settle N] [--only NAME …]
 
@@ -11,34 +11,34 @@ from __future__ import annotations
 import argparse
 
 import uvloop
-from contenders import BenchmarkEntry, parse_contenders
-from contest import (
-    Contest,
+from benchmark_runs import (
+    BenchmarkRun,
     ControlPlaneAddress,
-    WatchedUsage,
-    describe_versions,
+    UsageInPeriod,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
-    run_contest,
     serve_control_plane,
+    start_benchmark_run,
 )
+from contenders import BenchmarkEntry, parse_contenders
 
 WARM_UP = 20
 
 
 def measure_idle_contender(
     plane: ControlPlaneAddress, entry: BenchmarkEntry, seconds: float, settle: float
-) -> WatchedUsage:
+) -> UsageInPeriod:
     """Measure a contender that is idle after its first items."""
     uvloop.run(enqueue_items(plane, WARM_UP))
-    contest = Contest(entry.run, plane, 0, WARM_UP, watch=seconds, settle=settle)
-    with run_contest(contest) as receive:
+    run = BenchmarkRun(entry.run, plane, 0, WARM_UP, watch=seconds, settle=settle)
+    with start_benchmark_run(run) as receive:
         receive()
-        watched: WatchedUsage = receive()
+        watched: UsageInPeriod = receive()
     return watched
 
 
-def format_report(found: dict[str, WatchedUsage]) -> str:
+def format_report(found: dict[str, UsageInPeriod]) -> str:
     """Return the table of requests, CPU and memory of each contender."""
     rows = [
         [
@@ -63,7 +63,7 @@ def main() -> None:
             for entry in entries
         }
     print(format_report(found))
-    print(f"\n{options.seconds:g} s each. {describe_versions()}")
+    print(f"\n{options.seconds:g} s each. {describe_cores_and_versions()}")
 
 
 if __name__ == "__main__":

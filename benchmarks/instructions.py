@@ -18,15 +18,15 @@ import sys
 from typing import TYPE_CHECKING
 
 import uvloop
-from contenders import BenchmarkEntry, parse_contenders
-from contest import (
+from benchmark_runs import (
     ContenderMeter,
     ControlPlaneAddress,
-    describe_versions,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
     serve_control_plane,
 )
+from contenders import BenchmarkEntry, parse_contenders
 from part_costs import ENTRIES
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def count_instructions(plane: ControlPlaneAddress, entry: BenchmarkEntry, items:
     command += [plane.base_url, plane.anthropic_base_url, plane.token, plane.environment_id]
     done = subprocess.run(  # noqa: S603 - our own interpreter and arguments
         command,
-        env=os.environ | {"PYTHONHASHSEED": "0"},  # random hashes change the count
+        env=os.environ
+        | {"PYTHONHASHSEED": "0"},  # random hashes would change the number of instructions
         stderr=subprocess.PIPE,
         text=True,
         check=True,
@@ -90,7 +91,7 @@ def main(entries: Sequence[BenchmarkEntry]) -> None:
             for entry in entries
         }
     print(format_report(found))
-    print(f"\n{many} items less {few}. {describe_versions()}")
+    print(f"\n{many} items less {few}. {describe_cores_and_versions()}")
 
 
 if __name__ == "__main__":

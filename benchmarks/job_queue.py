@@ -14,9 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import uvloop
+from benchmark_runs import LIMIT_SECONDS
 from contenders import CONCURRENCY
-from contest import LIMIT_SECONDS
-from measured_system import MeasuredSystem, count_stop
+from measured_system import MeasuredSystem, count_stopped_item
 
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
 
@@ -83,7 +83,10 @@ async def _enqueue_jobs(url: str, number: int) -> None:
 
 
 def _wait_until_jobs_finished(url: str) -> None:
-    """Wait until the database marks all jobs as finished; a job counts its stop before that."""
+    """Wait until the database marks all jobs as finished.
+
+    The function of a job counts the job before that, so the counter alone shows the end too early.
+    """
     until = time.monotonic() + LIMIT_SECONDS
     with psycopg.connect(url, autocommit=True) as connection:
         while time.monotonic() < until:
@@ -96,11 +99,11 @@ def _wait_until_jobs_finished(url: str) -> None:
 def _run_worker(url: str, pipe: Connection, stops: Stops) -> None:
     app = _new_app(url)
 
-    async def run_nothing_job() -> None:
-        count_stop(stops)
+    async def run_no_op_job() -> None:
+        count_stopped_item(stops)
 
-    # Not used as a decorator: where procrastinate is not installed, mypy finds no type for it.
-    app.task(name=TASK)(run_nothing_job)
+    # Call `app.task` here. As a decorator it would have no type for mypy without procrastinate.
+    app.task(name=TASK)(run_no_op_job)
 
     async def run_job_worker() -> None:
         async with app.open_async():

@@ -18,18 +18,18 @@ from statistics import quantiles
 from typing import Final
 
 import uvloop
-from contenders import BenchmarkEntry, parse_contenders
-from contest import (
+from benchmark_runs import (
     SENT,
-    Contest,
-    ContestResult,
+    BenchmarkResult,
+    BenchmarkRun,
     ControlPlaneAddress,
-    describe_versions,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
-    run_contest,
     serve_control_plane,
+    start_benchmark_run,
 )
+from contenders import BenchmarkEntry, parse_contenders
 
 from workpool import WorkClient
 
@@ -38,7 +38,7 @@ GAPS: Final = {"idle": (0.025, 0.075), "sparse": (1.0, 3.0)}
 """The shortest and the longest gap between two items, in seconds."""
 
 
-async def enqueue_with_gaps(
+async def enqueue_with_random_gaps(
     plane: ControlPlaneAddress, items: int, gaps: tuple[float, float]
 ) -> None:
     """Enqueue items one by one, each after a random gap."""
@@ -53,15 +53,15 @@ def measure_waits(
 ) -> list[float]:
     """Return the seconds that each item waited for its handler."""
     uvloop.run(enqueue_items(plane, WARM_UP))
-    with run_contest(Contest(entry.run, plane, items, WARM_UP)) as receive:
+    with start_benchmark_run(BenchmarkRun(entry.run, plane, items, WARM_UP)) as receive:
         receive()
-        uvloop.run(enqueue_with_gaps(plane, items, gaps))
-        result: ContestResult = receive()
+        uvloop.run(enqueue_with_random_gaps(plane, items, gaps))
+        result: BenchmarkResult = receive()
     return result.waits
 
 
 def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
-    """Return the table; ratios compare a contender with the first contender of the same gaps."""
+    """Return the table. For each kind of gaps, ratios compare contenders with the first one."""
     base: dict[str, tuple[float, float]] = {}
     rows = []
     for (gaps, name), seconds in waits.items():
@@ -91,7 +91,7 @@ def main() -> None:
                     samples = measure_waits(plane, entry, items, GAPS[name])
                     waits.setdefault((name, entry.name), []).extend(samples)
     print(format_report(waits))
-    print(f"\n{options.rounds} rounds. {describe_versions()}")
+    print(f"\n{options.rounds} rounds. {describe_cores_and_versions()}")
 
 
 if __name__ == "__main__":

@@ -18,18 +18,18 @@ from typing import Any
 import aiohttp
 import orjson
 import uvloop
-from contenders import BLOCK_MS, LEASE_SECONDS, BenchmarkEntry, parse_contenders
-from contest import (
+from benchmark_runs import (
+    BenchmarkRun,
     ContenderMeter,
-    Contest,
     ControlPlaneAddress,
-    WatchedUsage,
-    describe_versions,
+    UsageInPeriod,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
-    run_contest,
     serve_control_plane,
+    start_benchmark_run,
 )
+from contenders import BLOCK_MS, LEASE_SECONDS, BenchmarkEntry, parse_contenders
 
 from workpool import Session, Supervisor, handler
 
@@ -49,7 +49,7 @@ async def hold_leases_with_bare_loop(plane: ControlPlaneAddress, meter: Contende
                 response.raise_for_status()
                 return orjson.loads(await response.read())
 
-        async def hold_lease(work_id: str) -> None:
+        async def renew_lease_repeatedly(work_id: str) -> None:
             expected = "NO_HEARTBEAT"
             while True:
                 query = f"expected_last_heartbeat={expected}&desired_ttl_seconds={LEASE_SECONDS}"
@@ -67,14 +67,14 @@ async def hold_leases_with_bare_loop(plane: ControlPlaneAddress, meter: Contende
             item = await send_request("GET", f"poll?block_ms={BLOCK_MS}")
             if item is not None:
                 await send_request("POST", f"{item['id']}/ack")
-                group.create_task(hold_lease(item["id"]))
+                group.create_task(renew_lease_repeatedly(item["id"]))
 
 
 async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
     """Hold leases in a pool with a slot for each lease and handlers that wait."""
 
     @handler
-    async def hold_session(session: Session) -> None:
+    async def wait_until_interrupted(session: Session) -> None:
         meter.record_stop()
         try:
             await session.interrupted()
@@ -85,7 +85,7 @@ async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ContenderMete
     settings = plane.client_settings(
         concurrency=meter.warm_up + 1, lease_ttl=LEASE_SECONDS, block_ms=BLOCK_MS, drain_timeout=0
     )
-    async with Supervisor(settings, plugins=[hold_session]) as supervisor:
+    async with Supervisor(settings, plugins=[wait_until_interrupted]) as supervisor:
         await supervisor.wait()
 
 
@@ -97,19 +97,19 @@ ENTRIES = (
 
 def measure_held_leases(
     entry: BenchmarkEntry, leases: int, seconds: float, settle: float
-) -> WatchedUsage:
+) -> UsageInPeriod:
     """Measure a contender while it holds the leases, with a control plane of its own."""
     with serve_control_plane() as plane:
         uvloop.run(enqueue_items(plane, leases))
-        contest = Contest(entry.run, plane, 0, leases, watch=seconds, settle=settle)
-        with run_contest(contest) as receive:
+        run = BenchmarkRun(entry.run, plane, 0, leases, watch=seconds, settle=settle)
+        with start_benchmark_run(run) as receive:
             receive()
-            watched: WatchedUsage = receive()
+            watched: UsageInPeriod = receive()
     return watched
 
 
 def format_report(
-    found: dict[tuple[str, int], WatchedUsage], alone: dict[str, WatchedUsage]
+    found: dict[tuple[str, int], UsageInPeriod], alone: dict[str, UsageInPeriod]
 ) -> str:
     """Return the table; `alone` has the measurement of each contender with a single lease."""
     rows = []
@@ -133,8 +133,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40, help="how long each is watched")
     parser.add_argument("--settle", type=float, default=5, help="from the last claim until then")
     options, entries = parse_contenders(parser, entries=ENTRIES)
-    alone: dict[str, WatchedUsage] = {}
-    found: dict[tuple[str, int], WatchedUsage] = {}
+    alone: dict[str, UsageInPeriod] = {}
+    found: dict[tuple[str, int], UsageInPeriod] = {}
     for entry in entries:
         alone[entry.name] = measure_held_leases(entry, 1, options.seconds, options.settle)
         for leases in options.leases:
@@ -142,7 +142,7 @@ def main() -> None:
                 entry, leases, options.seconds, options.settle
             )
     print(format_report(found, alone))
-    print(f"\n{options.seconds:g} s each. {describe_versions()}")
+    print(f"\n{options.seconds:g} s each. {describe_cores_and_versions()}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The servers, database and workers of a system, and the CPU time of each kind of process.
+"""The servers, database and workers of a measured system, and the CPU time of their processes.
 
 A `MeasuredSystem` is a control plane in memory or on SQLite, nodes on one PostgreSQL database, or a
 job queue of another project. Its workers share the servers in turn and count their stops together.
@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import uvloop
 from backlogs import POSTGRES, Backlog, fill_memory_store, fill_store
-from contest import LIMIT_SECONDS, ContenderMeter, ControlPlaneAddress, enqueue_items, run_process
+from benchmark_runs import (
+    LIMIT_SECONDS,
+    ContenderMeter,
+    ControlPlaneAddress,
+    enqueue_items,
+    run_process,
+)
 
 from workpool import WorkClient
 from workpool.pool.lease_renewer import new_event_loop
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
     from typing import Self
 
-    from contest import Contender
+    from benchmark_runs import Contender
 
     Stops = Synchronized[int]
 
@@ -83,13 +89,13 @@ class ResourceUse:
     database: float
     workers: tuple[float, ...]
 
-    def used_since(self, begin: ResourceUse) -> ResourceUse:
+    def usage_since(self, begin: ResourceUse) -> ResourceUse:
         return ResourceUse(
             self.wall - begin.wall,
-            _subtract_each(self.machine, begin.machine),
-            _subtract_each(self.servers, begin.servers),
+            _subtract_tuples(self.machine, begin.machine),
+            _subtract_tuples(self.servers, begin.servers),
             self.database - begin.database,
-            _subtract_each(self.workers, begin.workers),
+            _subtract_tuples(self.workers, begin.workers),
         )
 
     @property
@@ -115,16 +121,16 @@ class MeasuredRun:
 
 @dataclass
 class SharedStopMeter(ContenderMeter):
-    """A meter that counts stops in a counter shared by all workers."""
+    """A meter that counts stopped items in a counter that all workers share."""
 
     stops: Stops | None = None
 
     def record_stop(self) -> None:
-        count_stop(self.stops)
+        count_stopped_item(self.stops)
 
 
-def count_stop(stops: Stops | None) -> None:
-    """Add one stop to the shared counter."""
+def count_stopped_item(stops: Stops | None) -> None:
+    """Add one stopped item to the counter that all workers share."""
     assert stops is not None
     with stops.get_lock():
         stops.value += 1
@@ -156,7 +162,7 @@ class WorkerTeam:
         system = self._system
         return ResourceUse(
             time.monotonic(),
-            machine_seconds(),
+            machine_cpu_seconds(),
             tuple(map(process_cpu_seconds, system.servers)),
             0.0 if system.database is None else process_tree_cpu_seconds(system.database),
             tuple(map(process_cpu_seconds, self.pids)),
@@ -177,7 +183,7 @@ class WorkerTeam:
 
 
 def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) -> MeasuredRun:
-    """Enqueue the items for workers that are already polling, and measure until the last stop."""
+    """Enqueue items for workers that are already polling, and measure until all are stopped."""
     with WorkerTeam(system, workers) as team:
         system.enqueue(warm_up)
         team.wait_for_stops(warm_up)
@@ -186,20 +192,26 @@ def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) 
         system.enqueue(items)
         team.wait_for_stops(warm_up + items)
         system.settled()
-        return MeasuredRun(items, team.read_usage().used_since(begin))
+        return MeasuredRun(items, team.read_usage().usage_since(begin))
 
 
 def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> MeasuredRun:
-    """Measure items while the queue keeps its length, with one worker for each server."""
+    """Measure items while the number of queued items stays the same.
+
+    There is one worker for each control plane process.
+    """
     assert system.plane is not None
     with WorkerTeam(system, len(system.servers)) as team:
-        return asyncio.run(_measure_at_queue_depth(team, system.plane, items, warm_up))
+        return asyncio.run(_run_items_at_queue_depth(team, system.plane, items, warm_up))
 
 
-async def _measure_at_queue_depth(
+async def _run_items_at_queue_depth(
     team: WorkerTeam, plane: ControlPlaneAddress, items: int, warm_up: int
 ) -> MeasuredRun:
-    """Enqueue batches of equal size at every depth, as each request has a fixed cost."""
+    """Enqueue a batch whenever one was handled, and measure `items` items after the warm-up.
+
+    The size of a batch is the same for every queue depth, since each request has a fixed cost.
+    """
     async with WorkClient(plane.client_settings()) as client, asyncio.timeout(LIMIT_SECONDS):
         added, first = 0, 0
         begin: ResourceUse | None = None
@@ -210,11 +222,11 @@ async def _measure_at_queue_depth(
                 added += len(await client.enqueue(BATCH))
             else:
                 await asyncio.sleep(TICK_SECONDS)
-        return MeasuredRun(team.stop_count - first, team.read_usage().used_since(begin))
+        return MeasuredRun(team.stop_count - first, team.read_usage().usage_since(begin))
 
 
 @contextmanager
-def serve_store(
+def serve_control_planes(
     store: str,
     contender: Contender,
     *,
@@ -248,8 +260,8 @@ def serve_store(
         )
 
 
-def machine_seconds() -> tuple[float, float]:
-    """Return the CPU seconds of this machine since its start: used, and in total with idle."""
+def machine_cpu_seconds() -> tuple[float, float]:
+    """Return the CPU seconds of this machine since its boot: the used ones, and all with idle."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)
@@ -293,7 +305,7 @@ def _list_pids() -> list[int]:
     return [int(each.name) for each in _PROC.iterdir() if each.name.isdecimal()]
 
 
-def _subtract_each(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, ...]:
+def _subtract_tuples(after: tuple[float, ...], before: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(last - first for last, first in zip(after, before, strict=True))
 
 

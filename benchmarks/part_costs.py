@@ -1,4 +1,4 @@
-"""The cost of each part and setting of the pool, by runs without the part or with the setting.
+"""The cost of each part and setting of the pool, as the difference of runs with and without it.
 
     python benchmarks/part_costs.py [--items N] [--rounds N] [--only NAME …]
 
@@ -27,7 +27,7 @@ from workpool.logs import JsonFormatter, TextFormatter
 from workpool.testing.loop_supervisor import LoopSupervisor
 
 if TYPE_CHECKING:
-    from contest import ContenderMeter, ControlPlaneAddress
+    from benchmark_runs import ContenderMeter, ControlPlaneAddress
 
     from workpool.events import Event, SessionFinished
 
@@ -40,7 +40,7 @@ class AllEventsObserver:
         pass
 
 
-class OneTypeObserver:
+class SingleEventObserver:
     """A plugin that observes one type of event."""
 
     @hookimpl
@@ -49,7 +49,7 @@ class OneTypeObserver:
 
 
 class SessionWrapper:
-    """A plugin that wraps every session in a context without effect."""
+    """A plugin that wraps every session in a context manager that does nothing."""
 
     @hookimpl
     def workpool_wrap_session(self) -> contextlib.AbstractAsyncContextManager[None]:
@@ -60,10 +60,10 @@ def do_nothing(*_: object) -> None:
     pass
 
 
-async def run_pool_without(
+async def run_pool_without_function(
     function: str, plane: ControlPlaneAddress, meter: ContenderMeter
 ) -> None:
-    """Replace a function by a no-op in this process, then run items in a pool.
+    """Run items in a pool after replacing the given function by one that does nothing.
 
     `function`: `module:name` or `module:Class.name`, since a module cannot be sent to a process.
     """
@@ -86,36 +86,38 @@ async def run_pool_with_log(
         await run_pool(plane, meter)
 
 
-def pool_entry(name: str, **changed: Any) -> BenchmarkEntry:
-    """Return a contender that is the pool with changed settings, plugins or supervisor."""
+def make_pool_entry(name: str, **changed: Any) -> BenchmarkEntry:
+    """Return the pool as a contender, with changed settings, plugins or supervisor."""
     return BenchmarkEntry(name, partial(run_pool, **changed), "workpool")
 
 
-def pool_entry_without(name: str, function: str) -> BenchmarkEntry:
-    """Return a contender that is the pool with an existing function replaced by a no-op."""
+def make_pool_entry_without_function(name: str, function: str) -> BenchmarkEntry:
+    """Return the pool as a contender in which the given function does nothing."""
     pkgutil.resolve_name(function)
-    return BenchmarkEntry(name, partial(run_pool_without, function), "workpool")
+    return BenchmarkEntry(name, partial(run_pool_without_function, function), "workpool")
 
 
 ENTRIES = (
-    pool_entry("workpool"),
+    make_pool_entry("workpool"),
     BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
     BenchmarkEntry("client only", run_client_only, "workpool"),
-    pool_entry_without("metrics off", "workpool.metrics:Metrics.count"),
-    pool_entry_without("session log left out", "workpool.pool.session_runner:_log_session_end"),
+    make_pool_entry_without_function("metrics off", "workpool.metrics:Metrics.count"),
+    make_pool_entry_without_function(
+        "session log left out", "workpool.pool.session_runner:_log_session_end"
+    ),
     BenchmarkEntry("INFO as text", partial(run_pool_with_log, TextFormatter()), "workpool"),
     BenchmarkEntry("INFO as JSON", partial(run_pool_with_log, JsonFormatter()), "workpool"),
-    pool_entry("an observer", plugins=(AllEventsObserver,)),
-    pool_entry("an observer of one type", plugins=(OneTypeObserver,)),
-    pool_entry("a wrapper", plugins=(SessionWrapper,)),
-    pool_entry("one loop", supervisor=LoopSupervisor),
-    pool_entry("stats_interval=0", stats_interval=0),
-    pool_entry("stats_interval=1", stats_interval=1),
-    pool_entry("rates=100000", read_rate=100_000, write_rate=100_000),
-    pool_entry("session_timeout=60", session_timeout=60),
-    pool_entry("max_attempts=3", max_attempts=3),
-    pool_entry("prefetch=8", prefetch=8),
-    pool_entry("metrics_listen=:0", metrics_listen="127.0.0.1:0"),
+    make_pool_entry("an observer", plugins=(AllEventsObserver,)),
+    make_pool_entry("an observer of one type", plugins=(SingleEventObserver,)),
+    make_pool_entry("a wrapper", plugins=(SessionWrapper,)),
+    make_pool_entry("one loop", supervisor=LoopSupervisor),
+    make_pool_entry("stats_interval=0", stats_interval=0),
+    make_pool_entry("stats_interval=1", stats_interval=1),
+    make_pool_entry("rates=100000", read_rate=100_000, write_rate=100_000),
+    make_pool_entry("session_timeout=60", session_timeout=60),
+    make_pool_entry("max_attempts=3", max_attempts=3),
+    make_pool_entry("prefetch=8", prefetch=8),
+    make_pool_entry("metrics_listen=:0", metrics_listen="127.0.0.1:0"),
 )
 
 

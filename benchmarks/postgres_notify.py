@@ -34,7 +34,7 @@ WITH changed AS (UPDATE counted SET value = value + 1 WHERE id = $1 RETURNING id
 SELECT pg_notify('{CHANNEL}', 'node' || chr(10) || '1 work:env_' || id) FROM changed"""  # noqa: S608 - our own words
 
 
-async def run_commit_node(
+async def run_committing_process(
     url: str, kind: str, first: int, connections: int, seconds: float
 ) -> None:
     """Commit updates for some seconds; print the number of commits and the CPU seconds."""
@@ -48,7 +48,7 @@ async def run_commit_node(
         await asyncio.to_thread(sys.stdin.readline)
         start, cpu = time.perf_counter(), time.process_time()
 
-        async def commit_until_end(place: int, announce: Callable[[str], Any]) -> int:
+        async def commit_until_time_is_over(place: int, announce: Callable[[str], Any]) -> int:
             row, sql = first + place, UPDATE_AND_NOTIFY if kind == INSIDE else UPDATE
             commits = 0
             while time.perf_counter() < start + seconds:
@@ -57,13 +57,14 @@ async def run_commit_node(
                 announce(work_topic(f"env_{row}"))
             return commits
 
-        def announce_nothing(_: str) -> None:
+        def skip_announcement(_: str) -> None:
             pass
 
         async with asyncio.TaskGroup() as committing:
-            announce = hub.announce_changes if kind == HUB else announce_nothing
+            announce = hub.announce_changes if kind == HUB else skip_announcement
             tasks = [
-                committing.create_task(commit_until_end(n, announce)) for n in range(connections)
+                committing.create_task(commit_until_time_is_over(n, announce))
+                for n in range(connections)
             ]
         commits = sum(task.result() for task in tasks)
         print(json.dumps([commits, time.process_time() - cpu]), flush=True)
@@ -71,7 +72,7 @@ async def run_commit_node(
             sending.cancel()
 
 
-def measure_commits(
+def measure_commit_rate(
     url: str, kind: str, nodes: int, connections: int, seconds: float
 ) -> tuple[float, ...]:
     """Return the commits per second of all nodes together, and the CPU µs per commit."""
@@ -120,7 +121,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.node:
         uvloop.run(
-            run_commit_node(given.url, given.node, given.first, given.connections, given.seconds)
+            run_committing_process(
+                given.url, given.node, given.first, given.connections, given.seconds
+            )
         )
         return
     asyncio.run(create_counter_table(given.url, 4 * given.connections))
@@ -130,7 +133,7 @@ def main() -> None:
         for _ in range(given.rounds):
             for kind, results in found.items():
                 results.append(
-                    measure_commits(given.url, kind, nodes, given.connections, given.seconds)
+                    measure_commit_rate(given.url, kind, nodes, given.connections, given.seconds)
                 )
         for kind, results in found.items():
             rate, cpu = (statistics.median(column) for column in zip(*results, strict=True))

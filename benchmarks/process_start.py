@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from contest import describe_versions, format_table
+from benchmark_runs import describe_cores_and_versions, format_table
 
 KINDS = {
     "import aiohttp": ("-c", "import aiohttp"),
@@ -45,12 +45,12 @@ def main() -> None:
     taken: dict[str, list[float]] = {name: [] for name in KINDS}
     with tempfile.TemporaryDirectory() as cache:
         for arguments in KINDS.values():
-            time_process(arguments, cache)  # fills the cache with compiled modules
+            time_process(arguments, cache)  # compile the modules first
         for _ in range(runs):
             for name, arguments in KINDS.items():
                 taken[name].append(time_process(arguments, cache))
     unit = statistics.median(taken["import aiohttp"])
-    print(describe_versions())
+    print(describe_cores_and_versions())
     print(
         format_table(
             ("process", "runs", "median ms", "ratio", "fastest ms"),

@@ -1,4 +1,4 @@
-"""The cost of a poll to the embedded control plane while many items wait for their ack.
+"""The cost of a poll to the embedded control plane with many delivered, unacknowledged items.
 
     python benchmarks/redelivery.py [--items 1000000] [--calls 2000]
 
@@ -15,7 +15,7 @@ import gc
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from contest import describe_versions, format_table
+from benchmark_runs import describe_cores_and_versions, format_table
 
 from workpool.server import Operations, Poll
 
@@ -32,8 +32,8 @@ PATIENT = Poll("patient", reclaim_older_than_ms=LONG_WINDOW_MS)
 """The poll of a worker that leaves items to others for an hour."""
 
 
-class QueueCase(NamedTuple):
-    """A queue with a number of items, of which some were delivered and not acknowledged."""
+class MeasuredQueue(NamedTuple):
+    """The size of a measured queue. `delivered` items were delivered, but not acknowledged."""
 
     name: str
     items: int
@@ -48,8 +48,8 @@ class CallCosts(NamedTuple):
     stats: float
 
 
-def fill_queue(case: QueueCase, now: list[float]) -> Operations:
-    """Return a queue with delivered items that a poll with the default window delivers again."""
+def fill_queue(case: MeasuredQueue, now: list[float]) -> Operations:
+    """Return a queue whose delivered items are old enough to be delivered again by a poll."""
     operations = Operations([ENVIRONMENT], now=lambda: now[0], history_limit=0)
     for _ in range(0, case.items, BATCH):
         operations.enqueue(ENVIRONMENT, count=BATCH)
@@ -60,7 +60,7 @@ def fill_queue(case: QueueCase, now: list[float]) -> Operations:
     return operations
 
 
-def measure_calls(case: QueueCase, calls: int) -> CallCosts:
+def measure_calls(case: MeasuredQueue, calls: int) -> CallCosts:
     """Measure the CPU time of each kind of call on a queue."""
     operations = fill_queue(case, [1_800_000_000.0])
 
@@ -69,13 +69,13 @@ def measure_calls(case: QueueCase, calls: int) -> CallCosts:
         assert item is not None
         operations.ack_item(ENVIRONMENT, item.id, "worker")
 
-    def find_no_due_item() -> None:
+    def search_queue_without_due_items() -> None:
         operations.get_queue(ENVIRONMENT).oldest_claimable(-1)
 
     claims = mean_cpu_seconds(poll_and_ack, min(calls, case.items // 2))
     return CallCosts(
         claims,
-        mean_cpu_seconds(find_no_due_item, calls),
+        mean_cpu_seconds(search_queue_without_due_items, calls),
         mean_cpu_seconds(lambda: operations.queue_stats(ENVIRONMENT), 20),
     )
 
@@ -100,10 +100,10 @@ def main() -> None:
     options = parser.parse_args()
     window = POLLS_PER_SECOND * WINDOW_SECONDS
     cases = (
-        QueueCase("baseline", 1000, 0),
-        QueueCase("nothing delivered", options.items, 0),
-        QueueCase("a window of deliveries", options.items, min(window, options.items)),
-        QueueCase("all delivered", options.items, options.items),
+        MeasuredQueue("baseline", 1000, 0),
+        MeasuredQueue("nothing delivered", options.items, 0),
+        MeasuredQueue("a window of deliveries", options.items, min(window, options.items)),
+        MeasuredQueue("all delivered", options.items, options.items),
     )
     rows: list[list[str]] = []
     baseline: CallCosts | None = None
@@ -117,7 +117,7 @@ def main() -> None:
         rows.append([case.name, str(case.items), str(case.delivered), *cells])
     head = ("case", "items", "delivered", "poll and ack, µs", "poll, nothing due, µs", "stats, µs")
     print(format_table(head, rows))
-    print(f"\nCPU time of one call, and its ratio to the baseline. {describe_versions()}")
+    print(f"\nCPU time of one call, and its ratio to the baseline. {describe_cores_and_versions()}")
 
 
 if __name__ == "__main__":

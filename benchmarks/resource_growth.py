@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import uvloop
-from contest import (
+from benchmark_runs import (
     ControlPlaneAddress,
-    describe_versions,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
     private_memory_kib,
@@ -58,7 +58,7 @@ class ResourceSample(NamedTuple):
 
 def take_sample(sessions: int) -> ResourceSample:
     """Return the resources that this process uses now."""
-    for _ in range(3):  # finalizers may make further objects collectable
+    for _ in range(3):  # a finalizer may release objects for the next collection
         gc.collect()
     return ResourceSample(
         sessions,
@@ -107,7 +107,7 @@ async def run_sessions_and_sample(
                 await enqueue_items(plane, count)
                 sent += count
                 await wait_for_sessions(sent)
-            await asyncio.sleep(1)  # lets the last sessions end
+            await asyncio.sleep(1)  # time for the last sessions to end
             found.append(take_sample(sessions))
             print(found[-1], file=sys.stderr, flush=True)
     return found
@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=12_000, help="sessions before the first")
     options = parser.parse_args()
-    logging.disable(logging.ERROR)  # otherwise a third of the sessions would log an error
+    logging.disable(logging.ERROR)  # a third of the sessions raise an error on purpose
     step = (options.sessions - options.warm_up) / (options.samples - 1)
     samples = [options.warm_up + round(step * number) for number in range(options.samples)]
     with serve_control_plane() as plane:
@@ -137,7 +137,7 @@ def main() -> int:
     head = ("sessions", "objects", "tasks", "descriptors", "threads", "memory MiB")
     print(format_table(head, [each.table_row() for each in found]))
     names = find_grown_resources(found[0], found[-1])
-    print(f"\ngrown: {', '.join(names) or 'nothing'}. {describe_versions()}")
+    print(f"\ngrown: {', '.join(names) or 'nothing'}. {describe_cores_and_versions()}")
     return 1 if names else 0
 
 

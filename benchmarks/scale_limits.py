@@ -17,10 +17,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backlogs import Backlog
+from benchmark_runs import (
+    describe_cores_and_versions,
+    format_ratio,
+    format_table,
+    private_memory_kib,
+)
 from contenders import run_pool
-from contest import describe_versions, format_ratio, format_table, private_memory_kib
 from database_server import database_server
-from held_sessions import HeldSessionsCost, make_holding_contender, measure_held_sessions
+from held_sessions import (
+    HeldSessionsCost,
+    make_contender_with_waiting_sessions,
+    measure_held_sessions,
+)
 from measured_system import (
     MeasuredRun,
     ResourceUse,
@@ -41,7 +50,7 @@ BUSY = 0.85
 
 @dataclass(frozen=True)
 class ScaleBenchmark:
-    """The inputs of each part of the benchmark: options, stores and a database server or None."""
+    """The options of the benchmark, the stores that it measures, and a database server if any."""
 
     options: argparse.Namespace
     stores: Sequence[ServedStore]
@@ -96,24 +105,27 @@ def format_costs(found: MeasuredRun) -> list[str]:
 
 
 def format_leases_report(bench: ScaleBenchmark) -> str:
-    """Return the table of held leases."""
+    """Return the table of the cost of waiting sessions, by the number of their leases."""
     return format_held_sessions_report(bench, bench.options.leases, streams=False)
 
 
-def format_streams_report(bench: ScaleBenchmark) -> str:
-    """Return the table of open event streams."""
+def format_event_streams_report(bench: ScaleBenchmark) -> str:
+    """Return the table of the cost of waiting sessions with event streams, by their number."""
     return format_held_sessions_report(bench, bench.options.streams, streams=True)
 
 
 def format_held_sessions_report(
     bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool
 ) -> str:
-    """Return the table of held sessions. Its memory is that beyond a process with one session."""
+    """Return the table of the cost of waiting sessions, by their number.
+
+    The memory is the difference to processes with a single session.
+    """
     rows = []
     for store in bench.stores:
-        alone = hold_sessions_of_store(bench, store, 1, streams=streams)
+        alone = measure_sessions_on_store(bench, store, 1, streams=streams)
         for number in numbers:
-            found = hold_sessions_of_store(bench, store, number, streams=streams)
+            found = measure_sessions_on_store(bench, store, number, streams=streams)
             use = found.use
             cpu = [
                 found.percent_of_core(each)
@@ -135,13 +147,13 @@ def format_held_sessions_report(
     return format_table((*COLUMNS, *head, "per 1,000 %", "connections", "lost"), rows)
 
 
-def hold_sessions_of_store(
+def measure_sessions_on_store(
     bench: ScaleBenchmark, store: ServedStore, sessions: int, *, streams: bool
 ) -> HeldSessionsCost:
-    """Measure one process that holds a number of sessions of a new control plane."""
+    """Measure one worker with a number of waiting sessions, and new control planes on the store."""
     options = bench.options
     with store.open_store(
-        make_holding_contender(sessions, streams=streams), Backlog(), bench.server
+        make_contender_with_waiting_sessions(sessions, streams=streams), Backlog(), bench.server
     ) as system:
         return measure_held_sessions(
             system, sessions, seconds=options.seconds, settle=options.settle, streams=streams
@@ -173,7 +185,7 @@ def format_queue_depths_report(bench: ScaleBenchmark) -> str:
 PARTS: dict[str, Callable[[ScaleBenchmark], str]] = {
     "workers": format_workers_report,
     "leases": format_leases_report,
-    "streams": format_streams_report,
+    "streams": format_event_streams_report,
     "depth": format_queue_depths_report,
 }
 
@@ -198,7 +210,7 @@ def main() -> None:
             load = os.getloadavg()[0]
             found = PARTS[name](ScaleBenchmark(options, stores, server))
             print(f"{name}, at a load of {load:.0f}:\n\n{found}\n", flush=True)
-    print(describe_versions())
+    print(describe_cores_and_versions())
 
 
 if __name__ == "__main__":

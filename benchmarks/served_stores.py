@@ -1,4 +1,4 @@
-"""The kinds of stores in benchmarks, each with the number of control planes that share it."""
+"""The stores that benchmarks compare, each with the number of control planes that serve it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from measured_system import MEMORY, serve_store
+from measured_system import MEMORY, serve_control_planes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from backlogs import Backlog
-    from contest import Contender
+    from benchmark_runs import Contender
     from measured_system import MeasuredSystem
 
     from tests.postgres.cluster import Cluster
@@ -24,7 +24,7 @@ COLUMNS = ("store", "nodes")
 
 @dataclass(frozen=True)
 class ServedStore:
-    """A kind of store, with its name on the command line and its name in tables."""
+    """A kind of store, with its name on the command line and the number of its control planes."""
 
     name: str
     kind: str
@@ -40,7 +40,10 @@ class ServedStore:
     def open_store(
         self, contender: Contender, backlog: Backlog, server: Cluster | None
     ) -> Iterator[MeasuredSystem]:
-        """Start control planes on a new store with a backlog. A database is created on `server`."""
+        """Start control planes on a new store with a backlog.
+
+        A store in PostgreSQL is a new database of `server`.
+        """
         with ExitStack() as stack:
             if self.on_database:
                 assert server is not None
@@ -49,7 +52,7 @@ class ServedStore:
                 place = MEMORY
             else:
                 place = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "items.db")
-            planes = serve_store(
+            planes = serve_control_planes(
                 place,
                 contender,
                 backlog=backlog,

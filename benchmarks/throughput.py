@@ -13,37 +13,37 @@ import argparse
 import asyncio
 from statistics import median
 
-from contenders import BenchmarkEntry, parse_contenders
-from contest import (
-    Contest,
-    ContestResult,
+from benchmark_runs import (
+    BenchmarkResult,
+    BenchmarkRun,
     ControlPlaneAddress,
-    describe_versions,
+    describe_cores_and_versions,
     enqueue_items,
     format_table,
-    run_contest,
     serve_control_plane,
+    start_benchmark_run,
 )
+from contenders import BenchmarkEntry, parse_contenders
 
 WARM_UP = 100
 
 
 def measure_contender(
     plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int
-) -> ContestResult:
+) -> BenchmarkResult:
     """Fill the queue, and measure a contender until the queue is empty."""
     asyncio.run(enqueue_items(plane, items + WARM_UP))
-    with run_contest(Contest(entry.run, plane, items, WARM_UP)) as receive:
+    with start_benchmark_run(BenchmarkRun(entry.run, plane, items, WARM_UP)) as receive:
         receive()
-        result: ContestResult = receive()
+        result: BenchmarkResult = receive()
     return result
 
 
-def format_report(rounds: dict[str, list[ContestResult]]) -> str:
+def format_report(rounds: dict[str, list[BenchmarkResult]]) -> str:
     """Return the table, which compares each contender with the first one."""
     base = next(iter(rounds.values()))
 
-    def format_row(name: str, results: list[ContestResult]) -> list[str]:
+    def format_row(name: str, results: list[BenchmarkResult]) -> list[str]:
         pairs = list(zip(results, base, strict=True))
         speedups = [result.items_per_second / floor.items_per_second for result, floor in pairs]
         return [
@@ -61,15 +61,15 @@ def format_report(rounds: dict[str, list[ContestResult]]) -> str:
 
 def compare_contenders(entries: list[BenchmarkEntry], items: int, number_of_rounds: int) -> None:
     """Measure all contenders in each round, and print the table."""
-    rounds: dict[str, list[ContestResult]] = {entry.name: [] for entry in entries}
+    rounds: dict[str, list[BenchmarkResult]] = {entry.name: [] for entry in entries}
     with serve_control_plane() as plane:
         for number in range(number_of_rounds):
-            turn = number % len(entries)  # each round begins with the next contender
+            turn = number % len(entries)  # so that every contender runs first in some rounds
             for entry in entries[turn:] + entries[:turn]:
                 result = measure_contender(plane, entry, max(1, items // entry.divisor))
                 rounds[entry.name].append(result)
     print(format_report(rounds))
-    print(f"\n{number_of_rounds} rounds. {describe_versions()}")
+    print(f"\n{number_of_rounds} rounds. {describe_cores_and_versions()}")
 
 
 def main() -> None:

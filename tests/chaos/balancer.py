@@ -52,7 +52,9 @@ class Balancer:
         assert task is not None
         self._connections.add(task)
         try:
-            with suppress(asyncio.CancelledError):  # only `__aexit__` cancels this task
+            with suppress(
+                asyncio.CancelledError
+            ):  # `__aexit__` cancels this task and only waits for its end
                 await self._connect_to_node(reader, writer)
         finally:
             self._connections.discard(task)

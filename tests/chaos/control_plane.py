@@ -1,4 +1,4 @@
-"""The control plane process of a storm, with a store, faults from a file and a journal on disk.
+"""The control plane of a chaos test, as a process that injects faults and writes a journal.
 
 `python control_plane.py CONFIG`, where CONFIG is the JSON of a `ControlPlaneConfig`. The journal is
 one line of JSON per fact, written as it happens: received requests, applied and stored changes,
@@ -39,7 +39,7 @@ LAG_SECONDS = 0.1
 
 
 def seconds_since_boot() -> float:
-    """Return the seconds since the boot of the machine, sleep included, as in all processes."""
+    """Return the seconds since the boot of the machine, including sleep: one clock for all."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -104,7 +104,7 @@ class Journal(History):
     async def record_arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Outermost middleware: write the arrival of each request."""
         if "work_id" in request.match_info:
-            self.write_line("came", **_describe_call(request))
+            self.write_line("came", **_describe_request_for_journal(request))
         return await handler(request)
 
     @web.middleware
@@ -112,11 +112,11 @@ class Journal(History):
         """Innermost middleware: write each successful call before a fault changes its answer."""
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
-            self.write_line("durable", **_describe_call(request))
+            self.write_line("durable", **_describe_request_for_journal(request))
         return response
 
 
-def _describe_call(request: web.Request) -> dict[str, str | None]:
+def _describe_request_for_journal(request: web.Request) -> dict[str, str | None]:
     tail = request.path.rpartition("/")[2]
     work_id = request.match_info["work_id"]
     op = tail if tail != work_id else {"GET": "get", "POST": "update"}[request.method]
@@ -137,16 +137,19 @@ def install_faults(
 
 
 def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
-    """Return the fault with a journal entry that is written before the fault takes effect."""
+    """Return a fault that writes an entry to the journal, and then does the same as `fault`."""
 
-    def write_fault(_environment_id: str, work_id: str | None) -> None:
+    def write_fault_to_journal(_environment_id: str, work_id: str | None) -> None:
         journal.write_line("fault", kind=name, work_id=work_id)
 
-    return nest_faults([Fault(before=write_fault), fault])
+    return nest_faults([Fault(before=write_fault_to_journal), fault])
 
 
 async def record_loop_lag(journal: Journal) -> None:
-    """Write a line to the journal when this event loop was delayed, and so read requests late."""
+    """Write a line to the journal whenever this event loop was delayed.
+
+    A delayed event loop reads requests late, so the checker allows requests to arrive late then.
+    """
     while True:
         before = seconds_since_boot()
         await asyncio.sleep(TICK_SECONDS)
@@ -207,5 +210,5 @@ if __name__ == "__main__":
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
             runner.run(serve_control_plane(config))
-        except ServeError as error:  # the database is not available
+        except ServeError as error:  # such as a database that is not available
             sys.exit(f"cannot start: {error}")

@@ -1,8 +1,9 @@
-"""A storm on PostgreSQL; `python -m tests.chaos.database_storm --seed 1` runs it for a minute.
+"""A chaos test of three control planes on one PostgreSQL database, which fail one by one.
 
-The storm of `storm` with three control planes on one database, behind a balancer, so that the calls
-for one item reach all of them. They are killed and started again one by one, and the database is
-restarted or killed. The database's own history is the record of all changes.
+`python -m tests.chaos.database_storm --seed 1` runs it for a minute. It does the same as `storm`,
+but the control planes are behind a balancer, so that the calls for one item reach all of them. They
+are killed and started again one by one, and the database is restarted or killed. The database
+itself records the history of all changes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.control_plane import seconds_since_boot
-from tests.chaos.processes import SECONDS, StartError, StormFleet
+from tests.chaos.processes import SECONDS, StartError, StormProcesses
 from tests.chaos.recorded_history import find_history_violations, read_history
 from tests.chaos.storm import KINDS, Storm, StormSettings, format_report, parse_settings
 from tests.postgres.cluster import remove_cluster, start_cluster
@@ -26,7 +27,7 @@ from tests.postgres.cluster import remove_cluster, start_cluster
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from tests.chaos.storm_checker import StormVerdict
+    from tests.chaos.storm_checker import StormResult
     from tests.postgres.cluster import Cluster
 
 PLANES = 3
@@ -45,9 +46,9 @@ _SNAPSHOT = """
 
 
 class DatabaseStorm(Storm):
-    """One storm on a new database, whose cluster the storm restarts and kills."""
+    """One chaos test on a new database, whose server is also stopped, killed and started again."""
 
-    # The fault `expired` needs an index in memory, which these control planes do not have.
+    # Leave out the fault `expired`: it changes items in memory, but here they are in the database.
     kinds = [kind for kind in KINDS if kind["kind"] != "expired"]  # noqa: RUF012 - never changed
 
     def __init__(self, settings: StormSettings, folder: Path, cluster: Cluster) -> None:
@@ -57,8 +58,8 @@ class DatabaseStorm(Storm):
         self._restart: asyncio.Task[None] | None = None
         super().__init__(settings, folder)
 
-    def _make_fleet(self, folder: Path) -> StormFleet:
-        return StormFleet(folder, self.settings.write_rate, store=self._url, planes=PLANES)
+    def _make_fleet(self, folder: Path) -> StormProcesses:
+        return StormProcesses(folder, self.settings.write_rate, store=self._url, planes=PLANES)
 
     async def _start_control_planes(self, faults: str = "") -> None:
         for number in range(PLANES):
@@ -74,11 +75,11 @@ class DatabaseStorm(Storm):
                     return
                 await asyncio.sleep(0.5)
 
-    def _control_plane_disturbances(self) -> list[Coroutine[Any, Any, None]]:
+    def _control_plane_faults(self) -> list[Coroutine[Any, Any, None]]:
         return [self._kill_control_plane(), self._restart_database_repeatedly()]
 
     async def _kill_control_plane(self) -> None:
-        """Kill and restart random control planes, sometimes before the previous one is ready."""
+        """Repeatedly kill a random control plane, and start it again at once or a little later."""
         every = self.settings.plane_kill_every / PLANES
         while True:
             await asyncio.sleep(every * self._random.uniform(0.7, 1.3))
@@ -94,8 +95,8 @@ class DatabaseStorm(Storm):
             await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
             self._record_action("database killed" if crash else "database stopped")
-            # The thread of a restart may outlive the storm, so `_finish_without_faults` waits until
-            # the database is available again.
+            # If this task is cancelled, the thread still restarts the database. So keep the task of
+            # the thread: `_finish_without_faults` waits for it.
             self._restart = asyncio.create_task(  # noqa: TID251 - `_finish_without_faults` awaits it
                 asyncio.to_thread(self._restart_database, away, crash=crash)
             )
@@ -132,8 +133,8 @@ class DatabaseStorm(Storm):
         found = [*super()._read_journal(), *records, *self._snapshots]
         return sorted(found, key=lambda line: float(line["t"]))
 
-    def _check_records(self) -> StormVerdict:
-        verdict = super()._check_records()
+    def _check_guarantees(self) -> StormResult:
+        verdict = super()._check_guarantees()
         history = read_history(self._cluster, self._url, self._fleet.offset)
         verdict.broken += [
             *find_history_violations(history),
@@ -143,7 +144,10 @@ class DatabaseStorm(Storm):
 
 
 def main() -> None:
-    """Run one storm, and keep its folder; exit with status 1 if a guarantee was violated."""
+    """Run one chaos test, and print its result and the folder of its files.
+
+    The exit status is 1 if a guarantee was violated.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = parse_settings(__doc__)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))

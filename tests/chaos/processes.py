@@ -1,6 +1,6 @@
-"""The processes of a storm: control planes and workers, with a record of kills and signals.
+"""The processes of a chaos test: control planes and workers, with a record of their signals.
 
-A `StormFleet` starts them on the loopback interface and ends all of them when its block ends.
+A `StormProcesses` starts them on the loopback interface and ends all of them when its block ends.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class StartError(Exception):
     """A process ended before it was ready."""
 
 
-class StormFleet:
-    """The control plane processes and workers of one storm, with their files in one folder.
+class StormProcesses:
+    """The control plane processes and workers of one chaos test, with their files in one folder.
 
     Args:
         folder: Holds the store, the journal, the trace and the logs.
@@ -104,7 +104,7 @@ class StormFleet:
     async def start_control_plane(
         self, seed: int, *, number: int = 0, faults: str = "", ahead: float = 0.0
     ) -> None:
-        """Start a process of the control plane; kill the running one of this number.
+        """Start a control plane process, after killing the one with the same number if it runs.
 
         Args:
             seed: The seed of its faults.
@@ -209,7 +209,7 @@ class StormFleet:
         await self.workers[name].wait()
 
     def was_killed(self, name: str) -> bool:
-        """Return whether a SIGKILL was sent to the last worker of this name."""
+        """Return whether the latest worker process with this name was killed by SIGKILL."""
         pid = self.workers[name].pid
         return any(action["pid"] == pid and action["what"] == "kill" for action in self.actions)
 

@@ -29,19 +29,25 @@ _HISTORY = """
 
 
 def read_history(cluster: Cluster, url: str, offset: float) -> list[Record]:
-    """Return the history of a database, with `offset` seconds subtracted from all times."""
+    """Return the history that a database recorded, with times in seconds since the machine's boot.
 
-    def to_shifted_seconds(microseconds: int | None) -> float | None:
+    Args:
+        cluster: The server of the database.
+        url: The URL of the database.
+        offset: The time of the boot, in seconds since the epoch.
+    """
+
+    def to_seconds_after_offset(microseconds: int | None) -> float | None:
         return None if microseconds is None else microseconds / 1e6 - offset
 
     return [
         Record(
-            to_shifted_seconds(time) or 0.0,
+            to_seconds_after_offset(time) or 0.0,
             work_id,
             kind,
             worker_id,
             state,
-            to_shifted_seconds(lease_end),
+            to_seconds_after_offset(lease_end),
             op,
         )
         for time, work_id, kind, worker_id, state, lease_end, op in json.loads(

@@ -1,5 +1,6 @@
-"""A storm of concurrent faults; `python -m tests.chaos.storm --seed 1` runs it for a minute.
+"""A chaos test, called a storm: real processes under many kinds of faults at the same time.
 
+`python -m tests.chaos.storm --seed 1` runs a storm of a minute.
 Three `workpool run` processes use a control plane on SQLite with faults from a file. Workers
 are killed and started again, one is suspended for longer than its lease, one has a failing network,
 the control plane itself is killed, operators stop items. Then all faults end, the queue is drained,
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from tests.chaos.control_plane import seconds_since_boot
-from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, StormFleet
-from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormVerdict
+from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, StormProcesses
+from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormResult
 from workpool.testing import Proxy
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ KINDS: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class StormSettings:
-    """The strength of a storm.
+    """The settings of a storm: its length, its work, and how often faults occur.
 
     Attributes:
         seconds: The minimum duration; the storm also waits until a suspended worker resumes.
@@ -98,7 +99,7 @@ class Storm:
         self._woke = asyncio.Event()
         self._stopped: str | None = None
 
-    async def run_to_end(self) -> StormVerdict:
+    async def run_to_end(self) -> StormResult:
         """Run the storm, check the guarantees, and return the result."""
         faults = [
             {"ops": WORKER_OPS, "probability": self._random.uniform(0.05, 0.1), **kind}
@@ -113,12 +114,12 @@ class Storm:
             await self._start_control_planes(str(self._faults))
             for name in NAMES:
                 await self._start_worker(name, proxy)
-            await self._run_disturbances(http, proxy)
+            await self._create_work_and_faults(http, proxy)
             await self._finish_without_faults(http, proxy)
-        return self._check_records()
+        return self._check_guarantees()
 
-    def _make_fleet(self, folder: Path) -> StormFleet:
-        return StormFleet(folder, self.settings.write_rate)
+    def _make_fleet(self, folder: Path) -> StormProcesses:
+        return StormProcesses(folder, self.settings.write_rate)
 
     async def _start_control_planes(self, faults: str = "") -> None:
         await self._fleet.start_control_plane(self._random.randrange(1 << 30), faults=faults)
@@ -126,7 +127,7 @@ class Storm:
     async def _start_worker(self, name: str, proxy: Proxy) -> None:
         await self._fleet.start_worker(name, proxy.base_url if name == BEHIND_PROXY else "")
 
-    async def _run_disturbances(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+    async def _create_work_and_faults(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         async with asyncio.TaskGroup() as group:
             disturbances = [
                 group.create_task(disturbance)
@@ -134,7 +135,7 @@ class Storm:
                     self._enqueue_items(http),
                     self._kill_workers(proxy),
                     self._suspend_workers(),
-                    *self._control_plane_disturbances(),
+                    *self._control_plane_faults(),
                     self._stop_items(http),
                     self._disturb_network(proxy),
                     self._record_loop_lag(),
@@ -144,18 +145,18 @@ class Storm:
             await self._woke.wait()
             for disturbance in disturbances:
                 disturbance.cancel()
-        if self._stopped is not None:  # the storm ended while a worker was suspended
+        if self._stopped is not None:  # a worker is still suspended, so resume it
             self._fleet.send_signal("cont", self._stopped)
 
     async def _enqueue_items(self, http: aiohttp.ClientSession) -> None:
         for number in count():
             chance = self._random.random()
-            # The first items are long, so that a worker that is suspended early holds an item.
+            # The first sessions are long, so that the first suspended worker is running one.
             is_long = chance > 0.65 or number < 2 * len(NAMES)
             seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
             answer = await self._send_request(http, "POST", "", {"metadata": metadata})
-            # Without an answer, the items may or may not exist; the last snapshot shows them.
+            # An item may exist although the answer was lost. The last snapshot contains it then.
             if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):
@@ -183,7 +184,7 @@ class Storm:
             await self._start_worker(name, proxy)
 
     async def _suspend_workers(self) -> None:
-        """Suspend a busy worker for longer than its leases last, again and again."""
+        """Repeatedly suspend a busy worker, each time for longer than its leases last."""
         while True:
             self._stopped = await self._wait_for_busy_worker()
             self._fleet.send_signal("stop", self._stopped)
@@ -206,7 +207,7 @@ class Storm:
             if busy:
                 return self._random.choice(busy)
 
-    def _control_plane_disturbances(self) -> list[Coroutine[Any, Any, None]]:
+    def _control_plane_faults(self) -> list[Coroutine[Any, Any, None]]:
         return [self._kill_control_plane()]
 
     async def _kill_control_plane(self) -> None:
@@ -224,8 +225,8 @@ class Storm:
                 await self._send_request(http, "POST", f"/{work_id}/stop", {"force": force})
 
     async def _disturb_network(self, proxy: Proxy) -> None:
-        # A partition is not among the faults: it would delay requests that were sent in time, and
-        # the check could not distinguish them from requests that were sent late.
+        # `proxy.partition` must not be one of these faults. It holds requests back and delivers
+        # them later, and the checker would take them for requests that were sent too late.
         faults = (
             proxy.blackhole,
             proxy.reset,
@@ -240,7 +241,10 @@ class Storm:
             proxy.heal()
 
     async def _record_loop_lag(self) -> None:
-        """Record delays of this event loop, since a busy machine delays the workers as well."""
+        """Record how long this event loop was delayed.
+
+        A busy machine delays the workers in the same way, and the checker allows for that.
+        """
         while True:
             before = seconds_since_boot()
             await asyncio.sleep(TICK_SECONDS)
@@ -260,17 +264,19 @@ class Storm:
         else:
             await self._start_control_planes()
             for name in NAMES:
-                if self._fleet.was_killed(name):  # the storm ended between its kill and its restart
+                if self._fleet.was_killed(
+                    name
+                ):  # and was not restarted before the end of the storm
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)
-            await self._wait_until_all_stopped(http)
+            await self._wait_until_all_items_stopped(http)
             for name in NAMES:
                 self._fleet.workers[name].terminate()
                 await self._fleet.wait_for_clean_exit(name)
         await self._fleet.stop_control_planes()
 
-    async def _wait_until_all_stopped(self, http: aiohttp.ClientSession) -> None:
-        """Wait until all items are stopped, at most while leases of killed workers may last."""
+    async def _wait_until_all_items_stopped(self, http: aiohttp.ClientSession) -> None:
+        """Wait until all items are stopped, but at most for twice the lease of an ack."""
         until = seconds_since_boot() + 2 * ACK_LEASE_SECONDS
         while await self._has_unfinished_items(http):
             if seconds_since_boot() > until:
@@ -287,7 +293,7 @@ class Storm:
                 return False
             after = f"&after_id={page['last_id']}"
 
-    def _check_records(self) -> StormVerdict:
+    def _check_guarantees(self) -> StormResult:
         folder = self._fleet.folder
         checker = StormChecker(
             self._read_journal(),
@@ -312,7 +318,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def format_report(settings: StormSettings, verdict: StormVerdict) -> str:
+def format_report(settings: StormSettings, verdict: StormResult) -> str:
     """Return the result of a storm as text."""
     return "\n".join(
         [
@@ -325,8 +331,11 @@ def format_report(settings: StormSettings, verdict: StormVerdict) -> str:
 
 
 def main() -> None:
-    """Run one storm, and keep its folder; exit with status 1 if a guarantee was violated."""
-    # SIGTERM must end the workers, too, as Ctrl-C does.
+    """Run one storm, and print its result and the folder of its files.
+
+    The exit status is 1 if a guarantee was violated.
+    """
+    # Handle SIGTERM like Ctrl-C. Otherwise it would end this process, but not the workers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = parse_settings(__doc__)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))

@@ -45,8 +45,8 @@ class HandlerRun:
 
 
 @dataclass
-class StormVerdict:
-    """The result of the check of a storm: violations and counts.
+class StormResult:
+    """The result of checking a storm: violated guarantees, and counts of events.
 
     Attributes:
         broken: One sentence for each violation of a guarantee.
@@ -84,7 +84,7 @@ class StormChecker:
         self._actions = list(actions)
         self._workers = workers
         self._slack = slack
-        self.verdict = StormVerdict()
+        self.verdict = StormResult()
         # For each worker and item: the time of each grant, and the end of the granted lease. Both
         # are in ascending order.
         self._grants: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
@@ -97,14 +97,14 @@ class StormChecker:
             if line["what"] == "lag"
         ]
 
-    def check_storm(self, enqueued: Sequence[str]) -> StormVerdict:
+    def check_storm(self, enqueued: Sequence[str]) -> StormResult:
         """Check a storm; `enqueued` has the id of each item that the control plane created."""
         for line in self._journal:
             what = line["what"]
             if what == "record":
                 self._check_record(line)
             elif what == "came":
-                self._check_arrival(line)
+                self._check_request_arrives_within_lease(line)
             elif what == "durable" and line["worker"] is not None:
                 self._durable[line["work_id"]].add(line["op"])
             elif what in {"boot", "end"}:
@@ -130,20 +130,21 @@ class StormChecker:
         elif kind in {"lapsed", "stopped"}:
             self._holder[work_id] = None
         if None not in {worker, holder} and worker != holder and kind in {"metadata", "stopped"}:
-            # This is no violation: an injected delay can apply a request after the lease although
-            # the request was sent in time. `_check_arrival` reports requests that were sent late.
+            # Count such a request, but do not report it: an injected delay can apply a request
+            # after the lease, although it was sent in time. Requests that were sent late are
+            # reported by `_check_request_arrives_within_lease`.
             self.verdict.counts["applied late to another's item"] += 1
 
     def _record_fault(self, kind: str, work_id: str | None) -> None:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
-            # Overlaps are excused, since the holder cannot know that its lease has expired.
+            # The holder cannot know that its lease ended early, so its run may overlap the next.
             self._cut.add((holder, work_id or ""))
 
-    def _check_arrival(self, line: Line) -> None:
+    def _check_request_arrives_within_lease(self, line: Line) -> None:
         worker, work_id, op = line["worker"], line["work_id"], line["op"]
-        if worker is None or op == "ack":  # operators and acks need no lease
+        if worker is None or op == "ack":  # only other calls of workers need a lease
             return
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))
@@ -152,14 +153,14 @@ class StormChecker:
             return
         late = line["t"] - grants[-1][1]
         self.verdict.latest = max(self.verdict.latest, late)
-        if late > self._slack + self._loop_lag_around(line["t"]):
+        if late > self._slack + self._total_loop_lag_near(line["t"]):
             holder = self._holder.get(work_id)
             self._add_violation(
                 f"{worker} sent {op} for {work_id} {late:.2f} s after its lease; held by {holder}"
             )
 
-    def _loop_lag_around(self, at: float) -> float:
-        """Return the seconds for which event loops were delayed around the time `at`."""
+    def _total_loop_lag_near(self, at: float) -> float:
+        """Return for how many seconds event loops were delayed near the time `at`, in total."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
     def _check_snapshot(self, at: float, items: Sequence[SnapshotItem]) -> None:
@@ -226,13 +227,13 @@ class StormChecker:
             self._add_violation(f"{worker} ran {work_id} without a lease")
             return
         late = run.start - grants[place - 1][1]
-        if late > self._slack + self._loop_lag_around(run.start):
+        if late > self._slack + self._total_loop_lag_near(run.start):
             self._add_violation(f"{worker} began {work_id} {late:.2f} s after its lease")
         lease_end = grants[bisect_right(granted_at, run.end) - 1][1]
-        until = lease_end + self._slack + self._loop_lag_around(lease_end)
+        until = lease_end + self._slack + self._total_loop_lag_near(lease_end)
         for stopped, woke in self._suspensions_of_process(run.pid):
             if run.start <= stopped <= run.end:
-                until = max(until, woke + WAKE_SECONDS + self._loop_lag_around(woke))
+                until = max(until, woke + WAKE_SECONDS + self._total_loop_lag_near(woke))
                 self.verdict.counts["runs whose lease ended while stopped"] += lease_end < woke
         if run.end > until:
             self._add_violation(
@@ -250,7 +251,7 @@ class StormChecker:
             for stopped, woke in self._suspensions_of_process(run.pid)
         ):
             self.verdict.counts["overlaps excused: process was stopped"] += 1
-        elif seconds > self._slack + self._loop_lag_around(later.start):
+        elif seconds > self._slack + self._total_loop_lag_near(later.start):
             self._add_violation(
                 f"{work_id} was run by {worker} and {other} at once for {seconds:.2f} s"
             )

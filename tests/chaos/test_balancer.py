@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def make_echo_node(
     name: bytes,
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """Return a server callback that answers each line with the node's name and the line."""
+    """Return a server callback that answers each line with `name`, a space and the same line."""
 
     async def answer_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormVerdict
+from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormResult
 
 A, B = "one-aaaaaaaa", "two-bbbbbbbb"
 WORKERS = {1: A, 2: B}
@@ -67,7 +67,7 @@ LEASE_PASSED_TO_B = [
 END = [make_record(15, "stopped", B), make_snapshot(30, "end")]
 
 
-def check_records(journal: Lines, trace: Lines, actions: Lines | None = None) -> StormVerdict:
+def check_records(journal: Lines, trace: Lines, actions: Lines | None = None) -> StormResult:
     return StormChecker(journal, trace, actions or [], WORKERS, slack=SLACK).check_storm(["w"])
 
 
@@ -146,14 +146,14 @@ def test_checker_reports_each_kind_of_violation(
     assert any(violation in text for text in found), found
 
 
-def test_checker_excuses_late_request_while_event_loop_was_delayed() -> None:
+def test_checker_allows_late_request_if_event_loop_was_delayed() -> None:
     journal = [*LEASE_PASSED_TO_B, make_arrival(12.5, "update", A), *END]
     assert check_records(journal, []).broken
     assert check_records([*journal, {"t": 12.6, "what": "lag", "seconds": 2.0}], []).broken == []
     assert check_records([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
 
 
-def test_checker_accepts_stops_of_operators_and_late_acks() -> None:
+def test_checker_allows_operator_stops_and_acks_without_a_lease() -> None:
     journal = [*LEASE_PASSED_TO_B, make_arrival(13, "stop", None), make_arrival(14, "ack", A), *END]
     assert check_records(journal, []).broken == []
 
@@ -166,7 +166,7 @@ WOKEN = [
 STOP = [{"t": 2, "what": "stop", "pid": 1}, {"t": 16, "what": "cont", "pid": 1}]
 
 
-def test_checker_allows_run_to_end_shortly_after_suspended_process_resumes() -> None:
+def test_checker_allows_resumed_process_to_end_its_run_shortly_afterwards() -> None:
     verdict = check_records(
         [*LEASE_PASSED_TO_B, *END], [*WOKEN, make_trace_line(16.1, 1, "cancelled")], STOP
     )
@@ -189,7 +189,7 @@ def test_checker_reports_run_beyond_lease_unless_its_process_was_killed() -> Non
     assert check_records([*LEASE_PASSED_TO_B, *END], WOKEN, []).broken
 
 
-def test_checker_allows_run_until_granted_end_of_lease_that_fault_ended_early() -> None:
+def test_checker_ignores_early_end_of_lease_caused_by_fault() -> None:
     fault = {"t": 3, "what": "fault", "kind": "expired", "work_id": "w"}
     handed_on = [
         *make_lease_records(0, A),

@@ -49,7 +49,7 @@ class PostgresMissingError(Exception):
 
 
 class Cluster:
-    """One PostgreSQL server with a data directory of its own; its calls block.
+    """One PostgreSQL server with its own data directory. All methods block the calling thread.
 
     Args:
         folder: An absent folder, with a short path, since it contains a socket.
@@ -114,14 +114,14 @@ class Cluster:
             except subprocess.CalledProcessError as error:
                 error.add_note(self.read_log())
                 if self.port or attempt == _START_ATTEMPTS:
-                    # A retry helps only if another process took the port that was chosen above.
+                    # Another try helps only with another port: the free port may have been taken.
                     raise
             else:
                 self.port = chosen
                 return
 
     def stop(self, mode: str = "fast") -> None:
-        """End the server: `fast` cuts all connections, `smart` waits until they have ended."""
+        """End the server: `fast` closes all connections, `smart` waits for the clients to do it."""
         self._run_pg_ctl("stop", "-m", mode)
 
     def restart(self) -> None:
@@ -132,7 +132,7 @@ class Cluster:
     def kill(self) -> None:
         """Kill every process of the server, as a crash does, and return once they have ended."""
         first = self.pid
-        os.kill(first, signal.SIGSTOP)  # suspended, the server starts no more processes
+        os.kill(first, signal.SIGSTOP)  # a suspended server starts no more processes
         processes = [first, *_child_pids(first)]
         for process in processes:
             with suppress(ProcessLookupError):
@@ -169,7 +169,7 @@ class Cluster:
         The result has a line for each row, with `|` between its columns.
         """
         words = ("-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-d", url or self.url())
-        return self._run_and_read("psql", *words, "-c", sql).strip()
+        return self._run_and_return_output("psql", *words, "-c", sql).strip()
 
     def read_log(self) -> str:
         """Return the log of the server."""
@@ -179,7 +179,10 @@ class Cluster:
         self._run_program("pg_ctl", action, "-w", "-t", str(SECONDS), "-s", *words)
 
     def _run_program(self, program: str, *words: str) -> None:
-        """Run a server program with its output in a file; the server would keep a pipe open."""
+        """Run a program of the server, with its output in a temporary file.
+
+        A pipe would stay open as long as the server that the program starts, so reading would hang.
+        """
         with tempfile.TemporaryFile() as output:
             try:
                 subprocess.run(  # noqa: S603 - our own words
@@ -199,7 +202,7 @@ class Cluster:
                 error.add_note(output.read().decode(errors="replace"))
                 raise
 
-    def _run_and_read(self, program: str, *words: str) -> str:
+    def _run_and_return_output(self, program: str, *words: str) -> str:
         done = subprocess.run(  # noqa: S603 - our own words
             [str(self._programs / program), *words],
             capture_output=True,
@@ -243,7 +246,7 @@ def start_cluster(settings: dict[str, str] | None = None) -> Cluster:
 
 
 def remove_cluster(cluster: Cluster) -> None:
-    """End a cluster of `start_cluster` and delete its folders."""
+    """End a cluster that `start_cluster` returned, and delete its folders."""
     cluster.remove()
     shutil.rmtree(cluster.folder.parent, ignore_errors=True)
 
@@ -273,7 +276,7 @@ def own_postgres() -> Iterator[Cluster]:
 
 @pytest.fixture
 def standby(own_postgres: Cluster) -> Iterator[Cluster]:
-    """Return a running standby of `own_postgres`, with synchronous replication."""
+    """Return a running standby server, to which `own_postgres` replicates each commit at once."""
     standby = Cluster(own_postgres.folder.with_name("standby"))
     standby.create_standby_directory(own_postgres)
     try:

@@ -1,4 +1,4 @@
-"""Nodes of the control plane on one database, and a client that sends each request once.
+"""Nodes of the control plane on one database, and a client that never repeats a request.
 
 `python -m tests.postgres.nodes URL [CALL]` is a node in its own process, for tests that kill it. It
 prints its base URL. With CALL (`ack`, `poll`, …) it carries out each such request, prints `held`,

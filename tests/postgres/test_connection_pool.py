@@ -74,7 +74,7 @@ async def test_transaction_with_exception_is_undone(pool: ConnectionPool) -> Non
     assert await pool.fetchval("SELECT count(*) FROM number") == 0
 
 
-async def test_transaction_continued_after_a_failed_statement_raises_error(
+async def test_transaction_that_continues_after_a_failed_statement_raises_error(
     pool: ConnectionPool,
 ) -> None:
     async def continue_after_error() -> None:
@@ -93,7 +93,7 @@ async def test_calls_beyond_the_pool_size_wait_for_a_connection(pool: Connection
     assert 1 <= len(set(found)) <= 2
 
 
-async def test_call_cancelled_while_waiting_leaves_connection_to_next_call(
+async def test_cancelled_call_that_waits_for_connection_does_not_keep_it(
     pool: ConnectionPool,
 ) -> None:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group, AsyncExitStack() as stack:
@@ -101,7 +101,7 @@ async def test_call_cancelled_while_waiting_leaves_connection_to_next_call(
             await stack.enter_async_context(pool.transaction())
         first, second = (group.create_task(pool.fetchval("SELECT 7")) for _ in range(2))
         await asyncio.sleep(0)
-        await stack.aclose()  # Wakes the first waiting call, which is cancelled before it runs.
+        await stack.aclose()  # Gives a connection to the first call, which is then cancelled.
         first.cancel()
         assert await second == 7
 
@@ -145,7 +145,7 @@ async def test_write_to_read_only_database_raises_503_until_it_is_writable(
     await terminate_connections(pool, postgres, name)
     with pytest.raises(UnavailableError, match="read-only"):
         await pool.execute("INSERT INTO number VALUES (7)")
-    # The read-only connections stay open: the pool must replace them by itself.
+    # The open connections stay read-only, so the pool must replace them.
     postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = off")
     assert await pool.execute("INSERT INTO number VALUES (7)") == "INSERT 0 1"
 
@@ -161,12 +161,12 @@ async def terminate_connections(pool: ConnectionPool, postgres: Cluster, name: s
 async def test_statement_on_terminated_connection_raises_503(
     pool: ConnectionPool, postgres: Cluster
 ) -> None:
-    async def run_until_terminated() -> None:
+    async def run_statement_until_terminated() -> None:
         with pytest.raises(UnavailableError):
             await pool.execute("SELECT pg_sleep(600)")
 
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        group.create_task(run_until_terminated())
+        group.create_task(run_statement_until_terminated())
         ended = ""
         while "t" not in ended:
             ended = await asyncio.to_thread(
@@ -202,7 +202,7 @@ async def test_statement_without_answer_raises_503_and_its_connection_is_replace
     await pool.close()
     await pool.open()
     process = await pool.fetchval("SELECT pg_backend_pid()")
-    os.kill(process, signal.SIGSTOP)  # answers nothing, like a network that drops all packets
+    os.kill(process, signal.SIGSTOP)  # the server is now silent, like behind a broken network
     try:
         async with asyncio.timeout(SECONDS):
             with pytest.raises(UnavailableError, match="did not answer in time"):
@@ -230,14 +230,14 @@ async def test_connection_beyond_limit_of_database_role_raises_503(own_postgres:
 async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPool) -> None:
     calls = 0
 
-    async def fail_twice() -> int:
+    async def fail_in_first_two_calls() -> int:
         nonlocal calls
         calls += 1
         if calls < 3:
             await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")
         return calls
 
-    assert await pool.retry_collisions(fail_twice) == 3
+    assert await pool.retry_collisions(fail_in_first_two_calls) == 3
 
     async def always_fail() -> None:
         await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
@@ -259,7 +259,7 @@ async def test_wrong_statement_raises_the_error_of_the_driver(pool: ConnectionPo
 
 
 async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgres: Cluster) -> None:
-    for _ in range(4):  # twice the number of connections
+    for _ in range(4):  # more often than the pool has connections
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await pool.execute("SELECT pg_sleep(600)")

@@ -37,7 +37,7 @@ RECLAIM_MS = 1000
 CUT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'workpool'"
 
 
-class WorkerLoad:
+class WorkersUnderLoad:
     """Workers on several nodes, which repeat each call that was answered with a 503.
 
     Attributes:
@@ -54,24 +54,24 @@ class WorkerLoad:
         self.created: list[str] = []
         self.stopped: set[str] = set()
         self.holders: dict[str, str] = {}
-        self.is_full = False
+        self.has_enough_items = False
         self._refused = asyncio.Event()
         self._stopped = asyncio.Event()
 
-    async def wait_for_refusal(self) -> None:
+    async def wait_for_503(self) -> None:
         """Wait for the next 503."""
         self._refused.clear()
         await self._refused.wait()
 
     async def wait_for_stops(self, count: int) -> None:
-        """Wait until workers have stopped `count` further items."""
+        """Wait until the workers have stopped `count` more items."""
         target = len(self.stopped) + count
         while len(self.stopped) < target:
             self._stopped.clear()
             await self._stopped.wait()
 
     async def run_until_items_stopped(self) -> None:
-        """Create items until `is_full` is set, and run workers until all items are stopped."""
+        """Create items until `has_enough_items` is true, and run workers until all are stopped."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._create_items(self._make_client(0, "creator")))
             for number in range(WORKERS):
@@ -83,7 +83,7 @@ class WorkerLoad:
         return NodeClient(self._http, self._planes[number % len(self._planes)].base_url, worker)
 
     def _is_done(self) -> bool:
-        return self.is_full and self.stopped >= set(self.created)
+        return self.has_enough_items and self.stopped >= set(self.created)
 
     async def _call_until_answered(
         self, call: Callable[[], Awaitable[NodeAnswer]], *more: int
@@ -106,7 +106,7 @@ class WorkerLoad:
             await asyncio.sleep(0.05)
 
     async def _create_items(self, client: NodeClient) -> None:
-        while not self.is_full:
+        while not self.has_enough_items:
             answer = await self._call_until_answered(client.enqueue)
             self.created += [item["id"] for item in answer.body["data"]]
             await asyncio.sleep(0.01)
@@ -121,11 +121,11 @@ class WorkerLoad:
     async def _process_item(self, client: NodeClient, work_id: str) -> None:
         acked = await self._call_until_answered(partial(client.ack, work_id), 409)
         if acked.status == 409:
-            return  # The item went to another worker, or was stopped by a call without an answer.
+            return  # Another worker has taken the item, or an unanswered call has stopped it.
         assert work_id not in self.holders, "two workers hold one item"
         self.holders[work_id] = client._worker
         first = partial(client.heartbeat, work_id, "NO_HEARTBEAT")
-        # 412: an earlier try of this heartbeat took effect, but its answer was a 503.
+        # Allow a 412: an earlier try may have extended the lease although it was answered with 503.
         beaten = await self._call_until_answered(first, 412)
         state = beaten.body if beaten.status == 200 else beaten.body["error"]["details"]
         last = (state if beaten.status == 200 else state["current_state"])["last_heartbeat"]
@@ -136,16 +136,16 @@ class WorkerLoad:
 
 
 @asynccontextmanager
-async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkerLoad]:
+async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkersUnderLoad]:
     """Run nodes under load; afterwards check that all items are stopped in the database."""
     async with asyncio.timeout(4 * SECONDS), AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
         planes = [await stack.enter_async_context(make_node(url)) for _ in range(nodes)]
-        load = WorkerLoad(http, planes)
+        load = WorkersUnderLoad(http, planes)
         async with asyncio.TaskGroup() as group:
             group.create_task(load.run_until_items_stopped())
             yield load
-            load.is_full = True
+            load.has_enough_items = True
         summary = summarize(await planes[0].engine.read_history())
         items = await stack.enter_async_context(_stored_states(url))
         assert {work_id: items.get(work_id) for work_id in load.created} == dict.fromkeys(
@@ -178,7 +178,7 @@ async def test_database_that_restarts_under_load_loses_no_item(
         for _ in range(2):
             await load.wait_for_stops(5)
             await asyncio.to_thread(own_postgres.stop if end == "stop" else own_postgres.kill)
-            await load.wait_for_refusal()
+            await load.wait_for_503()
             await asyncio.to_thread(own_postgres.start)
             await load.wait_for_stops(1)
     assert load.refusals > 0
@@ -202,8 +202,8 @@ async def test_temporarily_read_only_database_gives_503s_and_loses_no_item(
         )
         await execute_sql(own_postgres, CUT)
         for _ in range(20):
-            await load.wait_for_refusal()
-        # The connections stay open, as after a failover, so the pool must replace them itself.
+            await load.wait_for_503()
+        # The open connections stay read-only, as after a failover, so the pool must replace them.
         await execute_sql(
             own_postgres, f"ALTER DATABASE {name} RESET default_transaction_read_only"
         )
@@ -219,7 +219,7 @@ async def test_failover_to_a_standby_under_load_loses_no_item(
         await load.wait_for_stops(10)
         await asyncio.to_thread(own_postgres.kill)
         for _ in range(20):
-            await load.wait_for_refusal()
+            await load.wait_for_503()
         await asyncio.to_thread(standby.promote)
         await load.wait_for_stops(10)
 
@@ -244,7 +244,7 @@ async def test_locked_table_gives_503s_and_logs_the_reason(
         async with blocker.transaction():
             await blocker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
             for _ in range(3):
-                await load.wait_for_refusal()
+                await load.wait_for_503()
         await blocker.close()
     assert f"database is not available: {reason}" in caplog.messages
 
@@ -308,7 +308,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
     own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("STATEMENT_SECONDS", "ACQUIRE_SECONDS"):
-        # With the usual limits, a loaded machine would cause 503s, which this test counts.
+        # With the usual time limits, statements on a busy machine would be answered with 503s.
         monkeypatch.setattr(connection_pool, name, SECONDS)
     url = own_postgres.create_database()
     steps = migrations.load_migrations()
@@ -335,6 +335,6 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
                 await load._call_until_answered(client.enqueue)
             await load.wait_for_stops(20)
         monkeypatch.setattr(migrations, "load_migrations", releases)
-        async with make_node(url):  # starts with the old migrations on the newer schema
+        async with make_node(url):  # a node of the older release starts on the newer schema
             pass
     assert load.refusals == 0

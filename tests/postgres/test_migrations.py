@@ -20,7 +20,7 @@ SECOND = Migration(2, 1, "ALTER TABLE number ADD COLUMN name text; CREATE TABLE 
 THIRD = Migration(3, 2, "CREATE TABLE third (id int)")
 
 
-def test_migrations_of_release_have_contiguous_versions_and_valid_minimums() -> None:
+def test_migrations_have_contiguous_versions_and_allow_the_previous_release() -> None:
     steps = migrations.load_migrations()
     assert [step.version for step in steps] == list(range(1, len(steps) + 1))
     assert all(step.oldest <= max(1, step.version - 1) for step in steps)
@@ -45,7 +45,7 @@ async def test_only_missing_migrations_run(postgres: Cluster, database_url: str)
     assert postgres.execute(versions, database_url) == "1|1\n2|1\n3|2"
 
 
-async def test_nodes_that_start_together_migrate_once(database_url: str) -> None:
+async def test_each_migration_runs_once_if_six_nodes_start_together(database_url: str) -> None:
     applied = await asyncio.gather(*(migrate(database_url, [FIRST, SECOND]) for _ in range(6)))
     assert sum(applied) == 2
 
@@ -59,7 +59,7 @@ async def test_failed_migration_changes_nothing(postgres: Cluster, database_url:
     assert await migrate(database_url, [FIRST, SECOND]) == 1
 
 
-async def test_newer_schema_is_refused_only_if_too_new_for_the_release(database_url: str) -> None:
+async def test_schema_of_newer_release_is_refused_only_if_incompatible(database_url: str) -> None:
     await migrate(database_url, [FIRST, SECOND])
     assert await migrate(database_url, [FIRST]) == 0
     await migrate(database_url, [FIRST, SECOND, THIRD])
@@ -68,7 +68,7 @@ async def test_newer_schema_is_refused_only_if_too_new_for_the_release(database_
         await migrate(database_url, [FIRST])
 
 
-async def test_migration_waits_for_locked_table_without_blocking_others_for_long(
+async def test_migration_waiting_for_a_locked_table_does_not_block_other_statements(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.1)
@@ -80,7 +80,7 @@ async def test_migration_waits_for_locked_table_without_blocking_others_for_long
         await reader.execute("SELECT * FROM number")
         migration = group.create_task(migrate(database_url, [FIRST, SECOND]))
         other = await open_connection(database_url)
-        # The migration waits only briefly for the lock each time, so these statements can run.
+        # The migration waits for its lock only briefly at a time. Statements run between the waits.
         for _ in range(5):
             await other.execute("SELECT * FROM number")
             await asyncio.sleep(0.1)

@@ -28,7 +28,7 @@ SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> p
 
 
 @asynccontextmanager
-async def run_hubs(*hubs: NotificationHub) -> AsyncIterator[None]:
+async def run_notification_hubs(*hubs: NotificationHub) -> AsyncIterator[None]:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         tasks = [group.create_task(hub.run()) for hub in hubs]
         for hub in hubs:
@@ -43,9 +43,9 @@ class WaitingCalls:
 
     def __init__(self, group: asyncio.TaskGroup, hub: NotificationHub, topic: str, n: int) -> None:
         self.ended: list[bool] = []
-        self.tasks = [group.create_task(self._wait_once(hub, topic)) for _ in range(n)]
+        self.tasks = [group.create_task(self._wait_for_one_change(hub, topic)) for _ in range(n)]
 
-    async def _wait_once(self, hub: NotificationHub, topic: str) -> None:
+    async def _wait_for_one_change(self, hub: NotificationHub, topic: str) -> None:
         self.ended.append(await hub.wait_for_change(topic, hub.change_count(), LONG))
 
     def cancel_waits(self) -> None:
@@ -60,7 +60,7 @@ async def wait_until(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_fallback_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notifications, "FALLBACK_SECONDS", LONG)
 
 
@@ -69,18 +69,19 @@ def hubs(database_url: str) -> tuple[NotificationHub, NotificationHub]:
     return NotificationHub(database_url), NotificationHub(database_url)
 
 
-@pytest.mark.usefixtures("no_fallback")
-async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
+@pytest.mark.usefixtures("no_fallback_reads")
+async def test_announced_items_wake_one_poll_per_item_on_each_node(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
-    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         here, there = (WaitingCalls(group, hub, WORK, 20) for hub in hubs)
         other = WaitingCalls(group, hubs[1], work_topic("env_2"), 1)
         await asyncio.sleep(0)
         hubs[0].announce_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await wait_until(lambda: len(there.ended) >= 3)
-        # Notifications arrive in order: when this one has arrived, so has the one for WORK.
+        # Notifications arrive in order. Once this later one has arrived, all polls of WORK that
+        # should wake have been woken.
         hubs[0].announce_changes(work_topic("env_2"))
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
@@ -88,54 +89,54 @@ async def test_announcement_wakes_as_many_polls_of_each_node_as_there_are_items(
         there.cancel_waits()
 
 
-@pytest.mark.usefixtures("no_fallback")
-async def test_announcement_wakes_all_streams_of_a_session(
+@pytest.mark.usefixtures("no_fallback_reads")
+async def test_announced_event_wakes_all_streams_of_its_session(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
-    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         waits = [WaitingCalls(group, hub, SESSION, 3) for hub in hubs]
         await asyncio.sleep(0)
         hubs[0].announce_changes(SESSION)
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
 
 
-@pytest.mark.usefixtures("no_fallback")
-async def test_change_between_read_and_wait_ends_the_wait_at_once(
+@pytest.mark.usefixtures("no_fallback_reads")
+async def test_wait_ends_at_once_if_topic_changed_since_the_read(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
     here, there = hubs
-    async with run_hubs(here, there):
+    async with run_notification_hubs(here, there):
         before, far = here.change_count(), there.change_count()
         here.announce_changes(WORK)
         assert await here.wait_for_change(WORK, before, LONG)
         assert not await here.wait_for_change(SESSION, before, 0.01)
         await wait_until(lambda: there.change_count() > far)
         assert await there.wait_for_change(WORK, far, LONG)
-        # These topics exceed the limit of the record, which then drops the change of WORK. The wait
-        # must still end.
+        # The hub remembers two topics only, so these three make it forget the change of WORK. The
+        # wait must end nevertheless.
         for number in range(3):
             here.announce_changes(f"session:{number}")
         assert await here.wait_for_change(WORK, before, LONG)
         assert not await here.wait_for_change(WORK, here.change_count(), 0.01)
 
 
-async def test_announcement_during_reads_lets_one_poll_per_item_read_again(
+async def test_items_announced_while_polls_read_make_one_poll_each_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.change_count()  # twenty polls read the table here, before the announcement
+    seen = hub.change_count()  # at this count, twenty polls begin to read the table
     hub.announce_changes(WORK, 3)
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
     seen = hub.change_count()
-    hub.wake_calls(WORK)  # a poll with a disconnected client does this
+    hub.wake_calls(WORK)  # as a poll does whose client has disconnected
     assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
     assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 
 
-@pytest.mark.usefixtures("no_fallback")
-async def test_reading_poll_ignores_item_that_woke_a_waiting_poll(
+@pytest.mark.usefixtures("no_fallback_reads")
+async def test_poll_that_was_reading_ignores_item_that_woke_another_poll(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -148,31 +149,31 @@ async def test_reading_poll_ignores_item_that_woke_a_waiting_poll(
         await wait_until(lambda: waiting.ended == [True])
 
 
-async def test_calls_without_notification_read_again_after_the_fallback_time(
+async def test_calls_without_notification_read_again_after_the_fallback_interval(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "FALLBACK_SECONDS", 0.3)
-    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         polls, streams = (
             WaitingCalls(group, hubs[0], WORK, 3),
             WaitingCalls(group, hubs[0], SESSION, 3),
         )
         await wait_until(lambda: len(polls.ended) == 1)
         await wait_until(lambda: len(streams.ended) == 3)
-        # This call stands for the first poll, which wakes the next one when it has found an item.
-        # The last poll is woken by the next fallback.
+        # Wake the second poll, as the first one does if it has found an item. The third poll reads
+        # again at the end of the next fallback interval.
         hubs[0].wake_calls(WORK)
         await wait_until(lambda: len(polls.ended) == 2)
         await wait_until(lambda: len(polls.ended) == 3)
         assert sorted(polls.ended) == [False, False, True]
 
 
-@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.usefixtures("no_fallback_reads")
 async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
     hubs: tuple[NotificationHub, NotificationHub], postgres: Cluster, database_url: str
 ) -> None:
     here, there = hubs
-    async with run_hubs(here, there), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(here, there), asyncio.TaskGroup() as group:
         polls, streams = WaitingCalls(group, there, WORK, 3), WaitingCalls(group, there, SESSION, 3)
         await asyncio.sleep(0)
         before = there.change_count()
@@ -193,7 +194,7 @@ async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
         await wait_until(lambda: len(polls.ended) == 3)
 
 
-@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.usefixtures("no_fallback_reads")
 async def test_connection_without_answer_to_a_ping_is_replaced(
     hubs: tuple[NotificationHub, NotificationHub],
     postgres: Cluster,
@@ -203,22 +204,22 @@ async def test_connection_without_answer_to_a_ping_is_replaced(
     monkeypatch.setattr(notifications, "_PING_SECONDS", 0.2)
     monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
     hub = hubs[0]
-    async with run_hubs(hub), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(hub), asyncio.TaskGroup() as group:
         streams = WaitingCalls(group, hub, SESSION, 1)
         process = int(await asyncio.to_thread(postgres.execute, LISTENER, database_url))
-        os.kill(process, signal.SIGSTOP)  # answers nothing, like a network that drops all packets
+        os.kill(process, signal.SIGSTOP)  # the server is now silent, like behind a broken network
         try:
             await wait_until(lambda: streams.ended)
         finally:
             os.kill(process, signal.SIGCONT)
 
 
-@pytest.mark.usefixtures("no_fallback")
-async def test_topics_beyond_one_notification_arrive_in_further_ones(
+@pytest.mark.usefixtures("no_fallback_reads")
+async def test_topics_too_long_for_one_notification_are_sent_in_several(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
     topics = [work_topic(f"env_{number:064}") for number in range(500)]
-    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         waits = [WaitingCalls(group, hubs[1], topic, 1) for topic in topics]
         await asyncio.sleep(0)
         for topic in topics:
@@ -226,12 +227,12 @@ async def test_topics_beyond_one_notification_arrive_in_further_ones(
         await wait_until(lambda: all(each.ended == [True] for each in waits))
 
 
-@pytest.mark.usefixtures("no_fallback")
-async def test_too_many_unsent_topics_are_sent_as_one_for_all_topics(
+@pytest.mark.usefixtures("no_fallback_reads")
+async def test_more_unsent_topics_than_the_limit_wake_all_waiting_calls(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 10)
-    async with run_hubs(*hubs), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         waits = WaitingCalls(group, hubs[1], WORK, 1)
         await asyncio.sleep(0)
         for number in range(11):
@@ -240,11 +241,11 @@ async def test_too_many_unsent_topics_are_sent_as_one_for_all_topics(
 
 
 @pytest.mark.parametrize("payload", ["nonsense\nwithout a number", "other\n1 *", "x\n² work:"])
-@pytest.mark.usefixtures("no_fallback")
+@pytest.mark.usefixtures("no_fallback_reads")
 async def test_unreadable_notification_lets_waiting_calls_read_again(
     hubs: tuple[NotificationHub, NotificationHub], database_url: str, payload: str
 ) -> None:
-    async with run_hubs(hubs[0]), asyncio.TaskGroup() as group:
+    async with run_notification_hubs(hubs[0]), asyncio.TaskGroup() as group:
         waits = WaitingCalls(group, hubs[0], WORK, 1)
         await asyncio.sleep(0)
         connection = await open_connection(database_url)
@@ -264,7 +265,7 @@ async def test_poll_cancelled_after_its_wake_up_wakes_the_next_poll(database_url
     assert first.ended == []
 
 
-async def test_end_waits_ends_current_waits_and_later_ones(database_url: str) -> None:
+async def test_end_waits_ends_current_and_later_waits_at_once(database_url: str) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         waits = [WaitingCalls(group, hub, topic, 3) for topic in (WORK, SESSION)]

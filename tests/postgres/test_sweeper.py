@@ -56,7 +56,7 @@ async def test_sweep_repeats_each_batch_until_nothing_is_left(
     assert (lapses.left, lapses.calls, deletions.calls) == (0, 4, 1)
 
 
-async def test_sweep_beyond_its_time_limit_begins_no_further_round(
+async def test_sweep_over_its_time_limit_runs_each_batch_only_once(
     pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "_SWEEP_MAX_SECONDS", 0.0)

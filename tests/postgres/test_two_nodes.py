@@ -1,4 +1,4 @@
-"""Two nodes on one database: no item is held twice, and each node sees what the other commits."""
+"""Two nodes on one database: no item has two owners, and each node sees the other's commits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 SECONDS = 60
 
 
-def never_disconnected() -> bool:
+def is_never_disconnected() -> bool:
     return False
 
 
@@ -60,10 +60,10 @@ async def test_nodes_share_signing_key_and_environments(nodes: list[Engine]) -> 
     assert await other.get_environment(created.id) == created
 
 
-async def test_concurrent_claims_of_nodes_deliver_each_item_once(nodes: list[Engine]) -> None:
+async def test_concurrent_polls_of_two_nodes_deliver_each_item_once(nodes: list[Engine]) -> None:
     items = await nodes[0].enqueue(ENV, count=60)
     polls = [
-        node.long_poll(ENV, Poll("w", 20_000), never_disconnected)
+        node.long_poll(ENV, Poll("w", 20_000), is_never_disconnected)
         for node in nodes
         for _ in range(30)
     ]
@@ -74,8 +74,8 @@ async def test_concurrent_claims_of_nodes_deliver_each_item_once(nodes: list[Eng
 async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine]) -> None:
     one, other = nodes
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), never_disconnected))
-        await asyncio.sleep(0.1)  # Usually the poll waits by now; an early item must reach it too.
+        poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), is_never_disconnected))
+        await asyncio.sleep(0.1)  # now the poll usually waits, but it must get the item anyway
         (item,) = await other.enqueue(ENV)
     assert (found := poll.result()) is not None
     assert found.id == item.id
@@ -86,17 +86,17 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) ->
     (item,) = await one.enqueue(ENV)
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(one.wait_for_events(item.session_id, 0, 999.0))
-        await asyncio.sleep(0.1)  # Usually the stream waits by now; an early event must arrive too.
+        await asyncio.sleep(0.1)  # now the stream usually waits, but it must get the event anyway
         sent = await other.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(sent)
 
 
-async def test_cancelled_poll_leaves_no_delivery(nodes: list[Engine]) -> None:
+async def test_cancelled_poll_leaves_its_item_undelivered(nodes: list[Engine]) -> None:
     for _ in range(20):
         await nodes[0].enqueue(ENV)
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), never_disconnected))
-            await asyncio.sleep(0.002)  # the claim is usually in progress then
+            poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), is_never_disconnected))
+            await asyncio.sleep(0.002)  # now the poll is usually claiming the item
             poll.cancel()
         stats = await nodes[1].queue_stats(ENV)
         if poll.cancelled():
@@ -105,11 +105,11 @@ async def test_cancelled_poll_leaves_no_delivery(nodes: list[Engine]) -> None:
         await nodes[1].stop_item(ENV, item.id, force=True)
 
 
-async def test_heartbeats_of_nodes_with_one_expected_value_extend_lease_once(
+async def test_concurrent_heartbeats_to_two_nodes_extend_the_lease_once(
     nodes: list[Engine],
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
-    await nodes[0].long_poll(ENV, Poll("w"), never_disconnected)
+    await nodes[0].long_poll(ENV, Poll("w"), is_never_disconnected)
     await nodes[1].ack_item(ENV, item.id, "w")
     first = await nodes[0].heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
     for _ in range(10):
@@ -126,7 +126,7 @@ async def test_node_with_outdated_cached_row_applies_calls_to_current_row(
     one, other = nodes
     (item,) = await one.enqueue(ENV)
     await one.long_poll(
-        ENV, Poll("w"), never_disconnected
+        ENV, Poll("w"), is_never_disconnected
     )  # The node now has the row in its cache.
     await other.ack_item(ENV, item.id, "w")
     beaten = await other.heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
@@ -142,29 +142,29 @@ async def test_node_with_outdated_cached_row_applies_calls_to_current_row(
     assert kinds[-4:] == ["heartbeat", "metadata", "stop_requested", "stopped"]
 
 
-async def test_node_with_cached_row_of_lost_commit_does_not_overwrite_later_claim(
+async def test_node_with_outdated_cached_row_after_failover_does_not_overwrite_claim(
     nodes: list[Engine], postgres: Cluster, database_url: str
 ) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
-    await one.long_poll(ENV, Poll("a"), never_disconnected)
+    await one.long_poll(ENV, Poll("a"), is_never_disconnected)
     # Undo the delivery, as a failover to a standby without the last commit would.
     postgres.execute(
         "UPDATE items SET version = 1, delivered_at = NULL, holder = NULL", database_url
     )
-    await other.long_poll(ENV, Poll("b"), never_disconnected)
+    await other.long_poll(ENV, Poll("b"), is_never_disconnected)
     assert await gather_outcomes(one.ack_item(ENV, item.id, "a")) == [409]
     assert (await other.ack_item(ENV, item.id, "b")).holder == "b"
 
 
-async def test_concurrent_acks_and_stops_give_no_item_two_holders(nodes: list[Engine]) -> None:
+async def test_concurrent_acks_and_stops_give_each_item_one_holder(nodes: list[Engine]) -> None:
     for item in await nodes[0].enqueue(ENV, count=10):
-        await nodes[0].long_poll(ENV, Poll("a", 0, 0), never_disconnected)
+        await nodes[0].long_poll(ENV, Poll("a", 0, 0), is_never_disconnected)
         await gather_outcomes(
             nodes[0].ack_item(ENV, item.id, "a"),
             nodes[1].ack_item(ENV, item.id, "b"),
-            nodes[1].long_poll(ENV, Poll("b", 0, 0), never_disconnected),
-            nodes[0].stop_item(ENV, item.id, force=True),  # by an operator, without a worker id
+            nodes[1].long_poll(ENV, Poll("b", 0, 0), is_never_disconnected),
+            nodes[0].stop_item(ENV, item.id, force=True),  # an operator's stop has no worker id
         )
         await nodes[1].stop_item(ENV, item.id, force=True)
     summary = summarize(await nodes[0].read_history())
@@ -197,7 +197,7 @@ async def test_concurrent_messages_to_stopped_session_create_one_item(nodes: lis
     assert (await nodes[0].queue_stats(ENV)).depth == 1
 
 
-async def test_session_archived_during_sends_has_termination_as_last_event(
+async def test_termination_is_last_event_of_session_archived_during_concurrent_sends(
     nodes: list[Engine],
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
@@ -213,7 +213,7 @@ async def test_session_archived_during_sends_has_termination_as_last_event(
     assert (await nodes[1].get_item(ENV, item.id)).state == "stopped"
 
 
-async def test_session_with_new_message_is_kept_while_ended_ones_are_deleted(
+async def test_session_with_new_message_is_not_deleted_with_ended_sessions(
     nodes: list[Engine],
 ) -> None:
     items = await nodes[0].enqueue(ENV, count=8)

@@ -1,9 +1,9 @@
-"""Contests: a contender in one process runs items of a control plane in another process.
+"""Runs one program of a benchmark in a process, with items of a control plane in another process.
 
-A contender runs alone in a new process, against the same control plane as the others. It reports
-claims, starts and stops to its `ContenderMeter`. All benchmarks of this folder use this module. A
-contest either measures a number of items (`ContestResult`), or the cost of a warm contender in a
-period (`WatchedUsage`).
+Such a program is called a contender: the pool, for example. It runs alone in a new process, against
+the same control plane as the others. It reports claims, starts and stops to its `ContenderMeter`.
+All benchmarks of this folder use this module. A run measures either a number of items
+(`BenchmarkResult`), or the cost of a contender in a period after its warm-up (`UsageInPeriod`).
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class ClockReading:
     wall: float
 
     @classmethod
-    def read_now(cls) -> ClockReading:
+    def read_clocks(cls) -> ClockReading:
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return cls(usage.ru_utime + usage.ru_stime, time.monotonic())
 
 
 @dataclass
 class ContenderMeter:
-    """Measures a contender from the first claim after `warm_up` items to the last stop."""
+    """Measures a contender from the first claim after `warm_up` items until all are stopped."""
 
     warm_up: int
     items: int
@@ -91,7 +91,7 @@ class ContenderMeter:
         """Record that a poll returned an item."""
         self._claimed += 1
         if self._claimed == self.warm_up + 1:
-            self.begin = ClockReading.read_now()
+            self.begin = ClockReading.read_clocks()
 
     def record_start(self, metadata: Mapping[str, str]) -> None:
         """Record that the handler of an item was called."""
@@ -99,17 +99,17 @@ class ContenderMeter:
             self.waits.append(time.monotonic() - float(metadata[SENT]))
 
     def record_stop(self) -> None:
-        """Record that the stop of an item was answered."""
+        """Record that the control plane answered the request to stop an item."""
         self._stopped += 1
         if self._stopped == self.warm_up:
             self.warm.set()
         if self._stopped == self.warm_up + self.items:
-            self.end = ClockReading.read_now()
+            self.end = ClockReading.read_clocks()
             self.done.set()
 
 
 @dataclass(frozen=True)
-class ContestResult:
+class BenchmarkResult:
     """The time that a contender needed for its items, and how long each item waited to start."""
 
     items: int
@@ -127,8 +127,8 @@ class ContestResult:
 
 
 @dataclass(frozen=True)
-class WatchedUsage:
-    """The use of resources by a contender in a period; `memory` has private bytes only."""
+class UsageInPeriod:
+    """The resources that a contender used in a period. `memory` counts private bytes only."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -151,11 +151,11 @@ Contender = Callable[[ControlPlaneAddress, ContenderMeter], Coroutine[Any, Any, 
 
 
 @dataclass(frozen=True)
-class Contest:
-    """A contender, its control plane, and the number of items that it handles after a warm-up.
+class BenchmarkRun:
+    """One measurement of a contender, with the number of items that it handles after a warm-up.
 
-    With `watch`, its cost is measured for that many seconds instead, beginning `settle` seconds
-    after the warm-up.
+    With `watch`, the cost of the contender is measured for that many seconds instead, beginning
+    `settle` seconds after the warm-up.
     """
 
     contender: Contender
@@ -175,13 +175,13 @@ def serve_control_plane() -> Iterator[ControlPlaneAddress]:
 
 
 @contextmanager
-def run_contest(contest: Contest) -> Iterator[Callable[[], Any]]:
-    """Run a contest in a process of its own.
+def start_benchmark_run(run: BenchmarkRun) -> Iterator[Callable[[], Any]]:
+    """Run and measure a contender in a process of its own.
 
     It yields a function that waits for a message of that process: the first message is None
     after the warm-up, the second one is the measurement.
     """
-    with run_process(_run_contender, contest) as receive:
+    with run_process(_run_contender, run) as receive:
         yield receive
 
 
@@ -192,7 +192,7 @@ async def enqueue_items(plane: ControlPlaneAddress, count: int) -> None:
             await client.enqueue(min(ENQUEUE_COUNT_MAX, count - start))
 
 
-def describe_versions() -> str:
+def describe_cores_and_versions() -> str:
     """Return the number of cores and the versions of packages, for the line below a table."""
     packages = ("workpool", "aiohttp", "uvloop", "qca-sdk", "anthropic")
     installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
@@ -218,7 +218,7 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_ratio(value: float, base: float) -> str:
-    """Return a ratio as the text of a table cell; a dash if the base is too small to measure."""
+    """Return `value / base` as the text of a table cell, or a dash if `base` is 0."""
     return f"{value / base:.2f} ×" if base else "—"
 
 
@@ -264,27 +264,27 @@ async def _serve_control_plane(pipe: Connection, requests: Synchronized[int]) ->
         await asyncio.get_running_loop().create_future()  # serve until the process is terminated
 
 
-def _run_contender(pipe: Connection, contest: Contest) -> None:
-    uvloop.run(_measure_contender(pipe, contest))
+def _run_contender(pipe: Connection, run: BenchmarkRun) -> None:
+    uvloop.run(_measure_contender(pipe, run))
 
 
-async def _measure_contender(pipe: Connection, contest: Contest) -> None:
-    meter = ContenderMeter(contest.warm_up, contest.items)
+async def _measure_contender(pipe: Connection, run: BenchmarkRun) -> None:
+    meter = ContenderMeter(run.warm_up, run.items)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(contest.contender(contest.plane, meter), name="contender")
+        task = group.create_task(run.contender(run.plane, meter), name="contender")
         await meter.warm.wait()
         pipe.send(None)
         pipe.send(
-            await (_watch_contender(contest, meter) if contest.watch else _await_result(meter))
+            await (_measure_usage_in_period(run, meter) if run.watch else _await_result(meter))
         )
         task.cancel()
 
 
-async def _await_result(meter: ContenderMeter) -> ContestResult:
+async def _await_result(meter: ContenderMeter) -> BenchmarkResult:
     await meter.done.wait()
     assert meter.begin is not None
     assert meter.end is not None
-    return ContestResult(
+    return BenchmarkResult(
         meter.items,
         meter.end.cpu - meter.begin.cpu,
         meter.end.wall - meter.begin.wall,
@@ -292,16 +292,16 @@ async def _await_result(meter: ContenderMeter) -> ContestResult:
     )
 
 
-async def _watch_contender(contest: Contest, meter: ContenderMeter) -> WatchedUsage:
-    requests = contest.plane.requests
+async def _measure_usage_in_period(run: BenchmarkRun, meter: ContenderMeter) -> UsageInPeriod:
+    requests = run.plane.requests
     assert requests is not None
-    await asyncio.sleep(contest.settle)
+    await asyncio.sleep(run.settle)
     gc.collect()
     memory = private_memory_kib(os.getpid()) * 1024
-    sent, begin = requests.value, ClockReading.read_now()
-    await asyncio.sleep(contest.watch)
-    end = ClockReading.read_now()
-    return WatchedUsage(
+    sent, begin = requests.value, ClockReading.read_clocks()
+    await asyncio.sleep(run.watch)
+    end = ClockReading.read_clocks()
+    return UsageInPeriod(
         end.cpu - begin.cpu,
         end.wall - begin.wall,
         requests.value - sent,
