@@ -30,7 +30,7 @@ class Backoff:
         """The number of delays since the last `reset()`."""
 
     def next(self) -> float:
-        """Count a failure, and return the seconds to wait before the next try."""
+        """Record one more failure, and return the random delay before the next try, in seconds."""
         # Bound the exponent: after days of failures, `2.0 ** failures` would overflow.
         ceiling = min(self._cap, self._initial * 2.0 ** min(self.failures, 64))
         self.failures += 1

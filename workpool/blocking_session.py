@@ -30,12 +30,15 @@ class LoopCalls(Protocol):
     """The interface for running coroutines on the handlers' event loop from a thread."""
 
     def run(self, make: Callable[[], Awaitable[T]]) -> T:
-        """Await `make()` on the loop, and return the result on the calling thread."""
+        """Call `make` on the loop, await what it returns, and return the result to this thread."""
 
     def enter(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
     ) -> AbstractContextManager[T]:
-        """Return a context that enters and leaves `make()` on the loop, in one task."""
+        """Return a context manager for this thread, around the asynchronous one of `make()`.
+
+        The asynchronous context manager is entered and left on the loop, in one task.
+        """
 
 
 class BlockingSession:
@@ -81,17 +84,17 @@ class BlockingSession:
 
     @property
     def retry(self) -> int:
-        """The number of this call of the handler within the run, see `Session.retry`."""
+        """0 in the first call of the handler in a run, and one more in each retry."""
         return self._session.retry
 
     @property
     def state(self) -> dict[str, Any]:
-        """Objects that `workpool_wrap_session` contexts share with the handler, see `Session`."""
+        """Objects that plugins' `workpool_wrap_session` contexts share with the handler."""
         return self._session.state
 
     @property
     def traceparent(self) -> str | None:
-        """The W3C trace context for what this session starts, see `Session.traceparent`."""
+        """The W3C trace context to pass on to other programs. See `Session.traceparent`."""
         return self._session.traceparent
 
     @property
@@ -101,12 +104,18 @@ class BlockingSession:
 
     @property
     def stopping(self) -> bool:
-        """Whether an operator asked to end the session; if so, end within `stop_grace` seconds."""
+        """Whether an operator has asked to end the session.
+
+        If so, the handler must return within `stop_grace` seconds.
+        """
         return self._session.stopping
 
     @property
     def draining(self) -> bool:
-        """Whether the pool drains; if so, end within `drain_timeout` seconds or raise `Release`."""
+        """Whether the pool drains.
+
+        If so, the handler must return within `drain_timeout` seconds, or raise `Release`.
+        """
         return self._session.draining
 
     @property
@@ -125,11 +134,11 @@ class BlockingSession:
         return BlockingEvents(self._session, self._calls)
 
     def progress(self) -> None:
-        """Record progress, see `Session.progress`."""
+        """Record that the handler makes progress, so that `stall_timeout` starts again."""
         self._session.progress()
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Stop counting time towards `stall_timeout` during a block, see `Session.waiting`."""
+        """Return a context manager; the time inside it does not count towards `stall_timeout`."""
         return self._session.waiting()
 
     def interrupted(self, timeout: float | None = None) -> bool:
@@ -155,18 +164,24 @@ class BlockingSession:
         return self._calls.run(lambda: self._session.update_metadata(patch))
 
     def handover(self) -> AbstractContextManager[HandedLease]:
-        """Hand the item off to a child process, see `Session.handover`."""
+        """Hand the item off to a child process. See `Session.handover`."""
         return self._calls.enter(self._session.handover)
 
     def interrupt(self, *, cancel: bool = False) -> None:
-        """End waits in `interrupted`; with `cancel`, also set `cancelled`. Called by the pool."""
+        """Make `interrupted()` return at once; with `cancel`, also set the event `cancelled`.
+
+        Only the pool calls this method.
+        """
         if cancel:
             self.cancelled.set()
         self._interrupted.set()
 
 
 class BlockingEvents:
-    """The events of one session, for threads. See `workpool.wire.events.session_events`."""
+    """Blocking methods to list, send and follow the events of one session, for use on a thread.
+
+    See `workpool.wire.events.session_events`.
+    """
 
     def __init__(self, session: Session, calls: LoopCalls) -> None:
         self._session = session
@@ -183,7 +198,8 @@ class BlockingEvents:
             while (event := self._calls.run(lambda: anext(events, None))) is not None:
                 yield event
         finally:
-            with suppress(SessionGoneError):  # the session's end has closed the stream
+            # If the session has ended, the generator is closed already and the call is refused.
+            with suppress(SessionGoneError):
                 self._calls.run(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
@@ -209,7 +225,7 @@ class BlockingStream(Iterator["SessionEvent"]):
 
     @property
     def caught_up(self) -> bool:
-        """Whether the last returned event was the newest one of the session at that time."""
+        """Whether the session had no newer event when the last event was returned."""
         return self._stream.caught_up
 
     def __next__(self) -> SessionEvent:

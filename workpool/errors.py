@@ -51,7 +51,7 @@ class ListenError(WorkpoolError):
 
 
 class RegistryError(WorkpoolError):
-    """The metrics are registered already, or the registry has another metric of such a name."""
+    """The registry already has the pool's metrics, or another metric with one of their names."""
 
 
 class LeaseRenewerError(WorkpoolError):
@@ -140,7 +140,7 @@ class TooLargeError(UnreadableError):
 
 
 class RefusedError(ControlPlaneError):
-    """The control plane refused the call: 400, 401, 403, 404 or another client error of HTTP."""
+    """The control plane refused the call: HTTP status 400, 401, 403, 404 or another 4xx."""
 
 
 class NotPermittedError(RefusedError):
@@ -182,7 +182,9 @@ class SessionEnded(SessionGoneError):
 
 
 class HandoverError(WorkpoolError):
-    """No child took the item over in time. The pool keeps the item, and refuses later children.
+    """No child process took the item over in time, so the pool keeps it.
+
+    A child process that starts later cannot take the item over.
 
     Attributes:
         work_id: The item.
@@ -194,7 +196,7 @@ class HandoverError(WorkpoolError):
 
 
 class AttemptsExceeded(WorkpoolError):
-    """An item has had `max_attempts` attempts, so it failed without a run."""
+    """An item was run `max_attempts` times before, so it failed without another run."""
 
 
 class ResultError(WorkpoolError):
@@ -222,7 +224,11 @@ class SessionStalled(WorkpoolError):
 
 
 def innermost(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the only error inside nested exception groups, or the group that has several."""
+    """Unwrap exception groups that contain a single exception.
+
+    Returns:
+        The only error inside the nested groups, or the innermost group that contains several.
+    """
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
@@ -235,7 +241,8 @@ def exhausted(error: BaseException | None) -> bool:
     The resources are descriptors, disk, memory, processes and threads. Causes of the error and
     errors in exception groups are checked, too.
     """
-    left, seen = [error], set[int]()  # `seen`: causes may form a cycle
+    # The causes of errors may form a cycle: `seen` prevents an endless loop.
+    left, seen = [error], set[int]()
     while left:
         each = left.pop()
         if each is None or id(each) in seen:
@@ -250,7 +257,7 @@ def exhausted(error: BaseException | None) -> bool:
 
 
 def _is_exhaustion(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):  # raised if no thread can start
+    if isinstance(error, RuntimeError):  # Python raises it if no thread can start.
         return error.args == ("can't start new thread",)
     number = error.errno if isinstance(error, OSError) else None
     return isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED)

@@ -49,7 +49,7 @@ is the item of the request. A poll, a list and the mark of a drain have none.
 
 @dataclass(frozen=True, slots=True)
 class PollFinished:
-    """A poll ended, with or without an answer. `seconds`: from the request to that end."""
+    """A poll ended, with or without an answer. `seconds`: the duration of the poll."""
 
     result: PollResult
     seconds: float
@@ -57,7 +57,7 @@ class PollFinished:
 
 @dataclass(frozen=True, slots=True)
 class PollerBackedOff:
-    """A poller begins to wait `seconds` after a failed poll."""
+    """A poll failed, and its poller waits for `seconds` before the next one."""
 
     reason: BackoffReason
     seconds: float
@@ -188,9 +188,10 @@ class SessionLost:
 
 @dataclass(frozen=True, slots=True)
 class SessionFailed:
-    """A session ended without a result, by an error of the kind `error`; `SessionFinished` follows.
+    """A session failed. `SessionFinished` follows.
 
-    `attempts_exceeded`: the item had failed `max_attempts` times before, so no handler ran.
+    `error`: the kind of error. `attempts_exceeded`: the item had failed `max_attempts` times
+    before, so no handler ran.
     """
 
     item: WorkItem
@@ -215,7 +216,10 @@ class ResultDropped:
 
 @dataclass(frozen=True, slots=True)
 class RequestFinished:
-    """An HTTP request ended. `code`: the label of `http_requests_total` (2xx, 304, 400 … error)."""
+    """An HTTP request ended.
+
+    `code`: the value of the label `code` of `http_requests_total`, such as 2xx, 304, 400 or error.
+    """
 
     op: str
     code: str
@@ -232,7 +236,10 @@ class RateBudgetWaited:
 
 @dataclass(frozen=True, slots=True)
 class CredentialRefreshed:
-    """The token was read again from its source, after a refusal. "error": that failed."""
+    """The control plane refused the token, and the client read it again from its source.
+
+    `result`: "error" if the token could not be read again.
+    """
 
     result: Literal["ok", "error"]
 
@@ -272,7 +279,11 @@ class DrainStarted:
 
 @dataclass(frozen=True, slots=True)
 class DrainFinished:
-    """A drain ended: clean, at its deadline, or with sessions that it abandoned (killed)."""
+    """A drain ended.
+
+    `result`: "clean" if all sessions ended in time, "deadline" if the drain had to cancel handlers
+    at its deadline, "killed" if it abandoned sessions.
+    """
 
     result: DrainResult
     seconds: float

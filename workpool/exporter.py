@@ -70,7 +70,7 @@ INDEX: Final = {
 
 
 class LivePage(NamedTuple):
-    """The source of the data for the page `/` of the exporter, which shows the pool in a browser.
+    """The settings of the page `/`, which shows the pool in a browser, and the source of its data.
 
     Attributes:
         status: Returns the data; its argument says whether ids are included. Called on the thread
@@ -184,14 +184,14 @@ class Exporter:
         again.
         """
         for _ in range(BIND_TRIES):
-            # This call binds without listening: if a cancellation interrupted a listening call,
-            # nothing would close the listening server.
+            # `_create_server` binds but does not listen: if it listened and were cancelled, nothing
+            # would close the listening sockets.
             server = await self._create_server(protocol, self.port)
             ports = {each.getsockname()[1] for each in server.sockets}
             if len(ports) == 1:
                 return server
             server.close()
-            # Try again if another program has that port on one of the addresses.
+            # If another program uses the port on one of the addresses, try another port.
             with contextlib.suppress(OSError):
                 return await self._create_server(protocol, ports.pop())
         raise OSError(errno.EADDRINUSE, "no port is free on every address")
@@ -205,7 +205,8 @@ class Exporter:
     async def _disconnect(self, server: asyncio.Server, runner: web.AppRunner) -> None:
         """Close every connection, even if its client neither reads nor closes it."""
         server.close()
-        await asyncio.sleep(0)  # lets the loop add accepted sockets to the connections
+        # Let the loop add sockets that it has accepted to `_connections`, which closes them below.
+        await asyncio.sleep(0)
         try:
             await runner.cleanup()
         finally:
@@ -229,7 +230,8 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                rendering.cancel()  # otherwise its end would call the closed loop
+                # Otherwise the thread would call the loop after the rendering, when it is closed.
+                rendering.cancel()
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")
             await self._renderer.close()
@@ -261,8 +263,8 @@ class Exporter:
     async def _live_json(self, request: web.Request) -> web.Response:
         if self._live_page is None:
             raise web.HTTPNotFound
-        # Check the name, too: the page of another site could use a host name that resolves to the
-        # loopback address.
+        # Check the `Host` header, too: otherwise the page of another site could read the ids, with
+        # a host name of its own that resolves to the loopback address.
         local = _is_loopback(self._host) and names_an_address(request.host)
         data = await self._render_on_thread(
             self._live_page.status, local or self._live_page.always_ids
@@ -284,7 +286,7 @@ class Exporter:
         return web.Response(body=body, headers=headers)
 
     async def _render_on_thread(self, render: Callable[..., R], *arguments: object) -> R:
-        """Call `render` on the thread that renders metrics."""
+        """Call `render` on the exporter's own thread, and return its result."""
         if len(self._renderings) >= SCRAPES_MAX:
             raise web.HTTPServiceUnavailable(
                 text="too many scrapes\n", headers={"Retry-After": "1"}
@@ -326,7 +328,7 @@ def _health_response(good: str, reasons: Sequence[str]) -> web.Response:
 def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
     try:
         return choose_encoder(accept)
-    except (TypeError, ValueError):  # prometheus_client fails at a malformed "version="
+    except (TypeError, ValueError):  # prometheus_client raises these for a malformed "version=".
         return choose_encoder("")
 
 
@@ -335,7 +337,10 @@ def _encode_compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
 
 
 def _url_and_port(server: asyncio.Server) -> tuple[str, int]:
-    """Return the URL and the port; a server on all addresses has the loopback address as URL."""
+    """Return the URL and the port of a server.
+
+    The URL of a server that listens on all addresses has the loopback address.
+    """
     host, port = server.sockets[0].getsockname()[:2]
     address = ip_address(host)
     if address.is_unspecified:

@@ -93,11 +93,11 @@ class HandlerRule:
     blocking: bool = False
 
     def matches_item(self, item: WorkItem) -> bool:
-        """Whether the item has this type and at least this metadata."""
+        """Return whether the item has the rule's type and every metadata pair of the rule."""
         return self.type == item.type and self.metadata.items() <= item.metadata.items()
 
     def covers_rule(self, other: HandlerRule) -> bool:
-        """Whether every item that `other` matches is matched by this rule too."""
+        """Return whether this rule matches every item that the rule `other` matches."""
         return self.type == other.type and self.metadata.items() <= other.metadata.items()
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ class HandlerRule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """The function that the pool runs for an item, as the plugins chose it.
+    """A function that the pool can run for an item, with its label and its limits.
 
     Two handlers are equal if their labels and limits are. So `max_sessions` counts for each label,
     and a hook may return a new closure or `functools.partial` for each item.
@@ -226,7 +226,10 @@ def name_of(call: object) -> str:
 
 
 def is_async_callable(call: object) -> bool:
-    """Return whether calling the object returns a coroutine; supports partials and `__call__`."""
+    """Return whether calling the object returns a coroutine.
+
+    The object may be a function, a `functools.partial` or an object with `__call__`.
+    """
     inner = _innermost_function(call)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
         getattr(inner.__class__, "__call__", None)  # noqa: B004 - it must be async, not only callable

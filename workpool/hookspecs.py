@@ -43,7 +43,7 @@ def workpool_session_handler(
 
 @hookspec
 def workpool_wrap_session(session: Session) -> AbstractAsyncContextManager[object] | None:
-    """Return a context in which the handler of this session runs, or None.
+    """Return a context manager inside which the handler of this session runs, or None.
 
     Called once the lease is held. The contexts are entered in the order of the plugins and left in
     reverse order. An exception of a context counts as an exception of the handler. A context that
@@ -53,11 +53,11 @@ def workpool_wrap_session(session: Session) -> AbstractAsyncContextManager[objec
 
 @hookspec
 def workpool_lifespan(supervisor: object) -> AbstractAsyncContextManager[object] | None:
-    """Return a context for the lifetime of the pool, or None.
+    """Return a context manager that is open as long as the pool runs, or None.
 
-    `supervisor` is the running `workpool.Supervisor`. Entered before the first poll and left last.
-    Open database clients here, and add collectors to `supervisor.registry`. An exception while it
-    is entered stops the start.
+    `supervisor` is the running `workpool.Supervisor`. The context is entered before the first poll
+    and left last. Open database clients here, and add collectors to `supervisor.registry`. If
+    entering the context raises an exception, the pool does not start.
     """
 
 

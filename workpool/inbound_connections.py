@@ -58,7 +58,7 @@ class InboundConnections:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
-        # In order of waiting time: the connection that has waited longest comes first.
+        # In each of the next three dicts, the connection that was added first comes first.
         self._without_request: dict[_Connection, None] = {}
         self._serving: dict[_Connection, float] = {}
         self._unread: dict[_Connection, int] = {}
@@ -76,7 +76,7 @@ class InboundConnections:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record which connections serve a request. Must be the outermost aiohttp middleware."""
+        """Record, as the outermost aiohttp middleware, which connections have a request."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
         if connection is None:
             return await handler(request)
@@ -119,18 +119,18 @@ class InboundConnections:
         self.note_read(connection)
 
     def note_unread(self, connection: _Connection) -> None:
-        """Record that bytes wait for the client of this connection to read."""
+        """Record that the client of this connection has not read all bytes that were sent to it."""
         self._unread[connection] = size = connection.count_unread_bytes()
         self._unread_bytes += size
         while self._unread_bytes > UNREAD_BYTES_MAX:
             self._abort_connection(next(iter(self._unread)))
 
     def note_read(self, connection: _Connection) -> None:
-        """Record that the client of this connection has read."""
+        """Record that the client of this connection has read enough of the bytes sent to it."""
         self._unread_bytes -= self._unread.pop(connection, 0)
 
     def _find_dispensable(self) -> _Connection | None:
-        """Return the idle or slow connection to close in favour of a new one, or None."""
+        """Return the idle or slow connection to close to make room for a new one, or None."""
         for connection in self._without_request:
             return connection
         until = asyncio.get_running_loop().time() - SERVE_SECONDS
@@ -148,7 +148,8 @@ class InboundConnections:
         self._timer = loop.call_later(CHECK_SECONDS, self._close_late) if self._open else None
         now = loop.time()
         for connection in tuple(self._without_request):
-            # While the client reads an answer, `read_due` applies instead of `due`.
+            # While a client still reads an answer, `read_due` is set, and only the loop below may
+            # close the connection.
             if connection.due is not None and connection.due <= now and not connection.read_due:
                 self._abort_connection(connection)
         for connection, before in tuple(self._unread.items()):
@@ -166,7 +167,7 @@ class InboundConnections:
 
 
 class _Connection(asyncio.Protocol):
-    """Records the activity of one connection, and passes it on to aiohttp's protocol.
+    """A protocol around aiohttp's own, which records when one connection reads and writes.
 
     Attributes:
         due: The loop time by which the headers of a request must arrive; None during a request.
@@ -184,7 +185,7 @@ class _Connection(asyncio.Protocol):
         self._protocol = protocol
 
     def count_unread_bytes(self) -> int:
-        """Return the number of bytes that wait for the client."""
+        """Return the number of bytes that were sent and that the client has not read yet."""
         return self.transport.get_write_buffer_size()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -192,7 +193,8 @@ class _Connection(asyncio.Protocol):
         if self._connections.add_connection(self):
             self._protocol.connection_made(transport)
         else:
-            self._protocol = asyncio.Protocol()  # a protocol that ignores all further events
+            # aiohttp must not see this connection: a bare `Protocol` ignores all further events.
+            self._protocol = asyncio.Protocol()
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -223,14 +225,14 @@ class _Connection(asyncio.Protocol):
 
 
 class HttpLog(logging.LoggerAdapter[logging.Logger]):
-    """The log of aiohttp without text from clients.
+    """A logger for aiohttp that omits text that clients have sent.
 
-    Its parser quotes a malformed request, token and all, with a traceback at the level ERROR. Such
-    a request is one line at the level DEBUG here: clients must not be able to fill the log.
+    aiohttp's parser logs a malformed request, even its token, with a traceback at the level ERROR.
+    Here such a request is one line at the level DEBUG: clients must not be able to fill the log.
     """
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
-        """Log a record of aiohttp without text from clients."""
+        """Log a message of aiohttp; omit the text of a malformed request."""
         if isinstance(kwargs.get("exc_info"), HttpProcessingError):
             level, kwargs = logging.DEBUG, {**kwargs, "exc_info": None}
         super().log(level, msg, *args, **kwargs)

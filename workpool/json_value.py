@@ -22,7 +22,7 @@ class JSONArray(Protocol[T_co]):
     def __contains__(self, value: object, /) -> bool: ...
 
     def index(self, value: Any, /) -> int:
-        """Return the first index of a value."""
+        """Return the position of the first element that equals the value."""
 
 
 class JSONRecord(Protocol):

@@ -63,7 +63,7 @@ _IDS: ContextVar[Mapping[str, str] | None] = ContextVar("workpool_log_ids", defa
 
 @contextmanager
 def record_ids(ids: Mapping[str, str]) -> Iterator[None]:
-    """Add the ids of a pool to the log records of the block and of the tasks that it starts."""
+    """Add the ids of a pool to the log records made inside the `with` block and its new tasks."""
     token = _IDS.set(ids)
     try:
         yield
@@ -113,7 +113,7 @@ class FieldsAdapter(logging.LoggerAdapter[logging.Logger]):
     def process(
         self, msg: object, kwargs: MutableMapping[str, Any]
     ) -> tuple[object, MutableMapping[str, Any]]:
-        """Return the message and the arguments of a call, with all fields in `extra`."""
+        """Return the message and keyword arguments of a log call, with the fields in `extra`."""
         kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {})}
         return msg, kwargs
 

@@ -45,7 +45,7 @@ _STANDARD: Final = {
     *vars(logging.makeLogRecord({})),
     "asctime",
     "message",
-    "taskName",  # an attribute of log records from Python 3.12 on
+    "taskName",  # Python 3.12 and later set this attribute on every record.
 }
 _tokens: dict[str, Sequence[str]] = {}
 _item_tokens: dict[str, Sequence[str]] = {}
@@ -74,10 +74,11 @@ def _remember_token(tokens: dict[str, Sequence[str]], token: str, limit: int) ->
 
 
 def readable(text: str, limit: int = MESSAGE_CHARACTERS) -> str:
-    """Return text that is safe in a log line or on a terminal: printable and at most `limit` long.
+    """Return the text in a form that is safe in a log line or on a terminal.
 
     Characters that are not printable become escape sequences: line ends, control characters, marks
-    that change the direction of text. Text that is too long loses its middle. Tokens are redacted.
+    that change the direction of text. Text longer than `limit` characters loses its middle. Tokens
+    are redacted.
     """
     return _make_printable(_redact_tokens(text), limit)
 
@@ -136,7 +137,7 @@ def _printable_lines(text: str, limit: int) -> list[str]:
 
 
 def _message_text(record: logging.LogRecord) -> str:
-    """Return the message, even if its arguments do not fit and logging would fail."""
+    """Return the message of a record; a substitute if it cannot be formatted with its arguments."""
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001 - code of users, in `__str__`
@@ -173,13 +174,13 @@ class TextFormatter(logging.Formatter):
         message = _make_printable(
             _limit_length(_message_text(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
         )
-        # Message and fields have limits of their own, so that a long message leaves room for the
-        # ids.
+        # The message and each field are cut separately, so that the ids remain in the line after a
+        # long message.
         line = f"{_time_text(record)} {record.levelname:<7} {record.name} {message}"
         for name, value in _bounded_extras(record).items():
             text = str(value)
             if name == "error" and message.endswith(text):
-                continue  # the message already ends with the error
+                continue  # Do not repeat the error, with which the message already ends.
             plain = text.isprintable() and " " not in text
             line += f" {name}={text if plain else repr(_redact_tokens(text))}"
         lines = [readable(line, LINE_CHARACTERS)]
@@ -191,9 +192,9 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One flat JSON object for each record: its members are texts and numbers.
+    """Formats each record as one flat JSON object, whose values are strings and numbers.
 
-    An exception is `error`, its text, with `error_type` and `stack`.
+    An exception becomes three members: `error` is its text, beside `error_type` and `stack`.
     """
 
     def format(self, record: logging.LogRecord) -> str:

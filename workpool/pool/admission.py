@@ -80,7 +80,9 @@ class Admission:
         self._ask, self.gated = ask, True
 
     def pause(self, reason: str, until: datetime | None) -> None:
-        """Pause the claiming of items, or replace the reason and the end of the pause.
+        """Stop the pool from claiming items until the pause ends.
+
+        If the pool is paused already, the new reason and end replace the old ones.
 
         Raises:
             ValueError: `until` has no time zone.
@@ -113,7 +115,10 @@ class Admission:
             self.granted_at = asyncio.get_running_loop().time()
 
     def _ask_plugins(self) -> str | None:
-        """Ask the plugins, log a changed answer, and return the reason of a refusal, if any."""
+        """Ask the plugins whether the pool may claim items; return the reason if one refuses.
+
+        Logs the first refusal, and the first answer without a refusal after it.
+        """
         reason = None if self._ask is None else self._ask()
         refused = None if reason is None else readable(reason, REASON_CHARACTERS)
         if refused != self.refused:
@@ -140,7 +145,7 @@ class Admission:
 
 @dataclass(slots=True)
 class _Failures:
-    """The consecutive failures of one handler.
+    """The record of the failed sessions of one handler since its last success.
 
     Attributes:
         handler: The handler.
@@ -200,11 +205,15 @@ class HandlerHealth:
         return failures is None or self._may_claim_after(failures)
 
     async def wait_until_claimable(self) -> None:
-        """Wait while every handler that has run in this pool is failing and may claim no item."""
+        """Wait until a handler may claim an item.
+
+        Returns at once unless every handler that has run in this pool is failing and may claim no
+        item now.
+        """
         while self.failures and self._no_handler_may_claim():
             now = asyncio.get_running_loop().time()
-            # A handler whose pause is over has its one session running here, so it needs no timer:
-            # the end of the session sets `_changed`.
+            # Set the timeout for the handlers that are still in their pause only. A failing handler
+            # after its pause has one running session, and the end of that session sets `_changed`.
             resume_at = [each.resume_at for each in self.failures.values()]
             pauses = [each - now for each in resume_at if each > now]
             self._changed.clear()
@@ -235,9 +244,9 @@ class HandlerHealth:
 
 
 class HandlerSlots:
-    """Tells whether a handler has a free slot, by `max_sessions` and `reserved_sessions`.
+    """Decides whether a handler has a free slot, by `max_sessions` and `reserved_sessions`.
 
-    It only reads the items that the pool owns.
+    Reads the items that the pool owns, and changes nothing.
 
     Args:
         items: The items that the pool owns.
@@ -313,13 +322,15 @@ class ExitLimits:
         return (self._sessions, self._idle, self._uptime) != (None, None, None)
 
     def note_claim(self) -> None:
-        """Count a claimed session; the count may reach the limit `exit_after_sessions`."""
+        """Count a claimed session, and record whether `exit_after_sessions` is reached."""
         self._claimed += 1
         if self._claimed == self._sessions:
             self._record_reached("exit_after_sessions")
 
     def add_pool(self, admission: Admission) -> Callable[[bool], None]:
-        """Add a pool; the process is idle only while this pool, too, is idle and not paused.
+        """Include a pool in the check of `exit_after_idle`.
+
+        The limit is reached once every included pool has been idle for that long and is not paused.
 
         Returns: The function to call after each successful poll of the pool, with True if the poll
             brought no item and the pool owns none.
@@ -328,11 +339,14 @@ class ExitLimits:
         return partial(self._note_poll, admission)
 
     def remove_pool(self, admission: Admission) -> None:
-        """Remove a pool; the idle time of the process no longer depends on it."""
+        """Exclude a pool that has ended from the check of `exit_after_idle`."""
         self._pools.pop(admission, None)
 
     async def wait_until_reached(self) -> Limit:
-        """Wait until an exit limit is reached; return it. The uptime counts from the first call."""
+        """Wait until an exit limit is reached, and return the name of its setting.
+
+        The time for `exit_after_uptime` starts with the first call of this method.
+        """
         if self._uptime is not None and self._ends_at is None:
             self._ends_at = asyncio.get_running_loop().time() + self._uptime
         with suppress(TimeoutError):
@@ -343,7 +357,7 @@ class ExitLimits:
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         time = self._pools.get(admission)
         if time is None:
-            return  # the pool was removed before the answer to its last poll
+            return  # Ignore the last poll of a pool that was removed before the answer.
         if not idle:
             time.since = None
             return
@@ -358,7 +372,7 @@ class ExitLimits:
             self._record_reached("exit_after_idle")
 
     def _record_reached(self, limit: Limit) -> Limit:
-        """Record that a limit was reached, unless another was before; return the first one."""
+        """Record that a limit was reached; return the limit that was reached first."""
         if self.reached is None:
             self.reached = limit
             self._changed.set()

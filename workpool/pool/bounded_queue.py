@@ -75,7 +75,7 @@ class BoundedQueue(Generic[T]):
 
     @property
     def waiting_count(self) -> int:
-        """The number of items that wait in a place for a slot."""
+        """The number of items in the queue that wait for a slot, without those set aside."""
         return len(self._waiting)
 
     @property
@@ -125,7 +125,8 @@ class BoundedQueue(Generic[T]):
                 # The place was granted just before the cancellation: free it, or nobody could use
                 # it again.
                 self.release_reserved_place()
-            elif turn in self._reservers:  # else `grant_free_places` has removed the turn
+            # `grant_free_places` may have removed the cancelled future already.
+            elif turn in self._reservers:
                 self._reservers.remove(turn)
             raise
 
@@ -142,14 +143,14 @@ class BoundedQueue(Generic[T]):
         self._waiting.append(item)
 
     def set_item_aside(self, item: T) -> None:
-        """Store an item that has no place and waits until its handler has a free slot."""
+        """Store an item outside of the queue's places until its handler has a free slot."""
         self._aside.append(item)
         if self.too_many_set_aside:
             self._room.clear()
 
     @property
     def too_many_set_aside(self) -> bool:
-        """Whether at least as many items are set aside as there are places.
+        """Whether the number of items set aside has reached the number of places in the queue.
 
         The pool should then poll more slowly, because it may hold back items from other workers.
         """
@@ -162,7 +163,7 @@ class BoundedQueue(Generic[T]):
             self._room.set()
 
     async def wait_for_room_aside(self, seconds: float) -> None:
-        """Wait until fewer items are set aside than there are places, for `seconds` at most."""
+        """Wait, for `seconds` at most, until `too_many_set_aside` is false."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._room.wait()
@@ -184,21 +185,24 @@ class BoundedQueue(Generic[T]):
         return self._waiting.popleft()
 
     def _next_startable_item(self) -> T | None:
-        """Return the oldest item set aside that may start, if a place and a slot are free."""
+        """Return the oldest of the items set aside that may start.
+
+        None: none of them may start, or the queue has no free place or no free slot.
+        """
         if self._aside and self.running < self.concurrency and self._count_free_places() > 0:
             return next(filter(self.may_start, self._aside), None)
         return None
 
     def _move_to_slot(self, item: T) -> None:
-        """Move an item that was set aside into a slot."""
+        """Remove an item from the items set aside, and count it as running in a slot."""
         self.remove_item_set_aside(item)
         self.running += 1
 
     def release_slot(self, *, used_up: bool = False) -> None:
-        """Free the slot, and with it the place, of an item that `take_item` returned.
+        """Free the slot of an item that `take_item` returned, because the item has ended.
 
-        The caller then offers the slot to waiting items (`take_item`), and after them the place
-        to pollers (`grant_free_places`).
+        The caller then offers the slot to waiting items (`take_item`), and after them the free
+        place to pollers (`grant_free_places`).
         `used_up`: the item counts towards the limit `uses`.
         """
         self.running -= 1
@@ -221,7 +225,7 @@ class BoundedQueue(Generic[T]):
         return forgotten
 
     def grant_free_places(self) -> None:
-        """Give the free places to the pollers that wait in `reserve_place`."""
+        """Give the free places of the queue to the pollers that wait in `reserve_place`."""
         if self._share is not None:
             self._share.grant_free_slots()
             return
@@ -236,20 +240,20 @@ class BoundedQueue(Generic[T]):
             turn.set_result(None)
 
     def _next_use_of_shared_slot(self) -> Callable[[], None] | None:
-        """Return a function that gives a shared slot to an item set aside, or else to a poller.
+        """Return the function to call when the pool gets one more of the shared slots.
 
-        None: no item can start, and no poller can get a place.
+        It starts an item that was set aside, or else lets a waiting poller poll. None: the pool
+        cannot use a slot now.
         """
         item = self._next_startable_item()
         if item is not None:
             return partial(self._start_item_set_aside, item)
-        while (
-            self._reservers and self._reservers[0].done()
-        ):  # the poller of this turn was cancelled
+        # Skip pollers that were cancelled while they waited for a place.
+        while self._reservers and self._reservers[0].done():
             del self._reservers[0]
         return self._hand_out_place if self._reservers and self._count_free_places() > 0 else None
 
     def _start_item_set_aside(self, item: T) -> None:
-        """Start an item that was set aside, in a shared slot that was just granted to the pool."""
+        """Start an item that was set aside, in the shared slot that the pool has just got."""
         self._move_to_slot(item)
         self.start(item)

@@ -90,7 +90,11 @@ class OptionalCalls:
         self.refused.clear()
 
     def _record_refusal(self, op: Op, error: ControlPlaneError) -> bool:
-        """Return whether the credential permits no such call at all; if so, record the refusal."""
+        """Record the refusal if the error means that the credential never permits this call.
+
+        Returns:
+            Whether the refusal was recorded.
+        """
         if op in self._allowed or not _means_never(op, error):
             return False
         self.refused[op] = error.status

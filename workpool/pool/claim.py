@@ -122,7 +122,7 @@ class Claimer:
                 return result
 
     def _check_time_of_repeat(self, repeats: _AckRepeats) -> None:
-        """Raise an error if the wait for a connection has left no time to repeat the ack.
+        """Raise an error if it is too late to repeat the ack. Called right before it is sent.
 
         A late ack could lease the item for 60 s to this pool, which would not run it.
         """
@@ -139,14 +139,16 @@ class Claimer:
             await self._heartbeats.send_heartbeat(lease, self._end_after_pause)
             now = self._clock()
             if lease.begun:
-                lease.end_if_expired(now)  # a late answer may leave no time to run a handler
+                # The answer may have come so late that no time is left to run a handler.
+                lease.end_if_expired(now)
             if lease.begun or lease.over:
                 self._end_after_pause(lease, now)
                 return
             seconds = min(lease.due_at, lease.give_up_at) - now
             if draining:
                 await asyncio.sleep(max(0.0, seconds))
-            else:  # a drain ends this wait, which a Retry-After can make long
+            else:
+                # A Retry-After can make this wait long, so a drain must end it.
                 await self._wait_for_drain(item, seconds)
 
     def _end_after_pause(self, lease: Lease, now: float) -> None:
@@ -160,8 +162,8 @@ class Claimer:
     ) -> bool:
         """Wait for the next try of an ack; return False if the ack must not be repeated."""
         if failure.reason in MAYBE_APPLIED:
-            # If the ack was applied, its lease keeps other workers away, so the ack may be repeated
-            # until this lease is about to lapse.
+            # If the control plane applied the ack, no other worker can get the item while the lease
+            # lasts. So the ack may be repeated until shortly before the end of the lease.
             repeats.first_sent = min(repeats.first_sent, sent)
             repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
         delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
@@ -185,13 +187,14 @@ class Claimer:
 
 
 def _accept_ack_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
-    # `active` does not prove that another worker has the item: some control planes answer every ack
-    # with it, and all of them answer a repeated ack with it. The first heartbeat shows which worker
-    # has the item.
+    # The state `active` does not prove that another worker has the item: some control planes give
+    # it in every answer to an ack, and all of them in the answer to a repeated ack. The first
+    # heartbeat shows which worker has the item.
     if answer.state not in {STARTING, ACTIVE}:
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent
-    if token is not None or trace is not None:  # the ack's answer has neither
+    if token is not None or trace is not None:
+        # The answer to an ack lacks the token and the trace, so keep those of the poll's answer.
         answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
     # `last_heartbeat` is set if another worker has had the item, perhaps while the item waited for
     # a slot of this pool.

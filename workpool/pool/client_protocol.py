@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ClientProtocol(Protocol):
-    """A client, opened as an async context on the loop that uses it.
+    """The interface of a control-plane client; entered and left on the event loop that uses it.
 
     Every call raises `TransientError`, `RefusedError`, `ConflictError` or `PreconditionError`;
     anything else is a bug. `timeout` is the limit of one call in seconds; None: the client's own
@@ -43,7 +43,7 @@ class ClientProtocol(Protocol):
     on_credential_refresh: Callable[[Any], None] | None
 
     async def __aenter__(self) -> ClientProtocol:
-        """Open on the running loop."""
+        """Open the client for use on the running event loop."""
 
     async def __aexit__(
         self,
@@ -55,19 +55,19 @@ class ClientProtocol(Protocol):
         """Close the connections."""
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Take a permit for one write if no wait is needed; return whether it was taken."""
+        """Return whether the rate limit permits one write now; if so, count the write."""
 
     async def acquire_permit(self, priority: Priority) -> None:
-        """Wait for a permit for one write of this priority."""
+        """Wait until the rate limit permits one write; waits of higher priority end first."""
 
     def release_permit(self) -> None:
-        """Return a permit that was not used."""
+        """Give a write back to the rate limit, because it was permitted and not sent."""
 
     async def acquire_ack_permit(self) -> None:
-        """Acquire a permit for one ack, before a poll."""
+        """Wait until the rate limit permits the ack that may follow a poll."""
 
     def release_ack_permit(self) -> None:
-        """Return an ack permit, since there is nothing to acknowledge."""
+        """Give an ack back to the rate limit, because the poll brought no item to acknowledge."""
 
     async def poll(
         self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None
@@ -82,7 +82,7 @@ class ClientProtocol(Protocol):
         timeout: float | None = None,
         options: CallOptions = CLAIM_OPTIONS,
     ) -> WorkItem:
-        """Acknowledge an item; `permit` says that an ack permit was acquired for it."""
+        """Acknowledge an item; `permit`: `acquire_ack_permit` was called for this ack."""
 
     async def heartbeat(
         self,
@@ -122,12 +122,19 @@ class ClientProtocol(Protocol):
     def list(
         self, *, limit: int | None = None, timeout: float | None = None
     ) -> AsyncGenerator[WorkItem, None]:
-        """Iterate over at most `limit` items of the environment; `timeout` is for each page."""
+        """Iterate over at most `limit` items of the environment, page by page.
+
+        `timeout` limits the request for each page.
+        """
 
     def events(
         self, session_id: str, *, token: Secret | None = None, guard: SessionGuard | None = None
     ) -> SessionEvents:
-        """Return the events of a session; `guard` checks before and during each call."""
+        """Return an object that lists, sends and follows the events of a session.
+
+        `guard` makes their requests, and refuses them once the pool no longer holds the session's
+        item. None: nothing is checked.
+        """
 
     async def stats(self) -> QueueStats:
         """Read the statistics of the remote queue."""

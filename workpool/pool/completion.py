@@ -1,4 +1,4 @@
-"""The end of a session: the completion table, and the requests by which a session is ended.
+"""The end of a session: the completion table, and the requests that end a session.
 
 The table defines the actions, and `Completion` carries them out. Nothing is sent for an item whose
 lease is not held, and an item whose result could not be written is not stopped as completed. See
@@ -61,7 +61,13 @@ DRAIN_REASON: Final = "the pool is draining"
 
 @dataclass(frozen=True, slots=True)
 class CompletionRow:
-    """A row of the completion table: action on the item, metadata to write, and outcome."""
+    """The actions at the end of a session, for one end reason.
+
+    Attributes:
+        item: The action on the item.
+        metadata: The metadata to write.
+        outcome: The outcome of the session if the requests succeed.
+    """
 
     item: Literal["stop", "release", "untouched"]
     metadata: Literal["result", "error", "reason", "none"]
@@ -97,7 +103,11 @@ class Completion:
         self._optional = context.optional
 
     async def complete_session(self, item: PoolItem) -> Outcome:
-        """Complete the session by its row of the completion table; return the outcome."""
+        """Write the metadata and stop or release the item, as the completion table demands.
+
+        Returns:
+            The outcome of the session.
+        """
         row = completion_row(item)
         if row.item == "untouched":
             return row.outcome
@@ -114,8 +124,8 @@ class Completion:
             )
             return "failed"
         except TransientError as error:
-            # The outcome is `released`: the item is not stopped, so it is redelivered once its
-            # lease has lapsed.
+            # The item is not stopped, so the control plane delivers it to a worker again after the
+            # end of the lease: the outcome is `released`.
             log.warning(
                 "completion not written: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
@@ -125,7 +135,7 @@ class Completion:
     async def stop_item(
         self, item: PoolItem, *, confirm: bool = False, seconds: float = math.inf
     ) -> None:
-        """Stop the item with `force`, which is allowed in every state and in both dialects.
+        """Stop the item. The request has `force`, so that it is allowed in every state.
 
         Raises:
             SessionGoneError: The lease is not held, and it is unknown whether the stop was applied.
@@ -139,7 +149,7 @@ class Completion:
             await self._sender.send_with_retries(item, call, options, lease.note_own_stop)
             result = "ok"
         except (ConflictError, PreconditionError):
-            result = "conflict"  # the control plane says that the item is stopped already
+            result = "conflict"  # The item is stopped already, so the pool must not try again.
         except SessionGoneError:
             if lease.status != "finished":
                 raise
@@ -159,13 +169,14 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                lease.own_stop = before  # this stop was not sent, or was refused
+                # The request was not applied, so do not take a later stop by another client for it.
+                lease.own_stop = before
             raise
 
     async def _write_row_metadata(self, item: PoolItem, row: CompletionRow) -> Outcome:
-        """Write the metadata that the row names; return the outcome of the session.
+        """Write the metadata that a row of the completion table names; return the outcome.
 
-        That is the row's outcome, or `failed` if the control plane refuses the handler's result.
+        The outcome is that of the row, or `failed` if the control plane refuses the result.
         """
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
@@ -176,7 +187,7 @@ class Completion:
         try:
             await self.write_metadata(item, attempt.closing_patch(notes))
         except (ConflictError, PreconditionError):
-            pass  # the control plane says that the item is stopped already
+            pass  # The item is stopped already, so its metadata cannot be written anymore.
         except NotPermittedError:
             # Complete the session without its result: another run could not write the result
             # either.
@@ -197,33 +208,39 @@ class Completion:
         return row.outcome
 
     async def _remove_mark(self, item: PoolItem, patch: Patch) -> None:
-        """Delete the mark of a completed session; if that fails, log it and keep the outcome."""
+        """Delete the metadata by which a drain has excluded this run from the attempts.
+
+        A failure is logged; it does not change the outcome of the session.
+        """
         try:
             await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
-            pass  # the credential may not write metadata, so no mark was written before
+            pass  # This credential cannot have written the mark, so there is nothing to delete.
         except ControlPlaneError as error:
             log.warning(
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
     async def mark_running_session(self, item: PoolItem) -> None:
-        """Write the mark of a running session at the beginning of a drain.
+        """At the beginning of a drain, write metadata that exclude a running session from attempts.
 
-        With the mark, the run does not count as an attempt if the process ends before the session.
-        The write is cancelled if the session ends first.
+        Without this mark, the run would count as an attempt if the process ended before the
+        session. The write is cancelled if the session ends first.
         """
         if item.lease.stop_requested:
-            return  # an operator has asked to stop the item, so no worker runs it again
-        # A low priority, so that completions do not wait behind the marks of all sessions.
+            return  # No worker runs an item again that an operator has asked to stop.
+        # The priority is low, so that completions do not wait for this write of every session.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_mark(item, DRAIN_REASON, request)
 
     async def mark_released_session(self, item: PoolItem, reason: str, seconds: float) -> None:
-        """Write the mark of a released session within `seconds`, so that its run is no attempt."""
+        """Write metadata that exclude a released session from the attempts, within `seconds`.
+
+        Writes nothing if another process may own the item.
+        """
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
-            return  # no heartbeat has succeeded yet, so another process may own the item
+            return  # Before the first successful heartbeat, another process may own the item.
         await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
 
     async def _write_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
@@ -233,7 +250,7 @@ class Completion:
             await self.write_metadata(item, attempt.mark_patch(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
-            pass  # the credential may not write marks; `RunCounts` counts the runs instead
+            pass  # Without metadata, `RunCounts` counts the runs of each item in this process.
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -242,7 +259,12 @@ class Completion:
     async def write_metadata(
         self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions = WRITE
     ) -> None:
-        """Write metadata, with retries while the lease is held and within `request.seconds`."""
+        """Write metadata of the item; retry while the lease is held, for `request.seconds` at most.
+
+        Raises:
+            NotPermittedError: The credential may not write metadata.
+            SessionGoneError, ControlPlaneError: The metadata was not written.
+        """
         await self._optional.make_call(
             "update",
             lambda: self._sender.send_with_retries(
@@ -251,8 +273,8 @@ class Completion:
                     item.id, patch, timeout=timeout, options=options
                 ),
                 request,
-                # Check again right before sending: while this write waited for a connection, the
-                # refusal of another one may have shown that the credential permits none.
+                # Check the permission again right before sending: it may have been refused to
+                # another write while this one waited for a connection.
                 partial(self._optional.check_permitted, "update"),
             ),
         )
@@ -329,9 +351,10 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
 
 
 def outcome_of_lapse(lease: Lease) -> Outcome:
-    """Return the outcome of a session whose lease lapses before another worker takes its item.
+    """Return the outcome of a session whose lease ends because its heartbeats end.
 
-    The control plane stops an item that is `stopping` when its lease lapses.
+    At the end of the lease, the control plane stops the item if a stop was requested; otherwise it
+    delivers the item again.
     """
     if lease.status == "handed_off":
         return "detached"
@@ -350,9 +373,10 @@ def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
 
 
 def find_release(error: BaseException) -> Release | None:
-    """Return the release that `error` is or contains; None if it contains any other error.
+    """Return the `Release` that a handler raised, alone or in an exception group.
 
-    Of several releases in an exception group, the one with the longest delay is returned.
+    None if the error is or contains anything else. Of several releases in a group, the one with
+    the longest delay is returned.
     """
     releases: list[Release] = []
     for each in iterate_leaf_errors(error):
@@ -381,5 +405,8 @@ def safe_text(value: object) -> str:
 
 
 def sendable_text(text: str) -> str:
-    """Return `text` as metadata accept it: cut to `NOTE_LIMIT`, lone surrogates replaced."""
+    """Return `text` in a form that metadata accept.
+
+    Text longer than `NOTE_LIMIT` is cut, and lone surrogates are replaced.
+    """
     return text[:NOTE_LIMIT].encode(errors="replace").decode()

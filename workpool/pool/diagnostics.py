@@ -46,7 +46,12 @@ class LoopMonitor:
     """
 
     def __init__(self, tell: Callable[[Callable[[], object]], None], max_block: float) -> None:
-        """Create the monitor; `tell` runs a callback on the handlers' loop."""
+        """Create the monitor of the running loop.
+
+        Args:
+            tell: Runs a callback on the handlers' loop; called on the renewer's thread.
+            max_block: The seconds without an answer after which the renewer stops renewing.
+        """
         self.lag: float | None = None
         self._tell = tell
         self._max_block = max_block
@@ -55,7 +60,8 @@ class LoopMonitor:
         self._waited = 0.0
         self._ping = 0
         self._asked_at = time.monotonic()
-        self._answered_before = 0.0  # the time of the answer before the last one
+        self._answered_before = 0.0
+        """The time of the second last answer."""
         # Written on the handlers' loop, `_pong` last: a thread that sees the new `_pong` must not
         # read old values of the other attributes.
         self._answered_at = time.monotonic()
@@ -80,22 +86,27 @@ class LoopMonitor:
         return self._waited >= LAG_WARNING_SECONDS
 
     def send_ping(self) -> None:
-        """Send the next ping to a loop that has answered the last one."""
+        """Send the loop the next ping. Only call it if the loop has answered the last ping."""
         if self.blocked:
             seconds = self._answered_at - self._answered_before
             _log_warning("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
-        # Written before `_ping`: a thread that sees the new ping must not read the time of the old.
+        # Set the time before `_ping`: a thread that reads the new `_ping` must not combine it with
+        # the time of the old one.
         self._asked_at = time.monotonic()
         self._ping += 1
         self._answered_before = self._answered_at
         self._tell(functools.partial(self._record_answer, self._ping, self._asked_at))
 
     def count_unanswered_time(self, seconds: float) -> bool:
-        """Add `seconds` to the time without an answer; return whether it reaches `max_block`."""
+        """Add `seconds` to the time for which the loop has not answered the last ping.
+
+        Returns:
+            Whether that time has reached `max_block`.
+        """
         was_blocked = self.blocked
-        # Count at most two ticks: if the whole process was stopped for a long time, its loop was
-        # not blocked for that time.
+        # Count at most twice the interval between calls: if the whole process was stopped for
+        # longer, its loop was not blocked in that time.
         self._waited += min(seconds, 2 * TICK_SECONDS)
         if self.blocked and not was_blocked:
             _log_warning(
@@ -134,9 +145,9 @@ def _log_warning(message: str, **fields: object) -> None:
 
 
 def call_on_report_thread(write: Callable[[], None]) -> None:
-    """Call `write` on a new thread and wait until it returns, at most `REPORT_SECONDS`.
+    """Call `write`, which writes to the log, on a new thread; wait `REPORT_SECONDS` at most.
 
-    The wait is limited because the blocked loop's thread may have the lock of a log handler, and
+    The wait is limited because the blocked loop's thread may hold the lock of a log handler, and
     then `write` would wait for this lock.
 
     Raises:
@@ -151,7 +162,8 @@ def call_on_report_thread(write: Callable[[], None]) -> None:
             errors.append(error)
 
     thread = threading.Thread(
-        target=copy_context().run,  # the context has the pool's ids for log records
+        # A new thread has an empty context, and its log records would lack the pool's ids.
+        target=copy_context().run,
         args=(run,),
         name="workpool-report",
         daemon=True,

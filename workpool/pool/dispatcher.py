@@ -128,7 +128,8 @@ class Dispatcher:
         if self._context.draining or (self._admission.gated and self._admission.paused is not None):
             return "declined"  # without an ack, the item is redelivered to another worker
         owned = self.items.find_item(work_item.id)
-        if owned is None and self._expiry is not None:  # the timer is set while items are set aside
+        # If no expiry timer is set, no item is set aside, and the search would find nothing.
+        if owned is None and self._expiry is not None:
             owned = self._find_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = self._note_seen(item.id) or item.held_before
@@ -162,10 +163,10 @@ class Dispatcher:
         self._fill_slots()
 
     def _handle_redelivery(self, owned: PoolItem, polled_at: float) -> None:
-        """Handle another delivery of an item that this pool owns: the item is in the queue again.
+        """Handle the case that a poll has returned an item that this pool already owns.
 
-        If the handler runs, a heartbeat checks the lease soon. If the item waits for a slot, the
-        time for which it may wait begins anew.
+        If the handler runs, the lease may be lost, and a heartbeat checks it soon. If the item
+        waits for a slot, the time for which it may wait begins anew.
         """
         if owned.state == "delivered":
             owned.polled_at = polled_at
@@ -225,8 +226,8 @@ class Dispatcher:
     def _decline_expired_items(self) -> None:
         """Decline the items that were set aside for so long that they will be redelivered soon."""
         self._expiry = None
-        # A timer may fire a little early. Without these 10 ms, its item would not be due yet, and
-        # the next timer would fire at once.
+        # A timer may fire a little early. Without these 10 ms, the item for which it was set would
+        # stay, and the next timer would fire at once.
         latest = self._context.clock() - self._aside_seconds + 0.01
         for item in self._context.queue.items_set_aside:
             if item.delivered_at <= latest:
@@ -236,7 +237,10 @@ class Dispatcher:
         self._set_expiry_timer()
 
     def _choose_handler(self, work_item: WorkItem) -> Handler | None:
-        """Return the handler that the plugins choose; decline the item and return None if none."""
+        """Return the handler that the plugins choose for an item.
+
+        If none takes it or the handler may not claim it now, decline the item and return None.
+        """
         handler = None
         reason: DeclineReason | None = None
         if self.items.has_session(work_item.session_id):
@@ -283,9 +287,10 @@ class Dispatcher:
 
     def _start_item(self, item: PoolItem) -> None:
         """Start the task of an item that has just got a slot."""
-        if self.items.find_item(item.id) is None:  # the item was set aside until now
-            # Use the item's own context: the current one may be that of another pool's session,
-            # whose end freed this slot.
+        if self.items.find_item(item.id) is None:
+            # The item was set aside, so it is not owned yet. Log with the ids of its own context:
+            # if the end of another pool's session has freed this slot, the current context is that
+            # of the other pool.
             item.context.run(self._add_owned_item, item)
         item.advance_state("slot" if item.parents_heartbeat is None else "adopted")
         item.task = self._group.create_task(
@@ -314,12 +319,16 @@ class Dispatcher:
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def forget_waiting_items(self) -> None:
-        """Forget the items that wait for a slot; they have no ack, so other workers get them."""
+        """Forget the items that wait for a slot.
+
+        They were not acknowledged, so the control plane delivers them to other workers.
+        """
         for _ in self._context.queue.items_set_aside:
             self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting_items():
             item.advance_state("closed")
-            if self.items.find_item(item.id) is item:  # items set aside are not in `items`
+            # An item that was set aside is not owned yet, and could not be removed.
+            if self.items.find_item(item.id) is item:
                 self.items.remove_item(item)
 
     def release_all_items(self) -> None:
@@ -336,9 +345,10 @@ class Dispatcher:
         return running - sum(item.handler_runs for item in self.executor.stuck)
 
     async def wait_for_marks(self, seconds: float) -> None:
-        """Wait, for `seconds` at most, until the marks of stuck handlers' items are written.
+        """Wait for the writes that exclude runs of stuck handlers from the attempts.
 
-        Without this wait, a drain would abandon these items, and their marks, at once.
+        The wait takes `seconds` at most. Without it, a drain would abandon these items and cancel
+        the writes at once.
         """
         marks = [item.mark_task for item in self.executor.stuck if item.mark_task is not None]
         if marks:

@@ -64,7 +64,7 @@ class Drain:
         return self._deadline
 
     def begin(self, timeout: float | None) -> None:
-        """Request the drain; a further request can only shorten the deadline."""
+        """Begin the drain; if it has begun already, only shorten its deadline."""
         now = asyncio.get_running_loop().time()
         self.requests += 1
         if self.started_at is None:
@@ -83,9 +83,9 @@ class Drain:
         await self._wait_until_finished(dispatcher, lambda: math.inf)
 
     async def finish_sessions(self, context: PoolContext, dispatcher: Dispatcher) -> int:
-        """Wait for the running sessions until the deadline, then release the rest of the items.
+        """Wait for the running sessions; at the deadline, cancel them and release their items.
 
-        Returns the number of abandoned items.
+        Returns the number of sessions that did not end even then, and were abandoned.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -110,9 +110,10 @@ class Drain:
         return abandoned
 
     async def wait_for_last_scrape(self, exporter: Exporter) -> None:
-        """Wait until a scrape has shown the end of the drain, or a further drain is requested.
+        """Wait until the metrics of the drained pool have been scraped once more.
 
-        Returns at once if the process is not scraped, and within the grace period in any case.
+        Returns at once if nothing scrapes the process, on a further request to drain, and at the
+        end of the grace period.
         """
         since = time.monotonic()
         if exporter.scraped_at is None or since - exporter.scraped_at > SCRAPED_SECONDS:
@@ -136,9 +137,15 @@ class Drain:
     async def _wait_until_finished(
         self, dispatcher: Dispatcher, until: Callable[[], float]
     ) -> bool:
-        """Wait until no item is unfinished; return False if the time `until()` comes first.
+        """Wait until all items have ended except those of stuck handlers.
 
-        `until` is called again after each change.
+        Args:
+            dispatcher: The owner of the items.
+            until: Returns the time at which the wait ends, on the loop's clock. Called again after
+                each change, because a further request may shorten the deadline.
+
+        Returns:
+            False if that time came first.
         """
         dispatcher.on_closed = dispatcher.executor.on_stuck = self.note_change
         loop = asyncio.get_running_loop()

@@ -89,8 +89,8 @@ class HandlerExecutor:
         task = item.handler_task = self._group.create_task(
             self._call_handler(item, handler, session),
             name=f"{handler.name} {item.id}",
-            # A copy: an eager task runs its first step inside this call, while the item's own
-            # context is entered already, and a context cannot be entered twice.
+            # Copy the context: an eager task runs its first step inside this call, and a context
+            # that is entered already, as the item's is now, cannot be entered again.
             context=item.context.copy(),
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
@@ -108,7 +108,8 @@ class HandlerExecutor:
                 self._stop_stall_timer(item)
             self.stuck.discard(item)
         if not task.cancelled():
-            task.result()  # raises a KeyboardInterrupt of the handler, if any
+            # If the handler raised a KeyboardInterrupt, raise it here, too: it must not be lost.
+            task.result()
         elif item.cancelled_for is None:
             self._record_error(item, asyncio.CancelledError("leaked from the handler"))
 
@@ -163,10 +164,10 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        # Subtract only the lateness after the last progress, since the silence began there.
+        # The time without progress began with the last progress, so ignore a delay before that.
         lateness = now - max(due_at, item.progressed_at)
-        # Do not subtract short delays, which are usual: their sum over many checks would delay the
-        # end of a stalled handler.
+        # Ignore short delays, which every timer has: the sum of many would keep a stalled handler
+        # running for longer.
         if lateness >= LATE_SECONDS:
             late += lateness
         silence = max(0.0, item.seconds_without_progress(now) - late)
@@ -224,7 +225,8 @@ class HandlerExecutor:
 
         An error is recorded and not raised, since it would cancel all other handlers of the group.
         """
-        # An eager task runs before `create_task` returns it, but the session's calls need the task.
+        # The session's methods check `item.handler_task`. An eager task runs before `create_task`
+        # returns, so `run_handler` has not set the attribute yet.
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
         if not self._may_start(item):
@@ -233,8 +235,8 @@ class HandlerExecutor:
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
-            # `metadata_of` is inside this `try`, because it may run the handler's own code: that of
-            # a returned Mapping.
+            # Call `metadata_of` inside this `try`, too: it reads the returned mapping, whose class
+            # may be code of the handler and raise any error.
             contexts = self._plugins.session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
@@ -265,7 +267,8 @@ class HandlerExecutor:
             finally:
                 session.outcome = outcome_expected(item, error, self._clock())
                 error = None  # break the reference cycle between error, traceback and frame
-        return {}  # reached if a plugin's context has suppressed the handler's error
+        # If a plugin's context manager has suppressed the handler's error, there is no result.
+        return {}
 
     def _prepare_call(self, item: PoolItem, handler: Handler) -> Call:
         """Return a function that calls the handler with its retries, on a thread if necessary."""
@@ -317,7 +320,8 @@ class HandlerExecutor:
                 "error": text,
             },
         )
-        with suppress(TimeoutError), session.waiting():  # this wait does not count as a stall
+        # `session.waiting` keeps this wait from counting towards `stall_timeout`.
+        with suppress(TimeoutError), session.waiting():
             async with asyncio.timeout(seconds):
                 await session.interrupted()
         if session.stopping:
@@ -328,7 +332,10 @@ class HandlerExecutor:
             raise item.error or error
 
     def _may_start(self, item: PoolItem) -> bool:
-        """Return whether the handler may be called; record a release if the machine was paused."""
+        """Return whether the handler may be called: the lease is held, and there was no pause.
+
+        If the machine was paused since the last heartbeat, record that the item is released.
+        """
         now = self._clock()
         if not item.lease.held(now):
             return False
@@ -340,14 +347,15 @@ class HandlerExecutor:
 
     def _record_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
-            return  # the session was abandoned, and its end was reported then
+            return  # The end of an abandoned session was reported when it was abandoned.
         release = find_release(error)
         item.error = release or error
         if release is not None:
             item.add_end_reason(EndReason.RELEASED)
             return
         item.add_end_reason(EndReason.RAISED)
-        if isinstance(error, ResultError):  # without a traceback: it has no code of the handler
+        if isinstance(error, ResultError):
+            # Omit the traceback, which shows no code of the handler.
             log.error(
                 "result not written: %s",
                 error,
@@ -375,11 +383,15 @@ def _is_retryable(retry: Retry | None, error: Exception, session: Session) -> Ty
 
 
 def end_of_task(task: asyncio.Task[object]) -> asyncio.Future[None]:
-    """Return a future for the end of a task; cancelling the future does not cancel the task."""
+    """Return a future that is done when the task has ended.
+
+    A caller that is cancelled while it awaits this future does not cancel the task.
+    """
     future: asyncio.Future[None] = task.get_loop().create_future()
 
     def set_ended(_: asyncio.Task[object]) -> None:
-        if not future.done():  # the future is cancelled if the task that awaits it is cancelled
+        # If the caller was cancelled while it awaited the future, the future is cancelled, too.
+        if not future.done():
             future.set_result(None)
 
     task.add_done_callback(set_ended)

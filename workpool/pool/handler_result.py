@@ -66,7 +66,7 @@ def _to_plain(value: Any) -> Any:
 
 
 def _check_text(key: str, value: str) -> None:
-    """Check that UTF-8 can encode key and value: a lone surrogate cannot be sent."""
+    """Raise `ResultError` if UTF-8 cannot encode the key or the value, as with lone surrogates."""
     try:
         key.encode()
         value.encode()

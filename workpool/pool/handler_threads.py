@@ -37,7 +37,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _ThreadError:
-    """A handler's error, stored as a future's result: a future cannot raise StopIteration."""
+    """An error that a handler raised on its thread, returned as the result of a future.
+
+    A future cannot raise every error: StopIteration is not allowed.
+    """
 
     error: BaseException
 
@@ -103,7 +106,8 @@ class HandlerThreads:
                 blocking.interrupt(cancel=True)
                 calls.cancel_calls()
                 if item.state == "closed":
-                    future.cancel()  # stop waiting; the thread itself cannot be ended
+                    # A thread cannot be ended from outside, so only stop waiting for it.
+                    future.cancel()
                     raise
         return future.result()
 
@@ -141,9 +145,10 @@ class HandlerThreads:
 
 
 class _ThreadCalls:
-    """Runs the calls of one handler's threads on the event loop while the calling thread waits.
+    """Runs coroutines on the handlers' loop for the thread of one plain handler.
 
-    `run` and `enter` may be used on any thread, the other methods on the handlers' loop.
+    `run` and `enter` block the calling thread until the coroutine has ended. They may be used on
+    any thread but the loop's; the other methods are used on the loop.
     """
 
     def __init__(self, item: PoolItem, group: asyncio.TaskGroup, clock: Clock) -> None:
@@ -156,7 +161,7 @@ class _ThreadCalls:
         self._closed = False
 
     def run(self, make: Callable[[], Awaitable[T]]) -> T:
-        """Await `make()` on the loop, and return its result.
+        """Call `make` on the loop, await what it returns, and return the result to this thread.
 
         Raises:
             LeaseLost, SessionEnded: The handler was cancelled or has ended.
@@ -166,7 +171,9 @@ class _ThreadCalls:
 
     @contextmanager
     def enter(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
-        """Enter a context on the loop, and leave it after the block, both in one task.
+        """Return a context manager for this thread, around the asynchronous one of `make()`.
+
+        The asynchronous context manager is entered and left on the loop, in one task.
 
         Raises:
             LeaseLost, SessionEnded: The handler was cancelled or has ended.
@@ -187,7 +194,7 @@ class _ThreadCalls:
             yield value
         except BaseException as error:
             self._leave_context(left, error)
-            ended.result()  # raises the error with which the context was left, if any
+            ended.result()  # An error of the context manager replaces the error of the block.
             raise
         self._leave_context(left, None)
         ended.result()
@@ -208,7 +215,7 @@ class _ThreadCalls:
         future: Future[T] = Future()
         try:
             self._loop.call_soon_threadsafe(self._start_call, make, future)
-        except RuntimeError:  # the loop is closed, so the session was abandoned
+        except RuntimeError:  # A closed loop means that the session was abandoned.
             raise SessionEnded(self._item.id) from None
         return future
 
@@ -222,11 +229,14 @@ class _ThreadCalls:
 
     def _on_call_ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not future.done():  # the task was cancelled before the call had a result
+        if not future.done():  # A task that was cancelled has not set a result.
             future.set_exception(self._error_of_ended_call())
 
     def _error_of_ended_call(self) -> SessionGoneError:
-        """Return the error for a cancelled call: the lease's error if any, else `SessionEnded`."""
+        """Return the error to raise from a call that was cancelled or is not allowed anymore.
+
+        `LeaseLost` if the lease was lost, else `SessionEnded`.
+        """
         try:
             self._item.lease.check_held(self._clock())
         except SessionGoneError as error:
@@ -236,7 +246,7 @@ class _ThreadCalls:
     def _leave_context(self, left: asyncio.Future[None], error: BaseException | None) -> None:
         def leave_context() -> None:
             if left.done():
-                return  # the task that holds the context was cancelled
+                return  # The task of the context manager was cancelled, so it has left it already.
             if error is None:
                 left.set_result(None)
             else:
@@ -244,7 +254,7 @@ class _ThreadCalls:
 
         try:
             self._loop.call_soon_threadsafe(leave_context)
-        except RuntimeError:  # the loop is closed, so no context is open anymore
+        except RuntimeError:  # The loop is closed, and with it every context manager was left.
             raise SessionEnded(self._item.id) from error
 
 
@@ -252,7 +262,7 @@ async def _complete_future(make: Callable[[], Awaitable[T]], future: Future[T]) 
     try:
         result = await make()
     except asyncio.CancelledError:
-        raise  # `_on_call_ended` sets the error with the reason
+        raise  # `_on_call_ended` sets the error that tells why the call was cancelled.
     except BaseException as error:  # noqa: BLE001 - raised on the thread that waits
         future.set_exception(error)
     else:
@@ -265,6 +275,6 @@ def _pass_on_error(entered: Future[Any], ended: Future[None]) -> None:
 
 
 async def _pass_on_interruption(session: Session, blocking: BlockingSession) -> None:
-    """Interrupt the handler's blocking session when its asynchronous session is interrupted."""
+    """Wait until the session is stopping or draining; then interrupt the `BlockingSession`."""
     await session.interrupted()
     blocking.interrupt()

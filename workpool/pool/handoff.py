@@ -69,7 +69,8 @@ class HandoffRun:
         self._renewer.heartbeat_now(lease)
         while not (lease.over or (lease.settled and lease.due_at > self._renewer.clock())):
             changed.clear()
-            await changed.wait()  # bounded: the end of the lease sets `changed`, too
+            # This wait is not endless, because the end of the lease sets `changed`, too.
+            await changed.wait()
         return not lease.over
 
     async def _wait_for_child(self) -> None:
@@ -87,7 +88,10 @@ class HandoffRun:
                 return
 
     async def _must_wait_longer(self) -> bool:
-        """Read the item; return whether to go on waiting for a child to take the item over."""
+        """Read the item, and return whether a child process may still take it over.
+
+        Ends the lease if the child, or another worker, has the item.
+        """
         lease, client = self._lease, self._renewer.client
         try:
             timeout = self._renewer.request_timeout
@@ -100,7 +104,7 @@ class HandoffRun:
         if status != "held":
             lease.end(status, "taken")
             self._renewer.report_lease_change(self._item)
-        # End the wait on a stop request, which must not wait for a child that may never start.
+        # If an operator asks to stop the item, do not wait for the child, which may never start.
         return status == "held" and item.state != STOPPING
 
     def _set_state(self, state: Literal["open", "closed"]) -> None:
@@ -124,8 +128,8 @@ async def hand_off(
         await _wait_for_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
         renewer.call_on_loop(handoff.take_back)
-        # Do not wait here, since a cancelled handler must end at once: the session runner calls
-        # `settle_handoff` later.
+        # Do not wait for the end of the handoff, since a cancelled handler must end at once. The
+        # session runner waits for it in `settle_handoff`.
         raise
     except BaseException:
         await settle_handoff(item, handoff, renewer)
@@ -151,8 +155,10 @@ async def _wait_until_open(
     await _wait_for_state(item, handoff, "open", context.clock)
     if handoff.state != "open" or lease.status != "held":
         sender.check_may_send(item, by_handler=False)
-        raise HandoverError(item.id)  # too little of the lease is left for a child
-    if lease.stop_requested:  # the child would be stopped at once
+        # A child would not have enough time to take the item over before the end of the lease.
+        raise HandoverError(item.id)
+    if lease.stop_requested:
+        # Do not start a child that would have to stop at once.
         raise SessionEnded(item.id)
     settings = context.settings
     return HandedLease(

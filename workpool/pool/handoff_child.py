@@ -37,7 +37,7 @@ RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 
 
 class HandoffChild(Supervisor):
-    """A supervisor that runs one item and ends with it.
+    """The supervisor of a child process: runs the one item that a parent handed off to it.
 
     Args:
         settings: The settings, as for a supervisor; heartbeats request `lease_ttl`.
@@ -117,7 +117,7 @@ class HandoffChild(Supervisor):
 
 
 def _item_without_read(work_id: str, session_id: str, environment_id: str) -> WorkItem:
-    """Return the item with the fields that are known without a read."""
+    """Build the item from its ids, without a request; its metadata is empty."""
     data = {"type": SESSION, "id": session_id}
     item = {"id": work_id, "environment_id": environment_id, "data": data, "state": ACTIVE}
     return parse_item(item)

@@ -1,4 +1,4 @@
-"""The requests that a pool sends for an item: heartbeats, stop, metadata and events.
+"""Sends the requests of a pool for an item: heartbeat, stop, write of metadata or events.
 
 The lease is checked as the last step before the bytes are written: after the waits for the rate
 limit, a connection and DNS, with no await in between. Bytes that the kernel has accepted cannot be
@@ -52,9 +52,9 @@ T = TypeVar("T")
 
 
 class LeaseDoubted(TransientError):
-    """A write was not sent, because the lease may have ended during a pause of the machine.
+    """A write was not sent, because the machine was paused and the lease may have ended meanwhile.
 
-    A heartbeat verifies the lease; then the request may be retried.
+    Once a heartbeat has succeeded, the write may be retried.
     """
 
     def __init__(self) -> None:
@@ -143,12 +143,13 @@ class ItemSender:
         lease, now = item.lease, self._clock()
         unseen = self._pauses.seconds_unseen(lease.clock_offset, now)
         paused = abs(unseen) >= PAUSE_SECONDS
-        # A pause that is too short to be noticed counts against the lease all the same: the control
-        # plane may have given the item to another worker in the meantime.
+        # Even a pause shorter than `PAUSE_SECONDS` is subtracted from the lease: the lease may have
+        # ended in it, and another worker may have the item.
         held_at = now if paused else now + max(0.0, unseen)
         self.check_may_send(item, by_handler=by_handler, now=held_at)
         if not lease.begun and (lease.unsettled or paused):
-            raise LeaseLost(item.id)  # no heartbeat has shown yet that the item is ours
+            # Without a successful heartbeat, the item may belong to another worker.
+            raise LeaseLost(item.id)
         if paused:
             self._on_pause()
             raise LeaseDoubted
@@ -162,9 +163,10 @@ class ItemSender:
         request: SendOptions,
         before_bytes: Callable[[], None] | None = None,
     ) -> T:
-        """Make a call that needs the lease; retry it until a final answer or the end of its time.
+        """Make a call that needs the lease, and retry it after transient errors.
 
-        `before_bytes` is called after the check, right before the first byte is written.
+        The retries end with the lease, or after `request.seconds`. `before_bytes` is called after
+        the check of the lease, right before the first byte is written.
 
         Raises:
             SessionGoneError: The check, right before the bytes of every try, failed.
@@ -186,9 +188,9 @@ class ItemSender:
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             options = options._replace(new_connection=failure.reason in {"timeout", "network"})
             left = self._seconds_left(item, until, self._clock())
-            # Wait for at most half of the remaining time, even if the Retry-After is longer:
-            # without another try, the item of an ended session would not be stopped, and would be
-            # run again.
+            # Wait for at most half of the remaining time, even if the Retry-After is longer: time
+            # must be left for another try. If the stop of an ended session were never sent, another
+            # worker would run the item again.
             delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
                 self.check_may_send(item, by_handler=request.by_handler)
@@ -248,7 +250,10 @@ class ItemSender:
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _may_retry_at_once(self, lease: Lease, failure: TransientError) -> bool:
-        """Return whether to end the wait: a heartbeat has verified the lease, or it has ended."""
+        """Return whether the wait before a retry may end early.
+
+        It may once a heartbeat has verified the lease after a pause, or once the lease has ended.
+        """
         if isinstance(failure, LeaseDoubted) and not self._pauses.was_paused(
             since=lease.clock_offset
         ):
@@ -312,7 +317,8 @@ class HeartbeatSender:
                     timeout=attempt.timeout,
                     options=options,
                 )
-            except SessionGoneError:  # the lease is over, so nothing was sent
+            except SessionGoneError:
+                # `_check_lease` has raised this right before the request, so nothing was sent.
                 lease.note_unsent(attempt)
                 return False
             except ControlPlaneErrors as error:
@@ -331,7 +337,7 @@ class HeartbeatSender:
     async def _read_item(
         self, lease: Lease, attempt: HeartbeatAttempt, decision: HeartbeatDecision, *, look_up: bool
     ) -> HeartbeatDecision:
-        """Read the item after an unclear answer to a heartbeat, and apply its state to the lease.
+        """Read the item to find out which worker has it, and apply its state to the lease.
 
         `look_up`: if the credential may not read one item, search the list for it. After a 409 the
         search is not worth its cost: the lease has ended in any case.

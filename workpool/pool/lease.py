@@ -1,4 +1,4 @@
-"""The lease of one item, as arithmetic on given times, and the clocks that measure it.
+"""The deadlines and the status of one item's lease, and the clocks that measure them.
 
 `Lease` reads no clock and awaits nothing: each method gets the time. One thread writes a lease at
 a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from then on.
@@ -61,9 +61,9 @@ def clock_that_counts_sleep() -> Clock:
     The result is the platform's own function: a wrapper would cost some forty calls for each
     item.
     """
-    if hasattr(time, "CLOCK_BOOTTIME"):  # on Linux only
+    if hasattr(time, "CLOCK_BOOTTIME"):  # Only Linux has this clock.
         return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
-    if sys.platform == "darwin":  # `time.monotonic` stands still during sleep on this system
+    if sys.platform == "darwin":  # On macOS, `time.monotonic` stands still during sleep.
         return functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
     return time.monotonic
 
@@ -75,7 +75,10 @@ wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, n
 
 
 class PauseDetector:
-    """Detects that the wall clock moved against the lease clock. May be used on any thread."""
+    """Detects pauses of the machine, in which the wall clock runs and the lease clock does not.
+
+    May be used on any thread.
+    """
 
     def __init__(self, clock: Clock, wall: Clock = wall_clock) -> None:
         self._clock = clock
@@ -93,10 +96,10 @@ class PauseDetector:
         return abs(self.seconds_unseen(since, now)) >= PAUSE_SECONDS
 
     def seconds_unseen(self, since: float, now: float | None = None) -> float:
-        """Return the seconds that the wall clock, but not the lease clock, has counted.
+        """Return by how many seconds the wall clock has got ahead of the lease clock.
 
-        They count from the time at which `wall_clock_offset` returned `since`. The result is
-        negative if the wall clock was set back.
+        The time is measured from the call in which `wall_clock_offset` returned `since`. The result
+        is negative if the wall clock was set back.
         """
         return self._wall() - (self._clock() if now is None else now) - since
 
@@ -208,7 +211,7 @@ class Lease:
         polled_at: float | None = None,
         parents_heartbeat: str | None = None,
     ) -> None:
-        """Create the lease that begins with an acknowledgement.
+        """Create the lease of an item that was just acknowledged, or handed off to this process.
 
         Args:
             item: The item in the answer to the acknowledgement.
@@ -259,12 +262,15 @@ class Lease:
 
     @property
     def loss_confirmed(self) -> bool:
-        """Whether the control plane confirmed the loss of the lease; if not, its time ran out."""
+        """Whether an answer of the control plane shows that this pool no longer has the item.
+
+        A lease is also lost without such an answer if no heartbeat succeeds in time.
+        """
         return self.status == "lost" and self.loss in {"taken", "gone"}
 
     @property
     def releasing(self) -> bool:
-        """Whether the pool lets the lease lapse: its last heartbeat is due or was sent."""
+        """Whether the pool releases the item: it sends one last heartbeat, and then none."""
         return self._release_ttl is not None
 
     @property
@@ -274,7 +280,7 @@ class Lease:
         return self.begun and not (self.in_flight or doubted)
 
     def check_held(self, now: float) -> None:
-        """Raise an error unless requests may be sent for the item at the time `now`.
+        """Raise an error if the lease does not allow a request for the item at the time `now`.
 
         Raises:
             SessionEnded: The session has ended, or the item was stopped or handed off.
@@ -286,7 +292,7 @@ class Lease:
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
     def note_own_stop(self) -> None:
-        """Record that the stop request of this pool may be applied from now on.
+        """Record that this pool sends a stop for the item, which may be applied from now on.
 
         Called on the handlers' loop only.
         """
@@ -314,10 +320,9 @@ class Lease:
             self.due_at = min(self.due_at, now)
 
     def doubt_after_pause(self, now: float) -> bool:
-        """Make the next heartbeat due now, because a pause of the machine put the lease in doubt.
+        """Make the next heartbeat due now, because the lease may have ended in a pause.
 
-        Until a heartbeat has succeeded, only the first call has an effect. Returns whether this
-        call was the first.
+        Only the first call after a successful heartbeat has an effect, and returns True.
         """
         first, self._doubted = not self._doubted, True
         if first:
@@ -325,7 +330,10 @@ class Lease:
         return first
 
     def let_lapse(self, now: float, delay: float) -> None:
-        """Make the next heartbeat the last one, so that the lease lapses after `delay` seconds."""
+        """Release the item by one last heartbeat, which is due now.
+
+        The heartbeat requests a TTL of `delay` seconds; after it, another worker may get the item.
+        """
         self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
         self.due_at = now
 
@@ -352,7 +360,7 @@ class Lease:
         before = self.deadline
         # The heartbeat may shorten the lease to the requested TTL, and its answer may be lost.
         self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
-        # The timeout leaves time for another try if there is no answer.
+        # Wait for a part of the TTL only, so that time is left for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
         return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
@@ -363,7 +371,7 @@ class Lease:
         self._set_deadline(attempt.deadline, self.ttl)
 
     def note_unanswered(self) -> None:
-        """Record that the wait ended without an answer; the heartbeat may have been applied."""
+        """Record that no answer to the heartbeat came; the control plane may have applied it."""
         self.in_flight = False
         self._unanswered = True
 
@@ -386,7 +394,7 @@ class Lease:
         doubt: HeartbeatResult | None,
         outcome: WorkItem | ControlPlaneError | None,
     ) -> HeartbeatDecision:
-        """Apply a read of the item, after an answer that left open which worker holds it.
+        """Apply the result of reading the item, which shows whether this pool still has it.
 
         Args:
             now: The time of the answer.
@@ -401,8 +409,8 @@ class Lease:
             self.end("finished" if self.own_stop else "lost")
             return HeartbeatDecision("over", doubt)
         if isinstance(outcome, ControlPlaneError):
-            # It is still unknown which worker has the lease, so after another 412 the item must be
-            # read again.
+            # It is still unknown which worker has the item. With this flag, a 412 to the next
+            # heartbeat leads to another read, and not to the loss of the lease.
             self._unanswered = True
             return self._apply_error_class(now, classify_read_error(outcome), outcome)
         status = self.status_from_read(outcome)
@@ -412,7 +420,9 @@ class Lease:
         self._unanswered = False
         self.expected = _last_heartbeat_of(outcome)
         if self._read_twice:
-            self._plan_repeat(now)  # later, because contradictory answers would cause a busy loop
+            # A second read contradicts the answer to the heartbeat again. Wait before the next
+            # heartbeat: otherwise such answers would cause a busy loop.
+            self._plan_repeat(now)
         else:
             self._read_twice = True
             self.due_at = now
@@ -427,8 +437,8 @@ class Lease:
         processes that run one item are worse than none.
         """
         if item.state == STARTING and (self._lent or self.item.state == ACTIVE):
-            # The item was `active` and is `starting` again, so another worker has acknowledged it,
-            # or a poll has leased it to one.
+            # The item was `active` and is `starting` again, so a poll or an ack of another worker
+            # has begun a new lease.
             return "lost"
         acked_at = self.item.acknowledged_at
         ours = acked_at is not None and item.acknowledged_at == acked_at
@@ -442,11 +452,11 @@ class Lease:
         self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat
     ) -> HeartbeatDecision:
         if now >= attempt.deadline:
-            # The answer came after the old deadline; in between, another worker may have had the
-            # item.
+            # The answer came after the old deadline. Another worker may have run the item since
+            # then, so the new lease must not be used.
             self.end("lost")
             return HeartbeatDecision("over", "timeout")
-        if heartbeat.state == STOPPED:  # final, whichever worker held the item
+        if heartbeat.state == STOPPED:  # No worker can run a stopped item anymore.
             self.end("finished" if self.own_stop else "stopped")
             return HeartbeatDecision("over", "ok")
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
@@ -458,8 +468,8 @@ class Lease:
             return HeartbeatDecision("over", "conflict")
         paused = abs(attempt.clock_offset - self.clock_offset) >= PAUSE_SECONDS
         if stopping and paused:
-            # Any worker can get this answer, so it does not prove that the lease outlasted the
-            # pause.
+            # The answer `stopping` is given to any worker, so it does not prove that the lease was
+            # still held after the pause.
             self.end("lost")
             return HeartbeatDecision("over", "conflict")
         if not extended and not stopping:
@@ -481,7 +491,7 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            return  # `let_lapse` was called during this heartbeat: the last one is due already
+            return  # `let_lapse`, called during this heartbeat, has set the time of the last one.
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
@@ -491,14 +501,14 @@ class Lease:
         if isinstance(error, TransientError) and error.reason != "throttled":
             self._unanswered = True
         else:
-            # The heartbeat was not applied, so it has not shortened the lease.
+            # The heartbeat was not applied, so the deadline from before it is still valid.
             self._set_deadline(attempt.deadline, self.ttl)
         error_class = classify_heartbeat_error(error, doubted=self._unanswered or self._lent)
         if error_class.then == "read":
             if not self.unsettled:
                 return HeartbeatDecision("read", error_class.result)
-            # A read would not show whether the lease is ours: the answer to a repeated ack has the
-            # `acknowledged_at` of whichever worker has the lease.
+            # Reading the item would not show whether this pool has it: `acknowledged_at` in the
+            # answer to a repeated ack may be that of another worker's ack.
             error_class = error_class._replace(then="taken")
         return self._apply_error_class(now, error_class, error)
 
@@ -520,14 +530,14 @@ class Lease:
     def _plan_repeat(self, now: float, retry_after: float = 0.0) -> None:
         part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]
         self._failures += 1
-        # A Retry-After delays the next try by at most half of the time that is left, so that there
-        # is time for it.
+        # Wait for at most half of the remaining time, even if the Retry-After is longer, so that
+        # time is left for another try.
         left = self.give_up_at - now
         self.due_at = now + max(self.ttl / part, min(retry_after, left / 2))
 
 
 class ErrorClass(NamedTuple):
-    """The meaning of an error for a heartbeat.
+    """The consequence of an error of a heartbeat, or of a read of the item, for the lease.
 
     Attributes:
         result: The heartbeat's result for the metrics.
@@ -540,7 +550,7 @@ class ErrorClass(NamedTuple):
 
 
 def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> ErrorClass:
-    """Return the class of a heartbeat's error.
+    """Return what the error of a heartbeat means for the lease.
 
     Args:
         error: The error.
@@ -562,7 +572,7 @@ def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> Erro
 
 
 def classify_read_error(error: ControlPlaneError) -> ErrorClass:
-    """Return the class of an error of reading the item.
+    """Return what an error of reading the item means for the lease.
 
     A GET has no reason for a 409 or 412, so a gateway must have sent it, and the read is repeated.
     """
@@ -572,6 +582,7 @@ def classify_read_error(error: ControlPlaneError) -> ErrorClass:
 
 
 def _last_heartbeat_of(item: WorkItem) -> str:
-    # While the item is `starting`, its `last_heartbeat` is that of an earlier lease.
+    # A `starting` item has had no heartbeat under this lease. Its `last_heartbeat` is one of an
+    # earlier lease, and the next heartbeat must not expect it.
     fresh = item.state == STARTING or item.last_heartbeat is None
     return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

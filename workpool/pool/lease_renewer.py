@@ -1,9 +1,10 @@
-"""The lease renewer: a thread with an event loop and connections of its own that extends leases.
+"""The lease renewer extends leases on a thread with its own event loop and connections.
 
-A handler that blocks its event loop must not lose its lease. The renewer looks at all leases in a
-tick, ends those whose time has passed and starts a short task for each heartbeat that is due. It
-also monitors the handlers' loop and stops renewing once that has been blocked for `max_block`. It
-decides about leases only. See workpool/docs/architecture.md, "Threads and loops" and "Renewals".
+A handler that blocks its event loop must not lose its lease. The renewer checks all leases at least
+once a second, ends those whose time has passed and starts a short task for each heartbeat that is
+due. It also monitors the handlers' loop and stops renewing once that has been blocked for
+`max_block`. It decides about leases only. See workpool/docs/architecture.md, "Threads and loops"
+and "Renewals".
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 class LeaseRenewer:
-    """Extends leases, from `__aenter__` to `__aexit__`, on a separate thread.
+    """Extends leases on a separate thread, which runs while the renewer is entered.
 
     Args:
         settings: The settings of the pool.
@@ -148,7 +149,7 @@ class LeaseRenewer:
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # raises the error that has ended the thread
+                await self._thread  # If an error has ended the thread, raise it here.
             self._serving = True
         except BaseException:
             await self._close_thread()
@@ -180,7 +181,8 @@ class LeaseRenewer:
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            self.call_on_loop(item.handoff.note_change)  # no heartbeat will wake the handoff
+            # The handoff waits for the answer to a heartbeat, and no heartbeat follows anymore.
+            self.call_on_loop(item.handoff.note_change)
 
     def send_heartbeat_soon(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that may be lost."""
@@ -191,7 +193,7 @@ class LeaseRenewer:
         self.call_on_loop(self._look_now.set)
 
     def let_lease_lapse(self, lease: Lease, delay: float) -> None:
-        """Let `lease` lapse `delay` seconds from now: send one last heartbeat."""
+        """Release an item: send one last heartbeat, whose lease ends after `delay` seconds."""
         self.call_on_loop(
             lambda: self._send_now(lease, functools.partial(lease.let_lapse, delay=delay))
         )
@@ -199,7 +201,7 @@ class LeaseRenewer:
     def start_handoff_task(
         self, work: Callable[[], Coroutine[object, object, None]], name: str
     ) -> None:
-        """Run a part of a handoff in a task on the renewer's loop."""
+        """Run the coroutine of a handoff in a task on the renewer's loop."""
         self.call_on_loop(lambda: self._group.create_task(work(), name=name))
 
     def call_on_loop(self, callback: Callable[[], object]) -> None:
@@ -220,14 +222,15 @@ class LeaseRenewer:
             log.critical("lease renewer did not end; abandoned", extra={"seconds": CLOSE_SECONDS})
 
     def _start_thread(self) -> asyncio.Future[None]:
-        """Start to run `_run_until_stopped` on `_loop`; the future is done when it has ended.
+        """Start the renewer's thread, and return a future that is done when its loop has ended.
 
         The thread is a daemon, so that a blocked one does not prevent the end of the process.
         """
         self._loop = new_event_loop()
         ended = self._handlers_loop.create_future()
         self._os_thread = threading.Thread(
-            target=copy_context().run,  # the context has the pool's ids for log records
+            # A new thread has an empty context, and its log records would lack the pool's ids.
+            target=copy_context().run,
             args=(self._run_thread, ended),
             name="workpool-lease-renewer",
             daemon=True,
@@ -236,17 +239,19 @@ class LeaseRenewer:
         return ended
 
     def _join_thread(self) -> None:
-        self._os_thread.join(JOIN_SECONDS)  # the thread has nothing left to do but to return
+        # The loop has ended, so the thread returns at once, and the join does not block this loop.
+        self._os_thread.join(JOIN_SECONDS)
 
     def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # raised if the renewer's loop is closed
+        # If the renewer's loop is closed, there is nothing left to call.
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
 
     def _thread_ended(self, thread: asyncio.Future[None]) -> None:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
         if not self._serving:
-            return  # the thread has failed to start, and `__aenter__` raises its error
+            return  # `__aenter__` raises the error of a thread that has failed to start.
         if self._closing:
             if cause is not None:
                 log.error("lease renewer did not close cleanly", exc_info=cause)
@@ -254,7 +259,10 @@ class LeaseRenewer:
         self._fail_pool(cause or RuntimeError("ended without an error"))
 
     def _end_leases(self) -> None:
-        """End all leases as lost, because the thread that renews and writes them has failed."""
+        """End all leases as lost, because the lease renewer has failed.
+
+        This loop may write the leases, since the renewer's thread does not use them anymore.
+        """
         for lease, item in list(self._leases.items()):
             lease.end("lost")
             self._callbacks.changed(item)
@@ -270,7 +278,7 @@ class LeaseRenewer:
                 try:
                     runner.run(self._run_until_stopped())
                 except BaseException as failure:
-                    # Reported before the runner closes, which may take long.
+                    # Report the failure before the runner is closed, which may take long.
                     self._fail_pool(failure)
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
@@ -299,7 +307,11 @@ class LeaseRenewer:
             )
 
     def _end_pool(self, cause: BaseException) -> bool:
-        """End all leases, and so the pool; return whether this call was the first."""
+        """Record that the renewer has failed, and end all leases and the pool.
+
+        Returns:
+            False if the pool has failed or is closing already, so that this call has no effect.
+        """
         if self._error is not None or self._closing or not self._serving:
             return False
         self._error = LeaseRenewerError("the thread that renews the leases failed")
@@ -313,8 +325,8 @@ class LeaseRenewer:
         try:
             call_on_report_thread(write_report)
         except BaseException as error:
-            # End the leases before the callback: it may let a blocked handler continue, which must
-            # not use its lease anymore.
+            # End the leases before `stopped_renewing` is called. That callback may let a blocked
+            # handler continue, and the handler must not use its lease anymore.
             self._end_pool(error)
             raise
         finally:
@@ -333,7 +345,7 @@ class LeaseRenewer:
                 async with asyncio.TaskGroup() as group:
                     await self._renew_leases(group)
             except BaseExceptionGroup as errors:
-                # Reported before the services close, which may take long.
+                # Report the failure before the exporter and the client close, which may take long.
                 self._fail_pool(innermost(errors))
                 raise
 
@@ -350,7 +362,8 @@ class LeaseRenewer:
 
     def _call_on_handlers_loop(self, callback: Callable[[], object]) -> None:
         """Run `callback` on the handlers' loop."""
-        with contextlib.suppress(RuntimeError):  # raised if the handlers' loop is closed
+        # If the handlers' loop is closed, the call is not needed anymore.
+        with contextlib.suppress(RuntimeError):
             self._handlers_loop.call_soon_threadsafe(callback)
 
     def report_lease_change(self, item: PoolItem) -> None:
@@ -386,7 +399,7 @@ class LeaseRenewer:
         return next_at
 
     def _doubt_leases(self, leases: list[Lease], now: float) -> None:
-        """Let heartbeats verify the leases whose last extension was before a machine pause."""
+        """Make heartbeats due for the leases that were last extended before a machine pause."""
         offset = self.pauses.wall_clock_offset()
         doubted = 0
         for lease in leases:
@@ -419,7 +432,10 @@ class LeaseRenewer:
         return due, next_at
 
     def _adjust_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
-        """Raise the limit of concurrent heartbeats while others wait; lower it after disuse."""
+        """Raise the limit of concurrent heartbeats while more are due than it allows.
+
+        Lower it to the largest number in use if no heartbeat had to wait for `WIDTH_SECONDS`.
+        """
         if waiting:
             seconds = min(1.0, now - self._paced_at)
             self._width += NEW_CONNECTIONS_PER_SECOND * seconds
@@ -476,7 +492,7 @@ class LeaseRenewer:
 
     def _report_loss(self, lease: Lease) -> None:
         item = self._leases.get(lease)
-        if item is None:  # the session has ended meanwhile
+        if item is None:  # The session has ended since the check began, so nobody uses the lease.
             return
         self.report_lease_change(item)
         if item.handoff is not None:
@@ -487,7 +503,7 @@ class LeaseRenewer:
         loop = asyncio.get_running_loop()
         times = loop.time(), time.monotonic()
         # Take the larger difference of two clocks: the loop's own clock lags behind while the loop
-        # is busy, and the other one stands still in virtual time.
+        # is busy, and `time.monotonic` stands still in simulations with virtual time.
         seconds = max(now - then for now, then in zip(times, self._watched_at, strict=True))
         if seconds < self.tick_seconds:
             return

@@ -161,7 +161,7 @@ def _session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, 
 
 
 def read_counts(registry: CollectorRegistry) -> dict[str, Counts]:
-    """Return the values of the counters that the page shows, by environment."""
+    """Read the counters that the live page shows from the registry; group them by environment."""
     found: dict[str, Counts] = {}
     for family in registry.collect():
         for sample in family.samples:

@@ -1,4 +1,4 @@
-"""The pollers of one pool: the loop of each, and the number of those that poll now.
+"""The pollers of one pool: the loop of each poller, and the number of pollers that poll now.
 
 A poller acquires a place and an ack permit, polls, offers the item, and waits for a time that
 depends on the answer. A poll only delivers an item, so after a cancelled poll the item is delivered
@@ -117,7 +117,7 @@ class PollerGroup:
         self._unreadable: OrderedDict[str | None, None] = OrderedDict()
 
     async def wait_for_turn(self, number: int) -> None:
-        """Wait until the target number of pollers is large enough for poller `number` to poll."""
+        """Wait until poller `number` should poll: until `target` is larger than `number`."""
         await self._turns[number].wait()
 
     async def wait_for_cooldown(self) -> None:
@@ -127,7 +127,8 @@ class PollerGroup:
             if seconds <= 0:
                 self.cooldown_until = 0.0
             else:
-                await asyncio.sleep(seconds)  # then check again: the cooldown may be longer now
+                # Another poller may extend the cooldown during this wait, so check it again.
+                await asyncio.sleep(seconds)
 
     def hold_back_polls(self, seconds: float) -> None:
         """Begin a cooldown: no poller of the group polls for `seconds` from now."""
@@ -146,7 +147,12 @@ class PollerGroup:
             self._answered = asyncio.Event()
 
     def note_poll_success(self, at: float, *, null: bool) -> None:
-        """Record a successful poll; `at`: its time on the lease clock; `null`: it had no item."""
+        """Record a successful poll, and adjust the number of pollers.
+
+        Args:
+            at: The time of the answer, on the lease clock.
+            null: Whether the answer had no item.
+        """
         self.last_success_at = at
         self.refused = False
         self._refused_since = None
@@ -155,7 +161,7 @@ class PollerGroup:
         elif self.target < len(self._turns):
             self._set_target_size(self.target + 1, "hits")
         idle = null and self._context.queue.is_idle
-        if idle and not self._idle:  # logged once when the pool becomes idle
+        if idle and not self._idle:  # Log it only when the pool becomes idle, not after each poll.
             log.info("idle; waiting for work")
         self._idle = idle
         if self.on_poll is not None:
@@ -212,21 +218,25 @@ class PollerGroup:
             self.ack_refused = True
             self.hold_back_polls(self._ack_backoff.next())
         else:
-            # Without this cooldown, two workers that poll in step could take an item from each
-            # other forever: the poll of each returns the item before the ack of the other arrives.
+            # Without this cooldown, two workers with the same rhythm could make each other's acks
+            # fail forever: the poll of each would return the item just before the other's ack.
             seconds = self._conflict_backoff.next()
             if self._conflict_backoff.failures > 1:
                 self.hold_back_polls(seconds)
 
     async def end_if_queue_is_empty(self) -> None:
-        """End the group if the queue is empty; wait first if another poll may still get an item."""
+        """After a poll without an item, end the group if it runs only until the queue is empty.
+
+        If another poll is in flight, which may still return an item, only wait for its answer.
+        """
         if not (self._until_empty and self._context.queue.is_idle):
             return
         if self._in_flight == 0:
             self.ended = True
             self._on_empty()
         else:
-            await self._answered.wait()  # bounded: every poll in flight has a time limit
+            # This wait is not endless, because every poll has a time limit.
+            await self._answered.wait()
 
     def _set_target_size(self, wanted: int, reason: ScaleReason) -> None:
         target = max(1, min(wanted, len(self._turns)))
@@ -292,10 +302,13 @@ class Poller:
                 await self._sleep_in_state(self._backoff.next())
 
     async def _poll_once(self) -> None:
-        """Reserve a place, poll, and offer the item; wait if the next poll must be delayed."""
+        """Reserve a place in the queue, poll, and offer the item to the dispatcher.
+
+        Then wait if the next poll must not follow at once.
+        """
         if self._number >= self._group.target:
             self.state = "paused"
-            # Wait before reserving a place: during the wait, no other poller could use that place.
+            # Do not reserve a place in the queue before this wait: no other poller could use it.
             await self._group.wait_for_turn(self._number)
         self.state = "waiting_slot"
         await self._context.queue.reserve_place()
@@ -308,8 +321,8 @@ class Poller:
             await self._back_off_after_error(error)
             return
         if item is None:
-            # Check before the pause below: during the pause other pollers send new polls, for which
-            # the check would have to wait.
+            # Call this before the pause below. During the pause other pollers send new polls, and
+            # the group could not end before their answers.
             await self._group.end_if_queue_is_empty()
         if reception == "declined" or self._dispatcher.must_pace_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with
@@ -395,7 +408,7 @@ class Poller:
         await self._sleep_in_state(seconds)
 
     async def _skip_item(self, failure: UnreadableError) -> None:
-        """Leave an unreadable item to other workers, and poll for the next one soon.
+        """After a poll that brought an unreadable item, leave it to other workers and wait briefly.
 
         The item is delivered repeatedly. With a backoff each time, a few such items would stop the
         pool, so the next poll, which brings another item, follows at once. A control plane that
@@ -409,7 +422,10 @@ class Poller:
         await self._sleep_in_state(seconds, "pacing")
 
     def _rest_of_block(self) -> float:
-        """Return the seconds until `block_ms` have passed since the last poll; may be negative."""
+        """Return the seconds that are left of `block_ms` since the start of the last poll.
+
+        The result is negative if the poll took longer.
+        """
         return self._polled_at + self._block_ms / 1000 - self._clock()
 
     async def _sleep_in_state(self, seconds: float, state: PollerState = "backoff") -> None:
@@ -424,7 +440,10 @@ def _is_task_cancelled() -> bool:
 
 
 def _wait_after_error(failure: ControlPlaneError, seconds: float) -> tuple[BackoffReason, float]:
-    """Return reason and length of the wait after an error: `seconds`, or a longer Retry-After."""
+    """Return the reason and the length of the wait after a failed poll.
+
+    The length is `seconds`, or the Retry-After of the answer if that is longer.
+    """
     if not isinstance(failure, TransientError):
         return "server_error", seconds
     if failure.retry_after is not None and failure.retry_after > seconds:

@@ -46,7 +46,8 @@ TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("acking", "acknowledged"): "beginning",
     ("acking", "closed"): "closed",  # the ack was refused, or another worker has the item
     ("beginning", "started"): "running",
-    ("beginning", "ended"): "completing",  # no handler is called, for example in a drain
+    # No handler is called: the run exceeds `max_attempts`, or the pool drains, for example.
+    ("beginning", "ended"): "completing",
     ("beginning", "closed"): "closed",
     ("running", "ended"): "completing",
     ("running", "closed"): "closed",  # a drain abandoned the session
@@ -111,7 +112,7 @@ class Handoff:
         self.changed = asyncio.Event()
 
     def note_change(self) -> None:
-        """Wake the handoff after a heartbeat's answer or the end of the lease."""
+        """Wake the handoff's task, because a heartbeat was answered or the lease has ended."""
         self.changed.set()
 
     def note_child_started(self) -> None:
@@ -120,7 +121,7 @@ class Handoff:
         self.changed.set()
 
     def take_back(self) -> None:
-        """End the wait for a child and take the item back."""
+        """Tell the handoff's task not to wait for a child anymore, but to take the item back."""
         self.taken_back = True
         self.changed.set()
 
@@ -238,7 +239,7 @@ class PoolItem:
 
     @property
     def has_lease(self) -> bool:
-        """Whether the item has a lease, which may have ended."""
+        """Whether the item was acknowledged, so that `lease` is set; the lease may have ended."""
         return hasattr(self, "lease")
 
     @property
@@ -247,7 +248,10 @@ class PoolItem:
         return self.handler_task is not None and not self.handler_task.done()
 
     def seconds_without_progress(self, now: float) -> float:
-        """Seconds without progress; 0 while the handler waits. May be called on any thread."""
+        """Return the seconds since the handler's last progress; 0 inside `Session.waiting`.
+
+        May be called on any thread.
+        """
         return 0.0 if self.waits else max(0.0, now - self.progressed_at)
 
     def advance_state(self, transition: Transition) -> None:
@@ -320,15 +324,16 @@ class OwnedItems:
         return self._per_handler[handler.name]
 
     def add_item(self, item: PoolItem) -> None:
-        """Add an item under its work id, session and handler."""
+        """Add an item, so that it can be found by its work id, its session and its handler."""
         self._by_id[item.id] = item
         if item.handler is not None:
             self._per_handler[item.handler.name] += 1
-            if item.session_id:  # an item of another type may have no session
+            # Items without a session would share the empty id, and only one of them could run.
+            if item.session_id:
                 self._by_session[item.session_id] = item
 
     def remove_item(self, item: PoolItem) -> None:
-        """Remove an item, which must have been added."""
+        """Remove an item. Raises KeyError if it was not added."""
         del self._by_id[item.id]
         if item.handler is not None:
             self._per_handler[item.handler.name] -= 1
@@ -376,17 +381,21 @@ class Attempt:
         self.number = max(self._first, 1 + earlier)
 
     def opening_patch(self) -> Patch:
-        """Return the metadata patch to write before the handler is called; may be empty."""
+        """Return the metadata to write before the handler is called: the number of this run.
+
+        Empty if the metadata has this number already.
+        """
         return self._notes | self._number
 
     def note_opening_written(self) -> None:
-        """Record that the opening patch was applied."""
+        """Record that the result of `opening_patch` was written."""
         self._notes, self._number = {}, {}
 
     def mark_patch(self, reason: str, retry: int) -> Patch:
-        """Return the patch that marks this run as no attempt and stores `retry` for the next run.
+        """Return metadata that exclude this run from the attempts and store `retry` for the next.
 
-        After this call, the closing patch deletes the mark: it may exist even if its write failed.
+        After this call, `closing_patch` deletes them again, even if their write seems to have
+        failed: the control plane may have applied it.
         """
         patch = self._notes | self._number | {RELEASED: reason}
         self._notes[RELEASED] = None
@@ -396,7 +405,10 @@ class Attempt:
         return patch
 
     def closing_patch(self, notes: Mapping[str, str]) -> Patch:
-        """Return the metadata patch that writes `notes` and deletes the notes of earlier runs."""
+        """Return the metadata patch for the end of the session: writes `notes`, deletes older ones.
+
+        `notes` is the result or the error. A value of None deletes its key.
+        """
         return {**self._notes, **notes}
 
 

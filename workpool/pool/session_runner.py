@@ -88,7 +88,7 @@ UPDATE_SECONDS = 30.0
 
 
 class SessionRunner:
-    """Runs each item from its slot to its end.
+    """Runs items: acknowledges each, calls its handler, and completes the session.
 
     Args:
         context: The context of the pool.
@@ -144,9 +144,10 @@ class SessionRunner:
             self.close_item(item, outcome)
 
     def close_item(self, item: PoolItem, outcome: Outcome | None = None) -> None:
-        """End an item: give up its lease and its slot, and report the outcome. May be repeated.
+        """End an item: stop its heartbeats, report the outcome, and free its slot.
 
-        Without an outcome, the session is abandoned: its outcome follows from its lease.
+        Without an outcome, the session is abandoned: its outcome follows from its lease. A second
+        call has no effect.
         """
         if item.state == "closed":
             return
@@ -156,21 +157,23 @@ class SessionRunner:
         if item.mark_task is not None:
             item.mark_task.cancel()
         if item.handler_task is not None:
-            # The handler of an abandoned session still runs; this ends the wait for its thread.
+            # The handler of an abandoned session still runs. If it runs on a thread, this
+            # cancellation ends the wait for the thread.
             item.handler_task.cancel()
         if item.has_lease:
             self._context.renewer.remove_lease(item.lease)
         if item.session is not None:
             self._report_session_end(item, item.session, outcome or outcome_when_abandoned(item))
-            # Break the reference cycle of session and item, which delays their release.
+            # Break the reference cycle of session and item. Otherwise both would stay in memory
+            # until the next garbage collection.
             item.session = None
         self._on_closed(item)
 
     def handle_lease_change(self, item: PoolItem) -> None:
-        """Cancel or notify the handler after the lease renewer has changed its lease."""
+        """Cancel or notify the handler of an item after the lease renewer has changed the lease."""
         lease, session = item.lease, item.session
         if lease.closed or session is None:
-            return  # the session has ended already
+            return  # No handler is left to cancel after the end of the session.
         item.notify_waiters()
         if lease.status != "held":
             self._sender.end_waits(item)
@@ -278,15 +281,15 @@ class SessionRunner:
         except SessionGoneError:
             item.add_end_reason(EndReason.LOST)
         except TransientError as error:
-            # Release the item: if its runs were not counted, an item that crashes its worker would
-            # be run again forever.
+            # Do not run an item whose runs cannot be counted: if it crashes the worker, workers
+            # would run it again and again without end.
             log.warning(
                 "attempt not counted: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
             item.error = PoolRelease("not started: its attempt could not be counted")
             item.add_end_reason(EndReason.RELEASED)
         except NotPermittedError:
-            # The credential may not write metadata: this process counts the runs instead.
+            # The number cannot be stored in metadata, so use the count of this process in `_runs`.
             await self._write_attempt_if_needed(item, session, attempt)
         except ControlPlaneError as error:
             log.warning(
@@ -324,7 +327,7 @@ class SessionRunner:
         )
 
     def _report_lost_item(self, item: PoolItem, stage: ReclaimStage) -> None:
-        """Report that, by the control plane's answer, another worker has the item."""
+        """Report that an answer of the control plane shows that another worker has the item."""
         stage = "drain" if self._context.draining else stage
         log.info(
             "item reclaimed",
@@ -364,7 +367,10 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
 
 
 async def _wait_for_mark(task: asyncio.Task[None]) -> None:
-    """Wait until the mark is written: a later write would undo the completion's metadata."""
+    """Wait for the metadata write of a drain, then cancel it.
+
+    If it were applied after the metadata of the completion, it would overwrite them.
+    """
     await asyncio.wait({task}, timeout=MARK_SECONDS)
     task.cancel()
 
@@ -393,7 +399,7 @@ class SessionCalls:
         return None if deadline == math.inf else deadline
 
     def progress(self) -> None:
-        """Record that the handler makes progress. May be called on any thread."""
+        """Record the time of the handler's progress. May be called on any thread."""
         self._item.progressed_at = self._context.clock()
 
     @contextmanager
@@ -404,7 +410,9 @@ class SessionCalls:
         try:
             yield
         finally:
-            self.progress()  # before `pop`: otherwise the time of the wait could count as a stall
+            # Set the time of the last progress before the wait is removed: a check between the two
+            # would count the whole wait as time without progress.
+            self.progress()
             waits.pop()
 
     def check(self) -> None:
@@ -446,7 +454,7 @@ class SessionCalls:
     async def await_within(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await a call that reads the session, as long as the handler may use the item."""
+        """Await a call that reads the session, while the lease is held and the handler runs."""
         return await self._sender.read_while_leased(self._item, call, seconds)
 
     async def _send_call(

@@ -36,18 +36,18 @@ class SharedSlots:
         self._order = itertools.count()
 
     def add_share(self) -> SlotShare:
-        """Add an environment, and return its share."""
+        """Add an environment, and return the object through which it takes and returns slots."""
         share = SlotShare(self)
         self._shares.append(share)
         return share
 
     def remove_share(self, share: SlotShare) -> None:
-        """Remove an environment; the others may use its own slot from now on."""
+        """Remove an environment, whose reserved slot the other environments may use from now on."""
         self._shares.remove(share)
         self.grant_free_slots()
 
     def grant_free_slots(self) -> None:
-        """Give the free slots to the environments that wait for one."""
+        """Give the free slots to the environments that wait for one, the lowest rank first."""
         while (waiting := self._next_waiting()) is not None:
             share, use_slot = waiting
             share.taken += 1
@@ -55,12 +55,15 @@ class SharedSlots:
             use_slot()
 
     def available_to(self, share: SlotShare) -> int:
-        """Return the number of further slots that a share could have now."""
+        """Return the number of slots that an environment could take now, besides those it uses."""
         common, most = self._count_free()
         return min(common + (not share.taken), most)
 
     def take_slot(self, share: SlotShare) -> bool:
-        """Take a slot, unless none is free or another environment gets the next one."""
+        """Take a slot for an environment, and return whether it got one.
+
+        It gets none if no slot is free, or if another environment waits and has a lower rank.
+        """
         if not self.available_to(share):
             return False
         waiting = self._next_waiting()
@@ -71,15 +74,19 @@ class SharedSlots:
         return True
 
     def return_slot(self, share: SlotShare, *, used_up: bool) -> None:
-        """Return a slot, which `grant_free_slots` gives to another environment."""
+        """Count a slot of an environment as free; `grant_free_slots` can give it to another one.
+
+        `used_up`: the item that ran in it counts towards the limit `uses`.
+        """
         share.taken -= 1
         if used_up and self._uses is not None:
             self._uses -= 1
 
     def _next_waiting(self) -> tuple[SlotShare, Callable[[], None]] | None:
-        """Return the environment that gets the next slot, and its function that uses the slot.
+        """Return the waiting environment with the lowest rank, and the function to call for it.
 
-        None if no environment waits for a slot that it could have.
+        The function starts an item or a poll in the slot. None if no environment waits for a slot
+        that it may take.
         """
         common, most = self._count_free()
         waiting = [
@@ -90,7 +97,12 @@ class SharedSlots:
         return min(waiting, key=lambda each: each[0].rank, default=None)
 
     def _count_free(self) -> tuple[int, int]:
-        """Return the number of free slots that no environment owns, and the limit set by `uses`."""
+        """Return two limits on the slots that may still be taken.
+
+        Returns:
+            The number of free slots that are not reserved for one environment, and the number of
+            slots that the limit `uses` still allows.
+        """
         taken = [each.taken for each in tuple(self._shares)]
         common = max(0, self._total - sum(max(1, each) for each in taken))
         left = self._total if self._uses is None else self._uses
@@ -115,34 +127,34 @@ class SlotShare:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The rank of the environment: the one with the lowest rank gets the next slot."""
+        """The number of slots taken and the time of the last grant; the lowest is served first."""
         return self.taken, self.granted
 
     @property
     def available(self) -> int:
-        """The number of further slots that the environment could have now."""
+        """The number of slots that the environment could take now, besides those it uses."""
         return self._slots.available_to(self)
 
     def take_slot(self) -> bool:
-        """Take a slot, unless none is free or another environment gets the next one."""
+        """Take a slot and return True; return False if none is free for this environment."""
         return self._slots.take_slot(self)
 
     def return_slot(self, *, used_up: bool = False) -> None:
-        """Return a slot; `used_up` says that its item counts towards the limit `uses`."""
+        """Free a slot of this environment; `used_up`: its item counts towards the limit `uses`."""
         self._slots.return_slot(self, used_up=used_up)
 
     def grant_free_slots(self) -> None:
-        """Give the free slots to the environments that wait for one."""
+        """Give the free slots of the process to the environments that wait for one."""
         self._slots.grant_free_slots()
 
     def end_share(self) -> None:
-        """Give the environment's own slot to the others, because the environment has ended."""
+        """Release the slot that is reserved for this environment, because its pool has ended."""
         self._slots.remove_share(self)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedParts:
-    """The parts of one pool that the other pools of its process use, too.
+    """The objects that a pool shares with the other pools of its process.
 
     Attributes:
         slots: The pool's share of the slots.

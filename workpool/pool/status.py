@@ -84,7 +84,7 @@ def worker_numbers(status: Status) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """The state of a running pool, read from its parts."""
+    """Reads the state of a running pool from its queue, pollers, items and leases."""
 
     context: PoolContext
     dispatcher: Dispatcher
@@ -165,7 +165,7 @@ class PoolView:
 
     @property
     def claiming(self) -> bool:
-        """Whether the pool claims items when a place is free."""
+        """Whether the pool claims items if it has room: no drain, pause or limit stops it."""
         return not any(self._reasons_not_to_claim())
 
     @property
@@ -179,9 +179,9 @@ class PoolView:
         """Seconds for which no slot has been in use; 0 while a slot is in use."""
         if self.context.queue.running:
             return 0.0
-        # Read `idle_since` after `running`, because the dispatcher writes `idle_since` before it
-        # frees the last slot. In the other order, a pool whose session ends meanwhile would seem to
-        # have been idle for long.
+        # Read `idle_since` after `running`. At the end of a session the dispatcher first sets
+        # `idle_since` and then frees the slot, so the other order could combine the freed slot with
+        # the old time, and report an idle time that is too long.
         return max(0.0, self.context.clock() - self.dispatcher.idle_since)
 
     def unready_reasons(self) -> list[str]:
@@ -223,7 +223,10 @@ class PoolView:
 
 
 async def read_remote_stats(context: PoolContext) -> None:
-    """Read the statistics every `stats_interval` seconds; after a failure the last ones stay."""
+    """Read the statistics of the remote queue every `stats_interval` seconds, without end.
+
+    If a read fails, the metrics keep the values of the last one.
+    """
     optional, client = context.optional, context.client
     while True:
         try:

@@ -172,8 +172,10 @@ class Supervisor:
         except asyncio.CancelledError:
             self._drain.begin(0)
             if not self._opened.is_set():
-                self._root.cancel()  # it may be blocked in opening a connection
-                # limits the wait below, in case the root task ignores its cancellation
+                # The task may hang while it opens a connection, and would not notice the drain.
+                self._root.cancel()
+                # With this event set, `_wait_for_root` ends after `CLOSE_SECONDS`, even if the task
+                # ignores its cancellation.
                 self._served.set()
             await await_despite_cancellation(self._wait_for_root, self._drain)
             raise
@@ -187,7 +189,9 @@ class Supervisor:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Drain the pool and close everything; if the block raised, drain with no time left.
+        """Drain the pool and close everything.
+
+        If the `async with` block has raised an error, the drain cancels all handlers at once.
 
         Raises:
             WorkpoolError: The error that ended the pool, if `wait()` has not raised it.
@@ -207,7 +211,9 @@ class Supervisor:
             await self.wait()
 
     async def wait(self) -> None:
-        """Wait until the pool has drained and closed; cancelling the wait changes nothing else.
+        """Wait until the pool has drained and closed.
+
+        A cancellation ends this wait only; the pool goes on.
 
         Raises:
             WorkpoolError: The error that ended the pool.
@@ -216,7 +222,7 @@ class Supervisor:
         self._raise_error()
 
     async def drain(self, timeout: float | EllipsisType | None = ...) -> None:
-        """Take no more work, let the running sessions end, and wait for that.
+        """Claim no more items, and wait until the running sessions have ended.
 
         Args:
             timeout: Seconds until the handlers that still run are cancelled and their items handed
@@ -237,15 +243,15 @@ class Supervisor:
             await self._served.wait()
 
     def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
-        """Begin a drain without waiting for its end. A handler may call this."""
+        """Begin a drain and return at once. Handlers, too, may call this method."""
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
         self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
 
     def pause(self, reason: str, until: datetime | None = None) -> None:
-        """Claim no more items until `resume()`; sessions go on. Also possible before the start.
+        """Claim no more items until `resume()`; running sessions go on.
 
-        A further call replaces the reason and the end.
+        May be called before the start. A further call replaces the reason and the end.
 
         Args:
             reason: Shown in the log, in `status()` and in `/readyz`.
@@ -341,7 +347,10 @@ class Supervisor:
             self._opened.set()
 
     async def _open_client_and_plugins(self, stack: contextlib.AsyncExitStack) -> None:
-        """Open telemetry, connections and plugins, all of which close after the lease renewer."""
+        """Open telemetry, the client and the plugins.
+
+        They are opened before the lease renewer and closed after it, because it uses them.
+        """
         settings = self.settings
         self._telemetry = stack.enter_context(
             Telemetry(settings, self._plugins, self.registry, self._snapshot)
@@ -371,7 +380,7 @@ class Supervisor:
         return client
 
     async def _open_renewer(self, stack: contextlib.AsyncExitStack) -> PoolContext:
-        """Open the lease renewer and, on its loop, the exporter."""
+        """Start the lease renewer, with the exporter on its loop, and build the pool context."""
         settings = self.settings
         services: list[AbstractAsyncContextManager[object]] = []
         address = settings.metrics_address
@@ -429,7 +438,7 @@ class Supervisor:
         )
 
     async def _run_pool(self, context: PoolContext) -> None:
-        """Poll until a drain is requested, then wait for the items that were claimed."""
+        """Poll and run items until a drain is requested, then wait for the end of the drain."""
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
             group = PollerGroup(
                 context,
@@ -469,7 +478,10 @@ class Supervisor:
                 await self._drain.wait_for_last_scrape(self._exporter)
 
     async def _wait_for_drain_request(self, dispatcher: Dispatcher) -> None:
-        """Wait until a drain is requested; then, and after an error, forget the waiting items."""
+        """Wait until a drain is requested; then forget the items that wait for a slot.
+
+        An error or a cancellation that ends the wait has the same effect.
+        """
         try:
             await self._drain.requested.wait()
         finally:
@@ -502,7 +514,7 @@ class Supervisor:
         self._drain.begin(self.settings.drain_timeout)
 
     def _log_ids(self) -> AbstractContextManager[None]:
-        """Add the pool's ids to the log records of the block, whichever task runs it."""
+        """Return a context manager that adds the pool's ids to the log records made inside it."""
         return record_ids(self.log_ids)
 
     def _root_task(self) -> asyncio.Task[None]:
@@ -511,11 +523,14 @@ class Supervisor:
         return self._root
 
     async def _wait_for_root(self) -> None:
-        """Wait for the root task; once all sessions have ended, wait for a limited time only."""
+        """Wait until the pool has closed: until the task of `_run_root` has ended.
+
+        Once all sessions have ended, the wait takes `CLOSE_SECONDS` at most.
+        """
         root = self._root_task()
         await self._served.wait()
-        # Do not call `wait` for a task that is done: it would yield to the loop once, and could be
-        # cancelled there.
+        # If the task is done, do not call `asyncio.wait`: it would yield to the loop once, and a
+        # cancellation could be raised at that point.
         if not root.done():
             await asyncio.wait({root}, timeout=CLOSE_SECONDS)
         if not root.done():

@@ -86,7 +86,10 @@ class Observe(Protocol):
 
 
 class Telemetry:
-    """Delivers one supervisor's events; entered before its loops start, left after their end."""
+    """Delivers the events of one pool to its metrics, its log and its plugins.
+
+    The supervisor enters it first and leaves it last, so that no event is lost.
+    """
 
     def __init__(
         self,
@@ -120,8 +123,8 @@ class Telemetry:
         if log.isEnabledFor(logging.DEBUG):
             for each, write in LOGGED:
                 self._metrics.add_event_callback(each, write)
+        # The registry of plugins reports `PluginFailed` to the plugins itself.
         for event_type in self._plugins.wanted - {PluginFailed}:
-            # `PluginFailed` is left out: the registry of plugins itself reports it to the plugins.
             self._metrics.add_event_callback(event_type, partial(self._notify_plugins, event_type))
         return self
 
@@ -129,7 +132,10 @@ class Telemetry:
         self._metrics.close()
 
     def listen_to(self, client: ClientProtocol) -> None:
-        """Count a client's requests in the metrics; the client may run on any event loop."""
+        """Set a client's callbacks, so that the metrics count its requests.
+
+        The client may run on any event loop.
+        """
         client.on_request = partial(self._metrics.count, RequestFinished)
         client.on_rate_limit_wait = partial(self._metrics.count, RateBudgetWaited)
         client.on_credential_refresh = partial(self._metrics.count, CredentialRefreshed)
@@ -140,6 +146,6 @@ class Telemetry:
         if threading.get_ident() == self._thread:
             self._plugins.notify_observers(event)
         else:
-            # After the handlers' loop is closed, no plugin observes anymore.
+            # Plugins are called on the handlers' loop only; drop the event if that loop is closed.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._plugins.notify_observers, event)
