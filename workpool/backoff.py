@@ -29,7 +29,7 @@ class Backoff:
         self.failures = 0
         """The number of delays since the last `reset()`."""
 
-    def next(self) -> float:
+    def next_delay(self) -> float:
         """Record one more failure, and return the random delay before the next try, in seconds."""
         # Bound the exponent: after days of failures, `2.0 ** failures` would overflow.
         ceiling = min(self._cap, self._initial * 2.0 ** min(self.failures, 64))

@@ -29,13 +29,13 @@ T = TypeVar("T")
 class LoopCalls(Protocol):
     """The interface for running coroutines on the handlers' event loop from a thread."""
 
-    def run(self, make: Callable[[], Awaitable[T]]) -> T:
+    def run_on_loop(self, make: Callable[[], Awaitable[T]]) -> T:
         """Call `make` on the loop, await what it returns, and return the result to this thread."""
 
-    def enter(
+    def enter_on_loop(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
     ) -> AbstractContextManager[T]:
-        """Return a context manager for this thread, around the asynchronous one of `make()`.
+        """Return a blocking context manager around the asynchronous one that `make` returns.
 
         The asynchronous context manager is entered and left on the loop, in one task.
         """
@@ -161,11 +161,11 @@ class BlockingSession:
             NotPermittedError: The pool's credential may not write metadata.
             ControlPlaneError: The control plane refused, or did not answer in time.
         """
-        return self._calls.run(lambda: self._session.update_metadata(patch))
+        return self._calls.run_on_loop(lambda: self._session.update_metadata(patch))
 
     def handover(self) -> AbstractContextManager[HandedLease]:
         """Hand the item off to a child process. See `Session.handover`."""
-        return self._calls.enter(self._session.handover)
+        return self._calls.enter_on_loop(self._session.handover)
 
     def interrupt(self, *, cancel: bool = False) -> None:
         """Make `interrupted()` return at once; with `cancel`, also set the event `cancelled`.
@@ -190,21 +190,21 @@ class BlockingEvents:
     def list(self) -> Iterator[SessionEvent]:
         """Iterate over the whole history, oldest first, page by page."""
 
-        async def begin() -> Any:
+        async def open_history() -> Any:
             return self._session.events.list()
 
-        events = self._calls.run(begin)
+        events = self._calls.run_on_loop(open_history)
         try:
-            while (event := self._calls.run(lambda: anext(events, None))) is not None:
+            while (event := self._calls.run_on_loop(lambda: anext(events, None))) is not None:
                 yield event
         finally:
             # If the session has ended, the generator is closed already and the call is refused.
             with suppress(SessionGoneError):
-                self._calls.run(events.aclose)
+                self._calls.run_on_loop(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
         """Append either all of these events or none of them, and return the stored events."""
-        return self._calls.run(lambda: self._session.events.send(*events))
+        return self._calls.run_on_loop(lambda: self._session.events.send(*events))
 
     def _open_stream(self) -> EventStream:
         return self._session.events.stream()
@@ -212,7 +212,7 @@ class BlockingEvents:
     @contextmanager
     def stream(self) -> Iterator[BlockingStream]:
         """Follow the session: first its history, then new events; reconnect after a failure."""
-        with self._calls.enter(self._open_stream) as stream:
+        with self._calls.enter_on_loop(self._open_stream) as stream:
             yield BlockingStream(stream, self._calls)
 
 
@@ -229,7 +229,7 @@ class BlockingStream(Iterator["SessionEvent"]):
         return self._stream.caught_up
 
     def __next__(self) -> SessionEvent:
-        event = self._calls.run(lambda: anext(self._stream, None))
+        event = self._calls.run_on_loop(lambda: anext(self._stream, None))
         if event is None:
             raise StopIteration
         return event

@@ -69,7 +69,7 @@ INDEX: Final = {
 """The paths, as `/` lists them; those that are not served are left out."""
 
 
-class LivePage(NamedTuple):
+class LivePageSource(NamedTuple):
     """The settings of the page `/`, which shows the pool in a browser, and the source of its data.
 
     Attributes:
@@ -113,7 +113,7 @@ class Exporter:
         *,
         health: Reasons,
         readiness: Reasons,
-        live_page: LivePage | None = None,
+        live_page: LivePageSource | None = None,
     ) -> None:
         self.port = port
         self.url = ""
@@ -138,7 +138,7 @@ class Exporter:
         """
         async with AsyncExitStack() as stack:
             self._renderer = DaemonThreads("workpool-metrics", 1)
-            stack.push_async_callback(self._stop_rendering)
+            stack.push_async_callback(self._stop_metrics_rendering)
             runner = web.AppRunner(
                 self._new_app(),
                 access_log=None,
@@ -170,10 +170,10 @@ class Exporter:
     async def _listen(self, runner: web.AppRunner, stack: AsyncExitStack) -> asyncio.Server:
         try:
             server = await self._bind(self._connections.protocol_factory(runner.server))
-            stack.push_async_callback(self._disconnect, server, runner)
+            stack.push_async_callback(self._close_connections, server, runner)
             await server.start_serving()
         except OSError as error:
-            raise self._listen_error(error) from error
+            raise self._make_listen_error(error) from error
         return server
 
     async def _bind(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
@@ -202,7 +202,7 @@ class Exporter:
         loop = asyncio.get_running_loop()
         return await loop.create_server(protocol, self._host, port, start_serving=False)
 
-    async def _disconnect(self, server: asyncio.Server, runner: web.AppRunner) -> None:
+    async def _close_connections(self, server: asyncio.Server, runner: web.AppRunner) -> None:
         """Close every connection, even if its client neither reads nor closes it."""
         server.close()
         # Let the loop add sockets that it has accepted to `_connections`, which closes them below.
@@ -213,7 +213,7 @@ class Exporter:
             self._connections.close()
             await asyncio.sleep(0)  # the loop closes the sockets in its next turn
 
-    def _listen_error(self, error: OSError) -> ListenError:
+    def _make_listen_error(self, error: OSError) -> ListenError:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
         advice = "set metrics_listen to an address of this host, or to off"
         if error.errno == errno.EADDRINUSE:
@@ -223,7 +223,7 @@ class Exporter:
             )
         return ListenError(f"cannot listen on {self._host}:{self.port} ({reason}); {advice}")
 
-    async def _stop_rendering(self) -> None:
+    async def _stop_metrics_rendering(self) -> None:
         under_way = [asyncio.wrap_future(rendering) for rendering in tuple(self._renderings)]
         try:
             if under_way:
@@ -238,18 +238,18 @@ class Exporter:
 
     def _new_app(self) -> web.Application:
         app = web.Application(middlewares=[self._connections.middleware])
-        app.router.add_get("/", self._index)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/readyz", self._readyz)
+        app.router.add_get("/", self._serve_index)
+        app.router.add_get("/metrics", self._serve_metrics)
+        app.router.add_get("/healthz", self._serve_healthz)
+        app.router.add_get("/readyz", self._serve_readyz)
         if self.scale is not None:
-            app.router.add_get("/scale", partial(_scale, self.scale))
+            app.router.add_get("/scale", partial(_serve_scale, self.scale))
         if self._live_page is not None:
             self._page = add_page(app.router, "worker")
-            app.router.add_get("/live.json", self._live_json)
+            app.router.add_get("/live.json", self._serve_live_json)
         return app
 
-    async def _index(self, request: web.Request) -> web.StreamResponse:
+    async def _serve_index(self, request: web.Request) -> web.StreamResponse:
         if self._live_page is not None and "text/html" in request.headers.get("Accept", ""):
             return await self._page(request)
         served = {resource.canonical for resource in request.app.router.resources()}
@@ -260,7 +260,7 @@ class Exporter:
         ]
         return web.Response(text="\n".join(["workpool", "", *lines, ""]))
 
-    async def _live_json(self, request: web.Request) -> web.Response:
+    async def _serve_live_json(self, request: web.Request) -> web.Response:
         if self._live_page is None:
             raise web.HTTPNotFound
         # Check the `Host` header, too: otherwise the page of another site could read the ids, with
@@ -271,13 +271,13 @@ class Exporter:
         )
         return web.json_response(data, headers=CONFINED)
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _serve_metrics(self, request: web.Request) -> web.Response:
         began_at = time.monotonic()
         encode, content_type = _accepted_encoder(request.headers.get("Accept", ""))
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
             headers["Content-Encoding"] = "gzip"
-            body = await self._render_on_thread(_encode_compressed, encode, self._registry)
+            body = await self._render_on_thread(_encode_and_compress, encode, self._registry)
         else:
             body = await self._render_on_thread(encode, self._registry)
         self.scraped_at = began_at
@@ -296,14 +296,14 @@ class Exporter:
         rendering.add_done_callback(self._renderings.discard)
         return await asyncio.wrap_future(rendering)
 
-    async def _healthz(self, _: web.Request) -> web.Response:
+    async def _serve_healthz(self, _: web.Request) -> web.Response:
         return _health_response("healthy", self._health())
 
-    async def _readyz(self, _: web.Request) -> web.Response:
+    async def _serve_readyz(self, _: web.Request) -> web.Response:
         return _health_response("ready", self._readiness())
 
 
-async def _scale(numbers: Numbers, _: web.Request) -> web.Response:
+async def _serve_scale(numbers: Numbers, _: web.Request) -> web.Response:
     found = numbers()
     if found is None:
         reason = {"status": "unknown", "reasons": ["the numbers are too old"]}
@@ -332,7 +332,7 @@ def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
         return choose_encoder("")
 
 
-def _encode_compressed(encode: Encoder, registry: CollectorRegistry) -> bytes:
+def _encode_and_compress(encode: Encoder, registry: CollectorRegistry) -> bytes:
     return gzip.compress(encode(registry))
 
 

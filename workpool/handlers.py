@@ -191,12 +191,12 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
         ValueError: An argument that can never work.
     """
 
-    def mark(function: Function) -> Function:
+    def decorate(function: Function) -> Function:
         name = getattr(function, "__qualname__", repr(function))
         _check_function(name, function)
         _check_match(name, type, metadata)
-        _check_limit(f"@handler: timeout of {name}", timeout)
-        _check_limit(f"@handler: stall_timeout of {name}", stall_timeout)
+        _check_optional_seconds(f"@handler: timeout of {name}", timeout)
+        _check_optional_seconds(f"@handler: stall_timeout of {name}", stall_timeout)
         _check_slots(name, max_sessions, reserved_sessions)
         if retry is not None and not isinstance(retry, Retry):
             raise TypeError(f"@handler: retry of {name} must be a Retry, or None")
@@ -208,7 +208,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
         setattr(function, _MARK, rule)
         return function
 
-    return mark if function is None else mark(function)
+    return decorate if function is None else decorate(function)
 
 
 def rule_of(call: object) -> HandlerRule | None:
@@ -277,7 +277,7 @@ def _check_match(name: str, type_: object, metadata: object) -> None:
         raise TypeError(f"@handler: metadata of {name} must map strings to strings")
 
 
-def _check_limit(what: str, seconds: object) -> None:
+def _check_optional_seconds(what: str, seconds: object) -> None:
     if seconds is not None:
         _check_seconds(what, seconds, ", or None")
 

@@ -101,14 +101,16 @@ class InboundConnections:
     def add_connection(self, connection: _Connection) -> bool:
         """Record a new connection. Return False if it must be closed."""
         if len(self._open) >= self._limit:
-            oldest = self._find_dispensable()
+            oldest = self._find_closable_connection()
             if oldest is None:
                 return False
             self._abort_connection(oldest)
         self._open[connection.transport] = connection
         self._await_request(connection, HEADER_SECONDS)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._close_late)
+            self._timer = asyncio.get_running_loop().call_later(
+                CHECK_SECONDS, self._close_overdue_connections
+            )
         return True
 
     def remove_connection(self, connection: _Connection) -> None:
@@ -116,20 +118,20 @@ class InboundConnections:
         self._open.pop(connection.transport, None)
         self._without_request.pop(connection, None)
         self._serving.pop(connection, None)
-        self.note_read(connection)
+        self.remove_unread_bytes(connection)
 
-    def note_unread(self, connection: _Connection) -> None:
+    def add_unread_bytes(self, connection: _Connection) -> None:
         """Record that the client of this connection has not read all bytes that were sent to it."""
         self._unread[connection] = size = connection.count_unread_bytes()
         self._unread_bytes += size
         while self._unread_bytes > UNREAD_BYTES_MAX:
             self._abort_connection(next(iter(self._unread)))
 
-    def note_read(self, connection: _Connection) -> None:
+    def remove_unread_bytes(self, connection: _Connection) -> None:
         """Record that the client of this connection has read enough of the bytes sent to it."""
         self._unread_bytes -= self._unread.pop(connection, 0)
 
-    def _find_dispensable(self) -> _Connection | None:
+    def _find_closable_connection(self) -> _Connection | None:
         """Return the idle or slow connection to close to make room for a new one, or None."""
         for connection in self._without_request:
             return connection
@@ -143,9 +145,11 @@ class InboundConnections:
         connection.began = False
         self._without_request[connection] = None
 
-    def _close_late(self) -> None:
+    def _close_overdue_connections(self) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(CHECK_SECONDS, self._close_late) if self._open else None
+        self._timer = (
+            loop.call_later(CHECK_SECONDS, self._close_overdue_connections) if self._open else None
+        )
         now = loop.time()
         for connection in tuple(self._without_request):
             # While a client still reads an answer, `read_due` is set, and only the loop below may
@@ -209,14 +213,14 @@ class _Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.read_due = asyncio.get_running_loop().time() + READ_SECONDS
         self._protocol.pause_writing()
-        self._connections.note_unread(self)
+        self._connections.add_unread_bytes(self)
 
     def resume_writing(self) -> None:
         self.read_due = 0.0
         if self.due is not None:
             # The time for the next request begins when the client has read the last answer.
             self.due = asyncio.get_running_loop().time() + READ_SECONDS
-        self._connections.note_read(self)
+        self._connections.remove_unread_bytes(self)
         self._protocol.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:

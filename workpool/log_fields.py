@@ -62,8 +62,8 @@ _IDS: ContextVar[Mapping[str, str] | None] = ContextVar("workpool_log_ids", defa
 
 
 @contextmanager
-def record_ids(ids: Mapping[str, str]) -> Iterator[None]:
-    """Add the ids of a pool to the log records made inside the `with` block and its new tasks."""
+def logging_with_ids(ids: Mapping[str, str]) -> Iterator[None]:
+    """Add a pool's ids to the log records of a `with` block and of the tasks that it starts."""
     token = _IDS.set(ids)
     try:
         yield

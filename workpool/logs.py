@@ -141,10 +141,10 @@ def _message_text(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
     except Exception:  # noqa: BLE001 - code of users, in `__str__`
-        return f"cannot be formatted: {_text_of(record.msg)}"
+        return f"cannot be formatted: {_str_or_placeholder(record.msg)}"
 
 
-def _text_of(value: object) -> str:
+def _str_or_placeholder(value: object) -> str:
     try:
         return str(value)
     except Exception:  # noqa: BLE001 - code of users
@@ -156,12 +156,12 @@ def _time_text(record: logging.LogRecord) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _bounded_extras(record: logging.LogRecord) -> dict[str, Any]:
+def _extras_within_limits(record: logging.LogRecord) -> dict[str, Any]:
     found = ((name, value) for name, value in vars(record).items() if name not in _STANDARD)
     return {
         _limit_length(name, VALUE_CHARACTERS): value
         if value is None or (isinstance(value, int | float) and math.isfinite(value))
-        else _limit_length(_text_of(value), VALUE_CHARACTERS)
+        else _limit_length(_str_or_placeholder(value), VALUE_CHARACTERS)
         for name, value in islice(found, EXTRAS)
     }
 
@@ -177,7 +177,7 @@ class TextFormatter(logging.Formatter):
         # The message and each field are cut separately, so that the ids remain in the line after a
         # long message.
         line = f"{_time_text(record)} {record.levelname:<7} {record.name} {message}"
-        for name, value in _bounded_extras(record).items():
+        for name, value in _extras_within_limits(record).items():
             text = str(value)
             if name == "error" and message.endswith(text):
                 continue  # Do not repeat the error, with which the message already ends.
@@ -209,13 +209,13 @@ class JsonFormatter(logging.Formatter):
             name if name.isidentifier() else readable(name): readable(value, VALUE_CHARACTERS)
             if isinstance(value, str)
             else value
-            for name, value in _bounded_extras(record).items()
+            for name, value in _extras_within_limits(record).items()
         }
         fields |= {name: value for name, value in extras.items() if name not in fields}
         stack: list[str] = []
         if record.exc_info and record.exc_info[1] is not None:
             stack = _printable_lines(self.formatException(record.exc_info), ERROR_CHARACTERS)
-            fields["error"] = readable(_text_of(record.exc_info[1]))
+            fields["error"] = readable(_str_or_placeholder(record.exc_info[1]))
             fields["error_type"] = readable(type(record.exc_info[1]).__name__, VALUE_CHARACTERS)
         if record.stack_info:
             stack += _printable_lines(record.stack_info, STACK_CHARACTERS)

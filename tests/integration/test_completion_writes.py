@@ -112,7 +112,9 @@ async def test_retry_after_longer_than_lease_does_not_prevent_retry_within_lease
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
     """One 429 must not cause a finished session to be run again."""
-    monkeypatch.setattr(Lease, "remaining", lambda lease, now: 2.0 if lease.held(now) else 0.0)
+    monkeypatch.setattr(
+        Lease, "remaining_seconds", lambda lease, now: 2.0 if lease.is_held(now) else 0.0
+    )
     faults.add(status(429, retry_after=60), op, times=1)
     final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("completed", "stopped")

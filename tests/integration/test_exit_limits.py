@@ -18,7 +18,7 @@ from workpool.events import (
 )
 from workpool.pool import supervisor as supervisor_module
 from workpool.pool.admission import Admission, ExitLimits
-from workpool.pool.shared_slots import SharedParts, SharedSlots
+from workpool.pool.shared_slots import SharedResources, SharedSlots
 from workpool.testing import Hold, in_virtual_time, status
 from workpool.wire.protocol import HEALTHCHECK
 
@@ -223,8 +223,8 @@ async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
     monkeypatch.setattr(supervisor_module, "read_remote_stats", raise_error_when_allowed)
     sizes = {"concurrency": 1, "prefetch": 1, "pollers": 1, "stats_interval": 30}
     supervisor = make_pool(GatedHandler(), exit_after_idle=0.001, **sizes)
-    share, limits = SharedSlots(4).add_share(), ExitLimits(supervisor.settings)
-    supervisor.shared = SharedParts(share, limits, None)
+    share, limits = SharedSlots(4).add_environment(), ExitLimits(supervisor.settings)
+    supervisor.shared = SharedResources(share, limits, None)
     control_plane.enqueue(2)
     async with asyncio.timeout(2 * WAIT_SECONDS), asyncio.TaskGroup() as group:
         group.create_task(run_pool_until_error())
@@ -232,7 +232,7 @@ async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
             await asyncio.sleep(0.01)
         may_crash.set()
     assert share.taken == 0
-    note_poll, idle = limits.add_pool(Admission(lambda: 0.0)), True
+    note_poll, idle = limits.add_pool_to_limits(Admission(lambda: 0.0)), True
     note_poll(idle)
     await asyncio.sleep(0.01)
     note_poll(idle)

@@ -14,7 +14,7 @@ import pytest
 from workpool import PluginError, Session, handler
 from workpool.events import ItemDeclined, SessionFinished, SessionStarted
 from workpool.pool.admission import ExitLimits
-from workpool.pool.shared_slots import SharedParts, SharedSlots
+from workpool.pool.shared_slots import SharedResources, SharedSlots
 from workpool.testing import in_virtual_time
 
 if TYPE_CHECKING:
@@ -104,13 +104,13 @@ async def test_item_of_full_handler_starts_when_another_environment_frees_shared
     workpool: Kit,
 ) -> None:
     slots = SharedSlots(8)
-    own, others = slots.add_share(), slots.add_share()
+    own, others = slots.add_environment(), slots.add_environment()
     assert others.take_slot()
     assert others.take_slot()
     workpool.enqueue(count=4, metadata={"seconds": str(MINUTE_SECONDS)})
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     pool = workpool.pool(counting_handler(3, Counter(), most=1), other_handler, concurrency=8)
-    pool.shared = SharedParts(own, ExitLimits(pool.settings), None)
+    pool.shared = SharedResources(own, ExitLimits(pool.settings), None)
     clock = asyncio.get_running_loop().time
     slot_of_poller, slot_of_session = asyncio.Event(), asyncio.Event()
     async with pool:

@@ -137,7 +137,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "claim:Claimer", "while not lease.end_if_expired(self._clock()):", "while False:"
         ),
-        SourceEdit("pool_item:PoolItem", "if lease.begun and lease.held(", "if lease.held("),
+        SourceEdit("pool_item:PoolItem", "if lease.begun and lease.is_held(", "if lease.is_held("),
     ],
     "first heartbeat unchecked": [
         SourceEdit(
@@ -157,7 +157,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "no last heartbeat for a claim that a drain ends": [
         SourceEdit(
-            "claim:Claimer", "lease.let_lapse(self._clock(), RELEASE_DELAY_SECONDS)", "return"
+            "claim:Claimer",
+            "lease.schedule_last_heartbeat(self._clock(), RELEASE_DELAY_SECONDS)",
+            "return",
         ),
     ],
     "refusal of an optional call not remembered": [
@@ -259,7 +261,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit("lease:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
         SourceEdit(
             "item_requests:ItemSender",
-            "unseen = self._pauses.seconds_unseen(lease.clock_offset, now)",
+            "unseen = self._pauses.seconds_missed_by_lease_clock(lease.clock_offset, now)",
             "unseen = 0.0",
         ),
     ],
@@ -332,12 +334,14 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit("claim:Claimer", "permit=repeats is None", "permit=False")
     ],
     "refused acks not backed off": [
-        SourceEdit("poller:PollerGroup", "self.hold_back_polls(self._ack_backoff.next())", "0"),
+        SourceEdit(
+            "poller:PollerGroup", "self.hold_back_polls(self._ack_backoff.next_delay())", "0"
+        ),
     ],
     "failing handler claims on": [
         SourceEdit(
             "admission:HandlerHealth",
-            "return failures is None or self._may_claim_after(failures)",
+            "return failures is None or self._failures_allow_claim(failures)",
             "return True",
         ),
     ],
@@ -351,7 +355,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "handler starts after the machine has slept": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "if not item.lease.held(now):",
+            "if not item.lease.is_held(now):",
             "if False:",
         ),
     ],
@@ -398,12 +402,14 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "retry after the machine has slept": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "if not self._may_start(item):\n        raise",
+            "if not self._may_call_handler(item):\n        raise",
             "if False:\n        raise",
         ),
     ],
     "retry late": [
-        SourceEdit("handler_executor:HandlerExecutor", "backoff.next(), error", "99.0, error"),
+        SourceEdit(
+            "handler_executor:HandlerExecutor", "backoff.next_delay(), error", "99.0, error"
+        ),
     ],
     "retries without end": [
         SourceEdit("handler_executor:HandlerExecutor", "session.retry += 1", "session.retry += 0"),
@@ -444,7 +450,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "own stop taken for an operator's": [
         SourceEdit(
             "completion:Completion",
-            "options, lease.note_own_stop",
+            "options, lease.note_stop_sent",
             "options, None",
         ),
     ],
@@ -468,7 +474,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "id given up at the cancellation": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "await end_of_task(task)",
+            "await future_of_task_end(task)",
             'lost = asyncio.ensure_future(item.wait_until(lambda: item.lease.status != "held"))\n'
             '        await asyncio.wait({task, lost}, return_when="FIRST_COMPLETED")\n'
             "        lost.cancel()\n"
@@ -485,7 +491,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "completion not awaited": [
         SourceEdit(
-            "drain:Drain", "await self._wait_until_finished(dispatcher, lambda: until)", "pass"
+            "drain:Drain",
+            "await self._wait_until_items_finished(dispatcher, lambda: until)",
+            "pass",
         ),
     ],
     "close not idempotent": [

@@ -33,7 +33,7 @@ from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool.errors import WorkpoolError
 from workpool.pool.admission import ExitLimits
 from workpool.pool.handoff_child import HandoffChild
-from workpool.pool.shared_slots import SharedParts, SharedSlots
+from workpool.pool.shared_slots import SharedResources, SharedSlots
 from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
 from workpool.settings import Settings
@@ -79,7 +79,7 @@ class SimulatedRenewer(LoopRenewer):
         self._handlers_context, self._context = copy_context(), copy_context()
         self._context.run(EVENT_LOOP.set, "renewer")
         return self._loop.create_task(
-            self._run_until_stopped(), name="lease-renewer", context=self._context
+            self._renew_until_stopped(), name="lease-renewer", context=self._context
         )
 
     def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
@@ -98,8 +98,8 @@ class SimulatedSupervisor(LoopSupervisor):
     def _use_virtual_clocks(self) -> None:
         """Do nothing: the pool uses the clocks of its simulated machine."""
 
-    async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
-        context = await super()._open_renewer(stack)
+    async def _start_renewer(self, stack: AsyncExitStack) -> PoolContext:
+        context = await super()._start_renewer(stack)
         original = context.observe
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)
@@ -220,8 +220,8 @@ class SimulatedWorld:
         node.machine.handlers.healed = healed
         supervisor = SimulatedSupervisor(pool_settings(pool), **self._supervisor_arguments(node))
         if self._slots is not None and not healed:
-            node.share = self._slots.add_share()
-            supervisor.shared = SharedParts(node.share, ExitLimits(supervisor.settings), None)
+            node.share = self._slots.add_environment()
+            supervisor.shared = SharedResources(node.share, ExitLimits(supervisor.settings), None)
         self._spawn_task(node, self._run_pool(node, supervisor))
         return node
 
@@ -282,7 +282,7 @@ class SimulatedWorld:
                 node.closed = self.loop.now
                 node.abandoned = supervisor.abandoned
                 if node.share is not None:
-                    node.share.end_share()
+                    node.share.release_reserved_slot()
 
     async def _drain_pool(self, node: PoolProcess, timeout: float) -> None:
         await self._supervisors[node].drain(timeout)
@@ -367,7 +367,7 @@ class SimulatedWorld:
         node.machine.halt("crashed")
         node.crashed = self.loop.now
         if node.share is not None:
-            node.share.end_share()
+            node.share.release_reserved_slot()
         for run in self.trace.runs:
             if run.node is node and run.result is None:
                 run.ended, run.result = node.crashed, "crashed"

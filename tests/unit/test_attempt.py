@@ -8,9 +8,9 @@ from workpool.pool.pool_item import Attempt, RunCounts
 def test_attempt_counted_in_this_process_is_also_written_to_metadata() -> None:
     """Another process can read the attempt number from the metadata only."""
     attempt = Attempt({}, redelivered=True)
-    attempt.number_by_earlier_runs(0)
+    attempt.set_number_from_counted_runs(0)
     assert attempt.number == 1
-    assert attempt.mark_patch("draining", 0) == {
+    assert attempt.metadata_of_released_run("draining", 0) == {
         "workpool.attempt": "2",
         "workpool.released": "draining",
     }
@@ -18,20 +18,26 @@ def test_attempt_counted_in_this_process_is_also_written_to_metadata() -> None:
 
 def test_attempt_number_is_the_greater_of_stored_and_counted_number() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
-    attempt.number_by_earlier_runs(1)
+    attempt.set_number_from_counted_runs(1)
     assert attempt.number == 3
-    attempt.number_by_earlier_runs(4)
+    attempt.set_number_from_counted_runs(4)
     assert attempt.number == 5
 
 
 def test_retry_interrupted_by_drain_keeps_its_number_in_next_run() -> None:
     first = Attempt({}, redelivered=False)
-    left = first.mark_patch("draining", 2)
+    left = first.metadata_of_released_run("draining", 2)
     assert left == {"workpool.released": "draining", "workpool.retries": "2"}
-    assert first.closing_patch({}) == {"workpool.released": None, "workpool.retries": None}
+    assert first.metadata_at_session_end({}) == {
+        "workpool.released": None,
+        "workpool.retries": None,
+    }
     following = Attempt({key: str(value) for key, value in left.items()}, redelivered=True)
     assert (following.number, following.retry) == (1, 2)
-    assert following.opening_patch() == {"workpool.released": None, "workpool.retries": None}
+    assert following.metadata_before_handler() == {
+        "workpool.released": None,
+        "workpool.retries": None,
+    }
 
 
 def test_retry_number_is_zero_after_crash_or_with_invalid_metadata() -> None:
@@ -45,4 +51,4 @@ def test_run_counts_beyond_ten_thousand_items_drop_the_oldest_item() -> None:
     for number in range(10_001):
         counts.count_run(f"work_{number}")
     counts.count_run("work_1")
-    assert [counts.runs_of_item(f"work_{number}") for number in (0, 1, 2)] == [0, 2, 1]
+    assert [counts.number_of_runs(f"work_{number}") for number in (0, 1, 2)] == [0, 2, 1]

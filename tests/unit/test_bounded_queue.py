@@ -33,9 +33,9 @@ async def test_queue_runs_no_more_items_than_slots() -> None:
     await put_items(queue, "a", "b", "c")
     assert queue.take_item() == "a"
     assert queue.take_item() is None
-    assert (queue.running, queue.waiting_count) == (1, 2)
+    assert (queue.running, queue.waiting_item_count) == (1, 2)
     queue.release_slot()
-    queue.grant_free_places()
+    queue.give_free_places_to_pollers()
     assert queue.take_item() == "b"
 
 
@@ -48,7 +48,7 @@ async def test_reservation_of_queue_place_waits_until_one_is_free() -> None:
         await run_ready_tasks()
         assert not waiting.done()
         queue.release_slot()
-        queue.grant_free_places()
+        queue.give_free_places_to_pollers()
     assert queue.reserved == 1
 
 
@@ -125,7 +125,7 @@ async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> 
         group.create_task(queue.reserve_place())
         await run_ready_tasks()
         assert queue.forget_waiting_items() == ["b", "c"]
-    assert (queue.waiting_count, queue.reserved, queue.running) == (0, 1, 1)
+    assert (queue.waiting_item_count, queue.reserved, queue.running) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ class RandomQueueUsers:
                 await self.random_pause()
             finally:
                 self.queue.release_slot()
-                self.queue.grant_free_places()
+                self.queue.give_free_places_to_pollers()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -226,14 +226,14 @@ async def test_queue_under_random_use_and_cancellation_loses_no_queue_place(seed
             await users.random_pause()
             if dice.random() < 0.4:
                 dice.choice(tasks).cancel()
-            assert queue.reserved + queue.running + queue.waiting_count <= queue.capacity
+            assert queue.reserved + queue.running + queue.waiting_item_count <= queue.capacity
             assert queue.running <= queue.concurrency
         while not all(task.done() for task in tasks):
             queue.forget_waiting_items()
             await asyncio.sleep(0)
     assert {task.cancelled() for task in tasks} == {True, False}
     queue.forget_waiting_items()
-    assert (queue.reserved, queue.running, queue.waiting_count) == (0, 0, 0)
+    assert (queue.reserved, queue.running, queue.waiting_item_count) == (0, 0, 0)
     async with asyncio.timeout(1):
         for _ in range(queue.capacity):
             await queue.reserve_place()
@@ -246,7 +246,7 @@ async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None
     queue.set_item_aside("a")
     await queue.reserve_place()
     await queue.reserve_place()
-    assert (queue.reserved, queue.waiting_count, queue.is_idle) == (2, 0, False)
+    assert (queue.reserved, queue.waiting_item_count, queue.is_idle) == (2, 0, False)
 
 
 async def test_queue_has_too_many_items_set_aside_once_they_equal_places() -> None:
@@ -264,7 +264,7 @@ async def test_startable_item_set_aside_starts_before_items_in_queue_places() ->
     await put_items(queue, "c")
     queue.may_start = lambda item: item != "a"
     assert queue.take_item() == "b"
-    assert (queue.items_set_aside, queue.waiting_count, queue.running) == (["a"], 1, 1)
+    assert (queue.items_set_aside, queue.waiting_item_count, queue.running) == (["a"], 1, 1)
 
 
 async def test_released_queue_place_goes_to_item_set_aside_before_waiting_poller() -> None:
@@ -277,11 +277,11 @@ async def test_released_queue_place_goes_to_item_set_aside_before_waiting_poller
         await run_ready_tasks()
         queue.release_slot()
         assert queue.take_item() == "b"
-        queue.grant_free_places()
+        queue.give_free_places_to_pollers()
         await run_ready_tasks()
         assert not poller.done()
         queue.release_slot()
-        queue.grant_free_places()
+        queue.give_free_places_to_pollers()
     assert queue.reserved == 1
 
 
@@ -289,7 +289,7 @@ async def test_wait_to_set_item_aside_ends_when_item_already_aside_starts() -> N
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_item_aside("a")
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(queue.wait_for_room_aside(3600))
+        waiting = group.create_task(queue.wait_while_too_many_set_aside(3600))
         await run_ready_tasks()
         assert not waiting.done()
         assert queue.take_item() == "a"

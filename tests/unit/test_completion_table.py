@@ -14,11 +14,11 @@ from workpool.pool.completion import (
     RELEASE_DELAY_SECONDS,
     TABLE,
     completion_row,
-    find_release,
-    outcome_of_lapse,
+    find_raised_release,
+    outcome_of_expired_lease,
     release_delay,
-    safe_text,
-    sendable_text,
+    safe_str,
+    text_for_metadata,
 )
 from workpool.pool.pool_item import EndReason
 
@@ -90,7 +90,7 @@ def test_session_outcome_depends_on_lease_status_and_stop_request(
     status: str, outcome: str, *, stop_requested: bool
 ) -> None:
     lease: Any = ItemOrLeaseStandIn(status=status, stop_requested=stop_requested)
-    assert outcome_of_lapse(lease) == outcome
+    assert outcome_of_expired_lease(lease) == outcome
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_session_outcome_depends_on_lease_status_and_stop_request(
 )
 def test_error_note_is_cut_to_limit_and_encodable(text: str, note: str) -> None:
     assert NOTE_LIMIT == 512
-    assert sendable_text(text) == note
+    assert text_for_metadata(text) == note
 
 
 class UnprintableError(Exception):
@@ -115,9 +115,9 @@ class UnprintableError(Exception):
 
 
 def test_error_that_cannot_be_printed_still_has_text() -> None:
-    assert safe_text(ValueError("why")) == "why"
-    assert "UnprintableError" not in safe_text("reason")
-    assert isinstance(safe_text(UnprintableError()), str)
+    assert safe_str(ValueError("why")) == "why"
+    assert "UnprintableError" not in safe_str("reason")
+    assert isinstance(safe_str(UnprintableError()), str)
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,15 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
 
 def test_exception_group_of_releases_is_treated_as_longest_release() -> None:
     short, long = Release("short", 11), Release("long", 19)
-    assert find_release(short) is short
-    assert find_release(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
+    assert find_raised_release(short) is short
+    assert find_raised_release(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
 
 
 def test_exception_group_with_release_and_other_error_is_not_a_release() -> None:
-    assert find_release(ValueError()) is None
+    assert find_raised_release(ValueError()) is None
     assert (
-        find_release(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])])) is None
+        find_raised_release(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])]))
+        is None
     )
 
 
@@ -149,7 +150,7 @@ def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     innermost = error
     for _ in range(5_000):
         error = ExceptionGroup("g", [error])
-    assert find_release(error) is innermost
+    assert find_raised_release(error) is innermost
     # Free the groups one by one: the destructor of a deeply nested group recurses.
     while isinstance(error, ExceptionGroup):
         (error,) = error.exceptions

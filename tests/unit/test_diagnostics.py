@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.pool import diagnostics
-from workpool.pool.diagnostics import THREADS_MAX, all_stacks, call_on_report_thread, stack_of_task
+from workpool.pool.diagnostics import (
+    THREADS_MAX,
+    stack_of_task,
+    stacks_of_all_threads,
+    write_report_on_thread,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +42,7 @@ def test_error_of_a_diagnostic_report_reaches_its_caller() -> None:
         raise SystemExit("from a log handler")
 
     with pytest.raises(SystemExit, match="from a log handler"):
-        call_on_report_thread(write_failing_report)
+        write_report_on_thread(write_failing_report)
 
 
 def test_diagnostic_report_that_hangs_returns_after_time_limit(
@@ -51,7 +56,7 @@ def test_diagnostic_report_that_hangs_returns_after_time_limit(
         release.wait()
         ended.set()
 
-    call_on_report_thread(write_hanging_report)
+    write_report_on_thread(write_hanging_report)
     assert began.is_set()
     assert not ended.is_set()
     release.set()
@@ -63,7 +68,7 @@ def test_thread_stacks_are_returned_without_a_temporary_directory(
 ) -> None:
     monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(()))
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
-    text = all_stacks(threading.get_ident())
+    text = stacks_of_all_threads(threading.get_ident())
     assert text.startswith("Thread MainThread")
     assert "in test_thread_stacks_are_returned_without_a_temporary_directory" in text
 
@@ -86,7 +91,7 @@ def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_th
         all_deep.wait(20)
         first = threads[-1]
         assert first.ident is not None
-        text = all_stacks(first.ident)
+        text = stacks_of_all_threads(first.ident)
     finally:
         release.set()
     assert text.startswith(f"Thread {first.name} ")

@@ -40,7 +40,7 @@ class SessionsStandIn:
     def count_unfinished_items(self) -> int:
         return self.running - self.stuck
 
-    async def wait_for_marks(self, seconds: float) -> None:
+    async def wait_for_mark_writes(self, seconds: float) -> None:
         """Return at once, because no session writes metadata that the drain would wait for."""
 
     def end_sessions(self, count: int = 1) -> None:
@@ -79,7 +79,7 @@ class SessionsStandIn:
 @in_virtual_time
 async def test_drain_without_sessions_ends_as_clean_even_with_timeout_zero() -> None:
     drain, sessions = Drain(), SessionsStandIn()
-    drain.begin(0)
+    drain.request(0)
     assert await sessions.run_drain(drain) == 0
     assert (sessions.drain_result, sessions.loop.time()) == ("clean", 0)
 
@@ -87,7 +87,7 @@ async def test_drain_without_sessions_ends_as_clean_even_with_timeout_zero() -> 
 @in_virtual_time
 async def test_drain_without_a_deadline_waits_for_every_session() -> None:
     drain, sessions = Drain(), SessionsStandIn(3)
-    drain.begin(None)
+    drain.request(None)
     for seconds in (10, 1_000, 100_000):
         sessions.loop.call_later(seconds, sessions.end_sessions)
     assert await sessions.run_drain(drain) == 0
@@ -98,7 +98,7 @@ async def test_drain_without_a_deadline_waits_for_every_session() -> None:
 @in_virtual_time
 async def test_drain_at_its_deadline_cancels_handlers() -> None:
     drain, sessions = Drain(), SessionsStandIn(3)
-    drain.begin(30)
+    drain.request(30)
     assert await sessions.run_drain(drain) == 0
     assert sessions.cancelled_at == pytest.approx(30)
     assert sessions.drain_result == "deadline"
@@ -111,8 +111,8 @@ def test_second_drain_shortens_deadline(first: float | None, second: float) -> N
     @in_virtual_time
     async def drain_twice() -> None:
         drain, sessions = Drain(), SessionsStandIn(1)
-        drain.begin(first)
-        sessions.loop.call_later(5, drain.begin, second)
+        drain.request(first)
+        sessions.loop.call_later(5, drain.request, second)
         await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(5 + second)
         assert drain.timeout == first
@@ -125,8 +125,8 @@ def test_second_drain_never_extends_deadline(second: float | None) -> None:
     @in_virtual_time
     async def drain_again_later() -> None:
         drain, sessions = Drain(), SessionsStandIn(1)
-        drain.begin(20)
-        sessions.loop.call_later(5, drain.begin, second)
+        drain.request(20)
+        sessions.loop.call_later(5, drain.request, second)
         await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(20)
 
@@ -136,7 +136,7 @@ def test_second_drain_never_extends_deadline(second: float | None) -> None:
 @in_virtual_time
 async def test_drain_does_not_wait_for_session_that_becomes_stuck() -> None:
     drain, sessions = Drain(), SessionsStandIn(1)
-    drain.begin(None)
+    drain.request(None)
     sessions.loop.call_later(7, sessions.mark_stuck)
     assert await sessions.run_drain(drain) == 1
     assert sessions.loop.time() == pytest.approx(7)
@@ -149,7 +149,7 @@ async def test_sessions_that_ignore_deadline_are_abandoned(
 ) -> None:
     drain, sessions = Drain(), SessionsStandIn(2)
     sessions.ends_when_cancelled = False
-    drain.begin(10)
+    drain.request(10)
     assert await sessions.run_drain(drain) == 2
     assert sessions.loop.time() == pytest.approx(10 + AFTER_DEADLINE_SECONDS)
     assert sessions.drain_result == "killed"
@@ -160,7 +160,7 @@ async def test_sessions_that_ignore_deadline_are_abandoned(
 @in_virtual_time
 async def test_cancelled_drain_leaves_no_task() -> None:
     drain, sessions = Drain(), SessionsStandIn(1)
-    drain.begin(None)
+    drain.request(None)
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(sessions.run_drain(drain))
         await asyncio.sleep(1)
@@ -175,9 +175,9 @@ async def test_second_drain_request_leaves_start_time_and_timeout_unchanged() ->
     await asyncio.sleep(3)
     assert drain.started_at is None
     assert not drain.requested.is_set()
-    drain.begin(7)
+    drain.request(7)
     await asyncio.sleep(1)
-    drain.begin(3)
+    drain.request(3)
     assert drain.requested.is_set()
     assert drain.timeout == 7
     assert drain.started_at == pytest.approx(3)

@@ -18,9 +18,9 @@ async def test_uptime_limit_after_pool_restart_counts_from_process_start(
     limits = ExitLimits(Settings(exit_after_uptime=UPTIME))
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):  # The first pool fails while it waits for a limit.
-            await limits.wait_until_reached()
+            await limits.wait_for_exit_limit()
     loop = asyncio.get_running_loop()
     clock = loop.time
     monkeypatch.setattr(loop, "time", lambda: clock() + UPTIME)
     async with asyncio.timeout(30):
-        assert await limits.wait_until_reached() == "exit_after_uptime"
+        assert await limits.wait_for_exit_limit() == "exit_after_uptime"

@@ -70,7 +70,7 @@ def update_attempts(one: LeaseTestbed) -> list[tuple[str, float | None, CallOpti
 
 
 def lose_lease(item: PoolItem) -> None:
-    item.lease.end("lost")
+    item.lease.end_lease("lost")
 
 
 def report_lost_lease(one: LeaseTestbed, item: PoolItem) -> None:
@@ -80,7 +80,7 @@ def report_lost_lease(one: LeaseTestbed, item: PoolItem) -> None:
 
 
 def request_stop(item: PoolItem) -> None:
-    item.lease.end("stopped")
+    item.lease.end_lease("stopped")
 
 
 def close_session(item: PoolItem) -> None:

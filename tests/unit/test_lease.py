@@ -155,7 +155,7 @@ def lease_after_read() -> Lease:
     """Return a lease whose second heartbeat got a 409, and that a read then showed to be held."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
-    lease.apply_read(7.0, "conflict", item_of_this_worker())
+    lease.apply_read_item(7.0, "conflict", item_of_this_worker())
     return lease
 
 
@@ -177,7 +177,7 @@ def stopped_lease() -> Lease:
 def releasing_lease() -> Lease:
     """Return a lease that a release request ends with its next heartbeat."""
     lease = renewed_lease()
-    lease.let_lapse(SENT, 12.0)
+    lease.schedule_last_heartbeat(SENT, 12.0)
     return lease
 
 
@@ -330,7 +330,7 @@ def test_lease_is_given_up_a_tenth_of_ttl_before_its_deadline(ttl: int, margin: 
 def test_lease_before_first_heartbeat_ends_sixty_seconds_after_ack() -> None:
     lease = make_lease(ttl=600)
     assert (lease.deadline, lease.give_up_at, lease.due_at) == (60, 54, 0)
-    assert lease.held(59.9)
+    assert lease.is_held(59.9)
     assert not lease.begun
 
 
@@ -418,14 +418,14 @@ def test_refused_heartbeat_does_not_shorten_lease(
 
 def test_heartbeat_that_was_not_sent_does_not_shorten_lease() -> None:
     lease = make_lease(ttl=10)
-    lease.note_unsent(lease.begin_heartbeat(1.0, 1.0))
+    lease.note_heartbeat_unsent(lease.begin_heartbeat(1.0, 1.0))
     assert (lease.deadline, lease.in_flight) == (60, False)
 
 
 def test_abandoned_heartbeat_counts_as_unanswered() -> None:
     lease = renewed_lease()
     lease.begin_heartbeat(5.0, 5.0)
-    lease.note_unanswered()
+    lease.note_heartbeat_unanswered()
     assert not lease.in_flight
     assert exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION) == READ_PRECONDITION[:2]
 
@@ -438,7 +438,7 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
 ) -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT)
-    lease.end("released")
+    lease.end_lease("released")
     assert lease.apply_answer(ANSWERED, attempt, outcome) == ("over", None)
     assert (lease.status, lease.loss_confirmed, lease.deadline) == ("released", False, 60)
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
@@ -471,7 +471,7 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
 def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
     lease = lease_with_unanswered_heartbeat()
     exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION)
-    lease.apply_read(23.0, "precondition", item)
+    lease.apply_read_item(23.0, "precondition", item)
     assert lease.expected == expected
 
 
@@ -537,7 +537,7 @@ def test_read_of_item_determines_decision_status_and_deadline(
     lease = state()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     assert lease.in_flight
-    decision = lease.apply_read(READ_AT, "conflict", outcome)
+    decision = lease.apply_read_item(READ_AT, "conflict", outcome)
     assert decision == (expected.then, expected.result)
     assert (lease.status, lease.loss_confirmed) == (expected.status, expected.confirmed)
     assert (lease.deadline, lease.in_flight) == (60, False)  # A read never extends the lease.
@@ -547,17 +547,17 @@ def test_read_of_item_determines_decision_status_and_deadline(
 def test_item_is_read_after_412_only_while_its_holder_is_unknown() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
-    lease.apply_read(READ_AT, "conflict", transient_error())
+    lease.apply_read_item(READ_AT, "conflict", transient_error())
     assert exchange_heartbeat(lease, 25.0, 25.0, PRECONDITION).then == "read"
-    lease.apply_read(26.0, "precondition", item_of_this_worker())
+    lease.apply_read_item(26.0, "precondition", item_of_this_worker())
     assert exchange_heartbeat(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
 
 
 def test_read_after_end_of_lease_changes_nothing() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
-    lease.end("released")
-    assert lease.apply_read(READ_AT, "conflict", item_of_another_worker()) == ("over", None)
+    lease.end_lease("released")
+    assert lease.apply_read_item(READ_AT, "conflict", item_of_another_worker()) == ("over", None)
     assert (lease.status, lease.loss_confirmed, lease.in_flight) == ("released", False, False)
 
 
@@ -577,7 +577,7 @@ def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
     exchange_heartbeat(lease, 0.0, 1.0, make_answer(state="stopping"))
     assert lease.begun
     assert lease.stop_requested
-    assert lease.held(1.0)
+    assert lease.is_held(1.0)
 
 
 @pytest.mark.parametrize(
@@ -585,7 +585,7 @@ def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
 )
 def test_release_delay_is_limited_to_ttl_range_of_protocol(delay: float, ttl: int) -> None:
     lease = renewed_lease()
-    lease.let_lapse(5.0, delay)
+    lease.schedule_last_heartbeat(5.0, delay)
     assert lease.due_at == 5.0
     attempt = lease.begin_heartbeat(5.0, 5.0)
     assert (attempt.ttl, attempt.last) == (ttl, True)
@@ -594,7 +594,7 @@ def test_release_delay_is_limited_to_ttl_range_of_protocol(delay: float, ttl: in
 def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT)
-    lease.let_lapse(SENT + 1, 10.0)
+    lease.schedule_last_heartbeat(SENT + 1, 10.0)
     assert lease.apply_answer(ANSWERED, attempt, make_answer(2)).then == "held"
     assert (lease.status, lease.due_at) == ("held", SENT + 1)
     assert (
@@ -637,25 +637,25 @@ def test_requested_lease_check_while_suspended_schedules_no_heartbeat() -> None:
 
 def test_machine_pause_makes_heartbeat_of_lease_due_at_once() -> None:
     lease = renewed_lease()
-    assert lease.doubt_after_pause(5.0)
+    assert lease.verify_after_pause(5.0)
     assert lease.due_at == 5.0
 
 
 def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
     lease = renewed_lease()
-    lease.doubt_after_pause(5.0)
+    lease.verify_after_pause(5.0)
     exchange_heartbeat(lease, 5.0, 5.1, THROTTLED)
     due_at = lease.due_at
     assert due_at > 5.1
-    assert not lease.doubt_after_pause(5.2)
+    assert not lease.verify_after_pause(5.2)
     assert lease.due_at == due_at
 
 
 def test_machine_pause_after_successful_heartbeat_puts_lease_in_doubt_again() -> None:
     lease = renewed_lease()
-    lease.doubt_after_pause(5.0)
+    lease.verify_after_pause(5.0)
     exchange_heartbeat(lease, 5.0, 5.1, make_answer(2))
-    assert lease.doubt_after_pause(7.0)
+    assert lease.verify_after_pause(7.0)
 
 
 def test_successful_heartbeat_records_clock_offset_at_its_send_time() -> None:
@@ -669,7 +669,7 @@ def test_successful_heartbeat_records_clock_offset_at_its_send_time() -> None:
 @pytest.mark.parametrize("extended", [True, False])
 def test_heartbeat_answered_stopping_after_machine_pause_loses_lease(*, extended: bool) -> None:
     lease = renewed_lease()
-    lease.doubt_after_pause(SENT)
+    lease.verify_after_pause(SENT)
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     answer = make_answer(2, lease_extended=extended, state="stopping")
     assert lease.apply_answer(ANSWERED, attempt, answer) == HeartbeatDecision("over", "conflict")
@@ -686,11 +686,11 @@ def test_failed_heartbeat_records_no_clock_offset() -> None:
     ("change", "error"),
     [
         (lambda _: None, None),
-        (lambda lease: lease.end("lost"), LeaseLost),
-        (lambda lease: lease.end("released"), LeaseLost),
-        (lambda lease: lease.end("finished"), LeaseLost),
-        (lambda lease: lease.end("stopped"), SessionEnded),
-        (lambda lease: lease.end("handed_off"), SessionEnded),
+        (lambda lease: lease.end_lease("lost"), LeaseLost),
+        (lambda lease: lease.end_lease("released"), LeaseLost),
+        (lambda lease: lease.end_lease("finished"), LeaseLost),
+        (lambda lease: lease.end_lease("stopped"), SessionEnded),
+        (lambda lease: lease.end_lease("handed_off"), SessionEnded),
         (lambda lease: setattr(lease, "closed", True), SessionEnded),
     ],
 )
@@ -699,17 +699,17 @@ def test_lease_check_raises_unless_lease_is_held(
 ) -> None:
     lease = renewed_lease()
     change(lease)
-    assert lease.held(1.0) == (error is None)
-    assert (lease.remaining(1.0) == 59.0) == (error is None)
+    assert lease.is_held(1.0) == (error is None)
+    assert (lease.remaining_seconds(1.0) == 59.0) == (error is None)
     if error is None:
         lease.check_held(59.9)
         with pytest.raises(LeaseLost):
             lease.check_held(60.0)
-        assert lease.remaining(60.0) == 0
+        assert lease.remaining_seconds(60.0) == 0
     else:
         with pytest.raises(error):
             lease.check_held(1.0)
-        assert lease.remaining(1.0) == 0
+        assert lease.remaining_seconds(1.0) == 0
 
 
 def test_lease_ends_as_lost_at_give_up_time_before_deadline() -> None:
@@ -723,8 +723,8 @@ def test_lease_ends_as_lost_at_give_up_time_before_deadline() -> None:
 @pytest.mark.parametrize("second", ["finished", "released", "stopped", "lost", "handed_off"])
 def test_first_final_status_of_lease_is_kept(first: Any, second: Any) -> None:
     lease = renewed_lease()
-    lease.end(first, "taken")
-    lease.end(second, "taken")
+    lease.end_lease(first, "taken")
+    lease.end_lease(second, "taken")
     lease.end_if_expired(1000.0)
     assert (lease.status, lease.loss_confirmed) == (first, first == "lost")
 
@@ -838,27 +838,27 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def stop_item_as_operator(self, *, force: bool) -> None:
         self.plane.stop_item("operator", force=force)
 
-    @precondition(lambda self: self.lease.held(self.current_time))
+    @precondition(lambda self: self.lease.is_held(self.current_time))
     @rule(applied=st.booleans())
     def stop_item_as_pool(self, *, applied: bool) -> None:
         self.lease.own_stop = True
         if applied:
             self.plane.stop_item("ours", force=True)
 
-    @precondition(lambda self: not self.lease.over)
+    @precondition(lambda self: not self.lease.is_over)
     @rule(delay=st.floats(-5, 700))
     def release_item_as_pool(self, delay: float) -> None:
-        self.lease.let_lapse(self.current_time, delay)
+        self.lease.schedule_last_heartbeat(self.current_time, delay)
 
     @rule()
     def request_heartbeat_at_once(self) -> None:
         self.lease.make_heartbeat_due(self.current_time)
 
-    @precondition(lambda self: not self.lease.in_flight and not self.lease.over)
+    @precondition(lambda self: not self.lease.in_flight and not self.lease.is_over)
     @rule()
     def send_heartbeat(self) -> None:
         if self.lease.due_at <= self.current_time:
-            assert self.lease.held(self.current_time)
+            assert self.lease.is_held(self.current_time)
             self.attempt = self.lease.begin_heartbeat(self.current_time, self.lease.due_at)
             self.under_way.append(self.attempt)
             self.plane.now += LATENCY
@@ -896,13 +896,13 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def abort_unsent_heartbeat(self) -> None:
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
-        self.lease.note_unsent(self.attempt)
+        self.lease.note_heartbeat_unsent(self.attempt)
         self.attempt = self.answer = None
 
     @precondition(lambda self: self.attempt is not None)
     @rule()
     def stop_waiting_for_heartbeat_answer(self) -> None:
-        self.lease.note_unanswered()
+        self.lease.note_heartbeat_unanswered()
         self.attempt = self.answer = None
 
     def _apply_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:
@@ -933,7 +933,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def _apply_read(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
         self._assert_decision_fits_lease(
-            self.lease.apply_read(self.current_time, "conflict", outcome)
+            self.lease.apply_read_item(self.current_time, "conflict", outcome)
         )
         assert self.lease.deadline == before
         self.reading, self.item = False, None
@@ -941,7 +941,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def _assert_decision_fits_lease(self, decision: HeartbeatDecision) -> None:
         """Assert the conditions that hold after every decision on a heartbeat or read."""
         assert self.lease.in_flight == (decision.then == "read")
-        assert (decision.then == "over") == self.lease.over
+        assert (decision.then == "over") == self.lease.is_over
         if decision.then == "again":
             assert self.current_time <= self.lease.due_at < math.inf
             # A heartbeat sent at once after two reads in a row would begin a loop of requests.
@@ -953,7 +953,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def assert_held_lease_has_no_other_holder(self) -> None:
-        if self.lease.held(self.current_time):
+        if self.lease.is_held(self.current_time):
             assert not self.rival_has_it
             assert self.plane.item_state() != "queued"
 
@@ -962,8 +962,8 @@ class LeaseStateMachine(RuleBasedStateMachine):
         if self.final is not None:
             assert (self.lease.status, self.lease.loss_confirmed) == self.final
             assert self.lease.due_at == math.inf
-            assert not self.lease.held(self.current_time)
-        elif self.lease.over:
+            assert not self.lease.is_held(self.current_time)
+        elif self.lease.is_over:
             self.final = self.lease.status, self.lease.loss_confirmed
 
     @invariant()
@@ -1032,21 +1032,23 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
         decision = send_one_heartbeat(plane, lease, lost=is_lost)
         if who == "parent" and decision == "held":
             taken_back = True
-        assert not (taken_back and parent.held(plane.now) and child.begun and child.held(plane.now))
-        assert not (rival and child.begun and child.held(plane.now))
+        assert not (
+            taken_back and parent.is_held(plane.now) and child.begun and child.is_held(plane.now)
+        )
+        assert not (rival and child.begun and child.is_held(plane.now))
     if child.begun:
-        assert send_one_heartbeat(plane, parent) == "over" or parent.over
+        assert send_one_heartbeat(plane, parent) == "over" or parent.is_over
         assert parent.status in {"handed_off", "lost"}
 
 
 def send_one_heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool = False) -> str:
     """Send one heartbeat, read the item if the decision requires a read, return the decision."""
-    if lease.over:
+    if lease.is_over:
         return "over"
     attempt = lease.begin_heartbeat(plane.now, plane.now)
     plane.now += LATENCY
     answer = plane.extend_lease(attempt.expected, attempt.ttl)
     decision = lease.apply_answer(plane.now, attempt, transient_error() if lost else answer)
     if decision.then == "read":
-        decision = lease.apply_read(plane.now, decision.result, plane.read_item())
+        decision = lease.apply_read_item(plane.now, decision.result, plane.read_item())
     return decision.then

@@ -81,7 +81,7 @@ async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[Lea
     one = testbed()
     async with one.renewed_lease() as lease:
         await asyncio.sleep(3_600)
-        assert lease.held(one.clock())
+        assert lease.is_held(one.clock())
     between = seconds_between(one.get_send_times("heartbeat"))
     assert len(between) > 3_600 / 20.1
     assert all(18 <= gap <= 20 + LOOK for gap in between)
@@ -97,7 +97,7 @@ async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) 
         await asyncio.sleep(100.5)
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(100)
-        assert lease.held(one.clock())
+        assert lease.is_held(one.clock())
     assert max(seconds_between(one.get_send_times("heartbeat"))) < 10 / 3 + LOOK
 
 
@@ -118,7 +118,7 @@ async def test_ended_lease_is_not_added_to_renewer(testbed: type[LeaseTestbed]) 
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()
-        item.lease.end("lost")
+        item.lease.end_lease("lost")
         one.renewer.add_lease(item.lease, item)
         assert one.renewer.held_leases() == []
 
@@ -128,7 +128,7 @@ async def test_failed_heartbeat_is_repeated_with_growing_delay(testbed: type[Lea
     one = testbed(heartbeat=[None, *[RESET] * 6])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(50)
-        assert lease.held(one.clock())
+        assert lease.is_held(one.clock())
     assert seconds_between(one.get_send_times("heartbeat"))[1:7] == pytest.approx(
         [1, 2, 4, 4, 4, 4], abs=LOOK
     )
@@ -155,7 +155,7 @@ async def test_lost_answer_of_heartbeat_is_recovered_by_a_read(testbed: type[Lea
     one = testbed(heartbeat=[None, LOST])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(120)
-        assert lease.held(one.clock())
+        assert lease.is_held(one.clock())
     assert one.heartbeat_results()[:4] == ["ok", "timeout", "recovered", "ok"]
 
 
@@ -210,7 +210,7 @@ async def test_heartbeat_that_crashes_loses_its_own_lease_only(
         leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]  # a bug
         one.renewer.send_heartbeat_soon(leases[0])
         await asyncio.sleep(60)
-        assert [lease.held(one.clock()) for lease in leases] == [False, True]
+        assert [lease.is_held(one.clock()) for lease in leases] == [False, True]
     assert_lease_change(one, 0, "lost")
     assert "heartbeat crashed" in caplog.text
 
@@ -225,7 +225,7 @@ async def test_stop_request_is_reported_once_while_lease_is_renewed(
         lease = await one.send_first_heartbeat(item)
         await one.rival.stop(item.id)
         await asyncio.sleep(600)
-        assert lease.held(one.clock())
+        assert lease.is_held(one.clock())
         assert lease.stop_requested
     assert [status for _, status in one.changes] == ["held"]
 
@@ -329,7 +329,7 @@ async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed])
     async with one.open_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
-        lease.end("lost")
+        lease.end_lease("lost")
         one.renewer.let_lease_lapse(lease, 10)
         await asyncio.sleep(30)
     assert len(one.sent) == 1
@@ -355,7 +355,7 @@ async def test_heartbeats_after_machine_sleep_use_at_most_fifty_new_connections_
         one.latency = 5.0
         one.loop.suspend(22)
         await asyncio.sleep(20)
-        assert all(lease.held(one.clock()) for lease in leases)
+        assert all(lease.is_held(one.clock()) for lease in leases)
     assert len(one.peaks) >= 800
     assert_heartbeats_limited(one.peaks, since=32)
     assert max(under_way for _, under_way in one.peaks) > 100
@@ -434,7 +434,7 @@ async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
             lease.begun, lease.due_at = True, 20.0
             one.renewer.add_lease(lease, item)
         await asyncio.sleep(75)
-        assert all(lease.remaining(one.clock()) > 20 for lease in leases)
+        assert all(lease.remaining_seconds(one.clock()) > 20 for lease in leases)
     assert_heartbeats_limited(client.peaks, since=20)
     assert not one.changes
 
@@ -477,7 +477,7 @@ async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
         await asyncio.sleep(1)
         one.loop.suspend(50)
         await asyncio.sleep(1 + LOOK)
-        assert lease.remaining(one.clock()) > 58
+        assert lease.remaining_seconds(one.clock()) > 58
 
 
 @in_virtual_time
@@ -541,7 +541,7 @@ async def test_renewer_detects_pause_of_machine_at_next_tick(testbed: type[Lease
         await asyncio.sleep(5)
         one.ahead += 30
         await asyncio.sleep(1 + LOOK)
-        assert lease.remaining(one.clock()) > 58
+        assert lease.remaining_seconds(one.clock()) > 58
     assert len(one.sent) == 2
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import workpool
-from workpool.log_fields import FIELDS, PoolIds, pool_logger, record_ids
+from workpool.log_fields import FIELDS, PoolIds, logging_with_ids, pool_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,7 +111,7 @@ def test_record_in_the_context_of_a_pool_has_the_pools_ids(
     captured_records: list[logging.LogRecord],
 ) -> None:
     log = pool_logger("workpool.test")
-    with record_ids(IDS):
+    with logging_with_ids(IDS):
         log.warning("inside", extra={"worker_id": "given"})
     log.warning("outside")
     inside, outside = map(vars, captured_records)

@@ -69,7 +69,7 @@ class ScriptedDispatcher:
     ) -> None:
         self.queue = queue
         self.answer = answer
-        self.must_pace_polls = False
+        self.must_pause_between_polls = False
         self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
@@ -235,7 +235,7 @@ async def test_accepted_item_keeps_its_queue_place_and_ack_permit() -> None:
     bench = PollerTestbed("item")
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
-    assert (bench.queue.reserved, bench.queue.waiting_count, bench.client.permits) == (0, 1, 1)
+    assert (bench.queue.reserved, bench.queue.waiting_item_count, bench.client.permits) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("answer", ["declined", KeyError("bug")], ids=["declined", "bug"])
@@ -243,7 +243,7 @@ async def test_rejected_item_releases_its_queue_place_and_ack_permit(answer: Any
     bench = PollerTestbed("item", answer=answer)
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
-    assert (bench.queue.reserved, bench.queue.waiting_count) == (0, 0)
+    assert (bench.queue.reserved, bench.queue.waiting_item_count) == (0, 0)
     assert bench.client.permits == 0
 
 
@@ -269,7 +269,7 @@ async def test_poller_polls_again_at_once_after_its_item_was_set_aside() -> None
 @in_virtual_time
 async def test_poller_whose_items_start_no_handler_waits_block_ms_between_polls() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
-    bench.dispatcher.must_pace_polls = True
+    bench.dispatcher.must_pause_between_polls = True
     clock = asyncio.get_running_loop().time
     started = clock()
     await bench.run_poller(60)

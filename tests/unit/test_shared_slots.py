@@ -13,7 +13,7 @@ from workpool.pool.shared_slots import SharedSlots
 
 
 def make_queues(slots: SharedSlots, number: int, concurrency: int) -> list[BoundedQueue[str]]:
-    return [BoundedQueue(concurrency, 0, share=slots.add_share()) for _ in range(number)]
+    return [BoundedQueue(concurrency, 0, share=slots.add_environment()) for _ in range(number)]
 
 
 async def start_items(queue: BoundedQueue[str], number: int) -> None:
@@ -25,7 +25,7 @@ async def start_items(queue: BoundedQueue[str], number: int) -> None:
 
 def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
     queue.release_slot(used_up=used_up)
-    queue.grant_free_places()
+    queue.give_free_places_to_pollers()
 
 
 async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> None:
@@ -94,7 +94,7 @@ async def test_freed_slot_goes_to_environment_with_fewer_slots_before_item_set_a
         await run_ready_tasks()
         busy.release_slot()
         assert busy.take_item() is None
-        busy.grant_free_places()
+        busy.give_free_places_to_pollers()
         await second
         assert started == []
         late.release_reserved_place()
@@ -149,14 +149,14 @@ async def test_reservation_also_starts_item_set_aside_in_another_environment() -
 
 async def test_reserved_slot_of_ended_environment_is_used_by_other_environments() -> None:
     slots = SharedSlots(2)
-    share = slots.add_share()
+    share = slots.add_environment()
     [queue] = make_queues(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(queue, 1)
         waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         assert not waiting.done()
-        share.end_share()
+        share.release_reserved_slot()
         await waiting
 
 
@@ -178,9 +178,9 @@ async def test_shared_limit_of_slot_uses_counts_uses_of_all_environments() -> No
 
 async def test_items_dropped_from_queue_and_cancelled_reservations_return_shared_slots() -> None:
     slots = SharedSlots(3)
-    share = slots.add_share()
+    share = slots.add_environment()
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)
-    slots.add_share()
+    slots.add_environment()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items(queue, 1)
         await queue.reserve_place()
@@ -202,7 +202,7 @@ class RandomPollers:
         self.dice = random.Random(seed)  # noqa: S311 - for a test
         self.total = self.dice.randint(3, 9)
         slots = SharedSlots(self.total)
-        self.shares = [slots.add_share() for _ in range(self.dice.randint(1, 3))]
+        self.shares = [slots.add_environment() for _ in range(self.dice.randint(1, 3))]
         self.queues = [
             BoundedQueue[str](
                 self.dice.randint(1, self.total), self.dice.choice([0, 2]), share=each
@@ -230,7 +230,7 @@ class RandomPollers:
         queue.release_slot()
         while queue.take_item() is not None:
             queue.release_slot()
-        queue.grant_free_places()
+        queue.give_free_places_to_pollers()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -242,4 +242,4 @@ async def test_random_use_of_shared_slots_stays_within_total_and_starves_no_envi
         for queue in storm.queues * 3:
             group.create_task(storm.poll_repeatedly(queue))
     for share, queue in zip(storm.shares, storm.queues, strict=True):
-        assert share.taken == queue.waiting_count + queue.running + queue.reserved
+        assert share.taken == queue.waiting_item_count + queue.running + queue.reserved

@@ -20,8 +20,8 @@ from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.cli.service_thread import ServiceThread
 from workpool.errors import PluginError, SettingsError, WorkpoolError
 from workpool.pool.admission import ExitLimits
-from workpool.pool.shared_slots import SharedParts, SharedSlots
-from workpool.pool.status import Status, worker_numbers
+from workpool.pool.shared_slots import SharedResources, SharedSlots
+from workpool.pool.status import Status, worker_scaling_numbers
 from workpool.pool.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class EnvironmentGroup:
         self._slots = SharedSlots(process.concurrency, process.exit_after_sessions)
         self._limits = ExitLimits(process)
         self._exporter = self._new_exporter()
-        self._shares = {each.environment_id: self._slots.add_share() for each in environments}
+        self._shares = {each.environment_id: self._slots.add_environment() for each in environments}
         self._changed = asyncio.Event()
         self.environments = [GroupMember(each, self._new_supervisor) for each in environments]
         for each in self.environments:
@@ -269,7 +269,7 @@ class EnvironmentGroup:
             if until_empty or not await self._wait_to_restart(one):
                 break
         one.ended = True
-        self._shares[one.environment_id].end_share()
+        self._shares[one.environment_id].release_reserved_slot()
         self._wake_waiters()
 
     async def _keep_services_open(self) -> None:
@@ -329,7 +329,7 @@ class EnvironmentGroup:
             rate_limits=self._rate_limits[settings.environment_id],
         )
         share = self._shares[settings.environment_id]
-        supervisor.shared = SharedParts(share, self._limits, self._exporter)
+        supervisor.shared = SharedResources(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
         supervisor.renewer_services = [self._mark_opened_on_entry(settings.environment_id)]
         supervisor.on_blocked = partial(self._handle_renewal_failure, supervisor)
@@ -372,7 +372,7 @@ class EnvironmentGroup:
         address = self._process.metrics_address
         if address is None:
             return None
-        from workpool.exporter import Exporter, LivePage  # noqa: PLC0415 - may be off, and slow
+        from workpool.exporter import Exporter, LivePageSource  # noqa: PLC0415 - may be off, and slow
 
         exporter = Exporter(
             address.host or "",
@@ -380,9 +380,9 @@ class EnvironmentGroup:
             self._registry,
             health=self._health_problems,
             readiness=self._readiness_problems,
-            live_page=LivePage(self.live_status, self._process.live_page_ids == "always"),
+            live_page=LivePageSource(self.live_status, self._process.live_page_ids == "always"),
         )
-        exporter.scale = lambda: worker_numbers(self.status())
+        exporter.scale = lambda: worker_scaling_numbers(self.status())
         return exporter
 
     def _health_problems(self) -> list[str]:

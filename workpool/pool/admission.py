@@ -144,7 +144,7 @@ class Admission:
 
 
 @dataclass(slots=True)
-class _Failures:
+class _FailureRecord:
     """The record of the failed sessions of one handler since its last success.
 
     Attributes:
@@ -176,7 +176,7 @@ class HandlerHealth:
         self._count = count
         self._seen: set[str] = set()
         """The names of the handlers that have run in this pool."""
-        self.failures: dict[str, _Failures] = {}
+        self.failures: dict[str, _FailureRecord] = {}
         self._changed = asyncio.Event()
 
     def failing_handlers(self) -> list[str]:
@@ -192,7 +192,7 @@ class HandlerHealth:
         quick = outcome == "failed" and seconds < QUICK_SECONDS
         if quick or (outcome == "released" and exhausted(item.error)):
             self._record_failure(
-                self.failures.setdefault(handler.name, _Failures(handler)), item.id
+                self.failures.setdefault(handler.name, _FailureRecord(handler)), item.id
             )
         elif outcome in {"completed", "failed", "timed_out", "stalled"}:
             self.failures.pop(handler.name, None)
@@ -202,7 +202,7 @@ class HandlerHealth:
     def may_claim(self, handler: Handler) -> bool:
         """Whether an item may be claimed for this handler now."""
         failures = self.failures.get(handler.name)
-        return failures is None or self._may_claim_after(failures)
+        return failures is None or self._failures_allow_claim(failures)
 
     async def wait_until_claimable(self) -> None:
         """Wait until a handler may claim an item.
@@ -212,8 +212,8 @@ class HandlerHealth:
         """
         while self.failures and self._no_handler_may_claim():
             now = asyncio.get_running_loop().time()
-            # Set the timeout for the handlers that are still in their pause only. A failing handler
-            # after its pause has one running session, and the end of that session sets `_changed`.
+            # Set a timeout only for the handlers that are still in their pause. Every other failing
+            # handler has a running session, and the end of that session sets `_changed`.
             resume_at = [each.resume_at for each in self.failures.values()]
             pauses = [each - now for each in resume_at if each > now]
             self._changed.clear()
@@ -223,16 +223,16 @@ class HandlerHealth:
 
     def _no_handler_may_claim(self) -> bool:
         return len(self.failures) == len(self._seen) and not any(
-            map(self._may_claim_after, self.failures.values())
+            map(self._failures_allow_claim, self.failures.values())
         )
 
-    def _may_claim_after(self, failures: _Failures) -> bool:
+    def _failures_allow_claim(self, failures: _FailureRecord) -> bool:
         if not failures.pause:
             return True
         now = asyncio.get_running_loop().time()
         return now >= failures.resume_at and self._count(failures.handler) == 0
 
-    def _record_failure(self, failures: _Failures, work_id: str) -> None:
+    def _record_failure(self, failures: _FailureRecord, work_id: str) -> None:
         if not failures.pause:
             failures.work_ids.add(work_id)
             if len(failures.work_ids) < FAILURES:
@@ -311,9 +311,9 @@ class ExitLimits:
         self._idle = settings.exit_after_idle
         self._uptime = settings.exit_after_uptime
         self._ends_at: float | None = None
-        """The end of the uptime, on the loop's clock; None before `wait_until_reached`."""
+        """The end of the uptime, on the loop's clock; None before `wait_for_exit_limit`."""
         self._claimed = 0
-        self._pools: dict[Admission, _IdleTime] = {}
+        self._pools: dict[Admission, _IdlePeriod] = {}
         self._changed = asyncio.Event()
 
     @property
@@ -325,9 +325,9 @@ class ExitLimits:
         """Count a claimed session, and record whether `exit_after_sessions` is reached."""
         self._claimed += 1
         if self._claimed == self._sessions:
-            self._record_reached("exit_after_sessions")
+            self._record_limit_reached("exit_after_sessions")
 
-    def add_pool(self, admission: Admission) -> Callable[[bool], None]:
+    def add_pool_to_limits(self, admission: Admission) -> Callable[[bool], None]:
         """Include a pool in the check of `exit_after_idle`.
 
         The limit is reached once every included pool has been idle for that long and is not paused.
@@ -335,14 +335,14 @@ class ExitLimits:
         Returns: The function to call after each successful poll of the pool, with True if the poll
             brought no item and the pool owns none.
         """
-        self._pools[admission] = _IdleTime()
+        self._pools[admission] = _IdlePeriod()
         return partial(self._note_poll, admission)
 
-    def remove_pool(self, admission: Admission) -> None:
+    def remove_pool_from_limits(self, admission: Admission) -> None:
         """Exclude a pool that has ended from the check of `exit_after_idle`."""
         self._pools.pop(admission, None)
 
-    async def wait_until_reached(self) -> Limit:
+    async def wait_for_exit_limit(self) -> Limit:
         """Wait until an exit limit is reached, and return the name of its setting.
 
         The time for `exit_after_uptime` starts with the first call of this method.
@@ -352,7 +352,7 @@ class ExitLimits:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._ends_at):
                 await self._changed.wait()
-        return self._record_reached("exit_after_uptime")
+        return self._record_limit_reached("exit_after_uptime")
 
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         time = self._pools.get(admission)
@@ -369,9 +369,9 @@ class ExitLimits:
             time.idle_seconds >= self._idle and each.paused is None and each.refused is None
             for each, time in self._pools.items()
         ):
-            self._record_reached("exit_after_idle")
+            self._record_limit_reached("exit_after_idle")
 
-    def _record_reached(self, limit: Limit) -> Limit:
+    def _record_limit_reached(self, limit: Limit) -> Limit:
         """Record that a limit was reached; return the limit that was reached first."""
         if self.reached is None:
             self.reached = limit
@@ -380,8 +380,8 @@ class ExitLimits:
 
 
 @dataclass(slots=True)
-class _IdleTime:
-    """The period in which the polls of one pool have brought no item, on the loop's clock.
+class _IdlePeriod:
+    """A period in which no poll of one pool has brought an item, on the loop's clock.
 
     Attributes:
         since: The time of the first poll of the period; None: the pool is not idle.

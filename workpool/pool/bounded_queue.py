@@ -63,7 +63,7 @@ class BoundedQueue(Generic[T]):
         self.start: Callable[[T], None] = lambda _: None
         self._share = share
         if share is not None:
-            share.next_use = self._next_use_of_shared_slot
+            share.next_use = self._find_use_of_shared_slot
 
     @property
     def free_slots(self) -> int:
@@ -71,10 +71,10 @@ class BoundedQueue(Generic[T]):
         free = max(0, self.concurrency - self.running)
         if self._share is None:
             return free
-        return min(free, self.reserved + self._share.available)
+        return min(free, self.reserved + self._share.available_slots)
 
     @property
-    def waiting_count(self) -> int:
+    def waiting_item_count(self) -> int:
         """The number of items in the queue that wait for a slot, without those set aside."""
         return len(self._waiting)
 
@@ -92,7 +92,7 @@ class BoundedQueue(Generic[T]):
         items = self.running + len(self._waiting)
         if self._share is None or not items:
             return items >= self.capacity
-        return items >= self.capacity or not (self.reserved or self._share.available)
+        return items >= self.capacity or not (self.reserved or self._share.available_slots)
 
     @property
     def is_idle(self) -> bool:
@@ -125,7 +125,7 @@ class BoundedQueue(Generic[T]):
                 # The place was granted just before the cancellation: free it, or nobody could use
                 # it again.
                 self.release_reserved_place()
-            # `grant_free_places` may have removed the cancelled future already.
+            # `give_free_places_to_pollers` may have removed the cancelled future already.
             elif turn in self._reservers:
                 self._reservers.remove(turn)
             raise
@@ -135,7 +135,7 @@ class BoundedQueue(Generic[T]):
         self.reserved -= 1
         if self._share is not None:
             self._share.return_slot()
-        self.grant_free_places()
+        self.give_free_places_to_pollers()
 
     def put_item(self, item: T) -> None:
         """Put an item into a reserved place, to wait for a slot."""
@@ -162,7 +162,7 @@ class BoundedQueue(Generic[T]):
         if not self.too_many_set_aside:
             self._room.set()
 
-    async def wait_for_room_aside(self, seconds: float) -> None:
+    async def wait_while_too_many_set_aside(self, seconds: float) -> None:
         """Wait, for `seconds` at most, until `too_many_set_aside` is false."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -202,7 +202,7 @@ class BoundedQueue(Generic[T]):
         """Free the slot of an item that `take_item` returned, because the item has ended.
 
         The caller then offers the slot to waiting items (`take_item`), and after them the free
-        place to pollers (`grant_free_places`).
+        place to pollers (`give_free_places_to_pollers`).
         `used_up`: the item counts towards the limit `uses`.
         """
         self.running -= 1
@@ -221,10 +221,10 @@ class BoundedQueue(Generic[T]):
         self._waiting.clear()
         self._aside.clear()
         self._room.set()
-        self.grant_free_places()
+        self.give_free_places_to_pollers()
         return forgotten
 
-    def grant_free_places(self) -> None:
+    def give_free_places_to_pollers(self) -> None:
         """Give the free places of the queue to the pollers that wait in `reserve_place`."""
         if self._share is not None:
             self._share.grant_free_slots()
@@ -239,7 +239,7 @@ class BoundedQueue(Generic[T]):
             self.reserved += 1
             turn.set_result(None)
 
-    def _next_use_of_shared_slot(self) -> Callable[[], None] | None:
+    def _find_use_of_shared_slot(self) -> Callable[[], None] | None:
         """Return the function to call when the pool gets one more of the shared slots.
 
         It starts an item that was set aside, or else lets a waiting poller poll. None: the pool

@@ -62,7 +62,7 @@ class OptionalCalls:
         if op in self.refused:
             raise NotPermittedError(op, self.refused[op], NOT_PERMITTED)
 
-    async def make_call(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
+    async def make_optional_call(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
         """Make an optional call, unless the control plane has refused this kind of call before.
 
         Raises:
@@ -95,7 +95,7 @@ class OptionalCalls:
         Returns:
             Whether the refusal was recorded.
         """
-        if op in self._allowed or not _means_never(op, error):
+        if op in self._allowed or not _is_permanent_refusal(op, error):
             return False
         self.refused[op] = error.status
         if op not in self._logged:
@@ -109,7 +109,7 @@ class OptionalCalls:
         return True
 
 
-def _means_never(op: Op, error: ControlPlaneError) -> bool:
+def _is_permanent_refusal(op: Op, error: ControlPlaneError) -> bool:
     status = error.status
     if op == "stats" and status == HTTPStatus.NOT_FOUND:
         return True
@@ -131,7 +131,9 @@ async def read_item(
         The item; None if it is not among the first `LOOK_UP_ITEMS` of the list.
     """
     try:
-        return await optional.make_call("get", lambda: client.get(work_id, timeout=timeout))
+        return await optional.make_optional_call(
+            "get", lambda: client.get(work_id, timeout=timeout)
+        )
     except NotPermittedError:
         pass
     try:

@@ -48,7 +48,7 @@ A later answer leaves no time for a first heartbeat.
 
 
 @dataclass(slots=True)
-class _AckRepeats:
+class _AckRetryState:
     """The time limit and the backoff for repeating one ack.
 
     Attributes:
@@ -104,10 +104,12 @@ class Claimer:
             except RefusedError as error:
                 result = self._handle_refusal(item, error)
             except TransientError as error:
-                repeats = repeats or _AckRepeats(
+                repeats = repeats or _AckRetryState(
                     item.delivered_at + self._context.redelivery_seconds
                 )
-                options = CallOptions(partial(self._check_time_of_repeat, repeats), Priority.CLAIM)
+                options = CallOptions(
+                    partial(self._check_ack_not_too_late, repeats), Priority.CLAIM
+                )
                 result = (
                     None if await self._wait_for_repeat(item, repeats, error, sent) else "error"
                 )
@@ -121,7 +123,7 @@ class Claimer:
                 self._observe(AckFinished, item.work_item, result, waited, took)
                 return result
 
-    def _check_time_of_repeat(self, repeats: _AckRepeats) -> None:
+    def _check_ack_not_too_late(self, repeats: _AckRetryState) -> None:
         """Raise an error if it is too late to repeat the ack. Called right before it is sent.
 
         A late ack could lease the item for 60 s to this pool, which would not run it.
@@ -135,14 +137,14 @@ class Claimer:
         while not lease.end_if_expired(self._clock()):
             draining = self._context.draining
             if draining:
-                lease.let_lapse(self._clock(), RELEASE_DELAY_SECONDS)
-            await self._heartbeats.send_heartbeat(lease, self._end_after_pause)
+                lease.schedule_last_heartbeat(self._clock(), RELEASE_DELAY_SECONDS)
+            await self._heartbeats.send_heartbeat(lease, self._end_lease_after_pause)
             now = self._clock()
             if lease.begun:
                 # The answer may have come so late that no time is left to run a handler.
                 lease.end_if_expired(now)
-            if lease.begun or lease.over:
-                self._end_after_pause(lease, now)
+            if lease.begun or lease.is_over:
+                self._end_lease_after_pause(lease, now)
                 return
             seconds = min(lease.due_at, lease.give_up_at) - now
             if draining:
@@ -151,14 +153,14 @@ class Claimer:
                 # A Retry-After can make this wait long, so a drain must end it.
                 await self._wait_for_drain(item, seconds)
 
-    def _end_after_pause(self, lease: Lease, now: float) -> None:
+    def _end_lease_after_pause(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused since the ack: the lease may have expired."""
         if self._pauses.was_paused(lease.clock_offset, now):
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
-            lease.end("lost")
+            lease.end_lease("lost")
 
     async def _wait_for_repeat(
-        self, item: PoolItem, repeats: _AckRepeats, failure: TransientError, sent: float
+        self, item: PoolItem, repeats: _AckRetryState, failure: TransientError, sent: float
     ) -> bool:
         """Wait for the next try of an ack; return False if the ack must not be repeated."""
         if failure.reason in MAYBE_APPLIED:
@@ -166,7 +168,7 @@ class Claimer:
             # lasts. So the ack may be repeated until shortly before the end of the lease.
             repeats.first_sent = min(repeats.first_sent, sent)
             repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
-        delay = max(repeats.backoff.next(), failure.retry_after or 0.0)
+        delay = max(repeats.backoff.next_delay(), failure.retry_after or 0.0)
         if self._clock() + delay < repeats.until and not await self._wait_for_drain(item, delay):
             return True
         log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})

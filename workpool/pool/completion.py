@@ -60,7 +60,7 @@ DRAIN_REASON: Final = "the pool is draining"
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionRow:
+class CompletionTableRow:
     """The actions at the end of a session, for one end reason.
 
     Attributes:
@@ -74,17 +74,19 @@ class CompletionRow:
     outcome: Outcome
 
 
-TABLE: Final[Mapping[EndReason, CompletionRow]] = {  # the last row of several end reasons applies
-    EndReason.RETURNED: CompletionRow("stop", "result", "completed"),
-    EndReason.RAISED: CompletionRow("stop", "error", "failed"),
-    EndReason.TIMED_OUT: CompletionRow("stop", "error", "timed_out"),
-    EndReason.STALLED: CompletionRow("stop", "error", "stalled"),
-    EndReason.DRAINED: CompletionRow("release", "reason", "released"),
-    EndReason.RELEASED: CompletionRow("release", "reason", "released"),
-    EndReason.STOP_REQUESTED: CompletionRow("stop", "result", "stopped"),
-    EndReason.HANDED_OFF: CompletionRow("untouched", "none", "detached"),
-    EndReason.STOPPED: CompletionRow("untouched", "none", "stopped"),
-    EndReason.LOST: CompletionRow("untouched", "none", "lease_lost"),
+TABLE: Final[
+    Mapping[EndReason, CompletionTableRow]
+] = {  # the last row of several end reasons applies
+    EndReason.RETURNED: CompletionTableRow("stop", "result", "completed"),
+    EndReason.RAISED: CompletionTableRow("stop", "error", "failed"),
+    EndReason.TIMED_OUT: CompletionTableRow("stop", "error", "timed_out"),
+    EndReason.STALLED: CompletionTableRow("stop", "error", "stalled"),
+    EndReason.DRAINED: CompletionTableRow("release", "reason", "released"),
+    EndReason.RELEASED: CompletionTableRow("release", "reason", "released"),
+    EndReason.STOP_REQUESTED: CompletionTableRow("stop", "result", "stopped"),
+    EndReason.HANDED_OFF: CompletionTableRow("untouched", "none", "detached"),
+    EndReason.STOPPED: CompletionTableRow("untouched", "none", "stopped"),
+    EndReason.LOST: CompletionTableRow("untouched", "none", "lease_lost"),
 }
 
 WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
@@ -114,7 +116,7 @@ class Completion:
         try:
             if row.item == "release":
                 return await self._release_item(item)
-            outcome = await self._write_row_metadata(item, row)
+            outcome = await self._write_session_metadata(item, row)
             await self.stop_item(item, confirm=row.outcome == "stopped")
         except SessionGoneError:
             return "stopped" if item.lease.status == "stopped" else "lease_lost"
@@ -146,7 +148,7 @@ class Completion:
         result: CallResult = "error"
         try:
             call = partial(self._send_stop, item)
-            await self._sender.send_with_retries(item, call, options, lease.note_own_stop)
+            await self._sender.send_with_retries(item, call, options, lease.note_stop_sent)
             result = "ok"
         except (ConflictError, PreconditionError):
             result = "conflict"  # The item is stopped already, so the pool must not try again.
@@ -169,23 +171,23 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or error.reason == "throttled":
-                # The request was not applied, so do not take a later stop by another client for it.
+                # The stop was not applied: if the item is stopped later, another client does it.
                 lease.own_stop = before
             raise
 
-    async def _write_row_metadata(self, item: PoolItem, row: CompletionRow) -> Outcome:
+    async def _write_session_metadata(self, item: PoolItem, row: CompletionTableRow) -> Outcome:
         """Write the metadata that a row of the completion table names; return the outcome.
 
         The outcome is that of the row, or `failed` if the control plane refuses the result.
         """
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
-            if patch := attempt.closing_patch({}):
-                await self._remove_mark(item, patch)
+            if patch := attempt.metadata_at_session_end({}):
+                await self._delete_released_mark(item, patch)
             return row.outcome
-        notes = item.result if row.metadata == "result" else self._error_note(item)
+        notes = item.result if row.metadata == "result" else self._error_metadata(item)
         try:
-            await self.write_metadata(item, attempt.closing_patch(notes))
+            await self.write_metadata(item, attempt.metadata_at_session_end(notes))
         except (ConflictError, PreconditionError):
             pass  # The item is stopped already, so its metadata cannot be written anymore.
         except NotPermittedError:
@@ -201,13 +203,13 @@ class Completion:
                 return row.outcome
             # Without its result the session has failed; write the error instead.
             item.error = error
-            notes = self._error_note(item)
+            notes = self._error_metadata(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
-                await self.write_metadata(item, attempt.closing_patch(notes))
+                await self.write_metadata(item, attempt.metadata_at_session_end(notes))
             return "failed"
         return row.outcome
 
-    async def _remove_mark(self, item: PoolItem, patch: Patch) -> None:
+    async def _delete_released_mark(self, item: PoolItem, patch: Patch) -> None:
         """Delete the metadata by which a drain has excluded this run from the attempts.
 
         A failure is logged; it does not change the outcome of the session.
@@ -231,7 +233,7 @@ class Completion:
             return  # No worker runs an item again that an operator has asked to stop.
         # The priority is low, so that completions do not wait for this write of every session.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
-        await self._write_mark(item, DRAIN_REASON, request)
+        await self._write_released_mark(item, DRAIN_REASON, request)
 
     async def mark_released_session(self, item: PoolItem, reason: str, seconds: float) -> None:
         """Write metadata that exclude a released session from the attempts, within `seconds`.
@@ -241,13 +243,15 @@ class Completion:
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
             return  # Before the first successful heartbeat, another process may own the item.
-        await self._write_mark(item, reason, WRITE._replace(seconds=seconds))
+        await self._write_released_mark(item, reason, WRITE._replace(seconds=seconds))
 
-    async def _write_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
+    async def _write_released_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
         attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
-            await self.write_metadata(item, attempt.mark_patch(reason, retry), request)
+            await self.write_metadata(
+                item, attempt.metadata_of_released_run(reason, retry), request
+            )
             attempt.marked = True
         except NotPermittedError:
             pass  # Without metadata, `RunCounts` counts the runs of each item in this process.
@@ -265,7 +269,7 @@ class Completion:
             NotPermittedError: The credential may not write metadata.
             SessionGoneError, ControlPlaneError: The metadata was not written.
         """
-        await self._optional.make_call(
+        await self._optional.make_optional_call(
             "update",
             lambda: self._sender.send_with_retries(
                 item,
@@ -286,23 +290,27 @@ class Completion:
             draining = item.session is not None and item.session.draining
             hurried = draining or item.handler_task is None
             await self.mark_released_session(
-                item, self._release_note(release), MARK_SECONDS if hurried else MARK_TRY_SECONDS
+                item,
+                self._release_reason_text(release),
+                MARK_SECONDS if hurried else MARK_TRY_SECONDS,
             )
         self._renewer.let_lease_lapse(lease, release_delay(release))
-        await item.wait_until(lambda: lease.status != "held", lease.remaining(self._clock()))
-        return "lease_lost" if lease.loss_confirmed else outcome_of_lapse(lease)
+        await item.wait_until(
+            lambda: lease.status != "held", lease.remaining_seconds(self._clock())
+        )
+        return "lease_lost" if lease.loss_confirmed else outcome_of_expired_lease(lease)
 
-    def _release_note(self, release: Release) -> str:
+    def _release_reason_text(self, release: Release) -> str:
         if self._with_message or isinstance(release, PoolRelease):
-            return sendable_text(safe_text(release.reason))
-        return sendable_text(type(release).__name__)
+            return text_for_metadata(safe_str(release.reason))
+        return text_for_metadata(type(release).__name__)
 
-    def _error_note(self, item: PoolItem) -> Mapping[str, str]:
+    def _error_metadata(self, item: PoolItem) -> Mapping[str, str]:
         error = item.error or _error_for_reason(item.reason)
         text = type(error).__name__
-        if self._with_message and (message := safe_text(error)):
+        if self._with_message and (message := safe_str(error)):
             text = f"{text}: {message}"
-        return {ERROR: sendable_text(text)}
+        return {ERROR: text_for_metadata(text)}
 
 
 def _error_for_reason(reason: EndReason | None) -> Exception:
@@ -312,7 +320,7 @@ def _error_for_reason(reason: EndReason | None) -> Exception:
     return TimeoutError("the session's time is over")
 
 
-def completion_row(item: PoolItem) -> CompletionRow:
+def completion_row(item: PoolItem) -> CompletionTableRow:
     """Return the row of the completion table for the item's gravest end reason."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
@@ -329,13 +337,13 @@ def outcome_expected(item: PoolItem, error: BaseException | None, now: float) ->
     """
     if error is None:
         reason = EndReason.RETURNED
-    elif find_release(error) is not None:
+    elif find_raised_release(error) is not None:
         reason = EndReason.RELEASED
     elif isinstance(error, asyncio.CancelledError) and item.cancelled_for is not None:
         reason = item.cancelled_for
     else:
         reason = EndReason.RAISED
-    reasons = (reason, item.reason, item.reason_of_lease(now))
+    reasons = (reason, item.reason, item.end_reason_from_lease(now))
     return TABLE[max(each for each in reasons if each is not None)].outcome
 
 
@@ -347,11 +355,11 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
             return completion_row(item).outcome
         case "lost":
             return "lease_lost"
-    return outcome_of_lapse(lease)
+    return outcome_of_expired_lease(lease)
 
 
-def outcome_of_lapse(lease: Lease) -> Outcome:
-    """Return the outcome of a session whose lease ends because its heartbeats end.
+def outcome_of_expired_lease(lease: Lease) -> Outcome:
+    """Return the outcome of a session whose lease expires, because no heartbeat follows.
 
     At the end of the lease, the control plane stops the item if a stop was requested; otherwise it
     delivers the item again.
@@ -372,7 +380,7 @@ def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
             yield each
 
 
-def find_release(error: BaseException) -> Release | None:
+def find_raised_release(error: BaseException) -> Release | None:
     """Return the `Release` that a handler raised, alone or in an exception group.
 
     None if the error is or contains anything else. Of several releases in a group, the one with
@@ -398,13 +406,13 @@ def release_delay(release: Release) -> float:
     return RELEASE_DELAY_SECONDS
 
 
-def safe_text(value: object) -> str:
+def safe_str(value: object) -> str:
     """Return an error or a reason as text, even if its `__str__` raises."""
     error = value if isinstance(value, BaseException) else Exception(value)
     return str(TracebackException(type(error), error, None))
 
 
-def sendable_text(text: str) -> str:
+def text_for_metadata(text: str) -> str:
     """Return `text` in a form that metadata accept.
 
     Text longer than `NOTE_LIMIT` is cut, and lone surrogates are replaced.

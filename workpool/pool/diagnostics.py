@@ -68,7 +68,7 @@ class LoopMonitor:
         self._pong = 0
 
     @property
-    def answered(self) -> bool:
+    def ping_answered(self) -> bool:
         """Whether the loop has answered the last ping."""
         return self._pong == self._ping
 
@@ -78,18 +78,18 @@ class LoopMonitor:
 
         May be read on any thread.
         """
-        return 0.0 if self.answered else max(0.0, time.monotonic() - self._asked_at)
+        return 0.0 if self.ping_answered else max(0.0, time.monotonic() - self._asked_at)
 
     @property
-    def blocked(self) -> bool:
+    def is_blocked(self) -> bool:
         """Whether the loop has not answered for `LAG_WARNING_SECONDS`."""
         return self._waited >= LAG_WARNING_SECONDS
 
     def send_ping(self) -> None:
         """Send the loop the next ping. Only call it if the loop has answered the last ping."""
-        if self.blocked:
+        if self.is_blocked:
             seconds = self._answered_at - self._answered_before
-            _log_warning("event loop runs again", seconds=round(seconds, 3))
+            _warn_on_report_thread("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
         # Set the time before `_ping`: a thread that reads the new `_ping` must not combine it with
         # the time of the old one.
@@ -98,18 +98,18 @@ class LoopMonitor:
         self._answered_before = self._answered_at
         self._tell(functools.partial(self._record_answer, self._ping, self._asked_at))
 
-    def count_unanswered_time(self, seconds: float) -> bool:
+    def add_unanswered_seconds(self, seconds: float) -> bool:
         """Add `seconds` to the time for which the loop has not answered the last ping.
 
         Returns:
             Whether that time has reached `max_block`.
         """
-        was_blocked = self.blocked
+        was_blocked = self.is_blocked
         # Count at most twice the interval between calls: if the whole process was stopped for
         # longer, its loop was not blocked in that time.
         self._waited += min(seconds, 2 * TICK_SECONDS)
-        if self.blocked and not was_blocked:
-            _log_warning(
+        if self.is_blocked and not was_blocked:
+            _warn_on_report_thread(
                 "event loop is blocked; use asyncio.to_thread for blocking code",
                 task=self._blocking_task(),
             )
@@ -118,12 +118,12 @@ class LoopMonitor:
     def blocked_report(self) -> Callable[[], None]:
         """Measure how long the loop has been blocked until now; return a function that logs it."""
         seconds = time.monotonic() - self._answered_at
-        return functools.partial(self._log_blocked, seconds)
+        return functools.partial(self._log_blocked_loop, seconds)
 
-    def _log_blocked(self, seconds: float) -> None:
+    def _log_blocked_loop(self, seconds: float) -> None:
         log_stacks(
             log,
-            all_stacks(self._thread),
+            stacks_of_all_threads(self._thread),
             "event loop blocked; leases are not renewed anymore",
             seconds=round(seconds, 3),
             task=self._blocking_task(),
@@ -140,12 +140,12 @@ class LoopMonitor:
         return "no task" if task is None else task.get_name()
 
 
-def _log_warning(message: str, **fields: object) -> None:
-    call_on_report_thread(functools.partial(log.warning, message, extra=fields))
+def _warn_on_report_thread(message: str, **fields: object) -> None:
+    write_report_on_thread(functools.partial(log.warning, message, extra=fields))
 
 
-def call_on_report_thread(write: Callable[[], None]) -> None:
-    """Call `write`, which writes to the log, on a new thread; wait `REPORT_SECONDS` at most.
+def write_report_on_thread(write: Callable[[], None]) -> None:
+    """Run a logging function on a new thread, and wait `REPORT_SECONDS` at most for its end.
 
     The wait is limited because the blocked loop's thread may hold the lock of a log handler, and
     then `write` would wait for this lock.
@@ -155,7 +155,7 @@ def call_on_report_thread(write: Callable[[], None]) -> None:
     """
     errors: list[BaseException] = []
 
-    def run() -> None:
+    def write_and_catch() -> None:
         try:
             write()
         except BaseException as error:  # noqa: BLE001 - raised on the calling thread
@@ -164,7 +164,7 @@ def call_on_report_thread(write: Callable[[], None]) -> None:
     thread = threading.Thread(
         # A new thread has an empty context, and its log records would lack the pool's ids.
         target=copy_context().run,
-        args=(run,),
+        args=(write_and_catch,),
         name="workpool-report",
         daemon=True,
     )
@@ -205,7 +205,7 @@ def stack_of_task(task: asyncio.Task[object]) -> str:
     return f"Task {task.get_name()} (most recent call last):\n{''.join(frames)}"
 
 
-def all_stacks(first: int) -> str:
+def stacks_of_all_threads(first: int) -> str:
     """Return the current stacks of all threads as text, with at most 128,000 characters of frames.
 
     Args:

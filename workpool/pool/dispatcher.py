@@ -105,7 +105,10 @@ class Dispatcher:
             self._on_item_closed,
         )
         self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
-        context.queue.may_start, context.queue.start = self._may_start, self._start_item
+        context.queue.may_start, context.queue.start = (
+            self._may_start_set_aside_item,
+            self._start_item,
+        )
         self.idle_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
         self._aside_seconds = context.redelivery_seconds - ASIDE_MARGIN_SECONDS
@@ -113,7 +116,7 @@ class Dispatcher:
         self._seen: OrderedDict[str, bool] = OrderedDict()
 
     @property
-    def must_pace_polls(self) -> bool:
+    def must_pause_between_polls(self) -> bool:
         """Whether pollers must pause between polls.
 
         True after `UNSTARTED` owned items in a row ended before a handler was called.
@@ -203,7 +206,7 @@ class Dispatcher:
             (item for item in self._context.queue.items_set_aside if item.id == work_id), None
         )
 
-    def _may_start(self, item: PoolItem) -> bool:
+    def _may_start_set_aside_item(self, item: PoolItem) -> bool:
         """Whether an item that was set aside may start now."""
         return (
             item.handler is not None
@@ -303,7 +306,7 @@ class Dispatcher:
         self.idle_since = self._context.clock()
         self._context.queue.release_slot(used_up=item.counted)
         self._fill_slots()
-        self._context.queue.grant_free_places()
+        self._context.queue.give_free_places_to_pollers()
         if self.on_closed is not None:
             self.on_closed()
 
@@ -344,7 +347,7 @@ class Dispatcher:
         running = self._context.queue.running
         return running - sum(item.handler_runs for item in self.executor.stuck)
 
-    async def wait_for_marks(self, seconds: float) -> None:
+    async def wait_for_mark_writes(self, seconds: float) -> None:
         """Wait for the writes that exclude runs of stuck handlers from the attempts.
 
         The wait takes `seconds` at most. Without it, a drain would abandon these items and cancel

@@ -63,7 +63,7 @@ class Drain:
         """The loop time at which running handlers are cancelled; infinite while none is set."""
         return self._deadline
 
-    def begin(self, timeout: float | None) -> None:
+    def request(self, timeout: float | None) -> None:
         """Begin the drain; if it has begun already, only shorten its deadline."""
         now = asyncio.get_running_loop().time()
         self.requests += 1
@@ -72,15 +72,15 @@ class Drain:
             self.requested.set()
         if timeout is not None and now + timeout < self._deadline:
             self._deadline = now + timeout
-        self.note_change()
+        self.wake_waiters()
 
-    def note_change(self) -> None:
+    def wake_waiters(self) -> None:
         """Record that the deadline was brought forward, or that an item has ended or is stuck."""
         self._changed.set()
 
     async def wait_for_sessions(self, dispatcher: Dispatcher) -> None:
         """Wait, without a time limit, until no session runs except those of stuck handlers."""
-        await self._wait_until_finished(dispatcher, lambda: math.inf)
+        await self._wait_until_items_finished(dispatcher, lambda: math.inf)
 
     async def finish_sessions(self, context: PoolContext, dispatcher: Dispatcher) -> int:
         """Wait for the running sessions; at the deadline, cancel them and release their items.
@@ -91,12 +91,12 @@ class Drain:
         started = loop.time()
         log.info("draining", extra={"running": context.queue.running, "timeout": self.timeout})
         context.observe(DrainStarted, self.timeout)
-        clean = await self._wait_until_finished(dispatcher, lambda: self._deadline)
+        clean = await self._wait_until_items_finished(dispatcher, lambda: self._deadline)
         until = loop.time() + AFTER_DEADLINE_SECONDS
         if not clean:
             dispatcher.release_all_items()
-            await self._wait_until_finished(dispatcher, lambda: until)
-        await dispatcher.wait_for_marks(until - loop.time())
+            await self._wait_until_items_finished(dispatcher, lambda: until)
+        await dispatcher.wait_for_mark_writes(until - loop.time())
         abandoned = dispatcher.abandon_items()
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
         seconds = loop.time() - started
@@ -123,7 +123,7 @@ class Drain:
         if self.timeout is not None and self.started_at is not None:
             seconds = min(seconds, self.started_at + self.timeout + GRACE_SECONDS - loop.time())
         log.info("waiting for the last scrape", extra={"wait_seconds": round(seconds, 1)})
-        on_scraped = partial(loop.call_soon_threadsafe, self.note_change)
+        on_scraped = partial(loop.call_soon_threadsafe, self.wake_waiters)
         exporter.on_scraped.add(on_scraped)
         try:
             with suppress(TimeoutError):
@@ -134,7 +134,7 @@ class Drain:
         finally:
             exporter.on_scraped.discard(on_scraped)
 
-    async def _wait_until_finished(
+    async def _wait_until_items_finished(
         self, dispatcher: Dispatcher, until: Callable[[], float]
     ) -> bool:
         """Wait until all items have ended except those of stuck handlers.
@@ -147,7 +147,7 @@ class Drain:
         Returns:
             False if that time came first.
         """
-        dispatcher.on_closed = dispatcher.executor.on_stuck = self.note_change
+        dispatcher.on_closed = dispatcher.executor.on_stuck = self.wake_waiters
         loop = asyncio.get_running_loop()
         while dispatcher.count_unfinished_items():
             left = until() - loop.time()
@@ -172,7 +172,7 @@ async def await_despite_cancellation(end: Callable[[], Awaitable[None]], drain: 
             await end()
             break
         except asyncio.CancelledError as error:
-            drain.begin(0)
+            drain.request(0)
             cancelled = error
     if cancelled is not None:
         raise cancelled

@@ -19,13 +19,13 @@ from workpool.events import HandlerRetried, SessionStarted
 from workpool.log_fields import pool_logger
 from workpool.pool.completion import (
     DRAIN_REASON,
-    find_release,
+    find_raised_release,
     iterate_leaf_errors,
     outcome_expected,
-    safe_text,
+    safe_str,
 )
 from workpool.pool.diagnostics import log_stacks, stack_of_task
-from workpool.pool.handler_result import metadata_of
+from workpool.pool.handler_result import metadata_from_result
 from workpool.pool.pool_item import EndReason
 from workpool.session import CURRENT, PoolRelease, Release
 from workpool.wire.client_dialects import DIALECTS
@@ -100,7 +100,7 @@ class HandlerExecutor:
         if stall is not None and item.handler_runs:
             self._watch_progress(item, stall)
         try:
-            await end_of_task(task)
+            await future_of_task_end(task)
         finally:
             if item.timer is not None:
                 self._stop_cancellation_timer(item)
@@ -229,14 +229,14 @@ class HandlerExecutor:
         # returns, so `run_handler` has not set the attribute yet.
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
-        if not self._may_start(item):
+        if not self._may_call_handler(item):
             item.add_end_reason(EndReason.RETURNED)
             return
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
-            # Call `metadata_of` inside this `try`, too: it reads the returned mapping, whose class
-            # may be code of the handler and raise any error.
+            # Call `metadata_from_result` inside this `try`, too: it reads the returned mapping,
+            # whose class may be code of the handler and raise any error.
             contexts = self._plugins.session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
@@ -244,7 +244,7 @@ class HandlerExecutor:
             if contexts:
                 item.result = await self._call_in_contexts(contexts, item, call, session)
             elif (returned := await call(session)) is not None:
-                item.result = metadata_of(returned, self._metadata_limits)
+                item.result = metadata_from_result(returned, self._metadata_limits)
             item.add_end_reason(EndReason.RETURNED)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
@@ -260,7 +260,7 @@ class HandlerExecutor:
                 await stack.enter_async_context(context)
             error: BaseException | None = None
             try:
-                return metadata_of(await call(session), self._metadata_limits)
+                return metadata_from_result(await call(session), self._metadata_limits)
             except BaseException as raised:
                 error = raised
                 raise
@@ -292,12 +292,12 @@ class HandlerExecutor:
                     raise
                 session.retry += 1
                 backoff = backoff or Backoff(handler.retry.backoff, handler.retry.backoff_max)
-                await self._wait_before_retry(item, session, backoff.next(), error)
+                await self._wait_before_retry(item, session, backoff.next_delay(), error)
                 self._observe(HandlerRetried, session, item.handler_label, session.retry, error)
 
     def _may_retry(self, item: PoolItem) -> bool:
         """Return whether a retry is allowed: the handler was not cancelled, the lease is held."""
-        return item.cancelled_for is None and item.lease.held(self._clock())
+        return item.cancelled_for is None and item.lease.is_held(self._clock())
 
     async def _wait_before_retry(
         self, item: PoolItem, session: Session, seconds: float, error: Exception
@@ -309,7 +309,7 @@ class HandlerExecutor:
             PoolRelease: The pool drains, or the machine was paused, so another run must continue
                 the work.
         """
-        text = f"{type(error).__name__}: {safe_text(error)}"
+        text = f"{type(error).__name__}: {safe_str(error)}"
         log.warning(
             "handler failed and is called again: %s",
             text,
@@ -328,16 +328,16 @@ class HandlerExecutor:
             raise error
         if session.draining:
             raise PoolRelease(DRAIN_REASON) from error
-        if not self._may_start(item):
+        if not self._may_call_handler(item):
             raise item.error or error
 
-    def _may_start(self, item: PoolItem) -> bool:
+    def _may_call_handler(self, item: PoolItem) -> bool:
         """Return whether the handler may be called: the lease is held, and there was no pause.
 
         If the machine was paused since the last heartbeat, record that the item is released.
         """
         now = self._clock()
-        if not item.lease.held(now):
+        if not item.lease.is_held(now):
             return False
         if self._pauses.was_paused(item.lease.clock_offset, now):
             item.error = PoolRelease("not started: the machine was paused")
@@ -348,7 +348,7 @@ class HandlerExecutor:
     def _record_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
             return  # The end of an abandoned session was reported when it was abandoned.
-        release = find_release(error)
+        release = find_raised_release(error)
         item.error = release or error
         if release is not None:
             item.add_end_reason(EndReason.RELEASED)
@@ -382,19 +382,19 @@ def _is_retryable(retry: Retry | None, error: Exception, session: Session) -> Ty
     )
 
 
-def end_of_task(task: asyncio.Task[object]) -> asyncio.Future[None]:
+def future_of_task_end(task: asyncio.Task[object]) -> asyncio.Future[None]:
     """Return a future that is done when the task has ended.
 
     A caller that is cancelled while it awaits this future does not cancel the task.
     """
     future: asyncio.Future[None] = task.get_loop().create_future()
 
-    def set_ended(_: asyncio.Task[object]) -> None:
+    def complete_future(_: asyncio.Task[object]) -> None:
         # If the caller was cancelled while it awaited the future, the future is cancelled, too.
         if not future.done():
             future.set_result(None)
 
-    task.add_done_callback(set_ended)
+    task.add_done_callback(complete_future)
     return future
 
 
@@ -408,12 +408,12 @@ async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
     opened, closing = asyncio.Event(), asyncio.Event()
     group = asyncio.TaskGroup()
 
-    async def host_group() -> None:
+    async def run_group() -> None:
         async with group:
             opened.set()
             await closing.wait()
 
-    task = asyncio.get_running_loop().create_task(host_group(), name="workpool-handlers")
+    task = asyncio.get_running_loop().create_task(run_group(), name="workpool-handlers")
     try:
         await opened.wait()
         yield group

@@ -21,7 +21,7 @@ RESULT: Final = "workpool.result"
 """The metadata key of a result that is not a mapping of strings."""
 
 
-def metadata_of(returned: object, limits: MetadataLimits | None) -> Mapping[str, str]:
+def metadata_from_result(returned: object, limits: MetadataLimits | None) -> Mapping[str, str]:
     """Return the metadata for the result of a handler; empty for None.
 
     A mapping is copied, because other code may change it later.

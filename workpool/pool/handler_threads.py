@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class _ThreadError:
+class _HandlerError:
     """An error that a handler raised on its thread, returned as the result of a future.
 
     A future cannot raise every error: StopIteration is not allowed.
@@ -73,13 +73,13 @@ class HandlerThreads:
         async with asyncio.TaskGroup() as group:
             calls = _ThreadCalls(item, group, self._clock)
             blocking = BlockingSession(session, calls)
-            waiting = group.create_task(_pass_on_interruption(session, blocking))
+            waiting = group.create_task(_forward_interruption(session, blocking))
             try:
                 outcome = await self._run_function(item, function, blocking, calls)
             finally:
                 calls.refuse_calls()
                 waiting.cancel()
-        if not isinstance(outcome, _ThreadError):
+        if not isinstance(outcome, _HandlerError):
             return outcome
         if item.cancelled_for is not None and isinstance(outcome.error, SessionGoneError):
             raise asyncio.CancelledError
@@ -98,7 +98,7 @@ class HandlerThreads:
             with release_on_exhaustion():
                 future = asyncio.get_running_loop().run_in_executor(self._threads, run)
         except Exception as error:  # noqa: BLE001 - raised outside of the task group, which wraps it
-            return _ThreadError(error)
+            return _HandlerError(error)
         while not future.done():
             try:
                 await asyncio.wait({future})
@@ -115,7 +115,7 @@ class HandlerThreads:
         self, item: PoolItem, function: Function
     ) -> Callable[[BlockingSession], object]:
         @functools.wraps(function, assigned=("__qualname__",), updated=())
-        def run(session: BlockingSession) -> object:
+        def run_function(session: BlockingSession) -> object:
             self._idents[item] = threading.get_ident()
             try:
                 returned = function(session)
@@ -126,13 +126,13 @@ class HandlerThreads:
                         "is a decorator without `async def` around its function?"
                     )
             except BaseException as error:  # noqa: BLE001 - raised in the handler's task
-                return _ThreadError(error)
+                return _HandlerError(error)
             else:
                 return returned
             finally:
                 del self._idents[item]
 
-        return run
+        return run_function
 
     def stack_of_item(self, item: PoolItem) -> str | None:
         """Return the stack of the thread that runs the item's handler; None if there is none."""
@@ -147,8 +147,8 @@ class HandlerThreads:
 class _ThreadCalls:
     """Runs coroutines on the handlers' loop for the thread of one plain handler.
 
-    `run` and `enter` block the calling thread until the coroutine has ended. They may be used on
-    any thread but the loop's; the other methods are used on the loop.
+    `run_on_loop` and `enter_on_loop` block the calling thread until the coroutine has ended. They
+    may be used on any thread but the loop's; the other methods are used on the loop.
     """
 
     def __init__(self, item: PoolItem, group: asyncio.TaskGroup, clock: Clock) -> None:
@@ -160,7 +160,7 @@ class _ThreadCalls:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def run(self, make: Callable[[], Awaitable[T]]) -> T:
+    def run_on_loop(self, make: Callable[[], Awaitable[T]]) -> T:
         """Call `make` on the loop, await what it returns, and return the result to this thread.
 
         Raises:
@@ -170,8 +170,8 @@ class _ThreadCalls:
         return self._submit_call(make).result()
 
     @contextmanager
-    def enter(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
-        """Return a context manager for this thread, around the asynchronous one of `make()`.
+    def enter_on_loop(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
+        """Return a blocking context manager around the asynchronous one that `make` returns.
 
         The asynchronous context manager is entered and left on the loop, in one task.
 
@@ -181,22 +181,22 @@ class _ThreadCalls:
         """
         entered: Future[tuple[T, asyncio.Future[None]]] = Future()
 
-        async def hold_context() -> None:
+        async def keep_context_open() -> None:
             async with make() as value:
                 left: asyncio.Future[None] = self._loop.create_future()
                 entered.set_result((value, left))
                 await left
 
-        ended = self._submit_call(hold_context)
-        ended.add_done_callback(functools.partial(_pass_on_error, entered))
+        ended = self._submit_call(keep_context_open)
+        ended.add_done_callback(functools.partial(_fail_if_not_entered, entered))
         value, left = entered.result()
         try:
             yield value
         except BaseException as error:
-            self._leave_context(left, error)
+            self._leave_on_loop(left, error)
             ended.result()  # An error of the context manager replaces the error of the block.
             raise
-        self._leave_context(left, None)
+        self._leave_on_loop(left, None)
         ended.result()
 
     def cancel_calls(self) -> None:
@@ -223,7 +223,7 @@ class _ThreadCalls:
         if self._closed:
             future.set_exception(self._error_of_ended_call())
             return
-        task = self._group.create_task(_complete_future(make, future))
+        task = self._group.create_task(_run_into_future(make, future))
         self._tasks.add(task)
         task.add_done_callback(functools.partial(self._on_call_ended, future))
 
@@ -243,22 +243,22 @@ class _ThreadCalls:
             return error
         return SessionEnded(self._item.id)
 
-    def _leave_context(self, left: asyncio.Future[None], error: BaseException | None) -> None:
-        def leave_context() -> None:
+    def _leave_on_loop(self, left: asyncio.Future[None], error: BaseException | None) -> None:
+        def finish_context() -> None:
             if left.done():
-                return  # The task of the context manager was cancelled, so it has left it already.
+                return  # The task was cancelled, so the context manager was left already.
             if error is None:
                 left.set_result(None)
             else:
                 left.set_exception(error)
 
         try:
-            self._loop.call_soon_threadsafe(leave_context)
-        except RuntimeError:  # The loop is closed, and with it every context manager was left.
+            self._loop.call_soon_threadsafe(finish_context)
+        except RuntimeError:  # The loop is closed, so the context manager was left already.
             raise SessionEnded(self._item.id) from error
 
 
-async def _complete_future(make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
+async def _run_into_future(make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
     try:
         result = await make()
     except asyncio.CancelledError:
@@ -269,12 +269,12 @@ async def _complete_future(make: Callable[[], Awaitable[T]], future: Future[T]) 
         future.set_result(result)
 
 
-def _pass_on_error(entered: Future[Any], ended: Future[None]) -> None:
+def _fail_if_not_entered(entered: Future[Any], ended: Future[None]) -> None:
     if not entered.done():
         entered.set_exception(ended.exception() or RuntimeError("the context was not entered"))
 
 
-async def _pass_on_interruption(session: Session, blocking: BlockingSession) -> None:
+async def _forward_interruption(session: Session, blocking: BlockingSession) -> None:
     """Wait until the session is stopping or draining; then interrupt the `BlockingSession`."""
     await session.interrupted()
     blocking.interrupt()

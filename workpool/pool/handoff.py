@@ -50,7 +50,7 @@ class HandoffRun:
         self._renewer = renewer
         self._reads = Backoff(READ_SECONDS, READ_CAP_SECONDS)
 
-    async def run(self) -> None:
+    async def run_handoff(self) -> None:
         """Suspend the heartbeats until a child has the item or the pool must take the item back."""
         lease, handoff = self._lease, self._handoff
         try:
@@ -67,27 +67,27 @@ class HandoffRun:
         """Send a heartbeat, or wait for the one in flight; return whether the lease is held."""
         lease, changed = self._lease, self._handoff.changed
         self._renewer.heartbeat_now(lease)
-        while not (lease.over or (lease.settled and lease.due_at > self._renewer.clock())):
+        while not (lease.is_over or (lease.is_settled and lease.due_at > self._renewer.clock())):
             changed.clear()
             # This wait is not endless, because the end of the lease sets `changed`, too.
             await changed.wait()
-        return not lease.over
+        return not lease.is_over
 
     async def _wait_for_child(self) -> None:
         lease, handoff, clock = self._lease, self._handoff, self._renewer.clock
         # Stop waiting early enough for the heartbeat by which this pool takes the item back.
         until = lease.give_up_at - lease.ttl / TAKE_BACK_PART
-        while not (handoff.taken_back or lease.over) and (left := until - clock()) > 0:
+        while not (handoff.taken_back or lease.is_over) and (left := until - clock()) > 0:
             handoff.changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(
-                    min(left, self._reads.next()) if handoff.child_expected else left
+                    min(left, self._reads.next_delay()) if handoff.child_expected else left
                 ):
                     await handoff.changed.wait()
-            if handoff.child_expected and not await self._must_wait_longer():
+            if handoff.child_expected and not await self._child_may_still_take_item():
                 return
 
-    async def _must_wait_longer(self) -> bool:
+    async def _child_may_still_take_item(self) -> bool:
         """Read the item, and return whether a child process may still take it over.
 
         Ends the lease if the child, or another worker, has the item.
@@ -102,7 +102,7 @@ class HandoffRun:
             return True
         status = lease.status_from_read(item)
         if status != "held":
-            lease.end(status, "taken")
+            lease.end_lease(status, "taken")
             self._renewer.report_lease_change(self._item)
         # If an operator asks to stop the item, do not wait for the child, which may never start.
         return status == "held" and item.state != STOPPING
@@ -120,14 +120,14 @@ async def hand_off(
     sender.check_may_send(item, by_handler=True)
     lease, renewer = item.lease, context.renewer
     item.handoff = handoff = Handoff()
-    sender.end_waits(item)
-    renewer.start_handoff_task(HandoffRun(item, handoff, renewer).run, "handoff")
+    sender.end_waits_for_answers(item)
+    renewer.start_handoff_task(HandoffRun(item, handoff, renewer).run_handoff, "handoff")
     try:
         yield await _wait_until_open(item, handoff, context, sender)
         renewer.call_on_loop(handoff.note_child_started)
-        await _wait_for_state(item, handoff, "closed", renewer.clock)
+        await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
-        renewer.call_on_loop(handoff.take_back)
+        renewer.call_on_loop(handoff.request_take_back)
         # Do not wait for the end of the handoff, since a cancelled handler must end at once. The
         # session runner waits for it in `settle_handoff`.
         raise
@@ -142,8 +142,8 @@ async def hand_off(
 async def settle_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
     """Take the item back unless a child has it, and wait until the handoff is closed."""
     if handoff.state != "closed":
-        renewer.call_on_loop(handoff.take_back)
-        await _wait_for_state(item, handoff, "closed", renewer.clock)
+        renewer.call_on_loop(handoff.request_take_back)
+        await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     if item.lease.status == "handed_off":
         log.info("handed off", extra={"work_id": item.id})
 
@@ -152,7 +152,7 @@ async def _wait_until_open(
     item: PoolItem, handoff: Handoff, context: PoolContext, sender: ItemSender
 ) -> HandedLease:
     lease = item.lease
-    await _wait_for_state(item, handoff, "open", context.clock)
+    await _wait_for_handoff_state(item, handoff, "open", context.clock)
     if handoff.state != "open" or lease.status != "held":
         sender.check_may_send(item, by_handler=False)
         # A child would not have enough time to take the item over before the end of the lease.
@@ -173,7 +173,9 @@ async def _wait_until_open(
     )
 
 
-async def _wait_for_state(item: PoolItem, handoff: Handoff, state: str, clock: Clock) -> None:
+async def _wait_for_handoff_state(
+    item: PoolItem, handoff: Handoff, state: str, clock: Clock
+) -> None:
     """Wait until the handoff is in this state or closed, at most until the lease ends."""
     lease, states = item.lease, {state, "closed"}
     seconds = max(0.0, lease.deadline - clock())

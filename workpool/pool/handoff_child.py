@@ -68,7 +68,7 @@ class HandoffChild(Supervisor):
 
     async def _run_pool(self, context: PoolContext) -> None:
         async with handler_group() as handlers, asyncio.TaskGroup() as working:
-            end = functools.partial(self._drain.begin, self.settings.drain_timeout)
+            end = functools.partial(self._drain.request, self.settings.drain_timeout)
             group = PollerGroup(
                 context, until_empty=False, on_fatal=self._end_with_error, on_empty=end
             )
@@ -91,14 +91,12 @@ class HandoffChild(Supervisor):
             return
         await dispatcher.adopt_handed_off_item(item, self._last_heartbeat)
         await ended.wait()
-        self._drain.begin(self.settings.drain_timeout)
+        self._drain.request(self.settings.drain_timeout)
 
     async def _find_item(self, context: PoolContext) -> WorkItem:
         """Read the item, with retries as long as the parent may still wait for the child."""
         if self._session_id is not None:
-            return _item_without_read(
-                self._work_id, self._session_id, str(self.settings.environment_id)
-            )
+            return _build_item(self._work_id, self._session_id, str(self.settings.environment_id))
         backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
         until = context.clock() + self.settings.lease_ttl
         client, optional, seconds = context.client, context.optional, self.settings.request_timeout
@@ -106,7 +104,7 @@ class HandoffChild(Supervisor):
             try:
                 item = await read_item(client, optional, self._work_id, seconds)
             except TransientError as error:
-                delay = max(backoff.next(), error.retry_after or 0.0)
+                delay = max(backoff.next_delay(), error.retry_after or 0.0)
                 if context.clock() + delay >= until:
                     raise
             else:
@@ -116,7 +114,7 @@ class HandoffChild(Supervisor):
             await asyncio.sleep(delay)
 
 
-def _item_without_read(work_id: str, session_id: str, environment_id: str) -> WorkItem:
+def _build_item(work_id: str, session_id: str, environment_id: str) -> WorkItem:
     """Build the item from its ids, without a request; its metadata is empty."""
     data = {"type": SESSION, "id": session_id}
     item = {"id": work_id, "environment_id": environment_id, "data": data, "state": ACTIVE}

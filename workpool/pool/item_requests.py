@@ -1,4 +1,4 @@
-"""Sends the requests of a pool for an item: heartbeat, stop, write of metadata or events.
+"""Sends a pool's requests for an item: heartbeats, stops, and writes of metadata and events.
 
 The lease is checked as the last step before the bytes are written: after the waits for the rate
 limit, a connection and DNS, with no await in between. Bytes that the kernel has accepted cannot be
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.lease import Clock, HeartbeatAttempt, HeartbeatDecision, Lease, PauseDetector
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.telemetry import Observe
+    from workpool.pool.telemetry import EventReporter
     from workpool.wire.items import Heartbeat, WorkItem
 
     Call = Callable[[CallOptions, float], Awaitable["T"]]
@@ -51,7 +51,7 @@ log = pool_logger(__name__)
 T = TypeVar("T")
 
 
-class LeaseDoubted(TransientError):
+class LeaseUnverified(TransientError):
     """A write was not sent, because the machine was paused and the lease may have ended meanwhile.
 
     Once a heartbeat has succeeded, the write may be retried.
@@ -138,10 +138,10 @@ class ItemSender:
 
         Raises:
             SessionGoneError: From `check_may_send`.
-            LeaseDoubted: The machine was paused, and the lease is not verified yet.
+            LeaseUnverified: The machine was paused, and the lease is not verified yet.
         """
         lease, now = item.lease, self._clock()
-        unseen = self._pauses.seconds_unseen(lease.clock_offset, now)
+        unseen = self._pauses.seconds_missed_by_lease_clock(lease.clock_offset, now)
         paused = abs(unseen) >= PAUSE_SECONDS
         # Even a pause shorter than `PAUSE_SECONDS` is subtracted from the lease: the lease may have
         # ended in it, and another worker may have the item.
@@ -152,7 +152,7 @@ class ItemSender:
             raise LeaseLost(item.id)
         if paused:
             self._on_pause()
-            raise LeaseDoubted
+            raise LeaseUnverified
         if before_bytes is not None:
             before_bytes()
 
@@ -191,7 +191,7 @@ class ItemSender:
             # Wait for at most half of the remaining time, even if the Retry-After is longer: time
             # must be left for another try. If the stop of an ended session were never sent, another
             # worker would run the item again.
-            delay = max(backoff.next(), min(failure.retry_after or 0.0, left / 2))
+            delay = max(backoff.next_delay(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
                 self.check_may_send(item, by_handler=request.by_handler)
                 raise failure
@@ -222,7 +222,7 @@ class ItemSender:
                 if loop.time() >= until:
                     raise
 
-    def end_waits(self, item: PoolItem) -> None:
+    def end_waits_for_answers(self, item: PoolItem) -> None:
         """End every wait for an answer to a request for the item; each wait raises TimeoutError."""
         for bound in list(item.open_sends):
             bound.end_wait()
@@ -254,14 +254,14 @@ class ItemSender:
 
         It may once a heartbeat has verified the lease after a pause, or once the lease has ended.
         """
-        if isinstance(failure, LeaseDoubted) and not self._pauses.was_paused(
+        if isinstance(failure, LeaseUnverified) and not self._pauses.was_paused(
             since=lease.clock_offset
         ):
             return True
-        return lease.over
+        return lease.is_over
 
     def _seconds_left(self, item: PoolItem, until: float, now: float) -> float:
-        left = item.lease.remaining(now)
+        left = item.lease.remaining_seconds(now)
         if until == math.inf:
             return left
         return min(until - asyncio.get_running_loop().time(), left)
@@ -278,7 +278,7 @@ class HeartbeatSender:
         client: ClientProtocol,
         clock: Clock,
         pauses: PauseDetector,
-        observe: Observe,
+        observe: EventReporter,
         optional: OptionalCalls | None = None,
     ) -> None:
         self._optional = optional or OptionalCalls()
@@ -300,7 +300,7 @@ class HeartbeatSender:
         except Exception:
             log.exception("heartbeat crashed", extra={"work_id": lease.item.id})
             lease.in_flight = False
-            lease.end("lost")
+            lease.end_lease("lost")
             return False
 
     async def _exchange_heartbeat(self, lease: Lease, check: LeaseCheck | None) -> bool:
@@ -319,7 +319,7 @@ class HeartbeatSender:
                 )
             except SessionGoneError:
                 # `_check_lease` has raised this right before the request, so nothing was sent.
-                lease.note_unsent(attempt)
+                lease.note_heartbeat_unsent(attempt)
                 return False
             except ControlPlaneErrors as error:
                 outcome = error
@@ -329,7 +329,7 @@ class HeartbeatSender:
                 decision = await self._read_item(lease, attempt, decision, look_up=look_up)
         finally:
             if lease.in_flight:
-                lease.note_unanswered()
+                lease.note_heartbeat_unanswered()
         if decision.result is not None:
             self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)
         return decision.then == "held"
@@ -348,14 +348,14 @@ class HeartbeatSender:
             if look_up:
                 outcome = await read_item(client, self._optional, work_id, timeout)
             else:
-                outcome = await self._optional.make_call(
+                outcome = await self._optional.make_optional_call(
                     "get", lambda: client.get(work_id, timeout=timeout)
                 )
         except NotPermittedError:
             outcome = None
         except ControlPlaneErrors as error:
             outcome = error
-        return lease.apply_read(self._clock(), decision.result, outcome)
+        return lease.apply_read_item(self._clock(), decision.result, outcome)
 
     def _check_lease(self, lease: Lease, check: LeaseCheck | None) -> None:
         now = self._clock()

@@ -55,7 +55,7 @@ PAUSE_SECONDS = 2.0
 """The machine counts as paused if the two clocks moved apart by this many seconds."""
 
 
-def clock_that_counts_sleep() -> Clock:
+def clock_including_sleep() -> Clock:
     """Return this platform's monotonic clock that goes on while the machine sleeps.
 
     The result is the platform's own function: a wrapper would cost some forty calls for each
@@ -68,7 +68,7 @@ def clock_that_counts_sleep() -> Clock:
     return time.monotonic
 
 
-lease_clock: Clock = clock_that_counts_sleep()
+lease_clock: Clock = clock_including_sleep()
 """Seconds on a clock that counts sleep, since an arbitrary moment."""
 wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, never a deadline
 """Seconds since 1970 on the clock that people and time servers set."""
@@ -93,9 +93,9 @@ class PauseDetector:
 
     def was_paused(self, since: float, now: float | None = None) -> bool:
         """Return whether the machine was paused since `wall_clock_offset` returned `since`."""
-        return abs(self.seconds_unseen(since, now)) >= PAUSE_SECONDS
+        return abs(self.seconds_missed_by_lease_clock(since, now)) >= PAUSE_SECONDS
 
-    def seconds_unseen(self, since: float, now: float | None = None) -> float:
+    def seconds_missed_by_lease_clock(self, since: float, now: float | None = None) -> float:
         """Return by how many seconds the wall clock has got ahead of the lease clock.
 
         The time is measured from the call in which `wall_clock_offset` returned `since`. The result
@@ -247,16 +247,16 @@ class Lease:
 
     # The following methods may be called on any thread.
 
-    def held(self, now: float) -> bool:
+    def is_held(self, now: float) -> bool:
         """Return whether this pool has the lease at the time `now`."""
         return self.status == "held" and now < self.deadline and not self.closed
 
-    def remaining(self, now: float) -> float:
+    def remaining_seconds(self, now: float) -> float:
         """Return the seconds until the deadline; 0 if the lease is not held."""
         return 0.0 if self.closed or self.status != "held" else max(0.0, self.deadline - now)
 
     @property
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether no further heartbeat is sent, because the lease or the session has ended."""
         return self.closed or self.status != "held"
 
@@ -269,12 +269,12 @@ class Lease:
         return self.status == "lost" and self.loss in {"taken", "gone"}
 
     @property
-    def releasing(self) -> bool:
+    def is_releasing(self) -> bool:
         """Whether the pool releases the item: it sends one last heartbeat, and then none."""
         return self._release_ttl is not None
 
     @property
-    def settled(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether the latest heartbeat has extended the lease, and no heartbeat is in flight."""
         doubted = self._unanswered or self._read_twice or self._failures > 0
         return self.begun and not (self.in_flight or doubted)
@@ -286,12 +286,12 @@ class Lease:
             SessionEnded: The session has ended, or the item was stopped or handed off.
             LeaseLost: The lease is not held.
         """
-        # The condition of `held` is inlined, because a call for every write costs too much.
+        # The condition of `is_held` is inlined, because a call for every write costs too much.
         if self.status != "held" or now >= self.deadline or self.closed:
             ended = self.closed or self.status in {"stopped", "handed_off"}
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
-    def note_own_stop(self) -> None:
+    def note_stop_sent(self) -> None:
         """Record that this pool sends a stop for the item, which may be applied from now on.
 
         Called on the handlers' loop only.
@@ -301,7 +301,7 @@ class Lease:
     # The following methods are called on one thread at a time: on the handlers' loop until the
     # lease has begun, then on the lease renewer's.
 
-    def end(self, status: Status, loss: LossReason = "expired") -> None:
+    def end_lease(self, status: Status, loss: LossReason = "expired") -> None:
         """End a held lease; a lease that has ended does not change."""
         if self.status == "held":
             self.loss = loss
@@ -311,15 +311,15 @@ class Lease:
     def end_if_expired(self, now: float) -> bool:
         """End the lease if its give-up time has passed; return whether the lease is over."""
         if self.status == "held" and now >= self.give_up_at:
-            self.end("lost")
-        return self.over
+            self.end_lease("lost")
+        return self.is_over
 
     def make_heartbeat_due(self, now: float) -> None:
         """Make the next heartbeat due now, because another worker may have the item."""
         if self.due_at != math.inf:
             self.due_at = min(self.due_at, now)
 
-    def doubt_after_pause(self, now: float) -> bool:
+    def verify_after_pause(self, now: float) -> bool:
         """Make the next heartbeat due now, because the lease may have ended in a pause.
 
         Only the first call after a successful heartbeat has an effect, and returns True.
@@ -329,7 +329,7 @@ class Lease:
             self.make_heartbeat_due(now)
         return first
 
-    def let_lapse(self, now: float, delay: float) -> None:
+    def schedule_last_heartbeat(self, now: float, delay: float) -> None:
         """Release the item by one last heartbeat, which is due now.
 
         The heartbeat requests a TTL of `delay` seconds; after it, another worker may get the item.
@@ -349,9 +349,11 @@ class Lease:
     def begin_heartbeat(
         self, now: float, planned_at: float, clock_offset: float = 0.0
     ) -> HeartbeatAttempt:
-        """Begin a heartbeat; `apply_answer`, `note_unsent` or `note_unanswered` must follow.
+        """Record that a heartbeat is being sent, and return its parameters.
 
-        `clock_offset` is the number of seconds by which the wall clock is ahead of the lease clock.
+        The caller must then call `apply_answer`, `note_heartbeat_unsent` or
+        `note_heartbeat_unanswered`. `clock_offset` is the number of seconds by which the wall clock
+        is ahead of the lease clock.
         """
         self.in_flight = True
         last = self._release_ttl is not None
@@ -365,12 +367,12 @@ class Lease:
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
         return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
 
-    def note_unsent(self, attempt: HeartbeatAttempt) -> None:
+    def note_heartbeat_unsent(self, attempt: HeartbeatAttempt) -> None:
         """Record that the heartbeat was not sent."""
         self.in_flight = False
         self._set_deadline(attempt.deadline, self.ttl)
 
-    def note_unanswered(self) -> None:
+    def note_heartbeat_unanswered(self) -> None:
         """Record that no answer to the heartbeat came; the control plane may have applied it."""
         self.in_flight = False
         self._unanswered = True
@@ -388,7 +390,7 @@ class Lease:
         self.in_flight = decision.then == "read"
         return decision
 
-    def apply_read(
+    def apply_read_item(
         self,
         now: float,
         doubt: HeartbeatResult | None,
@@ -406,23 +408,23 @@ class Lease:
         if self.status != "held":
             return IGNORED
         if outcome is None:
-            self.end("finished" if self.own_stop else "lost")
+            self.end_lease("finished" if self.own_stop else "lost")
             return HeartbeatDecision("over", doubt)
         if isinstance(outcome, ControlPlaneError):
             # It is still unknown which worker has the item. With this flag, a 412 to the next
             # heartbeat leads to another read, and not to the loss of the lease.
             self._unanswered = True
-            return self._apply_error_class(now, classify_read_error(outcome), outcome)
+            return self._apply_error_consequence(now, classify_read_error(outcome), outcome)
         status = self.status_from_read(outcome)
         if status != "held":
-            self.end(status, "taken")
+            self.end_lease(status, "taken")
             return HeartbeatDecision("over", doubt)
         self._unanswered = False
         self.expected = _last_heartbeat_of(outcome)
         if self._read_twice:
-            # A second read contradicts the answer to the heartbeat again. Wait before the next
-            # heartbeat: otherwise such answers would cause a busy loop.
-            self._plan_repeat(now)
+            # For the second time, the read contradicts the answer to the heartbeat. Wait before the
+            # next heartbeat: otherwise such answers would cause a busy loop.
+            self._schedule_repeat(now)
         else:
             self._read_twice = True
             self.due_at = now
@@ -454,23 +456,23 @@ class Lease:
         if now >= attempt.deadline:
             # The answer came after the old deadline. Another worker may have run the item since
             # then, so the new lease must not be used.
-            self.end("lost")
+            self.end_lease("lost")
             return HeartbeatDecision("over", "timeout")
         if heartbeat.state == STOPPED:  # No worker can run a stopped item anymore.
-            self.end("finished" if self.own_stop else "stopped")
+            self.end_lease("finished" if self.own_stop else "stopped")
             return HeartbeatDecision("over", "ok")
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
         if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
             # Some control planes accept a heartbeat for a `stopping` item from any worker. Such an
             # answer proves neither that the item is ours nor that the lease is lost.
             proven = not stopping or not heartbeat.last_heartbeat
-            self.end("lost", "taken" if proven else "expired")
+            self.end_lease("lost", "taken" if proven else "expired")
             return HeartbeatDecision("over", "conflict")
         paused = abs(attempt.clock_offset - self.clock_offset) >= PAUSE_SECONDS
         if stopping and paused:
             # The answer `stopping` is given to any worker, so it does not prove that the lease was
             # still held after the pause.
-            self.end("lost")
+            self.end_lease("lost")
             return HeartbeatDecision("over", "conflict")
         if not extended and not stopping:
             self._unanswered, self.expected = False, heartbeat.last_heartbeat
@@ -479,7 +481,7 @@ class Lease:
         self.begun = True
         self.stop_requested |= heartbeat.state == STOPPING and not self.own_stop
         if attempt.last:
-            self.end("released")
+            self.end_lease("released")
         return HeartbeatDecision("over", "ok") if attempt.last else EXTENDED
 
     def _apply_extension(self, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> None:
@@ -491,7 +493,9 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            return  # `let_lapse`, called during this heartbeat, has set the time of the last one.
+            # `schedule_last_heartbeat` was called during this heartbeat: keep the time that it has
+            # set.
+            return
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
@@ -510,15 +514,15 @@ class Lease:
             # Reading the item would not show whether this pool has it: `acknowledged_at` in the
             # answer to a repeated ack may be that of another worker's ack.
             error_class = error_class._replace(then="taken")
-        return self._apply_error_class(now, error_class, error)
+        return self._apply_error_consequence(now, error_class, error)
 
-    def _apply_error_class(
-        self, now: float, error_class: ErrorClass, error: ControlPlaneError
+    def _apply_error_consequence(
+        self, now: float, error_class: ErrorConsequence, error: ControlPlaneError
     ) -> HeartbeatDecision:
         if error_class.then == "repeat":
-            self._plan_repeat(now, getattr(error, "retry_after", None) or 0.0)
+            self._schedule_repeat(now, getattr(error, "retry_after", None) or 0.0)
             return HeartbeatDecision("again", error_class.result)
-        self.end("lost", "taken" if error_class.then == "read" else error_class.then)
+        self.end_lease("lost", "taken" if error_class.then == "read" else error_class.then)
         return HeartbeatDecision("over", error_class.result)
 
     def _set_deadline(self, deadline: float, ttl: float) -> None:
@@ -527,7 +531,7 @@ class Lease:
         self.deadline = deadline
         self.give_up_at = deadline - self._margin
 
-    def _plan_repeat(self, now: float, retry_after: float = 0.0) -> None:
+    def _schedule_repeat(self, now: float, retry_after: float = 0.0) -> None:
         part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]
         self._failures += 1
         # Wait for at most half of the remaining time, even if the Retry-After is longer, so that
@@ -536,8 +540,8 @@ class Lease:
         self.due_at = now + max(self.ttl / part, min(retry_after, left / 2))
 
 
-class ErrorClass(NamedTuple):
-    """The consequence of an error of a heartbeat, or of a read of the item, for the lease.
+class ErrorConsequence(NamedTuple):
+    """The consequence for the lease of a heartbeat that failed, or of a failed read of the item.
 
     Attributes:
         result: The heartbeat's result for the metrics.
@@ -549,7 +553,7 @@ class ErrorClass(NamedTuple):
     then: Literal["repeat", "read"] | LossReason
 
 
-def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> ErrorClass:
+def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> ErrorConsequence:
     """Return what the error of a heartbeat means for the lease.
 
     Args:
@@ -558,26 +562,28 @@ def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> Erro
             leaves open which process holds the item.
     """
     if isinstance(error, TransientError):
-        return ErrorClass("timeout" if error.reason == "timeout" else "transient", "repeat")
+        return ErrorConsequence("timeout" if error.reason == "timeout" else "transient", "repeat")
     if isinstance(error, ConflictError):
-        return ErrorClass("conflict", "read")
+        return ErrorConsequence("conflict", "read")
     if isinstance(error, PreconditionError):
-        return ErrorClass("precondition", "read" if doubted else "taken")
+        return ErrorConsequence("precondition", "read" if doubted else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
         # The control plane does not accept the request itself, so repeating it is useless.
-        return ErrorClass("rejected", "refused")
+        return ErrorConsequence("rejected", "refused")
     # Repeat after other errors: a token, a proxy or a certificate may be repaired while the lease
     # lasts.
-    return ErrorClass("rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat")
+    return ErrorConsequence(
+        "rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat"
+    )
 
 
-def classify_read_error(error: ControlPlaneError) -> ErrorClass:
+def classify_read_error(error: ControlPlaneError) -> ErrorConsequence:
     """Return what an error of reading the item means for the lease.
 
     A GET has no reason for a 409 or 412, so a gateway must have sent it, and the read is repeated.
     """
     if isinstance(error, ConflictError | PreconditionError):
-        return ErrorClass("rejected", "repeat")
+        return ErrorConsequence("rejected", "repeat")
     return classify_heartbeat_error(error, doubted=True)
 
 

@@ -24,7 +24,7 @@ from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured, current_work_id
 from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls
-from workpool.pool.diagnostics import LoopMonitor, call_on_report_thread
+from workpool.pool.diagnostics import LoopMonitor, write_report_on_thread
 from workpool.pool.item_requests import HeartbeatSender
 from workpool.pool.lease import PAUSE_SECONDS, PauseDetector
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.lease import Clock, Lease
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.telemetry import Observe
+    from workpool.pool.telemetry import EventReporter
     from workpool.settings import Settings
 
 log = pool_logger(__name__)
@@ -57,7 +57,7 @@ WIDTH_SECONDS = 30.0
 class RenewerCallbacks(NamedTuple):
     """The functions that the lease renewer calls to report changes and failures."""
 
-    observe: Observe
+    observe: EventReporter
     """Called with events on the renewer's thread."""
     changed: Callable[[PoolItem], None]
     """Called on the handlers' loop when the lease of an item has changed."""
@@ -145,7 +145,7 @@ class LeaseRenewer:
         self.monitor = LoopMonitor(self._call_on_handlers_loop, self._max_block)
         self._opened = asyncio.Event()
         self._thread = self._start_thread()
-        self._thread.add_done_callback(self._thread_ended)
+        self._thread.add_done_callback(self._on_thread_ended)
         try:
             await self._opened.wait()
             if self._thread.done():
@@ -164,10 +164,10 @@ class LeaseRenewer:
 
         Wakes the thread only if the lease is due.
         """
-        if not lease.over:
+        if not lease.is_over:
             self._leases[lease] = item
             if self._error is not None:
-                lease.end("lost")
+                lease.end_lease("lost")
             # Wake the thread: after a slow answer to the first heartbeat, the second one is due
             # before the next check of all leases.
             elif lease.due_at < self._next_look_at:
@@ -182,11 +182,11 @@ class LeaseRenewer:
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
             # The handoff waits for the answer to a heartbeat, and no heartbeat follows anymore.
-            self.call_on_loop(item.handoff.note_change)
+            self.call_on_loop(item.handoff.wake_handoff_task)
 
     def send_heartbeat_soon(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that may be lost."""
-        self.call_on_loop(lambda: self._send_now(lease, lease.make_heartbeat_due))
+        self.call_on_loop(lambda: self._send_unscheduled_heartbeat(lease, lease.make_heartbeat_due))
 
     def check_leases_soon(self) -> None:
         """Check all leases now, because the machine was paused."""
@@ -195,7 +195,9 @@ class LeaseRenewer:
     def let_lease_lapse(self, lease: Lease, delay: float) -> None:
         """Release an item: send one last heartbeat, whose lease ends after `delay` seconds."""
         self.call_on_loop(
-            lambda: self._send_now(lease, functools.partial(lease.let_lapse, delay=delay))
+            lambda: self._send_unscheduled_heartbeat(
+                lease, functools.partial(lease.schedule_last_heartbeat, delay=delay)
+            )
         )
 
     def start_handoff_task(
@@ -210,7 +212,7 @@ class LeaseRenewer:
 
     def held_leases(self) -> list[Lease]:
         """The leases that are held now. May be called on any thread."""
-        return [lease for lease in list(self._leases) if not lease.over]
+        return [lease for lease in list(self._leases) if not lease.is_over]
 
     async def _close_thread(self) -> None:
         self._closing = True
@@ -231,7 +233,7 @@ class LeaseRenewer:
         self._os_thread = threading.Thread(
             # A new thread has an empty context, and its log records would lack the pool's ids.
             target=copy_context().run,
-            args=(self._run_thread, ended),
+            args=(self._thread_main, ended),
             name="workpool-lease-renewer",
             daemon=True,
         )
@@ -247,7 +249,7 @@ class LeaseRenewer:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
 
-    def _thread_ended(self, thread: asyncio.Future[None]) -> None:
+    def _on_thread_ended(self, thread: asyncio.Future[None]) -> None:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
         if not self._serving:
@@ -264,29 +266,29 @@ class LeaseRenewer:
         This loop may write the leases, since the renewer's thread does not use them anymore.
         """
         for lease, item in list(self._leases.items()):
-            lease.end("lost")
+            lease.end_lease("lost")
             self._callbacks.changed(item)
         if self._error is not None:
             self._callbacks.failed(self._error)
 
     # The following methods are called on the renewer's thread.
 
-    def _run_thread(self, ended: asyncio.Future[None]) -> None:
+    def _thread_main(self, ended: asyncio.Future[None]) -> None:
         error: BaseException | None = None
         try:
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 try:
-                    runner.run(self._run_until_stopped())
+                    runner.run(self._renew_until_stopped())
                 except BaseException as failure:
                     # Report the failure before the runner is closed, which may take long.
                     self._fail_pool(failure)
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
             error = failure
-        self._call_on_handlers_loop(functools.partial(_finish_future, ended, error))
+        self._call_on_handlers_loop(functools.partial(_set_future_done, ended, error))
 
-    def _send_now(self, lease: Lease, plan: Callable[[float], None]) -> None:
-        if lease in self._leases and not lease.over:
+    def _send_unscheduled_heartbeat(self, lease: Lease, plan: Callable[[float], None]) -> None:
+        if lease in self._leases and not lease.is_over:
             plan(self.clock())
             self._waiting.appendleft(lease)
             self._start_due_heartbeats()
@@ -301,12 +303,12 @@ class LeaseRenewer:
 
     def _fail_pool(self, cause: BaseException) -> None:
         """End the pool because of an exception on this thread. Only the first call counts."""
-        if self._end_pool(cause):
+        if self._record_renewer_failure(cause):
             self._stop_renewing(
                 functools.partial(log.critical, "leases are not renewed anymore", exc_info=cause)
             )
 
-    def _end_pool(self, cause: BaseException) -> bool:
+    def _record_renewer_failure(self, cause: BaseException) -> bool:
         """Record that the renewer has failed, and end all leases and the pool.
 
         Returns:
@@ -323,16 +325,16 @@ class LeaseRenewer:
         """Stop renewing, write the report, and call `stopped_renewing` even if the report fails."""
         self.renewing = False
         try:
-            call_on_report_thread(write_report)
+            write_report_on_thread(write_report)
         except BaseException as error:
             # End the leases before `stopped_renewing` is called. That callback may let a blocked
             # handler continue, and the handler must not use its lease anymore.
-            self._end_pool(error)
+            self._record_renewer_failure(error)
             raise
         finally:
             self._callbacks.stopped_renewing(self._error)
 
-    async def _run_until_stopped(self) -> None:
+    async def _renew_until_stopped(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
             self.client = self._connect()
             await stack.enter_async_context(self.client)
@@ -351,7 +353,7 @@ class LeaseRenewer:
 
     async def _renew_leases(self, group: asyncio.TaskGroup) -> None:
         self._group = group
-        ticker = group.create_task(self._run_ticks(), name="lease-renewer-tick")
+        ticker = group.create_task(self._check_leases_repeatedly(), name="lease-renewer-tick")
         self._call_on_handlers_loop(self._opened.set)
         await self._stop.wait()
         if self._crash is not None:
@@ -373,9 +375,9 @@ class LeaseRenewer:
     def heartbeat_now(self, lease: Lease) -> None:
         """Send a heartbeat for a handoff, unless one is in flight."""
         if not lease.in_flight:
-            self._send_now(lease, lease.resume_heartbeats)
+            self._send_unscheduled_heartbeat(lease, lease.resume_heartbeats)
 
-    async def _run_ticks(self) -> None:
+    async def _check_leases_repeatedly(self) -> None:
         while True:
             self._watch_handlers_loop()
             self._next_look_at = self._check_leases()
@@ -390,27 +392,27 @@ class LeaseRenewer:
         # Copy the keys only: that is one atomic step, although the other thread adds and removes
         # leases. Copying `items()` is not atomic: each new tuple may start a garbage collection.
         leases, now = list(self._leases), self.clock()
-        self._doubt_leases(leases, now)
-        due, next_at = self._find_due(leases, now)
+        self._verify_leases_after_pause(leases, now)
+        due, next_at = self._find_due_leases(leases, now)
         self._adjust_heartbeat_limit(now, waiting=bool(self._waiting))
-        due.sort(key=_deadline_of)
+        due.sort(key=_lease_deadline)
         self._waiting = deque(due)
         self._start_due_heartbeats()
         return next_at
 
-    def _doubt_leases(self, leases: list[Lease], now: float) -> None:
+    def _verify_leases_after_pause(self, leases: list[Lease], now: float) -> None:
         """Make heartbeats due for the leases that were last extended before a machine pause."""
         offset = self.pauses.wall_clock_offset()
         doubted = 0
         for lease in leases:
             if abs(offset - lease.clock_offset) >= PAUSE_SECONDS:
-                doubted += lease.doubt_after_pause(now)
+                doubted += lease.verify_after_pause(now)
         if doubted:
             log.warning(
                 "the machine was paused; its leases are verified first", extra={"count": doubted}
             )
 
-    def _find_due(self, leases: list[Lease], now: float) -> tuple[list[Lease], float]:
+    def _find_due_leases(self, leases: list[Lease], now: float) -> tuple[list[Lease], float]:
         """End expired leases; return those whose heartbeat is due and the time of the next check.
 
         The time is at most one tick away. The loop makes no call for a lease that is not due: with
@@ -449,7 +451,7 @@ class LeaseRenewer:
         while self._waiting and self._under_way < self._width and self.renewing:
             lease = self._waiting.popleft()
             item = self._leases.get(lease)
-            if item is None or lease.in_flight or lease.over:
+            if item is None or lease.in_flight or lease.is_over:
                 continue
             if lease.due_at <= self.clock():
                 self._start_heartbeat(lease, item)
@@ -472,7 +474,7 @@ class LeaseRenewer:
         finally:
             self._under_way -= 1
             if item.handoff is not None:
-                item.handoff.note_change()
+                item.handoff.wake_handoff_task()
             if lease.due_at < self._next_look_at:
                 self._look_now.set()
             self._start_due_heartbeats()
@@ -487,7 +489,7 @@ class LeaseRenewer:
         # The machine was paused during this heartbeat, so the answer does not prove that the lease
         # is still held.
         if self.pauses.was_paused(since=lease.clock_offset):
-            lease.doubt_after_pause(self.clock())
+            lease.verify_after_pause(self.clock())
         return held
 
     def _report_loss(self, lease: Lease) -> None:
@@ -496,7 +498,7 @@ class LeaseRenewer:
             return
         self.report_lease_change(item)
         if item.handoff is not None:
-            item.handoff.note_change()
+            item.handoff.wake_handoff_task()
 
     def _watch_handlers_loop(self) -> None:
         """Measure, once a tick, how late the handlers' loop is."""
@@ -509,16 +511,16 @@ class LeaseRenewer:
             return
         self._watched_at = times
         if not self._handlers_loop.is_running():
-            self._handlers_loop_ended()
-        elif self.monitor.answered:
+            self._on_handlers_loop_ended()
+        elif self.monitor.ping_answered:
             if self.monitor.lag is not None:
                 self._callbacks.observe(LoopLagMeasured, self.monitor.lag)
             self.renewing = True
             self.monitor.send_ping()
-        elif self.monitor.count_unanswered_time(seconds) and self.renewing:
+        elif self.monitor.add_unanswered_seconds(seconds) and self.renewing:
             self._stop_renewing(self.monitor.blocked_report())
 
-    def _handlers_loop_ended(self) -> None:
+    def _on_handlers_loop_ended(self) -> None:
         """Renew no lease anymore, because the handlers' loop was stopped or closed."""
         renewing, self.renewing = self.renewing, False
         if renewing:
@@ -527,11 +529,11 @@ class LeaseRenewer:
             self._stop.set()
 
 
-def _deadline_of(lease: Lease) -> float:
+def _lease_deadline(lease: Lease) -> float:
     return lease.deadline
 
 
-def _finish_future(future: asyncio.Future[None], error: BaseException | None) -> None:
+def _set_future_done(future: asyncio.Future[None], error: BaseException | None) -> None:
     if not future.done():
         if error is None:
             future.set_result(None)

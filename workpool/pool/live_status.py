@@ -155,13 +155,13 @@ def _session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, 
         "handler": readable(item.handler_label, TEXT_CHARACTERS),
         "age_seconds": now - item.acked_at,
         "attempt": item.attempt.number,
-        "lease_seconds": item.lease.remaining(now),
+        "lease_seconds": item.lease.remaining_seconds(now),
         "silence_seconds": item.seconds_without_progress(now),
     }
 
 
 def read_counts(registry: CollectorRegistry) -> dict[str, Counts]:
-    """Read the counters that the live page shows from the registry; group them by environment."""
+    """Return the registry's counters that the live page shows, grouped by environment."""
     found: dict[str, Counts] = {}
     for family in registry.collect():
         for sample in family.samples:

@@ -216,11 +216,11 @@ class PollerGroup:
                 self._conflict_backoff.reset()
         elif isinstance(error, RefusedError):
             self.ack_refused = True
-            self.hold_back_polls(self._ack_backoff.next())
+            self.hold_back_polls(self._ack_backoff.next_delay())
         else:
             # Without this cooldown, two workers with the same rhythm could make each other's acks
             # fail forever: the poll of each would return the item just before the other's ack.
-            seconds = self._conflict_backoff.next()
+            seconds = self._conflict_backoff.next_delay()
             if self._conflict_backoff.failures > 1:
                 self.hold_back_polls(seconds)
 
@@ -299,7 +299,7 @@ class Poller:
                     fatal.__cause__ = error
                     self._group.fail(fatal)
                     return
-                await self._sleep_in_state(self._backoff.next())
+                await self._sleep_in_state(self._backoff.next_delay())
 
     async def _poll_once(self) -> None:
         """Reserve a place in the queue, poll, and offer the item to the dispatcher.
@@ -308,7 +308,8 @@ class Poller:
         """
         if self._number >= self._group.target:
             self.state = "paused"
-            # Do not reserve a place in the queue before this wait: no other poller could use it.
+            # Do not reserve a place in the queue before this wait: during the wait, no other poller
+            # could use that place.
             await self._group.wait_for_turn(self._number)
         self.state = "waiting_slot"
         await self._context.queue.reserve_place()
@@ -321,16 +322,16 @@ class Poller:
             await self._back_off_after_error(error)
             return
         if item is None:
-            # Call this before the pause below. During the pause other pollers send new polls, and
-            # the group could not end before their answers.
+            # Do this before the pause below: during the pause, other pollers may send new polls,
+            # and the group could not end until those are answered.
             await self._group.end_if_queue_is_empty()
-        if reception == "declined" or self._dispatcher.must_pace_polls:
+        if reception == "declined" or self._dispatcher.must_pause_between_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with
             # null, or with items that are declined or cannot be claimed.
-            await self._sleep_in_state(self._rest_of_block(), "pacing")
+            await self._sleep_in_state(self._seconds_left_of_block(), "pacing")
         elif reception == "aside" and self._context.queue.too_many_set_aside:
             self.state = "pacing"
-            await self._context.queue.wait_for_room_aside(self._rest_of_block())
+            await self._context.queue.wait_while_too_many_set_aside(self._seconds_left_of_block())
 
     async def _poll_and_offer(self) -> tuple[WorkItem | None, Reception]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
@@ -385,7 +386,7 @@ class Poller:
         return item
 
     async def _back_off_after_error(self, failure: ControlPlaneError) -> None:
-        reason, seconds = _wait_after_error(failure, self._backoff.next())
+        reason, seconds = _wait_after_error(failure, self._backoff.next_delay())
         self._group.note_poll_failure(failure)
         if self._group.ended:
             return  # the supervisor ends the pool with this error, and logs it
@@ -417,11 +418,11 @@ class Poller:
         self._backoff.reset()
         self._unreadable += 1
         self._group.note_unreadable_item(failure)
-        rest = self._rest_of_block()
+        rest = self._seconds_left_of_block()
         seconds = min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest
         await self._sleep_in_state(seconds, "pacing")
 
-    def _rest_of_block(self) -> float:
+    def _seconds_left_of_block(self) -> float:
         """Return the seconds that are left of `block_ms` since the start of the last poll.
 
         The result is negative if the poll took longer.

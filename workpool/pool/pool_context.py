@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workpool.pool.lease import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.telemetry import Observe
+    from workpool.pool.telemetry import EventReporter
     from workpool.settings import Settings
 
 
@@ -51,7 +51,7 @@ class PoolContext:
     queue: BoundedQueue[PoolItem]
     clock: Clock
     wall: Clock
-    observe: Observe
+    observe: EventReporter
     start_context: Context
     threads: HandlerThreads
     drain_deadline: Callable[[], float] = lambda: math.inf

@@ -111,7 +111,7 @@ class Handoff:
         self.child_expected = self.taken_back = False
         self.changed = asyncio.Event()
 
-    def note_change(self) -> None:
+    def wake_handoff_task(self) -> None:
         """Wake the handoff's task, because a heartbeat was answered or the lease has ended."""
         self.changed.set()
 
@@ -120,7 +120,7 @@ class Handoff:
         self.child_expected = True
         self.changed.set()
 
-    def take_back(self) -> None:
+    def request_take_back(self) -> None:
         """Tell the handoff's task not to wait for a child anymore, but to take the item back."""
         self.taken_back = True
         self.changed.set()
@@ -273,10 +273,10 @@ class PoolItem:
         if reason is not None and (self.reason is None or reason > self.reason):
             self.reason = reason
 
-    def reason_of_lease(self, now: float) -> EndReason | None:
+    def end_reason_from_lease(self, now: float) -> EndReason | None:
         """Return the end reason that follows from the lease; None while the session may go on."""
         lease = self.lease
-        if lease.begun and lease.held(now):
+        if lease.begun and lease.is_held(now):
             return EndReason.STOP_REQUESTED if lease.stop_requested else None
         return REASONS_OF_LEASE.get(lease.status, EndReason.LOST)
 
@@ -372,7 +372,7 @@ class Attempt:
             if key in metadata:
                 self._notes[key] = None
 
-    def number_by_earlier_runs(self, earlier: int) -> None:
+    def set_number_from_counted_runs(self, earlier: int) -> None:
         """Set the number of this run from the number of `earlier` runs that this process counted.
 
         The patches stay as they are, so that they are right if metadata can be written later.
@@ -380,22 +380,22 @@ class Attempt:
         # Take the larger number and not the sum, because both may count the same runs.
         self.number = max(self._first, 1 + earlier)
 
-    def opening_patch(self) -> Patch:
+    def metadata_before_handler(self) -> Patch:
         """Return the metadata to write before the handler is called: the number of this run.
 
         Empty if the metadata has this number already.
         """
         return self._notes | self._number
 
-    def note_opening_written(self) -> None:
-        """Record that the result of `opening_patch` was written."""
+    def note_run_number_written(self) -> None:
+        """Record that the result of `metadata_before_handler` was written."""
         self._notes, self._number = {}, {}
 
-    def mark_patch(self, reason: str, retry: int) -> Patch:
+    def metadata_of_released_run(self, reason: str, retry: int) -> Patch:
         """Return metadata that exclude this run from the attempts and store `retry` for the next.
 
-        After this call, `closing_patch` deletes them again, even if their write seems to have
-        failed: the control plane may have applied it.
+        After this call, `metadata_at_session_end` deletes them again, even if their write seems to
+        have failed: the control plane may have applied it.
         """
         patch = self._notes | self._number | {RELEASED: reason}
         self._notes[RELEASED] = None
@@ -404,10 +404,10 @@ class Attempt:
             self._notes[RETRIES] = None
         return patch
 
-    def closing_patch(self, notes: Mapping[str, str]) -> Patch:
-        """Return the metadata patch for the end of the session: writes `notes`, deletes older ones.
+    def metadata_at_session_end(self, notes: Mapping[str, str]) -> Patch:
+        """Return the metadata patch for the end of the session: `notes`, and None for old keys.
 
-        `notes` is the result or the error. A value of None deletes its key.
+        `notes` is the result or the error. None deletes a key that an earlier run has written.
         """
         return {**self._notes, **notes}
 
@@ -424,6 +424,6 @@ class RunCounts:
         if len(self._counts) > REMEMBERED_ITEMS:
             self._counts.popitem(last=False)
 
-    def runs_of_item(self, work_id: str) -> int:
+    def number_of_runs(self, work_id: str) -> int:
         """Return the number of runs that were counted for an item."""
         return self._counts.get(work_id, 0)

@@ -41,7 +41,7 @@ from workpool.pool.completion import (
     WRITE,
     Completion,
     outcome_when_abandoned,
-    safe_text,
+    safe_str,
 )
 from workpool.pool.handoff import hand_off, settle_handoff
 from workpool.pool.item_requests import CALLS_PER_SESSION, SendOptions
@@ -176,7 +176,7 @@ class SessionRunner:
             return  # No handler is left to cancel after the end of the session.
         item.notify_waiters()
         if lease.status != "held":
-            self._sender.end_waits(item)
+            self._sender.end_waits_for_answers(item)
         if lease.status == "lost":
             self._executor.cancel_handler(item, EndReason.LOST)
         elif lease.status == "stopped":
@@ -221,12 +221,12 @@ class SessionRunner:
             await self.completion.mark_released_session(item, DRAIN_REASON, MARK_SECONDS)
         await self._claimer.send_first_heartbeats(item)
         self._context.renewer.add_lease(lease, item)
-        item.add_end_reason(item.reason_of_lease(self._context.clock()))
+        item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
         counted_here = "update" in self._context.optional.refused
-        to_count = counted_here or bool(attempt.opening_patch())
+        to_count = counted_here or bool(attempt.metadata_before_handler())
         if to_count and item.reason is None and not self._context.draining:
-            await self._write_attempt_if_needed(item, session, attempt)
-            item.add_end_reason(item.reason_of_lease(self._context.clock()))
+            await self._write_run_number_if_needed(item, session, attempt)
+            item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
             item.counted = True
             self.on_claimed()
@@ -241,10 +241,10 @@ class SessionRunner:
         self.unstarted = 0
         await self._executor.run_handler(item, handler, session)
         if item.mark_task is not None:
-            await _wait_for_mark(item.mark_task)
+            await _wait_for_mark_write(item.mark_task)
         if item.handoff is not None:
             await settle_handoff(item, item.handoff, self._context.renewer)
-        item.add_end_reason(item.reason_of_lease(self._context.clock()))
+        item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
 
     def _pass_on_stop_request(self, item: PoolItem, session: Session) -> None:
         """Interrupt the session because of a stop request, and report the request once."""
@@ -254,30 +254,30 @@ class SessionRunner:
             grace = self._context.settings.stop_grace
             self._executor.cancel_handler_later(item, EndReason.STOP_REQUESTED, grace)
 
-    async def _write_attempt_if_needed(
+    async def _write_run_number_if_needed(
         self, item: PoolItem, session: Session, attempt: Attempt
     ) -> None:
         """Write the number of this run, if necessary; end the session if it exceeds the limit."""
         counted_here = "update" in self._context.optional.refused
         if counted_here:
-            attempt.number_by_earlier_runs(self._runs.runs_of_item(item.id))
+            attempt.set_number_from_counted_runs(self._runs.number_of_runs(item.id))
             session.attempt = attempt.number
-        patch = {} if counted_here else attempt.opening_patch()
+        patch = {} if counted_here else attempt.metadata_before_handler()
         limit = self._context.settings.max_attempts
         if limit and attempt.number > limit:
             item.error = AttemptsExceeded(f"attempt {attempt.number} of {limit}")
             item.add_end_reason(EndReason.RAISED)
         elif patch:
-            await self._write_attempt(item, session, attempt, patch)
+            await self._write_run_number(item, session, attempt, patch)
 
-    async def _write_attempt(
+    async def _write_run_number(
         self, item: PoolItem, session: Session, attempt: Attempt, patch: Patch
     ) -> None:
         try:
             await self.completion.write_metadata(
                 item, patch, WRITE._replace(seconds=ATTEMPT_SECONDS)
             )
-            attempt.note_opening_written()
+            attempt.note_run_number_written()
         except SessionGoneError:
             item.add_end_reason(EndReason.LOST)
         except TransientError as error:
@@ -290,7 +290,7 @@ class SessionRunner:
             item.add_end_reason(EndReason.RELEASED)
         except NotPermittedError:
             # The number cannot be stored in metadata, so use the count of this process in `_runs`.
-            await self._write_attempt_if_needed(item, session, attempt)
+            await self._write_run_number_if_needed(item, session, attempt)
         except ControlPlaneError as error:
             log.warning(
                 "attempt refused: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -362,11 +362,11 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
         "attempt": session.attempt,
     }
     if isinstance(item.error, Release):
-        fields["reason"] = readable(safe_text(item.error.reason), NOTE_LIMIT)
+        fields["reason"] = readable(safe_str(item.error.reason), NOTE_LIMIT)
     log.info("session ended", extra=fields | session.trace_fields)
 
 
-async def _wait_for_mark(task: asyncio.Task[None]) -> None:
+async def _wait_for_mark_write(task: asyncio.Task[None]) -> None:
     """Wait for the metadata write of a drain, then cancel it.
 
     If it were applied after the metadata of the completion, it would overwrite them.
@@ -390,7 +390,7 @@ class SessionCalls:
     @property
     def remaining(self) -> float:
         """The seconds until the lease is considered lost."""
-        return self._item.lease.remaining(self._context.clock())
+        return self._item.lease.remaining_seconds(self._context.clock())
 
     @property
     def deadline(self) -> float | None:
@@ -427,9 +427,9 @@ class SessionCalls:
         """Write metadata of the item, with retries for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
         optional = self._context.optional
-        written = await optional.make_call(
+        written = await optional.make_optional_call(
             "update",
-            lambda: self._send_call(
+            lambda: self._send_handler_call(
                 lambda options, seconds: client.update_metadata(
                     work_id, patch, timeout=seconds, options=options
                 ),
@@ -447,7 +447,7 @@ class SessionCalls:
 
     async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make a call that writes to the session, with retries for `EVENTS_SECONDS`."""
-        sent = await self._send_call(lambda options, _: call(options), EVENTS_SECONDS)
+        sent = await self._send_handler_call(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()
         return sent
 
@@ -457,7 +457,7 @@ class SessionCalls:
         """Await a call that reads the session, while the lease is held and the handler runs."""
         return await self._sender.read_while_leased(self._item, call, seconds)
 
-    async def _send_call(
+    async def _send_handler_call(
         self,
         call: Callable[[CallOptions, float], Awaitable[T]],
         seconds: float,

@@ -35,20 +35,20 @@ class SharedSlots:
         self._shares: list[SlotShare] = []
         self._order = itertools.count()
 
-    def add_share(self) -> SlotShare:
+    def add_environment(self) -> SlotShare:
         """Add an environment, and return the object through which it takes and returns slots."""
         share = SlotShare(self)
         self._shares.append(share)
         return share
 
-    def remove_share(self, share: SlotShare) -> None:
+    def remove_environment(self, share: SlotShare) -> None:
         """Remove an environment, whose reserved slot the other environments may use from now on."""
         self._shares.remove(share)
         self.grant_free_slots()
 
     def grant_free_slots(self) -> None:
         """Give the free slots to the environments that wait for one, the lowest rank first."""
-        while (waiting := self._next_waiting()) is not None:
+        while (waiting := self._next_waiting_environment()) is not None:
             share, use_slot = waiting
             share.taken += 1
             share.granted = next(self._order)
@@ -66,7 +66,7 @@ class SharedSlots:
         """
         if not self.available_to(share):
             return False
-        waiting = self._next_waiting()
+        waiting = self._next_waiting_environment()
         if waiting is not None and waiting[0] is not share and waiting[0].rank <= share.rank:
             return False
         share.taken += 1
@@ -82,7 +82,7 @@ class SharedSlots:
         if used_up and self._uses is not None:
             self._uses -= 1
 
-    def _next_waiting(self) -> tuple[SlotShare, Callable[[], None]] | None:
+    def _next_waiting_environment(self) -> tuple[SlotShare, Callable[[], None]] | None:
         """Return the waiting environment with the lowest rank, and the function to call for it.
 
         The function starts an item or a poll in the slot. None if no environment waits for a slot
@@ -127,11 +127,14 @@ class SlotShare:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The number of slots taken and the time of the last grant; the lowest is served first."""
+        """The sort key of waiting environments: the slots taken, then the number of the last grant.
+
+        The environment with the lowest rank gets the next slot.
+        """
         return self.taken, self.granted
 
     @property
-    def available(self) -> int:
+    def available_slots(self) -> int:
         """The number of slots that the environment could take now, besides those it uses."""
         return self._slots.available_to(self)
 
@@ -140,20 +143,20 @@ class SlotShare:
         return self._slots.take_slot(self)
 
     def return_slot(self, *, used_up: bool = False) -> None:
-        """Free a slot of this environment; `used_up`: its item counts towards the limit `uses`."""
+        """Free a slot of this environment; `used_up` says that its item counts towards `uses`."""
         self._slots.return_slot(self, used_up=used_up)
 
     def grant_free_slots(self) -> None:
         """Give the free slots of the process to the environments that wait for one."""
         self._slots.grant_free_slots()
 
-    def end_share(self) -> None:
+    def release_reserved_slot(self) -> None:
         """Release the slot that is reserved for this environment, because its pool has ended."""
-        self._slots.remove_share(self)
+        self._slots.remove_environment(self)
 
 
 @dataclass(frozen=True, slots=True)
-class SharedParts:
+class SharedResources:
     """The objects that a pool shares with the other pools of its process.
 
     Attributes:

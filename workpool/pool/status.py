@@ -65,7 +65,7 @@ class Status:
     idle_seconds: float
 
 
-def worker_numbers(status: Status) -> dict[str, float]:
+def worker_scaling_numbers(status: Status) -> dict[str, float]:
     """Return the numbers of one worker for autoscalers, as a flat JSON object without ids.
 
     A slot is busy from the claim of its item to the end of the completion.
@@ -99,7 +99,7 @@ class PoolView:
         now = clock()
         polled_at = self.group.last_success_at
         items = self.dispatcher.items.copy_items()
-        leases = [item.lease for item in items if item.has_lease and not item.lease.over]
+        leases = [item.lease for item in items if item.has_lease and not item.lease.is_over]
         states = Counter(
             "stopping" if lease.stop_requested else "active" if lease.begun else "starting"
             for lease in leases
@@ -108,7 +108,7 @@ class PoolView:
         reserved = min(queue.reserved, free)
         # Leave out leases that are always short: those that an acknowledgement began and no
         # heartbeat has extended yet, and those that are about to lapse.
-        renewed = [lease for lease in leases if lease.begun and not lease.releasing]
+        renewed = [lease for lease in leases if lease.begun and not lease.is_releasing]
         blocked = self.context.renewer.monitor.blocked_seconds
         settings = self.context.settings
         return PoolSnapshot(
@@ -124,7 +124,7 @@ class PoolView:
                 if polled_at is None
                 else datetime.now(UTC).timestamp() - max(0.0, now - polled_at)
             ),
-            queue_depth=queue.waiting_count,
+            queue_depth=queue.waiting_item_count,
             items_set_aside=len(queue.items_set_aside),
             queue_capacity=queue.capacity,
             slots={"busy": queue.running, "reserved": reserved, "free": free - reserved},
@@ -134,8 +134,10 @@ class PoolView:
             leases=states,
             lease_ttl=min((lease.ttl for lease in renewed), default=settings.lease_ttl),
             remote_stats_interval=settings.stats_interval,
-            lease_remaining_min=min((lease.remaining(now) for lease in renewed), default=None),
-            sessions=self._session_numbers(now),
+            lease_remaining_min=min(
+                (lease.remaining_seconds(now) for lease in renewed), default=None
+            ),
+            sessions=self._sessions_by_handler(now),
             draining=self.drain.requested.is_set(),
             paused=self._pause_flags(),
         )
@@ -148,7 +150,7 @@ class PoolView:
             "limit": limits is not None and limits.reached is not None,
         }
 
-    def _session_numbers(self, now: float) -> list[tuple[str, int, float, float]]:
+    def _sessions_by_handler(self, now: float) -> list[tuple[str, int, float, float]]:
         running: Counter[str] = Counter()
         oldest: dict[str, float] = {}
         silence: dict[str, float] = {}
@@ -230,7 +232,9 @@ async def read_remote_stats(context: PoolContext) -> None:
     optional, client = context.optional, context.client
     while True:
         try:
-            context.observe(QueueStatsRead, await optional.make_call("stats", client.stats))
+            context.observe(
+                QueueStatsRead, await optional.make_optional_call("stats", client.stats)
+            )
         except ControlPlaneError as error:
             log.debug("stats not read: %s", error, extra={"error": str(error)})
         await asyncio.sleep(context.settings.stats_interval)

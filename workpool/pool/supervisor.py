@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from workpool.errors import PluginError, WorkpoolError, innermost
 from workpool.events import PoolFailed
-from workpool.log_fields import pool_logger, record_ids
+from workpool.log_fields import logging_with_ids, pool_logger
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
 from workpool.plugins.lifespan import Lifespan
@@ -33,7 +33,7 @@ from workpool.pool.lease import lease_clock, wall_clock
 from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
 from workpool.pool.poller import Poller, PollerGroup
 from workpool.pool.pool_context import PoolContext
-from workpool.pool.status import PoolView, Status, read_remote_stats, worker_numbers
+from workpool.pool.status import PoolView, Status, read_remote_stats, worker_scaling_numbers
 from workpool.pool.telemetry import Telemetry
 from workpool.wire.client import WorkClient
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from workpool.pool.lease import Clock
     from workpool.pool.live_status import Counts
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.shared_slots import SharedParts
+    from workpool.pool.shared_slots import SharedResources
     from workpool.settings import Settings
     from workpool.wire.http.rate_limiter import RateLimits
 
@@ -111,7 +111,7 @@ class Supervisor:
         self.on_blocked: Callable[[], None] | None = None
         self.renewer_services: Sequence[AbstractAsyncContextManager[object]] = ()
         self.awaits_last_scrape = False
-        self.shared: SharedParts | None = None
+        self.shared: SharedResources | None = None
         self.settings = settings
         self._plugin_objects = plugins
         self._connect = connect
@@ -165,19 +165,21 @@ class Supervisor:
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
         with self._log_ids():
-            self._root = asyncio.get_running_loop().create_task(self._run_root(), name="workpool")
-            self._root.add_done_callback(self._root_ended)
+            self._root = asyncio.get_running_loop().create_task(
+                self._open_and_run_pool(), name="workpool"
+            )
+            self._root.add_done_callback(self._on_pool_ended)
         try:
             await self._opened.wait()
         except asyncio.CancelledError:
-            self._drain.begin(0)
+            self._drain.request(0)
             if not self._opened.is_set():
                 # The task may hang while it opens a connection, and would not notice the drain.
                 self._root.cancel()
-                # With this event set, `_wait_for_root` ends after `CLOSE_SECONDS`, even if the task
-                # ignores its cancellation.
+                # With this event set, `_wait_until_closed` ends after `CLOSE_SECONDS`, even if the
+                # task ignores its cancellation.
                 self._served.set()
-            await await_despite_cancellation(self._wait_for_root, self._drain)
+            await await_despite_cancellation(self._wait_until_closed, self._drain)
             raise
         if self._root.done():
             self._root.result()
@@ -196,8 +198,8 @@ class Supervisor:
         Raises:
             WorkpoolError: The error that ended the pool, if `wait()` has not raised it.
         """
-        self._drain.begin(self.settings.drain_timeout if kind is None else 0)
-        await await_despite_cancellation(self._wait_for_root, self._drain)
+        self._drain.request(self.settings.drain_timeout if kind is None else 0)
+        await await_despite_cancellation(self._wait_until_closed, self._drain)
         if kind is None and not self._error_raised:
             self._raise_error()
 
@@ -218,7 +220,7 @@ class Supervisor:
         Raises:
             WorkpoolError: The error that ended the pool.
         """
-        await self._wait_for_root()
+        await self._wait_until_closed()
         self._raise_error()
 
     async def drain(self, timeout: float | EllipsisType | None = ...) -> None:
@@ -232,7 +234,7 @@ class Supervisor:
         Raises:
             RuntimeError: Called by a handler, for whose end the drain would wait.
         """
-        root = self._root_task()
+        root = self._require_pool_task()
         if _RUNNING_IN.get() is self:
             raise RuntimeError(
                 "a handler cannot wait for the drain, which waits for the handler; "
@@ -246,7 +248,7 @@ class Supervisor:
         """Begin a drain and return at once. Handlers, too, may call this method."""
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
-        self._drain.begin(self.settings.drain_timeout if timeout is ... else timeout)
+        self._drain.request(self.settings.drain_timeout if timeout is ... else timeout)
 
     def pause(self, reason: str, until: datetime | None = None) -> None:
         """Claim no more items until `resume()`; running sessions go on.
@@ -280,7 +282,7 @@ class Supervisor:
             ready=not reasons,
             reasons=reasons,
             running=queue.running if queue else 0,
-            waiting=queue.waiting_count if queue else 0,
+            waiting=queue.waiting_item_count if queue else 0,
             capacity=self.settings.concurrency + self.settings.prefetch,
             draining=self._drain.requested.is_set(),
             error=self._error,
@@ -331,11 +333,11 @@ class Supervisor:
         """The base URL of `/metrics`, `/healthz`, `/readyz` and `/scale`; None if they are off."""
         return self._exporter.url if self._exporter else None
 
-    async def _run_root(self) -> None:
+    async def _open_and_run_pool(self) -> None:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 await self._open_client_and_plugins(stack)
-                context = await self._open_renewer(stack)
+                context = await self._start_renewer(stack)
                 try:
                     await self._run_pool(context)
                 finally:
@@ -376,10 +378,10 @@ class Supervisor:
         client = self._connect(self.settings)
         self._rate_limits = client.rate_limits = self._rate_limits or client.rate_limits
         client.worker_id = self._worker_id
-        self._telemetry.listen_to(client)
+        self._telemetry.count_requests_of(client)
         return client
 
-    async def _open_renewer(self, stack: contextlib.AsyncExitStack) -> PoolContext:
+    async def _start_renewer(self, stack: contextlib.AsyncExitStack) -> PoolContext:
         """Start the lease renewer, with the exporter on its loop, and build the pool context."""
         settings = self.settings
         services: list[AbstractAsyncContextManager[object]] = []
@@ -387,7 +389,7 @@ class Supervisor:
         if self.shared is not None:
             self._exporter = self.shared.exporter
         elif address is not None:
-            from workpool.exporter import Exporter, LivePage  # noqa: PLC0415 - off when embedded, and slow
+            from workpool.exporter import Exporter, LivePageSource  # noqa: PLC0415 - off when embedded, and slow
 
             self._exporter = Exporter(
                 address.host or "",
@@ -395,16 +397,16 @@ class Supervisor:
                 self.registry,
                 health=self.unhealthy,
                 readiness=self._unready_reasons,
-                live_page=LivePage(self.live_status, settings.live_page_ids == "always"),
+                live_page=LivePageSource(self.live_status, settings.live_page_ids == "always"),
             )
-            self._exporter.scale = lambda: worker_numbers(self.status())
+            self._exporter.scale = lambda: worker_scaling_numbers(self.status())
             services.append(self._exporter)
         services += self.renewer_services
         callbacks = RenewerCallbacks(
             observe=self._telemetry.observe,
-            changed=self._lease_changed,
-            failed=self._renewer_failed,
-            stopped_renewing=self._stopped_renewing,
+            changed=self._on_lease_changed,
+            failed=self._on_renewer_failed,
+            stopped_renewing=self._on_stopped_renewing,
         )
         renewer = self._renewer(
             settings, self._clock, self._wall, self._new_client, callbacks, services
@@ -444,7 +446,7 @@ class Supervisor:
                 context,
                 until_empty=self._until_empty,
                 on_fatal=self._end_with_error,
-                on_empty=functools.partial(self._drain.begin, self.settings.drain_timeout),
+                on_empty=functools.partial(self._drain.request, self.settings.drain_timeout),
             )
             dispatcher = Dispatcher(context, working, handlers, group.note_ack_result)
             pollers = [
@@ -455,7 +457,7 @@ class Supervisor:
                 self._limits = self.shared.limits
             if self._limits.has_limit:
                 dispatcher.runner.on_claimed = self._limits.note_claim
-                group.on_poll = self._limits.add_pool(self._admission)
+                group.on_poll = self._limits.add_pool_to_limits(self._admission)
             self._view = PoolView(context, dispatcher, group, pollers, self._drain, self._limits)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [
@@ -466,7 +468,7 @@ class Supervisor:
                     reading = read_remote_stats(context)
                     tasks.append(fetching.create_task(reading, name="remote-stats"))
                 if self._limits.has_limit:
-                    ending = self._end_at_limit(dispatcher, tasks[: len(pollers)])
+                    ending = self._end_pool_at_exit_limit(dispatcher, tasks[: len(pollers)])
                     tasks.append(fetching.create_task(ending, name="limits"))
                 self._opened.set()
                 await self._wait_for_drain_request(dispatcher)
@@ -485,10 +487,10 @@ class Supervisor:
         try:
             await self._drain.requested.wait()
         finally:
-            self._limits.remove_pool(self._admission)
+            self._limits.remove_pool_from_limits(self._admission)
             dispatcher.forget_waiting_items()
 
-    async def _end_at_limit(
+    async def _end_pool_at_exit_limit(
         self, dispatcher: Dispatcher, polling: Sequence[asyncio.Task[None]]
     ) -> None:
         """Stop claiming when an exit limit is reached; end the pool once no session runs.
@@ -496,7 +498,7 @@ class Supervisor:
         Unlike in a drain, sessions are not asked to end and have no time limit. A drain can still
         be requested meanwhile.
         """
-        limit = await self._limits.wait_until_reached()
+        limit = await self._limits.wait_for_exit_limit()
         for task in polling:
             task.cancel()
         dispatcher.forget_waiting_items()
@@ -505,29 +507,29 @@ class Supervisor:
             "limit reached; no more items are claimed", extra={"limit": limit, "running": running}
         )
         await self._drain.wait_for_sessions(dispatcher)
-        self._drain.begin(None)
+        self._drain.request(None)
 
     def _end_with_error(self, error: BaseException) -> None:
         """End the pool because of an error: drain it; the error is raised after that."""
         if self._error is None:
             self._error = error
-        self._drain.begin(self.settings.drain_timeout)
+        self._drain.request(self.settings.drain_timeout)
 
     def _log_ids(self) -> AbstractContextManager[None]:
         """Return a context manager that adds the pool's ids to the log records made inside it."""
-        return record_ids(self.log_ids)
+        return logging_with_ids(self.log_ids)
 
-    def _root_task(self) -> asyncio.Task[None]:
+    def _require_pool_task(self) -> asyncio.Task[None]:
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
         return self._root
 
-    async def _wait_for_root(self) -> None:
-        """Wait until the pool has closed: until the task of `_run_root` has ended.
+    async def _wait_until_closed(self) -> None:
+        """Wait until the pool has closed: until the task of `_open_and_run_pool` has ended.
 
         Once all sessions have ended, the wait takes `CLOSE_SECONDS` at most.
         """
-        root = self._root_task()
+        root = self._require_pool_task()
         await self._served.wait()
         # If the task is done, do not call `asyncio.wait`: it would yield to the loop once, and a
         # cancellation could be raised at that point.
@@ -537,7 +539,7 @@ class Supervisor:
             with self._log_ids():
                 log.critical("pool did not close; abandoned", extra={"seconds": CLOSE_SECONDS})
 
-    def _root_ended(self, root: asyncio.Task[None]) -> None:
+    def _on_pool_ended(self, root: asyncio.Task[None]) -> None:
         self._error = self._error or (None if root.cancelled() else root.exception())
         if self._error is not None and self._view is not None:
             # An error before the pool has started is raised by `__aenter__`, and not logged here.
@@ -555,15 +557,15 @@ class Supervisor:
             self._error_raised = True
             raise self._error
 
-    def _lease_changed(self, item: PoolItem) -> None:
+    def _on_lease_changed(self, item: PoolItem) -> None:
         if self._view is not None:
             self._view.dispatcher.runner.handle_lease_change(item)
 
-    def _renewer_failed(self, error: LeaseRenewerError) -> None:
+    def _on_renewer_failed(self, error: LeaseRenewerError) -> None:
         self._end_with_error(error)
-        self._drain.begin(0)
+        self._drain.request(0)
 
-    def _stopped_renewing(self, error: LeaseRenewerError | None) -> None:
+    def _on_stopped_renewing(self, error: LeaseRenewerError | None) -> None:
         self._error = self._error or error
         if self.on_blocked is not None:
             self.on_blocked()

@@ -78,7 +78,7 @@ LOGGED: Final[tuple[tuple[type[Event], Callable[..., None]], ...]] = (
 """The events that are logged at level DEBUG; each function takes the values of their fields."""
 
 
-class Observe(Protocol):
+class EventReporter(Protocol):
     """Reports an event: `observe(PollFinished, "item", 0.5)`."""
 
     def __call__(self, event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
@@ -112,7 +112,7 @@ class Telemetry:
                 route.handler.name for plugin in plugins.active_plugins() for route in plugin.routes
             ],
         )
-        self.observe = cast("Observe", self._metrics.count)
+        self.observe = cast("EventReporter", self._metrics.count)
         """Reports an event; may be called on any thread."""
 
     def __enter__(self) -> Telemetry:
@@ -131,7 +131,7 @@ class Telemetry:
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
 
-    def listen_to(self, client: ClientProtocol) -> None:
+    def count_requests_of(self, client: ClientProtocol) -> None:
         """Set a client's callbacks, so that the metrics count its requests.
 
         The client may run on any event loop.

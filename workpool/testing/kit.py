@@ -318,8 +318,8 @@ class _HeartbeatOnDemandPool(Supervisor):
 
     _context: PoolContext | None = None
 
-    async def _open_renewer(self, stack: AsyncExitStack) -> PoolContext:
-        self._context = await super()._open_renewer(stack)
+    async def _start_renewer(self, stack: AsyncExitStack) -> PoolContext:
+        self._context = await super()._start_renewer(stack)
         return self._context
 
     def check_soon(self, work_id: str) -> None:

@@ -20,7 +20,7 @@ class LoopRenewer(LeaseRenewer):
 
     def _start_thread(self) -> asyncio.Future[None]:
         self._loop = self._handlers_loop
-        return self._loop.create_task(self._run_until_stopped(), name="lease-renewer")
+        return self._loop.create_task(self._renew_until_stopped(), name="lease-renewer")
 
     def _join_thread(self) -> None:
         """Do nothing, since the lease renewer has no thread."""
@@ -34,9 +34,9 @@ class LoopSupervisor(Supervisor):
 
     _renewer = LoopRenewer
 
-    async def _run_root(self) -> None:
+    async def _open_and_run_pool(self) -> None:
         self._use_virtual_clocks()
-        await super()._run_root()
+        await super()._open_and_run_pool()
 
     def _use_virtual_clocks(self) -> None:
         loop = asyncio.get_running_loop()

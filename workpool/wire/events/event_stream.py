@@ -216,7 +216,7 @@ class EventStream:
         self._held_back = []
         self.caught_up = False
         asked = error.retry_after if isinstance(error, TransientError) else None
-        delay = max(self._backoff.next(), asked or 0.0)
+        delay = max(self._backoff.next_delay(), asked or 0.0)
         self._reconnect_at = asyncio.get_running_loop().time() + delay
         log.info(
             "event stream broke: %s",
