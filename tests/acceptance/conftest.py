@@ -148,7 +148,8 @@ class RunningCommand:
         self.out += out.decode()
         self.err += err.decode()
         assert self._process.returncode is not None
-        sys.stderr.write(self.err)  # pytest shows this log if the test fails
+        # pytest captures stderr and shows it if the test fails.
+        sys.stderr.write(self.err)
         assert TOKEN not in self.out + self.err
         assert LIMITED not in self.out + self.err
         return self._process.returncode
@@ -165,7 +166,10 @@ class CommandStarter(Protocol):
 
 @pytest.fixture(autouse=True)
 def interruptible_commands() -> Iterator[None]:
-    """Let commands receive SIGINT, which a shell disables if it runs pytest in the background."""
+    """Enable SIGINT in commands that a test starts.
+
+    A shell that runs pytest in the background sets SIGINT to be ignored, and commands inherit this.
+    """
     former = signal.getsignal(signal.SIGINT)
     if former is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -257,7 +261,10 @@ class CommandRunner(Protocol):
 def run_in_process(
     control_plane: ControlPlane, command_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> CommandRunner:
-    """Return a function that runs a command in pytest's process, which saves a second of start."""
+    """Return a function that runs a command in pytest's process.
+
+    A new process would take a second to start.
+    """
     monkeypatch.chdir(command_directory)
     monkeypatch.setattr(sys, "path", [str(command_directory), *sys.path])
     monkeypatch.delitem(sys.modules, "handlers", raising=False)

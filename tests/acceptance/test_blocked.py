@@ -114,7 +114,7 @@ def log_timestamp(line: str) -> float:
     ["read-only mounts", "no temporary directory"],
     indirect=True,
 )
-async def test_blocked_loop_without_writable_directory_is_reported_and_ends_process(
+async def test_blocked_loop_without_writable_directory_is_logged_and_process_ends(
     start_command: CommandStarter,
     control_plane: ControlPlane,
     launcher_without_writable_directory: tuple[tuple[str, ...], dict[str, str]],
@@ -139,15 +139,16 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
     blocked = log_timestamp(line) - began
-    late = 0.1  # allowed seconds between the measurement and its log line
+    # The timestamp of a log line may be this many seconds later than the event that it reports.
+    late = 0.1
     assert blocked - late <= float(stated[1])
-    # The measured time begins at the loop's last answer, which may be a second before the block,
-    # because the monitor asks the loop once a second.
+    # The monitor asks the loop once a second, and counts from its last answer. That answer may
+    # be a second older than the block.
     assert float(stated[1]) <= blocked + 1.0 + late
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit", "KeyboardInterrupt"])
-async def test_log_handler_that_raises_while_loop_is_blocked_does_not_keep_process_running(
+async def test_exception_in_log_handler_during_blocked_loop_lets_process_end(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path, error: str
 ) -> None:
     (command_directory / "raising.py").write_text(RAISING_LOG.format(error=error))
@@ -161,7 +162,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_does_not_keep_proce
 async def test_exporter_that_raises_system_exit_ends_process_with_status_1(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path, do: str
 ) -> None:
-    """The process ends whether the handler blocks the event loop (`block`) or not (`linger`)."""
+    """The handler `block` blocks the event loop, and the handler `linger` does not block it."""
     (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
     control_plane.enqueue(metadata={"do": do})
     command = await start_command("run", "raising", WORKPOOL_MAX_BLOCK="3600")

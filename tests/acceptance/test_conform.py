@@ -1,4 +1,4 @@
-"""`workpool conform`: refused environments, reports and exit statuses."""
+"""`workpool conform`: reports, exit statuses, and environments that the command refuses to use."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_conform_with_fewer_items_than_clauses_ends_with_status_5(
     assert ended.status == 5
 
 
-async def test_conform_in_environment_with_foreign_items_is_refused(
+async def test_conform_refuses_environment_with_items_of_other_clients(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -83,7 +83,7 @@ async def test_conform_in_environment_with_foreign_items_is_refused(
     assert control_plane.operations.get_item(ENVIRONMENT, item.id).state == "queued"
 
 
-async def test_conform_with_test_environment_flag_accepts_foreign_items(
+async def test_conform_with_test_environment_flag_accepts_items_of_other_clients(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue()
@@ -132,10 +132,13 @@ async def test_conform_without_answer_of_control_plane_ends_with_status_1(
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_conform_finds_no_difference_in_embedded_control_plane(
+async def test_conform_of_embedded_control_plane_reports_that_every_clause_holds(
     start_command: CommandStarter, control_plane: ControlPlane, dialect: str
 ) -> None:
-    """The suite runs in real time for 80 s here, while other tests of the suite advance a clock."""
+    """The suite waits 80 s of real time, since the command cannot advance a control plane's clock.
+
+    The tests in `tests/protocol` run the same suite with a clock that they advance.
+    """
     address = control_plane.base_url if dialect == "qoder" else control_plane.anthropic_base_url
     command = await start_command("conform", address, "--dialect", dialect)
     assert await command.wait_for_end(seconds=290) == 0
@@ -144,10 +147,10 @@ async def test_conform_finds_no_difference_in_embedded_control_plane(
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-async def test_conform_finds_no_difference_in_slow_control_plane(
+async def test_conform_of_slow_control_plane_reports_that_every_clause_holds(
     start_without_settings: CommandStarter,
 ) -> None:
-    """Each answer takes 0.2 s, and the suite must not report a lost lease for this reason."""
+    """Each answer takes 0.2 s. The suite must not take this delay for a lost lease."""
     faults = Faults()
     faults.add(delay(0.2))
     async with ControlPlane(

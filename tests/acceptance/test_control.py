@@ -254,9 +254,10 @@ async def test_control_socket_and_directory_of_another_user_are_refused(
         found = await run_in_process("pause")
         assert found.status == 1
         assert f"{socket_directory}: not used, as others have access to it" in found.err
+        # No connection is waiting: the commands have not connected to the other user's socket.
         listener.settimeout(0)
         with pytest.raises(BlockingIOError):
-            listener.accept()  # the command has not connected to the other user's socket
+            listener.accept()
     worker = await start_command("run", "handlers", "--control-socket", str(path))
     assert await worker.wait_for_end() == 2
     assert f"control_socket: {path}: is the socket of another user" in worker.err
@@ -323,7 +324,7 @@ async def test_silent_client_of_control_socket_does_not_block_next_client(
     assert "after the silent one" in await worker.wait_for_log(" paused ")
 
 
-async def test_pause_command_to_worker_with_blocked_loop_reports_no_answer(
+async def test_drain_command_to_worker_with_blocked_loop_ends_with_timeout_error(
     start_command: CommandStarter,
     run_in_process: CommandRunner,
     control_plane: ControlPlane,

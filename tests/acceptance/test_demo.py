@@ -118,7 +118,7 @@ async def test_demo_with_failing_handler_ends_with_status_1(
     assert (promise[2], promise[6]) == ("4", "4")
 
 
-async def test_demo_whose_sessions_all_fail_ends_early_and_says_so(
+async def test_demo_in_which_every_session_fails_ends_early_with_a_message(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     """Workers claim items of a failing handler ever more slowly, so the demo would seem to hang."""
@@ -142,7 +142,7 @@ async def test_demo_with_metadata_that_match_no_handler_ends_at_once(
     assert "takes type=session do=finish, not do=nothing: change --metadata" in command.err
 
 
-async def test_demo_whose_sessions_no_hook_takes_ends_with_status_1(
+async def test_demo_with_sessions_that_no_handler_takes_ends_with_status_1(
     command_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(command_directory)
@@ -180,7 +180,10 @@ async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None
 
 
 def read_terminal(terminal: int) -> bytes:
-    """Return all output of a terminal, up to the OSError after its last writer has closed it."""
+    """Return all output of a terminal.
+
+    The output ends with an OSError, when the last process that writes to the terminal closes it.
+    """
     shown = b""
     try:
         while chunk := os.read(terminal, 65536):

@@ -64,7 +64,7 @@ class ExampleStarter(Protocol):
 async def start_example(
     command_directory: Path, control_plane: ControlPlane
 ) -> AsyncIterator[ExampleStarter]:
-    """Return a function that runs an example from the page on embedding in a new process."""
+    """Return a function that starts a process with an example of the page `embedding.md`."""
     (command_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
         (command_directory / f"{name}.py").write_text(code_block_with(f"# {name}.py"))
@@ -134,7 +134,8 @@ async def test_application_under_sigterm_lets_its_session_end(
     module: str,
     status: int,
 ) -> None:
-    if module == "program":  # the example's handler ends at once; use one that waits
+    if module == "program":
+        # The handler of this example ends at once, and the test needs one that waits for a drain.
         path = command_directory / "program.py"
         path.write_text(path.read_text().replace("[greet]", '["reports"]'))
     [item] = control_plane.enqueue()
@@ -163,7 +164,7 @@ async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
 
 
 @pytest.mark.parametrize("module", ["web_aiohttp", pytest.param("web_fastapi", marks=TRIAL)])
-async def test_application_that_outlives_its_pool_is_not_ready_after_wrong_token(
+async def test_application_whose_pool_failed_with_wrong_token_is_not_ready(
     start_example: ExampleStarter, module: str
 ) -> None:
     application, url = await start_example(module, QODER_PAT="wrong")

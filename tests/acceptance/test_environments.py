@@ -48,7 +48,7 @@ async def slowly(environment_id):
 
 
 class ServiceManager:
-    """A datagram socket that receives the worker's reports in place of systemd."""
+    """A replacement for systemd: a datagram socket that receives the worker's reports."""
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="wp-")
@@ -62,7 +62,7 @@ class ServiceManager:
         self._socket.close()
         self._folder.cleanup()
 
-    def new_datagrams(self) -> str:
+    def receive_new_datagrams(self) -> str:
         """Return the datagrams that have arrived since the last call."""
         found = ""
         with contextlib.suppress(BlockingIOError):
@@ -127,7 +127,7 @@ async def get_text(worker: RunningCommand, path: str) -> tuple[int, str]:
         return answer.status, await answer.text()
 
 
-async def live_status(worker: RunningCommand) -> Any:
+async def get_live_status(worker: RunningCommand) -> Any:
     return json.loads((await get_text(worker, "/live.json"))[1])
 
 
@@ -151,7 +151,7 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     status, body = await get_text(worker, "/readyz")
     assert (status, json.loads(body)) == (200, {"status": "ready"})
     assert json.loads((await get_text(worker, "/scale"))[1])["busy"] == 2
-    shown = await live_status(worker)
+    shown = await get_live_status(worker)
     assert (shown["slots"]["busy"], shown["slots"]["limit"]) == (2, 4)
     assert [each["environment_id"] for each in shown["environments"]] == [ENVIRONMENT, OTHER]
     assert {each["environment_id"] for each in shown["sessions"]} == {ENVIRONMENT, OTHER}
@@ -163,7 +163,8 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     worker.send_signal(signal.SIGTERM)
     for each in (ENVIRONMENT, OTHER):
         await worker.wait_for_log(f"last scrape wait_seconds=20.0 environment_id={each}")
-    await get_text(worker, "/metrics")  # both drains wait for one scrape
+    # The drains of both environments wait for a scrape of the metrics; one scrape ends both waits.
+    await get_text(worker, "/metrics")
     assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
     found = [control_plane.operations.get_item(each.environment_id, each.id) for each in items]
@@ -183,7 +184,7 @@ async def test_refused_environment_is_reported_while_other_environment_continues
     await worker.wait_for_log("finish runs")
     status, body = await get_text(worker, "/readyz")
     assert (status, json.loads(body)["reasons"]) == (503, [f"{OTHER}: failed: RefusedError"])
-    assert (await live_status(worker))["slots"]["limit"] == 4
+    assert (await get_live_status(worker))["slots"]["limit"] == 4
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 3
     assert "revoked-Zx9" not in worker.out + worker.err
@@ -279,9 +280,8 @@ async def test_burst_of_one_environment_does_not_delay_the_other(
         assert "linger runs" in await worker.wait_for_log(item.id)
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
     assert f"environment_id={OTHER}" in await worker.wait_for_log("session ended")
-    assert (await live_status(worker))["slots"][
-        "busy"
-    ] == 3  # the fourth slot is reserved for `OTHER`
+    # Ten items wait for `ENVIRONMENT`, but the fourth slot is reserved for `OTHER`.
+    assert (await get_live_status(worker))["slots"]["busy"] == 3
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0
 
@@ -317,26 +317,28 @@ async def test_commands_pause_and_drain_one_environment_while_other_continues(
     for each in (ENVIRONMENT, OTHER):
         await worker.wait_for_log(f"idle; waiting for work environment_id={each}")
 
-    async def run_to_end(*arguments: str) -> str:
+    async def run_command_until_end(*arguments: str) -> str:
         command = await start_without_settings(*arguments, "--socket", str(socket))
         assert await command.wait_for_end() == 0
         return command.out
 
-    asked = await run_to_end("pause", "moved", "--environment-id", OTHER)
+    asked = await run_command_until_end("pause", "moved", "--environment-id", OTHER)
     assert asked.startswith(f"paused pid={worker.pid} environment_id={OTHER} running=0")
     _, body = await get_text(worker, "/readyz")
     assert json.loads(body)["reasons"] == [f"{OTHER}: paused: moved"]
-    assert f"environment_id={ENVIRONMENT},{OTHER} running=0" in await run_to_end("resume")
+    assert f"environment_id={ENVIRONMENT},{OTHER} running=0" in await run_command_until_end(
+        "resume"
+    )
     unknown = await start_without_settings(
         "pause", "--environment-id", "env_none", "--socket", str(socket)
     )
     assert await unknown.wait_for_end() == 1
-    await run_to_end("drain", "--environment-id", OTHER)
+    await run_command_until_end("drain", "--environment-id", OTHER)
     assert f"environment_id={OTHER}" in await worker.wait_for_log("drained")
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
     await worker.wait_for_log("finish runs")
     assert (await get_text(worker, "/readyz"))[0] == 200
-    await run_to_end("drain")
+    await run_command_until_end("drain")
     assert await worker.wait_for_end() == 0
 
 
@@ -350,13 +352,13 @@ async def test_service_manager_receives_ready_only_after_every_environment_start
         )
         await worker.wait_for_log("metrics served url=")
         await worker.wait_for_log("opens slowly")
-        assert manager.new_datagrams() == ""
+        assert manager.receive_new_datagrams() == ""
         (config.parent / "open").touch()
         received = ""
         while "READY=1" not in received:
             await asyncio.sleep(0.05)
-            received += manager.new_datagrams()
+            received += manager.receive_new_datagrams()
         assert "STOPPING=1" not in received
         worker.send_signal(signal.SIGTERM)
         assert await worker.wait_for_end() == 0
-        assert "STOPPING=1" in manager.new_datagrams()
+        assert "STOPPING=1" in manager.receive_new_datagrams()

@@ -20,7 +20,10 @@ def expected_error_lines() -> dict[int, str]:
 
 
 def type_checker_output(tmp_path: Path, *command: str) -> str:
-    """Return the output of a type checker for `typed_handlers.py` without `type: ignore`."""
+    """Return the output of a type checker for a copy of `typed_handlers.py`.
+
+    The copy has no `type: ignore`, so that the checker reports every wrong handler.
+    """
     copy = tmp_path / "page.py"
     copy.write_text(WRONG.sub("", PAGE.read_text()))
     done = subprocess.run(  # noqa: S603 - our own words

@@ -1,4 +1,4 @@
-"""`workpool hold` in a process: its program, its parent and its signals."""
+"""`workpool hold` as a process that takes over a lease from its parent and runs a program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IGNORES_SIGTERM = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
 
 
 class HandedOffItem(NamedTuple):
-    """An item whose lease a parent process holds, and the variables that hand the item off."""
+    """An item with a parent's lease, and the environment variables that hand the lease off."""
 
     work_id: str
     variables: dict[str, str]
@@ -47,7 +47,7 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 @pytest.fixture
 def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFactory:
-    """Return a function that claims an item, as a parent process does, and prepares its handoff."""
+    """Return a function that claims an item and prepares its handoff, as a parent process does."""
 
     async def hand_off_item(**variables: str) -> HandedOffItem:
         (item,) = control_plane.enqueue(environment_id=ENVIRONMENT)
@@ -67,8 +67,8 @@ def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFact
     return hand_off_item
 
 
-def record_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
-    """Return the kinds of the item's history records that follow the heartbeat of its parent."""
+def history_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
+    """Return the kinds of the item's history records after the last heartbeat of the parent."""
     return [str(record.kind) for record in plane.history.records_of_item(work_id)][4:]
 
 
@@ -86,7 +86,7 @@ async def start_holding_shell_script(
         (3, (1, "stopped", {"workpool.error": "ProgramFailed"})),
     ],
 )
-async def test_exit_status_of_held_program_ends_item(
+async def test_exit_status_of_program_under_hold_decides_end_of_item(
     client: WorkClient,
     start_command: CommandStarter,
     open_handoff: HandoffFactory,
@@ -100,7 +100,7 @@ async def test_exit_status_of_held_program_ends_item(
     assert (exits, item.state, dict(item.metadata)) == means
 
 
-async def test_held_program_gets_ids_but_no_credentials(
+async def test_program_under_hold_gets_ids_but_no_credentials(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
@@ -110,7 +110,7 @@ async def test_held_program_gets_ids_but_no_credentials(
     command = await start_holding_shell_script(start_command, handed, "env")
     assert await command.wait_for_end() == 0
     item = await client.get(handed.work_id)
-    assert record_kinds_after_handoff(control_plane, handed.work_id) == ["heartbeat", "stopped"]
+    assert history_kinds_after_handoff(control_plane, handed.work_id) == ["heartbeat", "stopped"]
     found = dict(line.split("=", 1) for line in command.out.splitlines() if "=" in line)
     assert {name: found[name] for name in found if name.startswith("WORKPOOL_")} == {
         "WORKPOOL_WORK_ID": handed.work_id,
@@ -122,14 +122,14 @@ async def test_held_program_gets_ids_but_no_credentials(
 
 
 @pytest.mark.parametrize("script", [SLOW_TO_END, IGNORES_SIGTERM], ids=["obeys", "ignores_sigterm"])
-async def test_stop_request_ends_held_program_and_stops_item(
+async def test_stop_request_ends_program_under_hold_and_stops_item(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
     open_handoff: HandoffFactory,
     script: str,
 ) -> None:
-    """The program gets SIGTERM, and SIGKILL after a grace period if it has not ended by then."""
+    """The program gets SIGTERM, and SIGKILL if it has not ended after a grace period."""
     handed = await open_handoff(WORKPOOL_STOP_GRACE="0.5")
     command = await start_holding_shell_script(start_command, handed, script)
     await command.wait_for_output("begun")
@@ -137,7 +137,7 @@ async def test_stop_request_ends_held_program_and_stops_item(
     assert await command.wait_for_end() == 0
     assert ("asked" in command.out) is (script is SLOW_TO_END)
     assert (await client.get(handed.work_id)).state == "stopped"
-    assert record_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
+    assert history_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
 
 
 async def test_sigterm_to_hold_releases_item(
@@ -154,7 +154,7 @@ async def test_sigterm_to_hold_releases_item(
     assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "Release"})
 
 
-async def test_inherited_exit_limits_are_reported_as_without_effect(
+async def test_exit_limit_variables_of_hold_are_reported_as_without_effect(
     start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
     handed = await open_handoff(WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1")
@@ -164,7 +164,7 @@ async def test_inherited_exit_limits_are_reported_as_without_effect(
     assert "done" in command.out
 
 
-async def test_lost_lease_ends_held_program_and_sends_nothing_more(
+async def test_lost_lease_ends_program_under_hold_without_further_requests(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
@@ -180,11 +180,11 @@ async def test_lost_lease_ends_held_program_and_sends_nothing_more(
     await client.ack(rival.id)
     assert await command.wait_for_end() == 1
     assert "asked" in command.out
-    assert record_kinds_after_handoff(control_plane, handed.work_id)[-2:] == ["acked", "conflict"]
+    assert history_kinds_after_handoff(control_plane, handed.work_id)[-2:] == ["acked", "conflict"]
     assert (await client.get(handed.work_id)).state == "starting"
 
 
-async def test_hold_of_item_taken_back_by_parent_runs_no_program(
+async def test_hold_of_item_that_parent_took_back_runs_no_program(
     client: WorkClient, start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
     handed = await open_handoff()
@@ -197,10 +197,10 @@ async def test_hold_of_item_taken_back_by_parent_runs_no_program(
     assert (item.state, item.last_heartbeat) == ("active", back.last_heartbeat)
 
 
-async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
+async def test_program_under_killed_hold_process_is_killed_with_its_children(
     start_command: CommandStarter, open_handoff: HandoffFactory
 ) -> None:
-    """A surviving program would run beside the worker that claims the item after its lease."""
+    """A surviving program would run at the same time as the next worker that claims the item."""
     handed = await open_handoff()
     command = await start_holding_shell_script(
         start_command, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}"
@@ -208,7 +208,8 @@ async def test_held_program_of_killed_hold_process_is_killed_with_its_children(
     await command.wait_for_output("begun")
     await command.wait_for_output("begun")
     command.send_signal(signal.SIGKILL)
-    # This reads the output to its end, which a surviving child process would keep open.
+    # `wait_for_end` reads the output to its end. A surviving child process would keep the output
+    # open, so that the wait would fail.
     assert await command.wait_for_end() == -signal.SIGKILL
 
 
@@ -219,10 +220,10 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 """
 
 
-async def test_held_program_continues_after_end_of_parent_and_of_terminal(
+async def test_program_under_hold_survives_end_of_parent_and_terminal(
     control_plane: ControlPlane, client: WorkClient, open_handoff: HandoffFactory, tmp_path: Any
 ) -> None:
-    """`workpool hold` continues as well, and stops the item when its program ends."""
+    """`workpool hold` also survives, and stops the item when the program ends."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     handed = await open_handoff()
@@ -247,7 +248,8 @@ async def test_held_program_continues_after_end_of_parent_and_of_terminal(
         await command.wait_for_output("begun")
         gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(pidfd, gone.set)
-        os.close(master)  # the kernel sends SIGHUP to the processes of the terminal
+        # Closing the terminal makes the kernel send SIGHUP to its processes.
+        os.close(master)
         async with asyncio.timeout(SECONDS):
             await gone.wait()
         asyncio.get_running_loop().remove_reader(pidfd)
@@ -264,7 +266,8 @@ async def test_hold_with_invalid_arguments_leaves_item_alone(
     client: WorkClient, run_in_process: CommandRunner, open_handoff: HandoffFactory
 ) -> None:
     handed = await open_handoff()
-    assert (await run_in_process("hold", "true")).status == 2  # no item is given
+    # Neither a flag nor a variable names the item.
+    assert (await run_in_process("hold", "true")).status == 2
     assert (await run_in_process("hold", "no-such-program", **handed.variables)).status == 2
     assert (await run_in_process("hold", "--ttl", "5", "true", **handed.variables)).status == 2
     item = await client.get(handed.work_id)

@@ -49,20 +49,24 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 
 @in_virtual_time
-async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() -> None:
-    """A block that is entered earlier could run without a lease after the machine was suspended."""
+async def test_block_of_handover_is_not_entered_before_heartbeats_are_suspended() -> None:
+    """`async with session.handover()` enters its block only once heartbeats are suspended.
+
+    In this test, the renewer thread never confirms the suspension, until the lease is lost.
+    """
     bench = HandoffTestbed()
     entered = False
 
-    async def check_handoff(session: Session) -> None:
+    async def expect_lost_lease_in_handoff(session: Session) -> None:
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
-        renewer.call_on_loop = lambda *_: None  # as if the renewer thread were suspended
+        # Drop calls to the renewer thread, so that the thread seems to be suspended.
+        renewer.call_on_loop = lambda *_: None
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True
 
-    await bench.run_handler(check_handoff, reclaim_older_than_ms=60_000)
+    await bench.run_handler(expect_lost_lease_in_handoff, reclaim_older_than_ms=60_000)
     assert not entered
 
 
@@ -70,7 +74,10 @@ async def test_handoff_block_is_not_entered_before_heartbeats_are_suspended() ->
 async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
     tmp_path: Path,
 ) -> None:
-    """The parent's lease has expired, and another worker is about to send its first heartbeat."""
+    """Another worker has acknowledged the item after the parent's lease expired.
+
+    The child must not send the first heartbeat, which would take the lease from this worker.
+    """
     clock = Clock()
     async with ControlPlane(now=clock) as plane:
         [item] = plane.enqueue()
@@ -86,7 +93,8 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
-            await other.heartbeat(item.id, NO_HEARTBEAT, 10)  # the new worker gets the lease
+            # The heartbeat succeeds only if the child has sent none.
+            await other.heartbeat(item.id, NO_HEARTBEAT, 10)
     assert status == 1
     assert not (tmp_path / "child-ran").exists()
 
@@ -112,7 +120,7 @@ async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path)
 
 
 @pytest.mark.acceptance
-async def test_held_program_receives_hangup_although_hold_ignores_it(tmp_path: Path) -> None:
+async def test_program_under_hold_receives_sighup_although_hold_ignores_it(tmp_path: Path) -> None:
     note = tmp_path / "ended"
     script = f"kill -HUP $$; touch {note}"
     async with ControlPlane() as plane:
@@ -137,8 +145,8 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
         assert plane.summary().overlapping == 0
 
 
-async def test_first_heartbeat_by_worker_without_ack_is_counted_as_overlap() -> None:
-    """A child in a handoff sends the holder's last heartbeat, but this worker sends none."""
+async def test_first_heartbeat_of_worker_that_sent_no_ack_counts_as_overlap() -> None:
+    """A child in a handoff names the holder's last heartbeat, but this worker names none."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:

@@ -1,4 +1,4 @@
-"""The fixture `workpool` with pytest settings of other projects, and runs without the fixture."""
+"""The fixture `workpool` with other projects' pytest settings, and pytest without the fixture."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_virtual(workpool, text):
     await check(workpool, text)
 """
 ANYIO = "pytestmark = pytest.mark.anyio\n\n@pytest.fixture\ndef anyio_backend(): return 'asyncio'\n"
-# Without this option, pytest-asyncio warns, and the tests treat warnings as errors.
+# pytest-asyncio warns if the loop scope is not set, and the tests treat warnings as errors.
 ASYNCIO = ["-p", "pytest_asyncio.plugin", "-o", "asyncio_default_fixture_loop_scope=function"]
 
 
@@ -86,18 +86,19 @@ def without_other_pytest_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         "anyio",
     ],
 )
-def test_async_tests_with_fixture_run_under_any_async_plugin(
+def test_async_tests_with_fixture_run_with_each_async_plugin_and_without(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
-    # These marks are valid for coroutine functions only, but `in_virtual_time` returns a plain one.
+    # The marks of asyncio and anyio are refused on a plain function, which `in_virtual_time`
+    # returns. So the test in virtual time runs only without such marks.
     virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
     result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)
     result.assert_outcomes(passed=3 + bool(virtual))
 
 
-def test_failing_test_with_fixture_shows_its_line_and_log_of_pool(
+def test_failing_test_with_fixture_prints_failing_line_and_log_of_pool(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makepyfile(
@@ -126,7 +127,9 @@ def test_failing_test_with_fixture_shows_its_line_and_log_of_pool(
     assert "kit.py" not in str(result.stdout)
 
 
-def test_test_without_fixture_imports_no_module_of_workpool(pytester: pytest.Pytester) -> None:
+def test_pytest_run_without_fixture_imports_no_module_of_workpool(
+    pytester: pytest.Pytester,
+) -> None:
     pytester.makepyfile(
         """
         import sys
@@ -158,12 +161,15 @@ async def test_coroutine(workpool): ...
 
 
 @pytest.mark.parametrize("place", ["conftest", "plugin", "module"])
-def test_fixture_of_project_with_same_name_overrides_fixture_of_workpool(
+def test_fixture_named_workpool_in_user_project_overrides_packaged_fixture(
     pytester: pytest.Pytester, place: str
 ) -> None:
-    """The coroutine test fails, because workpool only runs those that use workpool's fixture."""
+    """The `async def` test fails, since workpool runs only `async def` tests with its own fixture.
+
+    No other plugin that runs `async def` tests is active.
+    """
     options = ["-p", "pytest_workpool"]
-    # pytest loads plugins that `-p` names before installed plugins.
+    # pytest loads a plugin named with `-p` before installed plugins, such as workpool's.
     if place == "plugin":
         pytester.makepyfile(their_plugin=OWN)
         options = ["-p", "their_plugin", *options]
@@ -176,7 +182,9 @@ def test_fixture_of_project_with_same_name_overrides_fixture_of_workpool(
     result.stdout.fnmatch_lines("*async def functions are not natively supported*")
 
 
-def test_test_with_extended_fixture_runs(pytester: pytest.Pytester) -> None:
+def test_async_test_with_project_fixture_based_on_workpool_fixture_runs(
+    pytester: pytest.Pytester,
+) -> None:
     pytester.makepyfile(
         """
         import pytest

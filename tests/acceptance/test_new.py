@@ -128,7 +128,7 @@ def test_new_plugin_with_name_of_installed_plugin_is_refused(project_directory: 
     assert not list(project_directory.iterdir())
 
 
-def test_new_plugin_in_directory_that_cannot_be_written_is_refused_by_name(
+def test_new_plugin_in_deleted_directory_is_refused_with_error_text(
     project_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = project_directory / "gone"

@@ -62,12 +62,12 @@ async def test_check_list_and_drain_work_with_open_managed_agents(
         "WORKPOOL_ENVIRONMENT_ID": control_plane.environment_id,
         "WORKPOOL_TOKEN": "any",
         "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
-        # Of two polls at once, this control plane can give both the same item, and the later one
-        # writes the item's data back as it had read them: metadata written in between are lost.
+        # With two concurrent polls, this control plane can deliver one item twice. The second
+        # delivery then overwrites metadata that a worker has written after the first delivery.
         "WORKPOOL_POLLERS": "1",
     }
 
-    async def listed_states() -> dict[str, dict[str, Any]]:
+    async def list_items_by_session() -> dict[str, dict[str, Any]]:
         command = await start_without_settings(
             "work", "list", "--limit", "1000", "--json", **variables
         )
@@ -83,7 +83,7 @@ async def test_check_list_and_drain_work_with_open_managed_agents(
     assert await check.wait_for_end() == 0
     assert "control plane: answered in" in check.out
 
-    before = await listed_states()
+    before = await list_items_by_session()
     assert before.keys() == sessions
     assert {item["state"] for item in before.values()} == {"queued"}
 
@@ -91,14 +91,14 @@ async def test_check_list_and_drain_work_with_open_managed_agents(
     assert await run.wait_for_end(180) == 0
     assert "result=clean" in run.err
 
-    after = await listed_states()
+    after = await list_items_by_session()
     assert {item["state"] for item in after.values()} == {"stopped"}
     ran = {session_id: item["metadata"]["ran"] for session_id, item in after.items()}
     assert ran == {session_id: session_id for session_id in sessions}
 
 
-def documented_differences() -> dict[str, str]:
-    """Return the documented verdicts for this control plane, except `holds`, by clause."""
+def verdicts_documented_as_different() -> dict[str, str]:
+    """Return the documented verdict of each clause that does not hold for this control plane."""
     table = PAGE.read_text().partition("What `open-managed-agents` does instead:")[2]
     rows = re.findall(r"^\| (`.*?`) \| ([a-z ]+) \|", table, re.MULTILINE)
     return {clause: verdict for names, verdict in rows for clause in re.findall("`(.+?)`", names)}
@@ -116,4 +116,4 @@ async def test_conform_of_open_managed_agents_finds_documented_differences(
     assert await command.wait_for_end(320) == 1
     clauses = json.loads(command.out)["clauses"]
     found = {each["clause"]: each["verdict"] for each in clauses if each["verdict"] != "holds"}
-    assert found == documented_differences()
+    assert found == verdicts_documented_as_different()

@@ -1,4 +1,4 @@
-"""The page on operating: commands exist, numbers are right, the upgrade loses no session."""
+"""The page `operating.md`: its commands, metrics, settings and numbers, and its upgrade steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def console_lines() -> list[str]:
 
 
 def workpool_commands() -> list[list[str]]:
-    """Return the words of each call of `workpool` in the console blocks."""
+    """Return the arguments of each `workpool` command in the console blocks of the page."""
     calls = []
     for line in console_lines():
         for part in line.split("&&"):
@@ -75,25 +75,26 @@ def test_repository_files_named_in_console_blocks_exist() -> None:
         assert (root / path.removeprefix("workpool").lstrip("/")).exists() or (root / path).exists()
 
 
-def test_every_metric_on_page_is_defined() -> None:
+def test_every_metric_named_on_operating_page_exists() -> None:
     names = {each.name for each in DEFINITIONS}
     found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
-    found -= {"session_handler", "admission", "event", "lifespan"}  # hooks, not metrics
-    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}  # metrics of `workpool scale`
+    # The names of hooks and the metrics of `workpool scale` are not in DEFINITIONS.
+    found -= {"session_handler", "admission", "event", "lifespan"}
+    found -= {f"fleet_{key}" for key in FLEET_NUMBERS}
     suffixes = re.compile(r"_(total|bucket|count|sum)$")
     missing = {each for each in found if each not in names and suffixes.sub("", each) not in names}
     assert missing == set()
 
 
-def test_trade_off_table_has_every_setting_that_trades_one_cost_for_another() -> None:
+def test_trade_off_table_of_page_has_every_setting_not_excluded_here() -> None:
     section = PAGE.partition("## What each setting trades")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     fields = [each.name for each in dataclasses.fields(Settings)]
     assert rows == [name for name in fields if name not in NOT_TRADED and name[0] != "_"]
 
 
-def test_heartbeats_of_four_hundred_sessions_need_longer_leases() -> None:
-    """Checks the example of the section "Size" on the operating page."""
+def test_four_hundred_sessions_with_default_lease_ttl_cause_a_warning() -> None:
+    """The numbers are those of the example in the section "Size" of the operating page."""
     many: dict[str, Any] = {"concurrency": 400, "write_rate": 20, "drain_timeout": 60}
     assert 400 * 3 / Settings().lease_ttl == many["write_rate"]
     assert any("lease_ttl" in warning for warning in Settings(**many).warnings())
@@ -101,7 +102,7 @@ def test_heartbeats_of_four_hundred_sessions_need_longer_leases() -> None:
 
 
 async def wait_until_ready(worker: RunningCommand) -> None:
-    """Wait until `/readyz` answers 200, as the page says."""
+    """Wait until `/readyz` answers 200, as the upgrade steps of the page say."""
     line = await worker.wait_for_log("metrics served")
     [url] = re.findall(r"url=(\S+)/metrics", line)
     async with aiohttp.ClientSession() as http:
@@ -114,7 +115,10 @@ async def wait_until_ready(worker: RunningCommand) -> None:
 async def test_documented_upgrade_loses_no_session_and_counts_no_attempt(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
-    """One session ends during the drain; the other is released and run again by the new worker."""
+    """The old worker has two sessions: the first ends during the drain, the second is released.
+
+    The new worker runs the released item again.
+    """
     [waiting] = control_plane.enqueue(metadata={"do": "wait"})
     [lingering] = control_plane.enqueue(metadata={"do": "linger"})
     old = await start_command("run", "handlers", "--drain-timeout", "1")

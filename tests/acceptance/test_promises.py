@@ -77,7 +77,8 @@ async def test_thousand_items_cost_four_requests_each(
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
     ) as plane:
         items = plane.enqueue(count=ITEMS)
-        # Long times, so that even on a slow machine each item needs one heartbeat and one delivery.
+        # With a short lease or reclaim window, a slow machine would need a second heartbeat or a
+        # second delivery for an item.
         patient = {"WORKPOOL_LEASE_TTL": "600", "WORKPOOL_RECLAIM_OLDER_THAN_MS": "600000"}
         command = await start_worker(start_without_settings, plane.base_url, "--drain", **patient)
         assert await command.wait_for_end(SECONDS) == 0
@@ -86,7 +87,7 @@ async def test_thousand_items_cost_four_requests_each(
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
-    # `--drain` ends the worker only after a poll that found no item.
+    # At least one poll found no item, because such a poll ends a worker with `--drain`.
     assert empty >= 1
     for item in items:
         kinds = [record.kind for record in plane.history.records_of_item(item.id)]
@@ -113,10 +114,12 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
         successor = await start_worker(
             start_without_settings, plane.base_url, WORKPOOL_WORKER_ID="heir"
         )
-        await successor.wait_for_log("idle")  # the second worker has polled and got no item
+        # The second worker must have polled before the first one is killed.
+        await successor.wait_for_log("idle")
         victim.send_signal(signal.SIGKILL)
         assert await victim.wait_for_end() == -signal.SIGKILL
-        clock.advance(LEASE_SECONDS)  # the leases of the killed worker lapse
+        # The leases of the killed worker lapse now, instead of after real time.
+        clock.advance(LEASE_SECONDS)
         plane.operations.wake_all_polls()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
         successor.send_signal(signal.SIGTERM)
@@ -139,7 +142,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
 
 
 class ControlPlaneClient:
-    """A client of a control plane that may be killed at any time."""
+    """A client that records the items which it receives from a control plane that is killed."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.known: dict[str, dict[str, Any]] = {}
@@ -154,10 +157,10 @@ class ControlPlaneClient:
             return await answer.json()
 
     async def enqueue_until_killed(self) -> None:
-        """Enqueue items until the control plane is killed, and store each answer in `known`.
+        """Enqueue items until the control plane is killed; record all received items in `known`.
 
-        Few items are unfinished at a time: otherwise the worker, which may send 20 writes a second,
-        would need minutes for the items that a fast machine enqueues.
+        The client keeps the number of unfinished items small. The worker may send 20 writes a
+        second, and would need minutes for all items that a fast machine can enqueue.
         """
         while True:
             try:

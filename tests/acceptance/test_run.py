@@ -80,7 +80,7 @@ async def test_session_released_by_drain_is_not_stopped(
     await command.wait_for_log("linger runs")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    # A released item stays active until its shortened lease lapses.
+    # A drain shortens the lease of a released item; until the lease lapses, the item is active.
     assert stored_item(control_plane, item).state == "active"
     assert "result=deadline" in command.err
 
@@ -99,7 +99,7 @@ async def test_run_after_second_signal_ends_with_128_plus_signal_number(
     assert stored_item(control_plane, item).state == "active"
 
 
-async def test_stall_timeout_ends_silent_session_but_none_that_waits_for_a_person(
+async def test_stall_timeout_ends_silent_session_but_not_one_awaiting_human_input(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     silent, asking = enqueue_items(control_plane, "linger"), enqueue_items(control_plane, "ask")
@@ -183,7 +183,7 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
     async with aiohttp.ClientSession(url.removesuffix("metrics")) as http:
         for path in ("healthz", "readyz", "metrics"):
             async with http.get(path) as answer:
-                # A loop that is blocked for a second makes the worker not ready (503).
+                # `/readyz` may answer 503, because a worker with a blocked loop is not ready.
                 assert answer.status == 200 or path == "readyz", path
                 text = await answer.text()
         assert 'workpool_slots{environment_id="' in text
@@ -197,7 +197,7 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
     assert "block ends" in command.err
 
 
-async def test_scraped_process_stays_until_a_scrape_has_reported_its_drain(
+async def test_process_with_scraped_metrics_ends_only_after_scrape_of_its_drain(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("run", "handlers")
@@ -337,10 +337,8 @@ async def test_run_with_endless_plugin_start_ends_after_two_signals(
     await command.wait_for_log("connecting")
     command.send_signal(signal.SIGINT)
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() in {
-        130,
-        143,
-    }  # two signals at once may arrive in either order
+    # The kernel may deliver two pending signals in either order.
+    assert await command.wait_for_end() in {130, 143}
 
 
 async def test_json_log_lines_have_ids_and_errors(

@@ -1,4 +1,4 @@
-"""`workpool scale` serves numbers to autoscalers, which need no credential of the queue."""
+"""`workpool scale` serves numbers about the queue to autoscalers, without a credential."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     assert await command.wait_for_end() == 0
 
 
-async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_answers_503(
+async def test_scale_without_control_plane_serves_last_numbers_and_later_503(
     start_without_settings: CommandStarter,
 ) -> None:
     async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as control_plane:
@@ -119,7 +119,7 @@ async def test_scale_keeps_last_numbers_of_unreachable_control_plane_and_then_an
     assert command.err.count("queue not read") == 1
 
 
-async def test_serve_scale_and_worker_agree_on_the_numbers(
+async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "tokens").write_text(f"{TOKEN}\n")
@@ -169,9 +169,8 @@ async def test_serve_scale_and_worker_agree_on_the_numbers(
     for command in (worker, scale, serve):
         command.send_signal(signal.SIGTERM)
         if command is worker:
-            command.send_signal(
-                signal.SIGTERM
-            )  # the drain after the first signal would wait forever for the sessions
+            # The first signal begins a drain, whose sessions do not end; the second ends it.
+            command.send_signal(signal.SIGTERM)
     assert await scale.wait_for_end() == 0
     assert await serve.wait_for_end() == 0
 
@@ -199,9 +198,8 @@ async def test_scale_reads_all_environments_of_the_file(
     url = await ready_url(command)
     _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
     assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
-    assert (
-        numbers["recommended_replicas"] == 5
-    )  # one environment has 9 items, and each worker has two slots for it
+    # `FORBIDDEN` has 9 items, and each worker has 2 slots for this environment.
+    assert numbers["recommended_replicas"] == 5
     _, text = await get_json_or_text(f"{url}/metrics")
     for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):
         line = f'workpool_fleet_queued{{environment_id="{environment_id}"}} {queued}.0'

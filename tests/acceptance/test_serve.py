@@ -253,8 +253,8 @@ async def test_serve_with_fault_file_injects_its_faults(
         *("run", "handlers", "--drain"), **asked, WORKPOOL_METRICS_LISTEN="127.0.0.1:0"
     )
     assert await worker.wait_for_end() == 0
+    # A fault ended the lease at the first heartbeat, so the worker received the item again.
     assert "item reclaimed" in worker.err
-    # The lease had expired at the first heartbeat, so the item was delivered and run again.
     item = json.loads(
         await run_and_read_output(run_in_process, asked, "work", "get", work_id, "--json")
     )
@@ -268,8 +268,8 @@ async def test_serve_with_fault_file_injects_its_faults(
 async def test_serve_with_unwritable_store_ends_with_1(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
-    """A server that continued would accept changes and lose them at its next restart."""
-    # Coverage is off, because its file would exceed the limit on file sizes below.
+    """The server ends, because changes that it accepted later would be lost at a restart."""
+    # Coverage is off, because the test limits the size of the files that the process writes.
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}
     command, ready = await start_serve(
         start_without_settings, "--store", str(command_directory / "work.db"), **unmeasured
@@ -309,7 +309,7 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
 
 
 async def start_two_servers(start: CommandStarter, url: str) -> list[dict[str, str]]:
-    """Start two servers on one database, and return the client variables of each server."""
+    """Start two servers on one database; return the environment variables for clients of each."""
     given = {"WORKPOOL_SERVE_STORE": url, "WORKPOOL_SERVE_TOKEN": TOKEN}
     return [client_variables((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
 
@@ -324,8 +324,9 @@ async def test_item_created_on_one_server_is_stopped_on_another_with_same_databa
     assert "stopped" in await run_and_read_output(run_in_process, one, "work", "get", work_id)
 
 
-@pytest.mark.timeout(300)  # the conformance suite waits until a lease of 60 s lapses
-async def test_conformance_suite_finds_no_difference_in_server_with_database(
+# The test needs more than a minute, because the suite waits until a lease of 60 s lapses.
+@pytest.mark.timeout(300)
+async def test_server_with_postgresql_fulfils_every_clause_of_conformance_suite(
     start_without_settings: CommandStarter, database_url: str
 ) -> None:
     (_, asked) = await start_two_servers(start_without_settings, database_url)

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(420)]
 
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_two_servers_behind_balancer_fulfil_every_clause_of_conform(
+async def test_two_servers_behind_balancer_fulfil_every_clause_of_conformance_suite(
     start_without_settings: CommandStarter, database_url: str, dialect: str
 ) -> None:
     addresses = []

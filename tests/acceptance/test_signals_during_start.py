@@ -1,4 +1,4 @@
-"""Signals during the imports of a command, and signals that do not end a command."""
+"""Signals that arrive while a command imports its modules, and hangups of terminals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 # Before the import of `MODULE`, the process prints a line and waits until the test writes to a
-# fifo. It waits in steps, because a signal just before a blocking read would not end that read.
+# fifo. The process checks the fifo every 0.05 s: in a blocking read, it would not handle a signal
+# that arrives just before the read.
 BLOCKED_IMPORT = """
 import os, select, sys
 
@@ -54,7 +55,7 @@ class BlockedCommandStarter(Protocol):
 def continue_start(command_directory: Path) -> Iterator[ContinueStart]:
     """Return a function that lets a command with a blocked import continue."""
     os.mkfifo(command_directory / "go")
-    # With O_RDWR, `open` does not wait for a reader of the fifo.
+    # With O_WRONLY, `open` would wait until another process opens the fifo for reading.
     fifo = os.open(command_directory / "go", os.O_RDWR)
     yield lambda: os.write(fifo, b"go\n")
     os.close(fifo)
@@ -155,13 +156,11 @@ async def test_run_signalled_twice_during_start_ends_at_once(
     command = await start_blocked(module, "run", "handlers")
     command.send_signal(signal.SIGTERM)
     command.send_signal(signal.SIGINT)
-    assert await command.wait_for_end() in {
-        130,
-        143,
-    }  # two signals at once may arrive in either order
+    # The kernel may deliver two pending signals in either order.
+    assert await command.wait_for_end() in {130, 143}
 
 
-async def test_run_with_hangup_during_start_logs_one_line_and_continues(
+async def test_sighup_during_start_of_run_is_logged_once_and_ignored(
     start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "finish"})
@@ -189,7 +188,7 @@ async def test_run_with_sigusr1_during_start_starts_paused(
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v", "check")])
-async def test_other_command_with_ctrl_c_during_start_ends(
+async def test_short_command_interrupted_by_ctrl_c_during_start_ends(
     start_blocked: BlockedCommandStarter, arguments: tuple[str, ...]
 ) -> None:
     command = await start_blocked("aiohttp", *arguments)
@@ -221,7 +220,7 @@ def only_child_process(pid: int) -> int:
 async def test_run_as_process_1_with_sigterm_during_start_ends(
     start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
 ) -> None:
-    """The kernel drops a signal to process 1 of a PID namespace if it has no handler."""
+    """The kernel drops a signal without a handler if it is sent to process 1 of a PID namespace."""
     [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers")
     os.kill(only_child_process(command.pid), signal.SIGTERM)
@@ -230,7 +229,7 @@ async def test_run_as_process_1_with_sigterm_during_start_ends(
     assert record_kinds(control_plane, item) == ["created"]
 
 
-async def test_running_pool_with_hangup_but_no_terminal_logs_one_line_and_continues(
+async def test_sighup_to_running_pool_without_terminal_is_logged_and_ignored(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "wait"})
@@ -252,7 +251,10 @@ class TerminalCommandStarter(Protocol):
 async def start_on_terminal(
     control_plane: ControlPlane, command_directory: Path
 ) -> AsyncIterator[TerminalCommandStarter]:
-    """Return a function that starts a command on a terminal that hangs up when it is closed."""
+    """Return a function that starts a command on a new terminal, and returns this terminal.
+
+    Closing the terminal sends a hangup (SIGHUP) to the command.
+    """
     commands: list[RunningCommand] = []
 
     async def start_process(*words: str) -> tuple[RunningCommand, int]:
@@ -285,7 +287,7 @@ async def start_on_terminal(
 WORKPOOL = (sys.executable, "-m", "workpool")
 
 
-async def test_running_pool_whose_terminal_hangs_up_drains(
+async def test_closing_terminal_of_running_pool_drains_the_pool(
     start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "wait"})
@@ -297,11 +299,11 @@ async def test_running_pool_whose_terminal_hangs_up_drains(
     assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
-async def test_running_pool_in_shell_whose_terminal_hangs_up_drains(
+async def test_closing_terminal_of_shell_drains_the_pool_started_there(
     start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "wait"})
-    # Without `; true`, bash would replace itself with the command.
+    # `; true` keeps bash as the parent process: bash would replace itself with a last command.
     script = f"{' '.join(WORKPOOL)} run handlers; true"
     command, terminal = await start_on_terminal("bash", "-i", "-c", script)
     await command.wait_for_log("wait runs")
@@ -311,7 +313,7 @@ async def test_running_pool_in_shell_whose_terminal_hangs_up_drains(
     assert record_kinds(control_plane, item)[-1] == "stopped"
 
 
-async def test_serve_command_ends_if_its_terminal_hangs_up(
+async def test_serve_command_ends_when_its_terminal_closes(
     start_on_terminal: TerminalCommandStarter,
 ) -> None:
     command, terminal = await start_on_terminal(*WORKPOOL, "serve", "--port", "0")
@@ -320,7 +322,7 @@ async def test_serve_command_ends_if_its_terminal_hangs_up(
     assert await command.wait_for_end() == 0
 
 
-async def test_running_pool_with_sighup_and_open_terminal_logs_one_line_and_continues(
+async def test_sighup_to_running_pool_with_open_terminal_is_logged_and_ignored(
     start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "wait"})
@@ -333,7 +335,7 @@ async def test_running_pool_with_sighup_and_open_terminal_logs_one_line_and_cont
     os.close(terminal)
 
 
-async def test_running_pool_under_nohup_continues_when_terminal_hangs_up(
+async def test_running_pool_under_nohup_continues_after_terminal_closes(
     start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(metadata={"do": "wait"})

@@ -63,7 +63,7 @@ async def print_variables(session):
 
 
 class ServiceManager:
-    """A datagram socket in place of systemd, and the lines that it has received."""
+    """A replacement for systemd: a datagram socket, and the lines that arrived at the socket."""
 
     def __init__(self, folder: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -115,7 +115,10 @@ async def service_manager() -> AsyncIterator[ServiceManager]:
 def start_supervised(
     start_command: CommandStarter, command_directory: Path, service_manager: ServiceManager
 ) -> CommandStarter:
-    """Return a function that starts a command as systemd does, with a watchdog."""
+    """Return a function that starts a command with the variables that systemd sets.
+
+    The command reports to `service_manager`, and has a watchdog.
+    """
     (command_directory / "blocking.py").write_text(BLOCKING)
 
     async def start_process(*arguments: str, **variables: str) -> RunningCommand:
@@ -128,7 +131,7 @@ def start_supervised(
     return start_process
 
 
-async def test_service_manager_receives_ready_then_watchdog_until_the_process_ends(
+async def test_systemd_receives_ready_then_watchdog_messages_until_process_ends(
     start_supervised: CommandStarter, service_manager: ServiceManager
 ) -> None:
     command = await start_supervised("run", "handlers")
@@ -167,7 +170,7 @@ async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
         ("block the renewer", "the renewer is blocked"),
     ],
 )
-async def test_watchdog_message_stops_once_the_renewer_thread_is_blocked(
+async def test_watchdog_messages_stop_while_renewer_thread_is_blocked(
     start_supervised: CommandStarter,
     service_manager: ServiceManager,
     control_plane: ControlPlane,
@@ -182,13 +185,16 @@ async def test_watchdog_message_stops_once_the_renewer_thread_is_blocked(
     await command.kill()
 
 
-async def test_watchdog_message_continues_while_a_handler_blocks_its_event_loop(
+async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
     start_supervised: CommandStarter,
     service_manager: ServiceManager,
     control_plane: ControlPlane,
     command_directory: Path,
 ) -> None:
-    """A blocked worker still renews its leases, so only its own limit `max_block` may end it."""
+    """The watchdog must not end a worker with a blocked loop, which still renews its leases.
+
+    The setting `max_block` limits the time of the block.
+    """
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_supervised("run", "handlers")
     await command.wait_for_log("block runs")
@@ -226,7 +232,7 @@ async def test_children_do_not_inherit_the_socket_of_the_service_manager(
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(names)
 
 
-async def test_service_manager_that_has_ended_is_logged_once(
+async def test_failed_message_to_service_manager_is_logged_only_once(
     start_supervised: CommandStarter, service_manager: ServiceManager, control_plane: ControlPlane
 ) -> None:
     command = await start_supervised("run", "handlers")
@@ -242,7 +248,7 @@ async def test_service_manager_that_has_ended_is_logged_once(
 
 
 @pytest.fixture
-def run_systemd_analyze() -> str:
+def systemd_analyze_program() -> str:
     program = shutil.which("systemd-analyze")
     if program is None:
         pytest.skip("systemd-analyze is not installed (Debian: systemd)")
@@ -255,26 +261,35 @@ def run_command(*words: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_unit_file_has_no_problem_for_systemd(run_systemd_analyze: str, tmp_path: Path) -> None:
+def test_unit_file_passes_systemd_analyze_verify_without_message(
+    systemd_analyze_program: str, tmp_path: Path
+) -> None:
     """The template unit is verified as an instance, with `workpool` of this virtual environment."""
     unit = tmp_path / UNIT.name
     program = Path(sys.executable).parent / "workpool"
     unit.write_text(UNIT.read_text().replace("/opt/workpool/bin/workpool", str(program)))
     assert (
-        run_command(run_systemd_analyze, "verify", "--man=no", "--recursive-errors=no", str(unit))
+        run_command(
+            systemd_analyze_program, "verify", "--man=no", "--recursive-errors=no", str(unit)
+        )
         == ""
     )
     assert (
         run_command(
-            run_systemd_analyze, "verify", "--man=no", str(tmp_path / "workpool@reports.service")
+            systemd_analyze_program,
+            "verify",
+            "--man=no",
+            str(tmp_path / "workpool@reports.service"),
         )
         == ""
     )
 
 
-def test_unit_file_has_low_exposure_level_in_systemd_analysis(run_systemd_analyze: str) -> None:
+def test_unit_file_passes_exposure_threshold_of_systemd_analyze_security(
+    systemd_analyze_program: str,
+) -> None:
     words = ("security", "--offline=true", "--no-pager", f"--threshold={EXPOSURE_TENTHS}")
-    assert "Overall exposure level" in run_command(run_systemd_analyze, *words, str(UNIT))
+    assert "Overall exposure level" in run_command(systemd_analyze_program, *words, str(UNIT))
 
 
 def unit_setting(name: str) -> str:
@@ -282,32 +297,36 @@ def unit_setting(name: str) -> str:
     return str(value)
 
 
-def unit_seconds(name: str) -> int:
+def unit_setting_seconds(name: str) -> int:
     """Return the value of a setting in the unit file, as a number of seconds."""
     return int(unit_setting(name))
 
 
-def test_unit_file_gives_a_drain_enough_time() -> None:
+def test_unit_file_stops_main_process_only_and_allows_drain_timeout() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
-    assert unit_seconds("TimeoutStopSec") >= timeout + 30
-    # With systemd's default, the child processes of running sessions would get SIGTERM too.
+    assert unit_setting_seconds("TimeoutStopSec") >= timeout + 30
+    # With the default `control-group`, systemd would also send SIGTERM to the child processes of
+    # running sessions.
     assert unit_setting("KillMode") == "mixed"
 
 
-def test_unit_file_lets_systemd_accept_reports_of_main_process() -> None:
+def test_unit_file_accepts_notifications_of_main_process_only() -> None:
     assert (unit_setting("Type"), unit_setting("NotifyAccess")) == ("notify", "main")
-    assert unit_seconds("WatchdogSec") >= 10, "reports are sent every second and may be late"
+    assert unit_setting_seconds("WatchdogSec") >= 10, (
+        "reports are sent every second and may be late"
+    )
 
 
-def test_watchdog_ends_a_frozen_process_before_its_leases_lapse() -> None:
+def test_watchdog_timeout_of_unit_file_is_shorter_than_remaining_lease() -> None:
     ttl = Settings().lease_ttl
-    left = ttl - ttl / RENEW_PART  # seconds that a lease still lasts when a heartbeat is due
-    assert unit_seconds("WatchdogSec") < left - lease_margin(ttl)
+    # The seconds from the time at which a heartbeat is due until the lease ends.
+    left = ttl - ttl / RENEW_PART
+    assert unit_setting_seconds("WatchdogSec") < left - lease_margin(ttl)
 
 
-def test_unit_file_restarts_the_worker_unless_its_settings_are_wrong() -> None:
-    # `on-failure` would not restart a worker that an exit limit ends with status 0.
+def test_unit_file_restarts_worker_except_after_status_for_wrong_settings() -> None:
+    # With `on-failure`, systemd would not restart a worker that an exit limit has ended (status 0).
     assert unit_setting("Restart") == "always"
     assert unit_setting("RestartPreventExitStatus") == "2"
-    assert unit_seconds("StartLimitIntervalSec") == 0
+    assert unit_setting_seconds("StartLimitIntervalSec") == 0

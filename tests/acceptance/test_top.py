@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_top_shows_session_of_a_worker_and_an_address_without_one(
+async def test_top_shows_session_of_worker_and_address_without_answer(
     start_command: CommandStarter, control_plane: ControlPlane, run_in_process: CommandRunner
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "wait"})
@@ -52,12 +52,12 @@ async def test_top_fails_when_no_worker_answers(run_in_process: CommandRunner) -
 async def test_top_escapes_control_characters_in_answer_of_worker(
     run_in_process: CommandRunner,
 ) -> None:
-    async def answer_hostile_text(_: web.Request) -> web.Response:
+    async def answer_with_control_characters(_: web.Request) -> web.Response:
         status = {"worker_id": "w", "reasons": ["\x1b[2J[red]disk full"], "sessions": []}
         return web.json_response(status)
 
     app = web.Application()
-    app.router.add_get("/live.json", answer_hostile_text)
+    app.router.add_get("/live.json", answer_with_control_characters)
     async with TestServer(app) as server:
         shown = await run_in_process("top", "--once", str(server.make_url("")))
     assert shown.status == 0
@@ -68,14 +68,14 @@ async def test_top_escapes_control_characters_in_answer_of_worker(
 @pytest.mark.parametrize(
     ("body", "expected_text"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
 )
-async def test_top_reports_addresses_that_are_no_worker(
+async def test_top_reports_address_with_answer_that_is_not_from_a_worker(
     run_in_process: CommandRunner, body: str, expected_text: str
 ) -> None:
-    async def answer_other_page(_: web.Request) -> web.Response:
+    async def answer_without_worker_status(_: web.Request) -> web.Response:
         return web.Response(text=body)
 
     app = web.Application()
-    app.router.add_get("/live.json", answer_other_page)
+    app.router.add_get("/live.json", answer_without_worker_status)
     async with TestServer(app) as server:
         shown = await run_in_process("top", "--once", str(server.make_url("")))
     assert shown.status == 1

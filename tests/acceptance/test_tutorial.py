@@ -1,7 +1,7 @@
-"""Runs the steps of the tutorial page in a shell, without settings and in a new directory.
+"""The steps of the tutorial page, run in a shell in a new directory and without settings.
 
-There are two differences: packages come from this environment instead of a package index, and the
-port is a free one.
+The test changes two things: packages come from this environment instead of a package index, and the
+server gets a free port.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def tutorial_checkout(place: Path) -> Path:
     return place
 
 
-def newcomer_environment() -> dict[str, str]:
-    """Return environment variables without settings, but with the path of installed packages."""
+def variables_without_settings() -> dict[str, str]:
+    """Return the environment variables of a user who has installed workpool and set nothing."""
     foreign = ("WORKPOOL_", "QODER_PAT", "COVERAGE_", "COV_", "PYTEST_", "PIP_", "VIRTUAL_ENV")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
     return inherited | {
@@ -84,7 +84,7 @@ def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
     done = subprocess.run(  # noqa: S603 - the tutorial's commands
         ["/bin/bash", "-c", shell_script(code_blocks(), free_port())],
         cwd=place,
-        env=newcomer_environment(),
+        env=variables_without_settings(),
         capture_output=True,
         text=True,
         check=False,
@@ -99,6 +99,6 @@ def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
     assert (tmp_path / "reports" / "workpool_reports.py").exists()
 
 
-def test_tutorial_has_all_its_steps() -> None:
+def test_tutorial_page_has_code_blocks_in_expected_order() -> None:
     kinds = [language for language, _ in code_blocks()]
     assert kinds == ["console", "console", "python", "python", "console", "console", "console"]

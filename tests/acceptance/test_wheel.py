@@ -81,7 +81,8 @@ def test_wheel_contains_every_tracked_file_except_documents_and_deployment(
         for name in tracked_files
         if name.startswith("workpool/") and not name.startswith(FOR_THE_SOURCE)
     }
-    # pytest imports this module at every start, and must not import the whole package with it.
+    # SHIM is the pytest plugin. The wheel has it outside of the package, because pytest imports
+    # it at every start and would otherwise import the whole package.
     assert names_in_wheel(path) == package - {SHIM} | {Path(SHIM).name}
     with zipfile.ZipFile(path) as wheel:
         (points,) = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]

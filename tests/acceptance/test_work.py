@@ -30,12 +30,12 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 async def output_of_work_command(ask: CommandRunner, *arguments: str) -> str:
     ended = await ask("work", *arguments)
     assert ended.status == 0
-    # Only `work list` writes to stderr: the number of items that were read.
+    # `work list` writes the number of items that it has read to stderr; other commands are silent.
     assert ended.err.startswith("workpool: ") if "list" in arguments else not ended.err
     return ended.out
 
 
-async def test_work_enqueue_prints_ids_and_work_get_of_unknown_item_fails(
+async def test_work_command_as_process_prints_ids_and_errors(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("work", "enqueue", "--count", "2")
@@ -123,7 +123,7 @@ async def test_work_enqueue_with_script_creates_scripted_session(
         ({"WORKPOOL_LEASE_TTL": "1"}, 2, "lease_ttl"),
     ],
 )
-async def test_work_command_refused_by_control_plane_prints_one_line_and_exit_status(
+async def test_failed_work_command_prints_one_line_and_ends_with_documented_status(
     run_in_process: CommandRunner, variables: dict[str, str], status: int, expected_text: str
 ) -> None:
     ended = await run_in_process("work", "stats", **variables)
@@ -148,7 +148,8 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         (["enqueue", "--script", "nowhere.json"], 2),
         (["enqueue", "--script", "bad.json"], 2),
         (["enqueue", "--script", "object.json"], 2),
-        (["enqueue", "--script", "script.json"], 3),  # the control plane refuses the script
+        # The command does not validate the entries of a script: the control plane refuses it.
+        (["enqueue", "--script", "script.json"], 3),
         (["update", "work_unknown"], 2),
     ]
     for arguments, status in cases:
@@ -158,10 +159,13 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         assert ended.out == ""
 
 
-async def test_work_stop_under_key_that_may_not_read_shows_item(
+async def test_work_stop_with_key_that_may_not_read_items_prints_item(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
-    """In the anthropic dialect a stop returns no item, so the command reads the list of items."""
+    """The key may list items, but not read one.
+
+    In the anthropic dialect, a stop returns no item, so the command finds the item in the list.
+    """
     (item,) = control_plane.enqueue()
     variables = {
         "WORKPOOL_BASE_URL": control_plane.anthropic_base_url,
@@ -204,7 +208,7 @@ async def test_failed_item_is_listed_and_retried_as_a_copy(
     assert (stats["running"], stats["stopped"]) == (0, 2)
 
 
-async def test_retry_without_call_that_creates_items_prints_metadata_of_item(
+async def test_retry_on_control_plane_that_cannot_create_items_prints_metadata(
     run_in_process: CommandRunner,
 ) -> None:
     faults = Faults()

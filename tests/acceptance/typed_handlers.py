@@ -93,21 +93,21 @@ async def has_an_optional_parameter(session: Session, scale: float = 1.0) -> dic
 
 
 @handler
-def plain_def(session: BlockingSession) -> dict[str, list[float]]:
+def plain_handler(session: BlockingSession) -> dict[str, list[float]]:
     return {session.id: [session.lease_remaining]}
 
 
 @handler(timeout=60)
-def plain_with_arguments(session: BlockingSession) -> JSON:
+def plain_handler_with_timeout(session: BlockingSession) -> JSON:
     return {"done": session.update_metadata({"phase": "done"}).metadata["phase"]}
 
 
 @handler
-def plain_returns_nothing(session: BlockingSession) -> None:
+def plain_handler_returns_nothing(session: BlockingSession) -> None:
     session.cancelled.wait(1)
 
 
-class Reports:
+class ClassWithHandlers:
     @handler
     def plain_method(self, session: BlockingSession) -> list[str]:
         return [event["id"] for event in session.events.list()]
@@ -132,99 +132,99 @@ class Reports:
 
 
 @handler  # type: ignore[type-var] # bytes
-async def returns_bytes(_: Session) -> bytes:
+async def wrong_returns_bytes(_: Session) -> bytes:
     return b""
 
 
 @handler(timeout=1)  # type: ignore[type-var] # bytes in a mapping
-async def returns_a_mapping_of_bytes(_: Session) -> dict[str, bytes]:
+async def wrong_returns_a_mapping_of_bytes(_: Session) -> dict[str, bytes]:
     return {}
 
 
 @handler  # type: ignore[type-var] # bytes in a list
-async def returns_a_list_of_bytes(_: Session) -> list[bytes]:
+async def wrong_returns_a_list_of_bytes(_: Session) -> list[bytes]:
     return []
 
 
 @handler  # type: ignore[type-var] # a set
-async def returns_a_set(_: Session) -> set[str]:
+async def wrong_returns_a_set(_: Session) -> set[str]:
     return set()
 
 
 @handler  # type: ignore[type-var] # keys that are no strings
-async def returns_a_mapping_of_numbers(_: Session) -> dict[int, str]:
+async def wrong_returns_a_mapping_of_numbers(_: Session) -> dict[int, str]:
     return {}
 
 
 @handler  # type: ignore[type-var] # a dataclass
-async def returns_a_dataclass(_: Session) -> Order:
+async def wrong_returns_a_dataclass(_: Session) -> Order:
     return Order(7)
 
 
 @handler  # type: ignore[type-var] # a time
-async def returns_a_time(session: Session) -> datetime | None:
+async def wrong_returns_a_time(session: Session) -> datetime | None:
     return session.item.created_at
 
 
 @handler  # type: ignore[type-var] # anything
-async def returns_an_object(session: Session) -> object:
+async def wrong_returns_an_object(session: Session) -> object:
     return session
 
 
 @handler  # type: ignore[type-var] # an async generator
-async def yields_strings(session: Session) -> AsyncIterator[str]:
+async def wrong_yields_strings(session: Session) -> AsyncIterator[str]:
     yield session.id
 
 
 @handler  # type: ignore[type-var] # not the session
-async def takes_a_text(_: str) -> None: ...
+async def wrong_takes_a_text(_: str) -> None: ...
 
 
 @handler  # type: ignore[type-var] # no parameter
-async def takes_nothing() -> None: ...
+async def wrong_without_parameter() -> None: ...
 
 
 @handler  # type: ignore[type-var] # a second parameter without a default
-async def takes_a_second_argument(_: Session, rows: int) -> dict[str, int]:
+async def wrong_takes_a_second_argument(_: Session, rows: int) -> dict[str, int]:
     return {"rows": rows}
 
 
 @handler  # type: ignore[type-var] # a plain `def` has a blocking session
-def plain_takes_a_session(_: Session) -> None: ...
+def wrong_plain_handler_with_async_session(_: Session) -> None: ...
 
 
 @handler  # type: ignore[type-var] # an `async def` has a session
-async def takes_a_blocking_session(_: BlockingSession) -> None: ...
+async def wrong_async_handler_with_blocking_session(_: BlockingSession) -> None: ...
 
 
 @handler  # type: ignore[type-var] # bytes
-def plain_returns_bytes(_: BlockingSession) -> bytes:
+def wrong_plain_handler_returns_bytes(_: BlockingSession) -> bytes:
     return b""
 
 
 @handler  # type: ignore[type-var] # a generator
-def plain_yields(session: BlockingSession) -> Iterator[str]:
+def wrong_plain_handler_yields(session: BlockingSession) -> Iterator[str]:
     yield session.id
 
 
-def gives_wrong_arguments() -> None:
+def function_with_wrong_arguments_for_decorator() -> None:
     handler(timeout="60")  # type: ignore[call-overload] # a text
     handler(retry=3)  # type: ignore[call-overload] # a number
     handler(retry=Retry(on=KeyboardInterrupt))  # type: ignore[arg-type] # not an Exception
 
 
-class WrongReports:
+class ClassWithWrongHandlers:
     @handler  # type: ignore[type-var] # no session
-    async def takes_only_self(self) -> None: ...
+    async def wrong_method_without_session(self) -> None: ...
 
     @handler(timeout=1)  # type: ignore[type-var] # a dataclass
-    async def method_with_a_dataclass(self, _: Session) -> Order:
+    async def wrong_method_returns_a_dataclass(self, _: Session) -> Order:
         return Order(7)
 
 
-async def calls_a_decorated_function(session: Session) -> list[dict[str, str]]:
+async def function_that_calls_a_handler(session: Session) -> list[dict[str, str]]:
     return [await returns_strings(session)]
 
 
-async def takes_the_result_for_another_type(session: Session) -> int:
+async def function_with_wrong_type_for_handler_result(session: Session) -> int:
     return await returns_strings(session)  # type: ignore[return-value] # a mapping of strings

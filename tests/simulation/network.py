@@ -14,7 +14,7 @@ from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
 from workpool.server.http.server_dialects import QODER
 from workpool.testing.fault import NO_FAULT, Fault, garbled, reset, silence, status
-from workpool.testing.local_client import LocalClient, run_with_fault
+from workpool.testing.local_client import LocalClient, run_operation_with_fault
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.credential_renewal import CredentialSource
@@ -287,7 +287,9 @@ class SimulatedClient(LocalClient):
             item = await self._operations.long_poll(
                 self._environment_id, poll, lambda: self._poller_is_disconnected(answered)
             )
-        reply = run_with_fault(fault, lambda: None if item is None else QODER.item_json(item))
+        reply = run_operation_with_fault(
+            fault, lambda: None if item is None else QODER.item_json(item)
+        )
         if reply != "silence":
             await asyncio.sleep(fault.answer_delay)
             if not answered.done():

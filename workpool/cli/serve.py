@@ -139,7 +139,7 @@ def serve(
             hide_token(each)
         plan = read_fault_plan(faults) if faults is not None else FaultPlan()
         opened = _new_store(store)
-        if isinstance(opened, PostgresStore) and plan.needs_in_memory_index:
+        if isinstance(opened, PostgresStore) and plan.needs_in_memory_queue:
             raise ServeError(f"{faults}: no clock_skew and no expired leases with PostgreSQL")
         injected = Faults(plan.seed, remember=False)
         clock = Clock()

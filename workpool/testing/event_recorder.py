@@ -17,10 +17,12 @@ E = TypeVar("E")
 
 
 class Recorder:
-    """A plugin that records the events of a pool; used on the supervisor's loop.
+    """A plugin that records the events of a pool.
+
+    A recorder may be used only on the event loop of its supervisor.
 
     Attributes:
-        events: All events, in their order.
+        events: All events, oldest first.
     """
 
     def __init__(self) -> None:
@@ -34,7 +36,10 @@ class Recorder:
         self._changes.notify()
 
     def of(self, kind: type[E], where: Callable[[E], bool] | None = None) -> list[E]:
-        """Return the recorded events of one kind that `where` accepts, in order."""
+        """Return the recorded events of the class `kind`, oldest first.
+
+        `where` returns whether to include an event; None includes all events of the class.
+        """
         events: list[E] = [event for event in self.events if isinstance(event, kind)]
         return events if where is None else [event for event in events if where(event)]
 
@@ -46,22 +51,24 @@ class Recorder:
         count: int = 1,
         timeout: float = WAIT_SECONDS,
     ) -> E:
-        """Return the `count`-th event of this kind that happened or happens within `timeout`.
+        """Return the `count`-th event of the class `kind`, and wait for it if necessary.
+
+        `where` returns whether an event counts; None counts all events of the class.
 
         Raises:
-            AssertionError: There was no such event in time.
+            AssertionError: There was no such event within `timeout` seconds.
         """
         found: list[E] = []
         seen = 0
 
-        def enough_events() -> list[E] | None:
+        def find_enough_events() -> list[E] | None:
             nonlocal seen
             new, seen = self.events[seen:], len(self.events)
             found.extend(e for e in new if isinstance(e, kind) and (where is None or where(e)))
             return found if len(found) >= count else None
 
         await self._changes.wait_until(
-            enough_events,
+            find_enough_events,
             lambda: f"{count} × {kind.__name__}; there was {count_event_names(self.events)}",
             timeout,
         )

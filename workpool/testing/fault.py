@@ -33,21 +33,21 @@ _PAGE: Final = b"<html><body><h1>Bad gateway</h1></body></html>"
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault that is injected into one call. Without arguments, the call is not changed.
+    """A fault that is injected into one call. The fault `Fault()` changes nothing.
 
     Attributes:
         wait: Seconds for which the call waits in the client, for a rate limit or a connection,
-            before it is checked and sent. Over HTTP, these seconds are added to `request_delay`.
+            before it is checked and sent. In an HTTP request, the seconds add to `request_delay`.
         request_delay: Seconds until the request arrives, even if the caller has given up.
         answer_delay: Seconds until the answer arrives.
         byte_seconds: Seconds for each byte of the answer.
-        before: Called when the request arrives, with the ids of its environment and of its item,
-            if it has one.
-        applied: Whether the operation is carried out.
-        answer: Replaces the true answer: a status with the envelope of an error, the body of a
-            200, a function that returns the answer, or no answer. None: the true answer.
-        retry_after: `Retry-After` of an answer with a status.
-        rewrite: Changes the JSON of the true answer, if it is a success.
+        before: Called when the request arrives, with the id of its environment and the id of its
+            item, or None for a call without an item.
+        applied: Whether the control plane carries out the operation.
+        answer: Replaces the control plane's answer: a status with the envelope of an error, the
+            body of a 200, a function that returns the answer, or no answer. None keeps the answer.
+        retry_after: The header `Retry-After` if `answer` is a status.
+        rewrite: Changes the JSON of the control plane's answer, if the call succeeded.
     """
 
     wait: float = 0.0
@@ -61,7 +61,7 @@ class Fault:
     rewrite: Callable[[Any], Any] | None = None
 
     def replace_answer(self, true: Response) -> Response | NoAnswer:
-        """Return the answer that the caller receives in place of the true answer `true`."""
+        """Return the answer that the caller receives if the control plane answered `true`."""
         match self.answer:
             case None if self.rewrite is not None and true.status in range(200, 300):
                 body = true.body if isinstance(true.body, bytes) else b""
@@ -86,13 +86,16 @@ NO_FAULT: Final = Fault()
 
 
 def nest_faults(faults: Sequence[Fault]) -> Fault:
-    """Return one fault with the effects of several faults; the first one is the outermost."""
-    return reduce(_nest_fault, faults, NO_FAULT) if len(faults) != 1 else faults[0]
+    """Return one fault with the effects of several faults, as if they were nested middlewares.
+
+    The first fault is the outermost: it receives the request first and changes the answer last.
+    """
+    return reduce(_nest_two_faults, faults, NO_FAULT) if len(faults) != 1 else faults[0]
 
 
-def _nest_fault(outer: Fault, inner: Fault) -> Fault:
+def _nest_two_faults(outer: Fault, inner: Fault) -> Fault:
     if not outer.applied:
-        # The outer fault prevents the call, so the inner fault has no effect.
+        # The request does not get past the outer fault, so the inner fault has no effect.
         return outer
     replaced = outer if outer.answer is not None else inner
     return Fault(
@@ -115,11 +118,11 @@ def _combine_callbacks(
     if first is None or second is None:
         return first or second
 
-    def call_both(environment_id: str, work_id: str | None) -> None:
+    def call_both_callbacks(environment_id: str, work_id: str | None) -> None:
         first(environment_id, work_id)
         second(environment_id, work_id)
 
-    return call_both
+    return call_both_callbacks
 
 
 def _compose_rewrites(
@@ -133,7 +136,10 @@ def _compose_rewrites(
 def status(
     code: int, *, retry_after: str | float | None = None, html: bool = False, applied: bool = False
 ) -> Fault:
-    """Return a fault that answers with an error of the protocol, or with a gateway's HTML page."""
+    """Return a fault that answers with this status code.
+
+    The body is a JSON error of the protocol, or with `html` the HTML page of a gateway.
+    """
     if html:
         after = {} if retry_after is None else {"Retry-After": str(retry_after)}
         return literal(_PAGE, code, headers=_HTML | after, applied=applied)
@@ -152,7 +158,7 @@ def literal(
     headers: Mapping[str, str] | None = None,
     applied: bool = False,
 ) -> Fault:
-    """Return a fault that answers with `body`, or with the return value of a function `body`."""
+    """Return a fault that answers with these bytes; a callable `body` returns the bytes."""
 
     def make_answer() -> Response:
         return Response(code, headers or _JSON, body() if callable(body) else body)
@@ -161,17 +167,20 @@ def literal(
 
 
 def delay(seconds: float, *, applied: bool = False) -> Fault:
-    """Return a fault that delays the operation, or with `applied` only its answer."""
+    """Return a fault that delays a call by `seconds`.
+
+    The request is delayed, or, with `applied`, only the answer to the request.
+    """
     return Fault(answer_delay=seconds) if applied else Fault(request_delay=seconds)
 
 
 def silence(*, applied: bool = True) -> Fault:
-    """Return a fault that sends no answer, on a connection that stays open."""
+    """Return a fault that sends no answer and leaves the connection open."""
     return Fault(answer="silence", applied=applied)
 
 
 def lost(*, applied: bool = True) -> Fault:
-    """Return a fault that closes the connection instead of answering."""
+    """Return a fault that loses the answer: the connection is closed instead."""
     return Fault(answer="closed", applied=applied)
 
 
@@ -186,7 +195,7 @@ def trickle(seconds: float) -> Fault:
 
 
 def expired(plane: ControlPlane) -> Fault:
-    """Return a fault that ends the item's lease before the operation, if it is about an item."""
+    """Return a fault that ends the lease of the item before a call for this item."""
 
     def expire_item_lease(environment_id: str, work_id: str | None) -> None:
         if work_id is not None:
@@ -196,10 +205,14 @@ def expired(plane: ControlPlane) -> Fault:
 
 
 def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None = None) -> None:
-    """End the lease of an item now, as if its time had passed; does nothing without a lease."""
+    """End the lease of an item now, as if its time had passed.
+
+    The call has no effect on an item that has no lease.
+    """
     queue = plane.operations.get_queue(environment_id or plane.environments[0])
     item = queue.get_item(work_id)
     if item.lease_end is not None:
-        # A later end than the last recorded time would break the order of times in the history.
+        # The history is ordered by time. A lease that ends later than the last recorded time
+        # would break this order.
         queue.put_item(replace(item, lease_end=min(item.lease_end, plane.operations.latest_time)))
         plane.operations.get_queue(queue.environment_id)

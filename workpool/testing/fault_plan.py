@@ -34,7 +34,10 @@ class _StrictModel(BaseModel):
 
 
 class _FaultConditions(_StrictModel):
-    """The conditions of a fault in the file; the keys are those of `fault_rules.RuleLimits`."""
+    """The keys of a faults file that select the calls for one fault.
+
+    The keys have the meaning of the keys of `fault_rules.RuleLimits`.
+    """
 
     ops: Annotated[list[effects.Op], Field(min_length=1)] | None = None
     times: Annotated[int, Field(ge=1)] | None = None
@@ -43,7 +46,7 @@ class _FaultConditions(_StrictModel):
     between: Annotated[tuple[_Seconds, _Seconds], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
-    def _check_window_order(self) -> Self:
+    def _check_time_window(self) -> Self:
         if self.between is not None and self.between[0] >= self.between[1]:
             raise ValueError("between: the window must end after it begins")
         return self
@@ -122,8 +125,11 @@ class FaultPlan(_StrictModel):
     ] = []
 
     @property
-    def needs_in_memory_index(self) -> bool:
-        """Whether the plan changes the control plane's clock, or leases in the server's memory."""
+    def needs_in_memory_queue(self) -> bool:
+        """Whether the plan works only with a server that keeps its queue in memory.
+
+        Such a plan moves the clock or ends leases. With PostgreSQL, both are in the database.
+        """
         return self.clock_skew != 0 or any(
             isinstance(each, _ExpiredLeaseFault) for each in self.fault
         )
@@ -150,7 +156,7 @@ def read_fault_plan(path: Path) -> FaultPlan:
         )
     except OSError as error:
         raise ServeError(f"faults file: {path}: {error.strerror}") from None
-    except ValueError as error:  # also the UnicodeDecodeError of a file that is not UTF-8
+    except ValueError as error:  # a syntax error, or a UnicodeDecodeError if it is not UTF-8
         raise ServeError(f"faults file: {path}: {error}") from None
     try:
         return FaultPlan.model_validate(found)
@@ -163,6 +169,7 @@ def _describe_problem(place: tuple[int | str, ...], message: str) -> str:
     """Return the text of one mistake, such as `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):
-        # Pydantic's third part is the kind of the fault, which is no key of the file.
+        # Pydantic's place is ("fault", index, kind, key...). Drop the kind, which is the value of
+        # a key and would look like a key in the message.
         words = [f"{place[0]} {place[1] + 1}", *words[3:]]
     return ": ".join([*words, _WORDING.get(message, message[:1].lower() + message[1:])])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class RuleLimits(TypedDict, total=False):
-    """The conditions under which a rule injects its fault; all of them must hold."""
+    """The conditions under which a rule injects its fault into a call; all of them must hold."""
 
     times: int
     """The largest number of requests that get the fault."""
@@ -77,7 +77,9 @@ class Request:
 
 @dataclass(eq=False)
 class Rule:
-    """A fault and its conditions; as a context manager, it removes itself at the end.
+    """A fault and the conditions under which it is injected.
+
+    A rule is also a context manager: at the end of the block, the rule is removed.
 
     Attributes:
         hits: The number of requests into which the fault was injected.
@@ -91,7 +93,10 @@ class Rule:
     _matches: int = field(default=0, repr=False)
 
     def applies(self, request: Request) -> bool:
-        """Return whether this fault applies to the request, and count the match."""
+        """Return whether the fault applies to the request, and add the request to the counts.
+
+        The limits `skip` and `times` and the attribute `hits` depend on these counts.
+        """
         limits = self.limits
         where, window = limits.get("where"), limits.get("between")
         if request.op not in self.ops or (where is not None and not where(request)):
@@ -112,7 +117,7 @@ class Rule:
         return True
 
     def remove(self) -> None:
-        """Stop injecting the fault; a second call has no effect."""
+        """Remove the rule, so that its fault is no longer injected."""
         if self in self.faults.rules:
             self.faults.rules.remove(self)
 
@@ -140,7 +145,7 @@ class Faults:
     """
 
     def __init__(self, seed: int = 0, *, remember: bool = True, over_http: bool = True) -> None:
-        """Create a set of faults without rules.
+        """Create an empty set of faults; `add` adds a rule.
 
         Args:
             seed: The seed of the probabilities.
@@ -158,7 +163,7 @@ class Faults:
         self._began: float | None = None
 
     def add(self, fault: Fault | Middleware, *ops: Op, **limits: Unpack[RuleLimits]) -> Rule:
-        """Inject a fault into the calls `ops` (default: all calls) from now on.
+        """Inject a fault from now on into calls of the operations `ops`; none means all.
 
         Raises:
             TypeError: The fault works on HTTP requests only, and the calls are made in one process.
@@ -170,7 +175,11 @@ class Faults:
         return rule
 
     def of(self, *ops: Op, work_id: str | None = None) -> list[Request]:
-        """Return the recorded requests of the calls `ops` (default: all), of one item or all."""
+        """Return the recorded requests of the operations `ops`, oldest first.
+
+        Without `ops`, requests of all operations count. With `work_id`, only requests for this
+        item count.
+        """
         return [
             request
             for request in self.seen
@@ -185,15 +194,20 @@ class Faults:
         answered: bool = False,
         timeout: float | None = None,
     ) -> Request:
-        """Return the `count`-th request of the calls `ops`; with `answered`, count answered ones.
+        """Return the `count`-th request of the operations `ops`, and wait for it if necessary.
 
-        `timeout`: seconds; None: 10, in virtual time a day.
+        Args:
+            ops: The operations; without arguments, all operations.
+            work_id: Count only requests for this item.
+            count: The number of the request, from 1.
+            answered: Count only requests that were answered.
+            timeout: Seconds to wait. None: 30 s, or a day of virtual time.
 
         Raises:
             AssertionError: There was no such request in time.
         """
 
-        def enough_requests() -> list[Request] | None:
+        def find_enough_requests() -> list[Request] | None:
             found = self.of(*ops, work_id=work_id)
             if answered:
                 found = [request for request in found if request.status is not None]
@@ -203,7 +217,7 @@ class Faults:
         if timeout is None:
             timeout = WAIT_SECONDS if self._over_http else VIRTUAL_WAIT_SECONDS
         found = await self._changes.wait_until(
-            enough_requests,
+            find_enough_requests,
             lambda: f"{count} × {names}; there was {[each.op for each in self.seen]}",
             timeout,
         )
@@ -215,7 +229,11 @@ class Faults:
         return now - (now if self._began is None else self._began)
 
     def draw_chance(self, probability: float) -> bool:
-        """Return True with this probability; with 1 no random number is drawn."""
+        """Return True with the given probability, from the seeded random numbers.
+
+        A certain result (1) draws no number, so a rule without probability does not change the
+        numbers of the other rules.
+        """
         return probability >= 1 or self._random.random() < probability
 
     @web.middleware
@@ -248,12 +266,12 @@ class Faults:
             self._changes.notify()
 
     def fault_for_call(self, request: Request) -> Fault:
-        """Return the fault of a call in one process; see `workpool.testing.local_client`."""
+        """Record a call of a `LocalClient`, and return the fault to inject into this call."""
         rules = self._record_request(request)
         return nest_faults([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
     def record_answer(self, request: Request, status: int | None) -> None:
-        """Record the status of a call in one process; None: the call has no answer."""
+        """Record the status of the answer to a `LocalClient`; None means no answer."""
         request.status, request.lost = status, status is None
         self._changes.notify()
 

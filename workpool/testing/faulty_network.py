@@ -73,7 +73,10 @@ class Proxy:
         self._drops_all_bytes = True
 
     def partition(self) -> None:
-        """Delay every byte in both directions until `heal()`, as TCP does in an outage."""
+        """Keep every byte back, in both directions, until `heal()`.
+
+        No byte is lost, as in a network outage after which TCP sends the bytes again.
+        """
         self.heal()
         self._network_up.clear()
 
@@ -88,10 +91,14 @@ class Proxy:
         self._bytes_per_second = bytes_per_second
 
     def half_close(self) -> None:
-        """Send EOF to the worker on every open connection: only requests arrive from then on."""
+        """Send EOF to the worker on every open connection.
+
+        The connections still deliver requests to the control plane, but no answers to the worker.
+        """
         for connection in self._connections:
             connection.half_closed = True
-            with suppress(OSError):  # the worker has already closed the connection
+            # The worker may already have closed the connection.
+            with suppress(OSError):
                 connection.worker.write_eof()
 
     def reset(self) -> None:
@@ -102,7 +109,7 @@ class Proxy:
                 reset_connection(connection.plane.transport)
 
     def heal(self) -> None:
-        """End all failures; open connections that lost bytes stay silent."""
+        """End all failures. A connection that has lost bytes transfers no further bytes."""
         self._drops_all_bytes = False
         self._delay, self._bytes_per_second = 0.0, None
         self._network_up.set()
@@ -144,8 +151,8 @@ class Proxy:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Do not pass an error of the `async with` block on: the task group would wrap the error in
-        # an ExceptionGroup.
+        # Close the stack without the error of the `async with` block: the task group would wrap
+        # the error in an ExceptionGroup.
         await self._stack.aclose()
 
     async def _forward_connection(
@@ -173,7 +180,8 @@ class Proxy:
         host, port = self._target.hostname, self._target.port
         try:
             answers, plane = await asyncio.open_connection(host, port, limit=_CHUNK_BYTES)
-        except OSError:  # no server listens: only the worker's connection is closed
+        except OSError:
+            # No server listens. The caller closes the connection of the worker.
             return
         connection.plane = plane
         try:
@@ -190,7 +198,8 @@ class Proxy:
         sink: asyncio.StreamWriter,
     ) -> None:
         """Forward the bytes of one direction, and then the end of the stream (EOF)."""
-        with suppress(OSError):  # after a reset, the other side is aborted below
+        # An OSError means that one side was reset: the code after this block aborts the other side.
+        with suppress(OSError):
             while chunk := await source.read(self._next_read_size()):
                 await self._wait_for_network(len(chunk))
                 if self._drops_bytes(connection):
@@ -202,14 +211,17 @@ class Proxy:
             if not self._drops_bytes(connection):
                 sink.write_eof()
                 return
-            # A black hole does not forward the end of the stream. The end of the proxy cancels this
-            # wait.
+            # A black hole does not forward the end of the stream, so this task waits until the end
+            # of the proxy cancels it.
             await asyncio.Event().wait()
         if not connection.lost_bytes:
             sink.transport.abort()
 
     def _next_read_size(self) -> int:
-        """Return the number of bytes to read next; a throttle allows the bytes of 0.1 s."""
+        """Return the largest number of bytes to read next.
+
+        With a throttle, it is the number of bytes that may pass in 0.1 s.
+        """
         if self._bytes_per_second is None:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))

@@ -31,16 +31,16 @@ _SUFFIXED: Final = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
 
 
 class Middleware(Protocol):
-    """An aiohttp middleware as a fault, for an effect that `Fault` does not offer."""
+    """The interface of a fault with an effect that `Fault` does not have; `Hold` is an example."""
 
     def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
-        """Answer the request; may call `handler` for the true answer."""
+        """Answer the request. `handler(request)` passes it on and returns the normal answer."""
 
 
 async def answer_with_fault(
     fault: Fault | Middleware, request: web.Request, handler: Handler
 ) -> web.StreamResponse:
-    """Answer a request as the fault says; `handler` returns the true answer."""
+    """Answer a request with the effects of a fault; `handler` returns the normal answer."""
     if not isinstance(fault, Fault):
         return await fault(request, handler)
     if seconds := fault.wait + fault.request_delay:
@@ -60,7 +60,7 @@ async def answer_with_fault(
 async def _replace_answer(
     fault: Fault, request: web.Request, true: web.StreamResponse
 ) -> web.StreamResponse:
-    """Return the answer that the fault puts in place of the true answer."""
+    """Return the answer that the fault puts in place of the normal answer `true`."""
     headers = {
         name: value for name, value in true.headers.items() if name.lower() != "content-length"
     }
@@ -71,7 +71,8 @@ async def _replace_answer(
     if isinstance(answer, str):
         if request.transport is not None:
             _close_connection(request.transport, answer)
-        # aiohttp needs an answer, which it drops because the connection is closed.
+        # An aiohttp handler must return an answer. aiohttp drops this one, because the connection
+        # is closed.
         return true
     body = answer.body if isinstance(answer.body, bytes) else b""
     replaced = web.Response(body=body, status=answer.status, headers=answer.headers)
@@ -102,7 +103,8 @@ async def _send_bytewise(
     response = web.StreamResponse(status=whole.status)
     response.content_type = whole.content_type
     response.content_length = len(content)
-    with suppress(ConnectionError):  # the client may close the connection before the last byte
+    # The client may close the connection before the last byte.
+    with suppress(ConnectionError):
         await response.prepare(request)
         for byte in content:
             await response.write(bytes((byte,)))
@@ -111,7 +113,7 @@ async def _send_bytewise(
 
 
 def operation_of_request(request: web.Request) -> Op | None:
-    """Return the name of a worker's call; None for a request that only applications make."""
+    """Return the operation of a worker's request; None for a request of an application."""
     match = request.match_info
     tail = request.path.rpartition("/")[2]
     op: Any
@@ -135,7 +137,13 @@ def worker_id_of_request(request: web.Request) -> str | None:
 
 
 class Hold:
-    """A fault that delays requests, or with `applied` their answers, until `release()`."""
+    """A fault that delays requests until the test calls `release()`.
+
+    With `applied`, requests are carried out at once and only their answers are delayed.
+
+    Attributes:
+        held: The number of requests that have reached the delay.
+    """
 
     def __init__(self, *, applied: bool = False) -> None:
         self.held = 0
@@ -144,7 +152,7 @@ class Hold:
         self._changes = StateChanges()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Delay one request, or its answer, until `release()`."""
+        """Delay one request, or the answer to it, until the test calls `release()`."""
         if self._applied:
             response = await handler(request)
             await self._wait_for_release()
@@ -158,13 +166,13 @@ class Hold:
         await self._released.wait()
 
     async def reached(self, count: int = 1) -> None:
-        """Wait until `count` requests in total have reached the delay."""
+        """Wait until `count` requests in total have been held."""
         await self._changes.wait_until(
             lambda: self.held >= count, lambda: f"{count} requests to hold; held {self.held}"
         )
 
     def release(self) -> None:
-        """Let all delayed requests continue, and delay no further ones."""
+        """Let all held requests continue, and delay no later request."""
         self._released.set()
 
 
@@ -175,7 +183,7 @@ class Cut:
         self._open: set[asyncio.WriteTransport] = set()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer one request; until the answer is complete, `now()` can reset the connection."""
+        """Answer one request. Meanwhile, a call of `now()` resets the connection."""
         transport = request.transport
         if transport is None:
             return await handler(request)
@@ -186,7 +194,7 @@ class Cut:
             self._open.discard(transport)
 
     def now(self) -> int:
-        """Reset all connections whose answer is unfinished, and return their number."""
+        """Reset, now, every connection with an unfinished answer; return their number."""
         cut = list(self._open)
         for transport in cut:
             reset_connection(transport)
@@ -194,8 +202,9 @@ class Cut:
 
 
 def reset_connection(transport: asyncio.WriteTransport) -> None:
-    """Reset a TCP connection, and drop the bytes that are not sent yet."""
+    """Reset a TCP connection, and drop the bytes that have not been sent."""
     connection = transport.get_extra_info("socket")
-    with suppress(OSError):  # the connection has already ended
+    # A connection that has already ended has no socket options to set.
+    with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

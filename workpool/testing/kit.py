@@ -86,7 +86,7 @@ class Kit:
 
     @functools.cached_property
     def server(self) -> ControlPlane:
-        """The control plane, on a free port; in virtual time, without a port."""
+        """The control plane of the test. It has a free port, or no port in virtual time."""
         __tracebackhide__ = True
         loop = _virtual_loop()
         if loop is None:
@@ -115,13 +115,18 @@ class Kit:
         return self.server.operations.get_item(item.environment_id, item.id)
 
     def stop(self, item: Item, *, force: bool = False) -> None:
-        """Stop an item as an operator does; its pool sends a heartbeat and notices at once."""
+        """Stop an item, as an operator does.
+
+        The item's pool sends a heartbeat at once, so that its session receives the stop request
+        without delay.
+        """
         self.server.operations.stop_item(item.environment_id, item.id, force=force)
         self._send_heartbeat_now(item)
 
     def lose(self, item: Item) -> None:
-        """End an item's lease, as an outage does; its pool sends a heartbeat and notices at once.
+        """End an item's lease, as an outage does.
 
+        The item's pool sends a heartbeat at once, so that it detects the loss without delay.
         The session ends as `lease_lost`. The item is in the queue again, so a pool of this test
         receives it again.
 
@@ -135,7 +140,7 @@ class Kit:
         self._send_heartbeat_now(item)
 
     def settings(self, **values: Any) -> Settings:
-        """Return settings for a pool on the control plane. A keyword replaces a default."""
+        """Return settings for a pool on the test's control plane; `values` override defaults."""
         plane = self.server
         ours: dict[str, Any] = {
             "base_url": plane.base_url,
@@ -146,7 +151,9 @@ class Kit:
         return Settings(**ours | values)
 
     def pool(self, *plugins: object, **settings: Any) -> Supervisor:
-        """Return a pool with these plugins, to be used with `async with`; see `Supervisor`.
+        """Return a pool with the given plugins on the test's control plane.
+
+        Run the pool with `async with`, like any `Supervisor`.
 
         Raises:
             RuntimeError: The control plane is not open: outside of the fixture, `async with Kit()`.
@@ -176,13 +183,13 @@ class Kit:
         timeout: float | None = None,
         **settings: Any,
     ) -> SessionResult:
-        """Enqueue one item and run a pool of these plugins until its session has ended.
+        """Enqueue one item, and run a pool with the given plugins until its session has ended.
 
         Args:
             plugins: A handler, or any other plugins that `Supervisor` accepts.
             metadata: The metadata of the item.
             script: The tool uses of a scripted session; None: a session without events.
-            timeout: Seconds to wait; None: 10, in virtual time a day.
+            timeout: Seconds to wait. None: 30 s, or a day of virtual time.
             settings: Settings of the pool, by name.
 
         Raises:
@@ -192,14 +199,14 @@ class Kit:
         __tracebackhide__ = True
         (item,) = self.enqueue(metadata=metadata, script=script)
 
-        def ends_session(event: object) -> bool:
+        def is_end_of_session(event: object) -> bool:
             match event:
                 case SessionFinished(session=session):
                     return session.item.id == item.id
                 case ItemDeclined(item=declined, reason=reason):
                     return declined.id == item.id and reason != "busy"
-            # A drain of this pool ends the wait; if the pool has failed, leaving its context raises
-            # the error. The drain of another pool is ignored.
+            # Without this condition, the wait for a pool that drains or fails would last until the
+            # timeout. A pool of the same test that drains must not end the wait for this pool.
             return isinstance(event, DrainFinished) and pool.status().draining
 
         # With more slots, the pool could take other items of the test.
@@ -208,7 +215,7 @@ class Kit:
         async with pool:
             try:
                 end = await self.recorder.wait_for(
-                    object, ends_session, timeout=_timeout_seconds(timeout)
+                    object, is_end_of_session, timeout=_timeout_seconds(timeout)
                 )
             except AssertionError:
                 raise AssertionError(self._session_failure_text(item, timeout)) from None
@@ -216,7 +223,7 @@ class Kit:
             case SessionFinished():
                 return self._session_result(end, self.item(item))
             case ItemDeclined():
-                raise AssertionError(_declined_text(end, plugins))
+                raise AssertionError(_text_of_declined_item(end, plugins))
         raise AssertionError("the pool was drained before the session had ended")
 
     async def wait_for(
@@ -227,14 +234,14 @@ class Kit:
         count: int | None = None,
         timeout: float | None = None,
     ) -> E:
-        """Return an event of this kind that happened or happens within `timeout`.
+        """Return an event of the class `kind`, and wait for it if it has not happened yet.
 
         Args:
             kind: A class of `workpool.events`.
             where: Only events that this accepts.
             count: The number of the event since the test began; None: the first event that no
                 earlier call without `count` has returned.
-            timeout: Seconds to wait; None: 10, in virtual time a day.
+            timeout: Seconds to wait. None: 30 s, or a day of virtual time.
 
         Raises:
             AssertionError: There was no such event in time. The text reports what happened to the
@@ -253,12 +260,12 @@ class Kit:
             wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
             raise AssertionError(self._wait_failure_text(wanted, seconds)) from None
         if count is None:
-            # An id identifies one event: the recorder keeps events alive, so no id is used twice.
+            # Python reuses the id of a deleted object, but the recorder keeps all events alive.
             self._returned.add(id(event))
         return event
 
     async def __aenter__(self) -> Self:
-        """Open the control plane's port; in virtual time it has none."""
+        """Open the port of the control plane, except in virtual time, where it needs no port."""
         if _virtual_loop() is None:
             await self.server.__aenter__()
         return self
@@ -269,12 +276,12 @@ class Kit:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the control plane's port; in virtual time it has none."""
+        """Close the port of the control plane, except in virtual time, where it has no port."""
         if _virtual_loop() is None:
             await self.server.__aexit__(kind, error, trace)
 
     def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
-        """Return a function that runs `test` while the control plane is open."""
+        """Return the test function `test` wrapped: it opens the control plane around the test."""
 
         @functools.wraps(test)
         async def run_with_control_plane(*args: Any, **kwargs: Any) -> T:
@@ -289,12 +296,12 @@ class Kit:
         return "\n".join([*lines, f"the pool reported: {count_event_names(self.recorder.events)}"])
 
     def _send_heartbeat_now(self, item: Item) -> None:
-        """Make the pool that holds the item send a heartbeat now."""
+        """Make the pool that has the item's lease send a heartbeat now."""
         for pool in self._pools:
-            pool.check_soon(item.id)
+            pool.send_item_heartbeat(item.id)
 
     def _wait_failure_text(self, wanted: str, seconds: float) -> str:
-        """Return the text of a failed wait: the events and the state of unfinished items."""
+        """Return the error text of a failed wait: the events, and the states of open items."""
         reported = count_event_names(self.recorder.events)
         lines = [f"not within {seconds:g} s: {wanted}; the pool reported: {reported}"]
         unfinished = [now for each in self._items if (now := self.item(each)).state != STOPPED]
@@ -322,8 +329,8 @@ class _HeartbeatOnDemandPool(Supervisor):
         self._context = await super()._start_renewer(stack)
         return self._context
 
-    def check_soon(self, work_id: str) -> None:
-        """Send a heartbeat for an item now, if this pool has its lease."""
+    def send_item_heartbeat(self, work_id: str) -> None:
+        """Send a heartbeat for the item now, if this pool has the item's lease."""
         if self._context is not None:
             for lease in self._context.renewer.held_leases():
                 if lease.item.id == work_id:
@@ -349,7 +356,7 @@ def _timeout_seconds(timeout: float | None) -> float:
     return WAIT_SECONDS if _virtual_loop() is None else VIRTUAL_WAIT_SECONDS
 
 
-def _declined_text(event: ItemDeclined, plugins: Sequence[object]) -> str:
+def _text_of_declined_item(event: ItemDeclined, plugins: Sequence[object]) -> str:
     rules = [f"{name_of(each)} takes {rule}" for each in plugins if (rule := rule_of(each))]
     had = " ".join(f"{key}={value}" for key, value in event.item.metadata.items())
     return "\n".join(

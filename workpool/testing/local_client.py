@@ -56,9 +56,11 @@ _ABOUT_SESSIONS: Final = frozenset({"events", "send", "stream"})
 
 
 class Script:
-    """Faults for the calls of each operation, in order of the calls; None: no fault.
+    """The faults for the first calls of each operation.
 
         Script(heartbeat=[None, silence()], ack=[status(503)])
+
+    The n-th fault is injected into the n-th call; None injects no fault.
 
     Attributes:
         sent: Every call so far: the operation, and the id of the item or None.
@@ -108,7 +110,7 @@ class LocalClient:
         self.on_credential_refresh: Callable[[Any], None] | None = None
 
     async def __aenter__(self) -> LocalClient:
-        """Open the client, which accepts calls from then on."""
+        """Open the client. A call before this raises a RuntimeError."""
         self._open = True
         return self
 
@@ -118,11 +120,11 @@ class LocalClient:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the client; requests that were sent still arrive."""
+        """Close the client. Requests that it has sent still arrive at the control plane."""
         self._open = False
 
     def try_acquire_permit(self, priority: Priority) -> bool:
-        """Acquire a permit for one write if no wait is needed; return whether it was acquired."""
+        """Acquire a permit for one write, without waiting; return whether it was available."""
         limiter = self.rate_limits.write
         return not limiter.limited or limiter.try_acquire(priority)
 
@@ -162,13 +164,15 @@ class LocalClient:
 
         async def receive_answer() -> Response | NoAnswer:
             await asyncio.sleep(fault.wait + fault.request_delay)
-            self._apply_arrival_effects(request, fault)
+            self._call_before_arrival(request, fault)
             item = None
             if fault.applied:
                 item = await self._operations.long_poll(
                     self._environment_id, poll, _never_disconnected
                 )
-            answer = run_with_fault(fault, lambda: None if item is None else QODER.item_json(item))
+            answer = run_operation_with_fault(
+                fault, lambda: None if item is None else QODER.item_json(item)
+            )
             if answer == "silence":
                 await asyncio.Event().wait()
             await asyncio.sleep(answer_delay(fault, answer))
@@ -328,8 +332,8 @@ class LocalClient:
         self._record_sent_call(endpoint.op, work_id, fault)
 
         def arrive_at_control_plane() -> None:
-            self._apply_arrival_effects(request, fault)
-            answer = run_with_fault(fault, run_operation)
+            self._call_before_arrival(request, fault)
+            answer = run_operation_with_fault(fault, run_operation)
             if answer != "silence":
                 loop.call_later(answer_delay(fault, answer), deliver_answer, answer)
 
@@ -341,14 +345,14 @@ class LocalClient:
         async def receive_answer() -> Response | NoAnswer:
             return await answered
 
-        # The request is sent now: from here on, a cancellation of the caller does not stop it.
+        # The request is sent here. If the caller is cancelled later, the request still arrives.
         self._schedule_arrival(fault.request_delay, arrive_at_control_plane)
         return await self._await_answer(endpoint, receive_answer(), until - loop.time())
 
     async def _wait_before_sending(
         self, op: str, fault: Fault, options: CallOptions, until: float
     ) -> None:
-        """Wait for a permit of the client's rate limit, and for the delay that the fault adds."""
+        """Wait for a permit of the client's rate limit, and for the seconds of `fault.wait`."""
         loop = asyncio.get_running_loop()
         if op in WRITES and not options.permit:
             await self._acquire_write_permit(options.priority, until - loop.time())
@@ -378,7 +382,7 @@ class LocalClient:
         asyncio.get_running_loop().call_later(seconds, arrive)
 
     def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
-        """Record a call at the time of sending, in subclasses; does nothing here."""
+        """Do nothing. A subclass overrides this method to record calls when they are sent."""
 
     def _new_request(self, op: str, subject: str | None) -> Request:
         if not self._open:
@@ -390,7 +394,7 @@ class LocalClient:
     def _fault_for_request(self, request: Request) -> Fault:
         return (self._faults(request) if self._faults else None) or NO_FAULT
 
-    def _apply_arrival_effects(self, request: Request, fault: Fault) -> None:
+    def _call_before_arrival(self, request: Request, fault: Fault) -> None:
         if fault.before is not None:
             fault.before(self._environment_id, request.work_id)
 
@@ -422,8 +426,10 @@ class LocalClient:
         raise parse_error(endpoint.op, answer, _ABSENT)
 
 
-def run_with_fault(fault: Fault, run_operation: Callable[[], object]) -> Response | NoAnswer:
-    """Run an operation unless its fault prevents it, and return the answer that arrives."""
+def run_operation_with_fault(
+    fault: Fault, run_operation: Callable[[], object]
+) -> Response | NoAnswer:
+    """Run an operation, unless its fault prevents it; return the answer after the fault."""
     return fault.replace_answer(
         _operation_response(run_operation) if fault.applied else Response(502, {}, b"")
     )

@@ -60,11 +60,14 @@ class LocalEvents:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """Return a page of the session's history: the first page, or the one after an event."""
+        """Return a page of the session's events.
+
+        It is the first page, or the page that follows the event `after_id` or the cursor `page`.
+        """
         after = after_id or (page or "").partition("-")[2]
 
         def run_operation() -> object:
-            events = self._conversation().list_events(limit + 1, after=after)
+            events = self._read_conversation().list_events(limit + 1, after=after)
             return page_json(make_page(events, limit, backwards=False), event_json)
 
         return await self._send_call(endpoints.EVENTS, self._session_id, run_operation, None)
@@ -81,10 +84,10 @@ class LocalEvents:
         return await self._send_call(endpoints.SEND, self._session_id, run_operation, None, options)
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
-        """Open a stream of the events after `last_id`; None: of new events only."""
+        """Open a stream of the events after the event `last_id`; None means new events only."""
 
         def run_operation() -> object:
-            history = self._conversation()
+            history = self._read_conversation()
             return {
                 "position": len(history.events)
                 if last_id is None
@@ -94,7 +97,7 @@ class LocalEvents:
         position = await self._send_call(_OPEN, self._session_id, run_operation, None)
         return _LocalStream(self._operations, self._session_id, position)
 
-    def _conversation(self) -> Conversation:
+    def _read_conversation(self) -> Conversation:
         self._operations.get_session(self._session_id)
         return self._operations.sessions.get_conversation(self._session_id)
 
@@ -108,7 +111,11 @@ class _LocalStream:
         self._position = position
 
     async def read(self) -> bytes:
-        """Return the events since the last call, or a keep-alive."""
+        """Wait for events after the stream's position, and return them as bytes of the stream.
+
+        Returns a keep-alive if no event arrives in `KEEP_ALIVE_SECONDS`; no bytes if the stream
+        has ended.
+        """
         if not await self._sessions.wait_for_events(
             self._session_id, self._position, KEEP_ALIVE_SECONDS
         ):

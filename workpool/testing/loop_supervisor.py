@@ -1,4 +1,4 @@
-"""A supervisor whose lease renewer runs on the handlers' loop, so that virtual time works."""
+"""A supervisor whose lease renewer runs on the handlers' loop: virtual time allows no thread."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ from workpool.server.timestamps import system_clock
 
 
 class Clock:
-    """Epoch seconds that pass in real time and can jump: `ControlPlane(now=Clock())`.
+    """A clock for `ControlPlane(now=Clock())` that runs at normal speed and can be advanced.
 
-    A clock ahead of the worker's clock makes leases lapse early. Polls that are waiting notice a
-    jump after `plane.operations.wake_all_polls()`.
+    A clock ahead of the worker's clock makes leases lapse early. Polls that are waiting notice an
+    advanced clock after `plane.operations.wake_all_polls()`.
     """
 
     def __init__(self) -> None:
@@ -17,9 +17,12 @@ class Clock:
         self._ahead = 0.0
 
     def __call__(self) -> float:
-        """Return the current epoch seconds."""
+        """Return the time of this clock, in seconds since the epoch."""
         return self._steady() + self._ahead
 
     def advance(self, seconds: float) -> None:
-        """Advance the clock; the control plane ignores a step back (a negative number)."""
+        """Advance the clock by `seconds`.
+
+        A negative number sets the clock back; the control plane then keeps its latest time.
+        """
         self._ahead += seconds

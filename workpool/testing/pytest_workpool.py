@@ -1,4 +1,4 @@
-"""The pytest plugin with the fixture `workpool`, which also runs `async def` tests.
+"""The pytest plugin that defines the fixture `workpool` and runs `async def` tests with it.
 
 The wheel installs this module beside the package: pytest imports every plugin at each start, and an
 import of a module inside of the package would import the package, too. Until a test uses the
@@ -25,9 +25,10 @@ def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     # Capture info messages as well: pytest shows the captured log of a failed test.
     if request.config.pluginmanager.has_plugin("logging"):
         request.getfixturevalue("caplog").set_level("INFO", "workpool")
+    # Variables of the developer's machine would change the settings of the test's pools.
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
-            monkeypatch.delenv(name)  # a test must not depend on variables of its machine
+            monkeypatch.delenv(name)
     kit = Kit()
     test = request.node.obj
     if inspect.iscoroutinefunction(test):
@@ -36,21 +37,22 @@ def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def workpool(_workpool_kit: Kit) -> Kit:
-    """A control plane for this test, and pools on it; see `workpool.testing.Kit`."""
+    """The fixture with a control plane for this test, and pools on it; see `testing.Kit`."""
     return _workpool_kit
 
 
 def kit(_workpool_kit: Kit) -> Kit:
-    """The fixture `workpool` under a name that does not shadow the package in a test."""
+    """The fixture `workpool` under another name, for tests that also import `workpool`."""
     return _workpool_kit
 
 
 @pytest.hookimpl
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the fixtures, except those whose names another plugin uses.
+    """Register each fixture, unless another plugin already has a fixture with the same name.
 
-    Of two plugins with a fixture of one name, pytest uses the one that was registered later. That
-    would be this one if a project loads its own with `-p`. Fixtures of conftest files always win.
+    Of two plugins with a fixture of one name, pytest uses the plugin that was registered later.
+    Without this check, that would be this plugin if a project loads its own plugin with `-p`. A
+    fixture of a conftest file always overrides that of a plugin.
     """
     manager = config.pluginmanager
     ours = type(_workpool_kit)

@@ -34,9 +34,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop whose `time()` starts at 0 and moves only while all tasks wait.
 
     Attributes:
-        slept: Seconds for which the machine slept so far. The loop's clock and timers stood still
-            meanwhile, as those of a real loop do, but `machine_time` went on.
-        paused: Seconds for which the virtual machine was paused: only `wall_time` went on.
+        slept: Seconds for which the simulated computer was suspended so far. As on a real
+            computer, the loop's clock and timers stood still, but `machine_time` advanced.
+        paused: Seconds for which the simulated virtual machine was paused so far: only
+            `wall_time` advanced.
     """
 
     def __init__(self) -> None:
@@ -46,28 +47,31 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self._jumping_selector = _JumpingSelector(self._advance_to_next_timer)
         super().__init__(self._jumping_selector)
         self._own_files = {key.fd for key in self._jumping_selector.get_map().values()}
-        # asyncio runs a timer up to this many seconds early. After a month of virtual time, its
-        # default value is smaller than the precision of floats: a timer would never run.
+        # asyncio runs a timer if it is due within this many seconds. After a month of virtual
+        # time, the default (1e-9) is less than the precision of a float: no timer would ever run.
         self._clock_resolution = 1e-6
 
     def time(self) -> float:
-        """Return the virtual seconds since the start of the loop, without sleep and pauses."""
+        """Return the virtual seconds since the loop's start, without suspensions and pauses."""
         return self._now
 
     def machine_time(self) -> float:
-        """Return the virtual seconds including sleep of the machine; leases use this clock."""
+        """Return the virtual seconds including suspensions of the computer, as CLOCK_BOOTTIME does.
+
+        Leases use this clock.
+        """
         return self._now + self.slept
 
     def wall_time(self) -> float:
-        """Return the virtual seconds including sleep and pauses of the machine."""
+        """Return the virtual seconds including suspensions and pauses, as a wall clock does."""
         return self.machine_time() + self.paused
 
     def pause(self, seconds: float) -> None:
-        """Pause the virtual machine for `seconds`: only `wall_time` goes on."""
+        """Simulate a pause of the virtual machine: only `wall_time` advances, by `seconds`."""
         self.paused += seconds
 
     def suspend(self, seconds: float) -> None:
-        """Let the machine sleep for `seconds`: only `machine_time` and `wall_time` go on."""
+        """Simulate a suspended computer: `machine_time` and `wall_time` advance by `seconds`."""
         self.slept += seconds
 
     def run_in_executor(
@@ -80,7 +84,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return future
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Shut the executor down without a wait for its threads, which would take real time."""
+        """Shut the default executor down without waiting for its threads.
+
+        A wait would take real time.
+        """
         del timeout
         executor: Executor | None = getattr(self, "_default_executor", None)
         if executor is not None:
@@ -99,7 +106,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return transport, protocol
 
     def _advance_to_next_timer(self, seconds: float | None) -> None:
-        """Advance the clock by the `seconds` until the next timer; None: no timer is set.
+        """Advance the clock by `seconds`, the time until the next timer; None if there is none.
 
         Raises:
             RuntimeError: A task may wait for something that takes real time, or nothing can happen
@@ -116,7 +123,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 self._jumping_selector.real_seconds = CLEANUP_SECONDS
                 raise RuntimeError(f"virtual time cannot wait for {', '.join(real_time_waits)}")
         if seconds is None:
-            # No task can ever continue; without the error the test would hang.
+            # Without a timer, no task can ever continue: the test would hang without this error.
             raise RuntimeError(f"every task waits, and no timer is set{_running_threads()}")
         self._now += seconds
 
@@ -131,7 +138,10 @@ class _RealTimeWaits:
         )
 
     def describe(self, files: Iterable[int]) -> list[str]:
-        """Describe the threads, processes and those `files` that are sockets, for an error."""
+        """Describe the threads and processes, and each of `files` that is a socket.
+
+        The descriptions are part of an error message.
+        """
         names = [f"the thread of {name}" for name in self.threads.values()]
         names += [
             f"process {transport.get_pid()} ({name})"
@@ -142,7 +152,10 @@ class _RealTimeWaits:
 
 
 def _function_name(func: Any) -> str:
-    """Return the name of an executor's function, without the wrappers of `to_thread`."""
+    """Return the name of the function that an executor runs.
+
+    `asyncio.to_thread` wraps the function in partials; the name is that of the inner function.
+    """
     while isinstance(func, functools.partial):
         in_context = isinstance(getattr(func.func, "__self__", None), contextvars.Context)
         func = func.args[0] if in_context else func.func
@@ -150,7 +163,7 @@ def _function_name(func: Any) -> str:
 
 
 def _socket_name(file: int) -> str | None:
-    """Describe the socket of a file descriptor; None if the descriptor is no socket."""
+    """Describe the socket of a file descriptor; return None if it is not a socket."""
     try:
         copy = socket.socket(fileno=os.dup(file))
     except OSError:
@@ -175,7 +188,8 @@ class _JumpingSelector(selectors.DefaultSelector):
     """A selector that advances virtual time instead of waiting.
 
     Attributes:
-        real_seconds: The real seconds for which it waits before each jump; 0 until the test fails.
+        real_seconds: The real seconds for which `select` waits before each jump; 0 until the test
+            fails.
     """
 
     def __init__(self, jump: Callable[[float | None], None]) -> None:
@@ -204,7 +218,7 @@ def in_virtual_time(test: Callable[P, Coroutine[object, object, T]]) -> Callable
     """Decorate an `async def` test, so that it runs in virtual time."""
 
     @functools.wraps(test)
-    def run_test_virtually(*args: P.args, **kwargs: P.kwargs) -> T:
+    def run_test_in_virtual_time(*args: P.args, **kwargs: P.kwargs) -> T:
         return run_virtual(test(*args, **kwargs))
 
-    return run_test_virtually
+    return run_test_in_virtual_time

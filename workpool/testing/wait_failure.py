@@ -1,4 +1,4 @@
-"""The error text of a failed wait: the events that were reported, and the states of items."""
+"""Parts of the error text of a failed wait: the events so far, and the progress of items."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def count_event_names(events: Iterable[Event]) -> str:
-    """Return the names of the kinds of events, each with the number of its events."""
+    """Return the class names of the events, each with the number of events of this class."""
     counts = Counter(type(event).__name__ for event in events)
     return ", ".join(_name_with_count(name, count) for name, count in counts.items()) or "nothing"
 
@@ -33,10 +33,10 @@ def _name_with_count(name: str, count: int) -> str:
 
 
 def _handler_frames(work_id: str) -> list[str]:
-    """Return the stack frames of the item's handler, down to its innermost `await`."""
+    """Return the stack frames of the handler that runs for the item, innermost `await` last."""
     lines: list[str] = []
     for task in asyncio.all_tasks():
-        # `pool.handler_executor` names a handler's task "HANDLER WORK_ID".
+        # The task of a handler has the name "HANDLER WORK_ID", set in `pool.handler_executor`.
         label, _, name = task.get_name().rpartition(" ")
         if label and name == work_id:
             lines.append(f"its handler {label} waits here:")
