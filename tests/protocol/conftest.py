@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from tests.protocol.postgres_node import PostgresPlane
+from tests.protocol.postgres_node import PostgresControlPlane
 from workpool.conformance.api import WorkCalls
 from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
 from workpool.server.parsing import request_values
@@ -139,13 +139,13 @@ async def wait_until(condition: Callable[[], object]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Skip modules that import the SDK of a vendor in the quick tier, which does not install it."""
+    """Skip the modules `test_sdk_*` unless trials run: only trials have the SDKs installed."""
     quick = config.option.markexpr == "not trial"
     return True if quick and collection_path.name.startswith("test_sdk_") else None
 
 
 @pytest.fixture
-def polls_up_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def allow_polls_of_one_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow polls that wait for a minute, so that none ends early on a slow machine."""
     monkeypatch.setattr(request_values, "BLOCK_MS_MAX", 60_000)
 
@@ -189,7 +189,7 @@ async def control_plane(
         "now": clock,
     }
     if isinstance(store, PostgresStore):
-        shared = PostgresPlane(store=store, **options)
+        shared = PostgresControlPlane(store=store, **options)
         with shared.node.run_in_thread():
             async with shared:
                 yield shared
@@ -228,12 +228,16 @@ def anthropic_api(control_plane: ControlPlane, http_session: aiohttp.ClientSessi
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test of a control plane with the store in memory and, as a trial, on PostgreSQL."""
+    """Run each test that uses the fixture `store` once for every kind of store that it supports.
+
+    The memory store is the default, and the fixture `memory_and_sqlite_stores` adds SQLite. Tests
+    with a control plane run on PostgreSQL too, as trials.
+    """
     if "store" not in metafunc.fixturenames:
         return
     stores: list[object] = ["memory"]
     names = {*metafunc.fixturenames}
-    if {"both_stores", "every_store"} & names:
+    if {"memory_and_sqlite_stores", "every_store"} & names:
         stores.append("sqlite")
     if {"control_plane", "engine", "every_store"} & names:
         stores.append(pytest.param("postgres", marks=pytest.mark.trial))
@@ -241,10 +245,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def both_stores() -> None:
-    """Run the test with the store in memory and with SQLite."""
+def memory_and_sqlite_stores() -> None:
+    """Run the test with SQLite too, besides the other stores."""
 
 
 @pytest.fixture
 def every_store() -> None:
-    """Run a test that does not use `control_plane` on all stores; on PostgreSQL it is a trial."""
+    """Run the test with the memory store, with SQLite and, as a trial, with PostgreSQL.
+
+    This fixture is for tests without the fixture `control_plane`.
+    """

@@ -29,7 +29,7 @@ class CrashingStore(SqliteStore):
     """A store that kills its process between the save of an item and the save of its events."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> NoReturn:
-        """Wait until the writer has saved the earlier changes, then kill the process."""
+        """Wait until the writer thread has saved the session and its item; kill the process."""
         time.sleep(WRITER_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError(events)

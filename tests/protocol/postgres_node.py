@@ -1,8 +1,8 @@
-"""A second node on the same PostgreSQL database, for the synchronous calls of tests.
+"""A second server node on the same PostgreSQL database, which tests can call without `await`.
 
-A test calls `plane.enqueue()` and `plane.operations.get_item(…)` in the middle of a coroutine. On
-PostgreSQL these are coroutines, so a second node on the same database, with a loop on a thread of
-its own, does them meanwhile.
+A test calls `plane.enqueue()` and `plane.operations.get_item(…)` without `await`. With PostgreSQL,
+these calls are coroutines. So a second node on the same database runs them, on an event loop on a
+thread of its own, while the test waits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ CALLS = {
 
 
 class BlockingNode:
-    """Blocking versions of the calls of `Operations`; a node on another thread runs them."""
+    """A server node on a thread of its own, whose calls block until their result is there.
+
+    The calls have the names and parameters of those of `Operations`.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -82,8 +85,8 @@ class BlockingNode:
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(WAIT_SECONDS)
 
 
-class PostgresPlane(ControlPlane):
-    """A control plane on PostgreSQL whose `operations` can be called without await."""
+class PostgresControlPlane(ControlPlane):
+    """A control plane on PostgreSQL whose `operations` are blocking calls, not coroutines."""
 
     def __init__(self, *, store: PostgresStore, **options: Any) -> None:
         super().__init__(store=store, **options)

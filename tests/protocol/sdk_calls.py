@@ -1,4 +1,4 @@
-"""The calls for one item that the SDKs of two vendors make in the same way."""
+"""The calls for one item that have the same names and parameters in the SDKs of both vendors."""
 
 from __future__ import annotations
 

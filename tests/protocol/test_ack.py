@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.protocol.conftest import ApiClient, MovableClock
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_ack_moves_item_from_queued_to_starting(api: ApiClient, clock: MovableClock) -> None:
     api.plane.enqueue()
     item = await api.claim_item(worker="a")
@@ -27,7 +27,7 @@ async def test_ack_moves_item_from_queued_to_starting(api: ApiClient, clock: Mov
     }
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 @pytest.mark.parametrize("state", ["starting", "active"])
 async def test_repeated_ack_changes_nothing(
     api: ApiClient, clock: MovableClock, state: str
@@ -41,7 +41,7 @@ async def test_repeated_ack_changes_nothing(
     assert await api.item_state(work_id) == "queued"
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_item_that_was_never_delivered_can_be_acknowledged_by_any_worker(
     api: ApiClient,
 ) -> None:
@@ -72,7 +72,7 @@ async def test_ack_of_item_held_by_another_worker_is_409(api: ApiClient, state: 
     assert (await api.ack(work_id, worker="b")).status == 409
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_ack_by_former_worker_after_redelivery_is_409(
     api: ApiClient, clock: MovableClock
 ) -> None:

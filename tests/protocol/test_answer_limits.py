@@ -1,4 +1,4 @@
-"""Answers are small enough for workers to read, and slow clients cost the server little memory."""
+"""Limits of responses: workers can read them, and slow readers use little memory of the server."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_enqueue_with_metadata_above_limit_is_refused_with_limit_in_messag
     assert len(api.plane.enqueue(metadata=metadata_of_size(NEW_METADATA_LIMIT_BYTES))) == 1
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_update_above_metadata_limit_is_refused_and_not_applied(api: ApiClient) -> None:
     (item,) = api.plane.enqueue(metadata=metadata_of_size(NEW_METADATA_LIMIT_BYTES))
     patches = [{f"more {number}": "y" * 30_000} for number in range(3)]
@@ -93,7 +93,10 @@ async def test_update_above_metadata_limit_is_refused_and_not_applied(api: ApiCl
 
 
 async def test_size_of_metadata_is_measured_as_json(api: ApiClient) -> None:
-    """A control character takes one byte of memory but six of JSON."""
+    """The metadata here are within the limit in memory, but above it as JSON.
+
+    A control character takes one byte in memory and six bytes (an escape) in JSON.
+    """
     with pytest.raises(APIError):
         api.plane.enqueue(metadata={"k": "\0" * MEGABYTE})
 
@@ -244,7 +247,7 @@ async def open_unread_stream(api: ApiClient, session_id: str) -> asyncio.StreamW
     return writer
 
 
-def test_bytes_reserved_for_item_fields_cover_longest_fields(dialect: str) -> None:
+def test_item_size_limit_is_larger_than_item_without_metadata(dialect: str) -> None:
     item = Item(
         id="work_" + "0" * 32,
         environment_id="e" * 128,

@@ -1,4 +1,4 @@
-"""Calls of an application in the anthropic dialect: environments and sessions, as literal JSON."""
+"""The calls for environments and sessions in the anthropic dialect, with JSON bodies as written."""
 
 from __future__ import annotations
 
@@ -126,7 +126,9 @@ async def test_malformed_environment_is_400(
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
-async def test_environment_created_beyond_maximum_number_is_400(anthropic_api: ApiClient) -> None:
+async def test_creation_of_environment_above_maximum_number_is_400(
+    anthropic_api: ApiClient,
+) -> None:
     for number in range(ENVIRONMENTS_MAX):
         anthropic_api.plane.operations.create_environment(str(number), None, {})
     assert (await post_json(anthropic_api, "/environments", SELF_HOSTED)).status == 400
@@ -159,7 +161,7 @@ async def test_created_session_has_item_with_its_metadata(anthropic_api: ApiClie
     assert (event["type"], event["content"]) == ("user.message", MESSAGE["content"])
 
 
-@pytest.mark.usefixtures("polls_up_to_a_minute")
+@pytest.mark.usefixtures("allow_polls_of_one_minute")
 async def test_created_session_wakes_waiting_poll(anthropic_api: ApiClient) -> None:
     async def wait_for_item() -> HttpAnswer:
         return await anthropic_api.poll(params={"block_ms": "60000"})
@@ -170,13 +172,16 @@ async def test_created_session_wakes_waiting_poll(anthropic_api: ApiClient) -> N
     assert polling.result().body["data"]["id"] == session["id"]
 
 
-@pytest.mark.usefixtures("both_stores")
-async def test_message_to_session_without_work_creates_new_item(anthropic_api: ApiClient) -> None:
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
+async def test_message_to_session_without_unfinished_item_creates_item(
+    anthropic_api: ApiClient,
+) -> None:
     session = await create_session(anthropic_api, metadata={"job": "report"})
     url = f"/sessions/{session['id']}/events"
     assert (await post_json(anthropic_api, url, {"events": [MESSAGE]})).status == 200
     first = await anthropic_api.claim_item()
-    assert (await anthropic_api.poll()).body is None  # a session has one unfinished item at most
+    # The message created no second item, because the session has an unfinished item.
+    assert (await anthropic_api.poll()).body is None
     await anthropic_api.stop(first["id"], json={"force": True})
     assert (
         await post_json(anthropic_api, url, {"events": [{"type": "user.interrupt"}]})
@@ -304,14 +309,14 @@ async def test_list_of_many_sessions_does_not_delay_other_calls(
         assert (answer.status, answer.body["data"]) == (200, [])
         ended.append("list")
 
-    async def poll_three_times() -> None:
+    async def receive_three_items() -> None:
         for _ in range(3):
             assert (await anthropic_api.poll()).body is not None
         ended.append("poll")
 
     async with asyncio.TaskGroup() as group:
         group.create_task(list_sessions())
-        group.create_task(poll_three_times())
+        group.create_task(receive_three_items())
     assert ended == ["poll", "list"]
 
 
@@ -335,7 +340,7 @@ async def test_malformed_filter_of_sessions_is_400(
     assert (answer.status, answer.error["param"]) == (400, name)
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_archived_session_is_terminated_and_accepts_no_event(
     anthropic_api: ApiClient,
 ) -> None:

@@ -71,7 +71,7 @@ def request_head(method: str, path: str, *headers: str) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-async def check_server_answers(plane: ControlPlane) -> None:
+async def expect_server_to_answer(plane: ControlPlane) -> None:
     assert http_status_of(await send_raw_bytes(plane, request_head("GET", "/stats"))) == 200
 
 
@@ -138,7 +138,7 @@ async def test_long_string_in_body_counts_as_one_value(api: ApiClient) -> None:
         ("POST", "/{id}/stop"),
     ],
 )
-async def test_oversized_body_of_any_call_is_400(
+async def test_body_above_size_limit_is_400_for_every_work_call(
     qoder_api: ApiClient, method: str, path: str
 ) -> None:
     (item,) = qoder_api.plane.enqueue()
@@ -219,7 +219,7 @@ MALFORMED_REQUESTS = {
 async def test_malformed_http_request_is_4xx(control_plane: ControlPlane, name: str) -> None:
     answer = await send_raw_bytes(control_plane, MALFORMED_REQUESTS[name])
     assert http_status_of(answer) in range(400, 500), answer
-    await check_server_answers(control_plane)
+    await expect_server_to_answer(control_plane)
 
 
 MALFORMED_BODIES = {
@@ -232,7 +232,8 @@ MALFORMED_BODIES = {
 async def test_malformed_body_after_valid_headers_is_4xx(
     control_plane: ControlPlane, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # aiohttp does not report a malformed body to a handler, so the time limit ends the request.
+    # aiohttp does not report a malformed body to the handler. The handler waits for the rest of the
+    # body until this time limit ends the request.
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.5)
     headers, body = MALFORMED_BODIES[name]
     reader, writer = await asyncio.open_connection("127.0.0.1", control_plane.port)
@@ -243,7 +244,7 @@ async def test_malformed_body_after_valid_headers_is_4xx(
     async with asyncio.timeout(20):
         assert http_status_of(await reader.readline()) in range(400, 500)
     writer.close()
-    await check_server_answers(control_plane)
+    await expect_server_to_answer(control_plane)
 
 
 async def test_body_that_does_not_arrive_is_408(
@@ -260,7 +261,7 @@ async def test_body_that_does_not_arrive_is_408(
 async def test_large_bodies_are_read_a_few_at_a_time(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each body that is read uses memory, so further bodies wait in the buffers of the network."""
+    """The server reads a few large bodies at once, to limit its memory; other requests wait."""
     now, most = 0, 0
     read = web.Request.read
 
@@ -315,7 +316,7 @@ async def test_client_that_disconnects_during_body_creates_nothing(
     await send_raw_bytes(
         control_plane, request_head("POST", "", "Content-Length: 10"), b"{", eof=True
     )
-    await check_server_answers(control_plane)
+    await expect_server_to_answer(control_plane)
     assert len(control_plane.operations.get_queue(ENV)) == 0
 
 
@@ -373,7 +374,7 @@ async def open_http_session() -> aiohttp.ClientSession:
 def test_arbitrary_json_and_query_are_answered_without_500(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """One server answers all requests, so that a later request shows damage by an earlier one."""
+    """All requests go to one server, so that a request which corrupts its state is detected."""
     with asyncio.Runner() as runner:
         path = tmp_path_factory.mktemp("abuse") / "work.db"
         plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))
@@ -389,20 +390,20 @@ def test_arbitrary_json_and_query_are_answered_without_500(
             bodies,
             queries,
         )
-        def check_status_of_request(
+        def request_has_documented_status(
             api: ApiClient, method: str, suffix: str, body: bytes, query: list[tuple[str, str]]
         ) -> None:
-            async def send_request_and_check() -> None:
+            async def send_request_and_assert_status() -> None:
                 (item,) = plane.enqueue()
                 url = api.work_url(suffix.format(id=item.id))
                 answer = await api(method, url, data=body, params=query)
                 assert answer.status in {200, 204, 400, 405, 409, 412}
                 assert answer.status < 400 or answer.error["type"]
 
-            runner.run(send_request_and_check())
+            runner.run(send_request_and_assert_status())
 
         try:
-            check_status_of_request()
+            request_has_documented_status()
         finally:
             runner.run(http.close())
             runner.run(plane.__aexit__(None, None, None))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parents[2] / "workpool/docs/protocol.md"
 
 
-def suite_with_moved_clock(
+def suite_that_advances_clock(
     plane: ControlPlane,
     http: aiohttp.ClientSession,
     clock: MovableClock,
@@ -49,7 +49,7 @@ def suite_with_moved_clock(
     api_key: str | None = None,
     **options: Any,
 ) -> Suite:
-    """Return a suite whose waits move the control plane's clock."""
+    """Return a conformance suite that advances the control plane's clock instead of waiting."""
 
     async def move_clock(seconds: float) -> None:
         clock.advance(seconds)
@@ -62,21 +62,24 @@ def suite_with_moved_clock(
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
-async def test_clause_holds_for_embedded_control_plane(
+async def test_embedded_control_plane_fulfils_clause(
     clause: Clause,
     control_plane: ControlPlane,
     http_session: aiohttp.ClientSession,
     clock: MovableClock,
     dialect: Dialect,
 ) -> None:
-    finding = await suite_with_moved_clock(
+    finding = await suite_that_advances_clock(
         control_plane, http_session, clock, dialect
     ).check_clause(clause)
     assert (finding.verdict, finding.seen) == (Verdict.HOLDS, "")
 
 
-class ConcurrentSleepers:
-    """The sleeps of concurrent clauses; the clock moves once all running clauses sleep."""
+class ClockOfConcurrentClauses:
+    """A clock for clauses that run at the same time.
+
+    The clock advances to the end of the shortest wait when all running clauses wait.
+    """
 
     def __init__(self, clock: MovableClock) -> None:
         self._clock = clock
@@ -99,14 +102,14 @@ class ConcurrentSleepers:
                 wake.set_result(None)
 
 
-async def test_suite_with_concurrent_clauses_has_the_same_verdicts_as_single_clauses(
+async def test_every_clause_holds_when_suite_runs_clauses_concurrently(
     control_plane: ControlPlane,
     http_session: aiohttp.ClientSession,
     clock: MovableClock,
     dialect: Dialect,
 ) -> None:
-    sleepers = ConcurrentSleepers(clock)
-    suite = suite_with_moved_clock(
+    sleepers = ClockOfConcurrentClauses(clock)
+    suite = suite_that_advances_clock(
         control_plane, http_session, clock, dialect, sleep=sleepers.wait_for_clock
     )
     started = clock()
@@ -124,7 +127,7 @@ def test_every_clause_of_protocol_page_is_in_suite() -> None:
     assert sorted(rows) == sorted(clause.name for clause in CLAUSES)
 
 
-def test_documented_verdict_counts_add_up_to_every_clause() -> None:
+def test_protocol_page_states_that_serve_fulfils_every_clause() -> None:
     results = re.findall(r"^\| `workpool serve` \|.*$", PAGE.read_text(), re.MULTILINE)
     assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
@@ -132,13 +135,13 @@ def test_documented_verdict_counts_add_up_to_every_clause() -> None:
 async def check_clause_with_fault(
     name: str, http: aiohttp.ClientSession, fault: Handler
 ) -> Finding:
-    """Check one clause of a control plane with a fault; return the finding."""
+    """Check one clause against a control plane with a fault; return the finding."""
     clock = MovableClock()
     [clause] = [each for each in CLAUSES if each.name == name]
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
     ) as plane:
-        return await suite_with_moved_clock(plane, http, clock, "qoder").check_clause(clause)
+        return await suite_that_advances_clock(plane, http, clock, "qoder").check_clause(clause)
 
 
 def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
@@ -262,31 +265,31 @@ def drop_query_parameter(name: str) -> Any:
         ),
     ],
 )
-async def test_clause_reports_verdict_and_observation_of_faulty_control_plane(
+async def test_clause_on_faulty_control_plane_has_expected_verdict_and_text(
     http_session: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
 ) -> None:
     finding = await check_clause_with_fault(name, http_session, fault)
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
-async def test_refused_read_of_item_is_a_harmless_difference(
+async def test_control_plane_that_refuses_item_reads_has_harmless_difference(
     http_session: aiohttp.ClientSession,
 ) -> None:
-    def refuse_reads(request: web.Request) -> web.Response | None:
+    def refuse_item_reads(request: web.Request) -> web.Response | None:
         single = request.method == "GET" and "/work/work_" in request.path
         return web.Response(status=403) if single else None
 
     finding = await check_clause_with_fault(
-        "get-item", http_session, replace_answers("", refuse_reads)
+        "get-item", http_session, replace_answers("", refuse_item_reads)
     )
     assert finding.verdict is Verdict.DIFFERS
     finding = await check_clause_with_fault(
-        "stop-graceful", http_session, replace_answers("", refuse_reads)
+        "stop-graceful", http_session, replace_answers("", refuse_item_reads)
     )
     assert finding.verdict is Verdict.HOLDS
 
 
-async def test_item_lost_after_expired_lease_breaks_workers(
+async def test_control_plane_without_redelivery_has_verdict_that_workers_break(
     http_session: aiohttp.ClientSession,
 ) -> None:
     polls = 0
@@ -303,37 +306,41 @@ async def test_item_lost_after_expired_lease_breaks_workers(
     assert finding.seen == "never: an item is lost when its worker dies"
 
 
-async def test_suite_refuses_environment_with_foreign_item(
+async def test_suite_refuses_environment_with_item_of_another_client(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     (item,) = control_plane.enqueue()
     with pytest.raises(ForeignItemsError, match=f"item {item.id} was not created by the suite"):
-        await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(CLAUSES)
+        await suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(CLAUSES)
     assert control_plane.operations.get_item(ENV, item.id).state == "queued"
 
 
-async def test_suite_accepts_environment_with_items_of_earlier_run(
+async def test_suite_accepts_environment_with_its_own_items_of_earlier_run(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     for _ in range(2):
-        [finding] = await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(
-            clauses_by_name("ack-starts")
-        )
+        [finding] = await suite_that_advances_clock(
+            control_plane, http_session, clock, "qoder"
+        ).run(clauses_by_name("ack-starts"))
         assert finding.verdict is Verdict.HOLDS
 
 
-async def test_foreign_item_created_during_run_ends_suite(
+async def test_item_created_by_another_client_during_run_ends_suite(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    suite = suite_with_moved_clock(
-        control_plane, http_session, clock, "qoder", source=IntrudingSource(control_plane)
+    suite = suite_that_advances_clock(
+        control_plane,
+        http_session,
+        clock,
+        "qoder",
+        source=SourceWithItemsOfAnotherClient(control_plane),
     )
     with pytest.raises(ForeignItemsError, match="not created by the suite, came"):
         await suite.run(clauses_by_name("ack-starts", "lease-held"))
 
 
-class IntrudingSource(EnqueueSource):
-    """A source of items that creates a foreign item before each of its own."""
+class SourceWithItemsOfAnotherClient(EnqueueSource):
+    """A source of items that also creates an item as another client, before each own item."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
@@ -343,13 +350,14 @@ class IntrudingSource(EnqueueSource):
         return await super().create_item(api, script)
 
 
-async def test_suite_stops_foreign_items_in_test_environment(
+async def test_suite_with_test_environment_option_stops_items_of_other_clients(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     items = control_plane.enqueue(3)
-    # Nodes of one database order items by milliseconds, so the suite's items must be later.
+    # Ids of items ascend only by milliseconds if several nodes create them, as with PostgreSQL.
+    # Without this step, an item of the suite could be delivered before these items.
     clock.advance(1)
-    suite = suite_with_moved_clock(
+    suite = suite_that_advances_clock(
         control_plane, http_session, clock, "qoder", test_environment=True
     )
     [finding] = await suite.run(clauses_by_name("ack-starts"))
@@ -360,18 +368,18 @@ async def test_suite_stops_foreign_items_in_test_environment(
 async def test_suite_stops_items_of_each_clause(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    await suite_with_moved_clock(control_plane, http_session, clock, "qoder").run(
+    await suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(
         clauses_by_name("list-pages", "ack-lease")
     )
     items = control_plane.operations.list_items(ENV).items
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_clause_is_untried_after_all_given_items_were_used(
+async def test_clause_without_unused_given_item_has_verdict_untried(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
-    suite = suite_with_moved_clock(
+    suite = suite_that_advances_clock(
         control_plane, http_session, clock, "qoder", source=GivenSource(given), given=given
     )
     findings = await suite.run(clauses_by_name("ack-starts", "stop-force", "lease-held"))
@@ -399,7 +407,7 @@ def clauses_by_name(*names: str) -> list[Clause]:
         b'{"data": [{"id": "work_1", "type": 7, "metadata": 7}], "next_page": "again"}',
     ],
 )
-async def test_clause_with_malformed_response_has_verdict_and_raises_nothing(
+async def test_malformed_response_gives_clause_a_verdict_without_exception(
     http_session: aiohttp.ClientSession, answer: bytes
 ) -> None:
     clock = MovableClock()
@@ -407,31 +415,34 @@ async def test_clause_with_malformed_response_has_verdict_and_raises_nothing(
     @web.middleware
     async def send_malformed_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method == "POST" and request.path.endswith("/work"):
-            return await handler(request)  # otherwise the suite could not create its items
+            # The suite must be able to create its items: a clause is not tried without them.
+            return await handler(request)
         return web.Response(body=answer, content_type="application/json")
 
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[send_malformed_answer]
     ) as plane:
-        suite = suite_with_moved_clock(plane, http_session, clock, "qoder", test_environment=True)
+        suite = suite_that_advances_clock(
+            plane, http_session, clock, "qoder", test_environment=True
+        )
         for clause in CLAUSES:
             finding = await suite.check_clause(clause)
             assert finding.verdict is not Verdict.HOLDS or clause.name == "poll-empty"
 
 
-async def test_hanging_control_plane_leaves_clauses_untried_within_time_limit(
+async def test_suite_ends_within_time_limit_if_control_plane_never_answers(
     http_session: aiohttp.ClientSession,
 ) -> None:
     hung = asyncio.Event()
 
     @web.middleware
-    async def hang_polls(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def never_answer_polls(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path.endswith("/poll"):
             await hung.wait()
         return await handler(request)
 
     async with ControlPlane(
-        environments=(ENV,), tokens={TOKEN: None}, middlewares=[hang_polls]
+        environments=(ENV,), tokens={TOKEN: None}, middlewares=[never_answer_polls]
     ) as plane:
         api = WorkerApi(
             http_session, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
@@ -466,11 +477,13 @@ async def test_cancelled_suite_stops_its_items(
     assert {item.state for item in control_plane.operations.list_items(ENV).items} == {"stopped"}
 
 
-async def test_suite_with_session_source_creates_items_by_sessions(
+async def test_suite_with_session_source_creates_its_items_through_sessions(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
-    suite = suite_with_moved_clock(control_plane, http_session, clock, "anthropic", source=source)
+    suite = suite_that_advances_clock(
+        control_plane, http_session, clock, "anthropic", source=source
+    )
     names = ("ack-starts", "lease-lapses", "session-object", "result-once")
     findings = await suite.run(clauses_by_name(*names))
     assert [(each.verdict, each.seen) for each in findings] == [
@@ -492,13 +505,13 @@ OPTIONAL = {
 }
 
 
-async def test_worker_key_causes_no_difference_except_refusals(
+async def test_suite_with_worker_key_differs_only_in_calls_that_key_lacks(
     http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, worker_keys=(WORKER_KEY,), now=clock
     ) as plane:
-        suite = suite_with_moved_clock(
+        suite = suite_that_advances_clock(
             plane, http_session, clock, dialect, token=WORKER_KEY, api_key=TOKEN
         )
         for clause in CLAUSES:
@@ -507,20 +520,20 @@ async def test_worker_key_causes_no_difference_except_refusals(
             assert finding.verdict is expected, finding
 
 
-async def test_finding_hides_credentials_that_response_repeats(
+async def test_token_repeated_in_response_is_hidden_in_finding(
     http_session: aiohttp.ClientSession,
 ) -> None:
-    def repeat_credentials(request: web.Request) -> web.Response:
+    def answer_with_sent_token(request: web.Request) -> web.Response:
         authorization = request.headers["Authorization"]
         return web.json_response({"error": {"message": f"no: {authorization}"}}, status=404)
 
     finding = await check_clause_with_fault(
-        "stop-body", http_session, replace_answers("/stop", repeat_credentials)
+        "stop-body", http_session, replace_answers("/stop", answer_with_sent_token)
     )
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
 
-async def test_clause_with_oversized_response_is_untried(
+async def test_response_above_size_limit_gives_clause_verdict_untried(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def send_oversized_answer(_: web.Request) -> web.Response:

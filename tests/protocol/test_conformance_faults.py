@@ -1,6 +1,6 @@
-"""Every clause of the conformance suite can fail: each one detects a wrong control plane.
+"""Every clause of the conformance suite can fail: each one detects a faulty control plane.
 
-A wrong control plane is the embedded one with a fault in front of it, or with a clock that
+A faulty control plane is the embedded one with a fault in front of it, or with a clock that
 runs faster or slower than the suite's.
 """
 
@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from tests.protocol.conftest import ENV, START, TOKEN, MovableClock
-from tests.protocol.test_conformance import suite_with_moved_clock
+from tests.protocol.test_conformance import suite_that_advances_clock
 from workpool.conformance import CLAUSES, Clause, Verdict
 from workpool.server import ControlPlane
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 DETECTING_VERDICTS = {Verdict.DIFFERS, Verdict.BREAKS}
 
 
-class WrongControlPlane(NamedTuple):
+class FaultyControlPlane(NamedTuple):
     """A control plane with one fault, and the clauses that must detect it.
 
     Attributes:
         clauses: The names of the clauses, separated by spaces.
-        fault: A middleware; None = none.
-        speed: Seconds of the control plane's clock for one of the suite's.
+        fault: A middleware that injects the fault; None without one.
+        speed: The seconds by which the control plane's clock advances in one second of the suite.
         dialect: The dialect of the suite.
-        mixed: Whether the control plane uses the other dialect.
+        mixed: Whether the control plane uses the other dialect than the suite.
     """
 
     clauses: str
@@ -73,7 +73,10 @@ def rewrite_answers(path: str, change: Callable[[Any], Any]) -> Any:
 
 
 def replace_errors(answer: Callable[[int], web.Response]) -> Any:
-    """Return a fault that replaces each error answer by `answer(status)`."""
+    """Return a fault that replaces each response with an error status.
+
+    `answer` returns the replacement for a status.
+    """
 
     @web.middleware
     async def inject_replacement(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -84,7 +87,10 @@ def replace_errors(answer: Callable[[int], web.Response]) -> Any:
 
 
 def change_query(path: str, **values: str | None) -> Any:
-    """Return a fault that sets query parameters on a path, and removes those that are None."""
+    """Return a fault that sets query parameters of requests whose path ends with `path`.
+
+    The value None removes a parameter.
+    """
 
     @web.middleware
     async def change_parameters(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -98,11 +104,11 @@ def change_query(path: str, **values: str | None) -> Any:
     return change_parameters
 
 
-def deliver_newest_first_once() -> Any:
+def swap_first_two_deliveries() -> Any:
     swapped = False
 
     @web.middleware
-    async def deliver_newest_item_first(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def skip_first_delivered_item(request: web.Request, handler: Any) -> web.StreamResponse:
         nonlocal swapped
         response: web.Response = await handler(request)
         if not request.path.endswith("/poll") or swapped or response.body == b"null":
@@ -110,18 +116,18 @@ def deliver_newest_first_once() -> Any:
         swapped = True
         return cast("web.Response", await handler(request))
 
-    return deliver_newest_item_first
+    return skip_first_delivered_item
 
 
-def change_id_at_redelivery() -> Any:
+def change_item_id_at_redelivery() -> Any:
     known: set[str] = set()
 
-    def change_id_of_known_item(item: dict[str, Any]) -> dict[str, Any]:
+    def change_id_if_delivered_before(item: dict[str, Any]) -> dict[str, Any]:
         again = item["id"] in known
         known.add(item["id"])
         return {**item, "id": f"{item['id']}-again"} if again else item
 
-    return rewrite_answers("/poll", change_id_of_known_item)
+    return rewrite_answers("/poll", change_id_if_delivered_before)
 
 
 def deliver_stopped_items_again() -> Any:
@@ -140,90 +146,92 @@ def deliver_stopped_items_again() -> Any:
     return deliver_stopped_item
 
 
-def accept_first_heartbeats_once() -> Any:
+def refuse_repeated_first_heartbeats() -> Any:
     begun: set[str] = set()
 
-    def refuse_second_first_heartbeat(request: web.Request) -> web.Response | None:
+    def refuse_first_heartbeat_sent_again(request: web.Request) -> web.Response | None:
         if request.query.get("expected_last_heartbeat") != "NO_HEARTBEAT":
             return None
         again = request.path in begun
         begun.add(request.path)
         return web.Response(status=412) if again else None
 
-    return replace_answers("/heartbeat", refuse_second_first_heartbeat)
+    return replace_answers("/heartbeat", refuse_first_heartbeat_sent_again)
 
 
-def refuse_optional_call(request: web.Request) -> web.Response | None:
+def refuse_item_reads_and_stats(request: web.Request) -> web.Response | None:
     path = request.path.partition("/work")[2]
     item = path.startswith("/work_") and path.count("/") == 1
     return web.Response(status=403) if item or path == "/stats" else None
 
 
-def remove_times(value: dict[str, Any]) -> dict[str, Any]:
+def set_times_to_none(value: dict[str, Any]) -> dict[str, Any]:
     return {name: None if name.endswith("_at") else each for name, each in value.items()}
 
 
-def make_wrong_control_planes() -> list[WrongControlPlane]:
+def make_faulty_control_planes() -> list[FaultyControlPlane]:
     acked = count(10)
     empty = web.json_response
     return [
-        WrongControlPlane(
+        FaultyControlPlane(
             "auth-missing auth-wrong environment-unknown heartbeat-queued heartbeat-stopped"
             " ack-other-worker ack-stopped ack-unknown result-once result-unknown",
             replace_errors(lambda _: web.json_response({})),
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "error-envelope", replace_errors(lambda status: web.Response(status=status))
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "poll-delivers", rewrite_answers("/poll", lambda item: {**item, "state": "starting"})
         ),
-        WrongControlPlane("poll-once", change_query("/poll", reclaim_older_than_ms="0")),
-        WrongControlPlane(
+        FaultyControlPlane("poll-once", change_query("/poll", reclaim_older_than_ms="0")),
+        FaultyControlPlane(
             "poll-redelivers poll-reclaim", change_query("/poll", reclaim_older_than_ms="99999999")
         ),
-        WrongControlPlane("poll-blocks poll-block-range", change_query("/poll", block_ms=None)),
-        WrongControlPlane(
+        FaultyControlPlane("poll-blocks poll-block-range", change_query("/poll", block_ms=None)),
+        FaultyControlPlane(
             "poll-empty", replace_answers("/poll", lambda _: web.Response(status=204))
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "poll-item",
             rewrite_answers(
                 "/poll", lambda item: {k: v for k, v in item.items() if k != "metadata"}
             ),
         ),
-        WrongControlPlane("poll-oldest-first", deliver_newest_first_once()),
-        WrongControlPlane(
+        FaultyControlPlane("poll-oldest-first", swap_first_two_deliveries()),
+        FaultyControlPlane(
             "ack-starts", rewrite_answers("/ack", lambda item: {**item, "state": "active"})
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "ack-repeat",
             rewrite_answers("/ack", lambda it: {**it, "acknowledged_at": str(next(acked))}),
         ),
-        WrongControlPlane("ack-lease lease-held lease-lapses", speed=3),
-        WrongControlPlane("poll-reclaim-lease", speed=60),
-        WrongControlPlane("lease-stopping", speed=0.01),
-        WrongControlPlane(
+        FaultyControlPlane("ack-lease lease-held lease-lapses", speed=3),
+        FaultyControlPlane("poll-reclaim-lease", speed=60),
+        FaultyControlPlane("lease-stopping", speed=0.01),
+        FaultyControlPlane(
             "lease-shortened heartbeat-ttl", change_query("/heartbeat", desired_ttl_seconds="600")
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "heartbeat-ttl-zero", change_query("/heartbeat", desired_ttl_seconds=None)
         ),
-        WrongControlPlane("lease-first-heartbeat", accept_first_heartbeats_once()),
-        WrongControlPlane(
+        FaultyControlPlane("lease-first-heartbeat", refuse_repeated_first_heartbeats()),
+        FaultyControlPlane(
             "lease-former-holder heartbeat-mismatch heartbeat-first-again heartbeat-malformed",
             change_query("/heartbeat", expected_last_heartbeat=None),
         ),
-        WrongControlPlane("lease-history heartbeat-read-back", rewrite_answers("", remove_times)),
-        WrongControlPlane("lease-same-id", change_id_at_redelivery()),
-        WrongControlPlane(
+        FaultyControlPlane(
+            "lease-history heartbeat-read-back", rewrite_answers("", set_times_to_none)
+        ),
+        FaultyControlPlane("lease-same-id", change_item_id_at_redelivery()),
+        FaultyControlPlane(
             "heartbeat-first", replace_answers("/heartbeat", lambda _: web.Response(status=412))
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "heartbeat-next",
             rewrite_answers("/heartbeat", lambda beat: {**beat, "last_heartbeat": "x"}),
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "heartbeat-unconditional",
             replace_answers(
                 "/heartbeat",
@@ -232,34 +240,34 @@ def make_wrong_control_planes() -> list[WrongControlPlane]:
                 ),
             ),
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "heartbeat-stopping stop-force stop-graceful stop-confirm stop-queued",
             replace_answers("/stop", lambda _: empty({})),
         ),
-        WrongControlPlane("stop-repeat", mixed=True),
-        WrongControlPlane(
+        FaultyControlPlane("stop-repeat", mixed=True),
+        FaultyControlPlane(
             "stop-body",
             replace_answers(
                 "/stop", lambda r: None if r.can_read_body else web.Response(status=400)
             ),
         ),
-        WrongControlPlane("stop-final", deliver_stopped_items_again()),
-        WrongControlPlane(
+        FaultyControlPlane("stop-final", deliver_stopped_items_again()),
+        FaultyControlPlane(
             "update-merges update-stopped update-invalid get-item get-unknown stats-counts",
-            replace_answers("", refuse_optional_call),
+            replace_answers("", refuse_item_reads_and_stats),
         ),
-        WrongControlPlane("list-pages", change_query("/work", page=None)),
-        WrongControlPlane(
+        FaultyControlPlane("list-pages", change_query("/work", page=None)),
+        FaultyControlPlane(
             "list-order",
             rewrite_answers("/work", lambda page: {**page, "data": page["data"][::-1]}),
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "session-object events-list events-stream",
             replace_answers(
                 "", lambda r: web.Response(status=404) if "/sessions/" in r.path else None
             ),
         ),
-        WrongControlPlane(
+        FaultyControlPlane(
             "item-secret",
             rewrite_answers("/poll", lambda item: {**item, "secret": None}),
             dialect="anthropic",
@@ -267,24 +275,24 @@ def make_wrong_control_planes() -> list[WrongControlPlane]:
     ]
 
 
-WRONG_PLANE_OF_CLAUSE = {
-    name: wrong for wrong in make_wrong_control_planes() for name in wrong.clauses.split()
+FAULTY_PLANE_OF_CLAUSE = {
+    name: faulty for faulty in make_faulty_control_planes() for name in faulty.clauses.split()
 }
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
-async def test_clause_finds_fault_of_wrong_control_plane(
+async def test_clause_detects_fault_of_faulty_control_plane(
     clause: Clause, http_session: aiohttp.ClientSession
 ) -> None:
-    wrong, clock = WRONG_PLANE_OF_CLAUSE[clause.name], MovableClock()
+    faulty, clock = FAULTY_PLANE_OF_CLAUSE[clause.name], MovableClock()
     async with ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},
-        now=lambda: START + (clock() - START) * wrong.speed,
-        middlewares=[] if wrong.fault is None else [wrong.fault],
+        now=lambda: START + (clock() - START) * faulty.speed,
+        middlewares=[] if faulty.fault is None else [faulty.fault],
     ) as plane:
-        suite = suite_with_moved_clock(plane, http_session, clock, wrong.dialect)
-        if wrong.mixed:
+        suite = suite_that_advances_clock(plane, http_session, clock, faulty.dialect)
+        if faulty.mixed:
             suite.api.base_url = plane.anthropic_base_url
         finding = await suite.check_clause(clause)
     assert finding.verdict in DETECTING_VERDICTS, finding.seen

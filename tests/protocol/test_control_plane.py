@@ -46,7 +46,7 @@ async def test_two_control_planes_have_different_tokens() -> None:
     assert ControlPlane().token != ControlPlane().token
 
 
-async def test_session_of_two_items_has_first_metadata_and_status_of_second(
+async def test_session_with_two_items_has_metadata_of_first_and_status_of_second(
     http_session: aiohttp.ClientSession,
 ) -> None:
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as plane:
@@ -72,7 +72,9 @@ async def test_control_plane_opened_fifty_times_leaves_no_task_or_thread(tmp_pat
             probe.bind(("127.0.0.1", plane.port))
     names = {thread.name for thread in threading.enumerate()}
     assert "workpool-store" not in names
-    assert threading.active_count() <= threads + 8  # threads of the loop's default executor
+    # The event loop's default executor keeps up to 8 threads here; one left over from each of the
+    # 50 control planes would exceed this number.
+    assert threading.active_count() <= threads + 8
     assert asyncio.all_tasks() == tasks
     gc.collect()
 
@@ -84,8 +86,9 @@ async def test_failed_start_of_control_plane_leaves_store_unlocked(tmp_path: Pat
         plane = ControlPlane(port=port, store=SqliteStore(path))
         with pytest.raises(ServeError, match=f"127.0.0.1 port {port}"):
             await plane.__aenter__()
+    # This start would fail if the first store still had its lock on the file.
     async with ControlPlane(store=SqliteStore(path)):
-        pass  # a second store can only open a file that is not locked
+        pass
 
 
 async def test_cancelled_start_of_control_plane_leaves_store_unlocked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Conversations with events in any order, and after a kill of the server."""
+"""Conversations: clients send events in any order, and the server is killed in between."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
 def answered_tool_use_id(event: StoredEvent) -> str:
-    """Return the id of the tool use that an event answers."""
+    """Return the id of the tool use to which an event belongs, such as its result."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
 
 
-class ConversationMachine(RuleBasedStateMachine):
-    """State machine of a conversation in which clients send any event at any time."""
+class ConversationStateMachine(RuleBasedStateMachine):
+    """Hypothesis state machine: clients of a conversation send any event at any time."""
 
     @initialize(script=st.none() | st.lists(ENTRY, max_size=4))
     def start_session(self, script: list[dict[str, Any]] | None) -> None:
@@ -104,7 +104,7 @@ class ConversationMachine(RuleBasedStateMachine):
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
     def emit_tool_use(self, permission: str, *, custom: bool) -> None:
-        """Append a tool use as the agent does, if the script allows it."""
+        """Append a tool use as the agent does. A scripted conversation refuses some of them."""
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:
@@ -138,7 +138,7 @@ class ConversationMachine(RuleBasedStateMachine):
             assert all(use.id in answers for use in uses[:-1])
 
     @invariant()
-    def waiting_tool_uses_are_named(self) -> None:
+    def idle_event_lists_waiting_tool_uses(self) -> None:
         answers = {
             answered_tool_use_id(event)
             for event in self.conversation.events
@@ -163,7 +163,7 @@ class ConversationMachine(RuleBasedStateMachine):
         assert list(reason.get("event_ids", ())) == waiting
 
     @invariant()
-    def restart_changes_nothing(self) -> None:
+    def replayed_events_give_same_conversation(self) -> None:
         again = Conversation(self.script)
         for event in self.conversation.events:
             again.append_event(event)
@@ -172,7 +172,7 @@ class ConversationMachine(RuleBasedStateMachine):
             assert vars(again)[name] == value, name
 
     def teardown(self) -> None:
-        """Answer every tool use, and check that the script then ends."""
+        """Answer every tool use of the script, and check that the script then ends."""
         if getattr(self, "script", None) is None:
             return
         self.apply_events({"type": "user.message", "content": []})
@@ -187,10 +187,10 @@ class ConversationMachine(RuleBasedStateMachine):
         assert len(self.tool_uses()) == len(self.script or ())
 
 
-ConversationMachine.TestCase.settings = settings(
+ConversationStateMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=20, deadline=None
 )
-TestConversation = ConversationMachine.TestCase
+TestConversation = ConversationStateMachine.TestCase
 
 
 class ScriptAnsweringClient:
@@ -222,8 +222,8 @@ class ScriptAnsweringClient:
     def events_url(self) -> str:
         return f"{self.base}/sessions/{self.session_id}/events"
 
-    async def answer_open_tool_use(self) -> None:
-        """Read the new events and answer the tool use among them."""
+    async def answer_new_tool_uses(self) -> None:
+        """Read the events after the last known one, and send a result for each new tool use."""
         last = max(self.known, default=None)
         params = {"limit": "100"} if last is None else {"limit": "100", "after_id": last}
         for event in (await self.send_request("GET", self.events_url, params=params))["data"]:
@@ -259,7 +259,7 @@ async def test_control_plane_killed_during_conversation_keeps_events_of_answered
                 await client.start_session()
                 try:
                     while True:
-                        await client.answer_open_tool_use()
+                        await client.answer_new_tool_uses()
                         if sum(len(each.known) for each in clients) > 300:
                             enough.set()
                 except (aiohttp.ClientError, ConnectionError):
@@ -287,12 +287,12 @@ async def test_control_plane_killed_during_conversation_keeps_events_of_answered
                 assert [each["id"] for each in uses[:-1]] == answers
                 before = len(events)
                 again.known = dict(list(events.items())[:-3])
-                await again.answer_open_tool_use()
+                await again.answer_new_tool_uses()
                 assert len(await again.read_history()) > before
 
 
-class CountedEvents(list[StoredEvent]):
-    """A list of events that counts its reads."""
+class EventsWithReadCounter(list[StoredEvent]):
+    """A list of events that counts how often an element is read."""
 
     reads = 0
 
@@ -302,7 +302,11 @@ class CountedEvents(list[StoredEvent]):
 
 
 def long_conversation() -> Conversation:
-    """Return a conversation of 10,000 events; each 1,000 have a user message and an interrupt."""
+    """Return a conversation of 10,000 events.
+
+    Of each 1,000 events, one is a user message, one is an interrupt, and all others are messages
+    of the agent.
+    """
     conversation = Conversation()
     rare = {0: "user.message", 1: "user.interrupt"}
     for number in range(10_000):
@@ -315,7 +319,7 @@ def long_conversation() -> Conversation:
 @pytest.mark.parametrize("after", ["", "evt_03000"])
 @pytest.mark.parametrize("before", [None, "evt_07001"])
 @pytest.mark.parametrize("types", [{"user.message"}, {"user.interrupt", "user.message", "none"}])
-def test_page_of_rare_event_types_reads_only_nearest_events(
+def test_page_filtered_by_rare_event_type_reads_few_events(
     types: set[str], before: str | None, after: str, *, newest_first: bool
 ) -> None:
     conversation = long_conversation()
@@ -325,7 +329,7 @@ def test_page_of_rare_event_types_reads_only_nearest_events(
         if event.type in types and after < event.id and (before is None or event.id < before)
     ]
     nearest = wanted[-4:] if newest_first or before is not None else wanted[:4]
-    counted = conversation.events = CountedEvents(conversation.events)
+    counted = conversation.events = EventsWithReadCounter(conversation.events)
     found = conversation.list_events(
         4,
         after=after,
@@ -333,4 +337,5 @@ def test_page_of_rare_event_types_reads_only_nearest_events(
         wanted=EventFilter(types=frozenset(types), newest_first=newest_first),
     )
     assert list(found) == (nearest[::-1] if newest_first else nearest)
-    assert counted.reads < 50  # enough for 4 events and two binary searches
+    # 50 reads are enough for 4 events and two binary searches, but not for a scan.
+    assert counted.reads < 50

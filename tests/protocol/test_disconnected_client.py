@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-pytestmark = pytest.mark.usefixtures("polls_up_to_a_minute")
+pytestmark = pytest.mark.usefixtures("allow_polls_of_one_minute")
 
 
 class BlockingStore(MemoryStore):
@@ -106,7 +106,7 @@ async def test_item_for_disconnected_client_goes_to_next_waiting_poll(api: ApiCl
     assert history_kinds(api) == ["created", "delivered"]
 
 
-async def test_client_disconnected_right_after_request_receives_no_item(api: ApiClient) -> None:
+async def test_client_that_disconnects_after_sending_poll_receives_no_item(api: ApiClient) -> None:
     api.plane.enqueue()
     for _ in range(20):
         (await send_poll(api, "")).close()

@@ -29,11 +29,11 @@ SCRIPT = [{"name": "bash", "input": {"command": "true"}}]
 WAIT_SECONDS = 40
 
 
-def client_has_left() -> bool:
+def client_is_disconnected() -> bool:
     return False
 
 
-pytestmark = pytest.mark.usefixtures("both_stores")
+pytestmark = pytest.mark.usefixtures("memory_and_sqlite_stores")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ async def open_engine(
 
 
 async def claim_item(engine: Engine, worker: str = "a", **poll: Any) -> Item:
-    item = await engine.long_poll(ENV, Poll(worker, **poll), client_has_left)
+    item = await engine.long_poll(ENV, Poll(worker, **poll), client_is_disconnected)
     assert item is not None
     return item
 
@@ -85,7 +85,7 @@ async def test_item_goes_through_every_state_from_creation_to_stop(
     assert created.state == "queued"
     delivered = await claim_item(engine)
     assert (delivered.id, delivered.holder, delivered.metadata) == (created.id, "a", {"k": "v\0"})
-    assert await engine.long_poll(ENV, Poll("b"), client_has_left) is None
+    assert await engine.long_poll(ENV, Poll("b"), client_is_disconnected) is None
     clock.advance(1)
     acked = await engine.ack_item(ENV, created.id, "a")
     assert (acked.state, acked.holder) == ("starting", "a")
@@ -165,7 +165,7 @@ async def test_heartbeat_has_same_result_as_state_machine(
 async def test_items_are_delivered_oldest_first(engine: Engine) -> None:
     items = [*await engine.enqueue(ENV, count=3), *await engine.enqueue(ENV, count=2)]
     assert [(await claim_item(engine)).id for _ in items] == [item.id for item in items]
-    assert await engine.long_poll(ENV, Poll("a"), client_has_left) is None
+    assert await engine.long_poll(ENV, Poll("a"), client_is_disconnected) is None
 
 
 async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: MovableClock) -> None:
@@ -201,7 +201,7 @@ async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
     (item,) = await engine.enqueue(ENV)
     await claim_item(engine, "a")
     clock.advance(2)
-    assert await engine.long_poll(ENV, Poll("b", 0, 3000), client_has_left) is None
+    assert await engine.long_poll(ENV, Poll("b", 0, 3000), client_is_disconnected) is None
     assert (await claim_item(engine, "b", reclaim_older_than_ms=2000)).holder == "b"
     assert await status_of_refused_call(engine.ack_item(ENV, item.id, "a")) == 409
 
@@ -217,20 +217,22 @@ async def test_poll_of_disconnected_client_leaves_item_in_queue(engine: Engine) 
 async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
     async with asyncio.TaskGroup() as group:
         polls = [
-            group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_has_left))
+            group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_is_disconnected))
             for _ in "ab"
         ]
-        await asyncio.sleep(0.05)  # the polls usually wait by now, but may also begin later
+        # Let the polls begin to wait. On a slow machine, they may begin later without harm.
+        await asyncio.sleep(0.05)
         items = await engine.enqueue(ENV, count=2)
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_end_waits_ends_waiting_polls_and_streams(engine: Engine) -> None:
+async def test_end_waits_call_ends_waiting_polls_and_streams(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_has_left))
+        poll = group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_is_disconnected))
         stream = group.create_task(engine.wait_for_events(item.session_id, 0, 999.0))
-        await asyncio.sleep(0.05)  # both calls usually wait by now, but may also begin later
+        # Let both calls begin to wait. On a slow machine, they may begin later without harm.
+        await asyncio.sleep(0.05)
         engine.end_waits()
     assert poll.result() is None
     assert stream.result() is None
@@ -238,11 +240,11 @@ async def test_end_waits_ends_waiting_polls_and_streams(engine: Engine) -> None:
 
 @pytest.mark.parametrize("name", ["ack_item", "heartbeat", "stop_item", "get_item"])
 @pytest.mark.parametrize("work_id", ["work_" + 32 * "0", "\0", "\udc80", 200 * "x"])
-async def test_unknown_item_is_not_found(engine: Engine, name: str, work_id: str) -> None:
+async def test_call_for_unknown_item_is_404(engine: Engine, name: str, work_id: str) -> None:
     assert await status_of_refused_call(getattr(engine, name)(ENV, work_id)) == 404
 
 
-async def test_item_of_other_environment_is_not_found(engine: Engine) -> None:
+async def test_item_read_through_other_environment_is_404(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     assert await status_of_refused_call(engine.get_item(ENV, item.id)) == 404
 
@@ -261,11 +263,12 @@ async def test_concurrent_stops_and_updates_are_all_applied(engine: Engine) -> N
 async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
     items = await engine.enqueue(ENV, count=20)
     found = await asyncio.gather(
-        *(engine.long_poll(ENV, Poll("a"), client_has_left) for _ in range(25))
+        *(engine.long_poll(ENV, Poll("a"), client_is_disconnected) for _ in range(25))
     )
-    # A poll whose item another poll takes first has an empty answer.
+    # Some of the 25 polls may return None although items are left: two polls can choose one item,
+    # and only one of them receives it. So the remaining items are polled below.
     ids = [item.id for item in found if item is not None]
-    while (item := await engine.long_poll(ENV, Poll("a"), client_has_left)) is not None:
+    while (item := await engine.long_poll(ENV, Poll("a"), client_is_disconnected)) is not None:
         ids.append(item.id)
     assert sorted(ids) == [item.id for item in items]
 
@@ -400,7 +403,8 @@ async def test_stream_returns_events_after_given_position(engine: Engine) -> Non
     assert list(await engine.wait_for_events(item.session_id, 2, 0.01) or "x") == ["x"]
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(engine.wait_for_events(item.session_id, 2, 999.0))
-        await asyncio.sleep(0.05)  # the stream usually waits by now, but may also begin later
+        # Let the stream begin to wait. On a slow machine, it may begin later without harm.
+        await asyncio.sleep(0.05)
         third = await engine.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(third)
 

@@ -102,7 +102,7 @@ async def test_enqueue_with_other_type_creates_item_of_that_type(api: ApiClient)
     assert (await api.claim_item())["data"]["type"] == "healthcheck"
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_item_created_in_one_dialect_is_delivered_in_the_other(
     qoder_api: ApiClient, anthropic_api: ApiClient
 ) -> None:

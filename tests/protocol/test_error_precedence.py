@@ -70,7 +70,7 @@ async def test_bad_request_precedes_409(api: ApiClient, call: str) -> None:
     work_id = await api.create_item_in_state("stopped")
     method, suffix = CALLS[call]
     answer = await api(method, api.work_url(suffix.format(id=work_id)), **BAD_REQUEST)
-    # An ack has no parameters that could be malformed.
+    # An ack has no parameters, so only the conflict can be reported.
     assert answer.status == (409 if call == "ack" else 400)
 
 

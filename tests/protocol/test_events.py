@@ -73,7 +73,7 @@ async def last_event_of_type(api: ApiClient, session_id: str, kind: str) -> dict
     return [event for event in await event_history(api, session_id) if event["type"] == kind][-1]
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_scripted_session_emits_events_from_first_to_last(api: ApiClient) -> None:
     body = {"script": [BASH, {"name": "Read", "input": {"file_path": "a"}, "permission": "allow"}]}
     created = await api("POST", api.work_url(), json=body)
@@ -281,7 +281,7 @@ async def test_message_after_end_of_script_is_answered(api: ApiClient) -> None:
     ]
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_batch_with_one_invalid_event_is_refused_completely(api: ApiClient) -> None:
     session_id = create_scripted_session(api, BASH)
     use = await last_event_of_type(api, session_id, "agent.tool_use")
@@ -391,7 +391,7 @@ async def test_events_of_forbidden_session_are_neither_read_nor_sent(
         )
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_event_pages_are_listed_in_both_directions(api: ApiClient) -> None:
     session_id = create_scripted_session(api)
     for _ in range(5):
@@ -457,7 +457,10 @@ async def list_event_texts(api: ApiClient, session_id: str, *params: tuple[str, 
 
 @pytest.fixture
 def session_with_five_events(api: ApiClient, clock: MovableClock) -> str:
-    """Return a session with five events, one a second, with the texts "0" to "4"."""
+    """Return the id of a session with five events, whose texts are "0" to "4".
+
+    Their times are one second apart.
+    """
     (item,) = api.plane.enqueue()
     for number in range(5):
         kind = "agent.message" if number % 2 == 0 else "agent.thinking"
@@ -583,7 +586,8 @@ async def test_idle_event_lists_tool_use_that_still_needs_a_result(
     assert idle["stop_reason"] == {
         "type": "requires_action", "event_ids": [one["id"], two["id"]]
     }  # fmt: skip
-    # The session does not wait for this result, because the tool use needs no action.
+    # `event_ids` does not contain the third tool use, which needs no action of a client. So the
+    # result for this tool use does not end the wait.
     await send_events(api, item.session_id, tool_result(dict(three)))
     assert (await last_event_of_type(api, item.session_id, "session.status_idle"))["id"] == idle[
         "id"
@@ -633,7 +637,9 @@ async def test_confirmation_for_tool_use_of_terminated_thread_is_409(api: ApiCli
     assert (await send_events(api, item.session_id, allow)).status == 409
 
 
-async def test_terminated_thread_ends_wait_for_its_own_tool_uses_only(api: ApiClient) -> None:
+async def test_session_stops_waiting_only_for_tool_uses_of_terminated_thread(
+    api: ApiClient,
+) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.custom_tool_use", "name": "weather", "input": {}}
     _, other = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"}, use)
@@ -686,7 +692,7 @@ async def test_script_in_cloud_environment_is_refused(qoder_api: ApiClient) -> N
         qoder_api.plane.enqueue(environment_id=CLOUD, script=[BASH])
 
 
-def control_plane_on(file: Path, clock: MovableClock) -> ControlPlane:
+def control_plane_with_database(file: Path, clock: MovableClock) -> ControlPlane:
     return ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(file), now=clock
     )
@@ -697,12 +703,12 @@ async def test_scripted_session_continues_after_restart(
 ) -> None:
     file = tmp_path / "work.db"
     script = [{**BASH, "permission": "ask"}, BASH, CUSTOM]
-    async with control_plane_on(file, clock) as plane:
+    async with control_plane_with_database(file, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         session_id = create_scripted_session(api, *script)
         before = await event_history(api, session_id)
     for place in range(3):
-        async with control_plane_on(file, clock) as plane:
+        async with control_plane_with_database(file, clock) as plane:
             api = ApiClient(plane, http_session, "qoder")
             assert await event_history(api, session_id) == before
             uses = [event for event in before if event["type"].endswith("tool_use")]
@@ -724,13 +730,13 @@ async def test_event_missing_after_crash_is_appended_at_start(
     tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
-    async with control_plane_on(file, clock) as plane:
+    async with control_plane_with_database(file, clock) as plane:
         session_id = create_scripted_session(ApiClient(plane, http_session, "qoder"), BASH)
     with closing(sqlite3.connect(file)) as connection:
         # A crash can leave a session and its item in the file without their events.
         connection.execute("DELETE FROM event")
         connection.commit()
-    async with control_plane_on(file, clock) as plane:
+    async with control_plane_with_database(file, clock) as plane:
         said = [event["type"] for event in plane.events(session_id)]
         assert said == ["user.message", "session.status_running", "agent.tool_use"]
 
@@ -748,13 +754,13 @@ async def test_database_of_older_version_is_migrated(
     tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession, version: int
 ) -> None:
     file = tmp_path / "work.db"
-    async with control_plane_on(file, clock) as plane:
+    async with control_plane_with_database(file, clock) as plane:
         (item,) = plane.enqueue(metadata={"k": "v"})
     with closing(sqlite3.connect(file)) as connection:
         for older, script in DOWNGRADES.items():
             if older >= version:
                 connection.executescript(script)
-    async with control_plane_on(file, clock) as plane:
+    async with control_plane_with_database(file, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         assert (await api.claim_item())["id"] == item.id
         assert (await api("GET", events_path(api, item.session_id, ""))).body["metadata"] == {
@@ -762,7 +768,7 @@ async def test_database_of_older_version_is_migrated(
         }
         message = {"type": "user.message", "content": TEXT}
         assert (await send_events(api, item.session_id, message)).status == 200
-    async with control_plane_on(file, clock) as plane:
+    async with control_plane_with_database(file, clock) as plane:
         assert [event["type"] for event in plane.events(item.session_id)] == ["user.message"]
 
 

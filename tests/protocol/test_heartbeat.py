@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.protocol.conftest import ApiClient, MovableClock
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_first_heartbeat_moves_item_to_active(api: ApiClient, clock: MovableClock) -> None:
     work_id = await api.create_item_in_state("starting")
     clock.advance(1.25)
@@ -32,7 +32,7 @@ async def test_first_heartbeat_moves_item_to_active(api: ApiClient, clock: Movab
     assert item["latest_heartbeat_at"] == "2026-03-01T12:00:01.250000Z"
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_later_heartbeats_keep_started_at(api: ApiClient, clock: MovableClock) -> None:
     work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
@@ -184,7 +184,7 @@ async def test_heartbeat_of_queued_or_stopped_item_is_409(
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
-async def test_anthropic_heartbeat_on_stopping_item_ignores_expected_time_and_extends_lease(
+async def test_anthropic_heartbeat_on_stopping_item_extends_lease_whatever_it_expects(
     anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopping")
@@ -223,7 +223,7 @@ async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_not
     assert len(anthropic_api.plane.history) == records
 
 
-async def test_anthropic_heartbeat_on_stopped_item_without_earlier_heartbeat_answers_empty_string(
+async def test_anthropic_heartbeat_on_item_stopped_without_heartbeat_has_empty_time(
     anthropic_api: ApiClient,
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopped")
@@ -254,7 +254,7 @@ async def test_anthropic_heartbeat_with_malformed_expected_time_is_400_in_every_
     assert (await anthropic_api.heartbeat(work_id, "yesterday")).status == 400
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_heartbeat_of_stopping_item_reports_state_and_extends_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:

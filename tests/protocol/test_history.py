@@ -1,4 +1,4 @@
-"""The history of the control plane, and its summary of overlaps and losses."""
+"""The control plane's history of calls, and its summary with the numbers of overlaps and losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def operations(clock: MovableClock) -> Operations:
 
 
 def claim_and_heartbeat(operations: Operations, worker: str) -> str:
-    """Poll an item, acknowledge it and send a heartbeat; return its id."""
+    """Poll an item, acknowledge it and send a heartbeat for it; return the item's id."""
     item = operations.poll(ENV, Poll(worker))
     assert item is not None
     operations.ack_item(ENV, item.id, worker)
@@ -119,7 +119,7 @@ def test_stopping_item_whose_lease_expires_does_not_count_as_reclaim(
 
 
 @pytest.mark.parametrize("action", ["heartbeat", "metadata", "stopped", "stop_requested"])
-def test_action_on_item_held_by_another_worker_counts_as_overlap(
+def test_call_for_item_leased_to_another_worker_counts_as_overlap(
     operations: Operations, action: str
 ) -> None:
     operations.enqueue(ENV)
@@ -148,7 +148,7 @@ def test_stops_of_operators_and_refused_calls_do_not_count_as_overlap(
     assert summarize(operations.history).overlapping == 0
 
 
-def test_action_of_former_holder_counts_as_overlap_only_if_item_is_held(
+def test_late_call_of_former_worker_counts_as_overlap_only_after_reclaim(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -172,7 +172,10 @@ def test_history_beyond_limit_drops_oldest_records_and_counts_them() -> None:
 def test_worker_that_sends_last_heartbeat_of_holder_takes_item_over(
     operations: Operations,
 ) -> None:
-    """A handoff's child takes an item over like this; later calls of the parent are overlaps."""
+    """The child in a handoff sends the last heartbeat of its parent, and so takes the item over.
+
+    A later call of the parent counts as an overlap.
+    """
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
     last = to_heartbeat_text(operations.get_item(ENV, work_id).heartbeat_at or 0)

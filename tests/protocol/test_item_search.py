@@ -1,4 +1,4 @@
-"""Searches in the list of items, by the control plane or, if it has no search, by the client."""
+"""Searches in the list of items. The client searches if the control plane has no search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATES = ("queued", "starting", "active", "stopping", "stopped")
 
 @pytest.fixture
 async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
-    """Return the ids of one item in each state, oldest first, and of a failed item."""
+    """Create one item in each state and a failed item; return their ids, by state and `failed`."""
     found = {
         state: await qoder_api.create_item_in_state(state, "worker") for state in reversed(STATES)
     }
@@ -70,7 +70,7 @@ async def test_search_in_descending_order_pages_towards_the_oldest(
     assert await search_items(api, order="desc", limit="4", page=token) == (expected[4:], None)
 
 
-async def test_search_page_examines_limited_number_of_items(
+async def test_search_page_ends_after_limited_number_of_items_read(
     api: ApiClient, item_ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "LOOKED_AT_MAX", 4)
@@ -111,11 +111,12 @@ async def test_stats_count_running_and_stopped_items(
 
 
 class SearchMiddleware:
-    """Middleware of a control plane that supports searches, ignores them or refuses them.
+    """Middleware that makes a control plane support, ignore or refuse the parameters of a search.
 
     Attributes:
-        helps: Searches are supported.
-        refuses: If they are not supported, they are refused with a 400 instead of ignored.
+        helps: Whether the control plane supports searches.
+        refuses: Whether a control plane without searches answers them with 400, instead of
+            ignoring their parameters.
         lists: The number of list requests.
     """
 
@@ -172,7 +173,7 @@ def search_support(request: pytest.FixtureRequest, search_middleware: SearchMidd
     return str(request.param)
 
 
-async def test_client_finds_same_items_whether_or_not_searches_are_supported(
+async def test_client_search_has_same_result_without_search_by_control_plane(
     client: WorkClient, item_ids: dict[str, str], clock: MovableClock, search_support: str
 ) -> None:
     failed = await client.find(ItemSearch(20, failed=True))
@@ -228,6 +229,8 @@ async def test_client_reads_the_counts_of_running_and_stopped_items(client: Work
 
 
 @pytest.mark.parametrize("more", [{}, {"running": None, "stopped": "many"}, {"running": True}])
-def test_missing_or_malformed_counts_in_statistics_are_none(more: dict[str, object]) -> None:
+def test_missing_or_malformed_item_counts_in_stats_are_parsed_as_none(
+    more: dict[str, object],
+) -> None:
     stats = parse_stats({"depth": 1, "pending": 0, **more})
     assert (stats.depth, stats.running, stats.stopped) == (1, None, None)

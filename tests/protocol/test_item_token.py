@@ -42,7 +42,7 @@ def session_path(api: ApiClient, item: dict[str, Any], suffix: str = "/events") 
     return events_path(api, item["data"]["id"].replace("session_", "sess_"), suffix)
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic_api: ApiClient) -> None:
     item, own = await claim_item_with_token(anthropic_api)
     assert (await own.ack(item["id"])).status == 200
@@ -62,7 +62,7 @@ async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic_api: 
 async def make_forbidden_calls(
     own: ApiClient, item: dict[str, Any], other: dict[str, Any]
 ) -> list[HttpAnswer]:
-    """Make all calls that the token of `item` must not make, and return the answers."""
+    """Make every call that the token of `item` does not allow; return the answers."""
     base, work_id = own.base_path, item["id"]
     events = {"events": [MESSAGE]}
     return [

@@ -1,4 +1,4 @@
-"""Leases and redelivery at exact times, as every call reports them.
+"""The exact times at which leases end and items are delivered again.
 
 See workpool/docs/protocol.md, "Leases".
 """
@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.protocol.conftest import ApiClient, MovableClock
 
-pytestmark = pytest.mark.usefixtures("both_stores")
+pytestmark = pytest.mark.usefixtures("memory_and_sqlite_stores")
 
 
 @pytest.mark.parametrize("seen_by", ["poll", "get", "list", "stats", "ack", "heartbeat"])
@@ -22,7 +22,8 @@ async def test_each_call_treats_item_with_expired_lease_as_queued(
     work_id = await api.create_item_in_state("active", "a")
     clock.advance(59.999999)
     assert (await api.get(work_id)).body["state"] == "active"
-    clock.advance(0.000002)  # 1 µs more than needed, because the clock is a float
+    # The lease ends in 1 µs. The second one makes up for the rounding of the clock, a float.
+    clock.advance(0.000002)
     if seen_by == "poll":
         assert (await api.claim_item())["id"] == work_id
     elif seen_by == "get":
@@ -90,7 +91,7 @@ async def test_item_with_expired_lease_keeps_timestamps_until_next_ack_and_heart
     assert item["started_at"] == "2026-03-01T12:01:02Z"
 
 
-async def test_item_with_expired_lease_is_not_pending_and_any_worker_may_ack_it(
+async def test_any_worker_may_ack_item_with_expired_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("starting", "a")
@@ -116,7 +117,7 @@ async def test_stopping_item_whose_lease_expires_becomes_stopped(
     clock.advance(3600)
     item = (await api.get(work_id)).body
     assert item["state"] == "stopped"
-    # The item stopped when its lease ended, not when it was read.
+    # The time is the end of the lease, although the control plane noticed it an hour later.
     assert item["stopped_at"] == "2026-03-01T12:01:00Z"
     assert (await api.poll()).body is None
 
@@ -129,7 +130,7 @@ async def test_graceful_stop_does_not_change_lease(api: ApiClient, clock: Movabl
     assert await api.item_state(work_id) == "stopped"
 
 
-async def test_clock_set_back_changes_no_lease(api: ApiClient, clock: MovableClock) -> None:
+async def test_clock_set_back_does_not_change_lease(api: ApiClient, clock: MovableClock) -> None:
     work_id = await api.create_item_in_state("active")
     clock.advance(-3600)
     assert await api.item_state(work_id) == "active"

@@ -1,7 +1,8 @@
-"""Long polls, which return as soon as an item is available.
+"""Long polls: requests that wait until an item is available.
 
-The first half runs the calls on a loop whose time jumps from timer to timer: all times are exact.
-The second half uses HTTP. See workpool/docs/protocol.md, "Poll".
+The tests in the first half run on an event loop whose time jumps from timer to timer, so that they
+can compare exact times. The tests in the second half use HTTP. See workpool/docs/protocol.md,
+"Poll".
 """
 
 from __future__ import annotations
@@ -39,84 +40,84 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_in_virtual_time(check: Callable[[Operations], Awaitable[Any]]) -> Any:
-    """Run a check in virtual time, with operations whose clock begins at `START`."""
+    """Run an async function in virtual time, and pass `Operations` with the clock of the loop."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
 
-        async def run_check() -> Any:
+        async def run_with_operations() -> Any:
             loop = asyncio.get_running_loop()
             return await check(Operations([ENV], now=lambda: START + loop.time()))
 
-        return runner.run(run_check())
+        return runner.run(run_with_operations())
 
 
-def client_has_left() -> bool:
+def client_is_disconnected() -> bool:
     return False
 
 
-async def measure_poll(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
-    item = await operations.long_poll(ENV, Poll(**poll), client_has_left)
+async def poll_and_note_time(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
+    item = await operations.long_poll(ENV, Poll(**poll), client_is_disconnected)
     return round(asyncio.get_running_loop().time(), 3), item
 
 
 def test_poll_of_empty_queue_waits_for_block_ms() -> None:
-    assert run_in_virtual_time(lambda operations: measure_poll(operations, block_ms=250)) == (
+    assert run_in_virtual_time(lambda operations: poll_and_note_time(operations, block_ms=250)) == (
         0.25,
         None,
     )
 
 
 def test_waiting_poll_returns_at_once_when_item_arrives() -> None:
-    async def check_wake_up_by_new_item(operations: Operations) -> None:
+    async def enqueue_during_poll(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(measure_poll(operations, block_ms=999))
+            poll = group.create_task(poll_and_note_time(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.enqueue(ENV)
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
-    run_in_virtual_time(check_wake_up_by_new_item)
+    run_in_virtual_time(enqueue_during_poll)
 
 
 @pytest.mark.parametrize("reclaim", [0, 1, 200, 700])
 def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
-    async def check_wake_up_by_redelivery(operations: Operations) -> None:
+    async def poll_until_redelivery(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
         await asyncio.sleep(0.1)
-        at, item = await measure_poll(operations, block_ms=999, reclaim_older_than_ms=reclaim)
+        at, item = await poll_and_note_time(operations, block_ms=999, reclaim_older_than_ms=reclaim)
         assert item is not None
         assert at == max(0.1, reclaim / 1000)
 
-    run_in_virtual_time(check_wake_up_by_redelivery)
+    run_in_virtual_time(poll_until_redelivery)
 
 
-def test_waiting_poll_receives_item_delivered_meanwhile_once_redelivery_is_due() -> None:
-    async def check_poll_of_delivered_item(operations: Operations) -> None:
+def test_poll_receives_item_of_earlier_poll_after_its_reclaim_window() -> None:
+    async def deliver_item_twice(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(measure_poll(operations, block_ms=999))
+            first = group.create_task(poll_and_note_time(operations, block_ms=999))
             second = group.create_task(
-                measure_poll(operations, block_ms=999, reclaim_older_than_ms=200)
+                poll_and_note_time(operations, block_ms=999, reclaim_older_than_ms=200)
             )
             await asyncio.sleep(0.1)
             operations.enqueue(ENV)
         assert [poll.result()[0] for poll in (first, second)] == [0.1, 0.3]
         assert None not in [poll.result()[1] for poll in (first, second)]
 
-    run_in_virtual_time(check_poll_of_delivered_item)
+    run_in_virtual_time(deliver_item_twice)
 
 
 def test_waiting_poll_ends_without_item_if_redelivery_is_due_later() -> None:
-    async def check_end_without_item(operations: Operations) -> None:
+    async def poll_without_due_item(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
-        assert await measure_poll(operations, block_ms=999) == (0.999, None)
+        assert await poll_and_note_time(operations, block_ms=999) == (0.999, None)
 
-    run_in_virtual_time(check_end_without_item)
+    run_in_virtual_time(poll_without_due_item)
 
 
 @pytest.mark.parametrize("state", ["starting", "active"])
 def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
-    async def check_wake_up_by_expired_lease(operations: Operations) -> None:
+    async def poll_until_lease_expires(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack_item(ENV, item.id)
         lease = 60.0
@@ -124,31 +125,33 @@ def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
             operations.heartbeat(ENV, item.id, ttl_seconds=10)
             lease = 10.0
         await asyncio.sleep(lease - 0.5)
-        at, again = await measure_poll(operations, block_ms=999)
+        at, again = await poll_and_note_time(operations, block_ms=999)
         assert again is not None
         assert (at, again.id) == (lease, item.id)
 
-    run_in_virtual_time(check_wake_up_by_expired_lease)
+    run_in_virtual_time(poll_until_lease_expires)
 
 
 def test_waiting_polls_receive_one_item_each_in_order() -> None:
-    async def check_order_of_polls(operations: Operations) -> None:
+    async def enqueue_for_five_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = []
             for _ in range(5):
-                polls.append(group.create_task(measure_poll(operations, block_ms=999)))
+                polls.append(group.create_task(poll_and_note_time(operations, block_ms=999)))
                 await asyncio.sleep(0.01)
             created = operations.enqueue(ENV, count=3)
         items = [poll.result()[1] for poll in polls]
         assert [item and item.id for item in items] == [*(item.id for item in created), None, None]
 
-    run_in_virtual_time(check_order_of_polls)
+    run_in_virtual_time(enqueue_for_five_polls)
 
 
 def test_thousand_waiting_polls_receive_thousand_items() -> None:
-    async def check_thousand_polls(operations: Operations) -> None:
+    async def enqueue_for_thousand_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            polls = [group.create_task(measure_poll(operations, block_ms=999)) for _ in range(1000)]
+            polls = [
+                group.create_task(poll_and_note_time(operations, block_ms=999)) for _ in range(1000)
+            ]
             await asyncio.sleep(0.1)
             for _ in range(1000):
                 operations.enqueue(ENV)
@@ -156,22 +159,24 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
         assert len({item.id for item in items if item is not None}) == 1000
         assert {poll.result()[0] for poll in polls} == {0.1}
 
-    run_in_virtual_time(check_thousand_polls)
+    run_in_virtual_time(enqueue_for_thousand_polls)
 
 
-def test_end_waits_answers_all_waiting_polls() -> None:
-    async def check_end_of_waits(operations: Operations) -> None:
+def test_end_waits_call_answers_all_waiting_polls() -> None:
+    async def end_waits_during_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            polls = [group.create_task(measure_poll(operations, block_ms=999)) for _ in range(3)]
+            polls = [
+                group.create_task(poll_and_note_time(operations, block_ms=999)) for _ in range(3)
+            ]
             await asyncio.sleep(0.1)
             operations.end_waits()
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
-        assert await measure_poll(operations, block_ms=999) == (0.1, None)
+        assert await poll_and_note_time(operations, block_ms=999) == (0.1, None)
 
-    run_in_virtual_time(check_end_of_waits)
+    run_in_virtual_time(end_waits_during_polls)
 
 
-async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
+async def test_next_poll_is_woken_if_woken_poll_is_cancelled() -> None:
     waiting = WaitingPolls()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         first = group.create_task(waiting.wait_until_woken(60, reclaiming=False))
@@ -184,14 +189,14 @@ async def test_wake_up_of_cancelled_poll_goes_to_next_poll() -> None:
     assert len(waiting) == 0
 
 
-def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
-    async def check_wake_up_of_next_poll(operations: Operations) -> None:
+def test_next_poll_is_woken_if_client_of_woken_poll_has_disconnected() -> None:
+    async def disconnect_first_of_two_polls(operations: Operations) -> None:
         left = False
         async with asyncio.TaskGroup() as group:
             poll = Poll(block_ms=999)
             first = group.create_task(operations.long_poll(ENV, poll, lambda: left))
             await asyncio.sleep(0.1)
-            second = group.create_task(measure_poll(operations, block_ms=999))
+            second = group.create_task(poll_and_note_time(operations, block_ms=999))
             await asyncio.sleep(0.1)
             left = True
             operations.enqueue(ENV)
@@ -199,40 +204,40 @@ def test_wake_up_of_poll_with_disconnected_client_goes_to_next_poll() -> None:
         at, item = second.result()
         assert (at, item is not None) == (0.2, True)
 
-    run_in_virtual_time(check_wake_up_of_next_poll)
+    run_in_virtual_time(disconnect_first_of_two_polls)
 
 
 def test_withdrawn_delivery_wakes_next_poll() -> None:
-    async def check_wake_up_by_withdrawal(operations: Operations) -> None:
+    async def withdraw_delivery_during_poll(operations: Operations) -> None:
         operations.enqueue(ENV)
         delivered = operations.poll(ENV, Poll("gone"))
         assert delivered is not None
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(measure_poll(operations, block_ms=999))
+            poll = group.create_task(poll_and_note_time(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.withdraw_delivery(delivered)
         at, item = poll.result()
         assert (at, item is not None) == (0.3, True)
 
-    run_in_virtual_time(check_wake_up_by_withdrawal)
+    run_in_virtual_time(withdraw_delivery_during_poll)
 
 
 def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
-    async def check_wake_up_by_other_call(operations: Operations) -> None:
+    async def read_stats_during_poll(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack_item(ENV, item.id)
         await asyncio.sleep(59.5)
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(measure_poll(operations, block_ms=999))
+            poll = group.create_task(poll_and_note_time(operations, block_ms=999))
             await asyncio.sleep(0.5)
             operations.queue_stats(ENV)
         at, again = poll.result()
         assert (at, again is not None) == (60.0, True)
 
-    run_in_virtual_time(check_wake_up_by_other_call)
+    run_in_virtual_time(read_stats_during_poll)
 
 
-@pytest.mark.usefixtures("polls_up_to_a_minute")
+@pytest.mark.usefixtures("allow_polls_of_one_minute")
 async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
     waiting = api.plane.operations.get_queue(ENV).waiting
     async with asyncio.TaskGroup() as group:
@@ -244,11 +249,12 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
         next(record for record in api.plane.history if record.kind == kind)
         for kind in ("delivered", "created")
     )
-    # The clock of the control plane stands still, so no timeout delivered the item.
+    # Equal times show that the new item woke the poll. A timeout of the poll could not have
+    # delivered the item, because the control plane's clock stands still.
     assert delivered.time == made.time
 
 
-@pytest.mark.usefixtures("polls_up_to_a_minute")
+@pytest.mark.usefixtures("allow_polls_of_one_minute")
 async def test_waiting_poll_woken_after_clock_was_moved_receives_item_with_expired_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:

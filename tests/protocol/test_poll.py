@@ -53,7 +53,7 @@ async def test_beta_query_is_accepted_but_not_required(anthropic_api: ApiClient)
     assert (await anthropic_api.poll()).body is not None
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_poll_delivers_item_and_leaves_it_queued(api: ApiClient) -> None:
     api.plane.enqueue()
     item = await api.claim_item()
@@ -62,7 +62,7 @@ async def test_poll_delivers_item_and_leaves_it_queued(api: ApiClient) -> None:
     assert (await api.poll()).body is None
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_poll_returns_oldest_item_first(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(5)]
     assert ids == sorted(ids)
@@ -77,7 +77,7 @@ async def test_due_redelivery_precedes_younger_item(api: ApiClient, clock: Movab
     assert (await api.claim_item())["id"] == first.id
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_redeliveries_are_oldest_first_regardless_of_last_delivery(
     api: ApiClient, clock: MovableClock
 ) -> None:
@@ -104,7 +104,7 @@ async def test_redeliveries_are_oldest_first_regardless_of_last_delivery(
         ("9" * 5000, 10_000.0, False),
     ],
 )
-async def test_redelivery_is_due_after_reclaim_window_of_the_new_poll(
+async def test_item_is_redelivered_after_reclaim_window_named_by_poll(
     qoder_api: ApiClient, clock: MovableClock, reclaim: str | None, age: float, *, comes: bool
 ) -> None:
     qoder_api.plane.enqueue()
@@ -153,7 +153,7 @@ async def test_unknown_poll_parameters_are_ignored(api: ApiClient) -> None:
     assert (await api.poll(params={"colour": "blue"})).status == 200
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_only_worker_whose_poll_received_item_may_ack_it(api: ApiClient) -> None:
     api.plane.enqueue()
     item = await api.claim_item(worker="a")

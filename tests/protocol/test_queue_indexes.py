@@ -86,7 +86,7 @@ def test_iteration_over_ascending_ids_continues_after_removals() -> None:
 
 
 @given(STEPS)
-def test_lease_index_returns_expired_leases_in_order_once(
+def test_lease_index_returns_each_expired_lease_once(
     steps: Sequence[tuple[str, int, int]],
 ) -> None:
     leases, model, now = LeaseEnds(), dict[str, int](), 0
@@ -146,7 +146,7 @@ def test_lease_index_does_not_grow_with_renewals_of_one_lease() -> None:
 
 
 @given(st.lists(st.integers(0, 2**47 * 1000), max_size=50))
-def test_ids_ascend_regardless_of_clock(instants: Sequence[int]) -> None:
+def test_ids_ascend_even_if_clock_is_set_back(instants: Sequence[int]) -> None:
     ids = IdGenerator()
     made = [ids.next_digits(now) for now in instants]
     again = IdGenerator(made[-1]) if made else ids
@@ -158,8 +158,8 @@ def test_ids_ascend_regardless_of_clock(instants: Sequence[int]) -> None:
 WORKERS = st.sampled_from([None, "a", "b", "c"])
 
 
-class QueueMachine(RuleBasedStateMachine):
-    """State machine that makes calls in any order, and compares the indexes with a full scan."""
+class QueueStateMachine(RuleBasedStateMachine):
+    """Hypothesis state machine: calls in any order have the same results as a full scan."""
 
     retention: ClassVar[float | None] = None
 
@@ -171,7 +171,7 @@ class QueueMachine(RuleBasedStateMachine):
     def all_items(self) -> Sequence[Item]:
         return self.operations.list_items(ENV, 1000).items
 
-    def pick_item(self, number: int) -> Item:
+    def item_at_number(self, number: int) -> Item:
         items = self.all_items()
         return items[number % len(items)]
 
@@ -204,7 +204,7 @@ class QueueMachine(RuleBasedStateMachine):
         worker=WORKERS,
     )
     def call_operation(self, number: int, call: str, worker: str | None) -> None:
-        item = self.pick_item(number)
+        item = self.item_at_number(number)
         try:
             if call == "ack":
                 self.operations.ack_item(ENV, item.id, worker)
@@ -221,7 +221,7 @@ class QueueMachine(RuleBasedStateMachine):
                 raise
 
     @invariant()
-    def stats_equal_those_of_a_scan(self) -> None:
+    def stats_equal_counts_of_full_scan(self) -> None:
         queued = [item for item in self.all_items() if item.state == "queued"]
         claimable = self.claimable_items(5000)
         stats = self.operations.queue_stats(ENV)
@@ -230,7 +230,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert stats.oldest_queued_at == min((item.created_at for item in queued), default=None)
 
     @invariant()
-    def no_lease_is_expired_or_without_its_state(self) -> None:
+    def only_leased_states_have_unexpired_lease(self) -> None:
         now = int(self.clock.seconds * 1_000_000)
         for item in self.all_items():
             held = item.state in {"starting", "active", "stopping"}
@@ -239,13 +239,13 @@ class QueueMachine(RuleBasedStateMachine):
             assert item.delivered_at is None or item.state == "queued"
 
 
-class QueueMachineWithRetention(QueueMachine):
+class QueueStateMachineWithRetention(QueueStateMachine):
     """The state machine of a queue that deletes stopped items after 30 s."""
 
     retention = 30.0
 
     @rule()
-    def poll_deletes_items_stopped_long_ago(self) -> None:
+    def poll_and_check_deletion_of_old_items(self) -> None:
         self.operations.poll(ENV, Poll("a"))
         until = self.clock.seconds - self.retention
         for item in self.all_items():
@@ -253,16 +253,19 @@ class QueueMachineWithRetention(QueueMachine):
             assert self.operations.get_session(item.session_id)[1] == item
 
 
-TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine = QueueStateMachine.TestCase
 TestQueueMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-TestQueueMachineWithRetention = QueueMachineWithRetention.TestCase
+TestQueueMachineWithRetention = QueueStateMachineWithRetention.TestCase
 TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
-def test_poll_after_many_stops_makes_no_more_function_calls() -> None:
-    """If ids of stopped items stayed in an index, the next poll would have to remove them all."""
+def test_poll_after_many_stopped_items_needs_no_more_function_calls() -> None:
+    """A stop must remove the item's id from the index of queued items.
 
-    def count_calls_of_poll(stopped: int) -> int:
+    Otherwise the next poll would need time to skip the ids of all stopped items.
+    """
+
+    def count_function_calls_of_poll(stopped: int) -> int:
         operations = Operations([ENV], history_limit=0)
         items = operations.enqueue(ENV, count=stopped + 1)
         for item in items[:stopped][::-1]:
@@ -283,14 +286,17 @@ def test_poll_after_many_stops_makes_no_more_function_calls() -> None:
         assert found.id == items[-1].id
         return calls
 
-    assert count_calls_of_poll(2000) < 2 * count_calls_of_poll(2)
+    assert count_function_calls_of_poll(2000) < 2 * count_function_calls_of_poll(2)
 
 
 @pytest.mark.trial
-def test_cost_of_call_does_not_grow_with_queue_length() -> None:
-    """With 100 times the items, a scan costs 100 times as much, but an index less than 10 times."""
+def test_time_of_calls_does_not_grow_with_queue_length() -> None:
+    """With 100 times as many items, a scan would take about 100 times as long.
 
-    def measure_calls(count: int) -> float:
+    With indexes, the calls must take less than 10 times as long.
+    """
+
+    def measure_seconds_of_calls(count: int) -> float:
         operations = Operations([ENV], history_limit=0)
         items = operations.enqueue(ENV, count=count)
         for _ in range(count // 2):
@@ -309,4 +315,4 @@ def test_cost_of_call_does_not_grow_with_queue_length() -> None:
             best = min(best, time.thread_time() - started)
         return best
 
-    assert measure_calls(50_000) < 10 * measure_calls(500)
+    assert measure_seconds_of_calls(50_000) < 10 * measure_seconds_of_calls(500)

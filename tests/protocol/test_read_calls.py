@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     "work_id",
     [
-        "work_4e43a33e401a4038abe36845dff55165",  # well-formed, but unknown
+        "work_4e43a33e401a4038abe36845dff55165",  # an id in the right form, but of no item
         "work_",
         "x",
         "sess_" + "0" * 32,
@@ -79,7 +79,7 @@ async def test_list_of_empty_queue_has_no_items(api: ApiClient) -> None:
     }
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_item_pages_continue_forward_to_the_end(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(45)]
     page = await read_item_page(api)
@@ -161,7 +161,7 @@ async def test_two_cursors_at_once_are_400(api: ApiClient, names: tuple[str, str
     assert answer.status == 400
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: MovableClock) -> None:
     assert await api.queue_stats() == {
         "type": "work_queue_stats",
@@ -178,7 +178,8 @@ async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: Movab
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["workers_polling"]) == (2, 1, 1)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
-    clock.advance(5)  # the delivered item may now be delivered again
+    # After the reclaim window, the delivered item is no longer pending: it can be delivered again.
+    clock.advance(5)
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (3, 0)
 
@@ -190,7 +191,8 @@ async def test_stats_exclude_acknowledged_and_stopped_items(
         await api.create_item_in_state(state)
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"], stats["oldest_queued_at"]) == (0, 0, None)
-    clock.advance(60)  # the leases of the items in `starting` and `active` have now expired
+    # The leases of the items in `starting` and `active` expire now, so both items are queued again.
+    clock.advance(60)
     stats = await api.queue_stats()
     assert (stats["depth"], stats["pending"]) == (2, 0)
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
@@ -268,7 +270,7 @@ async def test_session_updated_at_changes_with_item_and_events(
 
 
 @pytest.mark.parametrize("prefix", ["session_", "sesn_"])
-async def test_anthropic_session_id_is_accepted_with_either_prefix(
+async def test_anthropic_session_is_found_by_id_with_either_known_prefix(
     anthropic_api: ApiClient, prefix: str
 ) -> None:
     (item,) = anthropic_api.plane.enqueue(metadata={"k": "v"})

@@ -33,8 +33,8 @@ ANSWERS = [
 WORK_CALLS = ("poll", "ack", "heartbeat", "stop", "update", "list")
 
 
-def requested_item_id(answer: dict[str, Any]) -> str:
-    """Return the item id to request: the id in the recorded answer, if it has one."""
+def item_id_for_request(answer: dict[str, Any]) -> str:
+    """Return the item id for the request: the id in the recorded answer, or else any id."""
     body = answer["body"]
     return str(body["id"]) if isinstance(body, dict) and "id" in body else "work_1"
 
@@ -55,8 +55,8 @@ CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
 }
 
 
-def attribute_as_json(value: object, name: str) -> object:
-    """Return an attribute of the client's result as a JSON value."""
+def result_attribute_as_json(value: object, name: str) -> object:
+    """Return an attribute of an object that the client returned, as a JSON value."""
     found = getattr(value, name)
     if isinstance(found, Secret):
         return found.get_secret_value()
@@ -84,7 +84,7 @@ async def test_client_reads_recorded_response_as_expected(answer: dict[str, Any]
             token=cast("Any", "token"),
         )
         async with WorkClient(settings) as client:
-            call = CALLS[answer["call"]](client, requested_item_id(answer))
+            call = CALLS[answer["call"]](client, item_id_for_request(answer))
             if "raises" in expected:
                 with pytest.raises(ControlPlaneError) as raised:
                     await call
@@ -94,14 +94,14 @@ async def test_client_reads_recorded_response_as_expected(answer: dict[str, Any]
                 return
             returned = await call
     if isinstance(expected["returns"], dict):
-        found = {name: attribute_as_json(returned, name) for name in expected["returns"]}
+        found = {name: result_attribute_as_json(returned, name) for name in expected["returns"]}
         assert found == expected["returns"]
     else:
         assert returned == expected["returns"]
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recording_of_control_plane_names_its_source_and_has_every_worker_call(name: str) -> None:
+def test_recorded_answers_name_source_commit_and_cover_every_worker_call(name: str) -> None:
     plane = RECORDED[name]
     assert plane["repository"].count("/") == 1
     assert len(plane["commit"]) == 40

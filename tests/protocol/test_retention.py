@@ -70,7 +70,7 @@ def count_rows(file: Path) -> list[int]:
         ]
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_stopped_item_is_deleted_with_session_after_retention(
     api: ApiClient, clock: MovableClock
 ) -> None:
@@ -106,7 +106,7 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
 ) -> None:
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
-        # The second server does not serve this environment.
+        # The server that is started next does not serve `OTHER`, but must delete this item too.
         (former,) = plane.enqueue(environment_id=OTHER)
         plane.operations.stop_item(OTHER, former.id)
         old = create_stopped_item(plane)
@@ -134,7 +134,8 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
     operations = control_plane.operations
     (first,) = control_plane.enqueue()
     second, third = (control_plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
-    operations.stop_item(ENV, third.id)  # the newest item of the session stops first
+    # Stop the newest item first: the session must be kept as long as its other items.
+    operations.stop_item(ENV, third.id)
     clock.advance(RETENTION_SECONDS)
     operations.poll(ENV, Poll())
     operations.stop_item(ENV, first.id, force=True)
@@ -171,7 +172,7 @@ async def test_stream_of_deleted_session_ends(qoder_api: ApiClient, clock: Movab
             assert await reader.response.content.read() == b""
 
 
-async def test_one_call_deletes_limited_number_of_items(
+async def test_one_poll_deletes_limited_number_of_expired_items(
     control_plane: ControlPlane, clock: MovableClock
 ) -> None:
     operations = control_plane.operations

@@ -1,4 +1,4 @@
-"""The numbers of an environment at `/scale/{environment_id}`, and the tokens that read them."""
+"""The route `/scale/{environment_id}` for autoscalers, and the tokens that it accepts."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def test_scale_with_invalid_query_is_400(query: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("environment", "status"), [("env_unknown", 404), (CLOUD, 400)])
-async def test_scale_of_unknown_environment_is_404_and_of_cloud_environment_400(
+async def test_scale_of_unknown_or_cloud_environment_is_refused(
     environment: str, status: int
 ) -> None:
     async with make_control_plane() as plane:
@@ -132,7 +132,10 @@ async def test_scale_of_unknown_environment_is_404_and_of_cloud_environment_400(
 async def test_scale_through_a_proxy_needs_a_token_of_the_environment(
     headers: dict[str, str], status: int
 ) -> None:
-    """Otherwise a proxy on the same machine would show the numbers to all its clients."""
+    """A request over loopback needs no token, unless its `Host` shows that a proxy forwarded it.
+
+    Without this rule, a proxy on the same machine would show the numbers to all its clients.
+    """
     async with make_control_plane() as plane:
         assert (await fetch_scale_numbers(plane, headers=PROXY_HEADERS | headers))[0] == status
 
@@ -143,7 +146,7 @@ async def test_scale_beyond_loopback_needs_a_token() -> None:
         assert (await fetch_scale_numbers(plane, headers={"X-Api-Key": SCALE}))[0] == 200
 
 
-async def test_scale_token_for_other_calls_is_401() -> None:
+async def test_other_call_with_scale_token_is_401() -> None:
     async with make_control_plane() as plane, aiohttp.ClientSession() as http:
         for path in ("/v1/environments", f"/v1/environments/{ENV}/work/stats"):
             url = f"http://127.0.0.1:{plane.port}{path}"
@@ -151,7 +154,7 @@ async def test_scale_token_for_other_calls_is_401() -> None:
                 assert answer.status == 401
 
 
-async def test_item_token_for_scale_numbers_is_403() -> None:
+async def test_scale_call_with_item_token_is_403() -> None:
     async with make_control_plane() as plane, aiohttp.ClientSession() as http:
         plane.enqueue()
         url = f"http://127.0.0.1:{plane.port}/v1/environments/{ENV}/work/poll"

@@ -39,7 +39,9 @@ async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropi
 
 
 @pytest.fixture
-async def validating_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+async def client_with_strict_validation(
+    control_plane: ControlPlane,
+) -> AsyncIterator[AsyncAnthropic]:
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
     async with AsyncAnthropic(
         auth_token=TOKEN, base_url=base_url, _strict_response_validation=True
@@ -56,10 +58,10 @@ async def api_key_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnth
         yield client
 
 
-async def test_anthropic_sdk_makes_all_eight_calls(
-    control_plane: ControlPlane, validating_client: AsyncAnthropic, clock: MovableClock
+async def test_anthropic_sdk_makes_all_eight_work_calls(
+    control_plane: ControlPlane, client_with_strict_validation: AsyncAnthropic, clock: MovableClock
 ) -> None:
-    sdk = validating_client
+    sdk = client_with_strict_validation
     work = sdk.beta.environments.work
     assert await work.poll(ENV, anthropic_worker_id="sdk") is None
     (created,) = control_plane.enqueue(metadata={"job": "report"})
@@ -99,7 +101,8 @@ async def test_anthropic_sdk_work_poller_claims_fifty_items(
             await sdk_client.beta.environments.work.heartbeat(item.id, environment_id=ENV)
         ).state == ("active")
     assert claimed == ids
-    # The poller sends one graceful stop; the end of the lease or a second stop completes it.
+    # The poller sends one graceful stop for each item, which leaves the item `stopping`. The item
+    # is stopped by a second stop, or when its lease ends.
     states = [item.state async for item in sdk_client.beta.environments.work.list(ENV)]
     assert states == ["stopping"] * 50
     assert control_plane.summary().overlapping == 0
@@ -108,11 +111,11 @@ async def test_anthropic_sdk_work_poller_claims_fifty_items(
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
 async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
-    anthropic_api: ApiClient, validating_client: AsyncAnthropic, state: str
+    anthropic_api: ApiClient, client_with_strict_validation: AsyncAnthropic, state: str
 ) -> None:
     work_id = await anthropic_api.create_item_in_state(state)
     session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
-    session = await validating_client.beta.sessions.retrieve(session_id)
+    session = await client_with_strict_validation.beta.sessions.retrieve(session_id)
     assert session.id == session_id
     assert session.status == ("running" if state in {"active", "stopping"} else "idle")
     assert (session.resources, session.vault_ids, session.outcome_evaluations) == ([], [], [])
@@ -125,18 +128,18 @@ async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
 
 @pytest.mark.parametrize("status", ["running", "idle", "terminated"])
 async def test_session_after_every_status_event_validates_as_type_of_anthropic_sdk(
-    control_plane: ControlPlane, validating_client: AsyncAnthropic, status: str
+    control_plane: ControlPlane, client_with_strict_validation: AsyncAnthropic, status: str
 ) -> None:
     (item,) = control_plane.enqueue()
     control_plane.emit(
         item.session_id, {"type": f"session.status_{status}", "stop_reason": {"type": "end_turn"}}
     )
     session_id = item.session_id.replace("sess_", "session_")
-    assert (await validating_client.beta.sessions.retrieve(session_id)).status == status
+    assert (await client_with_strict_validation.beta.sessions.retrieve(session_id)).status == status
 
 
 async def test_application_with_anthropic_sdk_creates_and_archives_sessions(
-    validating_client: AsyncAnthropic, api_key_client: AsyncAnthropic
+    client_with_strict_validation: AsyncAnthropic, api_key_client: AsyncAnthropic
 ) -> None:
     environment = await api_key_client.beta.environments.create(
         name="mine", config={"type": "self_hosted"}, metadata={"team": "a"}
@@ -151,7 +154,7 @@ async def test_application_with_anthropic_sdk_creates_and_archives_sessions(
         initial_events=[{"type": "user.message", "content": [{"type": "text", "text": "hello"}]}],
     )
     assert (session.agent.id, session.agent.version, session.title) == ("agent_1", 2, "report")
-    item = await validating_client.beta.environments.work.poll(environment.id)
+    item = await client_with_strict_validation.beta.environments.work.poll(environment.id)
     assert item is not None
     assert (item.data.id, item.metadata) == (session.id, {"job": "report"})
     another = await api_key_client.beta.sessions.create(

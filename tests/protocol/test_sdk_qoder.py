@@ -110,7 +110,7 @@ async def test_session_in_every_state_validates_as_type_of_qoder_sdk(
     assert agent.model is not None
 
 
-async def test_qoder_sdk_makes_all_eight_calls(
+async def test_qoder_sdk_makes_all_eight_work_calls(
     control_plane: ControlPlane, sdk_client: AsyncManaged, clock: MovableClock
 ) -> None:
     work = sdk_client.environments.work

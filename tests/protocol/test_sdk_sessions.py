@@ -139,7 +139,7 @@ async def allow_first_and_deny_second(
 async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
-    """The tool runner of the SDK follows one stream and answers each tool use once."""
+    """The SDK's tool runner reads one event stream, and sends one result for each tool use."""
 
     @beta_async_tool
     async def bash(command: str) -> str:

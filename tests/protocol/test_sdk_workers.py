@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     Worker = Callable[[str], AbstractAsyncContextManager[None]]
 
-pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]  # npm downloads packages
+# The time limit includes the download of npm packages.
+pytestmark = [pytest.mark.trial, pytest.mark.timeout(300)]
 
 APPLICATION, KEY = "token-of-the-application", "key-of-the-environment"
 NODE_MAJOR_MIN = 20
@@ -44,7 +45,10 @@ SCRIPT: list[dict[str, Any]] = [
 
 
 class CallRecorder:
-    """Middleware that records each call of a worker with its credential: "key" or "item"."""
+    """Middleware that records the calls of a worker, and the kind of credential of each call.
+
+    The kind is "key" for the environment's key, and "item" for the token of an item.
+    """
 
     def __init__(self) -> None:
         self.seen: set[tuple[str, str]] = set()
@@ -77,7 +81,7 @@ async def control_plane(call_recorder: CallRecorder) -> AsyncIterator[ControlPla
 
 
 @pytest.fixture
-async def application(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
+async def application_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthropic]:
     async with AsyncAnthropic(
         api_key=APPLICATION,
         base_url=control_plane.anthropic_base_url.removesuffix("/v1"),
@@ -86,13 +90,13 @@ async def application(control_plane: ControlPlane) -> AsyncIterator[AsyncAnthrop
         yield client
 
 
-async def allow_first_and_deny_second(application: AsyncAnthropic, session_id: str) -> None:
+async def allow_first_and_deny_second(application_client: AsyncAnthropic, session_id: str) -> None:
     """Until the turn ends, allow the first tool use that asks and deny the second one."""
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
-    events = application.beta.sessions.events
+    events = application_client.beta.sessions.events
     seen: set[str] = set()
 
-    async def answer_and_check_end(event: Any) -> bool:
+    async def answer_event_and_detect_end(event: Any) -> bool:
         if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
             await events.send(
                 session_id,
@@ -112,7 +116,7 @@ async def allow_first_and_deny_second(application: AsyncAnthropic, session_id: s
 
     async with aclosing(all_events_in_order()) as events_in_order:
         async for event in events_in_order:
-            if event.id not in seen and await answer_and_check_end(event):
+            if event.id not in seen and await answer_event_and_detect_end(event):
                 return
             seen.add(event.id)
 
@@ -206,14 +210,14 @@ def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project:
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
 def start_worker(request: pytest.FixtureRequest) -> Worker:
-    """Return a function that returns a context manager, inside which a worker runs."""
+    """Return a function whose context manager runs a worker: `async with start_worker(ID):`."""
     started: Worker = request.getfixturevalue(request.param)
     return started
 
 
 @pytest.fixture
-async def environment_id(application: AsyncAnthropic) -> str:
-    environment = await application.beta.environments.create(
+async def environment_id(application_client: AsyncAnthropic) -> str:
+    environment = await application_client.beta.environments.create(
         name="mine", config={"type": "self_hosted"}
     )
     new_id: str = environment.id
@@ -221,36 +225,36 @@ async def environment_id(application: AsyncAnthropic) -> str:
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until a condition is true; only the time limit of the test ends the wait."""
+    """Wait until a condition is true. The caller sets a time limit with `asyncio.timeout`."""
     while not condition():  # noqa: ASYNC110 - a worker is a process that sets no event here
         await asyncio.sleep(0.02)
 
 
 async def test_sdk_worker_completes_a_conversation(
     control_plane: ControlPlane,
-    application: AsyncAnthropic,
+    application_client: AsyncAnthropic,
     start_worker: Worker,
     environment_id: str,
     call_recorder: CallRecorder,
     tmp_path: Path,
 ) -> None:
     async with start_worker(environment_id), asyncio.timeout(120):
-        session = await application.beta.sessions.create(
+        session = await application_client.beta.sessions.create(
             agent="agent_1",
             environment_id=environment_id,
             metadata={"job": "report"},
             extra_body={"script": SCRIPT},
         )
-        await allow_first_and_deny_second(application, session.id)
+        await allow_first_and_deny_second(application_client, session.id)
         await wait_until(lambda: control_plane.summary().stopped == 1)
-        # The worker has ended its item, and the next message creates another item of the session.
-        await application.beta.sessions.events.send(
+        # The session has no unfinished item now, so the next message creates an item.
+        await application_client.beta.sessions.events.send(
             session.id,
             events=[{"type": "user.message", "content": [{"type": "text", "text": "Thanks."}]}],
         )
         await wait_until(lambda: control_plane.summary().stopped == 2)
 
-    events = application.beta.sessions.events
+    events = application_client.beta.sessions.events
     stored = [event.to_dict(mode="json") async for event in events.list(session.id)]
     uses = [event for event in stored if event["type"] == "agent.tool_use"]
     answers = {"user.tool_result", "agent.tool_result"}
@@ -259,7 +263,8 @@ async def test_sdk_worker_completes_a_conversation(
     }
     assert [use["name"] for use in uses] == ["write", "bash", "bash", "bash", "read"]
     results_in_order = [results[use["id"]] for use in uses]
-    # The fourth tool use was denied, so the control plane wrote its result.
+    # The tool use that was denied is the fourth one. The control plane itself wrote the result of
+    # this tool use, hence the type `agent.tool_result`.
     assert [event["type"] for event in results_in_order] == [
         *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
     ]  # fmt: skip
@@ -284,8 +289,12 @@ async def test_sdk_worker_completes_a_conversation(
 
 
 @dataclass(frozen=True)
-class WaitingSession:
-    """A session whose worker waits for a confirmation; `state` reads the state of the item."""
+class SessionAwaitingConfirmation:
+    """A session whose worker waits for a confirmation.
+
+    Attributes:
+        state: Returns the current state of the item.
+    """
 
     session_id: str
     work_id: str
@@ -295,20 +304,20 @@ class WaitingSession:
 @pytest.fixture
 async def waiting_session(
     control_plane: ControlPlane,
-    application: AsyncAnthropic,
+    application_client: AsyncAnthropic,
     start_worker: Worker,
     environment_id: str,
     call_recorder: CallRecorder,
-) -> AsyncIterator[WaitingSession]:
+) -> AsyncIterator[SessionAwaitingConfirmation]:
     ask = {"name": "bash", "input": {"command": "ls"}, "permission": "ask"}
     async with start_worker(environment_id), asyncio.timeout(120):
-        session = await application.beta.sessions.create(
+        session = await application_client.beta.sessions.create(
             agent="agent_1", environment_id=environment_id, extra_body={"script": [ask]}
         )
         (item,) = control_plane.operations.list_items(environment_id).items
         # The worker opens its event stream before it reads the history, so the stream is open now.
         await wait_until(lambda: ("item", "GET sessions/events") in call_recorder.seen)
-        yield WaitingSession(
+        yield SessionAwaitingConfirmation(
             session.id,
             item.id,
             lambda: control_plane.operations.get_item(environment_id, item.id).state,
@@ -316,23 +325,26 @@ async def waiting_session(
 
 
 async def test_sdk_worker_stops_item_of_archived_session_at_once(
-    application: AsyncAnthropic, waiting_session: WaitingSession, caplog: pytest.LogCaptureFixture
+    application_client: AsyncAnthropic,
+    waiting_session: SessionAwaitingConfirmation,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert (
-        await application.beta.sessions.archive(waiting_session.session_id)
+        await application_client.beta.sessions.archive(waiting_session.session_id)
     ).status == "terminated"
-    async with asyncio.timeout(20):  # less than the time until the next heartbeat
+    # The next heartbeat is due later than this time limit, so the stop is not a reaction to it.
+    async with asyncio.timeout(20):
         await wait_until(lambda: waiting_session.state() == "stopped")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_sdk_worker_ends_session_when_heartbeat_answers_stopping(
+async def test_sdk_worker_stops_item_after_heartbeat_reports_stop_request(
     control_plane: ControlPlane,
-    waiting_session: WaitingSession,
+    waiting_session: SessionAwaitingConfirmation,
     environment_id: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The worker notices the stop at its next heartbeat, within 30 s."""
+    """The answer to the next heartbeat, at most 30 s later, reports the stop to the worker."""
     control_plane.operations.stop_item(environment_id, waiting_session.work_id)
     assert waiting_session.state() == "stopping"
     async with asyncio.timeout(90):
@@ -340,21 +352,22 @@ async def test_sdk_worker_ends_session_when_heartbeat_answers_stopping(
     kinds = [
         record.kind for record in control_plane.history.records_of_item(waiting_session.work_id)
     ]
-    # The worker stopped the item before its lease ended.
+    # The record `stopped` shows that the worker stopped the item. If its lease had ended instead,
+    # the last record would be `lapsed`.
     assert kinds[-2:] == ["heartbeat", "stopped"]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_sdk_worker_with_secret_of_item_and_without_key_runs_item(
+async def test_sdk_worker_with_item_secret_instead_of_key_runs_item(
     control_plane: ControlPlane,
-    application: AsyncAnthropic,
+    application_client: AsyncAnthropic,
     environment_id: str,
     call_recorder: CallRecorder,
     tmp_path: Path,
 ) -> None:
-    """A parent polls with the key of the environment; its child has only the secret of the item."""
+    """A parent polls with the environment's key. Its child runs the item with the item's secret."""
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
-    await application.beta.sessions.create(
+    await application_client.beta.sessions.create(
         agent="agent_1", environment_id=environment_id, extra_body={"script": SCRIPT[:2]}
     )
     async with (

@@ -1,4 +1,4 @@
-"""The SQLite store: answered changes survive, and foreign files are refused."""
+"""The SQLite store: changes of answered requests survive, and files of other origin are refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def database_path(tmp_path: Path) -> Path:
     return tmp_path / "work.db"
 
 
-def control_plane_on(path: Path, clock: MovableClock, *environments: str) -> ControlPlane:
+def control_plane_with_database(
+    path: Path, clock: MovableClock, *environments: str
+) -> ControlPlane:
     return ControlPlane(
         environments=environments or (ENV,),
         tokens={TOKEN: None},
@@ -45,7 +47,7 @@ def control_plane_on(path: Path, clock: MovableClock, *environments: str) -> Con
 async def test_items_sessions_and_stats_survive_restart(
     database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
+    async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:
         api = ApiClient(plane, http_session, "qoder")
         for state in ("stopped", "stopping", "active", "starting", "queued"):
             await api.create_item_in_state(state, "a")
@@ -57,7 +59,7 @@ async def test_items_sessions_and_stats_survive_restart(
         ]
         before = [(await api("GET", api.work_url("", env))).body for env in (ENV, OTHER)]
         stats = await api.queue_stats()
-    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
+    async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:
         api = ApiClient(plane, http_session, "qoder")
         assert [(await api("GET", api.work_url("", env))).body for env in (ENV, OTHER)] == before
         assert (await api.queue_stats()) == {**stats, "workers_polling": 0}
@@ -65,7 +67,7 @@ async def test_items_sessions_and_stats_survive_restart(
             url = f"{api.base_path}/sessions/{session['id']}"
             assert (await api("GET", url)).body == session
         _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
-        # Only worker a, which received the item, may acknowledge it.
+        # Worker `a` received this item before the restart, so that worker `b` may not ack it.
         assert (await api.ack(queued, worker="b")).status == 409
         assert (await api.heartbeat(active, "NO_HEARTBEAT")).status == 412
         assert (await api.heartbeat(starting, "NO_HEARTBEAT")).status == 200
@@ -79,12 +81,12 @@ async def test_items_sessions_and_stats_survive_restart(
 async def test_holder_of_item_survives_restart(
     database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         starting, active = [
             await api.create_item_in_state(state, "a") for state in ("starting", "active")
         ]
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         for work_id in (starting, active):
             assert (await api.ack(work_id, worker="b")).status == 409
@@ -94,25 +96,25 @@ async def test_holder_of_item_survives_restart(
 async def test_ids_ascend_across_restart_with_clock_set_back(
     database_path: Path, clock: MovableClock
 ) -> None:
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         (former,) = plane.enqueue()
     clock.advance(-86_400)
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         assert plane.enqueue()[0].id > former.id
 
 
 async def test_redelivery_order_survives_restart(
     database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         first, second = (item.id for item in plane.enqueue(2))
         await api.claim_item()
         await api.claim_item()
         clock.advance(5)
-        # After this redelivery, the second item is the one that was delivered longer ago.
+        # Deliver the first item again, so that only the second one is due after the restart.
         assert (await api.claim_item())["id"] == first
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         assert (await api.claim_item())["id"] == second
         assert (await api.poll()).body is None
@@ -123,11 +125,11 @@ async def test_redelivery_order_survives_restart(
 async def test_items_of_environment_survive_server_without_that_environment(
     database_path: Path, clock: MovableClock
 ) -> None:
-    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
+    async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:
         plane.enqueue(environment_id=OTHER)
-    async with control_plane_on(database_path, clock, ENV):
+    async with control_plane_with_database(database_path, clock, ENV):
         pass
-    async with control_plane_on(database_path, clock, ENV, OTHER) as plane:
+    async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:
         assert len(plane.operations.get_queue(OTHER)) == 1
 
 
@@ -178,13 +180,13 @@ async def test_every_stored_field_is_read_back(database_path: Path) -> None:
 async def test_database_with_newer_schema_is_refused(
     database_path: Path, clock: MovableClock
 ) -> None:
-    async with control_plane_on(database_path, clock):
+    async with control_plane_with_database(database_path, clock):
         pass
     with closing(sqlite3.connect(database_path)) as connection:
         assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
     with pytest.raises(StoreError, match="newer workpool"):
-        await control_plane_on(database_path, clock).__aenter__()
+        await control_plane_with_database(database_path, clock).__aenter__()
 
 
 async def test_database_of_another_program_is_refused(
@@ -193,27 +195,27 @@ async def test_database_of_another_program_is_refused(
     with closing(sqlite3.connect(database_path)) as connection:
         connection.execute("CREATE TABLE theirs (x)")
     with pytest.raises(StoreError, match="not a database of workpool"):
-        await control_plane_on(database_path, clock).__aenter__()
+        await control_plane_with_database(database_path, clock).__aenter__()
 
 
 def test_file_that_is_no_database_is_refused(database_path: Path, clock: MovableClock) -> None:
     database_path.write_text("not a database, and long enough to be read as one" * 100)
     with pytest.raises(StoreError, match="not a database"), asyncio.Runner() as runner:
-        runner.run(control_plane_on(database_path, clock).__aenter__())
+        runner.run(control_plane_with_database(database_path, clock).__aenter__())
     assert database_path.read_text().startswith("not a database")
 
 
 async def test_store_in_missing_directory_is_refused(tmp_path: Path, clock: MovableClock) -> None:
     with pytest.raises(StoreError, match="unable to open"):
-        await control_plane_on(tmp_path / "missing" / "work.db", clock).__aenter__()
+        await control_plane_with_database(tmp_path / "missing" / "work.db", clock).__aenter__()
 
 
 async def test_second_server_on_same_file_is_refused(
     database_path: Path, clock: MovableClock
 ) -> None:
-    async with control_plane_on(database_path, clock):
+    async with control_plane_with_database(database_path, clock):
         with pytest.raises(StoreError, match="locked"):
-            await control_plane_on(database_path, clock).__aenter__()
+            await control_plane_with_database(database_path, clock).__aenter__()
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
@@ -247,13 +249,13 @@ ROW_CHANGES = {
 
 
 async def fill_database(path: Path, clock: MovableClock) -> None:
-    async with control_plane_on(path, clock) as plane:
+    async with control_plane_with_database(path, clock) as plane:
         (item,) = plane.enqueue(script=[{"name": "Bash"}])
         plane.emit(item.session_id, {"type": "agent.message", "content": []})
 
 
 @pytest.mark.parametrize("name", ROW_CHANGES)
-async def test_malformed_row_prevents_start_with_error_that_names_it(
+async def test_malformed_row_prevents_start_and_is_named_in_error(
     database_path: Path, clock: MovableClock, name: str
 ) -> None:
     await fill_database(database_path, clock)
@@ -263,7 +265,7 @@ async def test_malformed_row_prevents_start_with_error_that_names_it(
     column = name.split(maxsplit=1)[0].rpartition(".")[2]
     async with asyncio.timeout(20):
         with pytest.raises(StoreError, match=rf"work\.db: the row '\w+_\w+' .* {column} is malf"):
-            await control_plane_on(database_path, clock).__aenter__()
+            await control_plane_with_database(database_path, clock).__aenter__()
 
 
 @pytest.mark.parametrize(
@@ -283,13 +285,13 @@ async def test_inconsistent_rows_prevent_start(
         connection.commit()
     async with asyncio.timeout(20):
         with pytest.raises(StoreError, match="do not fit together"):
-            await control_plane_on(database_path, clock).__aenter__()
+            await control_plane_with_database(database_path, clock).__aenter__()
 
 
 async def test_store_fails_after_exception_on_writer_thread(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", lambda *_: 1 / 0)
         plane.enqueue()
         async with asyncio.timeout(20):
@@ -300,7 +302,7 @@ async def test_store_fails_after_exception_on_writer_thread(
 async def test_closing_store_ends_read_in_progress(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         plane.enqueue(10)
     store = SqliteStore(database_path)
     reading = threading.Event()
@@ -337,7 +339,7 @@ async def test_failed_store_answers_500_to_every_later_call(
     def raise_disk_full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         (kept,) = (await api("POST", api.work_url())).body["data"]
         monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
@@ -346,7 +348,7 @@ async def test_failed_store_answers_500_to_every_later_call(
         assert answer.error["type"] == "api_error"
         assert (await api.get(kept["id"])).status == 500
     monkeypatch.undo()
-    async with control_plane_on(database_path, clock) as plane:
+    async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         assert await api.item_state(kept["id"]) == "queued"
         assert len(plane.operations.get_queue(ENV)) == 1

@@ -28,7 +28,7 @@ STOP_RESULTS = [
 ANTHROPIC_CONFLICTS = [(False, "stopping"), (False, "stopped"), (True, "stopped")]
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 @pytest.mark.parametrize(("force", "state", "after"), STOP_RESULTS)
 async def test_stop_of_item_in_each_state_has_documented_result(
     qoder_api: ApiClient, clock: MovableClock, state: str, after: str, *, force: bool
@@ -46,7 +46,7 @@ async def test_stop_of_item_in_each_state_has_documented_result(
     assert (await qoder_api.get(work_id)).body == expected
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 @pytest.mark.parametrize(("force", "state", "after"), STOP_RESULTS)
 async def test_anthropic_stop_of_item_in_each_state_is_204_or_409(
     anthropic_api: ApiClient, state: str, after: str, *, force: bool
@@ -65,7 +65,9 @@ async def test_anthropic_stop_of_item_in_each_state_is_204_or_409(
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b'{"force": null}', b'{"force": false}', b' {"other": 1} ']
 )
-async def test_stop_without_force_is_graceful(api: ApiClient, body: bytes) -> None:
+async def test_stop_of_active_item_without_force_leaves_it_stopping(
+    api: ApiClient, body: bytes
+) -> None:
     work_id = await api.create_item_in_state("active")
     assert (await api.stop(work_id, data=body)).status in {200, 204}
     assert await api.item_state(work_id) == "stopping"

@@ -1,4 +1,4 @@
-"""Changes are stored before they are answered, so that a killed server loses no answered change."""
+"""Requests are answered after their changes are stored, so a killed server loses no such change."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import aiohttp
 
 
-class GatedStore(MemoryStore):
-    """A store whose commits wait while its gate is closed."""
+class StoreWithBlockedCommits(MemoryStore):
+    """A memory store whose commits wait while the event `gate` is not set."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -31,31 +31,37 @@ class GatedStore(MemoryStore):
 
 
 @pytest.fixture
-def gated_store() -> GatedStore:
-    return GatedStore()
+def store_with_blocked_commits() -> StoreWithBlockedCommits:
+    return StoreWithBlockedCommits()
 
 
 @pytest.fixture
 async def api(
-    gated_store: GatedStore, http_session: aiohttp.ClientSession, dialect: str
+    store_with_blocked_commits: StoreWithBlockedCommits,
+    http_session: aiohttp.ClientSession,
+    dialect: str,
 ) -> AsyncIterator[ApiClient]:
-    async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=gated_store) as plane:
+    async with ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, store=store_with_blocked_commits
+    ) as plane:
         yield ApiClient(plane, http_session, dialect)
 
 
-async def answer_after_storage(gate: GatedStore, answer: Awaitable[HttpAnswer]) -> HttpAnswer:
-    """Check that the answer arrives only after the store has committed, and return it."""
-    gate.gate.clear()
+async def expect_answer_after_commit(
+    store: StoreWithBlockedCommits, answer: Awaitable[HttpAnswer]
+) -> HttpAnswer:
+    """Return the answer, after checking that it arrives only once the store has committed."""
+    store.gate.clear()
     async with asyncio.TaskGroup() as group:
-        asking = group.create_task(await_answer(answer))
+        asking = group.create_task(receive_answer_in_task(answer))
         async with asyncio.timeout(20):
-            await wait_until(lambda: gate.waiting or asking.done())
+            await wait_until(lambda: store.waiting or asking.done())
         assert not asking.done()
-        gate.gate.set()
+        store.gate.set()
     return asking.result()
 
 
-async def await_answer(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
+async def receive_answer_in_task(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
     return await answer
 
 
@@ -75,45 +81,59 @@ CALLS: dict[str, tuple[str, Callable[[ApiClient, str], Awaitable[HttpAnswer]]]] 
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_call_is_answered_only_after_its_change_is_stored(
-    api: ApiClient, gated_store: GatedStore, call: str
+    api: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits, call: str
 ) -> None:
     state, ask = CALLS[call]
     work_id = await api.create_item_in_state(state)
-    assert (await answer_after_storage(gated_store, ask(api, work_id))).status in {200, 204}
+    assert (
+        await expect_answer_after_commit(store_with_blocked_commits, ask(api, work_id))
+    ).status in {200, 204}
 
 
 async def test_session_and_events_are_returned_only_after_they_are_stored(
-    api: ApiClient, gated_store: GatedStore
+    api: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
     api.plane.enqueue(script=[{"name": "Bash", "input": {}}])
     [item] = (await api("GET", api.work_url())).body["data"]
     session = f"{api.base_path}/sessions/{item['data']['id']}"
-    assert (await answer_after_storage(gated_store, api("GET", session))).status == 200
-    listed = await answer_after_storage(gated_store, api("GET", f"{session}/events"))
+    assert (
+        await expect_answer_after_commit(store_with_blocked_commits, api("GET", session))
+    ).status == 200
+    listed = await expect_answer_after_commit(
+        store_with_blocked_commits, api("GET", f"{session}/events")
+    )
     [use] = [event for event in listed.body["data"] if event["type"] == "agent.tool_use"]
     result_body = {
         "events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]
     }
     assert (
-        await answer_after_storage(gated_store, api("POST", f"{session}/events", json=result_body))
+        await expect_answer_after_commit(
+            store_with_blocked_commits, api("POST", f"{session}/events", json=result_body)
+        )
     ).status == 200
-    # After a lost answer, a client repeats the call and takes a 409 as proof that it was stored.
+    # A client that lost the first answer repeats the call. The client takes the status 409 as proof
+    # that the first call was stored, so the 409 must not be sent earlier.
     assert (
-        await answer_after_storage(gated_store, api("POST", f"{session}/events", json=result_body))
+        await expect_answer_after_commit(
+            store_with_blocked_commits, api("POST", f"{session}/events", json=result_body)
+        )
     ).status == 409
 
 
-async def test_conflict_is_answered_only_after_conflicting_change_is_stored(
-    api: ApiClient, gated_store: GatedStore
+async def test_409_is_answered_only_after_earlier_change_is_stored(
+    api: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
     stopped = await api.create_item_in_state("stopped")
     answers = [
-        await answer_after_storage(gated_store, api.ack(stopped)),
-        await answer_after_storage(gated_store, api.heartbeat(stopped)),
+        await expect_answer_after_commit(store_with_blocked_commits, api.ack(stopped)),
+        await expect_answer_after_commit(store_with_blocked_commits, api.heartbeat(stopped)),
     ]
-    if api.dialect == "anthropic":  # only this dialect answers a second stop with 409
+    # The qoder dialect answers a second stop with 200, so there is no conflict.
+    if api.dialect == "anthropic":
         answers.append(
-            await answer_after_storage(gated_store, api.stop(stopped, json={"force": True}))
+            await expect_answer_after_commit(
+                store_with_blocked_commits, api.stop(stopped, json={"force": True})
+            )
         )
     # In the anthropic dialect, a heartbeat of a stopped item is answered 200 with its state.
     allowed = {200, 409} if api.dialect == "anthropic" else {409}

@@ -74,7 +74,7 @@ async def open_stream(
         yield reader
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_stream_without_last_event_id_starts_with_new_events(api: ApiClient) -> None:
     session_id = create_scripted_session(api, BASH)
     use = await last_event_of_type(api, session_id, "agent.tool_use")
@@ -90,7 +90,7 @@ async def test_stream_without_last_event_id_starts_with_new_events(api: ApiClien
         assert [await two.read_event() for _ in range(3)] == frames
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_stream_resumes_after_last_event_id(api: ApiClient) -> None:
     session_id = create_scripted_session(api, BASH)
     whole = await event_history(api, session_id)
@@ -98,7 +98,7 @@ async def test_stream_resumes_after_last_event_id(api: ApiClient) -> None:
         async with open_stream(api, session_id, event["id"]) as reader:
             left = whole[place + 1 :]
             assert [await reader.read_event() for _ in left] == left
-    # After the stored events, the stream continues with new ones.
+    # A stream that has replayed the stored events must also send the events that follow.
     async with open_stream(api, session_id, whole[0]["id"]) as reader:
         await send_events(api, session_id, {"type": "user.interrupt"})
         assert [(await reader.read_event())["id"] for _ in whole[1:]] == [
@@ -137,7 +137,7 @@ async def test_stream_ends_when_control_plane_closes(qoder_api: ApiClient) -> No
         qoder_api.plane.operations.end_waits()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
-    # A stream that is opened after `end_waits` ends at once.
+    # After `end_waits`, the control plane closes, so a new stream must end at once too.
     async with open_stream(qoder_api, create_scripted_session(qoder_api)) as reader:
         assert await reader.response.content.read() == b""
 
@@ -151,7 +151,7 @@ async def test_stream_of_disconnected_client_is_removed(qoder_api: ApiClient) ->
     await wait_until(lambda: not following)
 
 
-async def test_stream_of_client_that_does_not_read_is_cut_off(
+async def test_server_closes_stream_to_client_that_stops_reading(
     qoder_api: ApiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.1)
@@ -160,9 +160,10 @@ async def test_stream_of_client_that_does_not_read_is_cut_off(
     text = "x" * 1_000_000
     async with open_stream(qoder_api, session_id) as reader:
         message = {"type": "user.message", "content": [{"type": "text", "text": text}]}
-        for _ in range(20):  # 20 MB, more than all buffers between server and client hold
+        # 20 MB do not fit into the buffers between server and client, so the server must wait.
+        for _ in range(20):
             assert (await send_events(qoder_api, session_id, message)).status == 200
-        # The server has closed the stream: only the connection that sent the messages is left.
+        # One connection is left when the server has closed the stream: that of the messages.
         await wait_until(lambda: len(qoder_api.plane._connections) == 1)
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()

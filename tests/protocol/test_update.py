@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tests.protocol.conftest import ApiClient
 
 
-@pytest.mark.usefixtures("both_stores")
+@pytest.mark.usefixtures("memory_and_sqlite_stores")
 @pytest.mark.parametrize(
     ("patch", "metadata"),
     [
