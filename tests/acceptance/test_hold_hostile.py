@@ -146,7 +146,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
 
 
 async def test_first_heartbeat_of_worker_that_sent_no_ack_counts_as_overlap() -> None:
-    """A child in a handoff names the holder's last heartbeat, but this worker names none."""
+    """A child in a handoff sends the time of the holder's last heartbeat; this worker does not."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:

@@ -78,7 +78,7 @@ def test_repository_files_named_in_console_blocks_exist() -> None:
 def test_every_metric_named_on_operating_page_exists() -> None:
     names = {each.name for each in DEFINITIONS}
     found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
-    # The names of hooks and the metrics of `workpool scale` are not in DEFINITIONS.
+    # The page also names hooks, and metrics of `workpool scale`, which DEFINITIONS does not have.
     found -= {"session_handler", "admission", "event", "lifespan"}
     found -= {f"fleet_{key}" for key in FLEET_NUMBERS}
     suffixes = re.compile(r"_(total|bucket|count|sum)$")
@@ -86,7 +86,7 @@ def test_every_metric_named_on_operating_page_exists() -> None:
     assert missing == set()
 
 
-def test_trade_off_table_of_page_has_every_setting_not_excluded_here() -> None:
+def test_trade_off_table_lists_every_setting_except_those_in_not_traded() -> None:
     section = PAGE.partition("## What each setting trades")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     fields = [each.name for each in dataclasses.fields(Settings)]

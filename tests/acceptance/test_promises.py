@@ -118,7 +118,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
         await successor.wait_for_log("idle")
         victim.send_signal(signal.SIGKILL)
         assert await victim.wait_for_end() == -signal.SIGKILL
-        # The leases of the killed worker lapse now, instead of after real time.
+        # Advance the clock to the end of the killed worker's leases, instead of waiting for it.
         clock.advance(LEASE_SECONDS)
         plane.operations.wake_all_polls()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
@@ -142,7 +142,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
 
 
 class ControlPlaneClient:
-    """A client that records the items which it receives from a control plane that is killed."""
+    """A client that records all items it received, for a comparison after a kill of the server."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.known: dict[str, dict[str, Any]] = {}

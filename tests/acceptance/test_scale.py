@@ -1,4 +1,4 @@
-"""`workpool scale` serves numbers about the queue to autoscalers, without a credential."""
+"""`workpool scale` serves the numbers of a queue to autoscalers that have no credential."""
 
 from __future__ import annotations
 
@@ -169,7 +169,8 @@ async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
     for command in (worker, scale, serve):
         command.send_signal(signal.SIGTERM)
         if command is worker:
-            # The first signal begins a drain, whose sessions do not end; the second ends it.
+            # The first signal begins a drain, which would wait for endless sessions. The second
+            # signal ends the process.
             command.send_signal(signal.SIGTERM)
     assert await scale.wait_for_end() == 0
     assert await serve.wait_for_end() == 0
@@ -198,7 +199,7 @@ async def test_scale_reads_all_environments_of_the_file(
     url = await ready_url(command)
     _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
     assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
-    # `FORBIDDEN` has 9 items, and each worker has 2 slots for this environment.
+    # `FORBIDDEN` has 9 items, and each worker has 2 slots for it, so 5 workers are needed.
     assert numbers["recommended_replicas"] == 5
     _, text = await get_json_or_text(f"{url}/metrics")
     for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):

@@ -35,7 +35,7 @@ async def output_of_work_command(ask: CommandRunner, *arguments: str) -> str:
     return ended.out
 
 
-async def test_work_command_as_process_prints_ids_and_errors(
+async def test_work_command_in_its_own_process_prints_ids_and_errors(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("work", "enqueue", "--count", "2")

@@ -246,7 +246,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def memory_and_sqlite_stores() -> None:
-    """Run the test with SQLite too, besides the other stores."""
+    """Run the test with the memory store, and once more with SQLite."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Limits of responses: workers can read them, and slow readers use little memory of the server."""
+"""Limits of the size of responses, and of the memory that slow readers of a stream use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calls for environments and sessions in the anthropic dialect, with JSON bodies as written."""
+"""The calls of applications for environments and sessions, in the anthropic dialect."""
 
 from __future__ import annotations
 

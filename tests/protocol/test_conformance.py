@@ -272,7 +272,7 @@ async def test_clause_on_faulty_control_plane_has_expected_verdict_and_text(
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
-async def test_control_plane_that_refuses_item_reads_has_harmless_difference(
+async def test_refused_item_reads_give_clause_a_harmless_verdict(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def refuse_item_reads(request: web.Request) -> web.Response | None:
@@ -289,7 +289,7 @@ async def test_control_plane_that_refuses_item_reads_has_harmless_difference(
     assert finding.verdict is Verdict.HOLDS
 
 
-async def test_control_plane_without_redelivery_has_verdict_that_workers_break(
+async def test_clause_finds_that_missing_redelivery_breaks_workers(
     http_session: aiohttp.ClientSession,
 ) -> None:
     polls = 0
@@ -354,8 +354,8 @@ async def test_suite_with_test_environment_option_stops_items_of_other_clients(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     items = control_plane.enqueue(3)
-    # Ids of items ascend only by milliseconds if several nodes create them, as with PostgreSQL.
-    # Without this step, an item of the suite could be delivered before these items.
+    # Ids that two nodes on PostgreSQL create within one millisecond are in no order. Without this
+    # step, an item of the suite could be delivered before these items.
     clock.advance(1)
     suite = suite_that_advances_clock(
         control_plane, http_session, clock, "qoder", test_environment=True
@@ -505,7 +505,7 @@ OPTIONAL = {
 }
 
 
-async def test_suite_with_worker_key_differs_only_in_calls_that_key_lacks(
+async def test_only_clauses_for_calls_without_permission_differ_with_worker_key(
     http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(

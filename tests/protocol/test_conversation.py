@@ -104,7 +104,7 @@ class ConversationStateMachine(RuleBasedStateMachine):
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
     def emit_tool_use(self, permission: str, *, custom: bool) -> None:
-        """Append a tool use as the agent does. A scripted conversation refuses some of them."""
+        """Append a tool use as the agent does. A conversation with a script may refuse it."""
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:

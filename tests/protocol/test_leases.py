@@ -22,7 +22,7 @@ async def test_each_call_treats_item_with_expired_lease_as_queued(
     work_id = await api.create_item_in_state("active", "a")
     clock.advance(59.999999)
     assert (await api.get(work_id)).body["state"] == "active"
-    # The lease ends in 1 µs. The second one makes up for the rounding of the clock, a float.
+    # The lease ends in 1 µs. Advance by 2 µs, because the clock is a float and is rounded.
     clock.advance(0.000002)
     if seen_by == "poll":
         assert (await api.claim_item())["id"] == work_id

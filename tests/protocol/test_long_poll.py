@@ -40,7 +40,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_in_virtual_time(check: Callable[[Operations], Awaitable[Any]]) -> Any:
-    """Run an async function in virtual time, and pass `Operations` with the clock of the loop."""
+    """Run an async function in virtual time; its argument has the clock of the event loop."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
 
         async def run_with_operations() -> Any:

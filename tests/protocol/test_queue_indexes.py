@@ -230,7 +230,7 @@ class QueueStateMachine(RuleBasedStateMachine):
         assert stats.oldest_queued_at == min((item.created_at for item in queued), default=None)
 
     @invariant()
-    def only_leased_states_have_unexpired_lease(self) -> None:
+    def leases_exist_in_leased_states_only_and_are_unexpired(self) -> None:
         now = int(self.clock.seconds * 1_000_000)
         for item in self.all_items():
             held = item.state in {"starting", "active", "stopping"}
@@ -259,7 +259,7 @@ TestQueueMachineWithRetention = QueueStateMachineWithRetention.TestCase
 TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
-def test_poll_after_many_stopped_items_needs_no_more_function_calls() -> None:
+def test_function_calls_of_poll_do_not_grow_with_number_of_stopped_items() -> None:
     """A stop must remove the item's id from the index of queued items.
 
     Otherwise the next poll would need time to skip the ids of all stopped items.

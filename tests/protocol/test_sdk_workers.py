@@ -210,7 +210,7 @@ def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project:
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
 def start_worker(request: pytest.FixtureRequest) -> Worker:
-    """Return a function whose context manager runs a worker: `async with start_worker(ID):`."""
+    """Return a function for `async with start_worker(environment_id):`, which runs a worker."""
     started: Worker = request.getfixturevalue(request.param)
     return started
 

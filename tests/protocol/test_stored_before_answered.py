@@ -1,4 +1,4 @@
-"""Requests are answered after their changes are stored, so a killed server loses no such change."""
+"""Each change is stored before its request is answered, so a kill loses no answered change."""
 
 from __future__ import annotations
 

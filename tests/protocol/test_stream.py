@@ -137,7 +137,7 @@ async def test_stream_ends_when_control_plane_closes(qoder_api: ApiClient) -> No
         qoder_api.plane.operations.end_waits()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
-    # After `end_waits`, the control plane closes, so a new stream must end at once too.
+    # After `end_waits`, no call waits any more: a stream that is opened later must end at once.
     async with open_stream(qoder_api, create_scripted_session(qoder_api)) as reader:
         assert await reader.response.content.read() == b""
 
@@ -163,7 +163,7 @@ async def test_server_closes_stream_to_client_that_stops_reading(
         # 20 MB do not fit into the buffers between server and client, so the server must wait.
         for _ in range(20):
             assert (await send_events(qoder_api, session_id, message)).status == 200
-        # One connection is left when the server has closed the stream: that of the messages.
+        # When the server has closed the stream, only the connection for sending messages is left.
         await wait_until(lambda: len(qoder_api.plane._connections) == 1)
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()

@@ -61,7 +61,7 @@ class Fault:
     rewrite: Callable[[Any], Any] | None = None
 
     def replace_answer(self, true: Response) -> Response | NoAnswer:
-        """Return the answer that the caller receives if the control plane answered `true`."""
+        """Return the answer that the fault puts in place of the control plane's answer, `true`."""
         match self.answer:
             case None if self.rewrite is not None and true.status in range(200, 300):
                 body = true.body if isinstance(true.body, bytes) else b""
@@ -136,7 +136,7 @@ def _compose_rewrites(
 def status(
     code: int, *, retry_after: str | float | None = None, html: bool = False, applied: bool = False
 ) -> Fault:
-    """Return a fault that answers with this status code.
+    """Return a fault that answers with the given status code.
 
     The body is a JSON error of the protocol, or with `html` the HTML page of a gateway.
     """
@@ -158,7 +158,7 @@ def literal(
     headers: Mapping[str, str] | None = None,
     applied: bool = False,
 ) -> Fault:
-    """Return a fault that answers with these bytes; a callable `body` returns the bytes."""
+    """Return a fault that answers with the bytes `body`, or with those that a callable returns."""
 
     def make_answer() -> Response:
         return Response(code, headers or _JSON, body() if callable(body) else body)

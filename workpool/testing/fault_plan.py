@@ -156,7 +156,7 @@ def read_fault_plan(path: Path) -> FaultPlan:
         )
     except OSError as error:
         raise ServeError(f"faults file: {path}: {error.strerror}") from None
-    except ValueError as error:  # a syntax error, or a UnicodeDecodeError if it is not UTF-8
+    except ValueError as error:  # a syntax error, or bytes that are not UTF-8
         raise ServeError(f"faults file: {path}: {error}") from None
     try:
         return FaultPlan.model_validate(found)

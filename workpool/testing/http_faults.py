@@ -34,13 +34,13 @@ class Middleware(Protocol):
     """The interface of a fault with an effect that `Fault` does not have; `Hold` is an example."""
 
     def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
-        """Answer the request. `handler(request)` passes it on and returns the normal answer."""
+        """Answer the request. `handler(request)` returns the answer without this fault."""
 
 
 async def answer_with_fault(
     fault: Fault | Middleware, request: web.Request, handler: Handler
 ) -> web.StreamResponse:
-    """Answer a request with the effects of a fault; `handler` returns the normal answer."""
+    """Answer a request with the effects of a fault; `handler` returns the answer without them."""
     if not isinstance(fault, Fault):
         return await fault(request, handler)
     if seconds := fault.wait + fault.request_delay:
@@ -60,7 +60,7 @@ async def answer_with_fault(
 async def _replace_answer(
     fault: Fault, request: web.Request, true: web.StreamResponse
 ) -> web.StreamResponse:
-    """Return the answer that the fault puts in place of the normal answer `true`."""
+    """Return the answer that the fault puts in place of `true`, the control plane's answer."""
     headers = {
         name: value for name, value in true.headers.items() if name.lower() != "content-length"
     }
@@ -194,7 +194,7 @@ class Cut:
             self._open.discard(transport)
 
     def now(self) -> int:
-        """Reset, now, every connection with an unfinished answer; return their number."""
+        """Reset every connection whose answer is unfinished; return the number of connections."""
         cut = list(self._open)
         for transport in cut:
             reset_connection(transport)

@@ -206,7 +206,7 @@ class Kit:
                 case ItemDeclined(item=declined, reason=reason):
                     return declined.id == item.id and reason != "busy"
             # Without this condition, the wait for a pool that drains or fails would last until the
-            # timeout. A pool of the same test that drains must not end the wait for this pool.
+            # timeout. If another pool of the test drains, the wait must continue.
             return isinstance(event, DrainFinished) and pool.status().draining
 
         # With more slots, the pool could take other items of the test.
@@ -260,7 +260,7 @@ class Kit:
             wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
             raise AssertionError(self._wait_failure_text(wanted, seconds)) from None
         if count is None:
-            # Python reuses the id of a deleted object, but the recorder keeps all events alive.
+            # An id is unique here: the recorder keeps all events alive, so Python reuses no id.
             self._returned.add(id(event))
         return event
 
@@ -281,7 +281,7 @@ class Kit:
             await self.server.__aexit__(kind, error, trace)
 
     def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
-        """Return the test function `test` wrapped: it opens the control plane around the test."""
+        """Return a wrapper of the test function that opens the control plane around each call."""
 
         @functools.wraps(test)
         async def run_with_control_plane(*args: Any, **kwargs: Any) -> T:

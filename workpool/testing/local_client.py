@@ -429,7 +429,7 @@ class LocalClient:
 def run_operation_with_fault(
     fault: Fault, run_operation: Callable[[], object]
 ) -> Response | NoAnswer:
-    """Run an operation, unless its fault prevents it; return the answer after the fault."""
+    """Run an operation unless its fault prevents it; return the answer that the caller receives."""
     return fault.replace_answer(
         _operation_response(run_operation) if fault.applied else Response(502, {}, b"")
     )
