@@ -165,7 +165,7 @@ class CommandStarter(Protocol):
 
 
 @pytest.fixture(autouse=True)
-def interruptible_commands() -> Iterator[None]:
+def enable_sigint_in_commands() -> Iterator[None]:
     """Enable SIGINT in commands that a test starts.
 
     A shell that runs pytest in the background sets SIGINT to be ignored, and commands inherit this.

@@ -1,4 +1,4 @@
-"""`workpool run` reports a blocked event loop and ends, even if logs or temporary files fail."""
+"""`workpool run` reports a blocked event loop and ends, even if it cannot log or write files."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ async def flood(session):
 def launcher_without_writable_directory(
     request: pytest.FixtureRequest, command_directory: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the command and the variables that start `workpool` without a writable directory."""
+    """Return the command and the variables that start `workpool` where no directory is writable."""
     if request.param == "no temporary directory":
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
     launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")

@@ -1,4 +1,4 @@
-"""`workpool` without a command: help, version, unknown commands, and the missing extra."""
+"""`workpool` without a command: help, version, unknown commands, and no extra `cli` installed."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ async def slowly(environment_id):
 """
 
 
-class ServiceManager:
+class ServiceManagerSocket:
     """A replacement for systemd: a datagram socket that receives the worker's reports."""
 
     def __enter__(self) -> Self:
@@ -83,7 +83,7 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 
 @pytest.fixture
-def config(command_directory: Path, control_plane: ControlPlane) -> Path:
+def config_file(command_directory: Path, control_plane: ControlPlane) -> Path:
     """Write a configuration file with both environments, and their token files; return its path."""
     for name, token in zip("ab", KEYS, strict=True):
         (command_directory / f"{name}.token").write_text(token)
@@ -132,9 +132,9 @@ async def get_live_status(worker: RunningCommand) -> Any:
 
 
 async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
-    del config
+    del config_file
     items = [
         control_plane.enqueue(metadata={"do": "wait"}, environment_id=each)[0]
         for each in (ENVIRONMENT, OTHER)
@@ -172,9 +172,9 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
 
 
 async def test_refused_environment_is_reported_while_other_environment_continues(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
-    replace_text(config.parent / "b.token", "key-of-the-other", "revoked")
+    replace_text(config_file.parent / "b.token", "key-of-the-other", "revoked")
     worker = await start_without_settings("run", "--config", "pool.toml")
     failed = await worker.wait_for_log("environment failed: ")
     assert f"environment_id={OTHER}" in failed
@@ -191,44 +191,44 @@ async def test_refused_environment_is_reported_while_other_environment_continues
 
 
 async def test_process_ends_with_3_if_every_environment_is_refused(
-    start_without_settings: CommandStarter, config: Path
+    start_without_settings: CommandStarter, config_file: Path
 ) -> None:
     for name in "ab":
-        replace_text(config.parent / f"{name}.token", "key", "revoked")
+        replace_text(config_file.parent / f"{name}.token", "key", "revoked")
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 3
     assert worker.err.count("environment failed: ") == 2
 
 
 async def test_process_ends_with_2_if_an_environment_cannot_start(
-    start_without_settings: CommandStarter, config: Path
+    start_without_settings: CommandStarter, config_file: Path
 ) -> None:
-    append_line(config, 'plugins = ["handlers", "nowhere"]')
+    append_line(config_file, 'plugins = ["handlers", "nowhere"]')
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert "no module named 'nowhere'" in worker.err
 
 
 async def test_invalid_environment_tables_end_run_with_status_2(
-    start_without_settings: CommandStarter, config: Path
+    start_without_settings: CommandStarter, config_file: Path
 ) -> None:
-    remove_file(config.parent / "a.token")
-    append_line(config, 'log_level = "debug"')
+    remove_file(config_file.parent / "a.token")
+    append_line(config_file, 'log_level = "debug"')
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert (
         "log_level: is for all environments; move it to [workpool] (from pool.toml " in worker.err
     )
-    replace_text(config, "log_level", "# log_level")
+    replace_text(config_file, "log_level", "# log_level")
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert f"(from pool.toml [workpool.environments.{ENVIRONMENT}])" in worker.err
 
 
 async def test_run_with_drain_flag_ends_once_queues_of_both_environments_are_empty(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
-    del config
+    del config_file
     items = [
         item
         for each in (ENVIRONMENT, OTHER)
@@ -243,9 +243,9 @@ async def test_run_with_drain_flag_ends_once_queues_of_both_environments_are_emp
 
 
 async def test_environment_id_flag_runs_only_that_environment_of_the_file(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
-    del config
+    del config_file
     [item] = control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
     worker = await start_without_settings(
         "run", "--config", "pool.toml", "--environment-id", OTHER, "--drain"
@@ -256,9 +256,9 @@ async def test_environment_id_flag_runs_only_that_environment_of_the_file(
 
 
 async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
-    del config
+    del config_file
     for each in (ENVIRONMENT, OTHER):
         control_plane.enqueue(3, metadata={"do": "finish"}, environment_id=each)
     worker = await start_without_settings(
@@ -269,9 +269,9 @@ async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
 
 
 async def test_burst_of_one_environment_does_not_delay_the_other(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
-    del config
+    del config_file
     items = control_plane.enqueue(10, metadata={"do": "linger"}, environment_id=ENVIRONMENT)
     worker = await start_without_settings(
         "run", "--config", "pool.toml", WORKPOOL_DRAIN_TIMEOUT="0"
@@ -287,10 +287,10 @@ async def test_burst_of_one_environment_does_not_delay_the_other(
 
 
 async def test_check_reports_each_environment(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
     del control_plane
-    replace_text(config.parent / "b.token", "key-of-the-other", "revoked")
+    replace_text(config_file.parent / "b.token", "key-of-the-other", "revoked")
     check = await start_without_settings("check", "--config", "pool.toml", "--json")
     assert await check.wait_for_end() == 3
     found = {
@@ -308,9 +308,9 @@ async def test_check_reports_each_environment(
 
 
 async def test_commands_pause_and_drain_one_environment_while_other_continues(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config: Path
+    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
 ) -> None:
-    socket = config.parent / "s"
+    socket = config_file.parent / "s"
     worker = await start_without_settings(
         "run", "--config", "pool.toml", WORKPOOL_CONTROL_SOCKET=str(socket)
     )
@@ -343,17 +343,17 @@ async def test_commands_pause_and_drain_one_environment_while_other_continues(
 
 
 async def test_service_manager_receives_ready_only_after_every_environment_started(
-    start_without_settings: CommandStarter, config: Path
+    start_without_settings: CommandStarter, config_file: Path
 ) -> None:
-    append_line(config.parent / "handlers.py", f"import sys\n{SLOW}")
-    with ServiceManager() as manager:
+    append_line(config_file.parent / "handlers.py", f"import sys\n{SLOW}")
+    with ServiceManagerSocket() as manager:
         worker = await start_without_settings(
             "run", "--config", "pool.toml", NOTIFY_SOCKET=manager.address
         )
         await worker.wait_for_log("metrics served url=")
         await worker.wait_for_log("opens slowly")
         assert manager.receive_new_datagrams() == ""
-        (config.parent / "open").touch()
+        (config_file.parent / "open").touch()
         received = ""
         while "READY=1" not in received:
             await asyncio.sleep(0.05)

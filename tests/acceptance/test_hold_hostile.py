@@ -101,7 +101,7 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
 
 @pytest.mark.acceptance
 async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path) -> None:
-    """Parent and child read one WORKPOOL_CONFIG, as in the examples of the README."""
+    """Parent and child read the same configuration file, whose plugins are only for the parent."""
     config = tmp_path / "workpool.toml"
     config.write_text(
         '[workpool]\nplugins = ["orders:Orders"]\n[workpool.plugin.Orders]\npath = "a"'

@@ -51,7 +51,7 @@ async def control_plane(
         yield control_plane
 
 
-async def test_check_list_and_drain_work_with_open_managed_agents(
+async def test_check_list_and_drain_commands_succeed_with_open_managed_agents(
     control_plane: OpenManagedAgents,
     start_without_settings: CommandStarter,
     command_directory: Path,

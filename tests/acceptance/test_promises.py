@@ -1,4 +1,4 @@
-"""Documented promises, end to end: requests per item, and SIGKILL of worker or control plane."""
+"""The documented promises: four requests per item, and no lost item after a SIGKILL."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def start_worker(
     return await bare("run", "works", *flags, **{**defaults, **variables})
 
 
-def recorded_runs(folder: Path) -> Counter[str]:
+def runs_per_item(folder: Path) -> Counter[str]:
     return Counter((folder / "runs").read_text().split())
 
 
@@ -83,7 +83,7 @@ async def test_thousand_items_cost_four_requests_each(
         command = await start_worker(start_without_settings, plane.base_url, "--drain", **patient)
         assert await command.wait_for_end(SECONDS) == 0
     assert plane.summary() == (ITEMS, ITEMS, 0, 0, 0)
-    assert recorded_runs(handlers_directory) == Counter({item.id: 1 for item in items})
+    assert runs_per_item(handlers_directory) == Counter({item.id: 1 for item in items})
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
@@ -217,6 +217,6 @@ async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
     assert {item["state"] for item in items} == {"stopped"}
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0
-    assert set(recorded_runs(handlers_directory)) == {item["id"] for item in items}
+    assert set(runs_per_item(handlers_directory)) == {item["id"] for item in items}
     plane.send_signal(signal.SIGTERM)
     assert await plane.wait_for_end() == 0

@@ -32,7 +32,7 @@ async def start_serve(
     return command, ready
 
 
-def client_variables(ready: dict[str, Any], token: str) -> dict[str, str]:
+def variables_for_client(ready: dict[str, Any], token: str) -> dict[str, str]:
     return {
         "WORKPOOL_BASE_URL": ready["base_url"],
         "WORKPOOL_TOKEN": token,
@@ -54,7 +54,7 @@ async def test_serve_answers_both_dialects_until_signal(
 ) -> None:
     command, ready = await start_serve(start_without_settings)
     assert set(ready) == {"base_url", "anthropic_base_url", "token", "environments"}
-    asked = client_variables(ready, ready["token"])
+    asked = variables_for_client(ready, ready["token"])
     [work_id] = (await run_and_read_output(run_in_process, asked, "work", "enqueue")).split()
     anthropic = asked | {
         "WORKPOOL_BASE_URL": ready["anthropic_base_url"],
@@ -77,7 +77,7 @@ async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
         json.dumps([{"name": "bash", "input": {"command": "echo hello >note"}}])
     )
     command, ready = await start_serve(start_without_settings)
-    asked = client_variables(ready, ready["token"])
+    asked = variables_for_client(ready, ready["token"])
     [work_id] = (
         await run_and_read_output(
             run_in_process, asked, "work", "enqueue", "--script", "script.json"
@@ -129,7 +129,7 @@ async def test_tokens_given_to_serve_are_limited_and_never_printed(
     )
     assert ready["token"] is None
     assert ready["environments"] == [ENVIRONMENT, FORBIDDEN]
-    asked = client_variables(ready, TOKEN)
+    asked = variables_for_client(ready, TOKEN)
     other = {"WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}
     await run_and_read_output(run_in_process, asked, "work", "stats")
     await run_and_read_output(run_in_process, {**asked, **other}, "work", "stats")
@@ -157,7 +157,9 @@ async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
     )
     assert ready["token"] is None
     for token in (TOKEN, LIMITED):
-        await run_and_read_output(run_in_process, client_variables(ready, token), "work", "stats")
+        await run_and_read_output(
+            run_in_process, variables_for_client(ready, token), "work", "stats"
+        )
     assert TOKEN not in process_command_line(command.pid)
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
@@ -185,7 +187,7 @@ async def test_items_in_store_on_disk_survive_restart_of_serve(
     start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve(start_without_settings, "--store", "work.db")
-    asked = client_variables(ready, ready["token"])
+    asked = variables_for_client(ready, ready["token"])
     ids = (
         await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "3")
     ).split()
@@ -193,7 +195,7 @@ async def test_items_in_store_on_disk_survive_restart_of_serve(
     assert await command.wait_for_end() == 0
     command, ready = await start_serve(start_without_settings, "--store", "work.db")
     listed = await run_and_read_output(
-        run_in_process, client_variables(ready, ready["token"]), "work", "list"
+        run_in_process, variables_for_client(ready, ready["token"]), "work", "list"
     )
     assert [line.split()[0] for line in listed.splitlines()] == ids
     command.send_signal(signal.SIGTERM)
@@ -240,7 +242,7 @@ async def test_serve_with_fault_file_injects_its_faults(
         '[[fault]]\nkind = "expired"\nops = ["heartbeat"]\ntimes = 1\n'
     )
     command, ready = await start_serve(start_without_settings, "--faults", "faults.toml")
-    asked = client_variables(ready, ready["token"])
+    asked = variables_for_client(ready, ready["token"])
     failed = await run_in_process("work", "enqueue", **asked)
     assert failed.status == 1
     assert "503" in failed.err
@@ -275,7 +277,7 @@ async def test_serve_with_unwritable_store_ends_with_1(
         start_without_settings, "--store", str(command_directory / "work.db"), **unmeasured
     )
     resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    asked = client_variables(ready, ready["token"])
+    asked = variables_for_client(ready, ready["token"])
     await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "100", status=1)
     assert await command.wait_for_end() == 1
     assert "work.db" in command.err
@@ -286,7 +288,7 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
     start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve(start_without_settings, "-v")
-    asked = client_variables(ready, ready["token"])
+    asked = variables_for_client(ready, ready["token"])
     work_id = (
         await run_and_read_output(
             run_in_process, asked, "work", "enqueue", "--metadata", "key=hunter2"
@@ -311,7 +313,7 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
 async def start_two_servers(start: CommandStarter, url: str) -> list[dict[str, str]]:
     """Start two servers on one database; return the environment variables for clients of each."""
     given = {"WORKPOOL_SERVE_STORE": url, "WORKPOOL_SERVE_TOKEN": TOKEN}
-    return [client_variables((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
+    return [variables_for_client((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
 
 
 async def test_item_created_on_one_server_is_stopped_on_another_with_same_database(
@@ -352,7 +354,7 @@ async def test_serve_never_prints_password_of_its_database(
         assert "word-9137" not in text
 
 
-async def test_migrate_makes_the_schema_and_ends(
+async def test_migrate_flag_creates_schema_and_ends(
     start_without_settings: CommandStarter, postgres: Cluster, database_url: str
 ) -> None:
     for number in ("1", "0"):

@@ -80,7 +80,7 @@ def start_blocked(
     return start_process
 
 
-def record_kinds(plane: ControlPlane, item: Item) -> list[str]:
+def history_kinds(plane: ControlPlane, item: Item) -> list[str]:
     return [record.kind for record in plane.history.records_of_item(item.id)]
 
 
@@ -102,7 +102,7 @@ async def test_run_signalled_during_start_ends_with_0_and_never_polls(
     continue_start()
     assert await command.wait_for_end() == 0
     assert "drained result=clean" in command.err
-    assert record_kinds(control_plane, item) == ["created"]
+    assert history_kinds(control_plane, item) == ["created"]
 
 
 @ENDING
@@ -145,7 +145,7 @@ async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent
     command.send_signal(signal.SIGTERM)
     continue_start()
     assert await command.wait_for_end() == 0
-    assert record_kinds(control_plane, item) == ["created", "delivered", "acked", "heartbeat"]
+    assert history_kinds(control_plane, item) == ["created", "delivered", "acked", "heartbeat"]
     assert not (command_directory / "ran").exists()
 
 
@@ -169,7 +169,7 @@ async def test_sighup_during_start_of_run_is_logged_once_and_ignored(
     continue_start()
     assert await command.wait_for_end() == 0
     assert command.err.count("signal has no effect signal=SIGHUP") == 1
-    assert record_kinds(control_plane, item)[-1] == "stopped"
+    assert history_kinds(control_plane, item)[-1] == "stopped"
 
 
 async def test_run_with_sigusr1_during_start_starts_paused(
@@ -181,10 +181,10 @@ async def test_run_with_sigusr1_during_start_starts_paused(
     continue_start()
     await command.wait_for_log("paused reason=SIGUSR1")
     await command.wait_for_log("pool started")
-    assert record_kinds(control_plane, item) == ["created"]
+    assert history_kinds(control_plane, item) == ["created"]
     command.send_signal(signal.SIGUSR2)
     assert await command.wait_for_end() == 0
-    assert record_kinds(control_plane, item)[-1] == "stopped"
+    assert history_kinds(control_plane, item)[-1] == "stopped"
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v", "check")])
@@ -226,7 +226,7 @@ async def test_run_as_process_1_with_sigterm_during_start_ends(
     os.kill(only_child_process(command.pid), signal.SIGTERM)
     continue_start()
     assert await command.wait_for_end() == 0
-    assert record_kinds(control_plane, item) == ["created"]
+    assert history_kinds(control_plane, item) == ["created"]
 
 
 async def test_sighup_to_running_pool_without_terminal_is_logged_and_ignored(
@@ -296,7 +296,7 @@ async def test_closing_terminal_of_running_pool_drains_the_pool(
     os.close(terminal)
     assert await command.wait_for_end() == 0
     assert "drained result=clean" in command.err
-    assert record_kinds(control_plane, item)[-1] == "stopped"
+    assert history_kinds(control_plane, item)[-1] == "stopped"
 
 
 async def test_closing_terminal_of_shell_drains_the_pool_started_there(
@@ -310,7 +310,7 @@ async def test_closing_terminal_of_shell_drains_the_pool_started_there(
     os.close(terminal)
     await command.wait_for_log("drained result=clean")
     assert await command.wait_for_end() == -signal.SIGHUP, "the exit status is that of the shell"
-    assert record_kinds(control_plane, item)[-1] == "stopped"
+    assert history_kinds(control_plane, item)[-1] == "stopped"
 
 
 async def test_serve_command_ends_when_its_terminal_closes(
@@ -346,4 +346,4 @@ async def test_running_pool_under_nohup_continues_after_terminal_closes(
     await command.wait_for_log("finish runs")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert record_kinds(control_plane, item)[-1] == "stopped"
+    assert history_kinds(control_plane, item)[-1] == "stopped"

@@ -484,7 +484,7 @@ REFUSALS = [
 
 
 @pytest.fixture(autouse=True)
-def working_directory(command_directory: Path) -> None:
+def files_in_working_directory(command_directory: Path) -> None:
     for name, text in FILES.items():
         (command_directory / name).write_text(text)
 

@@ -62,7 +62,7 @@ async def print_variables(session):
 """
 
 
-class ServiceManager:
+class ServiceManagerSocket:
     """A replacement for systemd: a datagram socket, and the lines that arrived at the socket."""
 
     def __init__(self, folder: Path) -> None:
@@ -103,17 +103,17 @@ class ServiceManager:
 
 
 @pytest.fixture
-async def service_manager() -> AsyncIterator[ServiceManager]:
-    # Not `tmp_path`, because the path of a socket has at most 108 bytes.
+async def service_manager() -> AsyncIterator[ServiceManagerSocket]:
+    # The path of a socket has at most 108 bytes, and a path in `tmp_path` may be longer.
     with tempfile.TemporaryDirectory(prefix="workpool-") as folder:
-        manager = ServiceManager(Path(folder))
+        manager = ServiceManagerSocket(Path(folder))
         yield manager
         manager.socket.close()
 
 
 @pytest.fixture
 def start_supervised(
-    start_command: CommandStarter, command_directory: Path, service_manager: ServiceManager
+    start_command: CommandStarter, command_directory: Path, service_manager: ServiceManagerSocket
 ) -> CommandStarter:
     """Return a function that starts a command with the variables that systemd sets.
 
@@ -132,7 +132,7 @@ def start_supervised(
 
 
 async def test_systemd_receives_ready_then_watchdog_messages_until_process_ends(
-    start_supervised: CommandStarter, service_manager: ServiceManager
+    start_supervised: CommandStarter, service_manager: ServiceManagerSocket
 ) -> None:
     command = await start_supervised("run", "handlers")
     await service_manager.wait_for_line("READY=1")
@@ -148,7 +148,9 @@ async def test_systemd_receives_ready_then_watchdog_messages_until_process_ends(
 
 
 async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
-    start_supervised: CommandStarter, service_manager: ServiceManager, control_plane: ControlPlane
+    start_supervised: CommandStarter,
+    service_manager: ServiceManagerSocket,
+    control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue(metadata={"do": "linger"})
     command = await start_supervised("run", "handlers", "--drain-timeout", "unlimited")
@@ -172,7 +174,7 @@ async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
 )
 async def test_watchdog_messages_stop_while_renewer_thread_is_blocked(
     start_supervised: CommandStarter,
-    service_manager: ServiceManager,
+    service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
     work: str,
     line: str,
@@ -187,7 +189,7 @@ async def test_watchdog_messages_stop_while_renewer_thread_is_blocked(
 
 async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
     start_supervised: CommandStarter,
-    service_manager: ServiceManager,
+    service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
     command_directory: Path,
 ) -> None:
@@ -207,7 +209,7 @@ async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
 
 
 async def test_watchdog_of_another_process_gets_no_message(
-    start_supervised: CommandStarter, service_manager: ServiceManager
+    start_supervised: CommandStarter, service_manager: ServiceManagerSocket
 ) -> None:
     command = await start_supervised("run", "handlers", WATCHDOG_PID="1")
     await service_manager.wait_for_line("STATUS=ready")
@@ -219,7 +221,7 @@ async def test_watchdog_of_another_process_gets_no_message(
 
 async def test_children_do_not_inherit_the_socket_of_the_service_manager(
     start_supervised: CommandStarter,
-    service_manager: ServiceManager,
+    service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
     command_directory: Path,
 ) -> None:
@@ -233,7 +235,9 @@ async def test_children_do_not_inherit_the_socket_of_the_service_manager(
 
 
 async def test_failed_message_to_service_manager_is_logged_only_once(
-    start_supervised: CommandStarter, service_manager: ServiceManager, control_plane: ControlPlane
+    start_supervised: CommandStarter,
+    service_manager: ServiceManagerSocket,
+    control_plane: ControlPlane,
 ) -> None:
     command = await start_supervised("run", "handlers")
     await service_manager.wait_for_line("READY=1")

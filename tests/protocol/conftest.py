@@ -1,4 +1,4 @@
-"""Fixtures that send literal requests to the control plane over a socket, without our client."""
+"""Fixtures that send HTTP requests to a control plane directly, without workpool's client."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class HttpAnswer:
 
 @dataclass
 class ApiClient(WorkCalls[HttpAnswer]):
-    """A client that sends literal requests in one dialect as one worker."""
+    """A test client that sends HTTP requests directly, in one dialect and for one worker."""
 
     plane: ControlPlane
     http: aiohttp.ClientSession

@@ -156,7 +156,10 @@ def replace_answers(path: str, change: Callable[[web.Request], web.Response | No
 
 
 def rewrite_answers(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Return a fault that changes the JSON objects in the answers on paths ending with `path`."""
+    """Return a fault that changes the JSON objects in answers.
+
+    The fault applies to requests whose path ends with `path`.
+    """
 
     @web.middleware
     async def inject_rewrite(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -59,7 +59,10 @@ def replace_answers(path: str, change: Callable[[web.Request], web.Response | No
 
 
 def rewrite_answers(path: str, change: Callable[[Any], Any]) -> Any:
-    """Return a fault that changes the JSON of successful answers on paths ending with `path`."""
+    """Return a fault that changes the JSON of successful answers.
+
+    The fault applies to requests whose path ends with `path`.
+    """
 
     @web.middleware
     async def inject_rewrite(request: web.Request, handler: Any) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""The engines behind the routes have the same results in memory, on SQLite and on PostgreSQL."""
+"""The engine of a control plane has the same results in memory, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def claim_item(engine: Engine, worker: str = "a", **poll: Any) -> Item:
 
 
 async def create_active_item(engine: Engine, worker: str = "a") -> Item:
-    """Create an item, and claim it for a worker up to its first heartbeat."""
+    """Create an item, poll it for a worker, acknowledge it and send its first heartbeat."""
     (item,) = await engine.enqueue(ENV)
     await claim_item(engine, worker)
     await engine.ack_item(ENV, item.id, worker)

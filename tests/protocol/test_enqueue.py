@@ -1,4 +1,4 @@
-"""The call that creates work.
+"""The call `enqueue`, which creates items.
 
 See workpool/docs/protocol.md, "Create work".
 """

@@ -1,4 +1,4 @@
-"""The events of a session, listed, sent and scripted, as literal JSON.
+"""The events of a session: listing and sending them, and scripted sessions.
 
 See workpool/docs/protocol.md, "Events" and "Scripted sessions".
 """

@@ -56,7 +56,9 @@ async def test_two_heartbeats_in_one_microsecond_have_different_times(api: ApiCl
 
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_heartbeat_without_expected_time_is_unconditional(api: ApiClient, state: str) -> None:
+async def test_heartbeat_without_expected_last_heartbeat_is_unconditional(
+    api: ApiClient, state: str
+) -> None:
     work_id = await api.create_item_in_state(state)
     answer = await api.heartbeat(work_id)
     assert answer.status == 200
@@ -116,7 +118,7 @@ async def test_heartbeat_ttl_other_than_positive_integer_is_400(api: ApiClient, 
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_heartbeat_with_malformed_expected_time_is_400(
+async def test_heartbeat_with_malformed_expected_last_heartbeat_is_400(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
     work_id = await qoder_api.create_item_in_state(state)
@@ -136,7 +138,7 @@ async def test_heartbeat_with_malformed_expected_time_is_400(
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_heartbeat_with_other_expected_time_is_412(
+async def test_heartbeat_that_expects_another_last_heartbeat_is_412(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
     work_id = await qoder_api.create_item_in_state(state)
@@ -184,7 +186,7 @@ async def test_heartbeat_of_queued_or_stopped_item_is_409(
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
-async def test_anthropic_heartbeat_on_stopping_item_extends_lease_whatever_it_expects(
+async def test_anthropic_heartbeat_on_stopping_item_extends_lease_despite_wrong_expected_heartbeat(
     anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopping")
@@ -239,7 +241,7 @@ async def test_anthropic_heartbeat_on_queued_item_is_409(
     assert (await anthropic_api.heartbeat(work_id, expected)).status == 409
 
 
-async def test_anthropic_heartbeat_on_active_item_with_wrong_expected_time_is_412(
+async def test_anthropic_heartbeat_that_expects_another_last_heartbeat_is_412(
     anthropic_api: ApiClient,
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("active")
@@ -247,7 +249,7 @@ async def test_anthropic_heartbeat_on_active_item_with_wrong_expected_time_is_41
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
-async def test_anthropic_heartbeat_with_malformed_expected_time_is_400_in_every_state(
+async def test_anthropic_heartbeat_with_malformed_expected_heartbeat_is_400_in_every_state(
     anthropic_api: ApiClient, state: str
 ) -> None:
     work_id = await anthropic_api.create_item_in_state(state)

@@ -61,7 +61,7 @@ async def test_search_for_failed_items_finds_only_stopped_items_with_error(
     assert len((await search_items(api, failed="false"))[0]) == len(item_ids)
 
 
-async def test_search_in_descending_order_pages_towards_the_oldest(
+async def test_search_in_descending_order_continues_with_older_items(
     api: ApiClient, item_ids: dict[str, str]
 ) -> None:
     expected = sorted(item_ids.values(), reverse=True)

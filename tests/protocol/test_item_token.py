@@ -1,4 +1,4 @@
-"""The `secret` of an item in the anthropic dialect, and the calls that its token may make."""
+"""The `secret` of an item in the anthropic dialect, and the calls that the token in it allows."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ async def make_forbidden_calls(
 
 
 @pytest.mark.parametrize("environment", [ENV, OTHER])
-async def test_item_token_is_403_for_all_other_calls(
+async def test_every_call_that_item_token_does_not_allow_is_403(
     anthropic_api: ApiClient, environment: str
 ) -> None:
     item, own = await claim_item_with_token(anthropic_api)

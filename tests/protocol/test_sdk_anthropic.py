@@ -1,4 +1,4 @@
-"""The SDK `anthropic` as a client: all eight calls, sessions, its work poller and its worker."""
+"""The SDK `anthropic` as a client: the eight work calls, sessions, its poller and its worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The SDK `qca-sdk` as a client of the control plane: all eight calls, sessions, events."""
+"""The SDK `qca-sdk` as a client of the control plane: the eight work calls, sessions, events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Environment workers of the vendor, in Python and TypeScript, in a whole conversation.
+"""The vendor's own workers, in Python and TypeScript, each in a whole conversation.
 
 The application is a client of the vendor's SDK too: it creates the environment and the session, and
 confirms tool uses. Only the control plane belongs to this project.
@@ -91,7 +91,10 @@ async def application_client(control_plane: ControlPlane) -> AsyncIterator[Async
 
 
 async def allow_first_and_deny_second(application_client: AsyncAnthropic, session_id: str) -> None:
-    """Until the turn ends, allow the first tool use that asks and deny the second one."""
+    """Allow the first tool use that asks for confirmation, deny the second one, and return.
+
+    The function returns when the turn of the agent ends.
+    """
     verdicts: list[Literal["allow", "deny"]] = ["allow", "deny"]
     events = application_client.beta.sessions.events
     seen: set[str] = set()

@@ -78,7 +78,7 @@ async def test_items_sessions_and_stats_survive_restart(
         assert newer.id > max(item["id"] for item in before[0]["data"])
 
 
-async def test_holder_of_item_survives_restart(
+async def test_worker_that_holds_item_is_known_after_restart(
     database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:

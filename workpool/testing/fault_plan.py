@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _StrictModel(BaseModel):
+class _StrictFileModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _FaultConditions(_StrictModel):
+class _FaultConditions(_StrictFileModel):
     """The keys of a faults file that select the calls for one fault.
 
     The keys have the meaning of the keys of `fault_rules.RuleLimits`.
@@ -106,7 +106,7 @@ class _ExpiredLeaseFault(_FaultConditions):
         return effects.expired(plane)
 
 
-class FaultPlan(_StrictModel):
+class FaultPlan(_StrictFileModel):
     """The content of a faults file.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""The rules that select the calls with a fault, and a log of all calls.
+"""The rules that select the calls into which a fault is injected, and a log of all calls.
 
 A rule selects calls by operation, count, probability, predicate or time. `fault` has the effects of
 faults. If several rules match one call, their faults are nested: the fault of the first added rule
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from workpool.testing.http_faults import Middleware
+    from workpool.testing.http_faults import FaultMiddleware
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,7 +52,7 @@ class RuleLimits(TypedDict, total=False):
 
 @dataclass(slots=True)
 class Request:
-    """The record of one call: an HTTP request, or a call in the same process.
+    """The record of one call: an HTTP request, or a call of a `LocalClient`.
 
     Attributes:
         work_id: The id of the item, for calls about one item.
@@ -86,7 +86,7 @@ class Rule:
     """
 
     faults: Faults
-    fault: Fault | Middleware
+    fault: Fault | FaultMiddleware
     ops: frozenset[Op]
     limits: RuleLimits
     hits: int = 0
@@ -162,7 +162,7 @@ class Faults:
         self._over_http = over_http
         self._began: float | None = None
 
-    def add(self, fault: Fault | Middleware, *ops: Op, **limits: Unpack[RuleLimits]) -> Rule:
+    def add(self, fault: Fault | FaultMiddleware, *ops: Op, **limits: Unpack[RuleLimits]) -> Rule:
         """Inject a fault from now on into calls of the operations `ops`; none means all.
 
         Raises:
@@ -224,7 +224,7 @@ class Faults:
         return found[count - 1]
 
     def seconds_since_first_request(self) -> float:
-        """Return the seconds since the first request."""
+        """Return the seconds since the first recorded request, or 0 before it."""
         now = asyncio.get_running_loop().time()
         return now - (now if self._began is None else self._began)
 

@@ -30,7 +30,7 @@ _LINGER_NONE: Final = struct.pack("ii", 1, 0)
 _SUFFIXED: Final = frozenset({"poll", "stats", "ack", "heartbeat", "stop"})
 
 
-class Middleware(Protocol):
+class FaultMiddleware(Protocol):
     """The interface of a fault with an effect that `Fault` does not have; `Hold` is an example."""
 
     def __call__(self, request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
@@ -38,7 +38,7 @@ class Middleware(Protocol):
 
 
 async def answer_with_fault(
-    fault: Fault | Middleware, request: web.Request, handler: Handler
+    fault: Fault | FaultMiddleware, request: web.Request, handler: Handler
 ) -> web.StreamResponse:
     """Answer a request with the effects of a fault; `handler` returns the answer without them."""
     if not isinstance(fault, Fault):

@@ -48,7 +48,7 @@ class SendCall(Protocol):
 
 
 class LocalEvents:
-    """Calls for one session's events in the same process (an `EventCalls`)."""
+    """The calls for one session's events, made in the same process; implements `EventCalls`."""
 
     resumes = True
 

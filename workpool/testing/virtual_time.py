@@ -106,7 +106,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return transport, protocol
 
     def _advance_to_next_timer(self, seconds: float | None) -> None:
-        """Advance the clock by `seconds`, the time until the next timer, which is None without one.
+        """Advance the clock by `seconds` to the next timer; None means that no timer is set.
 
         Raises:
             RuntimeError: A task may wait for something that takes real time, or nothing can happen
