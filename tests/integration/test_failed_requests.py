@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from workpool.testing import Faults, Recorder
     from workpool.testing.fault import Fault
     from workpool.testing.fault_rules import Request
-    from workpool.testing.http_faults import Middleware
+    from workpool.testing.http_faults import FaultMiddleware
 
 REFUSALS = [400, 401, 403, 404]
 
@@ -243,7 +243,7 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
     assert [request.status for request in faults.of(op)][:2] == [code, 200]
 
 
-def accept_renewed_token(plane: ControlPlane) -> Middleware:
+def accept_renewed_token(plane: ControlPlane) -> FaultMiddleware:
     """Return a middleware that replaces the renewed token by one that the control plane knows."""
 
     async def authorize_request(request: web.Request, handler: Any) -> web.StreamResponse:

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
-    from workpool.testing.http_faults import Middleware
+    from workpool.testing.http_faults import FaultMiddleware
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def middleware_rewriting_answers(
     change: Callable[[dict[str, Any]], dict[str, Any]], **headers: str
-) -> Middleware:
+) -> FaultMiddleware:
     """Return a middleware that changes the JSON of a successful answer and adds headers."""
 
     async def rewrite_answer(request: web.Request, handler: Any) -> web.StreamResponse:
