@@ -93,7 +93,7 @@ def shell_command() -> ShellCommand:
 
 @pytest.fixture
 def procfs() -> ProcfsReader:
-    """Return a reader of `/proc`, after opening what uvloop opens once in a process."""
+    """Return a reader of `/proc`, for tests that look for leaked processes and descriptors."""
     # The first uvloop loop of a process opens a pipe and never closes it. Create a loop now.
     # Otherwise a test that compares open descriptors would find this pipe as a leak.
     uvloop.new_event_loop().close()

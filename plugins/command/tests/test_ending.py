@@ -173,7 +173,8 @@ async def test_session_fails_if_other_code_reaped_its_command(
     os.mkfifo(fifo)
     async with kit.pool(shell_command("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
         await procfs.wait_for_lines(tmp_path / "pids")
-        # If SIGCHLD is ignored, the kernel reaps every child, and the exit status is lost.
+        # Ignore SIGCHLD. The kernel then reaps the command when it exits, and its exit status is
+        # lost.
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
             await asyncio.to_thread(fifo.write_text, "go\n")

@@ -1,4 +1,4 @@
-"""Sessions on a machine without free memory, threads or descriptors are released."""
+"""Tests that sessions are released on a machine without free memory, threads or descriptors."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_guard_process_reaped_by_other_code_does_not_fail_its_context(
+def test_running_guard_ends_without_error_if_other_code_reaped_process(
     new_loop: Callable[[], asyncio.AbstractEventLoop], procfs: Any
 ) -> None:
     children = procfs.child_processes()

@@ -123,7 +123,7 @@ async def test_detached_command_and_its_hold_process_cannot_read_key_of_worker(
         finished = await kit.recorder.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         assert finished.outcome == "detached"
         await kit.faults.wait_for("stop", answered=True, timeout=WAIT_SECONDS)
-        # Wait until the `workpool hold` process is reaped. The guard process still runs.
+        # Wait until the `workpool hold` process is reaped. Only the guard process may remain.
         await procfs.wait_until(lambda: len(procfs.child_processes() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()

@@ -1,4 +1,4 @@
-"""The output of a command in the log: lines of any length and encoding, up to a limit."""
+"""Tests of a command's output in the log: lines of any length and encoding, up to a limit."""
 
 from __future__ import annotations
 

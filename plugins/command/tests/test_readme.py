@@ -1,4 +1,4 @@
-"""The readme lists every setting, and its Python example works."""
+"""Tests that the readme lists every setting, and that its Python example works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors in settings, at the start of a pool, and at the start of a command."""
+"""Tests of errors in settings, at the start of a pool, and at the start of a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands whose `workpool run` process is killed, and detached commands."""
+"""Tests of commands after a kill of their `workpool run` process, and of detached commands."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def test_detached_command_of_running_worker_is_reaped(
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         await procfs.wait_until(lambda: item_state(kit, item) == "stopped")
-        # Wait until the `workpool hold` process is reaped. The guard process still runs.
+        # Wait until the `workpool hold` process is reaped. Only the guard process remains.
         await procfs.wait_until(lambda: len(procfs.child_processes() - children) == 1)
 
     assert end.outcome == "detached"
@@ -111,7 +111,7 @@ async def test_detached_command_of_running_worker_is_reaped(
     assert procfs.open_descriptors() == descriptors
 
 
-async def test_detached_command_whose_hold_process_is_refused_releases_session(
+async def test_session_is_released_if_token_of_workpool_hold_is_refused(
     kit: Kit, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"

@@ -39,7 +39,7 @@ class OutputLog:
 
     @property
     def is_full(self) -> bool:
-        """Whether the limit of lines is reached."""
+        """Whether the limit of logged lines is reached."""
         return self._left <= 0
 
     def add_lines(self, stream: str, text: bytes) -> None:
@@ -59,7 +59,7 @@ class OutputLog:
 
 
 class LineSplitter:
-    """Splits a stream into lines, of any length and in any encoding.
+    """Splits a stream of bytes into lines, which may have any length and encoding.
 
     Attributes:
         last: The last line that is not blank, or its first `MAX_RESULT_BYTES` + 1 bytes.
@@ -75,14 +75,14 @@ class LineSplitter:
         self._part = b""
 
     def add_chunk(self, chunk: bytes) -> None:
-        """Split a chunk of the stream, and report the completed lines."""
+        """Add a chunk of the stream, and pass the lines that it completes to `on_lines`."""
         whole, newline, rest = (self._part + chunk).rpartition(b"\n")
         if newline:
             self._store_and_report_lines(whole)
         self._part = rest[: MAX_RESULT_BYTES + 1]
 
     def end_last_line(self) -> None:
-        """Report the bytes after the last newline as a line."""
+        """Pass the bytes after the last newline to `on_lines` as a line."""
         if self._part:
             self._store_and_report_lines(self._part)
             self._part = b""

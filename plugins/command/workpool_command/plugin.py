@@ -67,7 +67,7 @@ LOST_LEASE_GRACE_SECONDS: Final = 0.5
 
 @dataclass(kw_only=True, eq=False)
 class Command:
-    """Runs a command for each session; the exit status decides the outcome of the session.
+    """Runs a command for each session. Its exit status decides the outcome of the session.
 
     The keywords are the settings of the table `[workpool.plugin.command]`.
     """
@@ -102,7 +102,7 @@ class Command:
     """The seconds without a line of output after which a session is stalled, as in `@handler`."""
 
     def __post_init__(self) -> None:
-        """Check the settings as far as that is possible without the machine that runs the command.
+        """Check the settings. What depends on the machine is checked at the start of the pool.
 
         Raises:
             TypeError: A setting has the wrong type.
@@ -140,8 +140,8 @@ class Command:
             self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
             stack.push_async_callback(self._threads.close)
             try:
-                # Start a thread now. Later the machine may have no free thread, and no directory
-                # could be removed.
+                # Check on a thread, so that one thread is started now. It removes directories
+                # later, when the machine may have no thread left.
                 await self._threads.run(self._check_machine)
                 env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(running_guard(env))
@@ -174,7 +174,7 @@ class Command:
         if self._root is not None:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._root):
-            # Creating the directory has shown that its parent directory is writable.
+            # Nothing to do: a failed creation of the directory would have raised an error.
             pass
         if self.detach and importlib.util.find_spec("typer") is None:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")

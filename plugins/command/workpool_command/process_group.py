@@ -112,7 +112,7 @@ class ProcessGroup:
         self._before_reaping: Callable[[int], None] | None = None
 
     def watch_leader(self) -> None:
-        """Set `exited` when the leader exits, or at once if other code has reaped the leader.
+        """Arrange that `exited` is set when the leader exits. Set it now if the leader was reaped.
 
         Raises:
             OSError: The leader cannot be watched, for example because no descriptor is free.
@@ -222,7 +222,7 @@ class ProcessGroup:
 
 
 def start_group(start: CommandArguments) -> ProcessGroup:
-    """Start a command in a process group of its own. An error kills the whole group.
+    """Start a command in its own process group. If this fails, kill the whole group.
 
     Raises:
         OSError: The command cannot be started or its leader cannot be watched.
@@ -258,8 +258,8 @@ async def running_group(
 
     Args:
         start: The command.
-        registry: The guard, which kills the group if the worker is killed.
-        grace: Returns the seconds between SIGTERM and SIGKILL. Called at the end of the block.
+        registry: The guard process, which kills the group if the worker is killed.
+        grace: Returns the seconds between SIGTERM and SIGKILL. Called when the `with` block ends.
 
     Raises:
         OSError: The command cannot be started.

@@ -74,7 +74,7 @@ def podman() -> Iterator[PodmanEngine]:
         podman.run_command("run", "--rm", "--network=none", "--memory=64m", IMAGE, "/bin/true")
         yield podman
         if left := podman.run_command("ps", "--all", "--quiet").split():
-            # A container can remain: the engine may create it after its request was cancelled.
+            # Remove containers that the engine has created after a test cancelled the request.
             podman.run_command("rm", "--force", *left)
     finally:
         podman.close()
@@ -212,7 +212,7 @@ class ContainerTestbed:
         return await self.poll_until(running_id)
 
     async def wait_for_exit(self, container: str) -> None:
-        """Wait until this container has ended."""
+        """Wait until this container has exited."""
 
         async def has_exited() -> bool:
             shown = await self.docker_client.containers.container(container).show()

@@ -1,4 +1,4 @@
-"""Podman or Docker as the real container engine of the tests, with a storage of its own.
+"""Runs Podman or Docker as the container engine of the tests, with its own storage.
 
 If the engine cannot run on this machine, each test that needs it is skipped with the reason.
 """
@@ -90,7 +90,7 @@ class PodmanEngine:
         }
 
     def run_command(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run a Podman command; skip the test with the reason if the command fails."""
+        """Run a `podman` or `docker` command and return its output. Skip the test if it fails."""
         done = subprocess.run(  # noqa: S603 - no input from outside
             [*self._client_command, *arguments],
             env=self._environment,
@@ -122,7 +122,7 @@ class PodmanEngine:
             time.sleep(0.02)
 
     def stop_service(self) -> None:
-        """End the service, but not the containers."""
+        """End the service of the engine. The containers continue to run."""
         if self._service is not None:
             self._service.send_signal(self.end_signal)
             self._service.wait()
@@ -141,7 +141,8 @@ class PodmanEngine:
 
     @property
     def _service_command(self) -> list[str]:
-        # The service ends by itself after an hour without requests, in case the test run is killed.
+        # Let the service end after an hour without requests. A killed test run would leave it
+        # running.
         return [*self._client_command, "system", "service", "--time=3600", f"unix://{self.socket}"]
 
 

@@ -1,4 +1,4 @@
-"""The client of the container engine, with an engine that refuses to remove a container."""
+"""Tests of the engine client, with an engine that refuses to remove a container."""
 
 from __future__ import annotations
 

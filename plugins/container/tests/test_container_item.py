@@ -1,4 +1,4 @@
-"""The environment variables of a container, and sessions for which the worker lacks resources."""
+"""Tests of a container's variables, and of sessions for which the worker lacks resources."""
 
 from __future__ import annotations
 

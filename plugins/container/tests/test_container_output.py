@@ -1,4 +1,4 @@
-"""The output log of a container: whole lines, limits, and escaped control characters."""
+"""Tests of a container's output log: whole lines, limits, and escaped control characters."""
 
 from __future__ import annotations
 

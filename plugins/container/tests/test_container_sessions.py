@@ -1,4 +1,4 @@
-"""Whole sessions in real containers: environment, privileges, limits, output and outcome."""
+"""Tests of whole sessions in real containers: environment, privileges, limits and outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The start of the plugin: refused settings, pulled images, and leftover containers."""
+"""Tests of the plugin's start: refused settings, pulled images, and leftover containers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def image_registry(podman: PodmanEngine, directory: Path) -> AsyncIterator
         await runner.cleanup()
 
 
-async def test_missing_image_is_pulled_only_if_setting_says_so(
+async def test_missing_image_is_pulled_only_with_setting_pull_missing(
     testbed: ContainerTestbed, podman: PodmanEngine, tmp_path: Path
 ) -> None:
     async with image_registry(podman, tmp_path) as image:

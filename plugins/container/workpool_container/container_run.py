@@ -1,4 +1,4 @@
-"""The run of one session in a container: start or adoption, output, exit status, and removal.
+"""Runs one session in a container: starts or adopts it, logs its output, and removes it.
 
 A session never runs twice at once. The worker writes the id of a container to the item's metadata,
 which needs the lease, before it starts the container; other containers of the item are never
@@ -167,7 +167,7 @@ class ContainerRun:
 
     def _is_adoptable(self, listed: ListedContainer) -> bool:
         named = self._session.item.metadata.get(CONTAINER_ID_KEY) == listed.id
-        return named and listed.was_started and not listed.is_given_up
+        return named and listed.was_started and not listed.is_marked_for_removal
 
     async def _start_container(self) -> None:
         specification = container_specification(self._options, self._session, self._extra_variables)
@@ -176,7 +176,8 @@ class ContainerRun:
         except EngineError as error:
             if not error.is_not_found or self._options.pull == "never":
                 raise
-            # The image was removed from the engine after the start of the pool: pull it again.
+            # Pull the image again, because it was removed from the engine after the start of the
+            # pool.
             await self._engine.pull_image(self._options.image)
             self._id = await self._engine.create_container(self._name, specification)
         await self._session.update_metadata({CONTAINER_ID_KEY: self._id})

@@ -84,8 +84,8 @@ class ListedContainer:
         return self.state in _RUNNING_STATES or self.state in _EXITED_STATES
 
     @property
-    def is_given_up(self) -> bool:
-        """Whether the name shows that its worker is removing it, so no worker may adopt it."""
+    def is_marked_for_removal(self) -> bool:
+        """Whether the container's name shows that a worker is removing it. No worker adopts it."""
         return self.name.endswith(GIVEN_UP_SUFFIX)
 
 
@@ -213,7 +213,7 @@ class EngineClient:
         return True
 
     async def wait_for_exit_status(self, container: str) -> int:
-        """Wait for the container's exit, for any time and across restarts of the engine.
+        """Wait without a time limit for the container's exit, also while the engine restarts.
 
         Raises:
             EngineError: The container does not exist anymore.
@@ -251,7 +251,7 @@ class EngineClient:
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED_STATES else None
 
     async def _wait_for_next_exit(self, container: str, patience: float) -> None:
-        """Wait for the container to exit after this call, for at most `patience` seconds.
+        """Wait at most `patience` seconds for an exit of the container that follows this call.
 
         The condition is `next-exit`, because Podman uses a whole core for any other one.
         """

@@ -1,4 +1,4 @@
-"""The removal of leftover containers, whose exit status no session needs anymore.
+"""Removes leftover containers: containers whose exit status no session needs anymore.
 
 There is a sweep at start, every `sweep_seconds`, after each session, and at the end. Several
 workers may share an engine, each with its own sweeps, so the state of the item at the control plane
@@ -85,7 +85,7 @@ class LeftoverSweeper:
             log.warning("leftover containers not examined: %s", error, extra={"error": str(error)})
 
     async def _remove_if_leftover(self, listed: ListedContainer) -> None:
-        reason = "given up" if listed.is_given_up else await self._leftover_reason(listed)
+        reason = "given up" if listed.is_marked_for_removal else await self._leftover_reason(listed)
         if reason is None:
             return
         try:

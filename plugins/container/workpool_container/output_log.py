@@ -32,7 +32,7 @@ class OutputLog:
 
     @property
     def is_full(self) -> bool:
-        """Whether the limit of lines is reached."""
+        """Whether the limit of logged lines is reached."""
         return self._left <= 0
 
     def add_chunk(self, stream: str, chunk: bytes) -> None:

@@ -89,7 +89,7 @@ class Container:
                 finally:
                     self._sweeper = None
                     sweeping.cancel()
-            # Sweep once more: sessions may have ended after the last sweep of the loop.
+            # Sweep once more, because sessions may have ended since the last sweep of the loop.
             await sweeper.sweep_once()
 
     @hookimpl
@@ -130,7 +130,7 @@ class Container:
                 raise PluginError("container", f"mount {mount}: shows the token file {token_file}")
 
     async def _check_engine(self, engine: EngineClient) -> None:
-        """Check that the engine answers and has the image; pull the image if the settings say so.
+        """Check that the engine answers and has the image. Pull a missing image if this is allowed.
 
         Raises:
             PluginError: The engine or the image is missing. The text names the solution.

@@ -1,4 +1,4 @@
-"""The example plugin on a real control plane, as an example of a plugin's tests."""
+"""Tests of the example plugin on a real control plane, as a model for the tests of a plugin."""
 
 import pytest
 

@@ -65,7 +65,7 @@ async def test_sessions_of_two_pools_in_one_process_are_added_to_one_cost(
             await api_server.wait_for_cost("4")
             await first.drain(0)
             await first.wait()
-            # After the end of the first pool, the plugin of the second pool writes the cost.
+            # The first pool has ended, so the plugin of the second pool writes the cost now.
             await api_server.wait_for_cost("2")
             blocked.end.set()
             await api_server.wait_for_cost("0")

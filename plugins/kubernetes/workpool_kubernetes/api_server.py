@@ -62,7 +62,7 @@ class PodClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Close the connection pool and the thread."""
+        """Close the connection pool, and end the thread that reads the token file."""
         if self._http is not None:
             await self._http.close()
         await self._threads.close()
@@ -133,7 +133,7 @@ async def _read_start_of_body(content: aiohttp.StreamReader) -> bytes:
 
 
 def _message_of_error_body(body: bytes) -> str:
-    """Return the field `message` of an error's body, cut to a limit; empty if it is missing."""
+    """Return the field `message` of an error's body, cut to a limit, or "" without this field."""
     with suppress(ValueError, AttributeError):
         message = json.loads(body).get("message")
         if isinstance(message, str):

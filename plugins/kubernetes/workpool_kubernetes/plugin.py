@@ -89,7 +89,7 @@ class Kubernetes:
 
 
 def deletion_cost(supervisor: Supervisor) -> int | None:
-    """Return the number of sessions in this process, or None if this pool must not write it.
+    """Return the number of sessions in this process. None: another pool writes the number.
 
     A worker for several environments has several pools in one process. Only the plugin of the first
     pool writes the cost, which is the sum of the sessions of all pools.

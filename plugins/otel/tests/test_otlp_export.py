@@ -1,4 +1,4 @@
-"""The export of spans from a worker process to a collector, with OTLP over HTTP."""
+"""Tests of the export of spans from a worker process to a collector, by OTLP over HTTP."""
 
 from __future__ import annotations
 

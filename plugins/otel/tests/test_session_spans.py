@@ -85,7 +85,7 @@ async def test_session_has_one_span_with_its_requests_as_children(
     }
     calls = [each for each in span_recorder.exporter.get_finished_spans() if each is not span]
     operations = [each.name.partition(" ")[0] for each in sorted(calls, key=start_time)]
-    # The lease renewer sends heartbeats on a thread of its own, at any time.
+    # Ignore the position of heartbeats. The lease renewer sends them on another thread at any time.
     without_heartbeats = [each for each in operations if each != "heartbeat"]
     assert "heartbeat" in operations
     # One update writes the trace context, one the key "phase", and one the handler's result.

@@ -139,7 +139,7 @@ async def _write_trace_context(session: Session, context: dict[str, str]) -> Non
 
 
 async def _shut_down_provider(provider: TracerProvider) -> None:
-    """Export the remaining spans within `FLUSH_SECONDS`, because a collector may not answer."""
+    """Export the remaining spans, for at most `FLUSH_SECONDS`: a collector may never answer."""
     try:
         async with asyncio.timeout(FLUSH_SECONDS):
             await DaemonThreads("workpool-otel", 1).run(provider.shutdown)

@@ -99,11 +99,11 @@ class SessionSpans:
         elif isinstance(event, HandlerRetried):
             self._record_retry(event)
         elif event.result != "ok":
-            # The item was not acknowledged, so no session follows.
+            # Forget the item's requests: its ack has failed, so no session follows.
             self._runs.pop(event.item.id, None)
 
     def end_open_spans(self) -> None:
-        """End the spans of all sessions whose end was not reported."""
+        """End the spans of all sessions for which no `SessionFinished` was recorded."""
         for run in self._runs.values():
             if run.span is not None:
                 run.span.end()

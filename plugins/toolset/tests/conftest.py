@@ -1,4 +1,4 @@
-"""Fixtures: the tools of the plugin in a temporary workspace, without a control plane."""
+"""Fixtures: the tools of a session in a temporary workspace, without a control plane."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ async def tool_threads() -> AsyncIterator[ToolThreads]:
 async def make_tool_callers(
     workspace_directory: Path, tool_threads: ToolThreads
 ) -> AsyncIterator[Callable[..., ToolCaller]]:
-    """Return a function that makes a `ToolCaller` from an isolation and its options."""
+    """Return a function that makes a `ToolCaller` with the given isolation and options."""
     callers: list[ToolCaller] = []
 
     def make_caller(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen

@@ -42,7 +42,7 @@ class ConversationTestbed:
         return call.id if call else None
 
 
-def test_tool_calls_are_taken_in_order_until_they_are_answered() -> None:
+def test_next_call_is_oldest_call_without_answer() -> None:
     uses = (
         ConversationTestbed()
         .add_tool_use("a")
@@ -58,7 +58,7 @@ def test_tool_calls_are_taken_in_order_until_they_are_answered() -> None:
     assert uses.next_call is None
 
 
-def test_conversation_waits_for_others_if_confirmation_or_message_is_missing() -> None:
+def test_conversation_waits_for_person_who_must_confirm_or_send_message() -> None:
     uses = ConversationTestbed().add_tool_use("a", evaluated_permission="ask")
     assert uses.now.waits_for_person_or_application
     assert uses.end_turn("requires_action").now.waits_for_person_or_application
@@ -84,7 +84,7 @@ def test_result_that_arrives_before_its_call_answers_call() -> None:
     )
 
 
-def test_call_that_was_answered_is_not_taken_again() -> None:
+def test_answered_call_whose_event_is_repeated_is_not_next_call() -> None:
     uses = ConversationTestbed().add_tool_use("a")
     uses.now.mark_call_answered("a")
     assert uses.add_tool_use("a").next_call is None
@@ -104,7 +104,7 @@ def test_calls_of_unknown_tools_are_left_to_other_clients() -> None:
 
 
 @pytest.mark.parametrize("permission", ["ask", "unknown", 1, {}])
-def test_call_with_permission_pending_waits_for_confirmation(permission: object) -> None:
+def test_call_without_permission_is_not_next_call_until_confirmed(permission: object) -> None:
     uses = (
         ConversationTestbed().add_tool_use("a", evaluated_permission=permission).add_tool_use("b")
     )

@@ -1,4 +1,4 @@
-"""The tools `read`, `write` and `edit`, called as an agent calls them."""
+"""Tests of the tools `read`, `write` and `edit`, called as an agent calls them."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ async def test_large_file_is_readable_only_by_range(
     )
 
 
-async def test_reads_far_into_large_file_leave_threads_to_other_sessions(
+async def test_other_sessions_can_read_files_after_reads_of_huge_file_time_out(
     make_tool_callers: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "small").write_text("here")
@@ -184,7 +184,7 @@ async def test_reads_far_into_large_file_leave_threads_to_other_sessions(
     await threads.files.close()
 
 
-async def test_search_for_line_range_is_limited_by_bytes_and_time(
+async def test_read_of_line_range_stops_at_limits_of_bytes_and_time(
     agent_without_sandbox: Any, workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (workspace_directory / "lines").write_text("line\n" * 100_000)
@@ -374,7 +374,7 @@ async def test_additional_roots_are_writable_or_read_only_as_configured(
     assert not (frozen / "made").exists()
 
 
-async def test_root_directory_as_additional_root_allows_every_path(
+async def test_file_tools_reach_every_path_if_slash_is_allowed_root(
     make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "outside").write_text("seen")

@@ -323,7 +323,7 @@ while True:
 
 @pytest.fixture
 def exchange_with_links(workspace_directory: Path) -> Iterator[None]:
-    """Let another process exchange a directory and a file with outward links all the time."""
+    """Run a process that keeps exchanging a directory and a file with links to the outside."""
     (workspace_directory / "place").mkdir()
     (workspace_directory / "place/secret.txt").write_text("own")
     (workspace_directory / "leaf").write_text("own")

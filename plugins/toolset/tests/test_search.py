@@ -1,4 +1,4 @@
-"""The tools `glob` and `grep`, with ripgrep in a sandbox and without ripgrep."""
+"""Tests of the tools `glob` and `grep`, with ripgrep in a sandbox and without ripgrep."""
 
 from __future__ import annotations
 

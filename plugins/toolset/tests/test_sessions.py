@@ -1,4 +1,4 @@
-"""Whole sessions in a pool with a real control plane: answers, crashes, stops and drains."""
+"""Tests of whole sessions in a pool with a real control plane: answers, crashes and drains."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
 @pytest.mark.parametrize(
     "fault", [lost(), lost(applied=False), status(503), status(503, applied=True), status(429)]
 )
-async def test_lost_answers_cause_no_second_run_and_no_second_result(
+async def test_lost_answers_cause_no_second_execution_or_result_of_call(
     workpool: Kit, make_toolset: Make, tmp_path: Path, fault: Any
 ) -> None:
     workpool.faults.add(fault, "send", times=2)
@@ -270,7 +270,7 @@ async def test_result_refused_by_control_plane_is_replaced_by_error(
     ]
 
 
-async def test_result_refused_once_as_too_early_is_sent_again(
+async def test_result_refused_once_with_status_400_is_sent_again(
     workpool: Kit, make_toolset: Make
 ) -> None:
     workpool.faults.add(status(400), "send", times=1)
@@ -309,7 +309,7 @@ async def wait_for_command(tmp_path: Path, session: str) -> None:
 
 
 async def wait_for_file(file: Path) -> None:
-    """Wait until a command has created the file."""
+    """Wait until this file exists, because a command of a session has created it."""
     async with asyncio.timeout(WAIT_SECONDS):
         while not file.exists():  # noqa: ASYNC110, ASYNC240 - there is no event for a new file
             await asyncio.sleep(0.01)
@@ -373,7 +373,7 @@ async def test_two_workers_with_one_session_run_no_call_twice(
     assert set(succeeded) <= set(done)
 
 
-async def test_stop_request_lets_running_call_end(
+async def test_stop_request_ends_session_after_its_running_call(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     script = [bash_call(f"touch ready; {WAIT_FOR_GO}; echo done"), bash_call("echo never")]

@@ -135,7 +135,7 @@ async def test_exit_of_shell_does_not_wait_for_background_job_that_prints_endles
     assert failed.endswith("the shell ended with status 7; use restart=true for a new one")
 
 
-async def test_output_before_exit_is_returned_completely(agent: Any) -> None:
+async def test_shell_output_before_exit_is_returned_completely(agent: Any) -> None:
     failed = await agent.call_with_error("bash", command="seq 1 15000; sleep 60 & exit 7")
     assert failed.startswith("1\n2\n")
     assert "\n15000\n\nthe shell ended with status 7" in failed
@@ -160,7 +160,7 @@ PROCESS_WORD = f"test-of-{os.getpid()}"
 """A word in the command lines of test processes, different in each process that runs tests."""
 
 
-def two_background_processes(program: str) -> str:
+def two_process_command(program: str) -> str:
     """Return a command that starts two background processes and ends when both run.
 
     The processes use builtins only: a shell that forks shows its command line twice for a moment.
@@ -171,7 +171,7 @@ def two_background_processes(program: str) -> str:
 
 
 async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox: Any) -> None:
-    start_two = two_background_processes("sh")
+    start_two = two_process_command("sh")
     await agent_without_sandbox.call_successfully(
         "bash", command=f"trap '' TERM; {start_two}; trap - TERM; {start_two}"
     )
@@ -184,9 +184,7 @@ async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox
 async def test_closing_sandboxed_shell_ends_processes_of_other_process_groups(
     agent_with_sandbox: Any,
 ) -> None:
-    await agent_with_sandbox.call_successfully(
-        "bash", command=two_background_processes("setsid sh")
-    )
+    await agent_with_sandbox.call_successfully("bash", command=two_process_command("setsid sh"))
     processes = process_descriptors(PROCESS_WORD)
     assert len(processes) == 2
     await agent_with_sandbox.toolbox.close_shell()
@@ -218,7 +216,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
 
     shell = BashShell(BASH, {"PATH": os.environ["PATH"]}, workspace_directory)
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
-        await shell.run_command(f"trap '' TERM; {two_background_processes('sh')}; trap - TERM")
+        await shell.run_command(f"trap '' TERM; {two_process_command('sh')}; trap - TERM")
         processes = process_descriptors(PROCESS_WORD)
         assert len(processes) == 2
         with monkeypatch.context() as patch:
@@ -229,7 +227,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
     await shell.close()
 
 
-async def test_sandbox_of_killed_worker_ends(
+async def test_sandboxed_processes_end_when_worker_is_killed(
     sandbox: Bubblewrap, workspace_directory: Path
 ) -> None:
     os.chown(workspace_directory, *(sandbox.file_owner("s") or (-1, -1)))

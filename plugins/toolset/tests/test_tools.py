@@ -1,4 +1,4 @@
-"""The input, results and time limits of all tools, and errors at the start of the plugin."""
+"""Tests of the input, results and time limits of tools, and of errors at the plugin's start."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_return_value_of_tool_becomes_text_blocks(value: object, content: list[s
     assert not result.is_error
 
 
-def test_image_block_returned_by_tool_is_kept() -> None:
+def test_image_block_returned_by_tool_is_passed_on_unchanged() -> None:
     image = {"type": "image", "source": {"type": "base64", "data": "eA=="}}
     assert ToolResult.from_value([image, "text"]).content == [
         image,

@@ -110,7 +110,7 @@ class CallJournal:
         _sync_directory(self._directory)
 
     def _temporary_file(self, text: str) -> Path:
-        """Write a temporary file to disk and return its path, to be renamed or linked."""
+        """Write a temporary file to disk. Return its path, which the caller renames or links."""
         path = self._directory / f"{secrets.token_hex(8)}.tmp"
         try:
             with path.open("x") as file:

@@ -97,7 +97,7 @@ class Conversation:
     def apply_event(self, event: Event) -> None:
         """Update the state with one event of the session.
 
-        A malformed or unknown event only shows that the session is not idle.
+        A malformed or unknown event affects at most whether the session counts as idle.
         """
         kind = str(event.get("type"))
         if kind not in _KEEPS_CLOCK:

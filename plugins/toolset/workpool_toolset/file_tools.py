@@ -188,7 +188,7 @@ def _lines_of_chunk(chunk: bytes, first: int, last: int) -> bytes:
 
 
 def _read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yield the chunks of a file; raise `ToolError` after too many bytes or too much time."""
+    """Yield the chunks of a file. Raise `ToolError` after too many bytes or too much time."""
     deadline, read = time.monotonic() + SCAN_SECONDS, 0
     while chunk := file.read(CHUNK_BYTES):
         yield chunk
@@ -236,7 +236,7 @@ def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
 
 
 def _decode_text(content: bytes, path: str, *, final: bool = True) -> str:
-    """Decode UTF-8 text. If not `final`, an incomplete last character is dropped."""
+    """Decode UTF-8 text. Unless `final` is set, drop an incomplete last character."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(content, final)
     except UnicodeDecodeError:

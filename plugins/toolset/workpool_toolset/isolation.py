@@ -104,7 +104,7 @@ class Isolation(Protocol):
 
     @property
     def is_sandboxed(self) -> bool:
-        """Whether commands see only the workspace and the visible paths."""
+        """Whether commands run in a sandbox, which shows only some files of the machine."""
 
     def workspace_path(self, workspace: Path, /) -> str:
         """Return the path under which the session sees its workspace."""
@@ -259,7 +259,7 @@ def _parent_directory_options(path: str) -> list[str]:
 
 
 async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
-    """Run a sandbox once, and return a description of its problem; None if the sandbox works.
+    """Run a sandbox once. Return why it does not work, or None if it works.
 
     Args:
         sandbox: The sandbox.

@@ -222,7 +222,7 @@ class Toolset:
             raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
 
     def _check_token_and_state_paths(self, private: Sequence[Path]) -> None:
-        """Raise an error if every sandbox would show a file with the worker's tokens or state."""
+        """Raise an error if sandboxes show sessions a path with the worker's tokens or state."""
         for path in private if self.isolation != "none" else ():
             for visible in VISIBLE_PATHS:
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(visible)):

@@ -49,7 +49,7 @@ def seccomp_filter(machine: str) -> bytes:
             (RETURN, 0, 0, REFUSE),
         ]
         program += [(JUMP_IF_EQUAL, 0, len(block), architecture), *block]
-    # All calls of an unknown instruction set are refused.
+    # Refuse all system calls of an unknown instruction set.
     program.append((RETURN, 0, 0, REFUSE))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 

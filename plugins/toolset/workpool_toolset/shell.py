@@ -94,14 +94,15 @@ class BashShell:
                 await self._run_in_started_shell(":", self._started)
             return await self._run_in_started_shell(command, self._started)
         except BaseException:
-            # After a failed start, the next command may start the shell without `restart`.
+            # Require `restart` only if the shell had started. After a failed start, the next
+            # command tries to start the shell again.
             self.ended = self._started is not None
             await self.close()
             raise
 
     @property
     def output_so_far(self) -> str:
-        """The output of the current command so far."""
+        """The output that the running command has written so far."""
         return self._output.output_text()
 
     async def restart(self) -> None:
@@ -178,7 +179,7 @@ class _ShellProcess(NamedTuple):
 
 
 class _ShellOutput:
-    """Reads the output of a shell until its exit, although background jobs may keep the pipe open.
+    """Reads a shell's output until the shell exits, even if background jobs keep the pipe open.
 
     Attributes:
         writer: The writing end of the pipe. The caller passes it to the shell and closes it.

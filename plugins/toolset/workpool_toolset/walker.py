@@ -1,4 +1,4 @@
-"""The program that searches for `glob` and `grep`. As a process, an endless search can be killed.
+"""The search program of `glob` and `grep`. It is a process, so an endless search can be killed.
 
 The program is run by its path with `python -I -S` and uses the standard library only. It gets an
 open directory and a request as JSON, and prints one line for each match. A wrong request ends it
@@ -127,7 +127,7 @@ class DirectoryWalk:
             os.close(opened)
             raise
         if stat.S_ISDIR(state.st_mode):
-            # A directory is entered through links only once, because links may form a cycle.
+            # Enter a directory through links only once, because links may form a cycle.
             again = (state.st_dev, state.st_ino) in self._linked
             self._linked.add((state.st_dev, state.st_ino))
             yield from self._directory_with_entries(place, name, opened, shown, listed=not again)
@@ -219,7 +219,7 @@ def split_pattern(glob: str) -> list[list[str]]:
 
 
 def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
-    """Return whether the components of a path match a pattern's; `**` is any number of components.
+    """Return whether the components of a path match a pattern. `**` matches any number of them.
 
     At the end of a pattern, `**` is one or more: `src/**` is everything below `src`.
     """
@@ -238,7 +238,7 @@ def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _add_positions_after_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
-    """Return the reached pattern positions and the positions after each reached `**`.
+    """Return the reached positions of a pattern, and the position after each reached `**`.
 
     A `**` may match no component, so the component after it is reached at the same time.
     """
@@ -274,7 +274,7 @@ def is_anchored(include: str) -> bool:
 def glob_paths(
     start: SearchedDirectory, pattern: str, roots: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
-    """Yield the matching paths, newest first."""
+    """Yield the paths that match a glob pattern, the last modified path first."""
     patterns = split_pattern(pattern)
     found = [
         (-entry.state.st_mtime_ns, "/".join(entry.parts))
@@ -305,7 +305,7 @@ def grep_lines(
 
 
 def matching_lines(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
-    """Return the matching lines of a file with their numbers. Binary files have none."""
+    """Return the matching lines of a file with their numbers, or none for a binary file."""
     found, size = list[tuple[int, str]](), 0
     for number, piece, whole in file_lines(entry):
         if b"\0" in piece:

@@ -65,7 +65,7 @@ class PathTarget:
     """The file that a path leads to, as an open directory and a name in this directory.
 
     Attributes:
-        directory: The descriptor of the directory, valid during the block.
+        directory: The descriptor of the directory, valid during the `with` block.
         name: A single component, or `.` for a root itself. It may not exist, or have any type.
         shown: The whole path as the session sees it, for messages.
         root: The root that contains the directory.
@@ -111,7 +111,7 @@ class Workspace:
 
         Raises:
             ToolError: The path is outside of the roots, has a loop, or cannot be entered. An
-                `OSError` of the block becomes a `ToolError`, too.
+                `OSError` of the `with` block becomes a `ToolError`, too.
         """
         with readable_os_errors(path), contextlib.ExitStack() as stack:
             yield self._resolve_path(path, stack, write=write, make=make)
