@@ -619,7 +619,7 @@ class Settings:
 
     @staticmethod
     def _source_name(name: str) -> str:
-        """Return the name of a keyword argument's source in errors, such as its flag."""
+        """Return the source of a keyword argument for error messages, such as its flag."""
         del name
         return ""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workpool.cli.fleet import FleetLoadReaders
 from workpool.cli.fleet_reader import FleetReader
+from workpool.cli.fleet_scaling import FleetLoadReaders
 from workpool.scaling import FleetLoad, ReplicaRule, total_load
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient

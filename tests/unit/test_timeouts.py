@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from workpool.wire.http.timeouts import CLOCK_SECONDS, Bound, BoundTimer
+from workpool.wire.http.timeouts import CLOCK_SECONDS, SharedTimer, TimeLimit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -21,13 +21,13 @@ LONG = 60.0
 
 @asynccontextmanager
 async def bound_with_own_timer(seconds: float) -> AsyncIterator[None]:
-    with Bound(seconds):
+    with TimeLimit(seconds):
         yield
 
 
 @asynccontextmanager
 async def bound_with_shared_timer(seconds: float) -> AsyncIterator[None]:
-    with Bound(seconds, BoundTimer(asyncio.get_running_loop())):
+    with TimeLimit(seconds, SharedTimer(asyncio.get_running_loop())):
         yield
 
 
@@ -127,12 +127,12 @@ async def test_inner_time_bound_that_runs_out_raises_before_outer(time_limit: Bo
 
 async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> None:
     loop = asyncio.get_running_loop()
-    timer = BoundTimer(loop)
+    timer = SharedTimer(loop)
     early: list[float] = []
 
     async def wait_until_timeout(seconds: float) -> None:
         until = loop.time() + seconds
-        with pytest.raises(TimeoutError), Bound(seconds, timer):
+        with pytest.raises(TimeoutError), TimeLimit(seconds, timer):
             await asyncio.sleep(LONG)
         if loop.time() < until - 2 * CLOCK_SECONDS:
             early.append(seconds)
@@ -141,7 +141,7 @@ async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> Non
         # The shared timer is set for the first limit, 0.2 s, when the limit of 0.1 s is added.
         for seconds in (0.2, 0.1, 0.3):
             group.create_task(wait_until_timeout(seconds))
-        with Bound(LONG, timer):
+        with TimeLimit(LONG, timer):
             await asyncio.sleep(0)
     assert not early
     assert not timer.open
@@ -149,12 +149,12 @@ async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> Non
 
 
 async def test_shared_timer_that_has_fired_is_set_again_for_next_time_limit() -> None:
-    timer = BoundTimer(asyncio.get_running_loop())
-    with Bound(0.05, timer):
+    timer = SharedTimer(asyncio.get_running_loop())
+    with TimeLimit(0.05, timer):
         pass
     # The second time limit starts after the timer has fired, and sets the timer again.
     for seconds in (0.1, 0.05):
-        with pytest.raises(TimeoutError), Bound(seconds, timer):
+        with pytest.raises(TimeoutError), TimeLimit(seconds, timer):
             await asyncio.sleep(LONG)
     timer.cancel()
     assert timer.at == float("inf")

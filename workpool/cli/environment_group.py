@@ -74,7 +74,7 @@ class GroupMember:
 
     @property
     def unready_reasons(self) -> Iterator[str]:
-        """The reasons why the environment is not ready; none after an end without a failure."""
+        """The reasons why the environment is not ready; empty if it ended without a failure."""
         if self.error is not None and not self.running:
             yield f"{self.environment_id}: failed: {type(self.error).__name__}"
         elif not self.ended:

@@ -16,7 +16,7 @@ import typer
 from workpool.cli import exits, log_config
 from workpool.cli.flags import BaseUrl, Config, EnvironmentId, FlagSettings
 from workpool.cli.help_text import examples_section
-from workpool.cli.hold_program import ProgramPlugin
+from workpool.cli.program_plugin import ProgramPlugin
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
@@ -46,7 +46,7 @@ EXAMPLES: Final = examples_section(
 )
 
 
-class _ParentSettings(FlagSettings):
+class _HoldSettings(FlagSettings):
     """The settings of `workpool hold`, which come from its parent process.
 
     The options of the parent's plugins are left out, since this process does not run these plugins.
@@ -115,7 +115,7 @@ def hold(
             "base_url": base_url,
             "lease_ttl": ttl,
         }
-        settings = _ParentSettings(**{name: given for name, given in flags.items() if given})
+        settings = _HoldSettings(**{name: given for name, given in flags.items() if given})
         settings.require_connection()
     if not work_id or not last_heartbeat:
         raise typer.BadParameter("the item and its last heartbeat must not be empty")

@@ -24,8 +24,8 @@ from workpool.cli.flags import (
     read_environments,
     require_connection_settings,
 )
-from workpool.cli.fleet import FleetLoadReaders
 from workpool.cli.fleet_reader import FleetReader
+from workpool.cli.fleet_scaling import FleetLoadReaders
 from workpool.cli.help_text import examples_section
 from workpool.cli.rate_limit_groups import shared_rate_limits
 from workpool.cli.signals import SignalEvents

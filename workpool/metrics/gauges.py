@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 WINDOW_SECONDS: Final = 60
 
 
-class NullWindow:
+class NullPollWindow:
     """Counts the polls with an item and without one (null) in the last 60 s. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -145,7 +145,7 @@ class GaugeSource:
     version: str
     dialect: str
     snapshot: Callable[[], PoolSnapshot]
-    polls: NullWindow
+    polls: NullPollWindow
     now: Callable[[], float]
     handlers: set[str] = field(default_factory=set)
     remote: tuple[float, QueueStats] | None = None

@@ -29,7 +29,7 @@ from workpool.metrics.definitions import (
     HANDLERS_MAX,
     OTHER_HANDLERS,
 )
-from workpool.metrics.gauges import GaugeSource, NullWindow
+from workpool.metrics.gauges import GaugeSource, NullPollWindow
 from workpool.metrics.metric_values import CounterSeries, HistogramSeries
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
@@ -272,7 +272,7 @@ class Metrics:
         self._acquire, self._release = shared.stores_lock.acquire, shared.stores_lock.release
         self._source = GaugeSource(
             self.environment_id, self.worker_id, self.version, self.dialect, self.snapshot,
-            NullWindow(self.clock), self.now,
+            NullPollWindow(self.clock), self.now,
         )  # fmt: skip
         self._series = {
             row.name: _MetricSeries(

@@ -32,7 +32,7 @@ from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls, read_item
 from workpool.pool.lease import PAUSE_SECONDS
 from workpool.wire.http.call_options import CallOptions, Priority
-from workpool.wire.http.timeouts import Bound
+from workpool.wire.http.timeouts import TimeLimit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -215,7 +215,7 @@ class ItemSender:
             now = self._clock()
             self.check_may_send(item, by_handler=True, now=now)
             try:
-                with Bound(self._seconds_left(item, until, now), open_bounds=item.open_sends):
+                with TimeLimit(self._seconds_left(item, until, now), open_limits=item.open_sends):
                     return await call()
             except TimeoutError:
                 self.check_may_send(item, by_handler=True)
@@ -239,11 +239,11 @@ class ItemSender:
         self.check_may_send(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
-                with Bound(self._seconds_left(item, until, now), open_bounds=item.open_sends):
+                with TimeLimit(self._seconds_left(item, until, now), open_limits=item.open_sends):
                     await self._client.acquire_permit(request.priority)
                 now = self._clock()
             seconds = min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)
-            with Bound(None, open_bounds=item.open_sends):
+            with TimeLimit(None, open_limits=item.open_sends):
                 return await call(options, seconds)
         except TimeoutError:
             self.check_may_send(item, by_handler=request.by_handler)

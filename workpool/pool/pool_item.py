@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from workpool.handlers import Handler
     from workpool.pool.lease import Lease, Status
     from workpool.session import Session
-    from workpool.wire.http.timeouts import Bound
+    from workpool.wire.http.timeouts import TimeLimit
     from workpool.wire.items import WorkItem
 
     Patch = dict[str, str | None]
@@ -228,7 +228,7 @@ class PoolItem:
         self.stall_timer: asyncio.TimerHandle | None = None
         self.error: BaseException | None = None
         self.result: Mapping[str, str] = {}
-        self.open_sends: set[Bound] = set()
+        self.open_sends: set[TimeLimit] = set()
         """The waits of the calls in flight, which end when the lease is lost."""
         self._changed: asyncio.Event | None = None
 

@@ -1,8 +1,8 @@
 """A context manager that works like `asyncio.timeout` and costs less CPU time.
 
-A `Bound` with its own timer has a third of the cost of `asyncio.timeout`. All requests of a client
-share one timer: a timer for each request cost 9,000 CPU instructions, and almost no timer ever
-fires.
+A `TimeLimit` with its own timer has a third of the cost of `asyncio.timeout`. All requests of a
+client share one timer: a timer for each request cost 9,000 CPU instructions, and almost no timer
+ever fires.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CLOCK_SECONDS: Final = 0.001
 """The resolution of an event loop's clock: a timer may fire this much before its time."""
 
 
-class Bound:
+class TimeLimit:
     """A context manager that raises `TimeoutError` if its block takes longer than `seconds`.
 
     It cancels the task at its current await and converts the cancellation into the TimeoutError.
@@ -27,9 +27,9 @@ class Bound:
     same turn of the loop. An object is for one block, inside a task.
 
     Args:
-        seconds: The bound; None = only `end_wait` ends the wait.
-        timer: Ends the wait; None = a timer of its own.
-        open_bounds: Contains the bound while its block runs, so that others can call `end_wait`.
+        seconds: The time limit; None = the block times out only if `end_wait` is called.
+        timer: The shared timer; None = a timer of its own.
+        open_limits: Contains this object while its block runs, so that others can call `end_wait`.
     """
 
     __slots__ = ("_before", "_expired", "_handle", "_open", "_seconds", "_task", "_timer")
@@ -37,12 +37,12 @@ class Bound:
     def __init__(
         self,
         seconds: float | None,
-        timer: BoundTimer | None = None,
-        open_bounds: set[Bound] | None = None,
+        timer: SharedTimer | None = None,
+        open_limits: set[TimeLimit] | None = None,
     ) -> None:
         self._seconds = seconds
         self._timer = timer
-        self._open = open_bounds
+        self._open = open_limits
         self._handle: asyncio.TimerHandle | None = None
         self._expired = False
 
@@ -90,8 +90,8 @@ class Bound:
             self._task.cancel()
 
 
-class BoundTimer:
-    """One timer of an event loop, shared by all `Bound` objects of a client.
+class SharedTimer:
+    """One timer of an event loop, shared by all `TimeLimit` objects of a client.
 
     It fires at the earliest time of all blocks. If that block has ended before, the timer is not
     cancelled, which saves CPU time: it then fires without an effect.
@@ -101,7 +101,7 @@ class BoundTimer:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.open: dict[Bound, float] = {}
+        self.open: dict[TimeLimit, float] = {}
         """The blocks that run now, and the time at which each times out, on the loop's clock."""
         self.at = math.inf
         """The time at which the timer fires; infinite if the timer is not set."""
@@ -129,8 +129,8 @@ class BoundTimer:
 
     def _end_expired_waits(self) -> None:
         now = self.loop.time() + CLOCK_SECONDS
-        for bound, at in self.open.items():
+        for limit, at in self.open.items():
             if at <= now:
-                self.open[bound] = math.inf
-                bound.end_wait()
+                self.open[limit] = math.inf
+                limit.end_wait()
         self.set_timer(min(self.open.values(), default=math.inf))

@@ -34,7 +34,7 @@ from workpool.wire.http.connection_errors import TRANSIENT, error_code, no_answe
 from workpool.wire.http.connections import ENDLESS, Connections
 from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.daemon_threads import DaemonThreads
-from workpool.wire.http.timeouts import Bound, BoundTimer
+from workpool.wire.http.timeouts import SharedTimer, TimeLimit
 from workpool.wire.response import (
     BEGINNING_BYTES,
     CODES,
@@ -108,7 +108,7 @@ class Transport:
             await self._threads.close()
             raise
         self._loop = asyncio.get_running_loop()
-        self._timer = BoundTimer(self._loop)
+        self._timer = SharedTimer(self._loop)
 
     async def close(self) -> None:
         """Close the connections except those of a caller's own session."""
@@ -254,7 +254,7 @@ class Transport:
         try:
             # Do not use aiohttp's timeout: if the task is cancelled in the same loop iteration in
             # which the timeout expires, aiohttp would raise a timeout and hide the cancellation.
-            with Bound(until - started, self._timer):
+            with TimeLimit(until - started, self._timer):
                 response, content = await self._exchange_request(
                     endpoint, url, body, options, check
                 )
