@@ -120,7 +120,7 @@ class MeasuredRun:
 
 
 @dataclass
-class SharedStopMeter(ContenderMeter):
+class SharedCounterMeter(ContenderMeter):
     """A meter that counts stopped items in a counter that all workers share."""
 
     stops: Stops | None = None
@@ -261,7 +261,7 @@ def serve_control_planes(
 
 
 def machine_cpu_seconds() -> tuple[float, float]:
-    """Return the CPU seconds of this machine since its boot: the used ones, and all with idle."""
+    """Return the CPU seconds of this machine since its boot: those in use, and those in total."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)
@@ -341,4 +341,4 @@ def _run_worker(
     contender: Contender, plane: ControlPlaneAddress, pipe: Connection, stops: Stops
 ) -> None:
     pipe.send(os.getpid())
-    uvloop.run(contender(plane, SharedStopMeter(0, 0, stops=stops)))
+    uvloop.run(contender(plane, SharedCounterMeter(0, 0, stops=stops)))

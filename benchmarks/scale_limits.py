@@ -25,11 +25,6 @@ from benchmark_runs import (
 )
 from contenders import run_pool
 from database_server import database_server
-from held_sessions import (
-    HeldSessionsCost,
-    make_contender_with_waiting_sessions,
-    measure_held_sessions,
-)
 from measured_system import (
     MeasuredRun,
     ResourceUse,
@@ -37,6 +32,11 @@ from measured_system import (
     measure_run,
 )
 from served_stores import COLUMNS, SERVED, ServedStore
+from waiting_sessions import (
+    WaitingSessionsCost,
+    make_contender_with_waiting_sessions,
+    measure_waiting_sessions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -106,15 +106,15 @@ def format_costs(found: MeasuredRun) -> list[str]:
 
 def format_leases_report(bench: ScaleBenchmark) -> str:
     """Return the table of the cost of waiting sessions, by the number of their leases."""
-    return format_held_sessions_report(bench, bench.options.leases, streams=False)
+    return format_waiting_sessions_report(bench, bench.options.leases, streams=False)
 
 
 def format_event_streams_report(bench: ScaleBenchmark) -> str:
     """Return the table of the cost of waiting sessions with event streams, by their number."""
-    return format_held_sessions_report(bench, bench.options.streams, streams=True)
+    return format_waiting_sessions_report(bench, bench.options.streams, streams=True)
 
 
-def format_held_sessions_report(
+def format_waiting_sessions_report(
     bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool
 ) -> str:
     """Return the table of the cost of waiting sessions, by their number.
@@ -149,13 +149,13 @@ def format_held_sessions_report(
 
 def measure_sessions_on_store(
     bench: ScaleBenchmark, store: ServedStore, sessions: int, *, streams: bool
-) -> HeldSessionsCost:
-    """Measure one worker with a number of waiting sessions, and new control planes on the store."""
+) -> WaitingSessionsCost:
+    """Measure one worker with a number of waiting sessions. The control planes are new ones."""
     options = bench.options
     with store.open_store(
         make_contender_with_waiting_sessions(sessions, streams=streams), Backlog(), bench.server
     ) as system:
-        return measure_held_sessions(
+        return measure_waiting_sessions(
             system, sessions, seconds=options.seconds, settle=options.settle, streams=streams
         )
 

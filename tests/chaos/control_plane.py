@@ -39,7 +39,7 @@ LAG_SECONDS = 0.1
 
 
 def seconds_since_boot() -> float:
-    """Return the seconds since the boot of the machine, including sleep: one clock for all."""
+    """Return the seconds since the boot of the machine, sleep included: equal in all processes."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -101,14 +101,18 @@ class Journal(History):
         )
 
     @web.middleware
-    async def record_arrivals(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def record_arriving_requests(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         """Outermost middleware: write the arrival of each request."""
         if "work_id" in request.match_info:
             self.write_line("came", **_describe_request_for_journal(request))
         return await handler(request)
 
     @web.middleware
-    async def record_answers(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def record_successful_calls(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         """Innermost middleware: write each successful call before a fault changes its answer."""
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
@@ -162,7 +166,11 @@ def build_control_plane(
     config: ControlPlaneConfig, faults: Faults, journal: Journal
 ) -> ControlPlane:
     """Return the control plane with its store and middlewares."""
-    middlewares = [journal.record_arrivals, faults.middleware, journal.record_answers]
+    middlewares = [
+        journal.record_arriving_requests,
+        faults.middleware,
+        journal.record_successful_calls,
+    ]
     if config.store.startswith(DATABASE):
         return ControlPlane(
             environments=(config.environment,),
@@ -210,5 +218,5 @@ if __name__ == "__main__":
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
             runner.run(serve_control_plane(config))
-        except ServeError as error:  # such as a database that is not available
+        except ServeError as error:  # for example, the database is not available
             sys.exit(f"cannot start: {error}")

@@ -1,4 +1,4 @@
-"""A chaos test of three control planes on one PostgreSQL database, which fail one by one.
+"""A chaos test in which three control planes and their PostgreSQL database fail repeatedly.
 
 `python -m tests.chaos.database_storm --seed 1` runs it for a minute. It does the same as `storm`,
 but the control planes are behind a balancer, so that the calls for one item reach all of them. They

@@ -37,17 +37,17 @@ def read_history(cluster: Cluster, url: str, offset: float) -> list[Record]:
         offset: The time of the boot, in seconds since the epoch.
     """
 
-    def to_seconds_after_offset(microseconds: int | None) -> float | None:
+    def to_seconds_since_boot(microseconds: int | None) -> float | None:
         return None if microseconds is None else microseconds / 1e6 - offset
 
     return [
         Record(
-            to_seconds_after_offset(time) or 0.0,
+            to_seconds_since_boot(time) or 0.0,
             work_id,
             kind,
             worker_id,
             state,
-            to_seconds_after_offset(lease_end),
+            to_seconds_since_boot(lease_end),
             op,
         )
         for time, work_id, kind, worker_id, state, lease_end, op in json.loads(

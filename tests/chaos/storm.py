@@ -264,9 +264,7 @@ class Storm:
         else:
             await self._start_control_planes()
             for name in NAMES:
-                if self._fleet.was_killed(
-                    name
-                ):  # and was not restarted before the end of the storm
+                if self._fleet.was_killed(name):  # but not restarted before the storm ended
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)
             await self._wait_until_all_items_stopped(http)

@@ -144,7 +144,7 @@ class StormChecker:
 
     def _check_request_arrives_within_lease(self, line: Line) -> None:
         worker, work_id, op = line["worker"], line["work_id"], line["op"]
-        if worker is None or op == "ack":  # only other calls of workers need a lease
+        if worker is None or op == "ack":  # operators' requests and acks need no lease
             return
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))

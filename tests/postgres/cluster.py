@@ -276,7 +276,7 @@ def own_postgres() -> Iterator[Cluster]:
 
 @pytest.fixture
 def standby(own_postgres: Cluster) -> Iterator[Cluster]:
-    """Return a running standby server, to which `own_postgres` replicates each commit at once."""
+    """Return a running standby server of `own_postgres`, with synchronous replication."""
     standby = Cluster(own_postgres.folder.with_name("standby"))
     standby.create_standby_directory(own_postgres)
     try:

@@ -60,7 +60,7 @@ async def wait_until(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def no_fallback_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_fallback_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notifications, "FALLBACK_SECONDS", LONG)
 
 
@@ -69,7 +69,7 @@ def hubs(database_url: str) -> tuple[NotificationHub, NotificationHub]:
     return NotificationHub(database_url), NotificationHub(database_url)
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_announced_items_wake_one_poll_per_item_on_each_node(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
@@ -89,7 +89,7 @@ async def test_announced_items_wake_one_poll_per_item_on_each_node(
         there.cancel_waits()
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_announced_event_wakes_all_streams_of_its_session(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
@@ -100,7 +100,7 @@ async def test_announced_event_wakes_all_streams_of_its_session(
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_wait_ends_at_once_if_topic_changed_since_the_read(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,12 +130,12 @@ async def test_items_announced_while_polls_read_make_one_poll_each_read_again(
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
     seen = hub.change_count()
-    hub.wake_calls(WORK)  # as a poll does whose client has disconnected
+    hub.wake_calls(WORK)  # a poll calls this if its client has disconnected
     assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
     assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_poll_that_was_reading_ignores_item_that_woke_another_poll(
     database_url: str,
 ) -> None:
@@ -168,7 +168,7 @@ async def test_calls_without_notification_read_again_after_the_fallback_interval
         assert sorted(polls.ended) == [False, False, True]
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
     hubs: tuple[NotificationHub, NotificationHub], postgres: Cluster, database_url: str
 ) -> None:
@@ -194,7 +194,7 @@ async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
         await wait_until(lambda: len(polls.ended) == 3)
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_connection_without_answer_to_a_ping_is_replaced(
     hubs: tuple[NotificationHub, NotificationHub],
     postgres: Cluster,
@@ -214,7 +214,7 @@ async def test_connection_without_answer_to_a_ping_is_replaced(
             os.kill(process, signal.SIGCONT)
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_topics_too_long_for_one_notification_are_sent_in_several(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
@@ -227,7 +227,7 @@ async def test_topics_too_long_for_one_notification_are_sent_in_several(
         await wait_until(lambda: all(each.ended == [True] for each in waits))
 
 
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_more_unsent_topics_than_the_limit_wake_all_waiting_calls(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +241,7 @@ async def test_more_unsent_topics_than_the_limit_wake_all_waiting_calls(
 
 
 @pytest.mark.parametrize("payload", ["nonsense\nwithout a number", "other\n1 *", "x\n² work:"])
-@pytest.mark.usefixtures("no_fallback_reads")
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_unreadable_notification_lets_waiting_calls_read_again(
     hubs: tuple[NotificationHub, NotificationHub], database_url: str, payload: str
 ) -> None:

@@ -20,12 +20,14 @@ SECONDS = 45.0
 
 
 @pytest.fixture
-async def pools(database_url: str) -> AsyncIterator[tuple[ConnectionPool, ConnectionPool]]:
-    pools = ConnectionPool(database_url), ConnectionPool(database_url)
-    for pool in pools:
+async def connection_pools(
+    database_url: str,
+) -> AsyncIterator[tuple[ConnectionPool, ConnectionPool]]:
+    connection_pools = ConnectionPool(database_url), ConnectionPool(database_url)
+    for pool in connection_pools:
         await pool.open()
-    yield pools
-    for pool in pools:
+    yield connection_pools
+    for pool in connection_pools:
         await pool.close()
 
 
@@ -49,48 +51,48 @@ class ControlledBatch:
 
 
 async def test_sweep_repeats_each_batch_until_nothing_is_left(
-    pools: tuple[ConnectionPool, ConnectionPool],
+    connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
     lapses, deletions = ControlledBatch(25), ControlledBatch()
-    assert await Sweeper(pools[0], lapses, deletions).sweep()
+    assert await Sweeper(connection_pools[0], lapses, deletions).sweep()
     assert (lapses.left, lapses.calls, deletions.calls) == (0, 4, 1)
 
 
 async def test_sweep_over_its_time_limit_runs_each_batch_only_once(
-    pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
+    connection_pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "_SWEEP_MAX_SECONDS", 0.0)
     lapses, deletions = ControlledBatch(25), ControlledBatch(25)
-    assert await Sweeper(pools[0], lapses, deletions).sweep()
+    assert await Sweeper(connection_pools[0], lapses, deletions).sweep()
     assert (lapses.left, deletions.left) == (15, 15)
 
 
 async def test_second_node_does_not_sweep_until_the_first_has_ended(
-    pools: tuple[ConnectionPool, ConnectionPool],
+    connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
     slow, other = ControlledBatch(5), ControlledBatch()
     slow.go_on.clear()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        first = group.create_task(Sweeper(pools[0], slow).sweep())
+        first = group.create_task(Sweeper(connection_pools[0], slow).sweep())
         await slow.begun.wait()
-        assert not await Sweeper(pools[1], other).sweep()
+        assert not await Sweeper(connection_pools[1], other).sweep()
         slow.go_on.set()
         assert await first
-    assert await Sweeper(pools[1], other).sweep()
+    assert await Sweeper(connection_pools[1], other).sweep()
     assert other.calls == 1
 
 
 async def test_node_sweeps_after_sweep_of_another_node_was_cancelled(
-    pools: tuple[ConnectionPool, ConnectionPool],
+    connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
     slow = ControlledBatch(5)
     slow.go_on.clear()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        first = group.create_task(Sweeper(pools[0], slow).sweep())
+        first = group.create_task(Sweeper(connection_pools[0], slow).sweep())
         await slow.begun.wait()
         first.cancel()
         await asyncio.wait([first])
-        assert await Sweeper(pools[1], ControlledBatch()).sweep()
+        assert await Sweeper(connection_pools[1], ControlledBatch()).sweep()
 
 
 async def test_sweeper_continues_after_a_restart_of_the_database(
@@ -113,7 +115,7 @@ async def test_sweeper_continues_after_a_restart_of_the_database(
 
 
 async def test_unexpected_error_in_a_batch_ends_the_sweeper(
-    pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
+    connection_pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "SWEEP_SECONDS", 0.02)
 
@@ -122,4 +124,4 @@ async def test_unexpected_error_in_a_batch_ends_the_sweeper(
 
     async with asyncio.timeout(SECONDS):
         with pytest.raises(LookupError):
-            await Sweeper(pools[0], fail_batch).run()
+            await Sweeper(connection_pools[0], fail_batch).run()

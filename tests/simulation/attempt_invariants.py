@@ -68,7 +68,7 @@ def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
 
 
 def runs_that_lost_their_lease_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8d. A pool that may not write metadata counts the runs that lost their lease by itself.
+    """8d. A pool that may not write metadata counts in memory the runs that lost their lease.
 
     A run that its handler has released does not count, even if the lease is lost afterwards.
     """
@@ -178,7 +178,7 @@ def list_attempt_writes(case: FinishedSimulation, work_id: str) -> list[SentCall
 
 
 def has_late_attempt_write(case: FinishedSimulation, work_id: str) -> bool:
-    """Return whether one of these writes arrived after the lease of the sender had ended."""
+    """Return whether such a write arrived after the lease of the pool that sent it had ended."""
     for call in list_attempt_writes(case, work_id):
         lease = case.lease_at(call.node, work_id, call.at)
         if lease is None or call.arrives_at > lease.ended:

@@ -89,11 +89,11 @@ def pools_do_not_own_items_that_they_report_as_lost(case: FinishedSimulation) ->
                 continue
             if case.item_may_have_another_owner(node, event.item.id, at):
                 continue
-            if lease.ended > at and not _was_acked_again(case, node, lease, at):
+            if lease.ended > at and not _is_loss_about_another_ack(case, node, lease, at):
                 yield f"{node.machine.name}: {lease.work_id[-6:]} is not lost at {at:.3f}"
 
 
-def _was_acked_again(
+def _is_loss_about_another_ack(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
     """Return whether the reported loss is about another ack than the one that began `lease`.
@@ -129,7 +129,7 @@ def _find_contradiction_of_outcome(
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
-        case "timed_out" | "stalled" if _timeout_of_outcome(node.pool, outcome) is None:
+        case "timed_out" | "stalled" if _timeout_that_causes_outcome(node.pool, outcome) is None:
             return "there is no timeout"
         case "stopped" if not _was_item_ended_by_others(case, node, lease, at):
             return "nobody else has ended it"
@@ -138,14 +138,14 @@ def _find_contradiction_of_outcome(
         ) and not _is_near_lease_end(lease, at):
             return f"its lease was granted until {lease.granted_end_at(at):.3f}"
         case "released" if _was_item_stopped_before(
-            case, lease, _last_heartbeat_applied_at(case, node, lease, at)
+            case, lease, _arrival_of_last_answered_heartbeat(case, node, lease, at)
         ) and not (unread or case.had_fault_during_lease(node, lease)):
             return "it is stopped"
         case _:
             return _describe_unexpected_outcome(case, node, lease, run, outcome)
 
 
-def _timeout_of_outcome(pool: PoolSettings, outcome: str) -> float | None:
+def _timeout_that_causes_outcome(pool: PoolSettings, outcome: str) -> float | None:
     return pool.session_timeout if outcome == "timed_out" else pool.stall_timeout
 
 
@@ -154,7 +154,7 @@ def _was_item_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: 
     return stopped is not None and stopped.time <= at
 
 
-def _last_heartbeat_applied_at(
+def _arrival_of_last_answered_heartbeat(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> float:
     """Return when the last answered heartbeat arrived at the control plane.

@@ -86,7 +86,7 @@ class SimulatedMachine:
         if self.halted is not None:
             if how != "crashed":
                 return
-            self._record_end_of_halt()
+            self._record_finished_halt()
         self.halted, self._halted_at = how, self._loop.now
         self.blocked = True
         if seconds is not None:
@@ -102,10 +102,10 @@ class SimulatedMachine:
         """Resume the machine, and run the callbacks that it postponed; do nothing after a crash."""
         if self.halted != "crashed":
             if self.halted is not None:
-                self._record_end_of_halt()
+                self._record_finished_halt()
             self._run_postponed_callbacks()
 
-    def _record_end_of_halt(self) -> None:
+    def _record_finished_halt(self) -> None:
         pause = self._halted_at, self._loop.now
         seconds = pause[1] - pause[0]
         self.pauses.append(pause)
@@ -196,7 +196,8 @@ class MachinesLoop(VirtualLoop):
     def __init__(self) -> None:
         super().__init__()
         selector: Any = self._selector
-        selector.select = self._advance_time  # without sockets, only time can pass
+        # A simulation has no sockets. Where a real loop waits for them, advance the virtual time.
+        selector.select = self._advance_time
 
     def _advance_time(
         self, timeout: float | None = None
@@ -268,12 +269,12 @@ class MachinesLoop(VirtualLoop):
         """
         future: asyncio.Future[T] = self.create_future()
 
-        def run_function() -> None:
+        def call_function() -> None:
             if not future.done():
                 future.set_result(func(*args))
 
         if executor is not None:
-            self.call_later(THREAD_SECONDS, run_function)
+            self.call_later(THREAD_SECONDS, call_function)
         return future
 
     def push_timer(self, timer: asyncio.TimerHandle) -> None:

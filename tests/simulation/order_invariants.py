@@ -87,10 +87,10 @@ def acks_do_not_wait_for_permits(case: FinishedSimulation) -> Iterator[str]:
             continue
         for at, event in node.events:
             if isinstance(event, AckFinished):
-                yield from _find_late_acks(case, node, at, event)
+                yield from _find_acks_sent_too_late(case, node, at, event)
 
 
-def _find_late_acks(
+def _find_acks_sent_too_late(
     case: FinishedSimulation, node: PoolProcess, at: float, event: AckFinished
 ) -> Iterator[str]:
     began = at - (event.delivery_seconds - event.queue_seconds) / node.pool.rate
@@ -134,10 +134,10 @@ def claims_pause_after_repeated_handler_failures(case: FinishedSimulation) -> It
             (at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)
         }
         for retried in (False, True):
-            yield from _find_early_claims(node, declined, retried)
+            yield from _find_claims_made_too_early(node, declined, retried)
 
 
-def _find_early_claims(
+def _find_claims_made_too_early(
     node: PoolProcess, declined: set[tuple[float, str]], retried: bool
 ) -> Iterator[str]:
     """Yield the claims that were made too soon after repeated failures of one handler.
@@ -307,7 +307,7 @@ def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: floa
 
 
 def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: float) -> bool:
-    """Return whether the call began before `since`, or repeats an unanswered call from before."""
+    """Return whether the call began before `since`, or repeats one that was unanswered by then."""
     waited = any(
         delay.node is call.node
         and (delay.op, delay.work_id) == (call.op, call.work_id)
@@ -340,7 +340,8 @@ def clients_are_used_on_the_loop_that_created_them(case: FinishedSimulation) -> 
 def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> Iterator[str]:
     """9l. A pool gives up a completion only shortly before its lease ends.
 
-    The pool counts the lease from the time at which it decided to send its last good heartbeat.
+    The pool counts the lease from the time at which it decided to send the last heartbeat that
+    succeeded.
     """
     for node in case.trace.nodes:
         leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER
@@ -363,7 +364,7 @@ def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> I
 
 
 def _known_lease_end(case: FinishedSimulation, node: PoolProcess, work_id: str, at: float) -> float:
-    """Return when the lease ends according to the pool, counted from its last good heartbeat."""
+    """Return when the lease ends according to the pool: a TTL after its last good heartbeat."""
     decided = [
         _decided_to_send_at(case, call)
         for call in case.sent[node, work_id]

@@ -102,7 +102,7 @@ def iterate_with_rare_garbage_collection(seeds: Iterable[int]) -> Iterator[int]:
 def simulate_in_processes(
     seed: int, schedules: int, processes: int, file: Path | None = None
 ) -> SimulationReport:
-    """Simulate as many schedules as `schedules` says, with seeds from `seed` on, in processes.
+    """Run `schedules` simulations in several processes, with consecutive seeds from `seed` on.
 
     With a `file`, each finished part is added to it, and parts that it has are not simulated again.
     """

@@ -188,7 +188,7 @@ def _draw_schedule_without_shared_slots(random: Random, seed: int) -> Schedule:
 
 
 def _share_slots_between_some_pools(schedule: Schedule, random: Random) -> Schedule:
-    """Return the schedule; in some of them, all pools share slots, at least one for each pool."""
+    """Return the schedule, or sometimes a copy in which all pools share their slots."""
     if random.random() >= SHARED_SLOTS_SHARE:
         return schedule
     pools = [
@@ -225,7 +225,7 @@ def _draw_retry_behaviour(action: Action, random: Random) -> Action:
 
 
 def _move_some_actions_close_to_work(work: Action, action: Action, random: Random) -> Action:
-    """Return the action. Some are moved to the milliseconds after the creation of `work`.
+    """Return the action, or sometimes a copy that happens milliseconds after `work`.
 
     In these milliseconds, items are claimed and short sessions are completed.
     """

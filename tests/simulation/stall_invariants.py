@@ -36,7 +36,7 @@ def handlers_without_progress_are_cancelled(case: FinishedSimulation) -> Iterato
 
 
 def sessions_with_progress_do_not_end_as_stalled(case: FinishedSimulation) -> Iterator[str]:
-    """12b. A session ends as `stalled` only after a time `stall_timeout` without progress.
+    """12b. A session ends as `stalled` only after `stall_timeout` seconds without progress.
 
     Time in which its machine was halted does not count, but for a small part.
     """

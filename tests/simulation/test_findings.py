@@ -306,7 +306,7 @@ async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_
         await pool.drain(0)
 
 
-class LenientStoppingOperations(Operations):
+class OperationsWithUncheckedHeartbeats(Operations):
     """Operations that accept any heartbeat of a `stopping` item, as the anthropic dialect does."""
 
     def heartbeat(self, *values: Any, **named: Any) -> Item:
@@ -315,13 +315,15 @@ class LenientStoppingOperations(Operations):
 
 @in_virtual_time
 async def test_item_taken_over_during_machine_pause_is_not_stopped() -> None:
-    """Formerly the pool took the item for its own after a heartbeat that was answered with success.
+    """Formerly a successful heartbeat after the pause made the pool treat the item as its own.
 
     The other worker owns the item, and an operator has asked to stop it.
     """
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
-    operations = LenientStoppingOperations([ENVIRONMENT], now=lambda: START + loop.wall_time())
+    operations = OperationsWithUncheckedHeartbeats(
+        [ENVIRONMENT], now=lambda: START + loop.wall_time()
+    )
     bench = PoolTestbed(Script(), operations=operations, concurrency=1)
     async with bench.supervisor:
         (item,) = operations.enqueue(ENVIRONMENT)
@@ -430,14 +432,15 @@ async def test_unanswered_completion_is_retried_until_one_second_before_lease_en
         await bench.recorder.wait_for(HeartbeatFinished, count=2)
         assert bench.loop.machine_time() - started > 8
         await bench.recorder.wait_for(SessionFinished)
-        # The pool counts the lease of 10 s from 3 to 3.4 s, and gives up 1 s before the end.
+        # The pool counts the lease of 10 s from the second heartbeat, due at 3 to 3.4 s, and gives
+        # up 1 s before the end.
         assert 12 <= bench.loop.machine_time() - started < 12.5
     assert bench.session_outcomes == ["lease_lost"]
 
 
 @in_virtual_time
 async def test_item_polled_by_two_workers_at_once_is_soon_acknowledged_by_one() -> None:
-    """Formerly all acks were refused, as each worker polled the item before the other's ack."""
+    """Formerly all acks were refused: each worker polled before the other's ack arrived."""
 
     def latency_of_call(request: Request) -> Fault:
         return Fault(request_delay=0.005 if request.op == "ack" else 0.001, answer_delay=0.001)

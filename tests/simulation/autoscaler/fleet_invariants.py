@@ -14,8 +14,8 @@ from workpool_kubernetes.plugin import Kubernetes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from tests.simulation.autoscaler.cluster import FleetRecord, PodDeletion
     from tests.simulation.autoscaler.fleet_schedule import FleetSettings
+    from tests.simulation.autoscaler.kubernetes_cluster import FleetRecord, PodDeletion
     from tests.simulation.trace import HandlerRun, Trace
 
 INSTANT_SECONDS: Final = 0.01

@@ -107,7 +107,7 @@ def simulate_fleet_seeds(seeds: Iterable[int], without: Without = DOCUMENTED) ->
 def simulate_fleets_in_processes(
     seed: int, schedules: int, processes: int, without: Without = DOCUMENTED
 ) -> FleetReport:
-    """Simulate as many fleets as `schedules` says, with seeds from `seed` on, in processes."""
+    """Simulate `schedules` fleets in several processes, with consecutive seeds from `seed` on."""
     parts = [
         range(first, min(first + PART, seed + schedules))
         for first in range(seed, seed + schedules, PART)

@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.simulation.autoscaler.cluster import SimulatedCluster
 from tests.simulation.autoscaler.fleet_schedule import Incident
 from tests.simulation.autoscaler.horizontal_autoscaler import HorizontalAutoscaler, KedaScaler
+from tests.simulation.autoscaler.kubernetes_cluster import SimulatedCluster
 from tests.simulation.finished_simulation import START
 from tests.simulation.machine import NETWORK, SimulatedMachine, current_machine
 from tests.simulation.network import SimulatedClient, SimulatedNetwork
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import CollectorRegistry
 
-    from tests.simulation.autoscaler.cluster import Pod
     from tests.simulation.autoscaler.fleet_schedule import FleetSchedule
+    from tests.simulation.autoscaler.kubernetes_cluster import Pod
     from tests.simulation.schedule import Action
     from workpool.events import AckFinished, SessionFinished, StopFinished
 

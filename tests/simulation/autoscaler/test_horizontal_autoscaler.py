@@ -38,7 +38,7 @@ def make_autoscaler(
         (100, 91, 50, 50),
         (100, 89, 50, 45),
         (100, 101, 1, 1),
-        (100, 120, 1, 2),  # the product of 1.2 pods is rounded up to 2
+        (100, 120, 1, 2),  # 1.2 times one pod is rounded up to 2 pods
     ],
 )
 def test_number_of_pods_follows_ratio_of_metric_to_target_beyond_tolerance(
@@ -77,7 +77,7 @@ def test_scale_down_from_eighty_pods_uses_policy_that_allows_most() -> None:
     assert numbers[-1] == 10
 
 
-def test_policy_of_four_pods_a_minute_removes_no_fifth_pod_earlier() -> None:
+def test_policy_of_four_pods_a_minute_allows_no_more_within_the_minute() -> None:
     scaler = make_autoscaler(down=ScalingRules(0.0, (ScalingPolicy("Pods", 4, 60.0),)))
     assert scaler.sync_target_size(0.0, 20, 20, 1.0) == 16
     assert scaler.sync_target_size(15.0, 16, 16, 1.0) == 16

@@ -29,7 +29,7 @@ _ESTABLISHED = "01"
 
 
 @dataclass(frozen=True)
-class HeldSessionsCost:
+class WaitingSessionsCost:
     """The cost of many waiting sessions in one worker. Shared memory is not counted."""
 
     sessions: int
@@ -70,20 +70,20 @@ async def _hold_sessions(
         await supervisor.wait()
 
 
-def measure_held_sessions(
+def measure_waiting_sessions(
     system: MeasuredSystem, sessions: int, *, seconds: float, settle: float, streams: bool
-) -> HeldSessionsCost:
+) -> WaitingSessionsCost:
     """Let one worker run a number of sessions that wait, and return their cost."""
     assert system.plane is not None
     with WorkerTeam(system, 1) as team:
-        asyncio.run(_enqueue_sessions(system.plane, sessions, streams=streams))
+        asyncio.run(_enqueue_items_for_sessions(system.plane, sessions, streams=streams))
         team.wait_for_stops(sessions)
         time.sleep(settle)
         begin = team.read_usage()
         time.sleep(seconds)
         use = team.read_usage().usage_since(begin)
         [worker], [server] = team.pids, system.servers
-        return HeldSessionsCost(
+        return WaitingSessionsCost(
             sessions,
             use,
             private_memory_kib(worker),
@@ -93,7 +93,9 @@ def measure_held_sessions(
         )
 
 
-async def _enqueue_sessions(plane: ControlPlaneAddress, count: int, *, streams: bool) -> None:
+async def _enqueue_items_for_sessions(
+    plane: ControlPlaneAddress, count: int, *, streams: bool
+) -> None:
     async with WorkClient(plane.client_settings()) as client:
         for start in range(0, count, ENQUEUE_COUNT_MAX):
             number = min(ENQUEUE_COUNT_MAX, count - start)
