@@ -1,4 +1,4 @@
-"""The number of an attempt, with and without permission to write it to an item's metadata."""
+"""Attempt numbers of an item, from counts of this process and from the item's metadata."""
 
 from __future__ import annotations
 

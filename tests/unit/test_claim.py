@@ -81,13 +81,13 @@ class ClaimTestbed:
     ],
     ids=["silence", "unsent", "reset", "500", "garbage", "429"],
 )
-def test_lease_counts_from_first_ack_that_may_have_been_applied(
+def test_lease_starts_at_first_ack_that_may_have_been_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
     """An ack that got no answer may have begun the lease, which then ends earlier."""
 
     @in_virtual_time
-    async def check_lease_start() -> None:
+    async def acknowledge_despite_fault() -> None:
         one = testbed(ack=[fault])
         async with one.open_clients():
             item, result = await ClaimTestbed(one).acknowledge_item()
@@ -96,7 +96,7 @@ def test_lease_counts_from_first_ack_that_may_have_been_applied(
         assert earlier < later
         assert item.acked_at == (earlier if first else later)
 
-    check_lease_start()
+    acknowledge_despite_fault()
 
 
 @in_virtual_time
@@ -156,10 +156,10 @@ async def test_repeated_ack_delayed_beyond_end_of_lease_is_not_sent(
 def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
     testbed: type[LeaseTestbed], status: int, result: str, reported: int
 ) -> None:
-    """A report makes pollers pause, and a missing item is no reason to pause."""
+    """A reported refusal makes pollers pause; an item that is gone is no reason for a pause."""
 
     @in_virtual_time
-    async def check_refused_ack() -> None:
+    async def acknowledge_with_refusal() -> None:
         one = testbed(ack=[refused_answer(status)])
         async with one.open_clients():
             claims = ClaimTestbed(one)
@@ -167,7 +167,7 @@ def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
         assert len(one.get_send_times("ack")) == 1
         assert [error is not None for error in claims.acks] == [True] * reported
 
-    check_refused_ack()
+    acknowledge_with_refusal()
 
 
 @in_virtual_time
@@ -193,12 +193,12 @@ def test_repeated_ack_succeeds_only_if_item_may_belong_to_this_worker(
     testbed: type[LeaseTestbed], state: str, result: str
 ) -> None:
     @in_virtual_time
-    async def check_repeated_ack() -> None:
+    async def acknowledge_item_in_state() -> None:
         one = testbed(ack=[answer_with_state(state)])
         async with one.open_clients():
             assert (await ClaimTestbed(one).acknowledge_item())[1] == result
 
-    check_repeated_ack()
+    acknowledge_item_in_state()
 
 
 @in_virtual_time
@@ -300,7 +300,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 async def test_active_item_held_by_another_worker_is_lost_without_a_read(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """A read shows the `acknowledged_at` of any holder, so it cannot show whose lease it is."""
+    """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""
     one = testbed(ack=[answer_with_state("active")], heartbeat=[UNSENT])
     async with one.open_clients():
         item = await one.claim_item()

@@ -278,7 +278,7 @@ async def test_wrong_token_raises_refused_error(control_plane: ControlPlane) -> 
     assert (refused.value.status, refused.value.error_type) == (401, "authentication_error")
 
 
-async def test_expected_heartbeat_is_sent_back_unchanged(
+async def test_expected_last_heartbeat_is_sent_unchanged_as_query_parameter(
     control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     control_plane.enqueue()
@@ -464,7 +464,7 @@ async def test_missing_settings_are_reported_on_opening(monkeypatch: pytest.Monk
     ]
 
 
-async def test_session_of_caller_stays_open_after_client_closes(
+async def test_callers_aiohttp_session_stays_open_after_client_closes(
     control_plane: ControlPlane,
 ) -> None:
     async with aiohttp.ClientSession() as session:
@@ -473,7 +473,7 @@ async def test_session_of_caller_stays_open_after_client_closes(
         assert not session.closed
 
 
-async def test_request_in_session_of_caller_times_out_after_client_closes(
+async def test_request_in_callers_aiohttp_session_times_out_after_client_closes(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     middleware.hold = asyncio.Event()
@@ -537,7 +537,9 @@ async def test_call_ends_after_its_timeout_or_configured_timeout(
     middleware.hold.set()
 
 
-async def test_poll_time_includes_block_ms_besides_timeout(control_plane: ControlPlane) -> None:
+async def test_poll_waits_for_block_ms_unless_its_timeout_is_shorter(
+    control_plane: ControlPlane,
+) -> None:
     async with WorkClient(settings_for_plane(control_plane, request_timeout=5)) as client:
         started = time.monotonic()
         assert await client.poll(150) is None

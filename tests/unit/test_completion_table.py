@@ -1,4 +1,4 @@
-"""The completion table, which must equal a literal copy; error notes; outcomes of sessions."""
+"""The completion table, the error notes in metadata, and the outcomes of sessions."""
 
 from __future__ import annotations
 

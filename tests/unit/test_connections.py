@@ -97,7 +97,7 @@ async def running_server(
 
 @pytest.fixture
 async def occupied_executor() -> AsyncIterator[None]:
-    """Block every thread of the event loop's default executor, as blocking code of users can."""
+    """Block every thread of the event loop's default executor, as code in handlers could."""
     release = threading.Event()
     loop = asyncio.get_running_loop()
     blocked = [loop.run_in_executor(None, release.wait) for _ in range(64)]
@@ -439,7 +439,7 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
 
 @pytest.mark.parametrize("priority", [Priority.COMPLETION, Priority.HANDLER])
 async def test_connection_receives_limited_number_of_bytes_at_once(priority: Priority) -> None:
-    """The loop parses all bytes that it receives at once in one turn, which blocks other calls."""
+    """The loop parses the bytes of one receive call without a break, which delays other calls."""
     sizes: list[int] = []
     connect = socket.socket.setsockopt
 

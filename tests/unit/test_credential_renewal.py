@@ -64,7 +64,7 @@ async def test_reading_shared_by_two_readers_continues_after_one_is_cancelled(
     assert (first.cancelled(), second.result(), file.readings) == (True, "token 1", 1)
 
 
-async def test_source_in_memory_is_read_without_a_thread(
+async def test_credential_source_in_memory_is_read_without_a_thread(
     thread_executor: ThreadPoolExecutor,
 ) -> None:
     thread = threading.get_ident()

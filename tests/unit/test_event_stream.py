@@ -237,7 +237,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
 
 
 class FailingEventCalls:
-    """Event calls of which each takes its outcome, or success at the end, from `conditions`."""
+    """Event calls whose outcomes are the `conditions` in order; all later calls succeed."""
 
     def __init__(
         self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool

@@ -17,7 +17,8 @@ async def test_uptime_limit_after_pool_restart_counts_from_process_start(
 ) -> None:
     limits = ExitLimits(Settings(exit_after_uptime=UPTIME))
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0):  # The first pool fails while it waits for a limit.
+        # The first pool of this process fails before any exit limit is reached.
+        async with asyncio.timeout(0):
             await limits.wait_for_exit_limit()
     loop = asyncio.get_running_loop()
     clock = loop.time

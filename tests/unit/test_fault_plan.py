@@ -91,7 +91,7 @@ def test_empty_fault_file_injects_no_fault(tmp_path: Path) -> None:
         ("[[fault]\n", "faults file: "),
     ],
 )
-def test_mistake_in_fault_file_is_reported_with_its_place(
+def test_mistake_in_fault_file_is_reported_with_its_location(
     tmp_path: Path, text: str, expected_text: str
 ) -> None:
     with pytest.raises(ServeError, match=re.escape(expected_text)):

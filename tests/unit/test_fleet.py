@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def fleet_with_loads(
     loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
 ) -> FleetLoadReaders:
-    """Return the readers of several environments; None as a load means that none was read yet."""
+    """Return load readers of several environments; None is the load before the first read."""
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
     for number, (environment_id, load) in enumerate(loads.items(), start=1):

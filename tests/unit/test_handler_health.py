@@ -129,13 +129,13 @@ def test_session_that_fails_at_once_or_exhausts_a_resource_counts_as_failure(
     outcome: Outcome, seconds: float, error: BaseException | None, *, counts: bool
 ) -> None:
     @in_virtual_time
-    async def check_failure_is_counted() -> None:
+    async def assert_failures_are_counted() -> None:
         bench = HealthTestbed()
         for _ in range(FAILURES):
             bench.end_session(outcome, seconds, error)
         assert bench.is_failing == counts
 
-    check_failure_is_counted()
+    assert_failures_are_counted()
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
-    async def check_failures_are_reset() -> None:
+    async def assert_failures_are_reset() -> None:
         bench = HealthTestbed()
         bench.fail_sessions()
         bench.end_session(outcome, seconds)
@@ -167,7 +167,7 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
         again.end_session()
         assert again.is_failing != resets  # Without a reset, these are 4 + 1 failures in a row.
 
-    check_failures_are_reset()
+    assert_failures_are_reset()
 
 
 @in_virtual_time
@@ -236,7 +236,7 @@ async def test_admission_waits_for_running_session_of_failing_handler() -> None:
 
 
 @in_virtual_time
-async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> None:
+async def test_wait_for_admission_with_two_paused_handlers_ends_after_shorter_pause() -> None:
     bench = HealthTestbed()
     bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
     await asyncio.sleep(1)
@@ -249,7 +249,7 @@ async def test_admission_of_two_paused_handlers_ends_with_shorter_pause() -> Non
 
 
 @in_virtual_time
-async def test_admission_with_one_running_and_one_paused_handler_ends_with_the_pause() -> None:
+async def test_wait_for_admission_with_running_and_paused_handler_ends_after_pause() -> None:
     """The handler OTHER runs the one session that a failing handler may run; BROKEN pauses."""
     bench = HealthTestbed()
     for _ in range(FAILURES):

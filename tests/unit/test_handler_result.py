@@ -34,7 +34,7 @@ class OrderResult:
 @pytest.mark.parametrize(
     "returned", [{}, {"a": "b"}, {"a": ""}, {"": "b"}, {"ü": "☃"}, MappingProxyType({"a": "b"})]
 )
-def test_result_of_strings_is_written_key_by_key(returned: Mapping[str, str]) -> None:
+def test_result_with_string_values_is_written_key_by_key(returned: Mapping[str, str]) -> None:
     assert metadata_from_result(returned, None) == returned
 
 

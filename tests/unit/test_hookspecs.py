@@ -99,7 +99,7 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
     ]
 
 
-async def test_lifespan_hook_context_encloses_the_pool() -> None:
+async def test_context_of_lifespan_hook_is_entered_before_and_left_after_pool() -> None:
     seen: list[str] = []
 
     class DatabasePlugin:

@@ -42,13 +42,13 @@ class LimitedServer:
         self.waiting = 0
         self.port = 0
 
-    async def answer_small(self, _: web.Request) -> web.Response:
+    async def send_small_response(self, _: web.Request) -> web.Response:
         return web.Response(text="ok")
 
-    async def answer_big(self, _: web.Request) -> web.Response:
+    async def send_big_response(self, _: web.Request) -> web.Response:
         return web.Response(body=b"x" * 20 * MEGABYTE)
 
-    async def answer_when_released(self, _: web.Request) -> web.Response:
+    async def respond_when_released(self, _: web.Request) -> web.Response:
         self.waiting += 1
         await self.released.wait()
         return web.Response(text="ok")
@@ -56,9 +56,9 @@ class LimitedServer:
     @asynccontextmanager
     async def open_server(self) -> AsyncIterator[LimitedServer]:
         application = web.Application(middlewares=[self.connections.middleware])
-        application.router.add_get("/", self.answer_small)
-        application.router.add_get("/big", self.answer_big)
-        application.router.add_get("/wait", self.answer_when_released)
+        application.router.add_get("/", self.send_small_response)
+        application.router.add_get("/big", self.send_big_response)
+        application.router.add_get("/wait", self.respond_when_released)
         runner = web.AppRunner(application, access_log=None, handler_cancellation=True)
         await runner.setup()
         listening = socket.create_server(("127.0.0.1", 0))
@@ -160,7 +160,7 @@ def shorten_check_interval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    async def check_oldest_closed() -> None:
+    async def assert_oldest_connection_is_closed() -> None:
         async with LimitedServer().open_server() as site:
             clients = [await RawClient.connect(site.port, HALF) for _ in range(3 * LIMIT)]
             for _ in range(2 * LIMIT):
@@ -168,7 +168,7 @@ def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
                 assert len(site.connections) <= LIMIT
             assert await clients[0].read_bytes() == b""
 
-    run_on_new_loop(new_loop, check_oldest_closed())
+    run_on_new_loop(new_loop, assert_oldest_connection_is_closed())
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
@@ -302,7 +302,7 @@ def test_client_that_reads_nothing_is_disconnected(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.05)
 
-    async def check_disconnection() -> None:
+    async def assert_client_is_disconnected() -> None:
         async with LimitedServer().open_server() as site:
             client = await RawClient.connect(site.port, BIG)
             await wait_until(lambda: len(site.connections))
@@ -310,7 +310,7 @@ def test_client_that_reads_nothing_is_disconnected(
             assert site.connections._unread_bytes == 0
             assert await client.read_until_closed() < 20 * MEGABYTE
 
-    run_on_new_loop(new_loop, check_disconnection())
+    run_on_new_loop(new_loop, assert_client_is_disconnected())
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
@@ -320,7 +320,7 @@ def test_client_that_reads_slowly_gets_whole_response(
     for name in ("READ_SECONDS", "HEADER_SECONDS", "IDLE_SECONDS"):
         monkeypatch.setattr(inbound_connections, name, 1.0)
 
-    async def check_slow_reader() -> None:
+    async def read_whole_response_slowly() -> None:
         loop = asyncio.get_running_loop()
         async with LimitedServer().open_server() as site:
             client = await RawClient.connect(site.port, BIG)
@@ -331,7 +331,7 @@ def test_client_that_reads_slowly_gets_whole_response(
                     await asyncio.sleep(0.01)
             assert total > 20 * MEGABYTE
 
-    run_on_new_loop(new_loop, check_slow_reader())
+    run_on_new_loop(new_loop, read_whole_response_slowly())
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
@@ -340,7 +340,7 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
 
-    async def check_slowest_reader() -> None:
+    async def assert_slowest_reader_is_disconnected() -> None:
         async with LimitedServer(limit=100).open_server() as site:
             clients = []
             for count in range(1, 11):
@@ -356,7 +356,7 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
             await wait_until(lambda: not len(site.connections))
             assert site.connections._unread_bytes == 0
 
-    run_on_new_loop(new_loop, check_slowest_reader())
+    run_on_new_loop(new_loop, assert_slowest_reader_is_disconnected())
 
 
 async def test_malformed_request_to_exporter_is_one_debug_line_without_its_content(
@@ -386,7 +386,7 @@ async def test_malformed_request_to_control_plane_is_one_debug_line(
     assert record.levelno == logging.DEBUG
 
 
-def test_error_other_than_malformed_request_stays_in_http_log(
+def test_http_error_other_than_malformed_request_is_logged_as_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     log = HttpLog(logging.getLogger("workpool.exporter.http"))

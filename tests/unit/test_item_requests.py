@@ -175,7 +175,7 @@ async def test_machine_paused_while_a_call_waited_verifies_lease_before_sending(
 
 
 @in_virtual_time
-async def test_pause_too_short_to_be_noticed_counts_against_the_lease(
+async def test_undetected_short_machine_pause_still_uses_up_lease_time(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -247,7 +247,7 @@ def test_call_refused_by_control_plane_is_never_retried(
     testbed: type[LeaseTestbed], error: ControlPlaneError
 ) -> None:
     @in_virtual_time
-    async def check_single_request() -> None:
+    async def assert_single_request() -> None:
         assert error.status is not None
         one = testbed(update=[Fault(answer=error.status, applied=False)])
         async with renewed_item(one) as item:
@@ -255,7 +255,7 @@ def test_call_refused_by_control_plane_is_never_retried(
                 await send_update(one, item)
         assert len(one.get_send_times("update")) == 1
 
-    check_single_request()
+    assert_single_request()
 
 
 @in_virtual_time
@@ -266,7 +266,9 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
     async with renewed_item(one) as item:
         lease = item.lease
         one.renewer.remove_lease(lease)
-        lease.closed = False  # Undo a side effect of `remove_lease`: this session is not closed.
+        lease.closed = (
+            False  # `remove_lease` also marks the session as closed, which this test does not need.
+        )
         with pytest.raises(TransientError):
             await send_update(one, item)
         sent = one.get_send_times("update")
@@ -399,7 +401,7 @@ def test_lease_lost_during_call_ends_call_at_once(
 async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """After a handler has blocked the loop, timeout and loss are handled in the same turn."""
+    """A loop that was blocked may handle the timeout and the loss of the lease in one turn."""
     one = testbed(update=[SILENCE] * 9)
     async with renewed_item(one) as item:
         # The lease ends so soon after the timeout that both happen in one turn of the loop.
@@ -422,7 +424,7 @@ async def test_cancellation_of_calling_task_is_not_swallowed(testbed: type[Lease
 
 
 @in_virtual_time
-async def test_read_of_session_continues_across_lease_renewals(testbed: type[LeaseTestbed]) -> None:
+async def test_session_read_continues_across_lease_renewals(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
     answered = asyncio.Event()
     async with renewed_item(one) as item:

@@ -175,7 +175,7 @@ def stopped_lease() -> Lease:
 
 
 def releasing_lease() -> Lease:
-    """Return a lease that a release request ends with its next heartbeat."""
+    """Return a lease whose next heartbeat is the last one, because the pool releases the item."""
     lease = renewed_lease()
     lease.schedule_last_heartbeat(SENT, 12.0)
     return lease
@@ -359,7 +359,7 @@ def test_granted_ttl_replaces_requested_ttl() -> None:
     ("ttl", "request_timeout", "sent", "timeout"),
     [(60, 10.0, 20, 10), (30, 10.0, 10, 5), (60, 2.0, 20, 2), (60, 10.0, 51, 3), (10, 10.0, 9, 0)],
 )
-def test_heartbeat_timeout_is_limited_by_setting_ttl_and_give_up_time(
+def test_heartbeat_timeout_is_limited_by_request_timeout_ttl_and_deadline(
     ttl: int, request_timeout: float, sent: float, timeout: float
 ) -> None:
     attempt = renewed_lease(ttl=ttl, request_timeout=request_timeout).begin_heartbeat(sent, sent)
@@ -572,7 +572,7 @@ def test_answer_stopping_is_a_stop_request_unless_pool_itself_stopped_item(
     assert lease.stop_requested == requested  # A stop request is never withdrawn.
 
 
-def test_first_heartbeat_in_state_stopping_begins_lease() -> None:
+def test_first_heartbeat_answered_stopping_begins_lease() -> None:
     lease = fresh_lease()
     exchange_heartbeat(lease, 0.0, 1.0, make_answer(state="stopping"))
     assert lease.begun
@@ -613,7 +613,7 @@ def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> Non
     assert lease.deadline == SENT + 12
 
 
-def test_last_heartbeat_of_release_answered_stopping_releases_lease_without_extension() -> None:
+def test_release_heartbeat_answered_stopping_without_extension_releases_lease() -> None:
     lease = releasing_lease()
     exchange_heartbeat(
         lease, SENT, ANSWERED, make_answer(2, lease_extended=False, state="stopping")
@@ -866,7 +866,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.under_way)
     @rule(index=st.integers(0, 5))
     def deliver_heartbeat_request(self, index: int) -> None:
-        """Let any request in flight arrive, even after the wait for its answer has ended."""
+        """Deliver one of the sent heartbeats, even if the lease no longer waits for its answer."""
         attempt = self.under_way.pop(index % len(self.under_way))
         answer = self.plane.extend_lease(attempt.expected, attempt.ttl)
         if attempt is self.attempt:

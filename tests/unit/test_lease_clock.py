@@ -70,7 +70,8 @@ class MovableClocks:
     [
         (0, 0, False),
         (3_600, 3_600, False),  # Both clocks count the time for which the machine sleeps.
-        (0, 1.9, False),  # A jump below PAUSE_SECONDS is a correction of the wall clock.
+        # A jump below PAUSE_SECONDS counts as a correction of the wall clock, not as a pause.
+        (0, 1.9, False),
         (0, -1.9, False),
         (0, PAUSE_SECONDS, True),
         (5, 5 + PAUSE_SECONDS, True),

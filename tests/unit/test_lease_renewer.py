@@ -58,7 +58,8 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
         others = iter(items[20:])
 
         def add_lease_during_garbage_collection(_phase: str, _info: object) -> None:
-            # Python calls this in the middle of a tick, as if another thread added a lease.
+            # Garbage collection calls this function in the middle of a tick, and thereby simulates
+            # another thread that adds a lease.
             for item in islice(others, 1):
                 one.renewer.add_lease(item.lease, item)
 
@@ -175,7 +176,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
     testbed: type[LeaseTestbed], ttl: int, end: float
 ) -> None:
     @in_virtual_time
-    async def check_lost_in_time() -> None:
+    async def assert_lost_before_deadline() -> None:
         one = testbed(ttl=ttl, heartbeat=[None, *[UNSENT] * 999])
         async with one.renewed_lease() as lease:
             await asyncio.sleep(300)
@@ -183,7 +184,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
         assert not lease.loss_confirmed
         assert max(one.get_send_times("heartbeat")) < end
 
-    check_lost_in_time()
+    assert_lost_before_deadline()
 
 
 @in_virtual_time
@@ -290,7 +291,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
     testbed: type[LeaseTestbed], answer: Fault
 ) -> None:
     @in_virtual_time
-    async def check_last_heartbeat() -> None:
+    async def assert_release_sends_last_heartbeat() -> None:
         one = testbed(heartbeat=[None, answer, RESET])
         async with one.open_clients():
             item = await one.claim_item()
@@ -305,7 +306,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
         ]
         assert ttls == ([60, 60, 10] if answer.applied else [60, 10])
 
-    check_last_heartbeat()
+    assert_release_sends_last_heartbeat()
 
 
 @in_virtual_time
@@ -423,7 +424,7 @@ class SlowClient(LocalClient):
 async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """6,000 leases need 300 heartbeats a second, so 150 of half a second each run at once."""
+    """6,000 leases need 300 heartbeats a second. Each takes half a second, so 150 run at once."""
     one = testbed()
     client = SlowClient(one)
     one.renewer._connect = lambda: client
@@ -481,7 +482,7 @@ async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
 
 
 @in_virtual_time
-async def test_lease_with_hanging_heartbeat_is_lost_in_time_after_sleep(
+async def test_lease_with_hanging_heartbeat_is_lost_before_deadline_after_machine_sleep(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, UNSENT])
@@ -530,7 +531,7 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
         for item in items:
             one.sender.check_may_send(item, by_handler=False)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
-    # Each report wakes the calls that wait for its lease.
+    # Each lease is reported, because the report wakes the calls that wait for verification.
     assert [status for _, status in one.changes] == ["held"] * 3
 
 
@@ -587,7 +588,7 @@ async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
 async def test_machine_pause_during_claim_forbids_writes_until_lease_is_verified(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """The first item's heartbeat ended before the pause; the second item's heartbeat detects it."""
+    """The first item's heartbeat ends before the pause, the second item's heartbeat after it."""
     one = testbed(heartbeat=[None, Fault(answer_delay=2)])
     async with one.open_clients():
         first, second = await one.claim_item(), await one.claim_item()
@@ -618,5 +619,6 @@ async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestb
             with pytest.raises(LeaseLost):
                 one.sender.check_may_write(item, by_handler=False)
         await asyncio.sleep(1)
-        other = await one.claim_item()  # The ack of this item is sent after the pause.
+        # The ack of this item is sent after the pause, so its lease needs no verification.
+        other = await one.claim_item()
         one.sender.check_may_send(other, by_handler=False)

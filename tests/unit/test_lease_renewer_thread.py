@@ -87,7 +87,7 @@ class RenewerTestbed:
         self._notify_loop()
 
     def _notify_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # The test has closed its loop.
+        with contextlib.suppress(RuntimeError):  # The test may have closed the loop.
             self.loop.call_soon_threadsafe(self.changes.notify)
 
     def make_renewer(
@@ -155,7 +155,7 @@ class RenewerTestbed:
 
 
 @pytest.fixture(autouse=True)
-def fast_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_renewer_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LeaseRenewer, "tick_seconds", TICK_SECONDS)
 
 
@@ -338,7 +338,7 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(
         release.set()
 
 
-async def test_lag_of_the_handlers_loop_is_measured(testbed: RenewerTestbed) -> None:
+async def test_lag_of_blocked_handlers_loop_is_reported_as_event(testbed: RenewerTestbed) -> None:
     async with testbed.make_renewer():
         await testbed.wait_until(
             lambda: [e for e in testbed.events if isinstance(e, LoopLagMeasured)]
@@ -417,7 +417,7 @@ async def test_logged_seconds_of_blocked_loop_are_exact_despite_rare_renewer_tic
     assert vars(record)["seconds"] <= lasted + TICK_SECONDS + 0.1
 
 
-async def test_stop_and_continuation_of_process_do_not_count_as_blocked_loop() -> None:
+async def test_suspended_process_does_not_count_as_blocked_loop() -> None:
     pings: list[object] = []
     monitor = LoopMonitor(pings.append, max_block=5)
     monitor.send_ping()
@@ -495,7 +495,9 @@ def test_closed_loop_ends_renewer_thread(loop_stop_logged: threading.Event) -> N
     assert not renewer.renewing
 
 
-async def test_lease_with_hanging_heartbeat_is_lost_in_time(testbed: RenewerTestbed) -> None:
+async def test_renewer_thread_ends_lease_with_hanging_heartbeat_before_its_deadline(
+    testbed: RenewerTestbed,
+) -> None:
     """No timeout ends the heartbeat, because its timer stood still while the machine slept."""
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()

@@ -88,7 +88,7 @@ def test_json_log_line_has_all_fields_and_error() -> None:
     assert stack.endswith("Stack: here")
 
 
-def test_extra_of_plugin_cannot_replace_standard_field() -> None:
+def test_extra_log_field_of_plugin_cannot_replace_standard_field() -> None:
     fields = json.loads(JsonFormatter().format(make_record("true", time="never", level="none")))
     assert fields["level"] == "info"
     assert fields["time"].startswith("2026")

@@ -28,7 +28,7 @@ AMOUNTS = st.lists(
 LABELS = ("env_1", "ok"), ('quote"\\d\n', "error")
 
 
-def exposed_text(collector: Collector) -> list[str]:
+def exposition_lines(collector: Collector) -> list[str]:
     """Return the lines that the collector exposes to Prometheus, without creation times."""
     registry = CollectorRegistry()
     registry.register(collector)
@@ -43,14 +43,14 @@ def library_metric(row: MetricDefinition) -> Counter | Histogram:
     return Histogram(row.full_name, row.help, labels, registry=None, buckets=row.buckets)
 
 
-def text_of_store(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
+def exposition_of_store(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
     """Add the amounts to a new store under each label set, and return the store's exposed text."""
     store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
         series = store.series(labels)
         for amount in amounts:
             series.add(amount)
-    return exposed_text(store)
+    return exposition_lines(store)
 
 
 @given(AMOUNTS)
@@ -61,7 +61,7 @@ def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[f
         child = theirs.labels(*labels)
         for amount in amounts:
             child.observe(amount)
-    assert text_of_store(HISTOGRAM, amounts) == exposed_text(theirs)
+    assert exposition_of_store(HISTOGRAM, amounts) == exposition_lines(theirs)
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30))
@@ -72,7 +72,7 @@ def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[flo
         child = theirs.labels(*labels)
         for amount in amounts:
             child.inc(amount)
-    assert text_of_store(COUNTER, amounts) == exposed_text(theirs)
+    assert exposition_of_store(COUNTER, amounts) == exposition_lines(theirs)
 
 
 @pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)

@@ -514,7 +514,7 @@ def test_age_of_oldest_item_grows_between_reads_of_stats(
     assert scraped_samples(registry)[key] == 0
 
 
-def test_oldest_item_without_readable_time_has_no_age(
+def test_oldest_item_without_readable_time_has_no_age_metric(
     pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
@@ -720,7 +720,8 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
 
 def test_alert_rules_use_existing_metrics_and_labels_only() -> None:
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
-    yaml = importlib.import_module("yaml")  # mypy rejects `import yaml`, which has no types.
+    # An import statement would need type information about yaml, which mypy does not find.
+    yaml = importlib.import_module("yaml")
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     assert len([rule for rule in rules if "record" in rule]) == 1
     assert len([rule for rule in rules if "alert" in rule]) == 21

@@ -341,7 +341,7 @@ def test_equal_rules_of_two_plugins_are_refused_naming_both() -> None:
     assert caught.value.plugin == "two"
 
 
-def test_function_that_two_plugins_supply_is_refused(plugin_folder: PluginFolder) -> None:
+def test_handler_function_supplied_by_two_plugins_is_refused(plugin_folder: PluginFolder) -> None:
     name = plugin_folder.write_module(MARKED)
     module = __import__(name)
     with pytest.raises(PluginError, match=rf"{name}.run and run.run have the same rule"):

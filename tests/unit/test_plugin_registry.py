@@ -129,7 +129,7 @@ def test_hook_of_plugin_precedes_its_rules_and_next_plugin() -> None:
     )
 
 
-def test_rule_matches_equal_type_and_equal_metadata() -> None:
+def test_rule_matches_item_with_its_type_and_all_its_metadata() -> None:
     plugins = load_plugins(decorated_handler(type="build", metadata={"job": "a", "team": "x"}))
     assert (
         chosen_handler_name(plugins, make_work_item("build", job="a", team="x", more="1"))
@@ -206,7 +206,7 @@ class CallableObject:
         (functools.partial(limited_handler), "RoutingPlugin.limited_handler", (9.0, 1)),
     ],
 )
-def test_async_callable_answered_by_hook_is_accepted(
+def test_async_callable_returned_by_handler_hook_becomes_handler(
     call: Any, name: str, limits: tuple[Any, Any]
 ) -> None:
     class RoutingPlugin:

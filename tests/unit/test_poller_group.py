@@ -280,20 +280,20 @@ def test_number_of_pollers_stays_within_limits_and_each_change_emits_event(
 async def test_poll_without_item_ends_pool_only_if_until_empty_and_pool_is_idle() -> None:
     bench = GroupTestbed(until_empty=True)
     other = GroupTestbed()
-    await (
-        other.group.end_if_queue_is_empty()
-    )  # Without until_empty, an empty queue does not end the pool.
+    # Without until_empty, an empty queue does not end the pool.
+    await other.group.end_if_queue_is_empty()
     assert (other.emptied, other.group.ended) == (0, False)
     await bench.queue.reserve_place()
     bench.queue.put_item("item")
-    await bench.group.end_if_queue_is_empty()  # One item waits for a slot.
+    # The queue is not idle while one item waits for a slot.
+    await bench.group.end_if_queue_is_empty()
     bench.queue.take_item()
-    await bench.group.end_if_queue_is_empty()  # One item runs.
+    await bench.group.end_if_queue_is_empty()  # The queue is not idle while one item runs.
     assert bench.emptied == 0
     bench.queue.release_slot()
     bench.group.note_poll_sent()
     async with asyncio.TaskGroup() as group:
-        # Another poll is in flight and may bring an item.
+        # The pool must not end, because another poll is in flight and may bring an item.
         waiting = group.create_task(bench.group.end_if_queue_is_empty())
         await asyncio.sleep(1)
         assert (waiting.done(), bench.emptied) == (False, 0)

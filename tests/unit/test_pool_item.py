@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from workpool import Session
 
-# A literal copy of the table: every missing pair must raise.
+# The documented table of transitions; each pair of state and transition without a row must raise.
 ALLOWED = {
     ("delivered", "slot"): "acking",
     ("delivered", "adopted"): "beginning",
@@ -166,7 +166,7 @@ async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_true() -> Non
 
 
 @in_virtual_time
-async def test_notification_wakes_all_waiters() -> None:
+async def test_notification_of_item_wakes_all_its_waiters() -> None:
     item = make_item()
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         met: list[int] = []

@@ -226,7 +226,7 @@ class WaiterQueue:
             self._group.create_task(self._acquire_token(priority))
         await run_ready_tasks()
 
-    async def hand_out_token(self, count: int) -> None:
+    async def hand_out_tokens(self, count: int) -> None:
         for _ in range(count):
             self.limiter.refund()
             await run_ready_tasks()
@@ -240,19 +240,19 @@ async def test_completions_get_tokens_before_all_other_priorities() -> None:
     async with asyncio.TaskGroup() as group:
         queue = WaiterQueue(group)
         await queue.add_waiter(HANDLER, CLAIM, HANDLER, COMPLETION, COMPLETION)
-        await queue.hand_out_token(2)
+        await queue.hand_out_tokens(2)
         assert queue.served == [COMPLETION, COMPLETION]
         await queue.add_waiter(COMPLETION)
-        await queue.hand_out_token(1)
+        await queue.hand_out_tokens(1)
         assert queue.served == [COMPLETION] * 3
-        await queue.hand_out_token(3)
+        await queue.hand_out_tokens(3)
 
 
 async def test_claims_and_handler_calls_get_tokens_in_turn() -> None:
     async with asyncio.TaskGroup() as group:
         queue = WaiterQueue(group)
         await queue.add_waiter(*[HANDLER] * 5, *[CLAIM] * 3)
-        await queue.hand_out_token(8)
+        await queue.hand_out_tokens(8)
     assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
 
 
@@ -260,9 +260,9 @@ async def test_claims_and_handler_calls_keep_alternating_after_a_completion() ->
     async with asyncio.TaskGroup() as group:
         queue = WaiterQueue(group)
         await queue.add_waiter(CLAIM, CLAIM, HANDLER, HANDLER)
-        await queue.hand_out_token(1)
+        await queue.hand_out_tokens(1)
         await queue.add_waiter(COMPLETION)
-        await queue.hand_out_token(4)
+        await queue.hand_out_tokens(4)
     assert queue.served == [CLAIM, COMPLETION, HANDLER, CLAIM, HANDLER]
 
 

@@ -255,7 +255,7 @@ class RepeatingGuard(LeaselessGuard):
         limit.reschedule(asyncio.get_running_loop().time())
 
 
-async def test_send_without_answer_is_repeated_for_result_but_not_for_message(
+async def test_unanswered_send_is_repeated_for_tool_result_but_not_for_message(
     control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane, BASH)

@@ -469,7 +469,7 @@ def test_token_is_read_from_setting_or_token_file_or_service_variable(
     assert Settings(token=GIVEN).read_token() == GIVEN
 
 
-def test_token_setting_overrides_token_file_from_a_lower_source(
+def test_token_setting_overrides_token_file_setting_of_lower_precedence(
     monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))
@@ -564,7 +564,7 @@ def test_dialect_determines_default_base_url() -> None:
     assert Settings(dialect="anthropic", base_url="http://localhost").base_url == "http://localhost"
 
 
-def test_default_rate_limits_apply_to_address_of_service_only() -> None:
+def test_default_rate_limits_apply_to_public_service_address_only() -> None:
     own, ours = Settings(), Settings(base_url="http://localhost:8484/api/v1/cloud")
     assert (own.read_limit, own.write_limit) == (50, 20)
     assert (ours.read_limit, ours.write_limit) == (0, 0)

@@ -113,7 +113,9 @@ async def test_cancellation_in_same_loop_turn_as_time_bound_is_raised(
     assert task.cancelled()
 
 
-async def test_inner_time_bound_that_runs_out_raises_before_outer(time_limit: Bounded) -> None:
+async def test_expired_inner_time_bound_raises_timeout_error_within_outer_bound(
+    time_limit: Bounded,
+) -> None:
     texts = []
     async with time_limit(LONG):
         try:
@@ -152,7 +154,7 @@ async def test_shared_timer_that_has_fired_is_set_again_for_next_time_limit() ->
     timer = SharedTimer(asyncio.get_running_loop())
     with TimeLimit(0.05, timer):
         pass
-    # The second time limit starts after the timer has fired, and sets the timer again.
+    # The second time limit starts after the shared timer has fired, so it sets the timer again.
     for seconds in (0.1, 0.05):
         with pytest.raises(TimeoutError), TimeLimit(seconds, timer):
             await asyncio.sleep(LONG)

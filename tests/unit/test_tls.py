@@ -124,7 +124,7 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
     ) as client:
         for each in (*options, CallOptions(new_connection=True)):
             await client.stop(WORK, options=each)
-        # This fails after the TLS handshake, because the answer is no event stream.
+        # The TLS handshake succeeds, and the call then fails because the answer is no event stream.
         with pytest.raises(ControlPlaneError):
             await client.events("sess_1")._calls.open_stream(None)
         if own is not None:

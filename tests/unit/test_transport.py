@@ -959,7 +959,7 @@ async def test_unexpected_exception_in_parsing_is_raised() -> None:
     assert reported == ["2xx", "error"]
 
 
-async def test_session_of_caller_is_used_and_left_open() -> None:
+async def test_callers_aiohttp_session_is_used_and_left_open() -> None:
     async with (
         aiohttp.ClientSession(
             headers={"X-Theirs": "1"},
@@ -1006,7 +1006,7 @@ async def test_request_without_worker_id_has_no_worker_id_header() -> None:
     assert "Worker-ID" not in server.requests[0].headers
 
 
-async def test_proxy_of_environment_is_used_with_its_own_credentials(
+async def test_proxy_from_environment_variable_is_used_with_its_own_credentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with running_server(OK) as proxy:
