@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from plugins.command.tests.conftest import WAIT_SECONDS
-from workpool_command.guard_process import running_guard
+from workpool_command.guard_process import running_guard_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +26,8 @@ def test_running_guard_ends_without_error_if_other_code_reaped_process(
 ) -> None:
     children = procfs.child_processes()
 
-    async def kill_and_reap_guard() -> None:
-        async with asyncio.timeout(WAIT_SECONDS), running_guard({}):
+    async def kill_and_reap_guard_process() -> None:
+        async with asyncio.timeout(WAIT_SECONDS), running_guard_process({}):
             [pid] = procfs.child_processes() - children
             # Ignore SIGCHLD, so that the kernel reaps the guard process before asyncio can.
             before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -38,16 +38,16 @@ def test_running_guard_ends_without_error_if_other_code_reaped_process(
                 signal.signal(signal.SIGCHLD, before)
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(kill_and_reap_guard())
+        runner.run(kill_and_reap_guard_process())
 
 
 WORKER_PROGRAM = """
 import asyncio, os, pathlib, signal, subprocess, sys, uvloop
 from workpool_command.process_group import CommandArguments
-from workpool_command.guard_process import running_guard
+from workpool_command.guard_process import running_guard_process
 
 async def work():
-    async with running_guard({}) as guard:
+    async with running_guard_process({}) as guard:
         env = {"PATH": os.environ["PATH"], "ENTRY": "of this command"}
         start = CommandArguments(
             argv=["sleep", "60"], cwd=pathlib.Path("/"), env=env, stdin=b"",

@@ -81,7 +81,7 @@ class LineSplitter:
             self._store_and_report_lines(whole)
         self._part = rest[: MAX_RESULT_BYTES + 1]
 
-    def end_last_line(self) -> None:
+    def flush_unfinished_line(self) -> None:
         """Pass the bytes after the last newline to `on_lines` as a line."""
         if self._part:
             self._store_and_report_lines(self._part)
@@ -137,7 +137,7 @@ class PipeReader:
         while total < MAX_REST_BYTES and (chunk := self._read_chunk()):
             total += len(chunk)
             self.lines.add_chunk(chunk)
-        self.lines.end_last_line()
+        self.lines.flush_unfinished_line()
         self._close_pipe()
 
     def _close_pipe(self) -> None:

@@ -62,7 +62,7 @@ for group in groups:
 """
 
 
-class Guard:
+class GuardProcessPipe:
     """Reports the running process groups to the guard process.
 
     Each line is written by a system call at once. An event loop could write it only after the step
@@ -105,7 +105,7 @@ class Guard:
 
 
 @asynccontextmanager
-async def running_guard(env: Mapping[str, str]) -> AsyncIterator[Guard]:
+async def running_guard_process(env: Mapping[str, str]) -> AsyncIterator[GuardProcessPipe]:
     """Run a guard process during the `with` block. At its end, the remaining groups are killed.
 
     Raises:
@@ -116,7 +116,7 @@ async def running_guard(env: Mapping[str, str]) -> AsyncIterator[Guard]:
     with os.fdopen(writing_end, "wb", buffering=0) as pipe:
         process = await _start_guard_process(stdin, env)
         try:
-            yield Guard(pipe)
+            yield GuardProcessPipe(pipe)
         finally:
             pipe.close()
             await _wait_for_exit(process)

@@ -46,7 +46,7 @@ from workpool_command.command_result import (
     raise_for_exit_status,
 )
 from workpool_command.detached_command import HoldProcessStarter
-from workpool_command.guard_process import Guard, running_guard
+from workpool_command.guard_process import GuardProcessPipe, running_guard_process
 from workpool_command.process_group import CommandArguments, ProcessGroup, running_group
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Command:
         """
         _check_settings(self)
         self._root = None if self.root is None else Path(self.root).absolute()
-        self._guard: Guard | None = None
+        self._guard: GuardProcessPipe | None = None
         self._hold_process_starter: HoldProcessStarter | None = None
         self._settings: Settings | None = None
         self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
@@ -144,7 +144,7 @@ class Command:
                 # later, when the machine may have no thread left.
                 await self._threads.run(self._check_machine)
                 env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
-                self._guard = await stack.enter_async_context(running_guard(env))
+                self._guard = await stack.enter_async_context(running_guard_process(env))
             except OSError as error:
                 raise PluginError(NAME, f"cannot be used here: {error}") from error
             self._settings = supervisor.settings
@@ -215,12 +215,12 @@ class Command:
         """Wait for the command's exit. A stop request or a drain ends the command."""
         async with asyncio.TaskGroup() as tasks:
             interrupt = tasks.create_task(
-                self._end_on_interrupt(session, group), name="interrupted"
+                self._end_command_on_interrupt(session, group), name="interrupted"
             )
             await group.exited.wait()
             interrupt.cancel()
 
-    async def _end_on_interrupt(self, session: Session, group: ProcessGroup) -> None:
+    async def _end_command_on_interrupt(self, session: Session, group: ProcessGroup) -> None:
         await session.interrupted()
         await group.end_group(self.grace)
 
@@ -270,7 +270,7 @@ def _session_directory_name(session: Session) -> str:
 
 def _check_settings(plugin: Command) -> None:
     """Raise an error if a setting is wrong on every machine."""
-    _check_types(plugin)
+    _check_setting_types(plugin)
     if not plugin.command or not plugin.command[0]:
         raise ValueError("command: names no program")
     if "/" in plugin.command[0] and not Path(plugin.command[0]).is_absolute():
@@ -284,11 +284,11 @@ def _check_settings(plugin: Command) -> None:
         raise ValueError("result: a command that was detached has none")
 
 
-def _check_types(plugin: Command) -> None:
+def _check_setting_types(plugin: Command) -> None:
     _check_string_list("command", plugin.command)
     _check_string_list("environment", plugin.environment)
-    _check_number("grace", plugin.grace, float)
-    _check_number("log_lines", plugin.log_lines, int)
+    _check_number_setting("grace", plugin.grace, float)
+    _check_number_setting("log_lines", plugin.log_lines, int)
     for name in ("keep", "result", "detach", "item_token"):
         if not isinstance(getattr(plugin, name), bool):
             raise TypeError(f"{name}: not true or false")
@@ -302,7 +302,7 @@ def _check_string_list(name: str, value: object) -> None:
         raise TypeError(f"{name}: not a list of strings without NUL")
 
 
-def _check_number(name: str, value: object, kind: type[int] | type[float]) -> None:
+def _check_number_setting(name: str, value: object, kind: type[int] | type[float]) -> None:
     if isinstance(value, bool) or not isinstance(value, int | kind):
         raise TypeError(f"{name}: not a number")
     if not 0 <= value < math.inf:

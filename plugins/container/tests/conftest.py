@@ -205,11 +205,11 @@ class ContainerTestbed:
     async def running_container(self, work_id: str) -> str:
         """Wait until the item has a running container, and return the container's id."""
 
-        async def running_id() -> str:
+        async def find_running_container_id() -> str:
             states = {each["State"]: each.id for each in await self.item_containers(work_id)}
             return states.get("running", "")
 
-        return await self.poll_until(running_id)
+        return await self.poll_until(find_running_container_id)
 
     async def wait_for_exit(self, container: str) -> None:
         """Wait until this container has exited."""

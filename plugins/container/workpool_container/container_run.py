@@ -108,7 +108,7 @@ class ContainerRun:
         """
         try:
             adopted = await self._adopt_or_start_container()
-            return await self._session_metadata(await self._wait_for_exit(adopted=adopted))
+            return await self._metadata_from_exit_status(await self._wait_for_exit(adopted=adopted))
         except (asyncio.CancelledError, Exception) as error:
             # After a cancellation, or if memory or descriptors are exhausted, another worker may
             # receive the item. The container must not run then.
@@ -247,7 +247,7 @@ class ContainerRun:
             # the engine does not answer, the pool cancels the handler after `stop_grace`.
             session.log.warning("container not stopped: %s", error, extra={"error": str(error)})
 
-    async def _session_metadata(self, status: int) -> dict[str, str]:
+    async def _metadata_from_exit_status(self, status: int) -> dict[str, str]:
         self._session.log.info("container ended", extra={**self._log_fields(), "status": status})
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}

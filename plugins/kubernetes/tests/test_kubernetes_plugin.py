@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workpool.testing import Kit
 
 
-class BlockedSessions:
+class BlockingHandler:
     """A handler whose sessions run until the event `end` is set."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ async def return_at_once(session: Session) -> None:
 async def test_deletion_cost_of_pod_follows_number_of_sessions(
     workpool: Kit, api_server: PodAPIServer
 ) -> None:
-    blocked = BlockedSessions()
+    blocked = BlockingHandler()
     async with workpool.pool(api_server.make_plugin(), blocked):
         await api_server.wait_for_cost("0")
         workpool.enqueue(3)
@@ -56,7 +56,7 @@ async def test_deletion_cost_of_pod_follows_number_of_sessions(
 async def test_sessions_of_two_pools_in_one_process_are_added_to_one_cost(
     workpool: Kit, api_server: PodAPIServer
 ) -> None:
-    blocked = BlockedSessions()
+    blocked = BlockingHandler()
     first = workpool.pool(api_server.make_plugin(), blocked, concurrency=2)
     async with first:
         await api_server.wait_for_cost("0")
@@ -74,7 +74,7 @@ async def test_sessions_of_two_pools_in_one_process_are_added_to_one_cost(
 async def test_write_after_rotation_of_token_uses_new_token(
     workpool: Kit, api_server: PodAPIServer, warning_log: WarningLog
 ) -> None:
-    blocked = BlockedSessions()
+    blocked = BlockingHandler()
     async with workpool.pool(api_server.make_plugin(), blocked):
         await api_server.wait_for_cost("0")
         api_server.rotate_token()

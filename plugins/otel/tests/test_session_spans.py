@@ -54,7 +54,7 @@ def span_id(span: ReadableSpan) -> int:
     return int(span.context.span_id)
 
 
-def w3c_context(span: ReadableSpan) -> str:
+def traceparent_of(span: ReadableSpan) -> str:
     assert span.context is not None
     flags = int(span.context.trace_flags)
     return f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-{flags:02x}"
@@ -204,8 +204,10 @@ async def test_trace_context_is_written_to_metadata_unless_write_context_is_fals
     async with kit.pool(span_recorder.make_plugin(), write_phase):
         finished = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
     [span] = span_recorder.spans_named(f"process {written.environment_id}")
-    assert item_metadata(kit, written)["workpool.traceparent"] == w3c_context(span)
-    assert item_metadata(kit, written)["seen"] == w3c_context(span) == finished.session.traceparent
+    assert item_metadata(kit, written)["workpool.traceparent"] == traceparent_of(span)
+    assert (
+        item_metadata(kit, written)["seen"] == traceparent_of(span) == finished.session.traceparent
+    )
     [unwritten] = kit.enqueue()
     async with kit.pool(span_recorder.make_plugin(write_context=False), write_phase):
         await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
@@ -239,8 +241,8 @@ async def test_command_gets_trace_context_of_its_session(
     finished = await run_item(kit, [span_recorder.make_plugin(), command], traceparent=TRACEPARENT)
     assert finished.outcome == "completed"
     [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
-    assert (tmp_path / "seen").read_text().strip() == w3c_context(span)
-    assert w3c_context(span).split("-")[1] == TRACEPARENT.split("-")[1]
+    assert (tmp_path / "seen").read_text().strip() == traceparent_of(span)
+    assert traceparent_of(span).split("-")[1] == TRACEPARENT.split("-")[1]
 
 
 async def test_item_whose_ack_is_refused_leaves_no_span(

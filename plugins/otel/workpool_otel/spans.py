@@ -83,7 +83,7 @@ class SessionSpans:
         The context is empty if the SDK creates no real spans.
         """
         run = self._runs.setdefault(session.item.id, _SessionRunSpan())
-        span = self._started_span(run, session.item)
+        span = self._get_or_start_span(run, session.item)
         context: dict[str, str] = {}
         with trace.use_span(span, record_exception=False, set_status_on_exception=False):
             _W3C.inject(context)
@@ -132,14 +132,14 @@ class SessionSpans:
         if run is not None and run.span is not None:
             fields: dict[str, str | int] = {
                 span_attributes.RETRY: event.retry,
-                span_attributes.ERROR: _class_name(event.error),
+                span_attributes.ERROR: _qualified_class_name(event.error),
             }
             run.span.add_event("retry", fields)
 
     def _end_span(self, event: SessionFinished) -> None:
         item = event.session.item
         run = self._runs.pop(item.id, None) or _SessionRunSpan()
-        span = self._started_span(run, item)
+        span = self._get_or_start_span(run, item)
         span.set_attributes(
             {
                 span_attributes.HANDLER: event.handler,
@@ -150,13 +150,13 @@ class SessionSpans:
         )
         error = event.error
         if event.outcome in _FAILURES:
-            name = event.outcome if error is None else _class_name(error)
+            name = event.outcome if error is None else _qualified_class_name(error)
             span.set_attribute(span_attributes.ERROR, name)
             text = str(error) if error is not None and self._with_messages else None
             span.set_status(Status(StatusCode.ERROR, text))
         span.end()
 
-    def _started_span(self, run: _SessionRunSpan, item: WorkItem) -> Span:
+    def _get_or_start_span(self, run: _SessionRunSpan, item: WorkItem) -> Span:
         """Return the span of a run. If it does not exist, create it and add the early requests."""
         if run.span is None:
             run.attributes = {
@@ -172,7 +172,7 @@ class SessionSpans:
             }
             run.span = self._tracer.start_span(
                 f"process {item.environment_id}",
-                context=_creator_context(item),
+                context=_trace_context_of_creator(item),
                 kind=SpanKind.CONSUMER,
                 attributes=run.attributes | process,
                 links=_link_to_last_run(item),
@@ -204,7 +204,7 @@ class SessionSpans:
         span.end(request.end)
 
 
-def _creator_context(item: WorkItem) -> Context:
+def _trace_context_of_creator(item: WorkItem) -> Context:
     """Return the trace context of the item's creator, from the metadata, else from the poll."""
     context = propagate.extract(dict(item.metadata))
     if not trace.get_current_span(context).get_span_context().is_valid and item.traceparent:
@@ -220,7 +220,7 @@ def _link_to_last_run(item: WorkItem) -> list[Link]:
     return [Link(last)] if last.is_valid else []
 
 
-def _class_name(error: BaseException) -> str:
+def _qualified_class_name(error: BaseException) -> str:
     kind = type(error)
     return (
         kind.__qualname__

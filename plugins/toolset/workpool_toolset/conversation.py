@@ -112,10 +112,10 @@ class Conversation:
                 str(event.get("tool_use_id")), allowed=event.get("result") == "allow"
             )
         elif kind in {_INTERRUPT, _THREAD_ENDED}:
-            self._cancel_calls(kind, _session_thread_id(event))
+            self._interrupt_or_close_calls(kind, _session_thread_id(event))
         self.ended = self.ended or kind in _ENDINGS
 
-    def _cancel_calls(self, kind: str, thread: str | None) -> None:
+    def _interrupt_or_close_calls(self, kind: str, thread: str | None) -> None:
         """Mark all open calls as interrupted, or close the calls of a thread that has ended."""
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:

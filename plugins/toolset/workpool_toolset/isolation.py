@@ -188,7 +188,7 @@ class Bubblewrap:
             ]
         limited = [*BASH, "-c", self.limits.setup_script(), "limited", *words]
         bwrap = [sys.executable, "-I", "-S", _LAUNCHER, self.program, *_NAMESPACES, *rights]
-        return [*bwrap, *self._file_options(workspace), "--", *user, *limited]
+        return [*bwrap, *self._mount_options(workspace), "--", *user, *limited]
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return `explicit`, or if it is None variables that are valid inside the sandbox."""
@@ -224,7 +224,7 @@ class Bubblewrap:
             f' && {MOUNT} --bind {_TMP}/{_SHARED} {_SHM} && exec "$@"'
         )
 
-    def _file_options(self, workspace: Path) -> list[str]:
+    def _mount_options(self, workspace: Path) -> list[str]:
         words: list[str] = []
         for folder in map(Path, _SYSTEM):
             if folder.is_symlink():

@@ -34,15 +34,15 @@ def glob_options(where: str, include: str | None) -> Iterator[str]:
         include: The pattern, as for `walker.matches_include`.
     """
     wanted = (include or "").removeprefix("!")
-    way = "/" + _path_pattern(f"{where}/").lstrip("/")
-    start = ("!" if wanted != include else "") + (way if walker.is_anchored(wanted) else "")
+    way = "/" + _escaped_path_pattern(f"{where}/").lstrip("/")
+    start = ("!" if wanted != include else "") + (way if walker.matches_whole_path(wanted) else "")
     for pattern in walker.split_pattern(wanted) if include else ():
         if pattern:
             yield f"--glob={start}{'/'.join(map(_translate_path_component, pattern))}"
     yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED_DIRECTORIES))
 
 
-def _path_pattern(path: str) -> str:
+def _escaped_path_pattern(path: str) -> str:
     """Return a ripgrep pattern that matches only this path."""
     return re.sub(r"([][*?{}!\\])", r"\\\1", path)
 
@@ -54,7 +54,11 @@ def _translate_path_component(pattern: str) -> str:
     kept = re.compile(r"\[!?\]?[^]]*\]|\*+|\?|.", re.DOTALL)
     parts = (found[0] for found in kept.finditer(pattern))
     return "".join(
-        "*" if part[0] == "*" else part if len(part) > 1 or part == "?" else _path_pattern(part)
+        "*"
+        if part[0] == "*"
+        else part
+        if len(part) > 1 or part == "?"
+        else _escaped_path_pattern(part)
         for part in parts
     )
 

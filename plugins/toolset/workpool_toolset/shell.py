@@ -116,7 +116,7 @@ class BashShell:
         if started is None:
             return
         try:
-            await _end_group(started.process)
+            await _end_process_group(started.process)
         finally:
             started.stdin.close()
             started.output.close()
@@ -146,7 +146,7 @@ class BashShell:
         try:
             output.watch_shell_exit(process.pid)
         except OSError:
-            await _end_group(process)
+            await _end_process_group(process)
             raise
         return process
 
@@ -279,22 +279,22 @@ class _OutputTail:
         return (TRUNCATED if cut else "") + _ANSI.sub("", kept.decode(errors="replace"))
 
 
-async def _end_group(process: Process) -> None:
+async def _end_process_group(process: Process) -> None:
     try:
-        _signal_group(process, signal.SIGTERM)
+        _send_signal_to_group(process, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TERM_SECONDS):
                 await process.wait()
     finally:
         # Always send SIGKILL, because processes of the group may outlive its leader, and the wait
         # above may have been cancelled.
-        _signal_group(process, signal.SIGKILL)
+        _send_signal_to_group(process, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(REAP_SECONDS):
             await process.wait()
 
 
-def _signal_group(process: Process, number: signal.Signals) -> None:
+def _send_signal_to_group(process: Process, number: signal.Signals) -> None:
     # The signal cannot reach an unrelated process. The kernel does not reuse the id of a group
     # while one of its processes exists.
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -216,7 +216,7 @@ class ToolCallAnswerer:
                 record(result)
             await self._store_result(call, result)
         if call.id not in self._conversation.answered:
-            await self._post_result(call, result)
+            await self._send_result_or_error(call, result)
         self._conversation.mark_call_answered(call.id)
         self._update_state_and_wake()
 
@@ -258,11 +258,11 @@ class ToolCallAnswerer:
         )
         return result
 
-    async def _post_result(self, call: ToolCall, result: ToolResult) -> None:
+    async def _send_result_or_error(self, call: ToolCall, result: ToolResult) -> None:
         """Send a result until the control plane has stored it. If it is refused, send an error."""
         for candidate in (result, ToolResult.from_error(RESULT_REFUSED)):
             try:
-                await self._send_result(call, candidate)
+                await self._send_result_with_retries(call, candidate)
             except ConflictError:
                 # Nothing to do: the result is already stored, and the answer to an earlier request
                 # was lost.
@@ -272,7 +272,7 @@ class ToolCallAnswerer:
             else:
                 return
 
-    async def _send_result(self, call: ToolCall, result: ToolResult) -> None:
+    async def _send_result_with_retries(self, call: ToolCall, result: ToolResult) -> None:
         clock = asyncio.get_running_loop().time
         started, pause = clock(), 1.0
         while True:

@@ -36,7 +36,9 @@ class ToolResult:
 
         The value is a text, a block, a list of texts and blocks, None, or another JSON value.
         """
-        values = value if isinstance(value, list) and all(map(_is_block, value)) else [value]
+        values = (
+            value if isinstance(value, list) and all(map(_is_content_block, value)) else [value]
+        )
         blocks = [_to_content_block(one) for one in values if one not in (None, "")]
         return cls(blocks or [_to_text_block(NO_OUTPUT)], is_error)
 
@@ -47,7 +49,7 @@ class ToolResult:
         return cls([_to_text_block(cut)], is_error=True)
 
 
-def _is_block(value: object) -> bool:
+def _is_content_block(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, dict) and value.get("type") in BLOCK_TYPES)
 
 
@@ -58,7 +60,7 @@ def _to_content_block(value: object) -> Block:
     # of sending the result.
     plain = json.dumps(value, ensure_ascii=False, default=str)
     clean = _SURROGATE.sub("\ufffd", plain)
-    if isinstance(value, dict) and _is_block(value):
+    if isinstance(value, dict) and _is_content_block(value):
         block: Block = json.loads(clean)
         return block
     return _to_text_block(clean)

@@ -196,7 +196,7 @@ class Toolbox:
             raise ToolError("command holds a NUL")
         if self._shell.ended:
             raise ToolError(f"the shell has ended; {RESTART_HINT}")
-        return await self._run_command_in_shell(command, self._timeout_seconds(fields))
+        return await self._run_command_in_shell(command, self._command_timeout_seconds(fields))
 
     async def _run_command_in_shell(self, command: str, seconds: float) -> ToolResult:
         try:
@@ -212,7 +212,7 @@ class Toolbox:
             return ToolResult.from_value(output.text)
         return ToolResult.from_value([output.text, f"exit status {output.status}"], is_error=True)
 
-    def _timeout_seconds(self, fields: Fields) -> float:
+    def _command_timeout_seconds(self, fields: Fields) -> float:
         milliseconds = _read_number_field(fields, "timeout_ms", "timeout")
         longest = self._bounds.tool_seconds - MARGIN_SECONDS
         seconds = (
@@ -225,7 +225,11 @@ class Toolbox:
     async def _run_read(self, fields: Fields) -> object:
         path = _read_text_field(fields, "file_path", "path")
         return await self._threads.files.run(
-            file_tools.read_file, self._workspace, path, _line_range(fields), self._bounds.sizes
+            file_tools.read_file,
+            self._workspace,
+            path,
+            _read_line_range_fields(fields),
+            self._bounds.sizes,
         )
 
     async def _run_write(self, fields: Fields) -> object:
@@ -288,7 +292,7 @@ def _read_number_field(fields: Fields, *names: str) -> float | None:
     return float(value)
 
 
-def _line_range(fields: Fields) -> tuple[int, int] | None:
+def _read_line_range_fields(fields: Fields) -> tuple[int, int] | None:
     """Return the first and last line to read, from `view_range` or from `offset` and `limit`.
 
     `offset` is a line, from 1, and `limit` a number of lines. An empty `view_range` is ignored. A
@@ -298,7 +302,7 @@ def _line_range(fields: Fields) -> tuple[int, int] | None:
     if view_range == []:
         return None
     if view_range is not None:
-        match [_whole_number(one) for one in view_range] if isinstance(view_range, list) else []:
+        match [_convert_to_int(one) for one in view_range] if isinstance(view_range, list) else []:
             case [int(start), int(end)] if start >= 0:
                 return max(start, 1), end
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
@@ -311,13 +315,13 @@ def _line_range(fields: Fields) -> tuple[int, int] | None:
 
 def _read_count_field(fields: Fields, name: str) -> int | None:
     value = _first_present_field(fields, name)
-    count = _whole_number(value)
+    count = _convert_to_int(value)
     if count is None and value is not None:
         raise ToolError(f"{name} must be a number")
     return count
 
 
-def _whole_number(value: object) -> int | None:
+def _convert_to_int(value: object) -> int | None:
     """Convert a number that a model wrote (3, 3.0 or "3") to an int, or return None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

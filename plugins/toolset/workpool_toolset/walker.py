@@ -113,7 +113,9 @@ class DirectoryWalk:
 
     def _entries_of_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:
         target = (
-            open_target(self._roots, posixpath.join(place.shown, name)) if self._roots else None
+            open_path_in_roots(self._roots, posixpath.join(place.shown, name))
+            if self._roots
+            else None
         )
         if target is None:
             return
@@ -149,7 +151,7 @@ class DirectoryWalk:
             os.close(opened)
 
 
-def open_target(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
+def open_path_in_roots(roots: Sequence[tuple[str, str]], path: str) -> tuple[int, str] | None:
     """Follow the symbolic links of a path as long as they stay in the roots, and open the target.
 
     Returns:
@@ -255,7 +257,7 @@ def matches_include(parts: Sequence[str], include: str) -> bool:
     searched directory. A pattern that begins with `!` excludes files and directories.
     """
     wanted, patterns = include.removeprefix("!"), split_pattern(include.removeprefix("!"))
-    anchored = is_anchored(wanted)
+    anchored = matches_whole_path(wanted)
     if wanted == include:
         return any(path_matches(parts if anchored else parts[-1:], each) for each in patterns)
     last = range(1, len(parts) + 1)
@@ -263,7 +265,7 @@ def matches_include(parts: Sequence[str], include: str) -> bool:
     return not any(path_matches(part, each) for part in left_out for each in patterns)
 
 
-def is_anchored(include: str) -> bool:
+def matches_whole_path(include: str) -> bool:
     """Return whether an `include` pattern is matched with the whole path of a file.
 
     Otherwise it is matched with the name of the file only.

@@ -113,7 +113,7 @@ class Workspace:
             ToolError: The path is outside of the roots, has a loop, or cannot be entered. An
                 `OSError` of the `with` block becomes a `ToolError`, too.
         """
-        with readable_os_errors(path), contextlib.ExitStack() as stack:
+        with convert_os_errors(path), contextlib.ExitStack() as stack:
             yield self._resolve_path(path, stack, write=write, make=make)
 
     @contextlib.contextmanager
@@ -157,7 +157,7 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def readable_os_errors(path: str) -> Iterator[None]:
+def convert_os_errors(path: str) -> Iterator[None]:
     """Convert an `OSError` of the `with` block to a `ToolError` with a text for the agent.
 
     Raises:
@@ -189,7 +189,7 @@ def _follow_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> 
             spot = PathTarget(directory, name, posixpath.join(here, name), root)
             if index == len(parts) - 1:
                 return spot
-            entered = _enter_directory(spot, make=make)
+            entered = _open_or_make_directory(spot, make=make)
             # Close each directory at once, because a path may have more components than this
             # process may have open descriptors.
             os.close(directory)
@@ -200,7 +200,7 @@ def _follow_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> 
     return PathTarget(directory, ".", here, root)
 
 
-def _enter_directory(spot: PathTarget, *, make: bool) -> int:
+def _open_or_make_directory(spot: PathTarget, *, make: bool) -> int:
     try:
         return os.open(spot.name, _ENTER, dir_fd=spot.directory)
     except FileNotFoundError:

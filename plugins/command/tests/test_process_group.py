@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NOBODY = 65_534
 
 
-class RecordingGuard:
+class RecordingGroupRegistry:
     """A fake `ProcessGroupRegistry` that records process group ids and can refuse new groups."""
 
     def __init__(self, refusal: Exception | None = None) -> None:
@@ -96,7 +96,7 @@ async def test_leader_reaped_right_after_spawn_counts_as_exited_with_unknown_sta
     run_after_spawn: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
     run_after_spawn(lambda pid: os.waitpid(pid, 0))
-    guard = RecordingGuard()
+    guard = RecordingGroupRegistry()
     start = sh_arguments("sleep 60 & echo $! >$0", tmp_path / "pids")
     async with running_group(start, guard, lambda: 5.0) as group:
         assert group.exited.is_set()
@@ -193,7 +193,7 @@ async def test_start_without_permission_to_kill_group_raises_first_error(
 
 
 async def test_start_of_missing_program_withdraws_announcement_to_guard() -> None:
-    guard = RecordingGuard()
+    guard = RecordingGroupRegistry()
     start = replace(sh_arguments(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):
         async with running_group(start, guard, lambda: 0.0):
@@ -205,7 +205,9 @@ async def test_start_of_missing_program_withdraws_announcement_to_guard() -> Non
 async def test_process_group_is_killed_and_reaped_if_registration_at_guard_fails() -> None:
     with pytest.raises(RuntimeError, match="refused"):
         async with running_group(
-            sh_arguments("exec sleep 60"), RecordingGuard(RuntimeError("refused")), lambda: 0.0
+            sh_arguments("exec sleep 60"),
+            RecordingGroupRegistry(RuntimeError("refused")),
+            lambda: 0.0,
         ):
             pytest.fail("the block was entered")
 
@@ -213,7 +215,7 @@ async def test_process_group_is_killed_and_reaped_if_registration_at_guard_fails
 async def test_second_cancellation_after_kill_still_reaps_leader_on_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    guard, entered, removed = RecordingGuard(), asyncio.Event(), asyncio.Event()
+    guard, entered, removed = RecordingGroupRegistry(), asyncio.Event(), asyncio.Event()
 
     async def run_group_until_cancelled() -> None:
         async with running_group(sh_arguments("exec sleep 60"), guard, lambda: 0.0):

@@ -208,7 +208,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
 ) -> None:
     wait = asyncio.subprocess.Process.wait
 
-    async def cancel_at_exit(process: asyncio.subprocess.Process) -> int:
+    async def cancel_close_at_exit(process: asyncio.subprocess.Process) -> int:
         status = await wait(process)
         closing.cancel()
         await asyncio.sleep(0)
@@ -220,7 +220,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
         processes = process_descriptors(PROCESS_WORD)
         assert len(processes) == 2
         with monkeypatch.context() as patch:
-            patch.setattr(asyncio.subprocess.Process, "wait", cancel_at_exit)
+            patch.setattr(asyncio.subprocess.Process, "wait", cancel_close_at_exit)
             closing = group.create_task(shell.close())
             await asyncio.wait({closing})
     await wait_for_process_end(*processes)

@@ -77,7 +77,7 @@ def test_stream_in_any_chunks_is_split_into_same_lines(chunks: list[bytes]) -> N
     lines = LineSplitter(lambda some: fed_lines.extend(some.split(b"\n")))
     for chunk in chunks:
         lines.add_chunk(chunk)
-    lines.end_last_line()
+    lines.flush_unfinished_line()
 
     whole = b"".join(chunks).split(b"\n")
     assert fed_lines == (whole if whole[-1] else whole[:-1])
