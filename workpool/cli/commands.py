@@ -15,7 +15,7 @@ from workpool.cli.verbosity import Verbose
 
 
 class CommandEntry(NamedTuple):
-    """One command of the command line.
+    """One command of the command line: its name, its module, and its summary.
 
     Attributes:
         name: The name that users type.
@@ -54,7 +54,11 @@ ENTRIES: Final = (
         "top", "top:top", "Show workers and their sessions in the terminal, until Ctrl-C."
     ),
     CommandEntry("serve", "serve:serve", "Serve a work queue over HTTP until SIGTERM or SIGINT."),
-    CommandEntry("scale", "scale:scale", "Serve numbers for autoscalers until SIGTERM or SIGINT."),
+    CommandEntry(
+        "scale",
+        "scale:scale",
+        "Serve the load of a fleet to autoscalers until SIGTERM or SIGINT.",
+    ),
     CommandEntry(
         "check", "check:check", "Check settings, plugins, credentials, connection and clock."
     ),

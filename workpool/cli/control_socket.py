@@ -281,7 +281,7 @@ def _execute_request(
     if len(line) > LINE_BYTES:
         raise ValueError("the request is too long")
     request = orjson.loads(line)
-    chosen = _requested_pool(request, pool, environments)
+    chosen = _pool_of_request(request, pool, environments)
     match request:
         case {"command": "status"}:
             pass
@@ -317,7 +317,7 @@ def _pause_unless_paused(members: Collection[ControllablePool], pool: Controllab
             each.pause(PAUSE_REASON)
 
 
-def _requested_pool(
+def _pool_of_request(
     request: object, pool: RunnablePool, environments: Mapping[str, ControllablePool]
 ) -> ControllablePool:
     """Return the pool that a request controls: one environment, or the whole `pool`.

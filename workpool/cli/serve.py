@@ -157,7 +157,7 @@ def serve(
             port=port,
             now=None if isinstance(opened, PostgresStore) else clock,
             retention=_retention_seconds(store, retention),
-            history_limit=0,  # no records: only tests and the demo read them
+            history_limit=0,  # keep no history, which only tests and the demo read
             middlewares=middlewares,
         )
         plan.install(injected, plane)

@@ -1,7 +1,7 @@
-"""The collector of workpool on a registry, and the map of registries to collectors.
+"""Registers the metrics of workpool on a Prometheus registry, once for each registry.
 
-The map is the only global state of workpool. Supervisors that share a registry share its counters
-and histograms; the labels tell them apart.
+The map of registries to collectors is the only global state of workpool. Supervisors that share a
+registry share its counters and histograms, and the labels tell them apart.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class MetricStore(Protocol):
     """The interface of a store that contains all series of one metric."""
 
     def series(self, labels: tuple[str, ...]) -> Series:
-        """Return the series of these label values, which begins at 0."""
+        """Return the series of these label values. A new series begins at 0."""
 
     def describe(self) -> Iterable[Metric]:
         """Return the name and the type of the metric, without series."""
@@ -117,7 +117,7 @@ class HistogramSeries:
         self.counts[bisect_left(self.bounds, amount)] += 1
         self.total += amount
 
-    def read(self) -> tuple[list[int], float]:
+    def cumulative_counts_and_sum(self) -> tuple[list[int], float]:
         """Return the cumulative counts of the buckets, and the sum of all amounts."""
         return list(itertools.accumulate(self.counts)), self.total
 
@@ -142,7 +142,10 @@ class _HistogramStore:
     def collect(self) -> Iterable[Metric]:
         [family] = self.describe()
         with self._lock:
-            spreads = [(labels, *spread.read()) for labels, spread in list(self._series.items())]
+            spreads = [
+                (labels, *spread.cumulative_counts_and_sum())
+                for labels, spread in list(self._series.items())
+            ]
         for labels, counts, total in spreads:
             family.add_metric(labels, list(zip(self._names, counts, strict=True)), total)
         return [family]

@@ -1,9 +1,9 @@
-"""The connections of one client: which calls share them, DNS, and the proxy.
+"""Creates the aiohttp sessions of one client, which share a DNS resolver and a proxy.
 
-There are four kinds of calls, so that none waits for a connection behind another kind: the pool's
-own calls (claims, completions, heartbeats) have as many connections as there are calls; the calls
-of handlers share connections up to a limit; each event stream, and each call that must not reuse a
-connection, has its own.
+There are three sessions, so that no call waits for a connection behind a call of another kind. The
+pool's own calls (claims, completions, heartbeats) have as many connections as there are calls. The
+calls of handlers share connections up to a limit. Each event stream, and each call that must not
+reuse a connection, has its own.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class DaemonThreads(Executor):
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._lock = threading.Lock()
-        # The next four attributes are accessed under the lock only.
+        # Read and write the next four attributes only while the lock is held.
         self._threads: list[threading.Thread] = []
         self._alive = 0
         self._closed = False

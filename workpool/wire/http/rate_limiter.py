@@ -110,7 +110,7 @@ class RateLimiter:
         self._clock = clock
         self._burst = max(1.0, rate * BURST_SECONDS)
         self._lock = threading.Lock()
-        # Read and write the next four attributes with the lock only.
+        # Read and write the next four attributes only while the lock is held.
         self._tokens = self._burst
         self._debt = 0.0
         self._filled_at = clock()
