@@ -155,8 +155,8 @@ def combined_load(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
     pending = stats.pending
     if count.complete:
-        # Some control planes report running items as pending, too. Do not count them twice: at most
-        # the queued items of the list that `stats.depth` does not count are pending.
+        # Some control planes report running items as pending, too. Limit `pending` to the queued
+        # items in the list that `stats.depth` does not contain, so that no item counts twice.
         pending = min(pending, max(0, count.queued - stats.depth))
     oldest = _seconds_since(stats.oldest_queued_at)
     return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)

@@ -104,8 +104,8 @@ def hold(
     inside `session.handover()`. The command needs the variables of `lease.variables` and a token. A
     stop request and SIGTERM are passed on to the program.
     """
-    # Typer has read these variables as options. Remove them, because reading the settings fails for
-    # an unknown `WORKPOOL_` variable, and the program must not inherit them.
+    # Remove the `WORKPOOL_HOLD_` variables, which Typer has read as options: reading the settings
+    # fails for an unknown `WORKPOOL_` variable, and the program must not inherit them.
     for name in (WORK_ID, LAST_HEARTBEAT, TTL, SESSION_ID):
         os.environ.pop(name, None)
     with exits.exit_on_error():
@@ -163,7 +163,7 @@ def item_token_variables(settings: Settings) -> dict[str, str]:
 def _detach_from_parent() -> None:
     """Leave the parent's process group, so that signals to the group do not reach this process."""
     if hasattr(os, "setsid"):
-        # `setsid` fails if this process leads a process group already; then nothing is to be done.
+        # `setsid` fails if this process already leads a process group, which is sufficient.
         with contextlib.suppress(PermissionError):
             os.setsid()
         # Ignore SIGHUP with a function and not with SIG_IGN: the program would inherit SIG_IGN.

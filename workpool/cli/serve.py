@@ -185,7 +185,7 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                # A large store may still be read at this time; the cancellation ends that, too.
+                # The cancellation also ends a start that still reads a large store.
                 serving.cancel()
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None

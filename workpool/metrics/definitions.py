@@ -119,8 +119,8 @@ DEFINITIONS: Final[tuple[MetricDefinition, ...]] = (
         "polls_total", _labels(result=get_args(ev.PollResult)), ev.PollFinished,
         "Polls that ended. A 429 is throttled, a 503 an error.",
     ),
-    # A timeout or a cancellation ends a poll early, and a 429 says nothing about the queue: none of
-    # them measures how long a poll takes.
+    # Leave out polls that a timeout or a cancellation ended early, and polls with a 429: their
+    # duration does not show how long a poll takes.
     _histogram(
         "poll_duration_seconds", _labels(result=("item", "null", "error")),
         (ev.PollFinished, "seconds"), H_POLL,

@@ -445,7 +445,7 @@ class WorkClient:
         return self._transport.send(endpoint, url, timeout, self.rate_limits.write, body, options)
 
     def _work_url(self, path: str = "", query: str = "") -> URL:
-        """Return the URL of a work call; all parts must be encoded already."""
+        """Return the URL of a call below `/work`. `path` and `query` must be encoded already."""
         if self._work_query:
             query = f"{query}&{self._work_query}" if query else self._work_query
         mark = "?" if query else ""

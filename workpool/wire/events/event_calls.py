@@ -46,7 +46,7 @@ class OpenEventStream(Protocol):
 
 
 class EventCalls(Protocol):
-    """The calls on one session's events; each raises `ControlPlaneError`.
+    """The interface of the calls for one session's events. Each may raise `ControlPlaneError`.
 
     Attributes:
         resumes: Whether a list can begin after a given event.

@@ -87,7 +87,7 @@ class EventStream:
         self._last_byte_at = 0.0
 
     async def __aenter__(self) -> Self:
-        """Return the stream; the connection is opened by the request for the first event."""
+        """Return the stream. Its connection is opened when the first event is requested."""
         self._entered = True
         return self
 
@@ -105,7 +105,7 @@ class EventStream:
         return self
 
     async def __anext__(self) -> SessionEvent:
-        """Return the next event; a cancelled call, as by a timeout, loses no event.
+        """Return the next event. A call that is cancelled, such as by a timeout, loses no event.
 
         Raises:
             LeaseLost, SessionEnded: The handler may not use the session anymore.

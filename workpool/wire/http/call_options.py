@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Priority(enum.IntEnum):
-    """The order in which waiting calls pass the rate limiter and get connections; lowest first.
+    """The priority of a call at the rate limiter. It also selects the connections of the call.
 
     Attributes:
         COMPLETION: The calls that end a session. They go before all others.

@@ -122,7 +122,7 @@ class RateLimiter:
             return not self._line.must_wait(priority) and self._take_token() == 0
 
     async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
-        """Take a token. If none is left, wait; calls of a higher priority are served first.
+        """Take a token. If none is left, wait for one in the order of the priorities.
 
         A cancelled call takes no token.
         """
