@@ -23,7 +23,7 @@ class WorkpoolError(Exception):
 
 
 class SettingsError(WorkpoolError):
-    """Some settings are wrong. The text names all of them, and quotes no value.
+    """Some settings are wrong. The text of the error names each of them, but shows no value.
 
     Attributes:
         problems: One sentence for each wrong value; the name of the setting comes first.
@@ -35,7 +35,7 @@ class SettingsError(WorkpoolError):
 
 
 class PluginError(WorkpoolError):
-    """A plugin cannot be used. Raised at start.
+    """A plugin cannot be used, so the pool does not start.
 
     Attributes:
         plugin: The name under which the plugin was requested.
@@ -55,14 +55,14 @@ class RegistryError(WorkpoolError):
 
 
 class LeaseRenewerError(WorkpoolError):
-    """The lease renewer failed, so no lease can be extended. Ends the pool.
+    """The lease renewer failed, so no lease can be extended, and the pool ends.
 
     See workpool/docs/architecture.md, "Renewals".
     """
 
 
 class PollerError(WorkpoolError):
-    """A poller crashed five times in a row. Ends the pool; `__cause__` is the last crash."""
+    """A poller crashed five times in a row, so the pool ends; `__cause__` is the last crash."""
 
 
 class ControlPlaneError(WorkpoolError):

@@ -1,4 +1,4 @@
-"""The events that observers receive: one frozen dataclass for each kind of fact.
+"""The events that observers receive: one frozen dataclass for each kind of event.
 
 An event is created after the fact, and the pool never reads one to decide what to do next. Ids of
 items and sessions are in events and logs, never in the labels of metrics. See
@@ -125,7 +125,7 @@ class AckFinished:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatFinished:
-    """A heartbeat has its final result. `lag_seconds`: actual minus planned time of sending.
+    """A heartbeat has its final result. `lag_seconds`: how late it was sent.
 
     Usually created on the thread of the lease renewer.
     """
@@ -246,7 +246,7 @@ class CredentialRefreshed:
 
 @dataclass(frozen=True, slots=True)
 class QueueStatsRead:
-    """The control plane's statistics of the queue, read every `stats_interval`."""
+    """The pool has read the control plane's statistics of the queue, as every `stats_interval`."""
 
     stats: QueueStats
 
@@ -272,7 +272,7 @@ class PluginFailed:
 
 @dataclass(frozen=True, slots=True)
 class DrainStarted:
-    """A drain began. Running sessions have `timeout` seconds (None: no limit)."""
+    """A drain began. Running sessions have `timeout` seconds to end; None: no limit."""
 
     timeout: float | None
 

@@ -84,7 +84,7 @@ class LivePageSource(NamedTuple):
 
 
 class Exporter:
-    """An async context manager that serves one registry.
+    """The HTTP server of a pool's metrics and health, as an async context manager.
 
     Args:
         host: The name or address to listen on.
@@ -158,7 +158,7 @@ class Exporter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the server in bounded time; only a second cancellation interrupts the close."""
+        """Close the server in bounded time, even if this task is cancelled once meanwhile."""
         async with asyncio.TaskGroup() as group:
             closing = group.create_task(self._exit.aclose(), name="exporter-close")
             try:
@@ -210,8 +210,9 @@ class Exporter:
         try:
             await runner.cleanup()
         finally:
-            self._connections.close()
-            await asyncio.sleep(0)  # the loop closes the sockets in its next turn
+            self._connections.close_all()
+            # Let the loop run once, since it closes the sockets in its next turn.
+            await asyncio.sleep(0)
 
     def _make_listen_error(self, error: OSError) -> ListenError:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

@@ -43,7 +43,7 @@ _ANY: Final[Mapping[str, str]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """The conditions for calling a handler again in the same run after it raised.
+    """The conditions for calling a handler again in the same run after it raised an error.
 
     The delay before a retry is random, between 0 and a ceiling that doubles with each retry.
     `Release` and the errors of a session that the pool no longer holds are never retried.
@@ -81,7 +81,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class HandlerRule:
-    """The items that a decorated function takes, and its limits."""
+    """The arguments of `@handler`: the items that the function takes, and its limits."""
 
     type: str
     metadata: Mapping[str, str]
@@ -164,7 +164,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
     stall_timeout: float | None = None,
     retry: Retry | None = None,
 ) -> Function | Callable[[Function], Function]:
-    """Mark a function or method as the handler of the items that match.
+    """Mark a function or method as the handler of items with a certain type and metadata.
 
     An `async def` takes a `Session` and runs on the event loop. A plain `def` takes a
     `BlockingSession` and runs on a thread.
@@ -219,7 +219,7 @@ def rule_of(call: object) -> HandlerRule | None:
     return rule if isinstance(rule, HandlerRule) else None
 
 
-def name_of(call: object) -> str:
+def callable_name(call: object) -> str:
     """Return the name of a function, or the class name of another callable, for labels."""
     inner = _innermost_function(call)
     return str(getattr(inner, "__name__", inner.__class__.__name__))

@@ -41,7 +41,7 @@ CHECK_SECONDS: Final = 1.0
 
 
 class InboundConnections:
-    """The connections of one server, on one event loop.
+    """Limits the number and the waiting times of the connections to one HTTP server.
 
     If a new connection makes more than `limit`, the connection that has waited longest for a
     request is closed: a client that sends its request at once is served although others hold
@@ -88,9 +88,9 @@ class InboundConnections:
         finally:
             self._serving.pop(connection, None)
             if request.transport in self._open:
-                self._await_request(connection, IDLE_SECONDS)
+                self._start_request_deadline(connection, IDLE_SECONDS)
 
-    def close(self) -> None:
+    def close_all(self) -> None:
         """Close all connections now, also those whose client does not read."""
         if self._timer is not None:
             self._timer.cancel()
@@ -106,7 +106,7 @@ class InboundConnections:
                 return False
             self._abort_connection(oldest)
         self._open[connection.transport] = connection
-        self._await_request(connection, HEADER_SECONDS)
+        self._start_request_deadline(connection, HEADER_SECONDS)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(
                 CHECK_SECONDS, self._close_overdue_connections
@@ -140,7 +140,7 @@ class InboundConnections:
             return connection if since <= until else None
         return None
 
-    def _await_request(self, connection: _Connection, seconds: float) -> None:
+    def _start_request_deadline(self, connection: _Connection, seconds: float) -> None:
         connection.due = asyncio.get_running_loop().time() + seconds
         connection.began = False
         self._without_request[connection] = None

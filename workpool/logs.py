@@ -104,9 +104,8 @@ def _redact_tokens(text: str) -> str:
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
-    for form in sorted(
-        found, key=len, reverse=True
-    ):  # longest first: a form may contain another one
+    # Replace the longest form first, because it may contain a shorter one.
+    for form in sorted(found, key=len, reverse=True):
         text = text.replace(form, _REDACTED)
     return text
 

@@ -457,14 +457,14 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "drained is stopped": [
         SourceEdit(
             "completion:Completion",
-            "row = completion_row(item)",
+            "row = completion_table_row(item)",
             "row = TABLE[item.reason if item.reason != EndReason.DRAINED else EndReason.RETURNED]",
         ),
     ],
     "released by silence": [
         SourceEdit(
             "completion:Completion",
-            "self._renewer.let_lease_lapse(lease, release_delay(release))",
+            "self._renewer.send_last_heartbeat(lease, release_delay(release))",
             "0",
         ),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from workpool.handlers import Handler, Retry, handler, is_async_callable, name_of, rule_of
+from workpool.handlers import Handler, Retry, callable_name, handler, is_async_callable, rule_of
 from workpool.session import Session
 
 Signature = Callable[[Session], Coroutine[Any, Any, dict[str, str]]]
@@ -198,7 +198,7 @@ def test_invalid_handler_argument_is_refused_by_name(
 def test_async_callables_are_recognised_and_named(
     call: object, name: str, *, is_async: bool
 ) -> None:
-    assert name_of(call) == name
+    assert callable_name(call) == name
     assert is_async_callable(call) is is_async
 
 

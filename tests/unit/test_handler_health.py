@@ -189,7 +189,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     pauses = []
     for _ in range(8):
         before = bench.loop.time()
-        await bench.health.wait_until_claimable()
+        await bench.health.wait_until_a_handler_may_claim()
         assert bench.health.may_claim(BROKEN)
         pauses.append(bench.loop.time() - before)
         bench.end_session()
@@ -198,7 +198,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     bench.end_session("completed")
     bench.fail_sessions()
     before = bench.loop.time()
-    await bench.health.wait_until_claimable()
+    await bench.health.wait_until_a_handler_may_claim()
     # After a success, the pause starts again at 1 s.
     assert bench.loop.time() - before == pytest.approx(1)
 
@@ -206,15 +206,15 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
 @in_virtual_time
 async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() -> None:
     bench = HealthTestbed()
-    await bench.health.wait_until_claimable()
+    await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == 0
     bench.end_session("completed", handler=OTHER)
     bench.fail_sessions()
-    await bench.health.wait_until_claimable()
+    await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == 0
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)
-    await bench.health.wait_until_claimable()
+    await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(1)
 
 
@@ -230,7 +230,7 @@ async def test_admission_waits_for_running_session_of_failing_handler() -> None:
         bench.end_session("completed")
 
     bench.loop.call_later(100, complete_session)
-    await bench.health.wait_until_claimable()
+    await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(102)
     assert not bench.is_failing
 
@@ -243,7 +243,7 @@ async def test_wait_for_admission_with_two_paused_handlers_ends_after_shorter_pa
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
     before = bench.loop.time()
-    await bench.health.wait_until_claimable()
+    await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() - before == pytest.approx(1)
     assert [a < b for a, b in pairwise(map(bench.health.may_claim, (BROKEN, OTHER)))] == [True]
 
@@ -256,7 +256,7 @@ async def test_wait_for_admission_with_running_and_paused_handler_ends_after_pau
         bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
     bench.owned[OTHER] = 1
     bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
-    await bench.health.wait_until_claimable()
+    await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(4)
     assert bench.health.may_claim(BROKEN)
 

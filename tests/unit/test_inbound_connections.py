@@ -74,7 +74,7 @@ class LimitedServer:
             self.released.set()
             server.close()
             await runner.cleanup()
-            self.connections.close()
+            self.connections.close_all()
             await asyncio.sleep(0)
 
 

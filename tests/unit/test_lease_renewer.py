@@ -278,7 +278,7 @@ async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> 
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
-        one.renewer.let_lease_lapse(lease, 12.4)
+        one.renewer.send_last_heartbeat(lease, 12.4)
         await asyncio.sleep(300)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 5])
     assert lease.status == "released"
@@ -298,7 +298,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
             lease = await one.send_first_heartbeat(item)
             one.renewer.send_heartbeat_soon(lease)
             await asyncio.sleep(0.5)
-            one.renewer.let_lease_lapse(lease, 10)
+            one.renewer.send_last_heartbeat(lease, 10)
             await asyncio.sleep(300)
         assert lease.status == "released"
         ttls = [
@@ -316,7 +316,7 @@ async def test_release_that_cannot_be_sent_ends_in_lost_lease(
     one = testbed(heartbeat=[None, *[UNSENT] * 99])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
-        one.renewer.let_lease_lapse(lease, 10)
+        one.renewer.send_last_heartbeat(lease, 10)
         await asyncio.sleep(300)
     assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
     assert lease.status == "lost"
@@ -331,7 +331,7 @@ async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed])
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         lease.end_lease("lost")
-        one.renewer.let_lease_lapse(lease, 10)
+        one.renewer.send_last_heartbeat(lease, 10)
         await asyncio.sleep(30)
     assert len(one.sent) == 1
 

@@ -277,7 +277,7 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: Rene
         renewer.add_lease(later.lease, later)
         assert later.lease.status == "lost"
         # These calls have no effect after the end of the renewer thread.
-        renewer.let_lease_lapse(lease, 10)
+        renewer.send_last_heartbeat(lease, 10)
         renewer.remove_lease(lease)
     assert len(testbed.failures) == 1
 

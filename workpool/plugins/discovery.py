@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from workpool.errors import PluginError
-from workpool.handlers import name_of
+from workpool.handlers import callable_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -119,7 +119,9 @@ def describe_plugin_object(target: object) -> FoundPlugin:
     if isinstance(target, ModuleType):
         return FoundPlugin(target.__name__.rpartition(".")[2], target.__name__, target)
     described = target if inspect.isclass(target) or inspect.isroutine(target) else type(target)
-    return FoundPlugin(name_of(target), f"{described.__module__}.{described.__qualname__}", target)
+    return FoundPlugin(
+        callable_name(target), f"{described.__module__}.{described.__qualname__}", target
+    )
 
 
 def _distribution_text(point: EntryPoint) -> str:

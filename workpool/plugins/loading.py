@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 from workpool import events, hookspecs
 from workpool.errors import PluginError
-from workpool.handlers import Handler, HandlerRule, is_async_callable, name_of, rule_of
+from workpool.handlers import Handler, HandlerRule, callable_name, is_async_callable, rule_of
 from workpool.hookspecs import PROJECT
 from workpool.plugins.discovery import (
     FoundPlugin,
@@ -91,7 +91,7 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
     target = _instantiate(found, options, where)
     rule = rule_of(target)
     if rule is not None:
-        route = _new_route(found.name, name_of(target), target, rule)
+        route = _new_route(found.name, callable_name(target), target, rule)
         return Plugin(found.name, found.source, {}, (route,))
     hooks: dict[str, Callable[..., Any]] = {}
     routes: dict[object, Route] = {}

@@ -22,7 +22,7 @@ import pluggy
 from workpool import hookspecs
 from workpool.errors import PluginError
 from workpool.events import PluginFailed
-from workpool.handlers import Handler, is_async_callable, name_of, rule_of
+from workpool.handlers import Handler, callable_name, is_async_callable, rule_of
 from workpool.hookspecs import PROJECT, hookimpl
 from workpool.log_fields import pool_logger
 from workpool.plugins.discovery import call_plugin
@@ -329,7 +329,7 @@ def _check_admission_result(plugin: str, answer: object) -> str | None:
 def _convert_to_handler(plugin: str, answer: object) -> Handler:
     # Use `call_plugin`: reading an attribute of `answer` runs code of the plugin, which may fail.
     looking = "looking at the answer of workpool_session_handler"
-    name = call_plugin(plugin, looking, name_of, answer)
+    name = call_plugin(plugin, looking, callable_name, answer)
     # Accept a plain function only with `@handler`: without that mark, it may be a function that
     # returns a coroutine.
     rule = call_plugin(plugin, looking, rule_of, answer)

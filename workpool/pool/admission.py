@@ -53,7 +53,7 @@ class Admission:
         wall: The wall clock.
 
     Attributes:
-        gated: Pollers must await `wait_until_granted` before they poll.
+        gated: Pollers must await `wait_until_claiming_is_allowed` before they poll.
         refused: The reason of the last plugin that refused; None: no plugin refuses.
         granted_at: The time at which the last pause or refusal ended, on the loop's clock.
     """
@@ -103,7 +103,7 @@ class Admission:
         log.info("resumed")
         self._wake_waiters()
 
-    async def wait_until_granted(self) -> None:
+    async def wait_until_claiming_is_allowed(self) -> None:
         """Wait until the pool is not paused and no plugin refuses."""
         waited = False
         while self.paused is not None or self._ask_plugins() is not None:
@@ -130,7 +130,7 @@ class Admission:
         return refused
 
     async def _wait_for_change(self) -> None:
-        """Wait until a pause begins or ends, or until the next check of clock and plugins."""
+        """Wait until a pause begins or ends, or the plugins and the clock must be checked again."""
         seconds = ASK_SECONDS
         if self._paused is not None:
             seconds = max(0.0, min(LOOK_SECONDS, self._until - self._wall()))
@@ -204,7 +204,7 @@ class HandlerHealth:
         failures = self.failures.get(handler.name)
         return failures is None or self._failures_allow_claim(failures)
 
-    async def wait_until_claimable(self) -> None:
+    async def wait_until_a_handler_may_claim(self) -> None:
         """Wait until a handler may claim an item.
 
         Returns at once unless every handler that has run in this pool is failing and may claim no

@@ -80,12 +80,12 @@ class BoundedQueue(Generic[T]):
 
     @property
     def items_set_aside(self) -> list[T]:
-        """A copy of the items that wait for a slot of their handler, the oldest first."""
+        """A copy of the list of items set aside until their handler has a slot, oldest first."""
         return self._aside.copy()
 
     @property
     def is_full(self) -> bool:
-        """Whether an item is in every place; places that polls have reserved do not count.
+        """Whether every place of the queue has an item; a reserved place has none yet.
 
         True also if other pools have taken the remaining slots, so that this pool cannot poll.
         """
@@ -96,14 +96,14 @@ class BoundedQueue(Generic[T]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no item waits or runs."""
+        """Whether the pool has no item: none waits and none runs."""
         return not self._waiting and not self._aside and not self.running
 
     def _count_free_places(self) -> int:
         return self.capacity - self.reserved - self.running - len(self._waiting)
 
     async def reserve_place(self) -> None:
-        """Reserve a place; wait until one is free, in the order of the calls."""
+        """Wait until a place of the queue is free, and reserve it; the first caller goes first."""
         # The conditions are inlined, because a function call would cost time in each session.
         if (
             self._count_free_places() > 0
@@ -131,7 +131,7 @@ class BoundedQueue(Generic[T]):
             raise
 
     def release_reserved_place(self) -> None:
-        """Free a reserved place."""
+        """Free a place that was reserved for a poll and got no item."""
         self.reserved -= 1
         if self._share is not None:
             self._share.return_slot()

@@ -74,9 +74,8 @@ class CompletionTableRow:
     outcome: Outcome
 
 
-TABLE: Final[
-    Mapping[EndReason, CompletionTableRow]
-] = {  # the last row of several end reasons applies
+# If a session has several end reasons, the row of the last one applies.
+TABLE: Final[Mapping[EndReason, CompletionTableRow]] = {
     EndReason.RETURNED: CompletionTableRow("stop", "result", "completed"),
     EndReason.RAISED: CompletionTableRow("stop", "error", "failed"),
     EndReason.TIMED_OUT: CompletionTableRow("stop", "error", "timed_out"),
@@ -93,7 +92,10 @@ WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
 
 
 class Completion:
-    """Ends sessions by the completion table. Lives on the handlers' loop."""
+    """Sends the requests at the end of a session, as the completion table demands.
+
+    Lives on the handlers' loop.
+    """
 
     def __init__(self, context: PoolContext, sender: ItemSender) -> None:
         self._with_message = context.settings.report_errors == "message"
@@ -110,7 +112,7 @@ class Completion:
         Returns:
             The outcome of the session.
         """
-        row = completion_row(item)
+        row = completion_table_row(item)
         if row.item == "untouched":
             return row.outcome
         try:
@@ -183,7 +185,7 @@ class Completion:
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
             if patch := attempt.metadata_at_session_end({}):
-                await self._delete_released_mark(item, patch)
+                await self._delete_exclusion_mark(item, patch)
             return row.outcome
         notes = item.result if row.metadata == "result" else self._error_metadata(item)
         try:
@@ -209,7 +211,7 @@ class Completion:
             return "failed"
         return row.outcome
 
-    async def _delete_released_mark(self, item: PoolItem, patch: Patch) -> None:
+    async def _delete_exclusion_mark(self, item: PoolItem, patch: Patch) -> None:
         """Delete the metadata by which a drain has excluded this run from the attempts.
 
         A failure is logged; it does not change the outcome of the session.
@@ -217,35 +219,41 @@ class Completion:
         try:
             await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
-            pass  # This credential cannot have written the mark, so there is nothing to delete.
+            pass  # This credential cannot have written these metadata: there is nothing to delete.
         except ControlPlaneError as error:
             log.warning(
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
-    async def mark_running_session(self, item: PoolItem) -> None:
+    async def exclude_running_session_from_attempts(self, item: PoolItem) -> None:
         """At the beginning of a drain, write metadata that exclude a running session from attempts.
 
         Without this mark, the run would count as an attempt if the process ended before the
         session. The write is cancelled if the session ends first.
         """
         if item.lease.stop_requested:
-            return  # No worker runs an item again that an operator has asked to stop.
+            # No worker runs this item again, so the number of its attempts does not matter.
+            return
         # The priority is low, so that completions do not wait for this write of every session.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
-        await self._write_released_mark(item, DRAIN_REASON, request)
+        await self._write_exclusion_mark(item, DRAIN_REASON, request)
 
-    async def mark_released_session(self, item: PoolItem, reason: str, seconds: float) -> None:
+    async def exclude_released_session_from_attempts(
+        self, item: PoolItem, reason: str, seconds: float
+    ) -> None:
         """Write metadata that exclude a released session from the attempts, within `seconds`.
 
         Writes nothing if another process may own the item.
         """
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
-            return  # Before the first successful heartbeat, another process may own the item.
-        await self._write_released_mark(item, reason, WRITE._replace(seconds=seconds))
+            # Before the first successful heartbeat another process may own the item: write nothing.
+            return
+        await self._write_exclusion_mark(item, reason, WRITE._replace(seconds=seconds))
 
-    async def _write_released_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
+    async def _write_exclusion_mark(
+        self, item: PoolItem, reason: str, request: SendOptions
+    ) -> None:
         attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
@@ -289,12 +297,12 @@ class Completion:
         if release is item.error or (lease.status == "held" and not attempt.marked):
             draining = item.session is not None and item.session.draining
             hurried = draining or item.handler_task is None
-            await self.mark_released_session(
+            await self.exclude_released_session_from_attempts(
                 item,
                 self._release_reason_text(release),
                 MARK_SECONDS if hurried else MARK_TRY_SECONDS,
             )
-        self._renewer.let_lease_lapse(lease, release_delay(release))
+        self._renewer.send_last_heartbeat(lease, release_delay(release))
         await item.wait_until(
             lambda: lease.status != "held", lease.remaining_seconds(self._clock())
         )
@@ -320,7 +328,7 @@ def _error_for_reason(reason: EndReason | None) -> Exception:
     return TimeoutError("the session's time is over")
 
 
-def completion_row(item: PoolItem) -> CompletionTableRow:
+def completion_table_row(item: PoolItem) -> CompletionTableRow:
     """Return the row of the completion table for the item's gravest end reason."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
@@ -352,7 +360,7 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
     lease = item.lease
     match lease.status:
         case "finished":
-            return completion_row(item).outcome
+            return completion_table_row(item).outcome
         case "lost":
             return "lease_lost"
     return outcome_of_expired_lease(lease)
@@ -372,7 +380,8 @@ def outcome_of_expired_lease(lease: Lease) -> Outcome:
 def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
     """Yield the errors inside an exception group, at any depth, or a plain error itself."""
     unread = [error]
-    while unread:  # a loop, since deeply nested groups would exceed the recursion limit
+    # Deeply nested groups would exceed the recursion limit of a recursive function.
+    while unread:
         each = unread.pop()
         if isinstance(each, BaseExceptionGroup):
             unread.extend(each.exceptions)

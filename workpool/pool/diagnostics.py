@@ -62,8 +62,8 @@ class LoopMonitor:
         self._asked_at = time.monotonic()
         self._answered_before = 0.0
         """The time of the second last answer."""
-        # Written on the handlers' loop, `_pong` last: a thread that sees the new `_pong` must not
-        # read old values of the other attributes.
+        # The handlers' loop writes `_pong` after the other results of a ping: a thread that sees
+        # the new `_pong` must not read old values of them.
         self._answered_at = time.monotonic()
         self._pong = 0
 
@@ -115,7 +115,7 @@ class LoopMonitor:
             )
         return self._waited >= self._max_block
 
-    def blocked_report(self) -> Callable[[], None]:
+    def prepare_blocked_report(self) -> Callable[[], None]:
         """Measure how long the loop has been blocked until now; return a function that logs it."""
         seconds = time.monotonic() - self._answered_at
         return functools.partial(self._log_blocked_loop, seconds)

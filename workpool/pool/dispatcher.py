@@ -117,7 +117,7 @@ class Dispatcher:
 
     @property
     def must_pause_between_polls(self) -> bool:
-        """Whether pollers must pause between polls.
+        """Whether pollers must pause between polls, since no handler was called for the last items.
 
         True after `UNSTARTED` owned items in a row ended before a handler was called.
         """
@@ -133,9 +133,9 @@ class Dispatcher:
         owned = self.items.find_item(work_item.id)
         # If no expiry timer is set, no item is set aside, and the search would find nothing.
         if owned is None and self._expiry is not None:
-            owned = self._find_set_aside(work_item.id)
+            owned = self._find_item_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
-        seen = self._note_seen(item.id) or item.held_before
+        seen = self._remember_item(item.id) or item.held_before
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
         age = _item_age_seconds(work_item) if origin == "new" else None
         self._context.observe(ItemReceived, work_item, origin, age)
@@ -201,7 +201,7 @@ class Dispatcher:
         self._set_expiry_timer()
         return "aside"
 
-    def _find_set_aside(self, work_id: str) -> PoolItem | None:
+    def _find_item_set_aside(self, work_id: str) -> PoolItem | None:
         return next(
             (item for item in self._context.queue.items_set_aside if item.id == work_id), None
         )
@@ -273,7 +273,7 @@ class Dispatcher:
             )
         self._context.observe(ItemDeclined, work_item, reason)
 
-    def _note_seen(self, work_id: str) -> bool:
+    def _remember_item(self, work_id: str) -> bool:
         """Remember the id of a received item; return whether the item was received before."""
         if work_id in self._seen:
             return True
@@ -318,7 +318,7 @@ class Dispatcher:
             item.notify_waiters()
             if item.handler_runs and item.session is not None:
                 item.session.interrupt(draining=True)
-                mark = self.runner.completion.mark_running_session(item)
+                mark = self.runner.completion.exclude_running_session_from_attempts(item)
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def forget_waiting_items(self) -> None:
@@ -347,7 +347,7 @@ class Dispatcher:
         running = self._context.queue.running
         return running - sum(item.handler_runs for item in self.executor.stuck)
 
-    async def wait_for_mark_writes(self, seconds: float) -> None:
+    async def wait_for_exclusion_writes(self, seconds: float) -> None:
         """Wait for the writes that exclude runs of stuck handlers from the attempts.
 
         The wait takes `seconds` at most. Without it, a drain would abandon these items and cancel

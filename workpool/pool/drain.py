@@ -1,4 +1,4 @@
-"""The drain of a pool: the wait for sessions until the deadline, and their release after it.
+"""The drain of a pool: the wait for its sessions, and the release of those that end too late.
 
 The deadline can be brought forward and never postponed. Lives on the handlers' loop.
 See workpool/docs/architecture.md, "The drain".
@@ -75,7 +75,7 @@ class Drain:
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
-        """Record that the deadline was brought forward, or that an item has ended or is stuck."""
+        """Wake the waits of this drain, after the end of an item or a change of the deadline."""
         self._changed.set()
 
     async def wait_for_sessions(self, dispatcher: Dispatcher) -> None:
@@ -96,7 +96,7 @@ class Drain:
         if not clean:
             dispatcher.release_all_items()
             await self._wait_until_items_finished(dispatcher, lambda: until)
-        await dispatcher.wait_for_mark_writes(until - loop.time())
+        await dispatcher.wait_for_exclusion_writes(until - loop.time())
         abandoned = dispatcher.abandon_items()
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
         seconds = loop.time() - started

@@ -60,7 +60,7 @@ LEAVE_SECONDS = 0.1
 
 
 class HandlerExecutor:
-    """Runs handlers in tasks of `group`. Lives on the handlers' loop.
+    """Runs each handler in a task of a task group. Lives on the handlers' loop.
 
     Attributes:
         stuck: Items whose handler has ignored its cancellation for `REPEAT_SECONDS`.

@@ -47,12 +47,13 @@ def metadata_from_result(returned: object, limits: MetadataLimits | None) -> Map
 
 def _to_json(value: object) -> str:
     try:
-        return orjson.dumps(value, default=_to_plain).decode()
-    except TypeError as error:  # orjson's error text names the type and contains no value
+        return orjson.dumps(value, default=_to_dict_or_list).decode()
+    except TypeError as error:
+        # The text of orjson's error may be shown: it names a type and contains no value.
         raise ResultError(RESULT, f"cannot be written as JSON: {error}") from error
 
 
-def _to_plain(value: Any) -> Any:
+def _to_dict_or_list(value: Any) -> Any:
     """Convert a mapping or sequence of a class that orjson does not know to a dict or list.
 
     Raises:
@@ -75,7 +76,7 @@ def _check_text(key: str, value: str) -> None:
 
 
 def _check_limits(result: Mapping[str, str], limits: MetadataLimits | None) -> Mapping[str, str]:
-    """Return the result if it is within the limits."""
+    """Return the result; raise `ResultError` if it exceeds a limit of the dialect."""
     if limits is None:
         return result
     for number, (key, value) in enumerate(result.items(), 1):

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class _HandlerError:
+class _CaughtHandlerError:
     """An error that a handler raised on its thread, returned as the result of a future.
 
     A future cannot raise every error: StopIteration is not allowed.
@@ -79,7 +79,7 @@ class HandlerThreads:
             finally:
                 calls.refuse_calls()
                 waiting.cancel()
-        if not isinstance(outcome, _HandlerError):
+        if not isinstance(outcome, _CaughtHandlerError):
             return outcome
         if item.cancelled_for is not None and isinstance(outcome.error, SessionGoneError):
             raise asyncio.CancelledError
@@ -98,7 +98,7 @@ class HandlerThreads:
             with release_on_exhaustion():
                 future = asyncio.get_running_loop().run_in_executor(self._threads, run)
         except Exception as error:  # noqa: BLE001 - raised outside of the task group, which wraps it
-            return _HandlerError(error)
+            return _CaughtHandlerError(error)
         while not future.done():
             try:
                 await asyncio.wait({future})
@@ -126,7 +126,7 @@ class HandlerThreads:
                         "is a decorator without `async def` around its function?"
                     )
             except BaseException as error:  # noqa: BLE001 - raised in the handler's task
-                return _HandlerError(error)
+                return _CaughtHandlerError(error)
             else:
                 return returned
             finally:
@@ -140,7 +140,7 @@ class HandlerThreads:
         return None if ident is None else thread_stack(ident)
 
     async def close_threads(self) -> None:
-        """End the threads. A thread whose handler hangs ends after the handler."""
+        """End the threads; a thread whose handler still runs ends after the handler."""
         await self._threads.close()
 
 
@@ -229,7 +229,7 @@ class _ThreadCalls:
 
     def _on_call_ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not future.done():  # A task that was cancelled has not set a result.
+        if not future.done():  # A cancelled task has set no result, so set an error.
             future.set_exception(self._error_of_ended_call())
 
     def _error_of_ended_call(self) -> SessionGoneError:

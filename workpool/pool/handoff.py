@@ -123,7 +123,7 @@ async def hand_off(
     sender.end_waits_for_answers(item)
     renewer.start_handoff_task(HandoffRun(item, handoff, renewer).run_handoff, "handoff")
     try:
-        yield await _wait_until_open(item, handoff, context, sender)
+        yield await _wait_until_handoff_open(item, handoff, context, sender)
         renewer.call_on_loop(handoff.note_child_started)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
@@ -148,7 +148,7 @@ async def settle_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer
         log.info("handed off", extra={"work_id": item.id})
 
 
-async def _wait_until_open(
+async def _wait_until_handoff_open(
     item: PoolItem, handoff: Handoff, context: PoolContext, sender: ItemSender
 ) -> HandedLease:
     lease = item.lease

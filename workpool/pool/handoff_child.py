@@ -1,4 +1,4 @@
-"""The child's side of a handoff: a pool of one item, which a parent has acknowledged.
+"""The child's side of a handoff: a pool that runs one item, which its parent has acknowledged.
 
 The pool does not poll. The first heartbeat expects the parent's last one, so it takes the item only
 if the parent has not taken it back. Lease, handler, completion and drain are as in any pool. See

@@ -195,7 +195,9 @@ class ItemSender:
             if delay >= left:
                 self.check_may_send(item, by_handler=request.by_handler)
                 raise failure
-            await item.wait_until(partial(self._may_retry_at_once, item.lease, failure), delay)
+            await item.wait_until(
+                partial(self._may_end_wait_before_retry, item.lease, failure), delay
+            )
 
     async def read_while_leased(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
@@ -249,7 +251,7 @@ class ItemSender:
             self.check_may_send(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
-    def _may_retry_at_once(self, lease: Lease, failure: TransientError) -> bool:
+    def _may_end_wait_before_retry(self, lease: Lease, failure: TransientError) -> bool:
         """Return whether the wait before a retry may end early.
 
         It may once a heartbeat has verified the lease after a pause, or once the lease has ended.

@@ -360,7 +360,8 @@ class Lease:
         ttl = self._release_ttl or self._ttl_asked
         lag = max(0.0, now - planned_at)
         before = self.deadline
-        # The heartbeat may shorten the lease to the requested TTL, and its answer may be lost.
+        # Shorten the deadline before the answer: the heartbeat may shorten the lease to the
+        # requested TTL, and its answer may be lost.
         self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
         # Wait for a part of the TTL only, so that time is left for another try.
         left = self.give_up_at - now
@@ -431,7 +432,7 @@ class Lease:
         return HeartbeatDecision("again", "recovered")
 
     def status_from_read(self, item: WorkItem) -> Status:
-        """Return the status that follows from the item that was just read.
+        """Return the status of the lease, as the item that was just read shows it.
 
         As long as `acknowledged_at` is that of this pool's ack, no other worker has acknowledged
         it. During a handoff parent and child expect the same heartbeat; a later heartbeat is the

@@ -121,9 +121,9 @@ class LeaseRenewer:
         self.pauses = PauseDetector(clock, wall)
         # Changed on the handlers' loop, copied on the renewer's. Each change and copy is atomic.
         self._leases: dict[Lease, PoolItem] = {}
-        # Written on the handlers' loop.
+        # These two flags are written on the handlers' loop.
         self._serving = self._closing = False
-        # Written on the renewer's thread.
+        # This error is written on the renewer's thread.
         self._error: LeaseRenewerError | None = None
 
         # The following attributes are used on the renewer's loop only.
@@ -160,7 +160,7 @@ class LeaseRenewer:
         await self._close_thread()
 
     def add_lease(self, lease: Lease, item: PoolItem) -> None:
-        """Extend `lease`, which has begun, from now on.
+        """Begin to extend a lease whose first heartbeat has succeeded.
 
         Wakes the thread only if the lease is due.
         """
@@ -181,7 +181,7 @@ class LeaseRenewer:
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            # The handoff waits for the answer to a heartbeat, and no heartbeat follows anymore.
+            # Wake the handoff, which waits for answers to heartbeats: no heartbeat follows anymore.
             self.call_on_loop(item.handoff.wake_handoff_task)
 
     def send_heartbeat_soon(self, lease: Lease) -> None:
@@ -192,7 +192,7 @@ class LeaseRenewer:
         """Check all leases now, because the machine was paused."""
         self.call_on_loop(self._look_now.set)
 
-    def let_lease_lapse(self, lease: Lease, delay: float) -> None:
+    def send_last_heartbeat(self, lease: Lease, delay: float) -> None:
         """Release an item: send one last heartbeat, whose lease ends after `delay` seconds."""
         self.call_on_loop(
             lambda: self._send_unscheduled_heartbeat(
@@ -208,7 +208,7 @@ class LeaseRenewer:
 
     def call_on_loop(self, callback: Callable[[], object]) -> None:
         """Run a callback on the renewer's loop."""
-        self._schedule_call(self._run_call, callback)
+        self._schedule_call(self._run_callback, callback)
 
     def held_leases(self) -> list[Lease]:
         """The leases that are held now. May be called on any thread."""
@@ -293,7 +293,7 @@ class LeaseRenewer:
             self._waiting.appendleft(lease)
             self._start_due_heartbeats()
 
-    def _run_call(self, callback: Callable[[], object]) -> None:
+    def _run_callback(self, callback: Callable[[], object]) -> None:
         try:
             callback()
         except BaseException as error:
@@ -369,7 +369,7 @@ class LeaseRenewer:
             self._handlers_loop.call_soon_threadsafe(callback)
 
     def report_lease_change(self, item: PoolItem) -> None:
-        """Report that the lease of an item has changed."""
+        """Report to the handlers' loop that the lease of an item has changed."""
         self._call_on_handlers_loop(functools.partial(self._callbacks.changed, item))
 
     def heartbeat_now(self, lease: Lease) -> None:
@@ -423,7 +423,7 @@ class LeaseRenewer:
         for lease in leases:
             if now >= lease.give_up_at and lease.status == "held":
                 lease.end_if_expired(now)
-                self._report_loss(lease)
+                self._report_lost_lease(lease)
                 continue
             at = lease.give_up_at
             if lease.due_at <= now:
@@ -492,7 +492,7 @@ class LeaseRenewer:
             lease.verify_after_pause(self.clock())
         return held
 
-    def _report_loss(self, lease: Lease) -> None:
+    def _report_lost_lease(self, lease: Lease) -> None:
         item = self._leases.get(lease)
         if item is None:  # The session has ended since the check began, so nobody uses the lease.
             return
@@ -501,7 +501,7 @@ class LeaseRenewer:
             item.handoff.wake_handoff_task()
 
     def _watch_handlers_loop(self) -> None:
-        """Measure, once a tick, how late the handlers' loop is."""
+        """Measure, once per `tick_seconds`, how late the handlers' loop is."""
         loop = asyncio.get_running_loop()
         times = loop.time(), time.monotonic()
         # Take the larger difference of two clocks: the loop's own clock lags behind while the loop
@@ -518,7 +518,7 @@ class LeaseRenewer:
             self.renewing = True
             self.monitor.send_ping()
         elif self.monitor.add_unanswered_seconds(seconds) and self.renewing:
-            self._stop_renewing(self.monitor.blocked_report())
+            self._stop_renewing(self.monitor.prepare_blocked_report())
 
     def _on_handlers_loop_ended(self) -> None:
         """Renew no lease anymore, because the handlers' loop was stopped or closed."""

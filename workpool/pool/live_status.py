@@ -55,7 +55,7 @@ def live_status(
     """
     snapshot = view.snapshot()
     counts = counts_by_environment.get(worker["environment_id"], {})
-    sessions = sorted(_executing_items(view), key=lambda item: item.acked_at)
+    sessions = sorted(_items_with_running_handler(view), key=lambda item: item.acked_at)
     now = view.context.clock()
     return {
         **worker,
@@ -145,7 +145,7 @@ def _sum_counts(statuses: Sequence[Mapping[str, Any]], name: str) -> dict[str, f
     return dict(sums)
 
 
-def _executing_items(view: PoolView) -> Iterator[PoolItem]:
+def _items_with_running_handler(view: PoolView) -> Iterator[PoolItem]:
     return (item for item in view.dispatcher.items.copy_items() if item.handler_runs)
 
 

@@ -157,9 +157,9 @@ class PollerGroup:
         self.refused = False
         self._refused_since = None
         if null:
-            self._set_target_size(self.target - 1, "nulls")
+            self._set_number_of_pollers(self.target - 1, "nulls")
         elif self.target < len(self._turns):
-            self._set_target_size(self.target + 1, "hits")
+            self._set_number_of_pollers(self.target + 1, "hits")
         idle = null and self._context.queue.is_idle
         if idle and not self._idle:  # Log it only when the pool becomes idle, not after each poll.
             log.info("idle; waiting for work")
@@ -171,7 +171,7 @@ class PollerGroup:
         """Record a poll that brought an item that cannot be read; log each item once."""
         self.refused = False
         self._refused_since = None
-        self._set_target_size(self.target + 1, "hits")
+        self._set_number_of_pollers(self.target + 1, "hits")
         if error.work_id in self._unreadable:
             return
         self._unreadable[error.work_id] = None
@@ -203,7 +203,7 @@ class PollerGroup:
 
     def halve_pollers(self) -> None:
         """Halve the number of pollers after a 429."""
-        self._set_target_size(self.target // 2, "throttled")
+        self._set_number_of_pollers(self.target // 2, "throttled")
 
     def note_ack_result(
         self, error: RefusedError | ConflictError | PreconditionError | None
@@ -238,7 +238,7 @@ class PollerGroup:
             # This wait is not endless, because every poll has a time limit.
             await self._answered.wait()
 
-    def _set_target_size(self, wanted: int, reason: ScaleReason) -> None:
+    def _set_number_of_pollers(self, wanted: int, reason: ScaleReason) -> None:
         target = max(1, min(wanted, len(self._turns)))
         if target == self.target:
             return
@@ -289,8 +289,9 @@ class Poller:
                 await self._poll_once()
                 crashes = 0
             except (Exception, asyncio.CancelledError) as error:
+                # A CancelledError without a cancellation of this task is a bug, so count a crash.
                 if isinstance(error, asyncio.CancelledError) and _is_task_cancelled():
-                    raise  # a CancelledError that a bug leaked is handled below, like a crash
+                    raise
                 crashes += 1
                 log.exception("poller crashed", extra={"in_a_row": crashes})
                 self._context.observe(PollerRestarted, error)
@@ -345,9 +346,9 @@ class Poller:
             if self._group.cooldown_until:
                 await self._group.wait_for_cooldown()
             if self._dispatcher.health.failures:
-                await self._dispatcher.health.wait_until_claimable()
+                await self._dispatcher.health.wait_until_a_handler_may_claim()
             if self._admission.gated:
-                await self._admission.wait_until_granted()
+                await self._admission.wait_until_claiming_is_allowed()
             await self._context.client.acquire_ack_permit()
             permitted = True
             item = await self._send_poll()

@@ -1,4 +1,4 @@
-"""One item from its slot to its end: acknowledge, first heartbeat, handler, completion.
+"""Runs an item from its slot to its end: acknowledgement, first heartbeat, handler, completion.
 
 `SessionRunner.run_item` is the main path of the pool; it reads top to bottom. `close_item` ends an
 item exactly once, however often it is called. Every acknowledged session ends in exactly one
@@ -133,7 +133,7 @@ class SessionRunner:
             if not await self._acknowledge_item(item):
                 return
             if item.handler is None:
-                await self._answer_healthcheck(item)
+                await self._complete_healthcheck(item)
                 return
             session = await self._begin_session(item)
             if item.reason is None:
@@ -207,7 +207,10 @@ class SessionRunner:
         return True
 
     async def _begin_session(self, item: PoolItem) -> Session:
-        """Create the session, send first heartbeats, record reasons not to call the handler."""
+        """Create the session, send its first heartbeat, and record reasons not to call the handler.
+
+        Writes the number of the run if the item was run before.
+        """
         lease, redelivered = item.lease, item.held_before
         attempt = item.attempt = Attempt(item.work_item.metadata, redelivered=redelivered)
         session = item.session = Session(
@@ -218,7 +221,9 @@ class SessionRunner:
             retry=attempt.retry,
         )
         if self._context.draining:
-            await self.completion.mark_released_session(item, DRAIN_REASON, MARK_SECONDS)
+            await self.completion.exclude_released_session_from_attempts(
+                item, DRAIN_REASON, MARK_SECONDS
+            )
         await self._claimer.send_first_heartbeats(item)
         self._context.renewer.add_lease(lease, item)
         item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
@@ -241,7 +246,7 @@ class SessionRunner:
         self.unstarted = 0
         await self._executor.run_handler(item, handler, session)
         if item.mark_task is not None:
-            await _wait_for_mark_write(item.mark_task)
+            await _wait_for_exclusion_write(item.mark_task)
         if item.handoff is not None:
             await settle_handoff(item, item.handoff, self._context.renewer)
         item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
@@ -296,7 +301,7 @@ class SessionRunner:
                 "attempt refused: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
-    async def _answer_healthcheck(self, item: PoolItem) -> None:
+    async def _complete_healthcheck(self, item: PoolItem) -> None:
         """Complete a health check: stop its item after the ack, without calling a handler."""
         if item.lease.unsettled:
             await self._claimer.send_first_heartbeats(item)
@@ -366,8 +371,8 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
     log.info("session ended", extra=fields | session.trace_fields)
 
 
-async def _wait_for_mark_write(task: asyncio.Task[None]) -> None:
-    """Wait for the metadata write of a drain, then cancel it.
+async def _wait_for_exclusion_write(task: asyncio.Task[None]) -> None:
+    """Wait briefly for the metadata write that a drain has begun, then cancel it.
 
     If it were applied after the metadata of the completion, it would overwrite them.
     """
@@ -404,7 +409,7 @@ class SessionCalls:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Do not count the time of this block as a stall. May be used on any thread."""
+        """Keep the time of a `with` block from counting towards `stall_timeout`, on any thread."""
         waits = self._item.waits
         waits.append(None)
         try:

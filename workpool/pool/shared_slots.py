@@ -56,7 +56,7 @@ class SharedSlots:
 
     def available_to(self, share: SlotShare) -> int:
         """Return the number of slots that an environment could take now, besides those it uses."""
-        common, most = self._count_free()
+        common, most = self._count_free_slots()
         return min(common + (not share.taken), most)
 
     def take_slot(self, share: SlotShare) -> bool:
@@ -88,7 +88,7 @@ class SharedSlots:
         The function starts an item or a poll in the slot. None if no environment waits for a slot
         that it may take.
         """
-        common, most = self._count_free()
+        common, most = self._count_free_slots()
         waiting = [
             (each, use_slot)
             for each in self._shares
@@ -96,7 +96,7 @@ class SharedSlots:
         ]
         return min(waiting, key=lambda each: each[0].rank, default=None)
 
-    def _count_free(self) -> tuple[int, int]:
+    def _count_free_slots(self) -> tuple[int, int]:
         """Return two limits on the slots that may still be taken.
 
         Returns:

@@ -92,7 +92,7 @@ class Supervisor:
             loop; None: it has its own. Set before the start.
     """
 
-    # The simulation replaces the renewer and the clocks.
+    # These are class attributes so that the simulation can replace the renewer and the clocks.
     _renewer: ClassVar[type[LeaseRenewer]] = LeaseRenewer
     _clock: Clock = staticmethod(lease_clock)
     _wall: Clock = staticmethod(wall_clock)
@@ -510,7 +510,7 @@ class Supervisor:
         self._drain.request(None)
 
     def _end_with_error(self, error: BaseException) -> None:
-        """End the pool because of an error: drain it; the error is raised after that."""
+        """Record the error that ends the pool, and begin a drain; the error is raised after it."""
         if self._error is None:
             self._error = error
         self._drain.request(self.settings.drain_timeout)

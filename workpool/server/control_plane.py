@@ -265,7 +265,7 @@ class ControlPlane:
         bound = self._bind_port(stack)
         tokens = AcceptedTokens(self._tokens or {}, self.engine.signing_key, self._worker_keys)
         self._connections = connections = InboundConnections(_max_connections())
-        stack.callback(connections.close)
+        stack.callback(connections.close_all)
         routes = [
             route
             for dialect in DIALECTS.values()
