@@ -99,7 +99,7 @@ def make_settings(
 
 @pytest.fixture
 def make_pool(make_settings: Callable[..., Settings], recorder: Recorder) -> PoolFactory:
-    """Return a function that makes a supervisor, not yet started, with plugins and the recorder."""
+    """Return a function that makes, but does not start, a supervisor with plugins and recorder."""
 
     def make_supervisor(*plugins: object, **settings: Any) -> Supervisor:
         return Supervisor(make_settings(**settings), plugins=[*plugins, recorder])

@@ -1,4 +1,4 @@
-"""The picture of the demo in README: `python -m tests.demo_picture` writes it.
+"""Writes the picture of the demo that README shows: `python -m tests.demo_picture`.
 
 The picture has the last table of a demo of 40 sessions, below the sentences about sessions that
 changed hands.

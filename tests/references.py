@@ -63,17 +63,17 @@ def metrics_reference() -> Iterator[str]:
             )
 
 
-def commands_with_names(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+def walk_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield each command with its full name."""
     if not hasattr(command, "list_commands"):
         yield path, command
         return
     context = command.make_context(path, [], resilient_parsing=True)
     for name in command.list_commands(context):
-        yield from commands_with_names(command.get_command(context, name), f"{path} {name}")
+        yield from walk_commands(command.get_command(context, name), f"{path} {name}")
 
 
-def help_examples(command: Any) -> list[str]:
+def examples_in_help(command: Any) -> list[str]:
     """Return the lines of the examples in the help text of a command."""
     return [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
 
@@ -113,13 +113,13 @@ def cli_reference() -> Iterator[str]:
     yield "### `workpool`"
     yield ""
     yield from parameter_table(root)
-    for path, command in commands_with_names(root, "workpool"):
+    for path, command in walk_commands(root, "workpool"):
         yield ""
         yield f"### `{path}`"
         yield ""
         yield re.sub(r"(?<!\n)\n(?!\n)", " ", command.help or "")
         yield ""
-        yield from ("```console", *help_examples(command), "```", "")
+        yield from ("```console", *examples_in_help(command), "```", "")
         yield from parameter_table(command, settings=path != "workpool check")
 
 

@@ -56,7 +56,7 @@ MODULES_WITH_BROAD_EXCEPT = {
     "pool/poller.py",  # An error in one poll must not end the poller.
     "pool/item_requests.py",  # An error in one heartbeat must not end the other leases.
     "pool/lease_renewer.py",  # Any error of the renewer thread is raised on the handlers' loop.
-    "pool/diagnostics.py",  # Any error of the thread that writes a report is raised by its caller.
+    "pool/diagnostics.py",  # Any error of the report's thread is raised on the thread that waits.
     "server/stores/sqlite.py",  # Any error of the writer thread must be raised on the event loop.
     # aiohttp would report an error of this module's check as a failed connection.
     "wire/http/checked_request.py",
@@ -269,7 +269,7 @@ def test_plugins_use_the_public_api_only(path: Path) -> None:
         ("from workpool.server import ControlPlane", ["workpool.server"]),
     ],
 )
-def test_private_import_of_plugin_is_found(source: str, found: list[str]) -> None:
+def test_private_import_in_code_of_plugin_is_found(source: str, found: list[str]) -> None:
     assert private_names_used(source) == set(found)
 
 
@@ -306,7 +306,7 @@ DIALECT_TABLES = {
     "server/http/server_dialects.py",
 }
 DIALECT_TEXTS = {
-    "cli/conform.py",  # Its help text shows an example with `--dialect anthropic`.
+    "cli/conform.py",  # The help of this command shows an example with `--dialect anthropic`.
     # These three modules contain the conformance clauses that differ between the dialects.
     "conformance/clauses/heartbeats.py",
     "conformance/clauses/stops.py",

@@ -1,4 +1,4 @@
-"""Citations of documents by path and heading in the code: every citation resolves."""
+"""Every document and heading that the code cites must exist."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def test_citation_of_every_module_names_an_existing_heading() -> None:
         ("conformance", "protocol", "Leases"),
     ],
 )
-def test_modules_of_package_cite_its_document(part: str, document: str, heading: str) -> None:
+def test_modules_of_subpackage_cite_the_document_about_it(
+    part: str, document: str, heading: str
+) -> None:
     modules = (PACKAGE / part).rglob("*.py")
     cited = {each for path in modules for each in cited_headings(path.read_text())}
     assert (f"workpool/docs/{document}.md", heading) in cited
@@ -174,7 +176,7 @@ def test_documented_item_state_transitions_equal_transitions_in_code() -> None:
     assert documented == TRANSITIONS
 
 
-def test_documented_table_of_end_reasons_equals_code() -> None:
+def test_documented_end_reasons_equal_end_reasons_in_code() -> None:
     documented = [tuple(row) for row in architecture_table_rows("end reason")]
     assert documented == [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())

@@ -123,7 +123,7 @@ async def test_every_dashboard_query_has_a_result_after_drain_kill_and_outage(
 
 
 async def wait_for_query_value(url: str, query: str, value: float) -> None:
-    """Wait until a query of Prometheus has this value."""
+    """Wait until a query of Prometheus returns the given value."""
     async with asyncio.timeout(60), aiohttp.ClientSession() as http:
         while True:
             found = await _query_prometheus(http, url, query)

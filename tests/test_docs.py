@@ -63,7 +63,7 @@ def code_blocks(language: str) -> list[str]:
     return list(dict.fromkeys(re.findall(pattern, text, re.DOTALL | re.MULTILINE)))
 
 
-def code_block_with(marker: str, language: str = "python") -> str:
+def code_block_containing(marker: str, language: str = "python") -> str:
     """Return the one code block that contains `marker`."""
     [found] = [text for text in code_blocks(language) if marker in text]
     return found
@@ -71,7 +71,7 @@ def code_block_with(marker: str, language: str = "python") -> str:
 
 @pytest.mark.parametrize("name", references.PAGES)
 def test_generated_part_of_page_matches_code(name: str) -> None:
-    """After a failure, `python -m tests.references` writes the pages."""
+    """If this test fails, `python -m tests.references` writes the pages anew."""
     assert references.with_generated_part(page_text(name), references.PAGES[name]()) == page_text(
         name
     )
@@ -189,7 +189,7 @@ async def control_plane_for_examples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> AsyncIterator[ControlPlane]:
     """Open a control plane, set its environment variables, and write an importable `reports.py`."""
-    (tmp_path / "reports.py").write_text(code_block_with("# reports.py"))
+    (tmp_path / "reports.py").write_text(code_block_containing("# reports.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     async with ControlPlane() as plane:
@@ -201,7 +201,7 @@ async def control_plane_for_examples(
 
 def run_example(marker: str, folder: Path) -> dict[str, Any]:
     path = folder / "example.py"
-    path.write_text(code_block_with(marker))
+    path.write_text(code_block_containing(marker))
     return runpy.run_path(str(path))
 
 
@@ -281,7 +281,7 @@ async def test_documented_plugin_with_process_pool_writes_result_and_ends_proces
     tmp_path: Path,
 ) -> None:
     # Each process of the example's process pool imports this module.
-    (tmp_path / "primes.py").write_text(code_block_with("# primes.py"))
+    (tmp_path / "primes.py").write_text(code_block_containing("# primes.py"))
     primes = importlib.import_module("primes").Primes
     done = await metadata_written_by_plugin(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'
@@ -311,7 +311,7 @@ async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handoff_ends_session_with_its_program(
+async def test_documented_handoff_to_workpool_hold_ends_session(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real `workpool hold` process takes the item over, runs a program, and stops the item."""
@@ -336,7 +336,7 @@ async def test_documented_handler_answers_tool_uses_of_session(
     tmp_path: Path, control_plane_for_examples: ControlPlane
 ) -> None:
     names = run_example("async def talk(", tmp_path)
-    script = json.loads(code_block_with('"custom": true', "json"))
+    script = json.loads(code_block_containing('"custom": true', "json"))
     # The handler of the example reads only entries with these two keys.
     uses = [entry for entry in script if set(entry) == {"name", "input"}]
     async with Supervisor(Settings(), plugins=[names["talk"]]):
@@ -445,9 +445,9 @@ def test_documented_tests_of_handlers_pass(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    pytester.makepyfile(reports=code_block_with("# reports.py"))
+    pytester.makepyfile(reports=code_block_containing("# reports.py"))
     for name in ("test_reports", "test_approval", "test_export", "test_answering", "test_count"):
-        pytester.makepyfile(**{name: code_block_with(f"# {name}.py")})
+        pytester.makepyfile(**{name: code_block_containing(f"# {name}.py")})
     result = pytester.runpytest_inprocess("-p", "pytest_workpool")
     result.assert_outcomes(passed=7)
 
@@ -458,7 +458,7 @@ def glossary_entries() -> list[list[str]]:
 
 
 def code_name_exists(path: str) -> bool:
-    """Return whether a dotted name exists in `workpool`, or in `tests` if that is its start."""
+    """Return whether a dotted name exists in `workpool`, or in `tests` if it begins with that."""
     module, names = "workpool", path.split(".")
     if names[0] == "tests":
         module = names.pop(0)

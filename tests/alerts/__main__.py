@@ -64,7 +64,7 @@ class AlertFirings:
 
 
 async def main() -> int:
-    """Run the alert causes whose names contain an argument, and print the alerts that fired."""
+    """Run the alert causes that the command line selects, and print the alerts that fired."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="parts of names of causes; default: all")
     parser.add_argument("--minutes", type=float, default=MINUTES)
@@ -103,7 +103,7 @@ async def main() -> int:
                 cause_task.cancel()
             for setup in setups.values():
                 setup.kill_workers()
-            # Without any worker, the rule WorkpoolNoWorkers must fire within this time.
+            # No worker is left, so the alert WorkpoolNoWorkers must fire during this sleep.
             await asyncio.sleep(150)
             watching.cancel()
     return _print_report(firings, {name: setups[name].environment for name in chosen})

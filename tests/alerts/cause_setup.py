@@ -1,4 +1,4 @@
-"""The control plane and the workers that run in one situation that must make alerts fire."""
+"""Runs a control plane and its workers in a situation that must make alerts fire."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class CauseSetup:
     def enqueue_items(
         self, *, count: int = 1, do: str = "sleep", kind: str = "wanted", seconds: str = "1"
     ) -> tuple[Item, ...]:
-        """Enqueue items whose metadata choose the behaviour of their handler."""
+        """Enqueue items whose metadata `do` selects the behaviour of the handler."""
         metadata = {"do": do, "kind": kind, "seconds": seconds}
         return self.plane.enqueue(count, metadata)
 

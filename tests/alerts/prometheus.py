@@ -1,4 +1,4 @@
-"""A real Prometheus on the loopback interface."""
+"""Starts a real Prometheus that listens on the loopback interface."""
 
 from __future__ import annotations
 

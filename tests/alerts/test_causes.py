@@ -1,4 +1,7 @@
-"""Checks without a run of 20 minutes that the plugins in the table of alert causes exist."""
+"""Checks that the plugins in the table of alert causes exist.
+
+Only `python -m tests.alerts`, which takes 20 minutes, runs them.
+"""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def unmount_all(folder: Path) -> None:
 
 
 class PodmanEngine:
-    """A Podman with its own storage in `folder`."""
+    """A Podman installation whose storage is in `folder`, apart from that of the machine."""
 
     def __init__(self, folder: Path) -> None:
         self.budget = TimeBudget()
@@ -164,7 +164,7 @@ class PodmanEngine:
 
 
 def make_base_image(engine: PodmanEngine, folder: Path) -> None:
-    """Pull the base image that the environment names, or build one from Debian's packages."""
+    """Pull the image that `TEST_CONTAINER_BASE` names, or build one from Debian's packages."""
     if name := os.environ.get("TEST_CONTAINER_BASE"):
         engine.run_build_command("pull", name)
         engine.run_build_command("tag", name, BASE)
@@ -296,7 +296,7 @@ class WorkerStarter:
 
 @pytest.fixture
 def shared_directory() -> Iterator[Path]:
-    """A folder whose files the user inside the container can read."""
+    """Return a folder whose files the user inside the container can read."""
     with tempfile.TemporaryDirectory(prefix="workpool-") as name:
         Path(name).chmod(0o755)
         yield Path(name)

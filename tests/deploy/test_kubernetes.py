@@ -56,7 +56,7 @@ def manifests_in_files() -> list[Manifest]:
 
 
 def manifest_of_kind(found: list[Manifest], kind: str) -> Manifest:
-    """Return the only manifest of a kind, or that of the workers if there are several."""
+    """Return the manifest of a kind; if there are several, return that of the workers."""
     ones = [each for each in found if each["kind"] == kind]
     if len(ones) > 1:
         ones = [each for each in ones if each["metadata"]["name"] == "workpool"]
@@ -540,7 +540,7 @@ def test_documented_trigger_authentication_is_valid_and_uses_the_scale_token() -
     assert wanted["metadata"]["valueLocation"] in FLEET_NUMBERS
 
 
-def test_rollout_ends_no_running_job_and_starts_new_workers_first() -> None:
+def test_rollout_keeps_running_jobs_and_starts_new_pods_before_ending_old() -> None:
     job, deployment = (
         manifest_of_kind(manifests_in_files(), "ScaledJob"),
         manifest_of_kind(manifests_in_files(), "Deployment"),

@@ -54,7 +54,7 @@ def tolerate_loaded_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class EndedItem:
-    """The end of one item that one pool ran: outcome, requests and final state."""
+    """The outcome, the requests and the final state of an item that a pool ran."""
 
     item: Item
     finished: SessionFinished

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    """Wait until a condition that other tasks, threads or the kernel change is true.
+    """Check a condition repeatedly until other tasks, threads or the kernel make it true.
 
     Raises:
         TimeoutError: The condition was false for 30 s.

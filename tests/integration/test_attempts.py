@@ -1,4 +1,4 @@
-"""Attempts: counted runs of an item, their numbers, and their metadata."""
+"""Attempts are the counted runs of an item: their numbers and their metadata."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def short_attempt_number_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 0.1)
 
 
-async def test_attempt_of_new_item_is_one_without_extra_request(item_testbed: ItemTestbed) -> None:
+async def test_new_item_has_attempt_number_one_without_extra_request(
+    item_testbed: ItemTestbed,
+) -> None:
     await item_testbed.run_one_session(return_at_once, max_attempts=1)
     assert item_testbed.attempt_numbers == [1]
     assert [request.op for request in item_testbed.faults.of(work_id=item_testbed.id)] == [
@@ -269,7 +271,7 @@ async def test_release_mark_is_written_as_soon_as_drain_is_requested(
     ],
     ids=["completes", "completes_with_result", "fails"],
 )
-async def test_session_that_ends_during_drain_leaves_no_mark(
+async def test_session_that_ends_during_drain_leaves_no_release_mark(
     item_testbed: ItemTestbed, end: Any, outcome: str, metadata: Any
 ) -> None:
     await item_testbed.drain_during_session(handler_ended_by_drain(end), timeout=LONG)

@@ -120,7 +120,7 @@ async def test_call_path_benchmark_lists_source_files_that_one_item_uses() -> No
     bare, pool, *files = await printed_rows("call_path.py", "--items", "20", "--by-file")
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
-    counted = files[2:]  # skips the two header lines of the second table
+    counted = files[2:]  # The first two rows are the header of the second table.
     assert len(counted) == int(pool[1])
     assert sum(int(functions) for _, functions, _ in counted) == int(pool[2])
     assert float(pool[4]) > float(bare[4])

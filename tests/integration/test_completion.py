@@ -1,4 +1,4 @@
-"""The table of end reasons, row by row: the outcome of the session and its requests.
+"""For each reason why a session ends: the outcome of the session and its last requests.
 
 See workpool/docs/architecture.md, "The end of a session".
 """
@@ -58,7 +58,7 @@ def function_raising(error: BaseException) -> Callable[[], Any]:
     return raise_error
 
 
-async def test_handler_that_returns_mapping_completes_with_metadata(
+async def test_session_whose_handler_returns_mapping_completes_with_metadata(
     run_one_item: Any, recorder: Recorder
 ) -> None:
     async def return_mapping(_: Session) -> dict[str, str]:
@@ -87,7 +87,9 @@ async def test_session_without_result_sends_only_ack_heartbeat_and_stop(
     assert final.metadata == {}
 
 
-async def test_handler_that_raises_fails_with_error_type_as_metadata(run_one_item: Any) -> None:
+async def test_exception_of_handler_fails_session_with_error_type_as_metadata(
+    run_one_item: Any,
+) -> None:
     error = ValueError("the secret is 42")
 
     async def raise_error(_: Session) -> None:
@@ -123,7 +125,7 @@ async def test_message_of_error_is_written_if_report_errors_is_message(
      ({"a": "\ud800"}, "ResultError")],
     ids=["object", "bytes", "number_as_key", "surrogate"],
 )  # fmt: skip
-async def test_handler_that_returns_invalid_result_fails(
+async def test_invalid_result_of_handler_fails_session(
     run_one_item: Any, returned: Any, error: str
 ) -> None:
     async def return_value(_: Session) -> Any:
@@ -140,7 +142,7 @@ async def test_handler_that_returns_invalid_result_fails(
     [SystemExit(3), asyncio.CancelledError("leaked"), GeneratorExit(), BaseException()],
     ids=lambda error: type(error).__name__,
 )
-async def test_handler_that_raises_base_exception_fails(
+async def test_base_exception_of_handler_fails_session(
     run_one_item: Any, error: BaseException
 ) -> None:
     async def raise_error(_: Session) -> None:
@@ -154,7 +156,7 @@ async def test_handler_that_raises_base_exception_fails(
 @pytest.mark.parametrize(
     ("own", "setting"), [(None, 0.05), (0.05, None), (0.05, 1000.0)], ids=["setting", "own", "both"]
 )
-async def test_handler_beyond_session_timeout_is_timed_out(
+async def test_session_that_exceeds_session_timeout_has_outcome_timed_out(
     control_plane: ControlPlane,
     make_pool: Any,
     wait_for_end: Any,
@@ -174,7 +176,7 @@ async def test_handler_beyond_session_timeout_is_timed_out(
 
 
 @pytest.mark.parametrize(("delay", "ttl"), [(10, 10), (45, 45), (600, 600)])
-async def test_handler_that_raises_release_is_released_with_delay(
+async def test_session_whose_handler_raises_release_is_released_with_delay(
     run_one_item: Any, delay: float, ttl: int
 ) -> None:
     async def release_with_delay(_: Session) -> None:

@@ -108,7 +108,7 @@ async def test_completion_is_repeated_for_longer_than_request_timeout(
 
 
 @pytest.mark.parametrize("op", ["update", "stop"])
-async def test_retry_after_longer_than_lease_does_not_prevent_retry_within_lease(
+async def test_retry_after_header_longer_than_lease_does_not_prevent_retry_within_lease(
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
     """One 429 must not cause a finished session to be run again."""
@@ -119,7 +119,8 @@ async def test_retry_after_longer_than_lease_does_not_prevent_retry_within_lease
     final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     first, second = [request.at for request in final.sent if request.op == op]
-    assert second - first > 0.5  # the pool waits for Retry-After as long as its lease allows
+    # The pool does not repeat the call at once, but waits as long as its lease allows.
+    assert second - first > 0.5
 
 
 @pytest.mark.parametrize("code", [409, 412])
@@ -146,7 +147,7 @@ async def test_refused_stop_call_fails_session(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_heartbeat_conflict_after_unanswered_own_stop_counts_as_success(
+async def test_heartbeat_conflict_after_unanswered_stop_of_pool_counts_as_success(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The pool's stop is applied but never answered, and the next heartbeat is answered 409."""
@@ -175,7 +176,7 @@ async def test_unanswered_stop_counts_as_success_if_item_is_read_as_stopped(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_item_stopped_by_another_client_after_throttled_own_stop_has_outcome_stopped(
+async def test_item_stopped_by_another_client_after_throttled_stop_has_outcome_stopped(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
     """The pool's stop was answered 429 and not applied, so another client stopped the item."""
@@ -240,7 +241,7 @@ async def test_result_write_denied_after_earlier_success_fails_session(
 
 
 @pytest.mark.parametrize("code", [400, 404])
-async def test_refused_result_fails_session_with_error_note(
+async def test_refused_result_fails_session_with_error_in_metadata(
     run_one_item: Any, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "update", times=1)
@@ -251,7 +252,7 @@ async def test_refused_result_fails_session_with_error_note(
     assert isinstance(final.finished.error, RefusedError)
 
 
-async def test_refused_result_fails_session_even_if_error_note_is_refused(
+async def test_refused_result_fails_session_even_if_write_of_error_is_refused(
     run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(status(400), "update")
@@ -342,12 +343,12 @@ async def test_completion_continues_after_cancellation_of_embedder(
     faults.add(hold, "update")
     (item,) = control_plane.enqueue()
 
-    async def embed_pool() -> None:
+    async def run_embedded_pool() -> None:
         async with make_pool(return_result):
             await asyncio.Event().wait()
 
     async with asyncio.TaskGroup() as group:
-        embedder = group.create_task(embed_pool())
+        embedder = group.create_task(run_embedded_pool())
         await hold.reached()
         embedder.cancel()
         hold.release()

@@ -1,4 +1,4 @@
-"""A drain that begins in every state of an item.
+"""Drains that begin while an item is in each of its states.
 
 See workpool/docs/architecture.md, "The drain".
 """
@@ -307,7 +307,7 @@ async def test_cancellation_of_embedder_is_raised_after_drain(
 ) -> None:
     supervisor = make_pool(endless_handler, drain_timeout=LONG_SECONDS)
 
-    async def embed_pool() -> None:
+    async def run_embedded_pool() -> None:
         if where == "run":
             await supervisor.run()
             return
@@ -320,7 +320,7 @@ async def test_cancellation_of_embedder_is_raised_after_drain(
 
     control_plane.enqueue()
     async with asyncio.TaskGroup() as group:
-        embedder = group.create_task(embed_pool())
+        embedder = group.create_task(run_embedded_pool())
         await recorder.wait_for(DrainStarted if where == "leaving" else SessionStarted)
         embedder.cancel()
         await asyncio.wait({embedder}, timeout=20)
@@ -329,17 +329,17 @@ async def test_cancellation_of_embedder_is_raised_after_drain(
     assert recorder.of(DrainFinished)[0].result == "deadline"
 
 
-async def test_embedder_cancelled_in_every_loop_turn_leaves_no_pool_task(
+async def test_embedder_cancelled_after_any_number_of_iterations_leaves_no_pool_task(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
 
-    async def embed_pool() -> None:
+    async def run_embedded_pool() -> None:
         async with make_pool(endless_handler, drain_timeout=LONG_SECONDS):
             await asyncio.Event().wait()
 
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        embedding = group.create_task(embed_pool())
+        embedding = group.create_task(run_embedded_pool())
         await recorder.wait_for(SessionStarted)
         while not embedding.done():
             embedding.cancel()
@@ -384,7 +384,7 @@ async def test_pool_start_cancelled_at_any_point_leaves_no_task(
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(supervisor.__aenter__())
             for turn in range(turns):
-                # After 15 iterations, the start waits for the renewer's thread: give it real time.
+                # After 15 iterations, the start waits for a thread, so sleep for a real time.
                 await asyncio.sleep(0.0005 * (turn > 15))
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)

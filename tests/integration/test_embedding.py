@@ -77,7 +77,7 @@ async def test_running_pool_changes_no_global_state(
 
 
 async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
-    """Run a pool and end it in the state and in the way that the number `moment` selects."""
+    """Run a pool and end it at the numbered moment, by leaving the block or by an error."""
     async with supervisor:
         if moment >= 1:
             plane.enqueue(metadata={} if moment % 2 else {"wait": "yes"})
@@ -242,7 +242,7 @@ async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any
 
 
 class DatabasePlugin:
-    """A plugin that records when its lifespan is open, and may fail."""
+    """A plugin that records when its lifespan opens and closes, and can fail at either moment."""
 
     def __init__(self, fails: str = "") -> None:
         self.fails = fails

@@ -146,7 +146,7 @@ async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
     assert len(recorder.of(ItemReceived)) == 1
 
 
-async def test_exit_after_idle_ends_pool_that_waits_for_its_only_session(
+async def test_exit_after_idle_ends_pool_although_exit_after_sessions_is_not_reached(
     make_pool: Any, recorder: Recorder
 ) -> None:
     limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}
@@ -157,7 +157,9 @@ async def test_exit_after_idle_ends_pool_that_waits_for_its_only_session(
 
 
 @in_virtual_time
-async def test_exit_after_uptime_ends_claiming_but_not_running_session(workpool: Kit) -> None:
+async def test_exit_after_uptime_stops_claims_but_lets_running_session_complete(
+    workpool: Kit,
+) -> None:
     first, *others = workpool.enqueue(count=3)
     gate = GatedHandler()
     sizes = {"concurrency": 1, "prefetch": 2, "drain_timeout": 0}

@@ -207,7 +207,7 @@ async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
     }
 
 
-def has_token(token: str) -> Callable[[Request], bool]:
+def request_has_token(token: str) -> Callable[[Request], bool]:
     return lambda request: request.headers["Authorization"] == f"Bearer {token}"
 
 
@@ -221,7 +221,7 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
     hold = Hold()
     faults.add(hold, op, times=1)
     # While this call is held, the token in the file is replaced and the old token is refused.
-    faults.add(status(code), op, where=has_token(control_plane.token))
+    faults.add(status(code), op, where=request_has_token(control_plane.token))
 
     @handler
     async def return_result(_: Session) -> dict[str, str]:
@@ -232,7 +232,7 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
         file.write_text("renewed")
         hold.release()
 
-    faults.add(accept_renewed_token(control_plane), where=has_token("renewed"))
+    faults.add(accept_renewed_token(control_plane), where=request_has_token("renewed"))
     (item,) = control_plane.enqueue()
     async with make_pool(return_result, token_file=file), asyncio.TaskGroup() as group:
         group.create_task(renew_token())
@@ -468,6 +468,6 @@ async def test_refused_heartbeat_loses_lease(
     assert final.outcome == "lease_lost"
     assert final.request_names == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)
-    # Only a 404 means that the item was lost. A 400 means that the request was wrong.
+    # After a 404, the item is reported as lost. After a 400, only the request was wrong.
     reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]
     assert reclaims == ([("lost", "start")] if code == 404 else [])

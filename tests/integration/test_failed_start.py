@@ -22,7 +22,7 @@ async def return_at_once(_: Session) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-async def test_connect_that_raises_prevents_start_and_leaves_nothing(
+async def test_connect_function_that_raises_prevents_start_and_leaves_no_thread(
     make_settings: Any, faults: Faults, number: int
 ) -> None:
     made: list[WorkClient] = []

@@ -115,7 +115,7 @@ async def test_load_is_read_from_statistics_that_count_running_items() -> None:
 
 @pytest.mark.parametrize("newest", [False, True])
 @pytest.mark.parametrize("statistics", [True, False])
-async def test_running_items_are_counted_in_the_list_of_other_control_planes(
+async def test_running_items_are_counted_in_item_list_if_statistics_lack_them(
     caplog: pytest.LogCaptureFixture, *, statistics: bool, newest: bool
 ) -> None:
     middlewares = [middleware_without_running_count(statistics=statistics, newest=newest)]

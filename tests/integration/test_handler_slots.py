@@ -34,16 +34,16 @@ def counting_handler(
 ) -> Callable[[Session], Coroutine[Any, Any, None]]:
     """Return a handler that runs for `seconds` and records how many run at once."""
 
-    async def limited_handler(_: Session) -> None:
+    async def count_running_sessions(_: Session) -> None:
         running["now"] += 1
         running["most"] = max(running["most"], running["now"])
         await asyncio.sleep(seconds)
         running["now"] -= 1
 
     handler(metadata={"kind": "limited"}, max_sessions=most, reserved_sessions=reserved)(
-        limited_handler
+        count_running_sessions
     )
-    return limited_handler
+    return count_running_sessions
 
 
 @handler
@@ -53,7 +53,7 @@ async def other_handler(session: Session) -> None:
 
 @pytest.mark.parametrize("seconds", [0.01, 0.2, 1.0])
 @in_virtual_time
-async def test_limited_handler_runs_as_fast_as_its_limit_allows(
+async def test_handler_with_max_sessions_runs_as_fast_as_limit_allows(
     workpool: Kit, seconds: float
 ) -> None:
     running: Counter[str] = Counter()
@@ -69,7 +69,7 @@ async def test_limited_handler_runs_as_fast_as_its_limit_allows(
 
 
 @in_virtual_time
-async def test_item_of_full_handler_is_acknowledged_when_slot_becomes_free(
+async def test_item_of_handler_at_limit_is_acknowledged_when_slot_becomes_free(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -82,7 +82,9 @@ async def test_item_of_full_handler_is_acknowledged_when_slot_becomes_free(
 
 
 @in_virtual_time
-async def test_item_of_full_handler_is_declined_one_second_before_redelivery(workpool: Kit) -> None:
+async def test_item_of_handler_at_limit_is_declined_one_second_before_redelivery(
+    workpool: Kit,
+) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     clock = asyncio.get_running_loop().time
     async with workpool.pool(counting_handler(MINUTE_SECONDS, Counter(), most=1)):
@@ -95,12 +97,12 @@ async def test_item_of_full_handler_is_declined_one_second_before_redelivery(wor
 
 
 def callback_taking_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
-    """Return a `next_use` callback of a share, which takes one free slot and sets `granted`."""
+    """Return a callback for `SlotShare.next_use` that takes one slot and sets `granted`."""
     return lambda: None if granted.is_set() else granted.set
 
 
 @in_virtual_time
-async def test_item_of_full_handler_starts_when_another_environment_frees_shared_slot(
+async def test_item_of_handler_at_limit_starts_when_another_environment_frees_shared_slot(
     workpool: Kit,
 ) -> None:
     slots = SharedSlots(8)
@@ -130,7 +132,7 @@ async def test_item_of_full_handler_starts_when_another_environment_frees_shared
 
 
 @in_virtual_time
-async def test_items_of_other_handlers_overtake_items_of_full_handler(workpool: Kit) -> None:
+async def test_items_of_other_handlers_overtake_items_of_handler_at_limit(workpool: Kit) -> None:
     limited = counting_handler(3.0, Counter(), most=1)
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     (item,) = workpool.enqueue()
@@ -140,7 +142,7 @@ async def test_items_of_other_handlers_overtake_items_of_full_handler(workpool: 
 
 
 @in_virtual_time
-async def test_until_empty_runs_items_that_wait_for_full_handler(workpool: Kit) -> None:
+async def test_until_empty_runs_items_that_wait_for_handler_at_limit(workpool: Kit) -> None:
     workpool.enqueue(count=5, metadata={"kind": "limited"})
     limited = counting_handler(0.5, Counter(), most=1)
     await workpool.pool(limited).run(until_empty=True)
@@ -148,7 +150,7 @@ async def test_until_empty_runs_items_that_wait_for_full_handler(workpool: Kit) 
 
 
 @in_virtual_time
-async def test_paused_or_draining_pool_claims_no_item_of_full_handler(workpool: Kit) -> None:
+async def test_paused_or_draining_pool_claims_no_item_of_handler_at_limit(workpool: Kit) -> None:
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     limited = counting_handler(2.0, Counter(), most=1)
     async with workpool.pool(limited) as pool:
@@ -191,7 +193,7 @@ async def test_handler_with_reserved_slots_may_use_unreserved_slots_too(workpool
     [
         (
             3,
-            "(limited_handler.limited_handler 3), and concurrency is 2",
+            "(count_running_sessions.count_running_sessions 3), and concurrency is 2",
         ),
         (2, "other_handler.other_handler would never run: all 2 slots are reserved"),
     ],
@@ -207,7 +209,7 @@ async def test_reserved_slots_that_leave_no_slot_for_other_handlers_prevent_star
 
 
 @in_virtual_time
-async def test_redelivered_item_of_full_handler_runs_once(workpool: Kit) -> None:
+async def test_redelivered_item_of_handler_at_limit_runs_once(workpool: Kit) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     async with workpool.pool(counting_handler(2.0, Counter(), most=1)) as pool:
         await workpool.wait_for(SessionStarted)

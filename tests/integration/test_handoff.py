@@ -295,13 +295,13 @@ async def test_handoff_longer_than_its_time_limit_loses_no_lease() -> None:
     testbed = HandoffTestbed()
 
     async def hand_off_item(session: Session) -> None:
-        async def start_slowly() -> None:
+        async def hand_off_slowly() -> None:
             async with session.handover() as testbed.lease:
                 await asyncio.sleep(300)
                 assert await testbed.is_child_heartbeat_refused()
 
         with pytest.raises(HandoverError):
-            await start_slowly()
+            await hand_off_slowly()
 
     assert await testbed.run_handler(hand_off_item) == "completed"
 
@@ -564,7 +564,7 @@ async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
 
 @in_virtual_time
 async def test_child_whose_heartbeat_answer_is_lost_does_not_run_item() -> None:
-    """Without an answer, the child cannot know which heartbeat was applied, its own or another."""
+    """Without an answer, the child cannot know whether its own heartbeat was applied."""
     testbed = HandoffTestbed()
     _, outcomes = await run_pool_with_child(testbed, heartbeat=[GARBLED])
     assert (testbed.outcome, outcomes) == ("detached", ["detached"])

@@ -49,7 +49,7 @@ async def test_full_pool_is_ready_regardless_of_last_poll(
         await recorder.wait_for(SessionFinished)
         expected = {"status": "unready", "reasons": ["no successful poll in the last 0 s"]}
         async with asyncio.timeout(20):
-            # The slot becomes free only shortly after SessionFinished is observed.
+            # SessionFinished is emitted shortly before the slot becomes free, so wait for that.
             while await get_health_report(supervisor, "readyz") != (503, expected):  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         assert await get_health_report(supervisor, "healthz") == (200, {"status": "healthy"})
@@ -62,7 +62,7 @@ async def test_loop_blocked_for_max_block_is_unhealthy(
 
     @handler
     async def block_loop(_: Session) -> None:
-        may_end.wait(50)  # a blocking call, so the event loop stops
+        may_end.wait(50)  # This call blocks the event loop.
 
     control_plane.enqueue()
     settings = make_settings(max_block=1.5, metrics_listen="127.0.0.1:0")

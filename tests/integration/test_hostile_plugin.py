@@ -96,7 +96,7 @@ def hostile_plugin() -> Iterator[HostilePlugin]:
     plugin = HostilePlugin()
     yield plugin
     plugin.threads_may_end.set()
-    plugin.sessions_may_end.set()  # A session that still runs would keep the loop open.
+    plugin.sessions_may_end.set()  # A running session would keep the event loop from closing.
 
 
 async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(

@@ -87,7 +87,7 @@ def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) ->
         running: set[str] = set()
 
         @handler
-        async def write_halfway_and_return(session: Session) -> dict[str, str]:
+        async def write_metadata_and_return(session: Session) -> dict[str, str]:
             assert session.item.id not in running
             running.add(session.item.id)
             try:
@@ -100,7 +100,7 @@ def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) ->
         settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=60)
         supervisor = LoopSupervisor(
             settings,
-            plugins=[write_halfway_and_return, recorder],
+            plugins=[write_metadata_and_return, recorder],
             connect=partial(LocalClient, operations, faults=garbage),
         )
         async with supervisor:

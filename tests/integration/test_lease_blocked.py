@@ -1,4 +1,4 @@
-"""While a handler blocks its loop, its lease is renewed and metrics are answered."""
+"""While a handler blocks its loop, its lease is renewed and the metrics can be read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
 
     async def block_loop(_: Session) -> None:
         blocked.set()
-        may_end.wait(50)  # a blocking call, so the event loop stops
+        may_end.wait(50)  # This call blocks the event loop.
 
     (item,) = control_plane.enqueue()
     pool = PoolOnThread(make_settings(metrics_listen="127.0.0.1:0"), block_loop)

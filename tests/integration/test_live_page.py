@@ -73,7 +73,7 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
         may_end.set()
         await recorder.wait_for(SessionFinished)
         async with asyncio.timeout(20):
-            # The slot becomes free only shortly after SessionFinished is observed.
+            # SessionFinished is emitted shortly before the slot becomes free, so wait for that.
             while (shown := await live_status(pool))["sessions"]:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         assert shown["outcomes"]["completed"] == 1
@@ -132,7 +132,7 @@ async def test_live_page_has_security_headers_and_loads_nothing_from_other_hosts
         assert "http" not in page
 
 
-async def test_index_for_client_that_is_no_browser_is_plain_text(make_pool: Any) -> None:
+async def test_index_page_is_plain_text_for_clients_other_than_browsers(make_pool: Any) -> None:
     async with make_pool(wait_for_interruption, metrics_listen="127.0.0.1:0") as pool:
         status, _, text = await fetch_page(f"{pool.metrics_url}/")
         assert status == 200

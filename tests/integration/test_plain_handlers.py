@@ -161,7 +161,7 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
 ) -> None:
     found: list[Any] = []
 
-    class ContextPlugin:
+    class ContextVariablePlugin:
         @hookimpl
         def workpool_wrap_session(self, session: Session) -> Any:
             @asynccontextmanager
@@ -177,7 +177,7 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
 
     seen.set("the embedder's")
     control_plane.enqueue()
-    async with make_pool(record_context, ContextPlugin()):
+    async with make_pool(record_context, ContextVariablePlugin()):
         await recorder.wait_for(SessionFinished)
     assert found == [("the embedder's", "open")]
 
@@ -548,7 +548,7 @@ def test_embedding_program_ends_although_a_thread_hangs(
     def block_thread(_: BlockingSession) -> None:
         gate.block_until_opened()
 
-    async def embed_pool() -> Supervisor:
+    async def run_embedded_pool() -> Supervisor:
         async with Kit() as kit:
             kit.enqueue()
             pool = kit.pool(block_thread, drain_timeout=0)
@@ -557,7 +557,7 @@ def test_embedding_program_ends_although_a_thread_hangs(
             return pool
 
     began = time.monotonic()
-    assert asyncio.run(embed_pool()).abandoned == 1
+    assert asyncio.run(run_embedded_pool()).abandoned == 1
     assert time.monotonic() - began < 40
 
 

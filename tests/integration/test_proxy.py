@@ -202,7 +202,9 @@ async def test_closed_proxy_closes_its_connections(testbed: ProxyTestbed) -> Non
     inner.abort_connections()
 
 
-async def test_exception_in_proxy_block_is_raised_unchanged(testbed: ProxyTestbed) -> None:
+async def test_exception_inside_async_with_block_of_proxy_is_raised_unchanged(
+    testbed: ProxyTestbed,
+) -> None:
     with pytest.raises(KeyError):
         async with Proxy(testbed.proxy.base_url):
             raise KeyError("mine")

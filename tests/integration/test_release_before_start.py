@@ -60,7 +60,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released(
     wait_for_end: Any,
     recorder: Recorder,
 ) -> None:
-    """After the last heartbeat, nothing is written, so the attempt is not counted."""
+    """After the last heartbeat the pool writes nothing, not even the number of the attempt."""
     (item,) = control_plane.enqueue()
     await worker_losing_item.poll()
     await worker_losing_item.ack(item.id)
@@ -81,7 +81,7 @@ async def test_item_with_stop_request_acknowledged_during_drain_counts_as_stoppe
     wait_for_end: Any,
     recorder: Recorder,
 ) -> None:
-    """No other worker gets the item: it becomes `stopped` when its lease expires."""
+    """No other worker gets the item, because it becomes `stopped` when its lease expires."""
     (item,) = control_plane.enqueue()
     heartbeat = Hold()
     faults.add(heartbeat, "heartbeat")

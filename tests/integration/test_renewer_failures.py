@@ -43,7 +43,7 @@ class RaisingLogHandler(logging.Handler):
 
 @pytest.fixture
 def raising_log_handler(request: pytest.FixtureRequest) -> Iterator[float]:
-    """Add a log handler that raises; return the `max_block` of the test."""
+    """Add a log handler that raises, and return the setting `max_block` for the test."""
     beginning, max_block, error = request.param
     added = RaisingLogHandler(beginning, error)
     logging.getLogger().addHandler(added)
@@ -92,7 +92,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
 
     @handler
     async def block_loop(_: Session) -> None:
-        may_end.wait(50)  # a blocking call, so the event loop stops
+        may_end.wait(50)  # This call blocks the event loop.
 
     def record_pool_error() -> None:
         calls.append(supervisor.status().error)
@@ -117,7 +117,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     assert isinstance(calls[-1], LeaseRenewerError) or raising_log_handler == 1.5
 
 
-async def test_exception_on_renewer_thread_calls_on_blocked_while_loop_runs(
+async def test_exception_on_renewer_thread_invokes_on_blocked_although_loop_runs(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = threading.Event()
@@ -148,12 +148,12 @@ async def test_exception_on_renewer_thread_calls_on_blocked_while_loop_runs(
 async def test_pool_continues_after_loop_was_blocked_for_max_block(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    """An embedded pool survives a loop that is blocked for `max_block`."""
+    """The pool calls `on_blocked`, but does not end because the event loop was blocked."""
     called, may_end = threading.Event(), threading.Event()
 
     @handler
     async def block_loop(_: Session) -> None:
-        may_end.wait(50)  # a blocking call, so the event loop stops
+        may_end.wait(50)  # This call blocks the event loop.
 
     control_plane.enqueue()
     supervisor = Supervisor(make_settings(max_block=1), plugins=[block_loop])

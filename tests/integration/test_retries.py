@@ -22,7 +22,7 @@ RETRY_CONNECTION_ERRORS = Retry(on=ConnectionError, times=3, backoff=20, backoff
 
 
 class FailingDependency:
-    """A dependency of a handler whose first calls fail."""
+    """A service that a handler depends on, and that fails at the first calls."""
 
     def __init__(self, failures: int = 10**6, error: Exception | None = None) -> None:
         self.calls: list[int] = []
@@ -218,7 +218,7 @@ async def test_handler_is_retried_in_next_run_if_machine_was_paused(workpool: Ki
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_retry_delays")
-async def test_stall_timeout_applies_to_each_call_and_not_to_delays(
+async def test_stall_timeout_applies_to_each_call_and_not_to_retry_delays(
     workpool: Kit,
 ) -> None:
     result = await workpool.run_session(

@@ -107,7 +107,9 @@ async def test_timeout_of_handler_replaces_session_timeout(workpool: Kit) -> Non
 
 
 @in_virtual_time
-async def test_full_handler_declines_before_ack_and_delays_no_other_handler(workpool: Kit) -> None:
+async def test_handler_at_limit_declines_before_ack_and_delays_no_other_handler(
+    workpool: Kit,
+) -> None:
     huge = {"job": "report", "size": "huge", "minutes": "10"}
     workpool.enqueue(count=2, metadata=huge)
     async with workpool.pool(*ALL_HANDLERS):

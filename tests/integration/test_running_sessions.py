@@ -199,7 +199,7 @@ async def test_drain_does_not_wait_for_stuck_handler(
     assert cancellation_ignoring_handler.left
 
 
-async def test_session_with_lost_lease_sends_nothing_and_raises_lease_lost(
+async def test_metadata_write_after_lost_lease_raises_lease_lost_and_sends_nothing(
     cancellation_ignoring_handler: CancellationIgnoringHandler,
     control_plane: ControlPlane,
     faults: Faults,

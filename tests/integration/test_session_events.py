@@ -30,7 +30,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 SESSIONS_TOKEN = "-".join(("sessions", "token", "of", "one", "item"))
 
 
-def tool_result(use: Mapping[str, Any]) -> dict[str, Any]:
+def tool_result_event(use: Mapping[str, Any]) -> dict[str, Any]:
     content = [{"type": "text", "text": f"ran {use['input']['command']}"}]
     return {"type": "user.tool_result", "tool_use_id": use["id"], "content": content}
 
@@ -48,7 +48,7 @@ async def answer_all_tool_uses(session: Session) -> dict[str, str]:
             elif event["type"] == "session.status_idle":
                 return {"answered": str(answered)}
             for use in list(uses.values()) if stream.caught_up else ():
-                await session.events.send(tool_result(use))
+                await session.events.send(tool_result_event(use))
                 del uses[use["id"]]
                 answered += 1
     raise AssertionError("the stream ended before the turn did")
@@ -71,7 +71,7 @@ def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_scripted_session(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
 ) -> Callable[..., Awaitable[Any]]:
-    """Return a function that runs a pool until its only, scripted session has ended."""
+    """Return a function that runs a pool until its only session, a scripted one, has ended."""
 
     async def run_pool_until_end(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
         (item,) = control_plane.enqueue(script=script)
@@ -141,7 +141,9 @@ async def test_failed_read_of_history_after_unanswered_send_is_repeated(
     faults.add(status(503), "events", times=2)
 
     async def send_result(session: Session) -> None:
-        (stored,) = await session.events.send(tool_result(control_plane.events(session.id)[2]))
+        (stored,) = await session.events.send(
+            tool_result_event(control_plane.events(session.id)[2])
+        )
         assert stored == control_plane.events(session.id)[3]
 
     final = await run_scripted_session(send_result, BASH)
@@ -158,9 +160,11 @@ async def test_different_result_for_answered_tool_use_raises_conflict(
 ) -> None:
     async def send_different_result(session: Session) -> None:
         use = control_plane.events(session.id)[-1]
-        control_plane.operations.send_events(session.id, [{**tool_result(use), "content": []}])
+        control_plane.operations.send_events(
+            session.id, [{**tool_result_event(use), "content": []}]
+        )
         with pytest.raises(ConflictError):
-            await session.events.send(tool_result(use))
+            await session.events.send(tool_result_event(use))
 
     assert (await run_scripted_session(send_different_result, BASH)).outcome == "completed"
 
@@ -180,7 +184,7 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
             with pytest.raises(asyncio.CancelledError):
                 await anext(stream)
             before = len(faults.seen)
-            for call in (lambda: anext(stream), lambda: events.send(tool_result(use)),
+            for call in (lambda: anext(stream), lambda: events.send(tool_result_event(use)),
                          lambda: anext(events.list())):  # fmt: skip
                 with pytest.raises(LeaseLost) as caught:
                     await call()
@@ -231,7 +235,7 @@ async def test_event_send_in_progress_is_cancelled_with_lease(
 
     async def send_event(session: Session) -> None:
         with pytest.raises(LeaseLost) as caught:
-            await session.events.send(tool_result(control_plane.events(session.id)[-1]))
+            await session.events.send(tool_result_event(control_plane.events(session.id)[-1]))
         raised.append(caught.type)
 
     async with asyncio.TaskGroup() as group:

@@ -41,7 +41,7 @@ def log_fields_of_message(caplog: pytest.LogCaptureFixture, message: str) -> lis
     ]
 
 
-async def test_each_session_ends_with_one_line_at_info(
+async def test_each_session_ends_with_one_log_line_at_level_info(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -208,7 +208,7 @@ async def test_pool_at_level_info_logs_no_polls(
     assert len(log_fields_of_message(caplog, "session ended")) == 1
 
 
-async def test_item_that_was_held_before_is_logged_as_reclaimed(
+async def test_item_lost_by_another_worker_is_logged_as_reclaimed(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

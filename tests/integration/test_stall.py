@@ -35,7 +35,7 @@ async def wait_forever() -> None:
 async def run_stalling_session(
     workpool: Kit, behaviour: Callable[[Session], Awaitable[object]], **settings: Any
 ) -> tuple[str, float]:
-    """Run a session whose handler awaits `behaviour`; return its outcome and its seconds."""
+    """Run a session whose handler awaits `behaviour`; return its outcome and duration in s."""
 
     @handler
     async def run_behaviour(session: Session) -> None:

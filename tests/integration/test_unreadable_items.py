@@ -45,7 +45,7 @@ def malformed_item(item: dict[str, Any]) -> bytes:
 def unreadable_items(
     faults: Faults, request: pytest.FixtureRequest
 ) -> Callable[[dict[str, Any]], bytes]:
-    """Make polled items with the metadata `bad` unreadable; return the function for one item."""
+    """Replace polled items with the metadata `bad` by what this function makes of them."""
     make_unreadable: Callable[[dict[str, Any]], bytes] = request.param
 
     async def make_bad_items_unreadable(

@@ -145,7 +145,7 @@ async def test_heartbeat_conflict_under_worker_key_loses_lease(
     assert not faults.of("list")
 
 
-async def test_second_heartbeat_conflict_under_worker_key_causes_no_read(
+async def test_second_heartbeat_conflict_under_worker_key_sends_no_get_request(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(409), "heartbeat")
@@ -273,7 +273,7 @@ async def test_api_key_is_used_for_optional_calls_and_token_for_required_calls(
 async def test_refused_optional_calls_are_tried_again_after_a_poll_was_refused(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """If a poll is refused for a time, the optional calls may have been refused for a time, too."""
+    """The fault that refused the poll may have refused the optional calls too, and is over."""
     async with make_pool(return_result, concurrency=1, block_ms=20):
         control_plane.enqueue()
         await wait_for_finished_sessions(recorder, 1)

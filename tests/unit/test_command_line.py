@@ -12,14 +12,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.references import commands_with_names, help_examples
+from tests.references import examples_in_help, walk_commands
 from workpool.cli.commands import ENTRIES, app, load_command
 from workpool.cli.flags import WITHOUT_FLAG, flag_name
 from workpool.cli.hold import LAST_HEARTBEAT, WORK_ID
 from workpool.settings import DESCRIPTIONS, PREFIX, Settings
 
 ROOT: Any = typer.main.get_command(app)
-COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(commands_with_names(ROOT, "workpool"))}
+COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(walk_commands(ROOT, "workpool"))}
 
 
 def run_python(code: str, **variables: str) -> str:
@@ -88,7 +88,7 @@ def test_every_help_text_has_examples_that_can_be_parsed(
     # The examples of `workpool hold` can be parsed only with the variables of its parent process.
     for name in (WORK_ID, LAST_HEARTBEAT):
         monkeypatch.setenv(name, "x")
-    lines = help_examples(COMMANDS[path])
+    lines = examples_in_help(COMMANDS[path])
     assert lines
     assert all(line in help_text(path) for line in lines)
     for line in lines:

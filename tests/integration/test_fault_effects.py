@@ -69,7 +69,7 @@ async def effect_of_ack_fault(
     try:
         acked = await client.ack(item.id, timeout=SHORT_SECONDS if silent else None)
         answer: object = (acked.state, dict(acked.metadata))
-        # The call may be recorded only after the client has received the answer.
+        # The client may receive the answer before the call is recorded.
         await faults.wait_for("ack", answered=True)
     except WorkpoolError as error:
         answer = (type(error), getattr(error, "status", None), getattr(error, "reason", None))
