@@ -175,7 +175,7 @@ async def test_exporter_that_raises_system_exit_ends_process_with_status_1(
     assert "raised by the exporter" in command.err
 
 
-async def test_failed_renewer_thread_while_loop_runs_lets_handlers_clean_up(
+async def test_handlers_clean_up_after_failure_of_renewer_thread(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))

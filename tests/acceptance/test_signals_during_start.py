@@ -55,7 +55,7 @@ class BlockedCommandStarter(Protocol):
 def continue_start(command_directory: Path) -> Iterator[ContinueStart]:
     """Return a function that lets a command with a blocked import continue."""
     os.mkfifo(command_directory / "go")
-    # With O_WRONLY, `open` would wait until another process opens the fifo for reading.
+    # O_RDWR avoids a wait: with O_WRONLY, `open` waits until a process opens the fifo for reading.
     fifo = os.open(command_directory / "go", os.O_RDWR)
     yield lambda: os.write(fifo, b"go\n")
     os.close(fifo)
@@ -116,7 +116,7 @@ async def test_serve_signalled_during_start_ends_with_0(
     assert f"serve ends signal={signal.Signals(number).name}" in command.err
 
 
-async def test_demo_signalled_during_start_ends_with_128_and_the_signal(
+async def test_demo_signalled_during_start_ends_with_128_plus_signal_number(
     start_blocked: BlockedCommandStarter, continue_start: ContinueStart
 ) -> None:
     command = await start_blocked("aiohttp", "demo", "--count", "4")
@@ -156,7 +156,7 @@ async def test_run_signalled_twice_during_start_ends_at_once(
     command = await start_blocked(module, "run", "handlers")
     command.send_signal(signal.SIGTERM)
     command.send_signal(signal.SIGINT)
-    # The kernel may deliver two pending signals in either order.
+    # Two pending signals are delivered in either order, so either one can decide the status.
     assert await command.wait_for_end() in {130, 143}
 
 

@@ -291,10 +291,7 @@ def test_function_calls_of_poll_do_not_grow_with_number_of_stopped_items() -> No
 
 @pytest.mark.trial
 def test_time_of_calls_does_not_grow_with_queue_length() -> None:
-    """With 100 times as many items, a scan would take about 100 times as long.
-
-    With indexes, the calls must take less than 10 times as long.
-    """
+    """With 100 times as many items, the calls take less than 10 times as long, unlike a scan."""
 
     def measure_seconds_of_calls(count: int) -> float:
         operations = Operations([ENV], history_limit=0)

@@ -97,7 +97,7 @@ class Proxy:
         """
         for connection in self._connections:
             connection.half_closed = True
-            # The worker may already have closed the connection.
+            # `write_eof` fails if the worker has already closed the connection.
             with suppress(OSError):
                 connection.worker.write_eof()
 

@@ -103,7 +103,7 @@ async def _send_bytewise(
     response = web.StreamResponse(status=whole.status)
     response.content_type = whole.content_type
     response.content_length = len(content)
-    # The client may close the connection before the last byte.
+    # A write fails if the client closes the connection before the last byte.
     with suppress(ConnectionError):
         await response.prepare(request)
         for byte in content:
@@ -204,7 +204,7 @@ class Cut:
 def reset_connection(transport: asyncio.WriteTransport) -> None:
     """Reset a TCP connection, and drop the bytes that have not been sent."""
     connection = transport.get_extra_info("socket")
-    # A connection that has already ended has no socket options to set.
+    # Setting the option fails if the connection has already ended.
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()
