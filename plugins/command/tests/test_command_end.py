@@ -1,4 +1,4 @@
-"""Tests of the end of a command: no process of its group remains, and the outcome fits."""
+"""Tests of a command's end: no process of its group remains, and the outcome is as documented."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ async def test_command_object_used_by_running_pool_is_refused_by_second_pool(
     assert (await kit.run_session(command)).outcome == "completed"
 
 
-async def test_program_that_vanished_after_start_is_named_by_error(
+async def test_error_names_program_that_vanished_after_start_of_pool(
     kit: Kit, tmp_path: Path
 ) -> None:
     program, root = tmp_path / "tool", tmp_path / "root"

@@ -168,7 +168,7 @@ async def test_failed_add_reader_at_start_raises_error_and_closes_pidfd(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its user")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-async def test_start_without_permission_to_kill_group_raises_first_error(
+async def test_failed_start_without_kill_permission_raises_error_of_start(
     run_after_spawn: InstallCallback, caplog: pytest.LogCaptureFixture
 ) -> None:
     pids: list[int] = []

@@ -225,7 +225,7 @@ class Command:
         await group.end_group(self.grace)
 
     def _grace_seconds(self, session: Session) -> float:
-        """Return the seconds between SIGTERM and SIGKILL for a cancelled session.
+        """Return the seconds between SIGTERM and SIGKILL for the command of a cancelled session.
 
         The command must end before another worker can start the session and before the drain ends.
         """

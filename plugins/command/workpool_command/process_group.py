@@ -1,4 +1,4 @@
-"""A command and its child processes as one process group, from its start to its end.
+"""Runs a command and its child processes as one process group, from its start to its end.
 
 The command has a session and a process group of its own, and is spawned in one step that cannot be
 cancelled. The leader of the group is reaped last: while it is a zombie, the kernel does not reuse

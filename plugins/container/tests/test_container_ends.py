@@ -109,7 +109,8 @@ async def test_container_of_lost_lease_is_removed_before_next_run_starts_another
         expire_lease(testbed.plane, item.id)
         finished = await testbed.wait_for_session_end(item.id)
         assert finished.outcome == "lease_lost"
-        # The pool runs the item a second time. This run must remove the first container.
+        # The pool runs the item a second time, and removes the first container before the new
+        # start.
         second = await testbed.running_container(item.id)
         assert testbed.stored_item(item.id).metadata[CONTAINER_ID_KEY] == second
         assert len(await testbed.item_containers(item.id)) == 1

@@ -133,7 +133,7 @@ class EngineClient:
         return True
 
     async def pull_image(self, image: str) -> None:
-        """Pull the image to the engine, within `PULL_SECONDS`."""
+        """Make the engine pull the image, within `PULL_SECONDS`."""
         log.info("pulling an image", extra={"image": image})
         with _wrap_engine_errors(f"pulling image {image}"):
             async with asyncio.timeout(PULL_SECONDS):

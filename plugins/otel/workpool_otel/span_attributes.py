@@ -1,4 +1,4 @@
-"""The names of the attributes of spans.
+"""The names of the attributes that spans have.
 
 The names of the semantic conventions are written out here, because their package may remove those
 of messaging, which are unstable, in any release.

@@ -156,7 +156,7 @@ def test_conversation_is_idle_after_every_end_of_turn_except_requires_action(
     assert ConversationTestbed().end_turn(reason).now.is_idle is idle
 
 
-def test_idle_state_ends_with_new_messages_but_not_with_confirmations() -> None:
+def test_message_ends_idle_state_but_confirmation_does_not() -> None:
     uses = ConversationTestbed().end_turn()
     assert uses.apply_event("user.tool_confirmation", tool_use_id="x", result="allow").now.is_idle
     assert uses.apply_event("session.thread_status_terminated", session_thread_id="t").now.is_idle

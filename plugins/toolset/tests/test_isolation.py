@@ -105,7 +105,7 @@ def test_seccomp_filter_refuses_all_calls_of_unknown_instruction_set() -> None:
         assert seccomp_decision(machine, 0xC0000016, 1) == sandbox_launcher.REFUSE
 
 
-def test_launcher_gives_its_program_a_new_session_keyring(tmp_path: Path) -> None:
+def test_sandbox_launcher_gives_program_a_new_session_keyring(tmp_path: Path) -> None:
     keyctl = sandbox_launcher.CALLS[os.uname().machine][0][-1]
     program = tmp_path / "program"
     program.write_text(
@@ -133,7 +133,7 @@ sys.exit(subprocess.run(sys.argv[3:]).returncode)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_launcher_of_user_at_key_quota_starts_program() -> None:
+def test_sandbox_launcher_starts_program_for_user_at_key_quota() -> None:
     python = str(shutil.which("python3", path=os.defpath))
     launch = [python, "-I", "-S", "-c", inspect.getsource(sandbox_launcher), "/bin/echo"]
     add_key, _, keyctl = map(str, sandbox_launcher.CALLS[os.uname().machine][0][1:])
@@ -147,7 +147,7 @@ def test_launcher_of_user_at_key_quota_starts_program() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "--seccomp 3\n", "")
 
 
-def test_launcher_of_missing_program_names_it_in_error() -> None:
+def test_sandbox_launcher_names_missing_program_in_error() -> None:
     words = [sys.executable, "-I", "-S", sandbox_launcher.__file__, "/no/such"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 - no input from outside
     assert done.returncode == 1

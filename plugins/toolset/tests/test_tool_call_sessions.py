@@ -552,7 +552,7 @@ async def test_result_computed_on_full_disk_is_sent_nevertheless(
     assert workpool.recorder.of(SessionFinished)[-1].outcome == "completed"
 
 
-async def test_session_with_terminated_status_completes_without_running_calls(
+async def test_terminated_session_completes_without_executing_its_calls(
     workpool: Kit, make_toolset: Make
 ) -> None:
     [item] = workpool.enqueue()

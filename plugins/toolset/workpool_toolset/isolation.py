@@ -191,7 +191,7 @@ class Bubblewrap:
         return [*bwrap, *self._mount_options(workspace), "--", *user, *limited]
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return `explicit`, or if it is None variables that are valid inside the sandbox."""
+        """Return `explicit`, or if it is None default variables that fit the sandbox."""
         if explicit is not None:
             return _QUIET | dict(explicit)
         sandbox_paths = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}

@@ -295,7 +295,7 @@ async def _end_process_group(process: Process) -> None:
 
 
 def _send_signal_to_group(process: Process, number: signal.Signals) -> None:
-    # The signal cannot reach an unrelated process. The kernel does not reuse the id of a group
+    # The signal reaches no unrelated process, because the kernel does not reuse the id of a group
     # while one of its processes exists.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

@@ -297,7 +297,7 @@ class ToolCallAnswerer:
             pause = min(pause * 2, MAX_RETRY_SECONDS)
 
     def _log_denied_call(self, call: ToolCall) -> None:
-        # Do not log a denial from the history again: an earlier run has logged it.
+        # Log only new denials. An earlier run of the session has logged those in the history.
         if self._caught_up:
             self._session.log.info(
                 "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}
