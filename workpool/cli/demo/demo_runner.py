@@ -131,7 +131,7 @@ class DemoRunner:
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in (*tasks, all_ended, hurry):
-                task.cancel()  # `run_process` kills its worker when its task is cancelled
+                task.cancel()  # cancelling `run_process` kills a worker that has not ended yet
 
     async def _show_progress(self, signals: SignalEvents) -> int:
         """Show the state until all sessions have ended, a signal arrives, or the demo is stuck."""
