@@ -74,7 +74,7 @@ class Backlog:
 
 
 def fill_store(store: str, backlog: Backlog) -> None:
-    """Write the backlog to a new SQLite file, or to a database without workpool's tables."""
+    """Create the tables and the items of the backlog in a new SQLite file or an empty database."""
     asyncio.run(_create_tables(store))
     now = time.time_ns() // 1_000_000
     parts = [

@@ -57,7 +57,7 @@ ENTRIES = (
 
 @dataclass
 class CallMeter(ContenderMeter):
-    """Counts the Python calls of every item, warm-up included."""
+    """Counts the calls of Python functions for each item, including those of the warm-up."""
 
     calls_of_items: list[Counter[CodeType]] = field(default_factory=list)
     _calls: Counter[CodeType] = field(default_factory=Counter)
@@ -76,7 +76,7 @@ class CallMeter(ContenderMeter):
 
 @dataclass(frozen=True)
 class ItemCalls:
-    """The calls of one item, by function.
+    """How often each Python function is called for one item.
 
     Attributes:
         functions: The functions of workpool that every item called, with their calls per item.

@@ -76,7 +76,7 @@ async def run_bare_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> No
                 await send_request("POST", f"{work_id}/stop", b'{"force":true}')
                 meter.record_stop()
 
-        await _run_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_in_loop)
 
 
 async def run_pool(
@@ -141,7 +141,7 @@ async def run_client_only(plane: ControlPlaneAddress, meter: ContenderMeter) -> 
                 await work.stop(item.id, force=True)
                 meter.record_stop()
 
-        await _run_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_in_loop)
 
 
 async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
@@ -169,7 +169,7 @@ async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None
             meter.record_stop()
 
     async with client:
-        await _run_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_in_loop)
 
 
 async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
@@ -190,10 +190,10 @@ async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -
             meter.record_stop()
 
     async with client:
-        await _run_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_in_loop)
 
 
-async def _run_loops(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+async def _run_concurrent_loops(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async with asyncio.TaskGroup() as group:
         for _ in range(CONCURRENCY):
             group.create_task(loop(), name="loop")

@@ -158,7 +158,7 @@ class WorkerTeam:
         self._stack.close()
 
     def read_usage(self) -> ResourceUse:
-        """Return the CPU and wall clock times so far."""
+        """Return the CPU time that each process has used so far, and the wall clock time."""
         system = self._system
         return ResourceUse(
             time.monotonic(),
@@ -169,16 +169,16 @@ class WorkerTeam:
         )
 
     @property
-    def stop_count(self) -> int:
+    def stopped_item_count(self) -> int:
         """The number of items that were stopped so far."""
         return self._stops.value
 
     def wait_for_stops(self, stops: int) -> None:
         """Wait until `stops` items were stopped."""
         until = time.monotonic() + LIMIT_SECONDS
-        while self.stop_count < stops:
+        while self.stopped_item_count < stops:
             if time.monotonic() > until:
-                raise TimeoutError(f"{self.stop_count} of {stops} items were stopped")
+                raise TimeoutError(f"{self.stopped_item_count} of {stops} items were stopped")
             time.sleep(TICK_SECONDS)
 
 
@@ -215,14 +215,14 @@ async def _run_items_at_queue_depth(
     async with WorkClient(plane.client_settings()) as client, asyncio.timeout(LIMIT_SECONDS):
         added, first = 0, 0
         begin: ResourceUse | None = None
-        while begin is None or team.stop_count < first + items:
-            if begin is None and team.stop_count >= warm_up:
-                begin, first = team.read_usage(), team.stop_count
-            if team.stop_count >= added + BATCH:
+        while begin is None or team.stopped_item_count < first + items:
+            if begin is None and team.stopped_item_count >= warm_up:
+                begin, first = team.read_usage(), team.stopped_item_count
+            if team.stopped_item_count >= added + BATCH:
                 added += len(await client.enqueue(BATCH))
             else:
                 await asyncio.sleep(TICK_SECONDS)
-        return MeasuredRun(team.stop_count - first, team.read_usage().usage_since(begin))
+        return MeasuredRun(team.stopped_item_count - first, team.read_usage().usage_since(begin))
 
 
 @contextmanager

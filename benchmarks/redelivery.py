@@ -41,7 +41,7 @@ class MeasuredQueue(NamedTuple):
 
 
 class CallCosts(NamedTuple):
-    """The CPU seconds of one call of each kind."""
+    """The mean CPU seconds of a call, for each kind of call that is measured."""
 
     claim: float
     empty: float

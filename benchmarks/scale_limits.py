@@ -1,4 +1,4 @@
-"""The limits of control planes: workers, held leases, open event streams and long queues.
+"""How control planes scale with workers, held leases, open event streams and long queues.
 
     python benchmarks/scale_limits.py [--only PART …] [--stores STORE …]
 

@@ -63,7 +63,7 @@ class ControlPlaneConfig:
 
 
 class Journal(History):
-    """A history whose lines are written to a file at once, so that a `kill -9` loses none."""
+    """A history that writes each line to a file immediately, so that a `kill -9` loses none."""
 
     def __init__(self, path: str, offset: float) -> None:
         super().__init__(0)

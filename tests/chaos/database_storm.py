@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.control_plane import seconds_since_boot
-from tests.chaos.processes import SECONDS, StartError, StormProcesses
 from tests.chaos.recorded_history import find_history_violations, read_history
 from tests.chaos.storm import KINDS, Storm, StormSettings, format_report, parse_settings
+from tests.chaos.storm_processes import SECONDS, StartError, StormProcesses
 from tests.postgres.cluster import remove_cluster, start_cluster
 
 if TYPE_CHECKING:

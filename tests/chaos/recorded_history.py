@@ -1,4 +1,4 @@
-"""The changes of items that a database has recorded, checked against the guarantees of a queue.
+"""Checks the history of items that a database has recorded against the guarantees of a queue.
 
 The checks are those that need no other records; `storm_checker` compares the history with the
 workers' requests and the handlers' traces.

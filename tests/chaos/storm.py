@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from tests.chaos.control_plane import seconds_since_boot
-from tests.chaos.processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, StormProcesses
 from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormResult
+from tests.chaos.storm_processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, StormProcesses
 from workpool.testing import Proxy
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class StormSettings:
 
 
 class Storm:
-    """One storm, with its files in a folder of its own.
+    """One run of the chaos test, with its files in a folder of its own.
 
     Attributes:
         kinds: The kinds of faults, as a file of faults has them.
@@ -190,7 +190,7 @@ class Storm:
             self._fleet.send_signal("stop", self._stopped)
             await asyncio.sleep(LEASE_SECONDS + self._random.uniform(*self.settings.stop_beyond))
             self._fleet.send_signal("cont", self._stopped)
-            # Let the resumed worker run for some time, so that the check sees its next requests.
+            # Let the resumed worker run for some time, so that the checker sees its next requests.
             await asyncio.sleep(WAKE_SECONDS + 0.5)
             self._stopped = None
             self._woke.set()

@@ -1,4 +1,4 @@
-"""The check of the guarantees after a storm, from the control plane's journal and handler traces.
+"""Checks the guarantees after a chaos test, with the control plane's journal and handler traces.
 
 The reports of pools are not used. After the end of the lease that a worker was last granted, the
 worker may send nothing for the item, and no handler may start or continue. The margin: a request

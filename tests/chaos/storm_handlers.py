@@ -1,4 +1,4 @@
-"""Handlers of the storm's workers, which record the start and the end of each run in a file."""
+"""The handlers of a chaos test, which record the start and the end of each run in a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of the storm's load balancer, which uses its nodes in turn and skips dead ones."""
+"""Tests of the load balancer for chaos tests, which uses nodes in turn and skips dead ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The PostgreSQL cluster of the tests keeps committed data and separates databases."""
+"""Tests that the PostgreSQL cluster for tests keeps committed data and separates databases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The connection pool: its limits, and driver errors that become 503s."""
+"""Tests of the connection pool: its limits, and driver errors that become 503s."""
 
 from __future__ import annotations
 

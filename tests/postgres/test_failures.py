@@ -82,7 +82,7 @@ class WorkersUnderLoad:
     def _make_client(self, number: int, worker: str) -> NodeClient:
         return NodeClient(self._http, self._planes[number % len(self._planes)].base_url, worker)
 
-    def _is_done(self) -> bool:
+    def _are_all_items_stopped(self) -> bool:
         return self.has_enough_items and self.stopped >= set(self.created)
 
     async def _call_until_answered(
@@ -113,7 +113,7 @@ class WorkersUnderLoad:
 
     async def _work_until_done(self, client: NodeClient) -> None:
         params = {"block_ms": "500", "reclaim_older_than_ms": str(RECLAIM_MS)}
-        while not self._is_done():
+        while not self._are_all_items_stopped():
             item = (await self._call_until_answered(partial(client.poll, params=params))).body
             if item is not None:
                 await self._process_item(client, item["id"])
@@ -325,7 +325,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
         await load.wait_for_stops(20)
         releases = migrations.load_migrations
         monkeypatch.setattr(migrations, "load_migrations", lambda: (*steps, step))
-        async with make_node(url) as newer:  # migrates the schema, as the next release would
+        async with make_node(url) as newer:  # a node of the next release migrates the schema
             stored = await execute_sql(
                 own_postgres, "SELECT max(version) FROM schema_versions", url
             )

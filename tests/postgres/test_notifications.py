@@ -1,4 +1,4 @@
-"""Notifications that wake waiting calls of other nodes, also after lost connections."""
+"""Tests of notifications that wake waiting calls on other nodes, even after a lost connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweeper: one node at a time sweeps in bounded batches, and survives failures."""
+"""Tests of the sweeper: one node at a time sweeps, in bounded batches, and survives failures."""
 
 from __future__ import annotations
 

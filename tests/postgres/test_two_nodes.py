@@ -172,7 +172,7 @@ async def test_concurrent_acks_and_stops_give_each_item_one_holder(nodes: list[E
     assert (await nodes[1].queue_stats(ENV)).stopped == 10
 
 
-async def test_events_sent_to_two_nodes_have_one_order(nodes: list[Engine]) -> None:
+async def test_events_sent_to_two_nodes_have_the_same_order_on_both(nodes: list[Engine]) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await asyncio.gather(
         *(node.send_events(item.session_id, [MESSAGE, MESSAGE]) for node in nodes for _ in range(8))

@@ -75,7 +75,7 @@ class ClaimWithActiveAck(NamedTuple):
 
     Attributes:
         polled_at: The time at which the poll that delivered the item was sent.
-        calls: The node's calls for the item from then on.
+        calls: The pool's calls for the item from then on.
     """
 
     polled_at: float
@@ -86,7 +86,7 @@ class ClaimWithActiveAck(NamedTuple):
         return [each for each in self.calls if each.op == "heartbeat" and each.answered_at <= at]
 
     def is_ownership_proven_at(self, at: float) -> bool:
-        """Return whether a heartbeat answered by the time `at` showed the node to be the owner."""
+        """Return whether a heartbeat answered by the time `at` showed the pool to be the owner."""
         return any(
             each.answer == "ok" and getattr(each.value, "state", None) == ACTIVE
             for each in self.heartbeats_answered_until(at)
@@ -101,7 +101,7 @@ class FinishedSimulation:
         history: The control plane's history, on the loop's clock.
         counted: The increase of the metrics' counters, by name and labels.
         leases: The granted leases of each item, in order.
-        sent: The calls of each node for each item, in order.
+        sent: The calls of each pool for each item, in order.
         runs: The handler runs of each item, in order.
         stopped: The history's record of each item's stop.
     """
@@ -133,7 +133,7 @@ class FinishedSimulation:
             self.runs[run.work_id].append(run)
 
     def lease_at(self, node: PoolProcess, work_id: str, at: float) -> GrantedLease | None:
-        """Return the node's last lease of the item that began at `at` or before."""
+        """Return the pool's last lease of the item that began at `at` or before."""
         found = None
         for lease in self.leases.get(work_id, ()):
             if lease.worker_id == node.worker_id and lease.began <= at:
@@ -143,7 +143,7 @@ class FinishedSimulation:
     def claim_with_active_ack(
         self, node: PoolProcess, work_id: str, at: float
     ) -> ClaimWithActiveAck | None:
-        """Return the node's last claim of the item before `at` if its ack was answered `active`."""
+        """Return the pool's last claim of the item before `at` if its ack was answered `active`."""
         calls = self.sent.get((node, work_id), [])
         ack = max(
             (call for call in calls if call.op == "ack" and call.answered_at <= at),
@@ -164,12 +164,12 @@ class FinishedSimulation:
         return ClaimWithActiveAck(polled_at, [call for call in later if call.op != "ack"])
 
     def item_may_have_another_owner(self, node: PoolProcess, work_id: str, at: float) -> bool:
-        """Return whether the node claimed the item, but may not be its owner at the time `at`."""
+        """Return whether the pool claimed the item, but may not be its owner at the time `at`."""
         claim = self.claim_with_active_ack(node, work_id, at)
         return claim is not None and not claim.is_ownership_proven_at(at)
 
     def permission_denied_at(self, node: PoolProcess, op: str) -> float:
-        """Return when the node's key was refused the operation `op`; infinite if it is allowed."""
+        """Return when the pool's key was refused the operation `op`; infinite if it is allowed."""
         answered = sorted(
             (call for call in self.trace.sent if call.node is node and call.op == op),
             key=lambda call: call.answered_at,
@@ -182,7 +182,7 @@ class FinishedSimulation:
         return FOREVER
 
     def extended_lease_of_another_worker(self, node: PoolProcess, work_id: str) -> bool:
-        """Return whether the node lost its lease and then extended the lease of another node."""
+        """Return whether the pool lost its lease and then extended the lease of another pool."""
         leases = self.leases.get(work_id, ())
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
         return extended_another and any(broken == work_id for _, broken in self.trace.broken)
@@ -192,7 +192,7 @@ class FinishedSimulation:
         return next(node for node in self.trace.nodes if node.worker_id == lease.worker_id)
 
     def all_leases(self) -> Iterable[tuple[PoolProcess, GrantedLease]]:
-        """Yield every granted lease with the node that owned it."""
+        """Yield every granted lease with the pool that owned it."""
         nodes = {node.worker_id: node for node in self.trace.nodes}
         for leases in self.leases.values():
             for lease in leases:
@@ -209,7 +209,7 @@ class FinishedSimulation:
     def had_fault_during_lease(
         self, node: PoolProcess, lease: GrantedLease, until: float = FOREVER
     ) -> bool:
-        """Return whether the node or its calls for the item had a fault during the lease."""
+        """Return whether the pool or its calls for the item had a fault during the lease."""
         since = lease.began - 0.01
         return (
             any(

@@ -339,7 +339,7 @@ def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
 
 
 def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
-    """5a. An acknowledged item's handler runs, unless the pool drains or the item is stopped."""
+    """5a. The handler of an acknowledged item runs, unless the pool drains or the item stops."""
     for node, lease in case.all_leases():
         if case.last_run_of_lease(node, lease) is not None or case.had_fault_during_lease(
             node, lease
@@ -401,7 +401,7 @@ def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
 
 
 def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
-    """5f. In pools that share slots, polls in flight plus runs never exceed the shared slots."""
+    """5f. Pools that share slots never have more polls in flight and handler runs than slots."""
     total = case.trace.shared_slots
     if total is None:
         return

@@ -24,7 +24,7 @@ LIMIT = 2000
 
 
 class SourceEdit(NamedTuple):
-    """A replacement of the text `old` by `new` in the only function of a class that contains it.
+    """A replacement of the text `old` by `new` in the one function of a class that contains `old`.
 
     Attributes:
         where: `module:Class`. The module is relative to `workpool.pool`, or to `workpool` if it has
@@ -611,7 +611,7 @@ def _full_name(module: str) -> str:
 
 
 def _find_edited_function(owner: type, edit: SourceEdit) -> tuple[str, Any]:
-    """Return the name and the function of the class that contains the edit's text."""
+    """Find the function of the class that contains the edit's text; return its name and itself."""
     holders = [
         (name, member)
         for name, member in owner.__dict__.items()

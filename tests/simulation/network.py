@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from tests.simulation.machine import EVENT_LOOP, NETWORK, MachinesLoop
+from tests.simulation.simulated_machine import EVENT_LOOP, NETWORK, MachinesLoop
 from tests.simulation.trace import LATENCY_SECONDS, DelayedCall, SentCall
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from random import Random
 
-    from tests.simulation.machine import HaltKind
     from tests.simulation.schedule import Schedule
+    from tests.simulation.simulated_machine import HaltKind
     from tests.simulation.trace import PoolProcess, Trace
     from workpool.server import Operations
     from workpool.settings import Settings
@@ -77,7 +77,7 @@ class SimulatedNetwork:
         self._kinds = schedule.fault_kinds
 
     def fault_for_call(self, node: PoolProcess, op: str, work_id: str | None) -> Fault:
-        """Return the fault of a call, or the usual latency of the node if the call has no fault."""
+        """Return the fault of a call; a call without a fault has the usual latency of its pool."""
         if self.over:
             return SILENCE
         fault = None if self.healed else self._draw_fault(node, op)

@@ -105,7 +105,7 @@ def _find_acks_sent_too_late(
 def _was_delayed(
     case: FinishedSimulation, node: PoolProcess, work_id: str | None, since: float, until: float
 ) -> bool:
-    """Return whether the node was halted, or a call for the item got no connection."""
+    """Return whether the pool's machine was halted, or a call for the item got no connection."""
     return node.was_halted(since - 1, until) or any(
         each.node is node and each.work_id == work_id and since - 1 <= each.since <= until
         for each in case.trace.delays

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from prometheus_client import CollectorRegistry
 
 from tests.simulation.invariants import INVARIANTS, check_invariants
-from tests.simulation.machine import run_machines
 from tests.simulation.results import ProgressFile, SimulationReport
 from tests.simulation.schedule import Schedule, draw_schedule
 from tests.simulation.scripted_handlers import PLUGINS
+from tests.simulation.simulated_machine import run_machines
 from tests.simulation.simulated_world import SimulatedWorld
 from workpool.metrics import observer
 from workpool.plugins import loading, registry

@@ -155,7 +155,7 @@ def _draw_schedule_without_shared_slots(random: Random, seed: int) -> Schedule:
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
     control_plane = random.choice(CONTROL_PLANES)
     if control_plane != "strict" and random.random() < CROWDED_SHARE:
-        # Items wait for a slot during most of their lease, and the network delays their heartbeats.
+        # Let items wait for a slot during most of their lease while the network delays heartbeats.
         pools = tuple(replace(pool, concurrency=1, prefetch=2) for pool in pools)
         work += _draw_work_that_fills_all_slots(random)
     actions = sorted([*work, *actions], key=_time_of_action)

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.simulation.machine import current_machine
+from tests.simulation.simulated_machine import current_machine
 from tests.simulation.trace import HandlerRun, HandoffBlock
 from workpool import Release, Retry, Session, handler, hookimpl
 from workpool.errors import ControlPlaneError, HandoverError
@@ -87,7 +87,7 @@ PLUGINS: Final = (HandlerLimitPlugin(), run_simulated_session, run_retried_sessi
 
 
 class SimulatedHandlers:
-    """The behaviours of the handlers of one pool.
+    """What the handlers of one simulated pool do, with a method for each behaviour.
 
     Attributes:
         healed: All faults have ended; all work is short.

@@ -13,13 +13,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
 from tests.simulation.control_planes import OperationsWithActiveAcks
 from tests.simulation.finished_simulation import START, FinishedSimulation
-from tests.simulation.machine import (
-    EVENT_LOOP,
-    NETWORK,
-    HaltKind,
-    MachinesLoop,
-    SimulatedMachine,
-)
 from tests.simulation.metric_totals import counter_totals
 from tests.simulation.network import SimulatedClient, SimulatedNetwork
 from tests.simulation.schedule import PAUSE_SECONDS, Action, PoolSettings, Schedule
@@ -28,6 +21,13 @@ from tests.simulation.scripted_handlers import (
     PLUGINS,
     SECONDS,
     SimulatedHandlers,
+)
+from tests.simulation.simulated_machine import (
+    EVENT_LOOP,
+    NETWORK,
+    HaltKind,
+    MachinesLoop,
+    SimulatedMachine,
 )
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool.errors import WorkpoolError

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from tests.simulation.machine import SimulatedMachine
     from tests.simulation.schedule import PoolSettings
+    from tests.simulation.simulated_machine import SimulatedMachine
     from workpool.events import Event
     from workpool.pool.shared_slots import SlotShare
     from workpool.testing.fault import Fault
@@ -132,7 +132,7 @@ class HandlerRun:
 
 @dataclass(slots=True, eq=False, repr=False)
 class HandoffBlock:
-    """One `async with session.handover()` block of a handler.
+    """The time that a handler spent in one block `async with session.handover()`.
 
     Attributes:
         ttl: TTL of the lease, in seconds.

@@ -18,10 +18,10 @@ from tests.simulation.autoscaler.fleet_schedule import Incident
 from tests.simulation.autoscaler.horizontal_autoscaler import HorizontalAutoscaler, KedaScaler
 from tests.simulation.autoscaler.kubernetes_cluster import SimulatedCluster
 from tests.simulation.finished_simulation import START
-from tests.simulation.machine import NETWORK, SimulatedMachine, current_machine
 from tests.simulation.network import SimulatedClient, SimulatedNetwork
 from tests.simulation.schedule import PoolSettings
 from tests.simulation.scripted_handlers import PLUGINS
+from tests.simulation.simulated_machine import NETWORK, SimulatedMachine, current_machine
 from tests.simulation.simulated_world import ENVIRONMENT, SimulatedWorld, pool_settings
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool import Supervisor, hookimpl

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ScalingPolicy(NamedTuple):
-    """The most pods that are added or removed within `period` seconds: a number or a percentage."""
+    """The maximum number or percentage of pods that are added or removed in `period` seconds."""
 
     kind: Literal["Pods", "Percent"]
     value: int

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from tests.simulation.autoscaler.fleet_schedule import NOTICE_SECONDS
 from tests.simulation.autoscaler.replica_set import PodState, pods_to_delete
-from tests.simulation.machine import NETWORK
+from tests.simulation.simulated_machine import NETWORK
 from tests.simulation.trace import FOREVER
 from workpool_kubernetes.api_server import APIServerError
 

@@ -86,7 +86,7 @@ def _compare_age_magnitudes(now: float, one: float, two: float) -> int:
 
 
 def _age_magnitude(age: float) -> int:
-    """Return the logarithm of an age to the base 2, rounded down."""
+    """Return the base-2 logarithm of an age in nanoseconds, rounded down."""
     nanoseconds = age * 1e9
     return int(math.log2(nanoseconds)) if nanoseconds > 0 else -1
 

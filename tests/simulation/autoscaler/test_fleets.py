@@ -1,4 +1,4 @@
-"""Tests that the fleet invariants hold on some schedules; the command line runs thousands."""
+"""Tests of the simulation of autoscaled fleets, with a few dozen schedules."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class SimulatedMachine:
     max_sessions: int | None = None
 
     def __init__(self, loop: MachinesLoop, name: str, rate: float = 1.0) -> None:
-        """Create a machine whose lease clock counts `rate` seconds per second."""
+        """Create a machine whose lease clock counts `rate` seconds per second of virtual time."""
         self.name = name
         self.halted: HaltKind | None = None
         self.blocked = False
@@ -187,7 +187,10 @@ class _MachineTimer(asyncio.TimerHandle):
 
 
 class MachinesLoop(VirtualLoop):
-    """A virtual event loop for several machines, each with its own `time()`; `now` is common."""
+    """A virtual event loop of several machines.
+
+    Each machine has its own `time()`. `now` is the same for all of them.
+    """
 
     _ready: deque[asyncio.Handle]
     _scheduled: list[asyncio.TimerHandle]
@@ -217,7 +220,7 @@ class MachinesLoop(VirtualLoop):
         self._now = seconds
 
     def time(self) -> float:
-        """Return the loop's clock as the current machine sees it."""
+        """Return the time of the current machine, which stands still while the machine sleeps."""
         machine = _MACHINE.get()
         return self._now if machine is None else self._now - machine.slept
 
