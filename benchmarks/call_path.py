@@ -76,7 +76,7 @@ class CallMeter(ContenderMeter):
 
 @dataclass(frozen=True)
 class ItemCalls:
-    """How often each Python function is called for one item.
+    """The number of calls of each Python function for one item.
 
     Attributes:
         functions: The functions of workpool that every item called, with their calls per item.

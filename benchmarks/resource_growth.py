@@ -70,7 +70,7 @@ def take_sample(sessions: int) -> ResourceSample:
     )
 
 
-async def run_sessions_and_sample(
+async def run_sessions_and_take_samples(
     plane: ControlPlaneAddress, samples: list[int]
 ) -> list[ResourceSample]:
     """Run sessions in one pool, and take a sample after each number of sessions in `samples`."""
@@ -133,7 +133,7 @@ def main() -> int:
     step = (options.sessions - options.warm_up) / (options.samples - 1)
     samples = [options.warm_up + round(step * number) for number in range(options.samples)]
     with serve_control_plane() as plane:
-        found = uvloop.run(run_sessions_and_sample(plane, samples))
+        found = uvloop.run(run_sessions_and_take_samples(plane, samples))
     head = ("sessions", "objects", "tasks", "descriptors", "threads", "memory MiB")
     print(format_table(head, [each.table_row() for each in found]))
     names = find_grown_resources(found[0], found[-1])

@@ -1,4 +1,4 @@
-"""How control planes scale with workers, held leases, open event streams and long queues.
+"""The scaling of control planes: many workers, held leases, open event streams and long queues.
 
     python benchmarks/scale_limits.py [--only PART …] [--stores STORE …]
 

@@ -264,7 +264,8 @@ class Storm:
         else:
             await self._start_control_planes()
             for name in NAMES:
-                if self._fleet.was_killed(name):  # but not restarted before the storm ended
+                # The storm may have ended after it killed a worker and before it restarted it.
+                if self._fleet.was_killed(name):
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)
             await self._wait_until_all_items_stopped(http)

@@ -114,7 +114,7 @@ class Cluster:
             except subprocess.CalledProcessError as error:
                 error.add_note(self.read_log())
                 if self.port or attempt == _START_ATTEMPTS:
-                    # Another try helps only with another port: the free port may have been taken.
+                    # Try again only with another free port: this one may be in use by another program.
                     raise
             else:
                 self.port = chosen

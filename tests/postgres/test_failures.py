@@ -59,7 +59,7 @@ class WorkersUnderLoad:
         self._stopped = asyncio.Event()
 
     async def wait_for_503(self) -> None:
-        """Wait for the next 503."""
+        """Wait until the next call is answered with a 503."""
         self._refused.clear()
         await self._refused.wait()
 

@@ -125,7 +125,7 @@ async def test_items_announced_while_polls_read_make_one_poll_each_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.change_count()  # at this count, twenty polls begin to read the table
+    seen = hub.change_count()  # now twenty polls begin to read the table
     hub.announce_changes(WORK, 3)
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
@@ -185,7 +185,7 @@ async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
         )
         await wait_until(
             lambda: len(streams.ended) == 3
-        )  # The waits of streams end once the hub listens again.
+        )  # When the hub listens again, it wakes all streams: they may have missed a change.
         await wait_until(lambda: len(polls.ended) == 1)
         assert polls.ended == [False]
         assert await there.wait_for_change("work:any", before, LONG)

@@ -1,4 +1,4 @@
-"""Command line: `python -m tests.simulation --schedules N --seed N [--replay SEED]`."""
+"""Runs simulations: `python -m tests.simulation --schedules N --seed N [--replay SEED]`."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def _add_lease_to_attempt(case: FinishedSimulation, one: _ItemAttempt, lease: Gr
 
 
 def list_attempt_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
-    """Return the writes of attempt number, retry number, error or release mark, as they arrived."""
+    """Return the writes of attempt number, retry number, error and release mark, by arrival."""
     found = [
         call
         for (_, of_item), calls in case.sent.items()
@@ -178,7 +178,7 @@ def list_attempt_writes(case: FinishedSimulation, work_id: str) -> list[SentCall
 
 
 def has_late_attempt_write(case: FinishedSimulation, work_id: str) -> bool:
-    """Return whether such a write arrived after the lease of the pool that sent it had ended."""
+    """Return whether a write of attempt metadata arrived after its pool had lost the lease."""
     for call in list_attempt_writes(case, work_id):
         lease = case.lease_at(call.node, work_id, call.at)
         if lease is None or call.arrives_at > lease.ended:

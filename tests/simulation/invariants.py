@@ -262,7 +262,7 @@ def nothing_is_sent_after_an_answer_that_ends_the_lease(case: FinishedSimulation
 def _lease_end_reported_at(
     case: FinishedSimulation, call: SentCall, calls: list[SentCall], lease: GrantedLease
 ) -> float:
-    """Return when an answer to the call showed the end of the lease; infinite if it did not."""
+    """Return when the call's answer showed that the lease had ended; infinite if it did not."""
     if call.fault is not None and call.fault.answer is not None:
         return FOREVER
     over = call.op == "stop" and call.answer == "ok"

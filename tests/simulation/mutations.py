@@ -611,7 +611,7 @@ def _full_name(module: str) -> str:
 
 
 def _find_edited_function(owner: type, edit: SourceEdit) -> tuple[str, Any]:
-    """Find the function of the class that contains the edit's text; return its name and itself."""
+    """Return the name and the function of the class whose source contains the text to replace."""
     holders = [
         (name, member)
         for name, member in owner.__dict__.items()

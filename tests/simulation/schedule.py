@@ -184,7 +184,11 @@ def _draw_schedule_without_shared_slots(random: Random, seed: int) -> Schedule:
         ]
         actions = sorted([*actions, *more], key=_time_of_action)
     schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
-    return _add_stalls(schedule, random) if random.random() < STALL_SHARE else schedule
+    return (
+        _add_stall_timeouts_and_behaviours(schedule, random)
+        if random.random() < STALL_SHARE
+        else schedule
+    )
 
 
 def _share_slots_between_some_pools(schedule: Schedule, random: Random) -> Schedule:
@@ -199,7 +203,7 @@ def _share_slots_between_some_pools(schedule: Schedule, random: Random) -> Sched
     return replace(schedule, pools=tuple(pools), shared_slots=total)
 
 
-def _add_stalls(schedule: Schedule, random: Random) -> Schedule:
+def _add_stall_timeouts_and_behaviours(schedule: Schedule, random: Random) -> Schedule:
     """Add stall timeouts, and handlers that make progress, hang or wait for a person."""
     limits = random.choice((4.0, 10.0)), random.choice((None, 4.0, 15.0))
     pools = [replace(pool, stall_timeout=random.choice(limits)) for pool in schedule.pools]

@@ -87,7 +87,7 @@ PLUGINS: Final = (HandlerLimitPlugin(), run_simulated_session, run_retried_sessi
 
 
 class SimulatedHandlers:
-    """What the handlers of one simulated pool do, with a method for each behaviour.
+    """The behaviours of the handlers of one simulated pool, with a method for each of them.
 
     Attributes:
         healed: All faults have ended; all work is short.
@@ -224,7 +224,7 @@ class SimulatedHandlers:
         while self._now() < min(until, run.cancelled_at + STUBBORN_SECONDS):
             try:
                 await asyncio.sleep(1)
-            except asyncio.CancelledError:  # a faulty handler ignores it
+            except asyncio.CancelledError:  # a faulty handler ignores its cancellation
                 self._record_first_cancellation(run)
         return {"done": "at last"}
 
@@ -233,7 +233,7 @@ class SimulatedHandlers:
     ) -> Any:
         try:
             await asyncio.sleep(seconds)
-        except asyncio.CancelledError:  # a faulty handler ignores it
+        except asyncio.CancelledError:  # a faulty handler ignores its cancellation
             self._record_first_cancellation(run)
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
@@ -244,7 +244,7 @@ class SimulatedHandlers:
         """Sleep until the session timeout cancels the handler, and return a result nevertheless."""
         try:
             await asyncio.sleep(self._node.pool.session_timeout or seconds)
-        except asyncio.CancelledError:  # a faulty handler ignores it
+        except asyncio.CancelledError:  # a faulty handler ignores its cancellation
             self._record_first_cancellation(run)
         return {"done": "in time"}
 

@@ -301,10 +301,10 @@ class SimulatedWorld:
                 self._enqueue_items(action)
             case "stop" | "force" | "expire":
                 if self.items:
-                    self._act_on_item(action, self.items[action.target % len(self.items)])
+                    self._perform_item_action(action, self.items[action.target % len(self.items)])
             case _:
                 if living := self._running_nodes():
-                    self._act_on_pool(action, living[action.target % len(living)])
+                    self._perform_pool_action(action, living[action.target % len(living)])
 
     def _enqueue_items(self, action: Action) -> None:
         session_id = None
@@ -318,7 +318,7 @@ class SimulatedWorld:
         )
         self.items += [item.id for item in items]
 
-    def _act_on_item(self, action: Action, work_id: str) -> None:
+    def _perform_item_action(self, action: Action, work_id: str) -> None:
         """Carry out an operator's action on an item."""
         if action.kind == "expire":
             queue = self.operations.get_queue(ENVIRONMENT)
@@ -337,7 +337,7 @@ class SimulatedWorld:
                 ENVIRONMENT, work_id, "operator", force=action.kind == "force"
             )
 
-    def _act_on_pool(self, action: Action, node: PoolProcess) -> None:
+    def _perform_pool_action(self, action: Action, node: PoolProcess) -> None:
         """Carry out an action on a pool or its machine."""
         now, machine = self.loop.now, node.machine
         match action.kind:

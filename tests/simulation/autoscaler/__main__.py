@@ -1,4 +1,4 @@
-"""Command line: `python -m tests.simulation.autoscaler --schedules N --seed N [--without NAME]`."""
+"""Simulates fleets: `python -m tests.simulation.autoscaler --schedules N [--without NAME]`."""
 
 from __future__ import annotations
 

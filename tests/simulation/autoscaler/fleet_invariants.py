@@ -55,7 +55,7 @@ class RemovalCounts(NamedTuple):
     cut_by_evictions: int = 0
 
     def merge(self, other: RemovalCounts) -> RemovalCounts:
-        """Return the sums of both counts."""
+        """Return the sum of each count of the two objects."""
         return RemovalCounts(*(one + two for one, two in zip(self, other, strict=True)))
 
     def __str__(self) -> str:

@@ -62,7 +62,7 @@ def test_autoscaler_starts_no_pod_if_replicas_are_zero() -> None:
     assert make_autoscaler().sync_target_size(0.0, 0, 0, 50.0) == 0
 
 
-def test_scale_down_from_eighty_pods_uses_policy_that_allows_most() -> None:
+def test_scale_down_from_eighty_pods_uses_the_policy_that_removes_most() -> None:
     """The policies allow 4 pods or 10 % a minute, as in the documentation of Kubernetes.
 
     From 80 pods, 8 are removed in each of the first two minutes. From 40 pods on, it is 4 a minute.
@@ -85,7 +85,7 @@ def test_policy_of_four_pods_a_minute_allows_no_more_within_the_minute() -> None
     assert scaler.sync_target_size(61.0, 16, 16, 1.0) == 12
 
 
-def test_select_policy_min_uses_policy_that_allows_least() -> None:
+def test_scale_down_with_select_policy_min_uses_the_smallest_change() -> None:
     """The documentation of Kubernetes gives this example: at most 10 % and 5 pods a minute."""
     policies = (ScalingPolicy("Percent", 10, 60.0), ScalingPolicy("Pods", 5, 60.0))
     assert (
