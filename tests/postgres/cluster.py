@@ -114,7 +114,7 @@ class Cluster:
             except subprocess.CalledProcessError as error:
                 error.add_note(self.read_log())
                 if self.port or attempt == _START_ATTEMPTS:
-                    # Try again only with another free port: this one may be in use by another program.
+                    # Try again only with another free port. Another program may use this one.
                     raise
             else:
                 self.port = chosen
