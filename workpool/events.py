@@ -246,7 +246,7 @@ class CredentialRefreshed:
 
 @dataclass(frozen=True, slots=True)
 class QueueStatsRead:
-    """The pool has read the control plane's statistics of the queue, as every `stats_interval`."""
+    """The pool has read the control plane's statistics of the queue, once per `stats_interval`."""
 
     stats: QueueStats
 

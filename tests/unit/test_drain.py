@@ -40,7 +40,7 @@ class SessionsStandIn:
     def count_unfinished_items(self) -> int:
         return self.running - self.stuck
 
-    async def wait_for_exclusion_writes(self, seconds: float) -> None:
+    async def wait_for_attempt_exclusions(self, seconds: float) -> None:
         """Return at once, because no session writes metadata that the drain would wait for."""
 
     def end_sessions(self, count: int = 1) -> None:

@@ -185,7 +185,7 @@ class Completion:
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
             if patch := attempt.metadata_at_session_end({}):
-                await self._delete_exclusion_mark(item, patch)
+                await self._delete_attempt_exclusion(item, patch)
             return row.outcome
         notes = item.result if row.metadata == "result" else self._error_metadata(item)
         try:
@@ -211,7 +211,7 @@ class Completion:
             return "failed"
         return row.outcome
 
-    async def _delete_exclusion_mark(self, item: PoolItem, patch: Patch) -> None:
+    async def _delete_attempt_exclusion(self, item: PoolItem, patch: Patch) -> None:
         """Delete the metadata by which a drain has excluded this run from the attempts.
 
         A failure is logged; it does not change the outcome of the session.
@@ -236,7 +236,7 @@ class Completion:
             return
         # The priority is low, so that completions do not wait for this write of every session.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
-        await self._write_exclusion_mark(item, DRAIN_REASON, request)
+        await self._write_attempt_exclusion(item, DRAIN_REASON, request)
 
     async def exclude_released_session_from_attempts(
         self, item: PoolItem, reason: str, seconds: float
@@ -249,9 +249,9 @@ class Completion:
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
             # Before the first successful heartbeat another process may own the item: write nothing.
             return
-        await self._write_exclusion_mark(item, reason, WRITE._replace(seconds=seconds))
+        await self._write_attempt_exclusion(item, reason, WRITE._replace(seconds=seconds))
 
-    async def _write_exclusion_mark(
+    async def _write_attempt_exclusion(
         self, item: PoolItem, reason: str, request: SendOptions
     ) -> None:
         attempt = item.attempt

@@ -62,8 +62,8 @@ class LoopMonitor:
         self._asked_at = time.monotonic()
         self._answered_before = 0.0
         """The time of the second last answer."""
-        # The handlers' loop writes `_pong` after the other results of a ping: a thread that sees
-        # the new `_pong` must not read old values of them.
+        # The handlers' loop writes `_pong` after the other results of a ping: a thread that reads
+        # the new `_pong` must not combine it with older results.
         self._answered_at = time.monotonic()
         self._pong = 0
 

@@ -129,7 +129,7 @@ class Dispatcher:
         `polled_at` is the time when that poll was sent, on the lease clock.
         """
         if self._context.draining or (self._admission.gated and self._admission.paused is not None):
-            return "declined"  # without an ack, the item is redelivered to another worker
+            return "declined"  # The control plane delivers an item without an ack to others.
         owned = self.items.find_item(work_item.id)
         # If no expiry timer is set, no item is set aside, and the search would find nothing.
         if owned is None and self._expiry is not None:
@@ -347,7 +347,7 @@ class Dispatcher:
         running = self._context.queue.running
         return running - sum(item.handler_runs for item in self.executor.stuck)
 
-    async def wait_for_exclusion_writes(self, seconds: float) -> None:
+    async def wait_for_attempt_exclusions(self, seconds: float) -> None:
         """Wait for the writes that exclude runs of stuck handlers from the attempts.
 
         The wait takes `seconds` at most. Without it, a drain would abandon these items and cancel

@@ -75,7 +75,7 @@ class Drain:
         self.wake_waiters()
 
     def wake_waiters(self) -> None:
-        """Wake the waits of this drain, after the end of an item or a change of the deadline."""
+        """Wake the tasks that wait in this drain, for example after the end of an item."""
         self._changed.set()
 
     async def wait_for_sessions(self, dispatcher: Dispatcher) -> None:
@@ -96,7 +96,7 @@ class Drain:
         if not clean:
             dispatcher.release_all_items()
             await self._wait_until_items_finished(dispatcher, lambda: until)
-        await dispatcher.wait_for_exclusion_writes(until - loop.time())
+        await dispatcher.wait_for_attempt_exclusions(until - loop.time())
         abandoned = dispatcher.abandon_items()
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
         seconds = loop.time() - started

@@ -266,7 +266,9 @@ class HandlerExecutor:
                 raise
             finally:
                 session.outcome = outcome_expected(item, error, self._clock())
-                error = None  # break the reference cycle between error, traceback and frame
+                # Break the reference cycle between error, traceback and frame, which would keep the
+                # session in memory until the next garbage collection.
+                error = None
         # If a plugin's context manager has suppressed the handler's error, there is no result.
         return {}
 

@@ -383,7 +383,7 @@ class Lease:
     ) -> HeartbeatDecision:
         """Apply the answer to a heartbeat."""
         if self.status != "held":
-            decision = IGNORED  # the lease has ended while the heartbeat was in flight
+            decision = IGNORED  # The lease has ended while the heartbeat was in flight.
         elif isinstance(outcome, Heartbeat):
             decision = self._apply_success(now, attempt, outcome)
         else:

@@ -436,7 +436,7 @@ class LeaseRenewer:
     def _adjust_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
         """Raise the limit of concurrent heartbeats while more are due than it allows.
 
-        Lower it to the largest number in use if no heartbeat had to wait for `WIDTH_SECONDS`.
+        While no heartbeat waits, lower it every `WIDTH_SECONDS` to the largest number in use.
         """
         if waiting:
             seconds = min(1.0, now - self._paced_at)

@@ -277,9 +277,11 @@ class Poller:
         self._dispatcher = dispatcher
         self._number = number
         self._clock = context.clock
-        self._polled_at = 0.0  # the time of the last poll, on the lease clock
+        self._polled_at = 0.0
+        """The time at which the last poll was sent, on the lease clock."""
         self._backoff = Backoff(BACKOFF_SECONDS, BACKOFF_CAP_SECONDS)
-        self._unreadable = 0  # the number of unreadable items in a row
+        self._unreadable = 0
+        """The number of polls in a row that brought an unreadable item."""
 
     async def run_polls(self) -> None:
         """Poll until the group ends; after `CRASHES` unexpected errors in a row, fail the pool."""
@@ -390,7 +392,7 @@ class Poller:
         reason, seconds = _wait_after_error(failure, self._backoff.next_delay())
         self._group.note_poll_failure(failure)
         if self._group.ended:
-            return  # the supervisor ends the pool with this error, and logs it
+            return  # Do not log the error: the supervisor does, and ends the pool with it.
         if isinstance(failure, RefusedError):
             self._context.optional.forget_refusals()
         if failure.status == HTTPStatus.TOO_MANY_REQUESTS:

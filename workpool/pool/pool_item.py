@@ -42,15 +42,18 @@ TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
     ("delivered", "slot"): "acking",
     # A parent process has acknowledged the item and handed it off to this process.
     ("delivered", "adopted"): "beginning",
-    ("delivered", "closed"): "closed",  # a drain forgot the item, which was never acknowledged
+    # A drain or a pause has forgotten the item before its acknowledgement.
+    ("delivered", "closed"): "closed",
     ("acking", "acknowledged"): "beginning",
-    ("acking", "closed"): "closed",  # the ack was refused, or another worker has the item
+    # The ack was refused, or another worker has the item.
+    ("acking", "closed"): "closed",
     ("beginning", "started"): "running",
     # No handler is called: the run exceeds `max_attempts`, or the pool drains, for example.
     ("beginning", "ended"): "completing",
     ("beginning", "closed"): "closed",
     ("running", "ended"): "completing",
-    ("running", "closed"): "closed",  # a drain abandoned the session
+    # A drain has abandoned the session.
+    ("running", "closed"): "closed",
     ("completing", "closed"): "closed",
 }
 """Every allowed transition; any other one is a bug and raises."""
@@ -84,7 +87,8 @@ class EndReason(enum.IntEnum):
 REASONS_OF_LEASE: Final[Mapping[Status, EndReason | None]] = {
     "stopped": EndReason.STOPPED,
     "handed_off": EndReason.HANDED_OFF,
-    "released": None,  # the pool itself released the item, for a reason that it has recorded
+    # The pool itself has released the item, and recorded the end reason when it did.
+    "released": None,
 }
 """The end reason that follows from the status of a lease that is over; for other statuses: lost."""
 

@@ -246,7 +246,7 @@ class SessionRunner:
         self.unstarted = 0
         await self._executor.run_handler(item, handler, session)
         if item.mark_task is not None:
-            await _wait_for_exclusion_write(item.mark_task)
+            await _wait_for_attempt_exclusion(item.mark_task)
         if item.handoff is not None:
             await settle_handoff(item, item.handoff, self._context.renewer)
         item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
@@ -371,7 +371,7 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
     log.info("session ended", extra=fields | session.trace_fields)
 
 
-async def _wait_for_exclusion_write(task: asyncio.Task[None]) -> None:
+async def _wait_for_attempt_exclusion(task: asyncio.Task[None]) -> None:
     """Wait briefly for the metadata write that a drain has begun, then cancel it.
 
     If it were applied after the metadata of the completion, it would overwrite them.
@@ -409,7 +409,10 @@ class SessionCalls:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Keep the time of a `with` block from counting towards `stall_timeout`, on any thread."""
+        """Keep the time of a `with` block from counting towards `stall_timeout`.
+
+        May be used on any thread.
+        """
         waits = self._item.waits
         waits.append(None)
         try:
