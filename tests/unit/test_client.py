@@ -569,7 +569,7 @@ async def test_stop_without_reading_item_accepts_any_json_object(
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{" * 5_000_000])
-async def test_stop_without_reading_item_rejects_answer_of_gateway(
+async def test_stop_without_reading_item_rejects_body_that_is_no_json_object(
     qoder_client: WorkClient, middleware: RecordingMiddleware, body: bytes
 ) -> None:
     """A page of a gateway with status 200 may mean that the request was not forwarded."""

@@ -262,7 +262,8 @@ def test_demo_view_without_terminal_prints_lines(
     page = io.StringIO()
     with DemoView(Console(file=page, width=40)) as plain:
         plain.draw_state(demo_state)
-        assert page.getvalue() == ""  # Lines are printed at most once per LINE_SECONDS.
+        # No line is due yet, because lines are printed at least LINE_SECONDS apart.
+        assert page.getvalue() == ""
         monkeypatch.setattr(demo_view, "LINE_SECONDS", 0.0)
         plain.draw_state(demo_state)
         plain.print_worker_line("one", "hello")

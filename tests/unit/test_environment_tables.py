@@ -40,7 +40,7 @@ def problems_of_refused_settings(read: Callable[..., object], **values: Any) -> 
     return raised.value.problems
 
 
-def test_environment_table_has_settings_of_its_environment(
+def test_each_environment_gets_settings_of_its_own_table(
     write_config: Callable[[str], Path],
 ) -> None:
     process, (first, second) = Settings.of_environments(config=write_config(TWO))

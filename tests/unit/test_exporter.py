@@ -145,7 +145,7 @@ async def test_metrics_are_compressed_on_request(
 @pytest.mark.parametrize(
     ("path", "good", "bad"), [("healthz", "healthy", "unhealthy"), ("readyz", "ready", "unready")]
 )
-async def test_health_responses_state_their_reasons(
+async def test_failing_health_response_states_its_reasons(
     exporter: Exporter, http_client: aiohttp.ClientSession, health_reasons: HealthReasons,
     path: str, good: str, bad: str,
 ) -> None:  # fmt: skip
@@ -272,7 +272,7 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
         runner.run(connect_to_each_address())
 
 
-async def test_port_in_use_is_error_that_suggests_solutions(
+async def test_port_in_use_raises_error_that_suggests_solutions(
     exporter: Exporter, registry: CollectorRegistry, health_reasons: HealthReasons
 ) -> None:
     with pytest.raises(ListenError) as caught:
@@ -282,7 +282,9 @@ async def test_port_in_use_is_error_that_suggests_solutions(
         assert part in str(caught.value)
 
 
-async def test_listen_address_of_another_host_is_an_error(registry: CollectorRegistry) -> None:
+async def test_listen_address_of_another_host_raises_listen_error(
+    registry: CollectorRegistry,
+) -> None:
     with pytest.raises(ListenError, match=r"192\.0\.2\.1:0 .*metrics_listen") as caught:
         async with Exporter("192.0.2.1", 0, registry, health=list, readiness=list):
             pass
@@ -301,7 +303,8 @@ def count_open_resources() -> tuple[Multiset[str], set[str], int]:
 def link_target(path: Path) -> str:
     try:
         return str(path.readlink())
-    except OSError:  # The listing contains its own descriptor, which is closed by now.
+    except OSError:
+        # The listing includes the descriptor that was open to read it, which is closed by now.
         return ""
 
 

@@ -183,7 +183,7 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
             site.released.set()
             for client in clients:
                 assert (await client.read_bytes()).startswith(OK)
-            # A new connection replaces one that is idle after its response.
+            # The server closes an idle connection in order to accept a new one.
             assert (await send_and_read(site.port)).startswith(OK)
             RawClient.close_all_clients()
             await wait_until(lambda: not len(site.connections))

@@ -266,9 +266,8 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
     async with renewed_item(one) as item:
         lease = item.lease
         one.renewer.remove_lease(lease)
-        lease.closed = (
-            False  # `remove_lease` also marks the session as closed, which this test does not need.
-        )
+        # `remove_lease` also marks the session as closed, which this test does not need.
+        lease.closed = False
         with pytest.raises(TransientError):
             await send_update(one, item)
         sent = one.get_send_times("update")

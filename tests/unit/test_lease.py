@@ -285,11 +285,12 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (lease_after_read, PRECONDITION, GONE),
     (lease_with_unanswered_heartbeat, PRECONDITION, READ_PRECONDITION),
     (lease_in_handoff, PRECONDITION, READ_PRECONDITION),
-    # After 409 the item is always read.
+    # After 409 the item is always read, because the answer does not show who holds it.
     (fresh_lease, CONFLICT, READ_CONFLICT),
     (renewed_lease, CONFLICT, READ_CONFLICT),
     (stopped_lease, CONFLICT, READ_CONFLICT),
-    # A refused credential may be renewed, but an unknown item is lost.
+    # A heartbeat with a refused credential is repeated, because the credential may be renewed.
+    # The lease of an item that the control plane does not know is lost.
     (renewed_lease, refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
     (renewed_lease, refused_error(403), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
     (renewed_lease, refused_error(405), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
@@ -491,7 +492,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, item_of_this_worker(state="starting"),
      ExpectedLease("again", "recovered", due=0)),
-    # The item was `active` before, so another worker has claimed it since.
+    # The ack was answered with `active`, so an item that is `starting` was claimed anew.
     (lease_active_at_ack_after_heartbeat, item_of_this_worker(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, item_of_another_worker(),

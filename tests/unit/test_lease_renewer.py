@@ -520,7 +520,8 @@ async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified
             await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
         one.latency = 1.0
-        one.ahead += 30  # The wall clock is ahead, as if the lease clock had stood still.
+        # The wall clock jumps ahead of the lease clock, as after a pause of the machine.
+        one.ahead += 30
         for item in items:
             with pytest.raises(TransientError, match="verified first"):
                 one.sender.check_may_write(item, by_handler=False)

@@ -276,7 +276,7 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: Rene
         assert later.lease is not None
         renewer.add_lease(later.lease, later)
         assert later.lease.status == "lost"
-        # These calls have no effect after the end of the renewer thread.
+        # After the end of the renewer thread, these calls must do nothing and raise no error.
         renewer.send_last_heartbeat(lease, 10)
         renewer.remove_lease(lease)
     assert len(testbed.failures) == 1

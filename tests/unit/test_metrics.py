@@ -41,7 +41,8 @@ H_LAG = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 H_WAIT = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
 H_RUN = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600)
 
-# A literal copy of the documented table: name, type (C, G or a histogram's buckets), labels.
+# The documented table, copied literally. Each row has a metric's name, its type (C for counter,
+# G for gauge, or the buckets of a histogram) and its labels.
 TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("polls_total", "C", "environment_id, result=item|null|throttled|error|timeout|cancelled"),
     ("poll_duration_seconds", H_POLL, "environment_id, result=item|null|error"),

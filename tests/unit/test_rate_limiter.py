@@ -86,7 +86,7 @@ def test_heartbeats_use_up_rate_without_waiting(manual_clock: ManualClock) -> No
     passed = 0
     for _ in range(100):
         manual_clock.now += 0.1
-        limiter.charge()  # These are 10 heartbeats a second, half of the rate.
+        limiter.charge()  # One heartbeat each 0.1 s is half of the rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(100, abs=2)
 
@@ -97,7 +97,7 @@ def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(manual_clock: M
     passed = 0
     for _ in range(1000):
         manual_clock.now += 0.01
-        limiter.charge()  # These are 100 heartbeats a second, five times the rate.
+        limiter.charge()  # One heartbeat each 0.01 s is five times the rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(50, abs=1)
 
@@ -307,7 +307,7 @@ async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
         passed = 0
         for _ in range(1000):
             clock.now += 0.01
-            limiter.charge()  # These are 100 heartbeats a second, five times the rate.
+            limiter.charge()  # One heartbeat each 0.01 s is five times the rate.
             passed += limiter.try_acquire(COMPLETION)
         assert passed == pytest.approx(50, abs=1)
         assert not any(task.done() for task in others)
@@ -339,7 +339,7 @@ class ReferenceModel:
 def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> None:
     async def compare_with_model() -> None:
         model, spare = ReferenceModel(), False
-        # The burst of a quarter second is one token.
+        # At four tokens a second, the burst of a quarter second is one token.
         limiter = RateLimiter("write", 4, ManualClock(1000.0))
         limiter.try_acquire()
         async with asyncio.TaskGroup() as group:
@@ -416,7 +416,7 @@ async def test_refund_from_another_thread_wakes_first_waiter(manual_clock: Manua
 
 
 def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
-    # The burst of a quarter second is 2000 tokens.
+    # At 8000 tokens a second, the burst of a quarter second is 2000 tokens.
     limiter = RateLimiter("write", 8000, ManualClock(1000.0))
 
     async def acquire_and_refund(priority: Priority) -> None:

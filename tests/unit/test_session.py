@@ -25,7 +25,7 @@ async def test_session_end_request_wakes_every_task_that_waits_for_it(request_ki
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         for _ in range(3):
             group.create_task(session.interrupted())
-        await asyncio.sleep(0)  # Now every task waits for the session to be interrupted.
+        await asyncio.sleep(0)  # Let every task begin its wait for the interruption.
         session.interrupt(**{request_kind: True})
         await session.interrupted()
 
@@ -34,7 +34,7 @@ async def test_cancelled_wait_for_interruption_leaves_another_wait_undisturbed()
     session = Session(parse_item(ITEM), cast("Any", None), redelivered=False)
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         cancelled, waiting = (group.create_task(session.interrupted()) for _ in range(2))
-        await asyncio.sleep(0)  # Now both tasks wait for the session to be interrupted.
+        await asyncio.sleep(0)  # Let both tasks begin their wait for the interruption.
         cancelled.cancel()
         session.interrupt(draining=True)
         await waiting

@@ -327,7 +327,8 @@ async def test_stream_loses_no_event_between_opening_and_history(
     faults.add(hold, "events", times=1)
     async with client.events(session_id).stream() as stream, asyncio.TaskGroup() as group:
         reader = group.create_task(read_events(stream, 9))
-        await hold.reached()  # The stream is open, but its history is not read yet.
+        # The events are appended after the stream was opened and before its history is read.
+        await hold.reached()
         append_events(control_plane, session_id, 3)
         hold.release()
         await faults.wait_for("events", answered=True)

@@ -37,7 +37,7 @@ def run_openssl(command: str, where: Path) -> None:
 def certificate_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a CA, certificates of server and client, and invalid files."""
     path = tmp_path_factory.mktemp("pki")
-    # Python requires these extensions of certificates since version 3.13.
+    # Since version 3.13, Python refuses certificates without these extensions.
     usage = "-addext keyUsage=critical,keyCertSign"
     run_openssl(
         f"req -x509 {KEY} {usage} -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem", path
@@ -259,7 +259,7 @@ async def refusal_type(call: Any) -> type[BaseException] | None:
         ),
     ],
 )
-async def test_invalid_tls_file_is_error_at_start(
+async def test_invalid_tls_file_raises_settings_error_on_opening_client(
     certificate_files: Path, names: dict[str, str | None], problem: str
 ) -> None:
     settings = TLSServer(port=1).client_settings(certificate_files, **names)

@@ -232,7 +232,9 @@ async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None
     "body",
     [b"<html>Bad Gateway</html>", b"", b"\xff", b'{"error": 7}', b"[]", b"7", b'{"error": {}}'],
 )
-async def test_error_status_of_gateway_is_transient(status: int, reason: str, body: bytes) -> None:
+async def test_gateway_error_status_raises_transient_error(
+    status: int, reason: str, body: bytes
+) -> None:
     error = await request_error(http_answer(status, body))
     assert isinstance(error, TransientError)
     assert (error.op, error.status, error.reason) == ("stats", status, reason)
@@ -257,7 +259,7 @@ async def test_error_status_of_gateway_is_transient(status: int, reason: str, bo
         b'{"depth": "hunter2"}',
     ],
 )
-async def test_malformed_success_body_is_transient(body: bytes) -> None:
+async def test_malformed_body_of_success_response_raises_transient_error(body: bytes) -> None:
     error = await request_error(http_answer(200, body))
     assert isinstance(error, TransientError)
     assert (error.status, error.reason) == (200, "bad_body")
@@ -414,7 +416,7 @@ async def stall_in_body(server: ScriptedServer, writer: asyncio.StreamWriter) ->
         http_answer(200, b"hunter2", Content_Encoding="gzip"),
     ],
 )
-async def test_broken_connection_is_transient_network_error(odd: Any) -> None:
+async def test_broken_connection_raises_transient_network_error(odd: Any) -> None:
     error = await request_error(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "network"
@@ -452,7 +454,7 @@ async def test_request_without_remaining_time_is_not_sent() -> None:
         assert error.reason == "timeout"
 
 
-async def test_connection_refused_is_transient_network_error() -> None:
+async def test_refused_connection_raises_transient_network_error() -> None:
     async with running_server(OK) as server:
         url = server.url
     async with connected_transport(url) as transport:
@@ -461,7 +463,7 @@ async def test_connection_refused_is_transient_network_error() -> None:
     assert raised.value.reason == "network"
 
 
-async def test_unknown_host_is_transient_network_error() -> None:
+async def test_unknown_host_raises_transient_network_error() -> None:
     async with connected_transport("http://no-such-host.invalid") as transport:
         with pytest.raises(TransientError) as raised:
             await send_request(transport, "http://no-such-host.invalid")
@@ -564,7 +566,7 @@ async def test_too_many_informational_responses_raise_network_error(before: byte
         b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     ],
 )
-async def test_unexpected_status_is_transient_server_error(odd: bytes) -> None:
+async def test_unexpected_status_raises_transient_server_error(odd: bytes) -> None:
     error = await request_error(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "server_error"
@@ -572,7 +574,7 @@ async def test_unexpected_status_is_transient_server_error(odd: bytes) -> None:
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
-async def test_redirect_is_not_followed_and_is_transient(status: int) -> None:
+async def test_redirect_is_not_followed_and_raises_transient_error(status: int) -> None:
     async with running_server(OK) as other:
         error = await request_error(http_answer(status, b"", Location=f"{other.url}/{TOKEN}"))
         assert other.requests == []
@@ -759,7 +761,7 @@ async def test_rotated_token_is_used_after_refusal(tmp_path: Path, status: int) 
     assert refreshes == ["ok"]
 
 
-async def test_token_from_variable_is_read_again_after_refusal(
+async def test_token_from_environment_variable_is_read_again_after_refusal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "old")
