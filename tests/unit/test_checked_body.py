@@ -427,7 +427,7 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
     assert rest == [b""]
 
 
-async def test_read_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
+async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
     check = SwitchableRequestCheck()
 
     def allow_first_request_only() -> None:

@@ -244,7 +244,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
 
 
 @in_virtual_time
-async def test_first_heartbeat_with_lost_answer_is_recovered_by_read(
+async def test_first_heartbeat_with_lost_answer_is_recovered_by_reading_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[Fault(answer="silence")])
@@ -273,7 +273,7 @@ async def test_failed_first_heartbeat_is_repeated_until_lease_begun_by_ack_ends(
 async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """The control plane may have applied the heartbeat; its lease then lasts the requested 10 s."""
+    """The control plane may have applied the heartbeat, after which the lease lasts only 10 s."""
     one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
     async with one.open_clients():
         item = await one.claim_item()
@@ -297,7 +297,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 
 
 @in_virtual_time
-async def test_active_item_held_by_another_worker_is_lost_without_a_read(
+async def test_active_item_held_by_another_worker_is_lost_without_reading_it(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""

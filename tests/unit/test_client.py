@@ -586,7 +586,9 @@ async def test_refused_stop_without_reading_item_raises_refused_error(
     assert raised.value.status == 404
 
 
-async def test_reads_and_writes_are_limited_separately(control_plane: ControlPlane) -> None:
+async def test_read_and_write_requests_have_separate_rate_limits(
+    control_plane: ControlPlane,
+) -> None:
     control_plane.enqueue()
     async with WorkClient(
         settings_for_plane(control_plane, read_rate=0.004, write_rate=0.004)

@@ -71,7 +71,7 @@ def test_rule_of_decorated_method_is_found_through_bound_method() -> None:
     assert rule.max_sessions == 3
 
 
-def test_partial_of_decorated_function_has_its_rule() -> None:
+def test_partial_of_decorated_function_has_rule_of_that_function() -> None:
     assert (
         rule_of(functools.partial(functools.partial(handler(new_handler_function())))) is not None
     )

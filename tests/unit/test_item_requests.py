@@ -334,7 +334,7 @@ def test_retry_after_attempt_without_answer_uses_new_connection(
 
 
 @in_virtual_time
-async def test_each_attempt_of_call_has_its_priority_and_permit(
+async def test_every_attempt_of_a_call_has_priority_and_permit_of_that_call(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[SILENCE])

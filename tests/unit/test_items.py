@@ -83,7 +83,7 @@ def test_each_field_of_item_json_is_parsed() -> None:
     )
 
 
-def test_item_with_unknown_fields_is_read_and_secret_is_dropped() -> None:
+def test_item_with_unknown_fields_is_parsed_and_secret_is_dropped() -> None:
     item = parse_item({**ITEM, "secret": HIDDEN, "data": {**ITEM["data"], "secret": HIDDEN}})
     assert item == parse_item(ITEM)
     assert HIDDEN not in repr(item)
@@ -102,18 +102,18 @@ def test_metadata_entry_other_than_text_is_left_out(bad: object) -> None:
 
 
 @pytest.mark.parametrize("metadata", [None, {}, [], "x", 0])
-def test_missing_or_malformed_metadata_is_read_as_empty(metadata: object) -> None:
+def test_missing_or_malformed_metadata_is_parsed_as_empty(metadata: object) -> None:
     assert parse_item({**ITEM, "metadata": metadata}).metadata == {}
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
-def test_each_of_the_five_states_is_read_in_item_and_heartbeat(state: str) -> None:
+def test_each_of_the_five_states_is_parsed_in_item_and_heartbeat(state: str) -> None:
     assert parse_item({**ITEM, "state": state}).state == state
     assert parse_heartbeat({**HEARTBEAT, "state": state}).state == state
 
 
 @pytest.mark.parametrize("kind", ["session", "healthcheck", "something new", ""])
-def test_item_of_any_type_is_read(kind: str) -> None:
+def test_item_of_any_type_is_parsed(kind: str) -> None:
     item = parse_item({**ITEM, "data": {"type": kind, "id": "sess_1"}})
     assert (item.type, item.session_id) == (kind, "sess_1")
 
@@ -136,7 +136,9 @@ def test_session_id_is_required_for_type_session_only() -> None:
         ("2026-01-02 03:04:05.123456", datetime(2026, 1, 2, 3, 4, 5, 123456, tzinfo=UTC)),
     ],
 )
-def test_times_of_any_precision_and_offset_are_read_as_utc(text: str, time: datetime) -> None:
+def test_timestamps_of_any_precision_and_offset_are_parsed_as_utc(
+    text: str, time: datetime
+) -> None:
     parsed = parse_item({**ITEM, "created_at": text}).created_at
     assert parsed == time
     assert parsed is not None
@@ -147,7 +149,7 @@ TIMES = [name for name in ITEM if name.endswith("_at")]
 
 
 @pytest.mark.parametrize("name", TIMES)
-def test_item_with_unreadable_time_keeps_its_other_fields(name: str) -> None:
+def test_item_with_unreadable_timestamp_keeps_its_other_fields(name: str) -> None:
     for bad in BAD_TIMES:
         item = parse_item({**ITEM, name: bad})
         assert getattr(item, name) is None
@@ -155,14 +157,14 @@ def test_item_with_unreadable_time_keeps_its_other_fields(name: str) -> None:
         assert item == dataclasses.replace(parse_item(ITEM), **changed)
 
 
-def test_item_without_times_is_read() -> None:
+def test_item_without_timestamps_is_parsed() -> None:
     item = parse_item({name: ITEM[name] for name in ITEM if name not in TIMES})
     assert [getattr(item, name) for name in TIMES] == [None] * len(TIMES)
     assert item.last_heartbeat is None
 
 
 @pytest.mark.parametrize("bad", [0, "", [], "1" * 65])
-def test_invalid_latest_heartbeat_of_item_is_read_as_none(bad: object) -> None:
+def test_invalid_latest_heartbeat_of_item_is_parsed_as_none(bad: object) -> None:
     assert parse_item({**ITEM, "latest_heartbeat_at": bad}).last_heartbeat is None
 
 
@@ -171,7 +173,7 @@ def test_latest_heartbeat_of_item_that_is_no_timestamp_is_kept_unchanged() -> No
     assert (item.latest_heartbeat_at, item.last_heartbeat) == (None, "opaque-7")
 
 
-def test_stats_with_unreadable_time_are_read() -> None:
+def test_queue_stats_with_unreadable_timestamp_are_parsed() -> None:
     for bad in BAD_TIMES:
         assert parse_stats({**STATS, "oldest_queued_at": bad}) == dataclasses.replace(
             parse_stats(STATS), oldest_queued_at=None
@@ -184,7 +186,7 @@ def test_timestamp_of_last_heartbeat_keeps_its_received_text() -> None:
     assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": text}).last_heartbeat == text
 
 
-def test_empty_last_heartbeat_is_read_as_no_heartbeat() -> None:
+def test_empty_last_heartbeat_is_parsed_as_no_heartbeat() -> None:
     assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": ""}).last_heartbeat == "NO_HEARTBEAT"
 
 
@@ -305,7 +307,7 @@ def test_arbitrary_json_is_parsed_or_raises_value_error(value: object) -> None:
 
 
 @given(st.datetimes(timezones=st.just(UTC)), st.sampled_from([0, 3, 6]))
-def test_every_timestamp_format_of_protocol_is_read(time: datetime, digits: int) -> None:
+def test_every_timestamp_format_of_protocol_is_parsed(time: datetime, digits: int) -> None:
     spec = {0: "seconds", 3: "milliseconds", 6: "microseconds"}[digits]
     text = time.isoformat(timespec=spec).replace("+00:00", "Z")
     parsed = parse_item(orjson.loads(orjson.dumps({**ITEM, "created_at": text}))).created_at

@@ -152,7 +152,7 @@ def lease_with_throttled_heartbeat() -> Lease:
 
 
 def lease_after_read() -> Lease:
-    """Return a lease whose second heartbeat got a 409, and that a read then showed to be held."""
+    """Return a lease that a read of the item has confirmed after a heartbeat got a 409."""
     lease = renewed_lease()
     exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
     lease.apply_read_item(7.0, "conflict", item_of_this_worker())
@@ -228,7 +228,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (renewed_lease, make_answer(2, state="stopping"), HELD),
     (lease_active_at_ack, make_answer(), HELD),
     (lease_active_at_ack_without_answer, make_answer(), HELD),
-    # The state `stopped` ends the lease without a read, whether or not the answer extends it.
+    # The state `stopped` ends the lease at once, whether or not the answer extends the lease.
     (renewed_lease, make_answer(2, state="stopped"),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
     (stopped_lease, make_answer(2, state="stopped"),
@@ -252,8 +252,8 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
      NOT_OURS),
     (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat="", state="stopping"),
      NOT_OURS),
-    # If the item was `active` at its ack, only a heartbeat that extends the lease confirms it,
-    # never a read.
+    # If the item was `active` at its ack, only a heartbeat that extends the lease shows that this
+    # worker holds the item. A read of the item cannot show it.
     (lease_active_at_ack, make_answer(lease_extended=False), NOT_OURS),
     (lease_active_at_ack, make_answer(state="stopping"),
      ExpectedLease("over", "conflict", "lost", due=LOST)),
@@ -530,7 +530,7 @@ READ_AT = ANSWERED + 1
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), READS)
-def test_read_of_item_determines_decision_status_and_deadline(
+def test_answer_to_item_read_determines_decision_status_and_deadline(
     state: Callable[[], Lease],
     outcome: WorkItem | ControlPlaneError | None,
     expected: ExpectedLease,
@@ -554,7 +554,7 @@ def test_item_is_read_after_412_only_while_its_holder_is_unknown() -> None:
     assert exchange_heartbeat(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
 
 
-def test_read_after_end_of_lease_changes_nothing() -> None:
+def test_answer_to_item_read_after_end_of_lease_changes_nothing() -> None:
     lease = renewed_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
     lease.end_lease("released")

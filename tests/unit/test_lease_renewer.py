@@ -152,7 +152,9 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
 
 
 @in_virtual_time
-async def test_lost_answer_of_heartbeat_is_recovered_by_a_read(testbed: type[LeaseTestbed]) -> None:
+async def test_lost_answer_of_heartbeat_is_recovered_by_reading_item(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed(heartbeat=[None, LOST])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(120)

@@ -722,7 +722,7 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
     assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
 
 
-async def test_only_reads_are_repeated_after_their_connection_was_closed() -> None:
+async def test_only_get_requests_are_repeated_after_connection_was_closed() -> None:
     # aiohttp repeats a GET on a new connection, which is right: a read changes nothing.
     async with (
         running_server(OK, close_connection, OK) as server,
