@@ -213,7 +213,7 @@ def test_imports_including_those_for_types_form_no_cycle() -> None:
             if found in modules and found != name:
                 graph.setdefault(name, set()).add(found)
     assert len(graph) > 100
-    TopologicalSorter(graph).prepare()  # raises CycleError if the imports form a cycle
+    TopologicalSorter(graph).prepare()  # `prepare` raises CycleError if there is a cycle
 
 
 def private_component(dotted: str) -> str | None:

@@ -458,7 +458,7 @@ def glossary_entries() -> list[list[str]]:
 
 
 def code_name_exists(path: str) -> bool:
-    """Return whether a dotted name exists in `workpool`, or in `tests` if it begins with that."""
+    """Return whether a dotted name exists in `workpool` or, if it begins with `tests.`, there."""
     module, names = "workpool", path.split(".")
     if names[0] == "tests":
         module = names.pop(0)

@@ -241,7 +241,8 @@ def test_documented_kustomization_sets_image_settings_and_namespace(
 ) -> None:
     page = (ROOT / "workpool/docs/operating.md").read_text()
     [example] = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", page, re.DOTALL)
-    checkout = os.path.relpath(ROOT, tmp_path)  # relative, because Kustomize rejects absolute paths
+    # The path is relative, because Kustomize rejects absolute paths.
+    checkout = os.path.relpath(ROOT, tmp_path)
     (tmp_path / "kustomization.yaml").write_text(example.replace("PATH/TO", checkout))
     (tmp_path / "workpool.toml").write_text('[workpool]\nplugins = ["reports"]\n')
     found = render_overlay(kubectl, tmp_path)

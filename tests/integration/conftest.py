@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 import pytest
 
-from tests.integration.shared_handlers import StubbornHandler
+from tests.integration.shared_handlers import UncancellableHandler
 from workpool import handler
 from workpool.events import SessionFinished
 from workpool.handlers import rule_of
@@ -149,11 +149,11 @@ def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def stubborn_handler() -> Iterator[StubbornHandler]:
+def uncancellable_handler() -> Iterator[UncancellableHandler]:
     """Return a handler that ignores cancellation, and end it after the test.
 
     A handler that still runs would keep the event loop from closing.
     """
-    stubborn = StubbornHandler()
-    yield stubborn
-    stubborn.may_end.set()
+    made = UncancellableHandler()
+    yield made
+    made.may_end.set()

@@ -26,7 +26,7 @@ class GatedHandler:
         self.interrupted.append(session.draining or session.stopping)
 
 
-class StubbornHandler:
+class UncancellableHandler:
     """A handler that ignores its cancellation until `may_end` is set."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Attempts are the counted runs of an item: their numbers and their metadata."""
+"""The attempts of an item, which are its counted runs: their numbers and their metadata."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ async def test_drain_abandons_stuck_session_if_write_of_mark_is_never_answered(
     cancelled, may_end = asyncio.Event(), asyncio.Event()
 
     @handler(timeout=0.05)
-    async def stubborn_handler(_: Session) -> None:
+    async def uncancellable_handler(_: Session) -> None:
         while not may_end.is_set():
             try:
                 await may_end.wait()
@@ -325,7 +325,7 @@ async def test_drain_abandons_stuck_session_if_write_of_mark_is_never_answered(
                 cancelled.set()
 
     item_testbed.faults.add(Hold(), "update")
-    async with item_testbed.make_pool(stubborn_handler) as supervisor:
+    async with item_testbed.make_pool(uncancellable_handler) as supervisor:
         await cancelled.wait()
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)

@@ -143,7 +143,7 @@ async def test_instructions_benchmark_help_lists_handwritten_loop_and_all_varian
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_start_benchmark_compares_help_and_import_with_import_of_aiohttp() -> None:
+async def test_start_benchmark_compares_start_of_workpool_with_import_of_aiohttp() -> None:
     found = {
         name: cells
         for name, *cells in await printed_rows("process_start.py", "--runs", "3", only=())

@@ -1,4 +1,4 @@
-"""For each reason why a session ends: the outcome of the session and its last requests.
+"""The outcome and the last requests of a session, for each reason why it ends.
 
 See workpool/docs/architecture.md, "The end of a session".
 """

@@ -26,7 +26,7 @@ from workpool.testing import Hold, lost, status
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.integration.shared_handlers import StubbornHandler
+    from tests.integration.shared_handlers import UncancellableHandler
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Recorder
 
@@ -224,7 +224,7 @@ async def test_second_drain_shortens_deadline(
     assert recorder.of(SessionFinished)[0].outcome == "released"
 
 
-async def test_many_sessions_at_drain_deadline_are_released_together(
+async def test_many_sessions_at_drain_deadline_are_released_concurrently(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(8)
@@ -272,11 +272,11 @@ async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
     make_pool: Any,
     recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
-    stubborn_handler: StubbornHandler,
+    uncancellable_handler: UncancellableHandler,
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.1)
     control_plane.enqueue()
-    async with make_pool(stubborn_handler) as supervisor:
+    async with make_pool(uncancellable_handler) as supervisor:
         await recorder.wait_for(SessionStarted)
         async with asyncio.timeout(20):
             await supervisor.drain(timeout=0)
@@ -285,7 +285,7 @@ async def test_handler_that_ignores_cancellation_is_abandoned_by_drain(
     assert recorder.of(SessionFinished)[0].outcome == "released"
     left = asyncio.all_tasks() - {asyncio.current_task()}
     assert left
-    stubborn_handler.may_end.set()
+    uncancellable_handler.may_end.set()
     await asyncio.wait(left, timeout=20)
 
 
@@ -384,7 +384,7 @@ async def test_pool_start_cancelled_at_any_point_leaves_no_task(
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(supervisor.__aenter__())
             for turn in range(turns):
-                # After 15 iterations, the start waits for a thread, so sleep for a real time.
+                # After 15 iterations, the start waits for another thread, which needs real time.
                 await asyncio.sleep(0.0005 * (turn > 15))
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)
@@ -449,13 +449,13 @@ async def test_release_mark_of_stuck_session_is_written_before_drain_abandons_it
     may_end = asyncio.Event()
 
     @handler
-    async def stubborn_handler(_: Session) -> None:
+    async def uncancellable_handler(_: Session) -> None:
         while not may_end.is_set():
             with suppress(asyncio.CancelledError):
                 await may_end.wait()
 
     (item,) = control_plane.enqueue()
-    async with make_pool(stubborn_handler, session_timeout=0.05) as supervisor:
+    async with make_pool(uncancellable_handler, session_timeout=0.05) as supervisor:
         expected = "ignore their cancellation"
         async with asyncio.timeout(20):
             while expected not in str(supervisor.status()):  # noqa: ASYNC110 - a state has no event

@@ -184,7 +184,7 @@ async def test_all_requests_of_pool_have_one_worker_id(
     assert len({request.worker_id for request in faults.seen}) == 1
 
 
-async def test_registry_of_caller_is_used_and_reusable_afterwards(
+async def test_metrics_registry_of_caller_is_used_and_can_be_reused_afterwards(
     control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     registry = CollectorRegistry()

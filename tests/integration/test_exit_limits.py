@@ -23,7 +23,7 @@ from workpool.testing import Hold, in_virtual_time, status
 from workpool.wire.protocol import HEALTHCHECK
 
 if TYPE_CHECKING:
-    from tests.integration.shared_handlers import StubbornHandler
+    from tests.integration.shared_handlers import UncancellableHandler
     from workpool import Supervisor
     from workpool.server import ControlPlane
     from workpool.testing import Faults, Kit, Recorder
@@ -193,14 +193,14 @@ async def test_pool_whose_last_handler_is_stuck_ends_after_exit_limit(
     make_pool: Any,
     recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch,
-    stubborn_handler: StubbornHandler,
+    uncancellable_handler: UncancellableHandler,
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)
     (item,) = control_plane.enqueue()
     limits = {"exit_after_sessions": 1, "session_timeout": 0.05}
-    async with make_pool(stubborn_handler, **limits) as supervisor:
+    async with make_pool(uncancellable_handler, **limits) as supervisor:
         await wait_for_pool_end(supervisor)
-    stubborn_handler.may_end.set()
+    uncancellable_handler.may_end.set()
     assert supervisor.abandoned == 1
     assert recorder.of(DrainFinished)[0].result == "killed"
     assert (

@@ -468,6 +468,6 @@ async def test_refused_heartbeat_loses_lease(
     assert final.outcome == "lease_lost"
     assert final.request_names == ["ack", "heartbeat"]
     assert not recorder.of(SessionStarted)
-    # After a 404, the item is reported as lost. After a 400, only the request was wrong.
+    # A 404 is reported as a lost item. A 400 means only that the request was wrong.
     reclaims = [(event.direction, event.stage) for event in recorder.of(ItemReclaimed)]
     assert reclaims == ([("lost", "start")] if code == 404 else [])

@@ -66,7 +66,7 @@ async def item_api(control_plane: ControlPlane) -> AsyncIterator[ItemApi]:
 @pytest.mark.parametrize(("fault", "error"), [
     (lost, aiohttp.ServerDisconnectedError), (reset, aiohttp.ClientOSError),
 ])  # fmt: skip
-async def test_lost_or_reset_answer_is_injected_before_or_after_operation(
+async def test_lost_or_reset_answer_can_be_injected_before_or_after_operation(
     item_api: ItemApi, faults: Faults, fault: Any, error: Any, state: str, *, applied: bool
 ) -> None:
     faults.add(fault(applied=applied), "ack")

@@ -114,7 +114,7 @@ async def test_pool_crash_is_raised_although_lifespan_swallows_it(
     assert swallowing.left_with[0] is not None
 
 
-class StubbornPlugin:
+class UncancellablePlugin:
     """A plugin whose context ignores cancellation until the test lets it end."""
 
     def __init__(self, where: str) -> None:
@@ -124,10 +124,10 @@ class StubbornPlugin:
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
-        return self.stubborn_context()
+        return self.uncancellable_context()
 
     @asynccontextmanager
-    async def stubborn_context(self) -> AsyncIterator[None]:
+    async def uncancellable_context(self) -> AsyncIterator[None]:
         await self.stay_open("opening")
         yield
         await self.stay_open("closing")
@@ -157,25 +157,25 @@ def short_close_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_cancelled_start_is_abandoned_if_plugin_ignores_cancellation(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stubborn = StubbornPlugin("opening")
+    plugin = UncancellablePlugin("opening")
     async with asyncio.TaskGroup() as group:
-        starting = group.create_task(make_pool(return_at_once, stubborn).__aenter__())
-        await stubborn.reached.wait()
+        starting = group.create_task(make_pool(return_at_once, plugin).__aenter__())
+        await plugin.reached.wait()
         starting.cancel()
         await asyncio.wait({starting}, timeout=20)
     assert starting.cancelled()
     assert "pool did not close" in caplog.text
-    await stubborn.let_context_end()
+    await plugin.let_context_end()
 
 
 @pytest.mark.usefixtures("short_close_timeouts")
 async def test_pool_whose_plugin_never_closes_is_abandoned(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    stubborn = StubbornPlugin("closing")
-    pool = make_pool(return_at_once, stubborn)
+    plugin = UncancellablePlugin("closing")
+    pool = make_pool(return_at_once, plugin)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         running = group.create_task(pool.run(until_empty=True))
         await running
     assert "pool did not close" in caplog.text
-    await stubborn.let_context_end()
+    await plugin.let_context_end()

@@ -91,7 +91,7 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
         (("0.0.0.0:0", "always"), "worker.example", "ids"),
     ],
 )
-async def test_live_page_shows_ids_on_loopback_only_unless_configured(
+async def test_live_page_shows_ids_to_other_hosts_only_if_configured(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

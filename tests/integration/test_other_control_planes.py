@@ -155,7 +155,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 async def test_reclaim_window_is_sent_only_if_set(
     run_one_item: Any, faults: Faults, window: int | None
 ) -> None:
-    """One control plane ends all leases that are older, so the parameter has no default."""
+    """One control plane ends all leases older than this parameter, so it has no default."""
     await run_one_item(
         return_result, **({} if window is None else {"reclaim_older_than_ms": window})
     )

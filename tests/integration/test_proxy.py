@@ -130,7 +130,7 @@ async def test_proxy_partition_delays_bytes_until_healed(testbed: ProxyTestbed) 
     await client.expect_bytes(b"news")
 
 
-async def test_proxy_half_close_still_forwards_requests(testbed: ProxyTestbed) -> None:
+async def test_half_close_fault_of_proxy_still_forwards_requests(testbed: ProxyTestbed) -> None:
     client, server = await testbed.connect_through_proxy()
     testbed.proxy.half_close()
     await client.expect_end_of_stream()

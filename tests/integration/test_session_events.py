@@ -196,7 +196,7 @@ async def test_events_after_lost_lease_are_neither_sent_nor_read(
     assert len(raised) == 3
 
 
-async def test_event_stream_in_own_task_ends_with_lease(
+async def test_event_stream_in_task_of_handler_ends_when_lease_is_lost(
     control_plane: ControlPlane, run_scripted_session: Any
 ) -> None:
     """The pool does not cancel tasks that a handler started, so the stream must end by itself."""
@@ -226,7 +226,7 @@ async def test_event_stream_in_own_task_ends_with_lease(
         assert (await run_scripted_session(follow_stream_in_task, BASH)).outcome == "lease_lost"
 
 
-async def test_event_send_in_progress_is_cancelled_with_lease(
+async def test_event_send_in_progress_is_cancelled_when_lease_is_lost(
     control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     hold = Hold()

@@ -152,7 +152,7 @@ async def test_heartbeat_of_renewer_thread_is_logged_with_pool_ids(
     assert all(ids.items() <= vars(each).items() for each in lines)
 
 
-async def test_log_records_of_session_have_trace_of_item(
+async def test_log_records_of_session_contain_trace_id_of_item(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -175,7 +175,7 @@ async def test_log_records_of_session_have_trace_of_item(
     assert log_fields_of_message(caplog, "at work")[0]["reason"] == "a report"
 
 
-async def test_log_line_of_session_has_trace_set_by_handler(
+async def test_log_line_of_session_contains_trace_id_that_handler_sets(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

@@ -273,7 +273,7 @@ async def test_api_key_is_used_for_optional_calls_and_token_for_required_calls(
 async def test_refused_optional_calls_are_tried_again_after_a_poll_was_refused(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    """The fault that refused the poll may have refused the optional calls too, and is over."""
+    """A fault that refused a poll for a while may have refused the optional calls, too."""
     async with make_pool(return_result, concurrency=1, block_ms=20):
         control_plane.enqueue()
         await wait_for_finished_sessions(recorder, 1)
