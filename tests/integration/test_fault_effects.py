@@ -93,7 +93,7 @@ async def test_fault_over_http_and_in_one_process_has_the_same_effect(
         control_plane.operations,
         settings,
         faults=local_faults.fault_for_call,
-        on_answer=local_faults.record_answer,
+        on_answer=local_faults.record_answer_status,
     )
     async with WorkClient(settings) as client, local:
         over_http = await effect_of_ack_fault(control_plane, client, faults, case)

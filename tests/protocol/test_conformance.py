@@ -179,11 +179,11 @@ def drop_query_parameter(name: str) -> Any:
     """Return a fault that drops a query parameter of every request."""
 
     @web.middleware
-    async def remove_parameter(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def remove_query_parameter(request: web.Request, handler: Handler) -> web.StreamResponse:
         query = {key: value for key, value in request.query.items() if key != name}
         return await handler(request.clone(rel_url=request.rel_url.with_query(query)))
 
-    return remove_parameter
+    return remove_query_parameter
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def change_query(path: str, **values: str | None) -> Any:
     """
 
     @web.middleware
-    async def change_parameters(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def change_query_parameters(request: web.Request, handler: Any) -> web.StreamResponse:
         if request.path.endswith(path):
             merged = {**request.query, **values}
             kept = {name: value for name, value in merged.items() if value is not None}
@@ -104,7 +104,7 @@ def change_query(path: str, **values: str | None) -> Any:
         response: web.StreamResponse = await handler(request)
         return response
 
-    return change_parameters
+    return change_query_parameters
 
 
 def swap_first_two_deliveries() -> Any:

@@ -110,7 +110,7 @@ async def test_stats_count_running_and_stopped_items(
     assert (stats["running"], stats["stopped"]) == (2, 3)
 
 
-class SearchMiddleware:
+class SearchSupportMiddleware:
     """Middleware that makes a control plane support, ignore or refuse the parameters of a search.
 
     Attributes:
@@ -142,13 +142,13 @@ class SearchMiddleware:
 
 
 @pytest.fixture
-def search_middleware() -> SearchMiddleware:
-    return SearchMiddleware()
+def search_middleware() -> SearchSupportMiddleware:
+    return SearchSupportMiddleware()
 
 
 @pytest.fixture
 async def control_plane(
-    clock: MovableClock, search_middleware: SearchMiddleware
+    clock: MovableClock, search_middleware: SearchSupportMiddleware
 ) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
         environments=(ENV,),
@@ -167,7 +167,9 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 
 @pytest.fixture(params=["helps", "ignores", "refuses"])
-def search_support(request: pytest.FixtureRequest, search_middleware: SearchMiddleware) -> str:
+def search_support(
+    request: pytest.FixtureRequest, search_middleware: SearchSupportMiddleware
+) -> str:
     search_middleware.helps = request.param == "helps"
     search_middleware.refuses = request.param == "refuses"
     return str(request.param)
@@ -192,7 +194,7 @@ async def test_client_search_has_same_result_without_search_by_control_plane(
 async def test_client_search_reads_limited_number_of_pages(
     client: WorkClient,
     control_plane: ControlPlane,
-    search_middleware: SearchMiddleware,
+    search_middleware: SearchSupportMiddleware,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     search_middleware.helps = False
@@ -215,7 +217,7 @@ async def test_client_without_search_reads_limited_number_of_items(
 
 
 async def test_client_without_search_raises_error_when_item_list_is_refused(
-    client: WorkClient, search_middleware: SearchMiddleware
+    client: WorkClient, search_middleware: SearchSupportMiddleware
 ) -> None:
     search_middleware.helps, search_middleware.refuses = False, True
     with pytest.raises(RefusedError):

@@ -195,7 +195,7 @@ def trickle(seconds: float) -> Fault:
 
 
 def expired(plane: ControlPlane) -> Fault:
-    """Return a fault that ends the lease of the item before a call for this item."""
+    """Return a fault that ends the lease of an item just before a call for this item."""
 
     def expire_item_lease(environment_id: str, work_id: str | None) -> None:
         if work_id is not None:

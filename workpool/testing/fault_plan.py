@@ -60,7 +60,7 @@ class _FaultConditions(_StrictFileModel):
         return limits
 
 
-class _StatusFault(_FaultConditions):
+class _StatusFaultEntry(_FaultConditions):
     kind: Literal["status"]
     code: Annotated[int, Field(ge=300, le=599)]
     retry_after: _Seconds | str | None = None
@@ -73,7 +73,7 @@ class _StatusFault(_FaultConditions):
         )
 
 
-class _LostAnswerFault(_FaultConditions):
+class _LostAnswerFaultEntry(_FaultConditions):
     kind: Literal["lost", "reset", "garbled"]
     applied: bool = True
 
@@ -82,7 +82,7 @@ class _LostAnswerFault(_FaultConditions):
         return makers[self.kind](applied=self.applied)
 
 
-class _DelayFault(_FaultConditions):
+class _DelayFaultEntry(_FaultConditions):
     kind: Literal["delay"]
     seconds: _Seconds
     applied: bool = False
@@ -91,7 +91,7 @@ class _DelayFault(_FaultConditions):
         return effects.delay(self.seconds, applied=self.applied)
 
 
-class _TrickleFault(_FaultConditions):
+class _TrickleFaultEntry(_FaultConditions):
     kind: Literal["trickle"]
     seconds: _Seconds
 
@@ -99,7 +99,7 @@ class _TrickleFault(_FaultConditions):
         return effects.trickle(self.seconds)
 
 
-class _ExpiredLeaseFault(_FaultConditions):
+class _ExpiredLeaseFaultEntry(_FaultConditions):
     kind: Literal["expired"]
 
     def make_fault(self, plane: ControlPlane) -> effects.Fault:
@@ -119,7 +119,11 @@ class FaultPlan(_StrictFileModel):
     clock_skew: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     fault: list[
         Annotated[
-            _StatusFault | _LostAnswerFault | _DelayFault | _TrickleFault | _ExpiredLeaseFault,
+            _StatusFaultEntry
+            | _LostAnswerFaultEntry
+            | _DelayFaultEntry
+            | _TrickleFaultEntry
+            | _ExpiredLeaseFaultEntry,
             Field(discriminator="kind"),
         ]
     ] = []
@@ -131,7 +135,7 @@ class FaultPlan(_StrictFileModel):
         Such a plan moves the clock or ends leases. With PostgreSQL, both are in the database.
         """
         return self.clock_skew != 0 or any(
-            isinstance(each, _ExpiredLeaseFault) for each in self.fault
+            isinstance(each, _ExpiredLeaseFaultEntry) for each in self.fault
         )
 
     def install(self, faults: Faults, plane: ControlPlane) -> None:

@@ -270,7 +270,7 @@ class Faults:
         rules = self._record_request(request)
         return nest_faults([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
-    def record_answer(self, request: Request, status: int | None) -> None:
+    def record_answer_status(self, request: Request, status: int | None) -> None:
         """Record the status of the answer to a call of a `LocalClient`; None means no answer."""
         request.status, request.lost = status, status is None
         self._changes.notify()

@@ -28,7 +28,7 @@ from workpool.testing.fault_rules import Faults
 from workpool.testing.local_client import LocalClient
 from workpool.testing.loop_supervisor import LoopSupervisor
 from workpool.testing.virtual_time import VirtualLoop
-from workpool.testing.wait_failure import count_event_names, describe_progress
+from workpool.testing.wait_failure import count_event_names, describe_item_progress
 from workpool.wire.protocol import STOPPED
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Kit:
                 LocalClient,
                 self.server.operations,
                 faults=faults.fault_for_call,
-                on_answer=faults.record_answer,
+                on_answer=faults.record_answer_status,
             )
             pool = _VirtualTimePool(self.settings(**settings), plugins=plugins, connect=connect)
         self._pools.append(pool)
@@ -292,7 +292,7 @@ class Kit:
 
     def _session_failure_text(self, item: Item, timeout: float | None) -> str:
         lines = [f"the session has not ended within {_timeout_seconds(timeout):g} s"]
-        lines += describe_progress(self.item(item), self.server)
+        lines += describe_item_progress(self.item(item), self.server)
         return "\n".join([*lines, f"the pool reported: {count_event_names(self.recorder.events)}"])
 
     def _send_heartbeat_now(self, item: Item) -> None:
@@ -306,7 +306,7 @@ class Kit:
         lines = [f"not within {seconds:g} s: {wanted}; the pool reported: {reported}"]
         unfinished = [now for each in self._items if (now := self.item(each)).state != STOPPED]
         for item in unfinished[:ITEMS_SHOWN]:
-            lines += [f"{item.id}:", *describe_progress(item, self.server)]
+            lines += [f"{item.id}:", *describe_item_progress(item, self.server)]
         return "\n".join(lines)
 
     def _session_result(self, finished: SessionFinished, item: Item) -> SessionResult:

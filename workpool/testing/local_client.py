@@ -192,13 +192,13 @@ class LocalClient:
     ) -> WorkItem:
         """Acknowledge an item, as `WorkClient.ack` does."""
 
-        def run_operation() -> object:
+        def run_ack() -> object:
             return QODER.item_json(
                 self._operations.ack_item(self._environment_id, work_id, self.worker_id)
             )
 
         options = options._replace(permit=permit or options.permit)
-        item = await self._send_call(endpoints.ACK, work_id, run_operation, timeout, options)
+        item = await self._send_call(endpoints.ACK, work_id, run_ack, timeout, options)
         return endpoints.check_same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
@@ -212,7 +212,7 @@ class LocalClient:
     ) -> Heartbeat:
         """Send a heartbeat, as `WorkClient.heartbeat` does."""
 
-        def run_operation() -> object:
+        def run_heartbeat() -> object:
             item = self._operations.heartbeat(
                 self._environment_id, work_id, expected, ttl or TTL_DEFAULT_SECONDS, self.worker_id
             )
@@ -220,7 +220,7 @@ class LocalClient:
 
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
-        return await self._send_call(endpoints.HEARTBEAT, work_id, run_operation, timeout, options)
+        return await self._send_call(endpoints.HEARTBEAT, work_id, run_heartbeat, timeout, options)
 
     async def stop(
         self,
@@ -233,7 +233,7 @@ class LocalClient:
     ) -> WorkItem | None:
         """Stop an item, as `WorkClient.stop` does."""
 
-        def run_operation() -> object:
+        def run_stop() -> object:
             return QODER.item_json(
                 self._operations.stop_item(
                     self._environment_id, work_id, self.worker_id, force=force
@@ -241,7 +241,7 @@ class LocalClient:
             )
 
         stop = endpoints.STOP if read_item else endpoints.STOP_UNREAD
-        return await self._send_call(stop, work_id, run_operation, timeout, options)
+        return await self._send_call(stop, work_id, run_stop, timeout, options)
 
     async def update_metadata(
         self,
@@ -253,14 +253,14 @@ class LocalClient:
     ) -> WorkItem:
         """Merge metadata, as `WorkClient.update_metadata` does."""
 
-        def run_operation() -> object:
+        def run_update() -> object:
             return QODER.item_json(
                 self._operations.update_metadata(
                     self._environment_id, work_id, patch, self.worker_id
                 )
             )
 
-        return await self._send_call(endpoints.UPDATE, work_id, run_operation, timeout, options)
+        return await self._send_call(endpoints.UPDATE, work_id, run_update, timeout, options)
 
     async def get(
         self,
@@ -271,10 +271,10 @@ class LocalClient:
     ) -> WorkItem:
         """Read an item, as `WorkClient.get` does."""
 
-        def run_operation() -> object:
+        def run_get() -> object:
             return QODER.item_json(self._operations.get_item(self._environment_id, work_id))
 
-        item = await self._send_call(endpoints.GET, work_id, run_operation, timeout, options)
+        item = await self._send_call(endpoints.GET, work_id, run_get, timeout, options)
         return endpoints.check_same_item(endpoints.GET, work_id, item)
 
     async def list(
@@ -285,11 +285,11 @@ class LocalClient:
         while left > 0:
             size = min(left, LIST_LIMIT_MAX)
 
-            def run_operation(size: int = size, after: str = after) -> object:
+            def run_list(size: int = size, after: str = after) -> object:
                 page = self._operations.list_items(self._environment_id, size, after=after)
                 return page_json(page, QODER.item_json)
 
-            page = await self._send_call(endpoints.LIST, None, run_operation, timeout)
+            page = await self._send_call(endpoints.LIST, None, run_list, timeout)
             for item in page.items:
                 yield item
             if page.next_page is None:
@@ -308,10 +308,10 @@ class LocalClient:
     async def stats(self) -> QueueStats:
         """Read the queue's statistics, as `WorkClient.stats` does."""
 
-        def run_operation() -> object:
+        def run_stats() -> object:
             return self._operations.queue_stats(self._environment_id).to_json()
 
-        return await self._send_call(endpoints.STATS, None, run_operation, None)
+        return await self._send_call(endpoints.STATS, None, run_stats, None)
 
     async def _send_call(
         self,

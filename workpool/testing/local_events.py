@@ -66,27 +66,29 @@ class LocalEvents:
         """
         after = after_id or (page or "").partition("-")[2]
 
-        def run_operation() -> object:
+        def run_list_events() -> object:
             events = self._read_conversation().list_events(limit + 1, after=after)
             return page_json(make_page(events, limit, backwards=False), event_json)
 
-        return await self._send_call(endpoints.EVENTS, self._session_id, run_operation, None)
+        return await self._send_call(endpoints.EVENTS, self._session_id, run_list_events, None)
 
     async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
         """Append events to the session, and return them as the control plane stored them."""
 
-        def run_operation() -> object:
+        def run_append_events() -> object:
             stored = self._operations.send_events(self._session_id, parse_event_batch(body))
             return {"data": [event_json(event) for event in stored]}
 
-        return await self._send_call(endpoints.SEND, self._session_id, run_operation, None, options)
+        return await self._send_call(
+            endpoints.SEND, self._session_id, run_append_events, None, options
+        )
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
         """Open a stream of the events after the event `last_id`; None means new events only."""
 
-        def run_operation() -> object:
+        def run_open_stream() -> object:
             history = self._read_conversation()
             return {
                 "position": len(history.events)
@@ -94,7 +96,7 @@ class LocalEvents:
                 else history.position_after(last_id)
             }
 
-        position = await self._send_call(_OPEN, self._session_id, run_operation, None)
+        position = await self._send_call(_OPEN, self._session_id, run_open_stream, None)
         return _LocalStream(self._operations, self._session_id, position)
 
     def _read_conversation(self) -> Conversation:

@@ -21,7 +21,7 @@ def count_event_names(events: Iterable[Event]) -> str:
     return ", ".join(_name_with_count(name, count) for name, count in counts.items()) or "nothing"
 
 
-def describe_progress(item: Item, plane: ControlPlane) -> list[str]:
+def describe_item_progress(item: Item, plane: ControlPlane) -> list[str]:
     """Describe an item's state and history, and the stack frames in which its handler waits."""
     kinds = groupby(record.kind for record in plane.history.records_of_item(item.id))
     progress = ", ".join(_name_with_count(kind, len(list(same))) for kind, same in kinds)
