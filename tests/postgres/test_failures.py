@@ -184,7 +184,9 @@ async def test_database_that_restarts_under_load_loses_no_item(
     assert load.refusals > 0
 
 
-async def test_connections_that_are_cut_under_load_lose_no_item(own_postgres: Cluster) -> None:
+async def test_terminated_database_connections_under_load_lose_no_item(
+    own_postgres: Cluster,
+) -> None:
     async with run_under_load(own_postgres.create_database()) as load:
         while load.refusals < 5:
             await asyncio.sleep(0.05)

@@ -275,7 +275,7 @@ async def test_end_waits_ends_current_and_later_waits_at_once(database_url: str)
         assert await hub.wait_for_change(WORK, hub.change_count(), LONG)
 
 
-async def test_hub_without_database_reconnects_while_its_waiting_calls_time_out(
+async def test_hub_started_without_database_connects_later_and_calls_time_out(
     own_postgres: Cluster,
 ) -> None:
     hub = NotificationHub(own_postgres.url())

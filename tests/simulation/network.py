@@ -266,7 +266,7 @@ class SimulatedClient(LocalClient):
         def check_and_record_patch() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # `_record_sent_call` adds it to the record of the call
+            self._patch = dict(patch)  # `_record_sent_call` stores it in the record of this call
 
         noting = options._replace(check=check_and_record_patch)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)

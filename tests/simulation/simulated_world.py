@@ -289,7 +289,7 @@ class SimulatedWorld:
         if node.crashed == FOREVER:
             node.drained = self.loop.now
 
-    def _running_nodes(self) -> list[PoolProcess]:
+    def _running_pools(self) -> list[PoolProcess]:
         return [
             node for node in self.trace.nodes if node.crashed == FOREVER and node.closed == FOREVER
         ]
@@ -303,7 +303,7 @@ class SimulatedWorld:
                 if self.items:
                     self._perform_item_action(action, self.items[action.target % len(self.items)])
             case _:
-                if living := self._running_nodes():
+                if living := self._running_pools():
                     self._perform_pool_action(action, living[action.target % len(living)])
 
     def _enqueue_items(self, action: Action) -> None:
@@ -381,13 +381,13 @@ class SimulatedWorld:
         self._network.healed = True
         for handlers in self._handlers:
             handlers.healed = True
-        for node in self._running_nodes():
+        for node in self._running_pools():
             node.cuts = [(since, min(until, self.loop.now)) for since, until in node.cuts]
             node.machine.resume()
 
     async def _drain_all_pools(self) -> None:
         """Drain all pools, each with its own timeout, and wait for their end."""
-        for node in self._running_nodes():
+        for node in self._running_pools():
             self._begin_drain(node, node.pool.drain_timeout)
         alive = [task for task, node in self._tasks.items() if node.crashed == FOREVER]
         if alive:

@@ -160,7 +160,7 @@ class FleetWorld(SimulatedWorld):
         pod = pods[incident.target % len(pods)]
         if incident.kind == "evict":
             self.cluster.evict_pod(pod)
-        elif pod.process is not None and pod.process in self._running_nodes():
+        elif pod.process is not None and pod.process in self._running_pools():
             if incident.kind == "kill":
                 self.kill_process(pod.process)
             else:
@@ -201,7 +201,7 @@ class FleetWorld(SimulatedWorld):
 
     def _started_processes(self) -> list[PoolProcess]:
         """Return the running processes whose supervisor has started."""
-        return [node for node in self._running_nodes() if node in self._supervisors]
+        return [node for node in self._running_pools() if node in self._supervisors]
 
     async def _run_horizontal_autoscaler(self) -> None:
         scaler = HorizontalAutoscaler(self._fleet.settings.rules)

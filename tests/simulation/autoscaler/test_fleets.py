@@ -93,7 +93,7 @@ def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
 
 
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
-def test_lines_of_each_fleet_mutation_exist_once_in_source(name: str) -> None:
+def test_source_lines_edited_by_each_fleet_mutation_exist_once(name: str) -> None:
     with apply_mutation(FLEET_MUTATIONS[name]):
         pass
 

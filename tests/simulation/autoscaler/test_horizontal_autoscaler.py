@@ -49,7 +49,7 @@ def test_number_of_pods_follows_ratio_of_metric_to_target_beyond_tolerance(
     )
 
 
-def test_metric_that_cannot_be_read_changes_nothing() -> None:
+def test_unreadable_metric_does_not_change_number_of_pods() -> None:
     assert make_autoscaler().sync_target_size(0.0, 7, 7, None) == 7
 
 
@@ -98,7 +98,7 @@ def test_scale_down_with_select_policy_min_uses_the_smallest_change() -> None:
     )
 
 
-def test_disabled_scale_down_removes_nothing() -> None:
+def test_disabled_scale_down_removes_no_pods() -> None:
     down = ScalingRules(0.0, SCALE_DOWN.policies, "Disabled")
     assert make_autoscaler(down=down).sync_target_size(0.0, 20, 20, 1.0) == 20
 
