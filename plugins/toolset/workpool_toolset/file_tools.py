@@ -56,7 +56,7 @@ class FileSizeLimits:
     """
 
     text: int = 256 * 1024
-    image: int = 5 * 1024 * 1024 * 3 // 4  # The base64 text of such an image has 5 MiB.
+    image: int = 5 * 1024 * 1024 * 3 // 4  # base64 makes 5 MiB of this
     pdf: int = 20 * 1024 * 1024
 
 

@@ -152,7 +152,7 @@ class Workspace:
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
             raise ToolError(f"{path}: outside the session's working directory")
-        # Roots may be nested: use the innermost one that contains the path.
+        # One root may contain another. Use the innermost root that contains the path.
         return min(inside, key=lambda pair: len(pair[1]))
 
 
