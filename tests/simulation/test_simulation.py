@@ -140,8 +140,8 @@ def test_progress_file_written_by_other_source_code_is_ignored(
 
 
 def read_table_of_promises() -> list[list[str]]:
-    """Return the rows of the table in workpool/docs/architecture.md that lists the promises."""
-    text = (ROOT / "workpool/docs/architecture.md").read_text()
+    """Return the rows of the table in workpool/docs/simulation.md that lists the promises."""
+    text = (ROOT / "workpool/docs/simulation.md").read_text()
     table = text.partition("| promise | invariants |")[2].partition("\n\n")[0]
     rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
     return [[cell.strip() for cell in row] for row in rows]

@@ -1,5 +1,6 @@
 """The pool: it polls for items, holds their leases and runs their handlers.
 
-Start at `session_runner.py`, the main path of one item.
+Start at `poller.py`, which receives an item, and go on with `dispatcher.py`, which chooses its
+handler, and `session_runner.py`, which runs it.
 See workpool/docs/architecture.md, "The path of one item" and "Threads and loops".
 """

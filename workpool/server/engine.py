@@ -1,7 +1,7 @@
 """The interface between the HTTP routes and the state of the control plane.
 
 `index_engine` implements it on the index in memory with a store behind it, and `postgres` on a
-database that several control planes share. See workpool/docs/architecture.md, "The control plane".
+database that several control planes share. See workpool/docs/control-plane.md, "Layers".
 """
 
 from __future__ import annotations

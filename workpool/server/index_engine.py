@@ -1,6 +1,6 @@
 """The engine for the memory and SQLite stores: calls `Operations`, then waits for the store.
 
-One process has the whole state. See workpool/docs/architecture.md, "The control plane".
+One process has the whole state. See workpool/docs/control-plane.md, "Layers".
 """
 
 from __future__ import annotations

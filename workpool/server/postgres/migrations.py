@@ -5,7 +5,7 @@ start together run it once. It must work with nodes of the previous release, whi
 upgrade: it only adds tables, functions, and columns that are nullable or have a constant default,
 never an index to a table that may be large. A column or table that no code uses anymore is removed
 one release after its last use, in a migration with a higher `oldest`. See
-workpool/docs/architecture.md, "The control plane on PostgreSQL".
+workpool/docs/control-plane.md, "PostgreSQL".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A node announces a change after its commit: its own waiting calls wake at once, and those of other
 nodes through one notification for all changes since the last. A notification can be lost, when a
 node dies after a commit or is not connected, so each waiting call reads again after some seconds.
-See workpool/docs/architecture.md, "Wake-ups".
+See workpool/docs/control-plane.md, "Wake-ups".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The engine on PostgreSQL, where any number of equal nodes share one database.
 
 All state is in the database, and every call is one transaction, or a few that each leave a state
-which other calls may see. See workpool/docs/architecture.md, "The control plane on PostgreSQL".
+which other calls may see. See workpool/docs/control-plane.md, "PostgreSQL".
 """
 
 from __future__ import annotations
