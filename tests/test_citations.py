@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.source_names import SourceNames, missing_names
 from workpool.pool.completion import TABLE
 from workpool.pool.pool_item import TRANSITIONS
 
@@ -190,3 +191,66 @@ def test_documented_constants_have_values_of_code() -> None:
         module, _, attribute = name.partition(".")
         found = getattr(importlib.import_module(f"workpool.pool.{module}"), attribute)
         assert ast.literal_eval(value) == found, name
+
+
+PAGES_WITH_CHECKED_NAMES = (
+    "architecture",
+    "contributing",
+    "control-plane",
+    "glossary",
+    "semantics",
+    "simulation",
+)
+NAMES_OF_OTHERS = {
+    "CLOCK_MONOTONIC": "a clock of the operating system",
+    "NOTIFY": "a statement of PostgreSQL",
+    "busybox": "a package of the operating system",
+    "call_soon_threadsafe": "a method of asyncio's event loop",
+    "debootstrap": "a package of the operating system",
+    "noqa": "a comment that ruff reads",
+    "ripgrep": "a package of the operating system",
+    "runc": "a package of the operating system",
+}
+"""Names in the pages that the source does not define, and whose they are."""
+
+
+@pytest.fixture(scope="module")
+def source_names() -> SourceNames:
+    return SourceNames()
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CHECKED_NAMES)
+def test_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> None:
+    text = (PACKAGE / f"docs/{page}.md").read_text()
+    missing = missing_names(text, source_names)
+    assert [name for name in missing if name not in NAMES_OF_OTHERS] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Lease.no_such_name",
+        "executing",
+        "no_such_module.py",
+        "remove_lease",  # a method must be named with its class
+        "workpool/pool/absent.py",
+    ],
+)
+def test_name_that_source_does_not_define_is_found(name: str, source_names: SourceNames) -> None:
+    assert missing_names(f"The call of `{name}` comes first.", source_names) == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HandoffChild.request_drain()",  # a method of its base class
+        "LeaseRenewer.remove_lease",
+        "PoolItem.state",
+        "hand_off",
+        "item_cache.py",
+        "queued",
+        "time.sleep",
+    ],
+)
+def test_name_that_source_defines_is_accepted(name: str, source_names: SourceNames) -> None:
+    assert missing_names(f"The call of `{name}` comes first.", source_names) == []
