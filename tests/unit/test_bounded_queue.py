@@ -249,7 +249,7 @@ async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None
     assert (queue.reserved, queue.waiting_item_count, queue.is_idle) == (2, 0, False)
 
 
-async def test_queue_has_too_many_items_set_aside_once_they_equal_places() -> None:
+async def test_queue_has_too_many_items_set_aside_once_they_fill_its_capacity() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     assert not queue.too_many_set_aside

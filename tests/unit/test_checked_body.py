@@ -276,7 +276,7 @@ async def assert_refused_by_check(call: Awaitable[object]) -> None:
 async def test_request_refused_by_its_check_after_slow_proxy_sends_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The proxy receives a CONNECT request with the host's name, and nothing of the request."""
+    """The proxy receives a CONNECT request with the host's name, but no byte of the call."""
     check, asked, release, ended = (
         SwitchableRequestCheck(),
         asyncio.Event(),

@@ -84,7 +84,7 @@ class ClaimTestbed:
 def test_lease_starts_at_first_ack_that_may_have_been_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
-    """An ack that got no answer may have begun the lease, which then ends earlier."""
+    """An unanswered ack may have begun the lease, before a repeated ack is answered."""
 
     @in_virtual_time
     async def acknowledge_despite_fault() -> None:

@@ -131,7 +131,7 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert release_delay(release) == seconds
 
 
-def test_exception_group_of_releases_is_treated_as_longest_release() -> None:
+def test_exception_group_of_releases_counts_as_release_with_longest_delay() -> None:
     short, long = Release("short", 11), Release("long", 19)
     assert find_raised_release(short) is short
     assert find_raised_release(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long

@@ -77,7 +77,7 @@ class DemoTestbed:
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     scene = DemoTestbed()
     assert scene.claim_item("one") == []
-    # The ack alone is not shown as a lease: that begins with the first heartbeat.
+    # The demo shows a lease from the first heartbeat on, not from the ack on.
     assert scene.state.held_item_names("one") == []
     scene.send_heartbeat("one")
     assert scene.state.held_item_names("one") == ["session 01"]
