@@ -183,7 +183,7 @@ def test_modules_of_pool_loops_suppress_neither_coverage_nor_complexity_rules(
 
 
 def imported_names(tree: ast.AST) -> list[tuple[str, str]]:
-    """Return every import: the full name of the object, and its name in the module."""
+    """Return the full name of each imported object, and its name in the module."""
     found: list[tuple[str, str]] = []
     for node in ast.walk(tree):
         match node:

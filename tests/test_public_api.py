@@ -44,7 +44,7 @@ def test_public_names_are_the_documented_ones() -> None:
 
 
 def test_everything_that_hooks_take_and_return_is_exported() -> None:
-    """Types inside type aliases count too, such as each member of the union `Event`."""
+    """Types inside type aliases must be exported too, such as each member of the union `Event`."""
     namespace = {
         **{name: getattr(workpool, name) for name in workpool.__all__},
         "Event": workpool.events.Event,

@@ -307,7 +307,7 @@ def test_deletion_cost_policy_applies_to_the_service_account_of_the_workers() ->
 
 @pytest.fixture
 def worker_settings(tmp_path: Path) -> Settings:
-    """The worker settings of the manifests, with the path of an existing token file."""
+    """Return the worker settings of the manifests, with the path of an existing token file."""
     text = (KUBERNETES / "common/workpool.toml").read_text()
     (tmp_path / "token").write_text("a token")
     path = tmp_path / "workpool.toml"
@@ -513,7 +513,7 @@ def test_scale_process_listens_on_the_port_of_service_and_probes() -> None:
 
 
 def test_keda_scaled_job_uses_strategy_default_and_counts_running_items() -> None:
-    """KEDA's strategy `default` subtracts running jobs, so the number must include their items."""
+    """KEDA's strategy `default` subtracts the running jobs from the number of unfinished items."""
     spec = manifest_of_kind(manifests_in_files(), "ScaledJob")["spec"]
     [trigger] = spec["triggers"]
     assert spec["scalingStrategy"] == {"strategy": "default"}

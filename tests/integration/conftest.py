@@ -43,7 +43,7 @@ async def check_no_task_or_error_left() -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def tolerate_loaded_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise the time limits for loop lag, drains and writes of release marks, for loaded machines.
+    """Increase the time limits for loop lag, drains and release marks, for loaded machines.
 
     Tests of blocked loops replace this fixture.
     """

@@ -1,4 +1,4 @@
-"""Waits for states that have no event, such as those of threads, sockets and several pools."""
+"""Functions that wait for states without an event, such as those of threads and sockets."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SECONDS = 20.0
 
 
 class RefusingPlugin:
-    """A plugin that refuses claims while its reason is set, and counts the calls of its hook."""
+    """A plugin that refuses claims while `reason` is set, and counts the calls of its hook."""
 
     def __init__(self, reason: Any = None) -> None:
         self.reason = reason

@@ -1,4 +1,4 @@
-"""Pools against answers of other implementations of the protocol, over real sockets."""
+"""Pools that receive answers as other implementations of the protocol send them."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ async def test_release_with_invalid_delay_uses_default_delay(run_one_item: Any, 
 async def test_answer_about_another_item_is_ignored(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
 ) -> None:
-    """A faulty proxy may mix up answers, and send the answer to another request."""
+    """A faulty proxy may mix up answers, and return the answer to a different request."""
 
     @handler
     async def return_at_once(_: Session) -> None:
