@@ -7,7 +7,7 @@ token or the body of an answer.
 import errno
 from typing import Final, Literal
 
-Reason = Literal["network", "timeout", "throttled", "server_error", "bad_body"]
+Reason = Literal["network", "timeout", "not_sent", "throttled", "server_error", "bad_body"]
 
 EXHAUSTED: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN}
@@ -97,10 +97,10 @@ class TransientError(ControlPlaneError):
     """The same call may succeed later: no answer, 408, 425, 429, 5xx, or an unreadable 2xx.
 
     An answer that only a gateway gives is transient too: a redirect, 101, a status that HTTP does
-    not define. Unless `reason` is "throttled", the call may have been applied.
+    not define.
 
     Attributes:
-        reason: The kind of failure.
+        reason: The kind of failure; `not_sent`: a check right before the request stopped it.
         retry_after: Seconds to wait, as the control plane asked; None if it did not ask.
     """
 
@@ -116,6 +116,11 @@ class TransientError(ControlPlaneError):
         super().__init__(op, status, message)
         self.reason = reason
         self.retry_after = retry_after
+
+    @property
+    def may_be_applied(self) -> bool:
+        """Whether the control plane may have carried out the call."""
+        return self.reason not in {"not_sent", "throttled"}
 
 
 class UnreadableError(TransientError):

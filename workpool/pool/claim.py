@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = pool_logger(__name__)
 
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
-MAYBE_APPLIED: Final = frozenset({"network", "timeout", "bad_body", "server_error"})
 MARGIN_SECONDS = 6.0
 """The ack is repeated until this many seconds before the end of its lease.
 
@@ -117,11 +116,12 @@ class Claimer:
                 self._on_ack(None)
                 first_sent = sent if repeats is None else min(repeats.first_sent, sent)
                 result = _accept_ack_answer(item, answer, first_sent)
-            sent, delivered_at = self._clock(), item.delivered_at
+            now, delivered_at = self._clock(), item.delivered_at
             if result is not None:
-                waited, took = taken_at - delivered_at, sent - delivered_at
-                self._observe(AckFinished, item.work_item, result, waited, took)
+                in_queue, since_delivery = taken_at - delivered_at, now - delivered_at
+                self._observe(AckFinished, item.work_item, result, in_queue, since_delivery)
                 return result
+            sent = now
 
     def _check_ack_not_too_late(self, repeats: _AckRetryState) -> None:
         """Raise an error if it is too late to repeat the ack. Called right before it is sent.
@@ -129,7 +129,7 @@ class Claimer:
         A late ack could lease the item for 60 s to this pool, which would not run it.
         """
         if self._clock() >= repeats.until:
-            raise TransientError("ack", None, "too late to own the item", reason="throttled")
+            raise TransientError("ack", None, "too late to own the item", reason="not_sent")
 
     async def send_first_heartbeats(self, item: PoolItem) -> None:
         """Try to send the first heartbeat until it succeeds or the lease has ended."""
@@ -163,7 +163,7 @@ class Claimer:
         self, item: PoolItem, repeats: _AckRetryState, failure: TransientError, sent: float
     ) -> bool:
         """Wait for the next try of an ack; return False if the ack must not be repeated."""
-        if failure.reason in MAYBE_APPLIED:
+        if failure.may_be_applied:
             # If the control plane applied the ack, no other worker can get the item while the lease
             # lasts. So the ack may be repeated until shortly before the end of the lease.
             repeats.first_sent = min(repeats.first_sent, sent)

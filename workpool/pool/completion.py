@@ -172,7 +172,7 @@ class Completion:
                 item.id, force=True, read_item=False, timeout=seconds, options=options
             )
         except (TransientError, RefusedError) as error:
-            if isinstance(error, RefusedError) or error.reason == "throttled":
+            if isinstance(error, RefusedError) or not error.may_be_applied:
                 # The stop was not applied: if the item is stopped later, another client does it.
                 lease.own_stop = before
             raise

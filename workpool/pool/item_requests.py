@@ -59,7 +59,7 @@ class LeaseUnverified(TransientError):
 
     def __init__(self) -> None:
         problem = "the machine was paused; the lease is verified first"
-        super().__init__("lease", None, problem, reason="throttled")
+        super().__init__("lease", None, problem, reason="not_sent")
 
 
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0

@@ -86,7 +86,7 @@ class SessionEvents:
                     raise
                 return stored
             except TransientError as error:
-                if may_be_stored and error.reason != "throttled":
+                if may_be_stored and error.may_be_applied:
                     return error
                 may_be_stored = False
                 raise

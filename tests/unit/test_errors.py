@@ -1,0 +1,15 @@
+"""Tests of `workpool.errors`."""
+
+from typing import get_args
+
+import pytest
+
+from workpool.errors import Reason, TransientError
+
+APPLIED_NEVER = {"not_sent", "throttled"}
+
+
+@pytest.mark.parametrize("reason", get_args(Reason))
+def test_transient_error_may_be_applied_unless_request_was_not_accepted(reason: Reason) -> None:
+    error = TransientError("stop", None, "x", reason=reason)
+    assert error.may_be_applied == (reason not in APPLIED_NEVER)
