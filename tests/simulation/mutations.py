@@ -129,8 +129,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "item that a poll leased to another taken for ours": [
         SourceEdit(
             "lease:Lease",
-            "item.state == STARTING and (self._lent or self.item.state == ACTIVE)",
-            "item.state == STARTING and self._lent",
+            "item.state == STARTING and (self._in_handoff or self.item.state == ACTIVE)",
+            "item.state == STARTING and self._in_handoff",
         ),
     ],
     "handler before the first heartbeat": [
@@ -176,7 +176,11 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit("call_permissions:OptionalCalls", "op in self._allowed or ", ""),
     ],
     "412 taken for lost": [
-        SourceEdit("lease:Lease", "doubted=self._unanswered or self._lent", "doubted=False"),
+        SourceEdit(
+            "lease:Lease",
+            "owner_unknown=self._unanswered or self._in_handoff",
+            "owner_unknown=False",
+        ),
     ],
     "loss ignored": [
         SourceEdit(
@@ -269,7 +273,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "item_requests:ItemSender",
             "paused = abs(unseen) >= PAUSE_SECONDS",
-            "paused = lease._doubted",
+            "paused = lease._verification_requested",
         ),
     ],
     "pause ended by a heartbeat before it": [
@@ -508,7 +512,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "a child's heartbeat taken for our own": [
         SourceEdit(
-            "lease:Lease", "self._lent and ours and item.last_heartbeat != self.expected", "False"
+            "lease:Lease",
+            "self._in_handoff and ours and item.last_heartbeat != self.expected",
+            "False",
         ),
     ],
     "completion before the handoff is settled": [

@@ -108,7 +108,6 @@ class PollerTestbed:
             renewer=cast("Any", None),
             queue=self.queue,
             clock=clock,
-            wall=clock,
             observe=cast("Any", lambda kind, *values: self.events.append(kind(*values))),
             start_context=copy_context(),
             threads=cast("Any", None),

@@ -45,7 +45,6 @@ class GroupTestbed:
             renewer=cast("Any", None),
             queue=self.queue,
             clock=lambda: self.now,
-            wall=lambda: self.now,
             observe=cast("Any", lambda kind, *values: self.events.append(kind(*values))),
             start_context=copy_context(),
             threads=cast("Any", None),

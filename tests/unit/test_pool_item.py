@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 import pytest
 
 from workpool.handlers import Handler
-from workpool.pool.pool_item import TRANSITIONS, EndReason, OwnedItems, PoolItem, State, Transition
+from workpool.pool.pool_item import (
+    TRANSITIONS,
+    EndReason,
+    ItemState,
+    OwnedItems,
+    PoolItem,
+    Transition,
+)
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.items import WorkItem
 
@@ -37,7 +44,7 @@ ALLOWED = {
     ("running", "closed"): "closed",
     ("completing", "closed"): "closed",
 }
-PAIRS = list(product(get_args(State), get_args(Transition)))
+PAIRS = list(product(get_args(ItemState), get_args(Transition)))
 REASONS = [
     "RETURNED", "RAISED", "TIMED_OUT", "STALLED", "DRAINED", "RELEASED", "STOP_REQUESTED",
     "HANDED_OFF", "STOPPED", "LOST",
@@ -80,7 +87,7 @@ def make_item(
 
 def item_in_state(state: str) -> PoolItem:
     item = make_item()
-    item.state = cast("State", state)
+    item.state = cast("ItemState", state)
     return item
 
 
@@ -89,14 +96,16 @@ def test_item_state_table_equals_documented_table() -> None:
 
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair in ALLOWED])
-def test_allowed_transition_leads_to_next_state(state: State, transition: Transition) -> None:
+def test_allowed_transition_leads_to_next_state(state: ItemState, transition: Transition) -> None:
     item = item_in_state(state)
     item.advance_state(transition)
     assert item.state == ALLOWED[state, transition]
 
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair not in ALLOWED])
-def test_forbidden_transition_raises_and_keeps_state(state: State, transition: Transition) -> None:
+def test_forbidden_transition_raises_and_keeps_state(
+    state: ItemState, transition: Transition
+) -> None:
     item = item_in_state(state)
     with pytest.raises(RuntimeError, match=f"'{transition}' is not allowed in '{state}'"):
         item.advance_state(transition)
@@ -105,7 +114,7 @@ def test_forbidden_transition_raises_and_keeps_state(state: State, transition: T
 
 def test_state_closed_can_be_reached_from_every_item_state() -> None:
     assert make_item().state == "delivered"
-    for state in get_args(State):
+    for state in get_args(ItemState):
         seen = {state}
         while new := {after for (before, _), after in ALLOWED.items() if before in seen} - seen:
             seen |= new

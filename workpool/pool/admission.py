@@ -355,19 +355,19 @@ class ExitLimits:
         return self._record_limit_reached("exit_after_uptime")
 
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
-        time = self._pools.get(admission)
-        if time is None:
+        period = self._pools.get(admission)
+        if period is None:
             return  # Ignore the last poll of a pool that was removed before the answer.
         if not idle:
-            time.since = None
+            period.since = None
             return
         now = asyncio.get_running_loop().time()
-        if time.since is None or time.since < admission.granted_at:
-            time.since = now
-        time.last = now
+        if period.since is None or period.since < admission.granted_at:
+            period.since = now
+        period.last = now
         if self._idle is not None and all(
-            time.idle_seconds >= self._idle and each.paused is None and each.refused is None
-            for each, time in self._pools.items()
+            each.idle_seconds >= self._idle and pool.paused is None and pool.refused is None
+            for pool, each in self._pools.items()
         ):
             self._record_limit_reached("exit_after_idle")
 

@@ -3,8 +3,8 @@
 There are `concurrency` slots to run in and `prefetch` places to wait in. A poller reserves a place
 *before* it polls, so the pool never receives an item that it has no room for. An item whose
 handler has no slot is set aside: it occupies no place, so pollers go on to items of other handlers.
-The queue counts places; it decides nothing about items. Used on the handlers' loop only; the counts
-may be read on any thread.
+The queue orders the items, and starts those that were set aside; the dispatcher decides whether an
+item may start. Used on the handlers' loop only; the counts may be read on any thread.
 See workpool/docs/architecture.md, "The path of one item".
 """
 
@@ -104,7 +104,6 @@ class BoundedQueue(Generic[T]):
 
     async def reserve_place(self) -> None:
         """Wait until a place of the queue is free, and reserve it; the first caller goes first."""
-        # The conditions are inlined, because a function call would cost time in each session.
         if (
             self._count_free_places() > 0
             and not self._reservers

@@ -37,7 +37,8 @@ log = pool_logger(__name__)
 READ_SECONDS, READ_CAP_SECONDS = 0.2, 2.0
 """The shortest and the longest delay between two reads of the item."""
 TAKE_BACK_PART = 4
-"""The pool takes the item back if no child has it when the TTL divided by this is left."""
+"""The pool takes the item back if no child has it when the TTL divided by this is left before the
+give-up time of the lease."""
 
 
 class HandoffRun:
@@ -67,7 +68,9 @@ class HandoffRun:
         """Send a heartbeat, or wait for the one in flight; return whether the lease is held."""
         lease, changed = self._lease, self._handoff.changed
         self._renewer.heartbeat_now(lease)
-        while not (lease.is_over or (lease.is_settled and lease.due_at > self._renewer.clock())):
+        while not (
+            lease.is_over or (lease.is_freshly_extended and lease.due_at > self._renewer.clock())
+        ):
             changed.clear()
             # This wait is not endless, because the end of the lease sets `changed`, too.
             await changed.wait()

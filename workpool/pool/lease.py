@@ -116,7 +116,7 @@ ACK_MARGIN: Final = lease_margin(ACK_LEASE_SECONDS)
 TIMEOUT_PART = 6
 """A heartbeat waits for its answer for at most the TTL divided by this."""
 
-Status = Literal["held", "finished", "released", "stopped", "lost", "handed_off"]
+LeaseStatus = Literal["held", "finished", "released", "stopped", "lost", "handed_off"]
 """`held`, or how it ended.
 
 `finished`: the pool's stop was applied. `released`: no heartbeat follows, so it lapses. `stopped`:
@@ -195,10 +195,11 @@ class Lease:
     """
 
     __slots__ = (
-        "_doubted", "_failures", "_lent", "_margin", "_read_twice", "_release_ttl",
-        "_request_timeout", "_ttl_asked", "_unanswered", "begun", "clock_offset", "closed",
-        "deadline", "due_at", "expected", "give_up_at", "in_flight", "item",
-        "loss", "own_stop", "status", "stop_requested", "ttl", "unsettled",
+        "_failures", "_in_handoff", "_margin", "_read_twice", "_release_ttl",
+        "_request_timeout", "_ttl_asked", "_unanswered", "_verification_requested", "begun",
+        "clock_offset", "closed", "deadline", "due_at", "expected", "give_up_at",
+        "in_flight", "item", "loss", "own_stop", "status", "stop_requested", "ttl",
+        "unsettled",
     )  # fmt: skip
 
     def __init__(
@@ -233,15 +234,15 @@ class Lease:
         self.due_at = acked_at
         self.clock_offset = 0.0
         self.expected = parents_heartbeat or NO_HEARTBEAT
-        self.status: Status = "held"
+        self.status: LeaseStatus = "held"
         self.loss: LossReason = "expired"
         self.begun = self.stop_requested = False
         self.in_flight = self.own_stop = self.closed = False
-        self._doubted = False
+        self._verification_requested = False
         self._ttl_asked = ttl
         self._request_timeout = request_timeout
         self._release_ttl: int | None = None
-        self._lent = parents_heartbeat is not None
+        self._in_handoff = parents_heartbeat is not None
         self._unanswered = self._read_twice = False
         self._failures = 0
 
@@ -274,10 +275,10 @@ class Lease:
         return self._release_ttl is not None
 
     @property
-    def is_settled(self) -> bool:
+    def is_freshly_extended(self) -> bool:
         """Whether the latest heartbeat has extended the lease, and no heartbeat is in flight."""
-        doubted = self._unanswered or self._read_twice or self._failures > 0
-        return self.begun and not (self.in_flight or doubted)
+        failing = self._unanswered or self._read_twice or self._failures > 0
+        return self.begun and not (self.in_flight or failing)
 
     def check_held(self, now: float) -> None:
         """Raise an error if the lease does not allow a request for the item at the time `now`.
@@ -301,7 +302,7 @@ class Lease:
     # The following methods are called on one thread at a time: on the handlers' loop until the
     # lease has begun, then on the lease renewer's.
 
-    def end_lease(self, status: Status, loss: LossReason = "expired") -> None:
+    def end_lease(self, status: LeaseStatus, loss: LossReason = "expired") -> None:
         """End a held lease; a lease that has ended does not change."""
         if self.status == "held":
             self.loss = loss
@@ -324,7 +325,7 @@ class Lease:
 
         Only the first call after a successful heartbeat has an effect, and returns True.
         """
-        first, self._doubted = not self._doubted, True
+        first, self._verification_requested = not self._verification_requested, True
         if first:
             self.make_heartbeat_due(now)
         return first
@@ -339,7 +340,7 @@ class Lease:
 
     def suspend_heartbeats(self) -> None:
         """Send no heartbeat until `resume_heartbeats`, because a child process may send its own."""
-        self._lent = True
+        self._in_handoff = True
         self.due_at = math.inf
 
     def resume_heartbeats(self, now: float) -> None:
@@ -394,14 +395,14 @@ class Lease:
     def apply_read_item(
         self,
         now: float,
-        doubt: HeartbeatResult | None,
+        result_if_taken: HeartbeatResult | None,
         outcome: WorkItem | ControlPlaneError | None,
     ) -> HeartbeatDecision:
         """Apply the result of reading the item, which shows whether this pool still has it.
 
         Args:
             now: The time of the answer.
-            doubt: The heartbeat's result for the metrics if another worker has the item.
+            result_if_taken: The heartbeat's result for the metrics if another worker has the item.
             outcome: The item, or the error of the read; None: it was not found, or the credential
                 may not read it.
         """
@@ -410,7 +411,7 @@ class Lease:
             return IGNORED
         if outcome is None:
             self.end_lease("finished" if self.own_stop else "lost")
-            return HeartbeatDecision("over", doubt)
+            return HeartbeatDecision("over", result_if_taken)
         if isinstance(outcome, ControlPlaneError):
             # It is still unknown which worker has the item. With this flag, a 412 to the next
             # heartbeat leads to another read, and not to the loss of the lease.
@@ -419,7 +420,7 @@ class Lease:
         status = self.status_from_read(outcome)
         if status != "held":
             self.end_lease(status, "taken")
-            return HeartbeatDecision("over", doubt)
+            return HeartbeatDecision("over", result_if_taken)
         self._unanswered = False
         self.expected = _last_heartbeat_of(outcome)
         if self._read_twice:
@@ -431,7 +432,7 @@ class Lease:
             self.due_at = now
         return HeartbeatDecision("again", "recovered")
 
-    def status_from_read(self, item: WorkItem) -> Status:
+    def status_from_read(self, item: WorkItem) -> LeaseStatus:
         """Return the status of the lease, as the item that was just read shows it.
 
         As long as `acknowledged_at` is that of this pool's ack, no other worker has acknowledged
@@ -439,13 +440,13 @@ class Lease:
         child's, or one of this pool that was not answered. It is taken for the child's: two
         processes that run one item are worse than none.
         """
-        if item.state == STARTING and (self._lent or self.item.state == ACTIVE):
+        if item.state == STARTING and (self._in_handoff or self.item.state == ACTIVE):
             # The item was `active` and is `starting` again, so a poll or an ack of another worker
             # has begun a new lease.
             return "lost"
         acked_at = self.item.acknowledged_at
         ours = acked_at is not None and item.acknowledged_at == acked_at
-        if self._lent and ours and item.last_heartbeat != self.expected:
+        if self._in_handoff and ours and item.last_heartbeat != self.expected:
             return "handed_off"
         if item.state == STOPPED:
             return "finished" if self.own_stop else "stopped"
@@ -487,8 +488,8 @@ class Lease:
 
     def _apply_extension(self, attempt: HeartbeatAttempt, heartbeat: Heartbeat) -> None:
         self.expected, self.clock_offset = heartbeat.last_heartbeat, attempt.clock_offset
-        self._unanswered = self._lent = self._read_twice = self.unsettled = False
-        self._doubted = False
+        self._unanswered = self._in_handoff = self._read_twice = self.unsettled = False
+        self._verification_requested = False
         self._failures = 0
         if heartbeat.lease_extended:
             ttl = heartbeat.ttl_seconds
@@ -503,28 +504,30 @@ class Lease:
     def _apply_error(
         self, now: float, attempt: HeartbeatAttempt, error: ControlPlaneError
     ) -> HeartbeatDecision:
-        if isinstance(error, TransientError) and error.reason != "throttled":
+        if isinstance(error, TransientError) and error.may_be_applied:
             self._unanswered = True
         else:
             # The heartbeat was not applied, so the deadline from before it is still valid.
             self._set_deadline(attempt.deadline, self.ttl)
-        error_class = classify_heartbeat_error(error, doubted=self._unanswered or self._lent)
-        if error_class.then == "read":
+        consequence = classify_heartbeat_error(
+            error, owner_unknown=self._unanswered or self._in_handoff
+        )
+        if consequence.then == "read":
             if not self.unsettled:
-                return HeartbeatDecision("read", error_class.result)
+                return HeartbeatDecision("read", consequence.result)
             # Reading the item would not show whether this pool has it: `acknowledged_at` in the
             # answer to a repeated ack may be that of another worker's ack.
-            error_class = error_class._replace(then="taken")
-        return self._apply_error_consequence(now, error_class, error)
+            consequence = consequence._replace(then="taken")
+        return self._apply_error_consequence(now, consequence, error)
 
     def _apply_error_consequence(
-        self, now: float, error_class: ErrorConsequence, error: ControlPlaneError
+        self, now: float, consequence: ErrorConsequence, error: ControlPlaneError
     ) -> HeartbeatDecision:
-        if error_class.then == "repeat":
+        if consequence.then == "repeat":
             self._schedule_repeat(now, getattr(error, "retry_after", None) or 0.0)
-            return HeartbeatDecision("again", error_class.result)
-        self.end_lease("lost", "taken" if error_class.then == "read" else error_class.then)
-        return HeartbeatDecision("over", error_class.result)
+            return HeartbeatDecision("again", consequence.result)
+        self.end_lease("lost", "taken" if consequence.then == "read" else consequence.then)
+        return HeartbeatDecision("over", consequence.result)
 
     def _set_deadline(self, deadline: float, ttl: float) -> None:
         if ttl != self.ttl:
@@ -554,20 +557,20 @@ class ErrorConsequence(NamedTuple):
     then: Literal["repeat", "read"] | LossReason
 
 
-def classify_heartbeat_error(error: ControlPlaneError, *, doubted: bool) -> ErrorConsequence:
+def classify_heartbeat_error(error: ControlPlaneError, *, owner_unknown: bool) -> ErrorConsequence:
     """Return what the error of a heartbeat means for the lease.
 
     Args:
         error: The error.
-        doubted: An earlier heartbeat was not answered, or a handoff is in progress, so that a 412
-            leaves open which process holds the item.
+        owner_unknown: An earlier heartbeat was not answered, or a handoff is in progress, so that a
+            412 leaves open which process holds the item.
     """
     if isinstance(error, TransientError):
         return ErrorConsequence("timeout" if error.reason == "timeout" else "transient", "repeat")
     if isinstance(error, ConflictError):
         return ErrorConsequence("conflict", "read")
     if isinstance(error, PreconditionError):
-        return ErrorConsequence("precondition", "read" if doubted else "taken")
+        return ErrorConsequence("precondition", "read" if owner_unknown else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
         # The control plane does not accept the request itself, so repeating it is useless.
         return ErrorConsequence("rejected", "refused")
@@ -585,7 +588,7 @@ def classify_read_error(error: ControlPlaneError) -> ErrorConsequence:
     """
     if isinstance(error, ConflictError | PreconditionError):
         return ErrorConsequence("rejected", "repeat")
-    return classify_heartbeat_error(error, doubted=True)
+    return classify_heartbeat_error(error, owner_unknown=True)
 
 
 def _last_heartbeat_of(item: WorkItem) -> str:

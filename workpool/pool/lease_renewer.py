@@ -403,13 +403,13 @@ class LeaseRenewer:
     def _verify_leases_after_pause(self, leases: list[Lease], now: float) -> None:
         """Make heartbeats due for the leases that were last extended before a machine pause."""
         offset = self.pauses.wall_clock_offset()
-        doubted = 0
+        to_verify = 0
         for lease in leases:
             if abs(offset - lease.clock_offset) >= PAUSE_SECONDS:
-                doubted += lease.verify_after_pause(now)
-        if doubted:
+                to_verify += lease.verify_after_pause(now)
+        if to_verify:
             log.warning(
-                "the machine was paused; its leases are verified first", extra={"count": doubted}
+                "the machine was paused; its leases are verified first", extra={"count": to_verify}
             )
 
     def _find_due_leases(self, leases: list[Lease], now: float) -> tuple[list[Lease], float]:
@@ -481,10 +481,10 @@ class LeaseRenewer:
 
     async def _send_heartbeat(self, lease: Lease, item: PoolItem) -> bool:
         before = lease.status, lease.stop_requested
-        doubted = self.pauses.was_paused(since=lease.clock_offset)
+        was_paused = self.pauses.was_paused(since=lease.clock_offset)
         held = await self._heartbeats.send_heartbeat(lease)
         lease.end_if_expired(self.clock())
-        if doubted or (lease.status, lease.stop_requested) != before:
+        if was_paused or (lease.status, lease.stop_requested) != before:
             self.report_lease_change(item)
         # The machine was paused during this heartbeat, so the answer does not prove that the lease
         # is still held.

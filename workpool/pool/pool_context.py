@@ -33,7 +33,6 @@ class PoolContext:
     Attributes:
         client: The client of the handlers' loop.
         clock: The lease clock.
-        wall: The wall clock, which shows that the machine was paused.
         observe: Reports an event; called on the handlers' loop only.
         start_context: The context in which the pool was started; each session runs in a copy.
         threads: The threads of handlers that are plain functions.
@@ -50,7 +49,6 @@ class PoolContext:
     renewer: LeaseRenewer
     queue: BoundedQueue[PoolItem]
     clock: Clock
-    wall: Clock
     observe: EventReporter
     start_context: Context
     threads: HandlerThreads

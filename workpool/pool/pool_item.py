@@ -1,7 +1,8 @@
 """An item that the pool owns: its state, the end reason and the number of its run.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
-sessions are derived from it. Used on the handlers' loop only.
+sessions are derived from it. It is changed on the handlers' loop, except where an attribute says
+otherwise.
 
 The metadata `workpool.attempt` holds the number of an item's last run; it is absent after the first
 run. The next run has the next number, unless the last run left the mark `workpool.released`: then
@@ -28,17 +29,17 @@ if TYPE_CHECKING:
     from contextvars import Context
 
     from workpool.handlers import Handler
-    from workpool.pool.lease import Lease, Status
+    from workpool.pool.lease import Lease, LeaseStatus
     from workpool.session import Session
     from workpool.wire.http.timeouts import TimeLimit
     from workpool.wire.items import WorkItem
 
     Patch = dict[str, str | None]
 
-State = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]
+ItemState = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]
 Transition = Literal["slot", "adopted", "acknowledged", "started", "ended", "closed"]
 
-TRANSITIONS: Final[Mapping[tuple[State, Transition], State]] = {
+TRANSITIONS: Final[Mapping[tuple[ItemState, Transition], ItemState]] = {
     ("delivered", "slot"): "acking",
     # A parent process has acknowledged the item and handed it off to this process.
     ("delivered", "adopted"): "beginning",
@@ -84,7 +85,7 @@ class EndReason(enum.IntEnum):
     LOST = enum.auto()
 
 
-REASONS_OF_LEASE: Final[Mapping[Status, EndReason | None]] = {
+REASONS_OF_LEASE: Final[Mapping[LeaseStatus, EndReason | None]] = {
     "stopped": EndReason.STOPPED,
     "handed_off": EndReason.HANDED_OFF,
     # The pool itself has released the item, and recorded the end reason when it did.
@@ -217,7 +218,7 @@ class PoolItem:
         self.parents_heartbeat: str | None = None
         self.context = context
         self.counted = False
-        self.state: State = "delivered"
+        self.state: ItemState = "delivered"
         self.reason: EndReason | None = None
         """The gravest reason so far; None while nothing ends the session."""
         self.session: Session | None = None

@@ -227,9 +227,8 @@ class SessionRunner:
         await self._claimer.send_first_heartbeats(item)
         self._context.renewer.add_lease(lease, item)
         item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
-        counted_here = "update" in self._context.optional.refused
-        to_count = counted_here or bool(attempt.metadata_before_handler())
-        if to_count and item.reason is None and not self._context.draining:
+        must_count = self._counts_runs_itself() or bool(attempt.metadata_before_handler())
+        if must_count and item.reason is None and not self._context.draining:
             await self._write_run_number_if_needed(item, session, attempt)
             item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
@@ -259,15 +258,19 @@ class SessionRunner:
             grace = self._context.settings.stop_grace
             self._executor.cancel_handler_later(item, EndReason.STOP_REQUESTED, grace)
 
+    def _counts_runs_itself(self) -> bool:
+        """Return whether `_runs` counts the runs, because their numbers cannot be written."""
+        return "update" in self._context.optional.refused
+
     async def _write_run_number_if_needed(
         self, item: PoolItem, session: Session, attempt: Attempt
     ) -> None:
         """Write the number of this run, if necessary; end the session if it exceeds the limit."""
-        counted_here = "update" in self._context.optional.refused
-        if counted_here:
+        counts_itself = self._counts_runs_itself()
+        if counts_itself:
             attempt.set_number_from_counted_runs(self._runs.number_of_runs(item.id))
             session.attempt = attempt.number
-        patch = {} if counted_here else attempt.metadata_before_handler()
+        patch = {} if counts_itself else attempt.metadata_before_handler()
         limit = self._context.settings.max_attempts
         if limit and attempt.number > limit:
             item.error = AttemptsExceeded(f"attempt {attempt.number} of {limit}")
@@ -394,7 +397,7 @@ class SessionCalls:
 
     @property
     def remaining(self) -> float:
-        """The seconds until the lease is considered lost."""
+        """Seconds until another worker may get the item; the handler is cancelled before."""
         return self._item.lease.remaining_seconds(self._context.clock())
 
     @property

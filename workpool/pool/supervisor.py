@@ -430,7 +430,6 @@ class Supervisor:
                 None if self.shared is None else self.shared.slots,
             ),
             clock=self._clock,
-            wall=self._wall,
             observe=self._telemetry.observe,
             start_context=start_context,
             threads=threads,

@@ -162,8 +162,7 @@ class WorkClient:
 
     def release_ack_permit(self) -> None:
         """Give back an ack permit that was not used, because there is nothing to acknowledge."""
-        if self.rate_limits.write.limited:
-            self.rate_limits.write.refund()
+        self.release_permit()
 
     def try_acquire_permit(self, priority: Priority) -> bool:
         """Acquire the right to send one write, or return False if that would need a wait."""
@@ -430,9 +429,8 @@ class WorkClient:
         endpoint: Endpoint[T],
         url: URL,
         timeout: float | None,
-        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Coroutine[Any, Any, T]:
-        return self._transport.send(endpoint, url, timeout, self.rate_limits.read, None, options)
+        return self._transport.send(endpoint, url, timeout, self.rate_limits.read)
 
     def _send_write(
         self,
@@ -440,9 +438,8 @@ class WorkClient:
         url: URL,
         body: bytes,
         timeout: float | None,
-        options: CallOptions = DEFAULT_OPTIONS,
     ) -> Coroutine[Any, Any, T]:
-        return self._transport.send(endpoint, url, timeout, self.rate_limits.write, body, options)
+        return self._transport.send(endpoint, url, timeout, self.rate_limits.write, body)
 
     def _work_url(self, path: str = "", query: str = "") -> URL:
         """Return the URL of a call below `/work`. `path` and `query` must be encoded already."""

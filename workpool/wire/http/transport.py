@@ -1,13 +1,13 @@
 """Sends HTTP requests: waits for the rate limit, runs the lease check, and reads the answer.
 
-Owns the connections and the token in use. It knows no call of the protocol by name: `client.py`
-defines the requests and the parsers of answers. A request is repeated in two cases only:
+Owns the connections and the token in use. `client.py` defines the requests and the parsers of
+answers; only the event stream is opened here. A request is repeated in two cases only:
 
 - a 401 or 403 is repeated once, at once, if the token source has another token by then;
 - aiohttp repeats a GET if its kept-alive connection was closed. A repeated poll may have
   delivered an item to nobody, so that item is delivered again later; the other reads change
-  nothing. A POST is never repeated: the pool decides what to do about an ack, a heartbeat or a stop
-  that may have been applied.
+  nothing. A POST is repeated after a 401 or 403 only: the pool decides what to do about an ack, a
+  heartbeat or a stop that may have been applied.
 """
 
 from __future__ import annotations
