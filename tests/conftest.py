@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
+import hypothesis
 import pytest
 
 from tests.postgres.cluster import FIXTURES, database_url, own_postgres, postgres, standby
@@ -14,6 +15,10 @@ from workpool.testing import Clock, Faults, Recorder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
+
+# An example may take long on a loaded machine, which is no failure of the code.
+hypothesis.settings.register_profile("without_deadline", deadline=None)
+hypothesis.settings.load_profile("without_deadline")
 
 # These imported fixtures are used by pytest only, which finds them by name in this module.
 __all__ = ["database_url", "own_postgres", "postgres", "standby"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from typing import TYPE_CHECKING
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workpool.events import SessionFinished
@@ -71,6 +71,7 @@ def test_endless_line_uses_limited_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=9) | st.just(b"\n") | st.just(b" ")))
 def test_stream_in_any_chunks_is_split_into_same_lines(chunks: list[bytes]) -> None:
     fed_lines: list[bytes] = []
@@ -84,6 +85,7 @@ def test_stream_in_any_chunks_is_split_into_same_lines(chunks: list[bytes]) -> N
     assert lines.last == next((line.rstrip() for line in reversed(fed_lines) if line.strip()), b"")
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_bytes_of_any_line_are_logged_as_one_printable_line(line: bytes) -> None:
     assert escape_line(line).isprintable()
