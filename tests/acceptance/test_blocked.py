@@ -58,7 +58,7 @@ from workpool.exporter import Exporter
 async def crash(self, request):
     raise {error}("raised by the exporter")
 
-Exporter._healthz = crash
+Exporter._serve_healthz = crash
 """
 CLEANUP = """
 import asyncio
