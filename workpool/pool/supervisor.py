@@ -337,7 +337,7 @@ class Supervisor:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 await self._open_client_and_plugins(stack)
-                context = await self._start_renewer(stack)
+                context = await self._open_context(stack)
                 try:
                     await self._run_pool(context)
                 finally:
@@ -381,26 +381,36 @@ class Supervisor:
         self._telemetry.count_requests_of(client)
         return client
 
-    async def _start_renewer(self, stack: contextlib.AsyncExitStack) -> PoolContext:
-        """Start the lease renewer, with the exporter on its loop, and build the pool context."""
+    def _make_exporter(self) -> Exporter | None:
+        """Return the exporter that this pool serves; None: another pool's, or none at all."""
         settings = self.settings
-        services: list[AbstractAsyncContextManager[object]] = []
         address = settings.metrics_address
-        if self.shared is not None:
-            self._exporter = self.shared.exporter
-        elif address is not None:
-            from workpool.exporter import Exporter, LivePageSource  # noqa: PLC0415 - off when embedded, and slow
+        if self.shared is not None or address is None:
+            return None
+        from workpool.exporter import Exporter, LivePageSource  # noqa: PLC0415 - off when embedded, and slow
 
-            self._exporter = Exporter(
-                address.host or "",
-                address.port,
-                self.registry,
-                health=self.unhealthy,
-                readiness=self._unready_reasons,
-                live_page=LivePageSource(self.live_status, settings.live_page_ids == "always"),
-            )
-            self._exporter.scale = lambda: worker_scaling_numbers(self.status())
-            services.append(self._exporter)
+        exporter = Exporter(
+            address.host or "",
+            address.port,
+            self.registry,
+            health=self.unhealthy,
+            readiness=self._unready_reasons,
+            live_page=LivePageSource(self.live_status, settings.live_page_ids == "always"),
+        )
+        exporter.scale = lambda: worker_scaling_numbers(self.status())
+        return exporter
+
+    async def _open_context(self, stack: contextlib.AsyncExitStack) -> PoolContext:
+        """Start the lease renewer, with the exporter on its loop, and build the pool context.
+
+        Overridden by pools of tests, which observe or replace parts of the context.
+        """
+        settings = self.settings
+        exporter = self._make_exporter()
+        self._exporter = exporter if self.shared is None else self.shared.exporter
+        services: list[AbstractAsyncContextManager[object]] = []
+        if exporter is not None:
+            services.append(exporter)
         services += self.renewer_services
         callbacks = RenewerCallbacks(
             observe=self._telemetry.observe,
@@ -412,8 +422,8 @@ class Supervisor:
             settings, self._clock, self._wall, self._new_client, callbacks, services
         )
         await stack.enter_async_context(renewer)
-        if self._exporter is not None and self.shared is None:
-            log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
+        if exporter is not None:
+            log.info("metrics served", extra={"url": f"{exporter.url}/metrics"})
         threads = HandlerThreads(settings.concurrency, self._clock)
         stack.push_async_callback(threads.close_threads)
         start_context = copy_context()
