@@ -461,7 +461,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "drained is stopped": [
         SourceEdit(
             "completion:Completion",
-            "row = completion_table_row(item)",
+            "row = find_completion_row(item)",
             "row = TABLE[item.reason if item.reason != EndReason.DRAINED else EndReason.RETURNED]",
         ),
     ],

@@ -13,7 +13,7 @@ from workpool.pool.completion import (
     NOTE_LIMIT,
     RELEASE_DELAY_SECONDS,
     TABLE,
-    completion_table_row,
+    find_completion_row,
     find_raised_release,
     outcome_of_expired_lease,
     release_delay,
@@ -64,13 +64,13 @@ def test_end_reasons_in_later_rows_of_completion_table_compare_greater(
 @pytest.mark.parametrize("reason", list(EndReason))
 def test_each_end_reason_selects_its_own_completion_row(reason: EndReason) -> None:
     item: Any = ItemOrLeaseStandIn(reason=reason)
-    assert completion_table_row(item) is TABLE[reason]
+    assert find_completion_row(item) is TABLE[reason]
 
 
 def test_session_without_end_reason_has_no_completion_row() -> None:
     item: Any = ItemOrLeaseStandIn(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
-        completion_table_row(item)
+        find_completion_row(item)
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,15 @@ ENTRIES: Final = (
         interspersed=False,
     ),
     CommandEntry(
-        "pause", "control:pause", "Pause a worker: it claims no more items, and its sessions go on."
+        "pause",
+        "worker_commands:pause",
+        "Pause a worker: it claims no more items, and its sessions go on.",
     ),
-    CommandEntry("resume", "control:resume", "Let a paused worker claim items again."),
+    CommandEntry("resume", "worker_commands:resume", "Let a paused worker claim items again."),
     CommandEntry(
-        "drain", "control:drain", "Drain a worker: its sessions end, and then the worker ends."
+        "drain",
+        "worker_commands:drain",
+        "Drain a worker: its sessions end, and then the worker ends.",
     ),
     CommandEntry(
         "top", "top:top", "Show workers and their sessions in the terminal, until Ctrl-C."

@@ -112,7 +112,7 @@ class Completion:
         Returns:
             The outcome of the session.
         """
-        row = completion_table_row(item)
+        row = find_completion_row(item)
         if row.item == "untouched":
             return row.outcome
         try:
@@ -328,7 +328,7 @@ def _error_for_reason(reason: EndReason | None) -> Exception:
     return TimeoutError("the session's time is over")
 
 
-def completion_table_row(item: PoolItem) -> CompletionTableRow:
+def find_completion_row(item: PoolItem) -> CompletionTableRow:
     """Return the row of the completion table for the item's gravest end reason."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
@@ -360,7 +360,7 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
     lease = item.lease
     match lease.status:
         case "finished":
-            return completion_table_row(item).outcome
+            return find_completion_row(item).outcome
         case "lost":
             return "lease_lost"
     return outcome_of_expired_lease(lease)

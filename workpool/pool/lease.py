@@ -19,16 +19,18 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from workpool.errors import (
-    ConflictError,
     ControlPlaneError,
     LeaseLost,
-    PreconditionError,
     SessionEnded,
     TransientError,
+)
+from workpool.pool.heartbeat_errors import (
+    ErrorConsequence,
+    classify_heartbeat_error,
+    classify_read_error,
 )
 from workpool.settings import lease_margin
 from workpool.wire.items import Heartbeat
@@ -542,53 +544,6 @@ class Lease:
         # time is left for another try.
         left = self.give_up_at - now
         self.due_at = now + max(self.ttl / part, min(retry_after, left / 2))
-
-
-class ErrorConsequence(NamedTuple):
-    """The consequence for the lease of a heartbeat that failed, or of a failed read of the item.
-
-    Attributes:
-        result: The heartbeat's result for the metrics.
-        then: `repeat` the heartbeat while the lease lasts, or `read` the item, or the reason for
-            which the lease is lost.
-    """
-
-    result: HeartbeatResult
-    then: Literal["repeat", "read"] | LossReason
-
-
-def classify_heartbeat_error(error: ControlPlaneError, *, owner_unknown: bool) -> ErrorConsequence:
-    """Return what the error of a heartbeat means for the lease.
-
-    Args:
-        error: The error.
-        owner_unknown: An earlier heartbeat was not answered, or a handoff is in progress, so that a
-            412 leaves open which process holds the item.
-    """
-    if isinstance(error, TransientError):
-        return ErrorConsequence("timeout" if error.reason == "timeout" else "transient", "repeat")
-    if isinstance(error, ConflictError):
-        return ErrorConsequence("conflict", "read")
-    if isinstance(error, PreconditionError):
-        return ErrorConsequence("precondition", "read" if owner_unknown else "taken")
-    if error.status == HTTPStatus.BAD_REQUEST:
-        # The control plane does not accept the request itself, so repeating it is useless.
-        return ErrorConsequence("rejected", "refused")
-    # Repeat after other errors: a token, a proxy or a certificate may be repaired while the lease
-    # lasts.
-    return ErrorConsequence(
-        "rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat"
-    )
-
-
-def classify_read_error(error: ControlPlaneError) -> ErrorConsequence:
-    """Return what an error of reading the item means for the lease.
-
-    A GET has no reason for a 409 or 412, so a gateway must have sent it, and the read is repeated.
-    """
-    if isinstance(error, ConflictError | PreconditionError):
-        return ErrorConsequence("rejected", "repeat")
-    return classify_heartbeat_error(error, owner_unknown=True)
 
 
 def _last_heartbeat_of(item: WorkItem) -> str:
