@@ -30,7 +30,7 @@ class LoopCalls(Protocol):
     """The interface for running coroutines on the handlers' event loop from a thread."""
 
     def run_on_loop(self, make: Callable[[], Awaitable[T]]) -> T:
-        """Call `make` on the loop, await what it returns, and return the result to this thread."""
+        """Call `make` on the loop, await its awaitable, and return the result to this thread."""
 
     def enter_on_loop(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
@@ -125,7 +125,7 @@ class BlockingSession:
 
     @property
     def deadline(self) -> float | None:
-        """The time at which the pool sets `cancelled`, on `time.monotonic()`; None: no limit."""
+        """The `time.monotonic()` at which the pool sets `cancelled`; None without a limit."""
         return self._session.deadline
 
     @property

@@ -262,7 +262,7 @@ def exhausted(error: BaseException | None) -> bool:
 
 
 def _is_exhaustion(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError):  # Python raises it if no thread can start.
+    if isinstance(error, RuntimeError):  # Python raises a RuntimeError if no thread can start.
         return error.args == ("can't start new thread",)
     number = error.errno if isinstance(error, OSError) else None
     return isinstance(error, MemoryError) or (isinstance(number, int) and number in EXHAUSTED)

@@ -205,13 +205,14 @@ class Exporter:
     async def _close_connections(self, server: asyncio.Server, runner: web.AppRunner) -> None:
         """Close every connection, even if its client neither reads nor closes it."""
         server.close()
-        # Let the loop add sockets that it has accepted to `_connections`, which closes them below.
+        # Let the loop run once: it adds the sockets that it has accepted to `_connections`. Then
+        # `close_all` below closes these sockets, too.
         await asyncio.sleep(0)
         try:
             await runner.cleanup()
         finally:
             self._connections.close_all()
-            # Let the loop run once, since it closes the sockets in its next turn.
+            # Let the loop run once, because the loop closes the sockets in its next iteration.
             await asyncio.sleep(0)
 
     def _make_listen_error(self, error: OSError) -> ListenError:
@@ -231,7 +232,8 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                # Otherwise the thread would call the loop after the rendering, when it is closed.
+                # Without this cancellation, the thread would call the event loop after the
+                # rendering, when the loop may be closed.
                 rendering.cancel()
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")
@@ -329,7 +331,7 @@ def _health_response(good: str, reasons: Sequence[str]) -> web.Response:
 def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
     try:
         return choose_encoder(accept)
-    except (TypeError, ValueError):  # prometheus_client raises these for a malformed "version=".
+    except (TypeError, ValueError):  # The `Accept` header has a malformed "version=".
         return choose_encoder("")
 
 

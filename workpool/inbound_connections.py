@@ -171,7 +171,7 @@ class InboundConnections:
 
 
 class _Connection(asyncio.Protocol):
-    """A protocol around aiohttp's own, which records when one connection reads and writes.
+    """Wraps aiohttp's protocol, and records when the client of one connection must read or write.
 
     Attributes:
         due: The loop time by which the headers of a request must arrive; None during a request.
@@ -218,7 +218,7 @@ class _Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.read_due = 0.0
         if self.due is not None:
-            # The time for the next request begins when the client has read the last answer.
+            # The client has now read the last answer, so start the time limit for its next request.
             self.due = asyncio.get_running_loop().time() + READ_SECONDS
         self._connections.remove_unread_bytes(self)
         self._protocol.resume_writing()

@@ -87,7 +87,7 @@ class PoolIds(logging.Filter):
         self._default = default
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add the missing fields, and return True, so that every record is logged."""
+        """Add the fields that the record lacks. Return True, so that every record is logged."""
         fields = vars(record)
         ids = _IDS.get()
         for name, value in (self._default() if ids is None else ids).items():
@@ -108,12 +108,12 @@ def pool_logger(name: str) -> logging.Logger:
 
 
 class FieldsAdapter(logging.LoggerAdapter[logging.Logger]):
-    """A logger that adds its fields to the `extra` of each call and keeps the call's fields."""
+    """A logger that adds its own fields to those that a log call passes in `extra`."""
 
     def process(
         self, msg: object, kwargs: MutableMapping[str, Any]
     ) -> tuple[object, MutableMapping[str, Any]]:
-        """Return the message and keyword arguments of a log call, with the fields in `extra`."""
+        """Return the arguments of a log call, with the fields of this logger added to `extra`."""
         kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {})}
         return msg, kwargs
 

@@ -173,13 +173,13 @@ class TextFormatter(logging.Formatter):
         message = _make_printable(
             _limit_length(_message_text(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
         )
-        # The message and each field are cut separately, so that the ids remain in the line after a
-        # long message.
+        # Cut the message and each field separately, so that a line with a long message still has
+        # the ids.
         line = f"{_time_text(record)} {record.levelname:<7} {record.name} {message}"
         for name, value in _extras_within_limits(record).items():
             text = str(value)
             if name == "error" and message.endswith(text):
-                continue  # Do not repeat the error, with which the message already ends.
+                continue  # The message already ends with the text of the error.
             plain = text.isprintable() and " " not in text
             line += f" {name}={text if plain else repr(_redact_tokens(text))}"
         lines = [readable(line, LINE_CHARACTERS)]

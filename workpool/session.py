@@ -69,7 +69,7 @@ class Release(Exception):
 
 
 class PoolRelease(Release):
-    """A release by the pool itself, whose reason contains no text from a handler."""
+    """A `Release` that workpool itself raises. Its `reason` has no text from a handler."""
 
 
 @contextmanager

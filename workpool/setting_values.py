@@ -95,7 +95,7 @@ def choice_parser(*words: str) -> Parser:
 
 
 def pattern_parser(pattern: str, description: str) -> Parser:
-    """Return a parser of texts that match `pattern`, which error messages call `description`."""
+    """Return a parser that refuses texts that do not match `pattern` ("must be DESCRIPTION")."""
     match = re.compile(pattern).fullmatch
 
     def parse_value(value: object) -> str:

@@ -164,7 +164,7 @@ def _check_base_url(value: str) -> str:
 
 
 def _parse_headers(value: object) -> dict[str, Secret]:
-    """Read headers: a JSON object from a variable, a mapping from a file or a keyword.
+    """Parse headers, given as a mapping or as the text of a JSON object.
 
     Refuses headers that cannot be sent, or would replace a header of the client.
     """
@@ -204,7 +204,7 @@ class _SourcedValue(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """The sources of the settings, and the content of the TOML file besides settings.
+    """The sources of the settings, and the environments and plugin tables of the TOML file.
 
     Attributes:
         file: The path of the TOML file; None without one.
@@ -828,7 +828,7 @@ def _find_table_problem(table: Table) -> str:
 
 
 def _environment_id_problems(file: _ConfigFile, given: _SourcedValue) -> list[str]:
-    """Return what is wrong with `environment_id` in a file that has tables of environments.
+    """Return the problems of `environment_id` if the TOML file has tables of environments.
 
     `given` is the value from a variable or a keyword, which names no environment of the file.
     """
@@ -868,8 +868,8 @@ def _plugin_names(plugins: object) -> set[str]:
         given = parse_names(plugins)
     except ValueError:
         return set()
-    # The table of an installed plugin has the name of its entry point. The table of `pkg.module` or
-    # `pkg.module:Name` has the last part of that path.
+    # The table of an installed plugin is named after the plugin's entry point. The table of
+    # `pkg.module` or `pkg.module:Name` is named after the last part, `module` or `Name`.
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 

@@ -96,7 +96,7 @@ def check(
 
 
 def _result_as_json(result: CheckResult) -> dict[str, object]:
-    """Return a result as a JSON object, without its exit status."""
+    """Return the result of a check as a JSON object, without its field `exit`."""
     hidden = {"exit"} if result.environment_id is not None else {"exit", "environment_id"}
     return {name: value for name, value in asdict(result).items() if name not in hidden}
 
@@ -199,7 +199,8 @@ def clock_result(date: str, now: datetime, seconds: float) -> CheckResult:
     except (TypeError, ValueError):
         return CheckResult("clock", "warn", "the control plane sends no date that can be read")
     # The server rounds `Date` down to a whole second, and the header is up to `seconds` old. So a
-    # correct clock is ahead of the header by 0 to 1 + `seconds`. `off` is the distance from that.
+    # correct clock is ahead of the header by 0 to 1 + `seconds`. `off` is the number of seconds
+    # by which `skew` lies outside of this range.
     off = max(0.0, abs(skew - 0.5 - seconds / 2) - 0.5 - seconds / 2)
     if off <= SKEW_SECONDS:
         return CheckResult("clock", "ok", f"within {SKEW_SECONDS:.0f} s of the control plane's")

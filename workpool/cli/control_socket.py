@@ -167,7 +167,7 @@ class ControlSocket:
             try:
                 listener.bind(str(path))
                 path.chmod(0o600)
-                # The mode must be set before `listen`, because clients can connect from then on.
+                # Call `chmod` before `listen`, because clients can connect after `listen`.
                 listener.listen(BACKLOG)
                 listener.setblocking(False)
             except BaseException:

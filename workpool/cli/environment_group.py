@@ -74,7 +74,7 @@ class GroupMember:
 
     @property
     def unready_reasons(self) -> Iterator[str]:
-        """The reasons why the environment is not ready; empty if it ended without a failure."""
+        """The reasons why this environment is not ready; none if it has ended without a failure."""
         if self.error is not None and not self.running:
             yield f"{self.environment_id}: failed: {type(self.error).__name__}"
         elif not self.ended:
@@ -197,7 +197,7 @@ class EnvironmentGroup:
 
     @property
     def members_by_id(self) -> dict[str, GroupMember]:
-        """The members of the group by environment id."""
+        """The members of this group, with the ids of their environments as keys."""
         return {each.environment_id: each for each in self.environments}
 
     def pause(self, reason: str) -> None:
@@ -342,8 +342,8 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        # Leases are not renewed although the pool has no error: its event loop is blocked, so a
-        # drain would have no effect.
+        # If the supervisor has no error, then leases are not renewed because the event loop is
+        # blocked. A blocked event loop cannot drain, so end the process.
         if supervisor.status().error is None:
             self._end_process()
             return

@@ -106,7 +106,7 @@ class FleetReader:
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
     async def read_load(self) -> FleetLoad | None:
-        """Read the load once; return None if the unfinished items were not reached.
+        """Read the load once; return None if the reading did not yet reach the unfinished items.
 
         A long history of stopped items is read in several calls. Until a call reaches the
         unfinished items, a load would count none of them, and autoscalers would remove busy
@@ -116,8 +116,8 @@ class FleetReader:
             ControlPlaneError: Statistics or list cannot be read.
         """
         # The statistics are read before the list, so an item that is acknowledged in between counts
-        # twice. In the other order, that item would not count at all, and autoscalers could remove
-        # the worker that runs it.
+        # twice. If the list were read first, that item would not be counted, and autoscalers could
+        # remove the worker that runs the item.
         refusal: RefusedError | None = None
         stats: QueueStats | None = None
         try:
@@ -146,7 +146,7 @@ class FleetReader:
 
 
 def combined_load(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
-    """Return the load from the statistics, if they could be read, and the count of listed items.
+    """Compute the load from the count of listed items, and from the statistics if they are known.
 
     The number of running items comes from the count, because the statistics do not contain it.
     """

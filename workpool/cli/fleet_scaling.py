@@ -75,7 +75,7 @@ class FleetLoadReaders:
         return scaling_numbers(load, self._rules[environment_id], age_seconds=age)
 
     def unready_reasons(self) -> list[str]:
-        """Return the reasons why the load of an environment is unknown; empty if all are known.
+        """Return a reason for each environment whose load is unknown; empty if all loads are known.
 
         May be called on any thread.
         """

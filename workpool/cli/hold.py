@@ -163,7 +163,8 @@ def item_token_variables(settings: Settings) -> dict[str, str]:
 def _detach_from_parent() -> None:
     """Leave the parent's process group, so that signals to the group do not reach this process."""
     if hasattr(os, "setsid"):
-        # `setsid` fails if this process already leads a process group, which is sufficient.
+        # `setsid` fails if this process already leads a process group of its own. Then the process
+        # is not in the parent's group, so ignore the error.
         with contextlib.suppress(PermissionError):
             os.setsid()
         # Ignore SIGHUP with a function and not with SIG_IGN: the program would inherit SIG_IGN.

@@ -88,9 +88,9 @@ class ItemCounter:
         return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
 
     def _set_start_after_stopped_items(self, items: Sequence[WorkItem]) -> None:
-        """Set where the next count begins: after the stopped items at the beginning of the list."""
+        """Let the next count begin after the stopped items with which the list begins."""
         # Skip items only if the list is long enough to show that it is in order of creation. In a
-        # list with another order, new items could come before that point and never be counted.
+        # list with another order, new items could be among the skipped items and never be counted.
         if len(items) >= LIST_LIMIT_MAX and _is_in_creation_order(items):
             stopped = next((n for n, item in enumerate(items) if item.state != STOPPED), len(items))
             if stopped:

@@ -52,8 +52,9 @@ def print_pairs(pairs: Mapping[str, object]) -> None:
 
 
 def protocol_fields(thing: WorkItem | QueueStats) -> dict[str, Any]:
-    """Return the fields of an item or of statistics by the names that the protocol gives them."""
-    # Hide the duplicate of `latest_heartbeat_at`, and the token, which must not be printed.
+    """Return the fields of an item or of the queue statistics, by their names in the protocol."""
+    # Leave out `last_heartbeat`, the same time as `latest_heartbeat_at`, and the item's token,
+    # which must not be printed.
     hidden = {"last_heartbeat", "sessions_token"}
     names = [each.name for each in fields(thing) if each.name not in hidden]
     return {name: getattr(thing, name) for name in names}

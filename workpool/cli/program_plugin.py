@@ -34,7 +34,7 @@ _GUARD: Final = 'trap "" TERM INT HUP QUIT; read _; kill -KILL 0'
 
 
 class ProgramFailed(WorkpoolError):
-    """Raised if the program did not start, or failed: not exit status 0 or 75 (EX_TEMPFAIL)."""
+    """The program did not start, or its exit status was neither 0 nor 75 (EX_TEMPFAIL)."""
 
 
 class ProgramPlugin:

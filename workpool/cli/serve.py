@@ -197,7 +197,7 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide_token(plane.token)
         typer.echo(_startup_line(plane, shown, as_json=as_json))
-        # Wait until the store fails, which raises an error.
+        # This call never returns: it raises an error when the store fails.
         await plane.engine.wait_for_failure()
 
 

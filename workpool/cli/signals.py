@@ -81,7 +81,7 @@ class SignalEvents:
         self._handle_signals()
 
     def _handle_signals(self) -> None:
-        """Set the events for the signals that arrived since the last call."""
+        """Handle the signals that arrived since the last call of this method."""
         received = self._recorder.received[self._handled :]
         self._handled += len(received)
         for each in received:

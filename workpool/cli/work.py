@@ -296,7 +296,7 @@ def stop_item(
 
     async def stop_and_read(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
-        # Some control planes answer a stop without a body, so read the item to return it.
+        # Some control planes answer a stop without a body. Then read the item with another call.
         return stopped or await _read_or_find_item(client, work_id)
 
     _print_item(_run_call(settings, stop_and_read), as_json=json)

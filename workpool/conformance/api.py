@@ -68,7 +68,7 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether the key lacks the permission for the call, or the call is not supported."""
+        """Whether the credential may not make the call, or the control plane lacks the call."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
 
@@ -83,7 +83,7 @@ class Answer:
         return self.body.get(name) if isinstance(self.body, dict) else None
 
     def __str__(self) -> str:
-        """Return the status and the error's message: shortened and safe for a terminal."""
+        """Return the HTTP status and the error message, shortened and safe for a terminal."""
         message = self.error.get("message")
         detail = f" ({shorten_for_terminal(message)})" if isinstance(message, str) else ""
         return f"HTTP {self.status}{detail}"
@@ -96,7 +96,7 @@ def shorten_for_terminal(value: object) -> str:
 
 
 class WorkCalls(ABC, Generic[A]):
-    """The work calls of one environment. Each sends one request with the aiohttp `options`."""
+    """The work calls of one environment. Each call takes `options` of aiohttp."""
 
     environment: str
     base_url: str

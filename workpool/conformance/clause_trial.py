@@ -30,7 +30,7 @@ POLLS_AT_ONCE: Final = 20
 
 
 class ClauseTrial:
-    """The check of one clause, with methods that create the items in the state to be checked.
+    """The check of one clause, with methods that bring items into the states that it needs.
 
     Attributes:
         api: The worker that polls.
@@ -83,8 +83,8 @@ class ClauseTrial:
             Untried: No item can be created, or it is not delivered.
         """
         subject = await self.create_item(script)
-        # The poll of another clause may have received the item already, if the item existed before
-        # the suite. Then only a redelivery brings the item, which takes longer.
+        # If the item existed before the suite started, another clause may have received the item
+        # already. Then this clause waits for a redelivery, which takes longer.
         came = bool(subject.deliveries)
         if (
             await self.wait_for_delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS)
@@ -144,7 +144,7 @@ class ClauseTrial:
                 await self.wait_while_others_run(POLL_SECONDS)
 
     async def read_item(self, subject: SuiteItem) -> Mapping[str, Any]:
-        """Read the item, or find it in the list if the key may not read items.
+        """Read the item; if the credential may not read items, find the item in the list.
 
         Raises:
             Untried: The item cannot be read, and the list does not have it.

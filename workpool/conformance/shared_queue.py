@@ -90,7 +90,7 @@ class SharedQueue:
         self._test_environment = test_environment
         self.sleep = sleep
         self.starts = asyncio.Semaphore(STARTS)
-        # Each item is found by its own id and by its session's id.
+        # The keys of an item are its own id and the id of its session.
         self._subjects = {name: SuiteItem(name) for name in self._given}
         self._foreign: set[str] = set()
         self._deliveries = 0

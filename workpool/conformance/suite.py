@@ -1,4 +1,4 @@
-"""The conformance suite: checks clauses against one environment, within a time limit."""
+"""The conformance suite: checks within a time limit whether an environment obeys clauses."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Untried(ClauseNotConfirmedError):
 
 
 class Breaks(ClauseNotConfirmedError):
-    """The control plane differs so that a worker loses an item, runs it twice or fails."""
+    """The control plane breaks the clause, so a worker can lose an item, run it twice or fail."""
 
     verdict = Verdict.BREAKS
 

@@ -41,7 +41,7 @@ class MetricsCollector(Collector):
         self._sources: list[GaugeSource] = []
 
     def add_gauges(self, source: GaugeSource) -> None:
-        """Let each scrape read the gauges of a supervisor, too."""
+        """Add the gauges of one more supervisor to each scrape."""
         with self._lock:
             self._sources.append(source)
 

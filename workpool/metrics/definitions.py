@@ -93,7 +93,7 @@ class MetricDefinition:
 
 
 def _labels(**closed: tuple[str, ...]) -> _Labels:
-    """Return the labels of a metric: the environment, and labels with a fixed list of values."""
+    """Return the labels of a metric: the environment, and the labels `closed` with their values."""
     return {ENVIRONMENT: OPEN, **closed}
 
 

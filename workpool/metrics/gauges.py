@@ -206,7 +206,7 @@ def _pool_samples(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Ite
 def _session_samples(
     environment_id: str, group: Sequence[GaugeSource], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
-    # Copy the set with `tuple`, because a session on another thread may add a handler meanwhile.
+    # Copy `source.handlers` with `tuple`, because the pool's thread may add a handler meanwhile.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
     oldest, silent = dict.fromkeys(active, 0.0), dict.fromkeys(active, 0.0)
     rows = [

@@ -49,7 +49,7 @@ class MetricStore(Protocol):
 
 
 def new_metric_store(row: MetricDefinition, lock: threading.RLock) -> MetricStore:
-    """Return a new store for this counter or histogram, whose values are accessed under `lock`."""
+    """Return a new store for a counter or a histogram. `lock` protects the values in the store."""
     if values.ValueClass is not values.MutexValue:
         return _PrometheusStore(row)
     return _CounterStore(row, lock) if row.kind == "counter" else _HistogramStore(row, lock)

@@ -117,7 +117,7 @@ class _MetricSeries(dict["Hashable", "Series"]):
         return self[_series_key(given.values())]
 
     def create_series(self, given: Mapping[str, Hashable]) -> None:
-        """Create the series for all combinations of label values.
+        """Create a series of this metric for each combination of label values.
 
         `given` has the values of labels such as `handler`, whose values are known at run time only.
         """

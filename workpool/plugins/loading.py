@@ -123,7 +123,7 @@ def _instantiate(found: FoundPlugin, options: Mapping[str, Any], where: str) -> 
         signature.bind(**options)
     except TypeError as error:
         raise PluginError(found.name, f"{table}: {error}") from error
-    # A class in C may have no signature. Wrong options then make its constructor fail.
+    # A class that is written in C may have no signature. Then its constructor checks the options.
     except ValueError:
         pass
     return call_plugin(found.name, f"creating it with {table}", found.target, **options)

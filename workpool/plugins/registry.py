@@ -69,7 +69,7 @@ class _RouteAdapter:
 
 
 class _LoggedAdmissionError(NamedTuple):
-    """The error of a plugin's `workpool_admission` that was logged last.
+    """The last error of a plugin's hook `workpool_admission` that was logged.
 
     Attributes:
         text: Its text; empty once the hook has succeeded.
@@ -294,7 +294,7 @@ def _hooks_in_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
 def _observers_by_type(
     plugins: Sequence[Plugin], hooks: Sequence[Hook]
 ) -> dict[type[Event], list[Hook]]:
-    """Return the observers in calling order, for each type of event that has observers."""
+    """Return the observers of each type of event, in the order in which the pool calls them."""
     wanted = {plugin.name: plugin.event_types for plugin in plugins}
     observers: dict[type[Event], list[Hook]] = {}
     for name, hook in hooks:
@@ -304,7 +304,7 @@ def _observers_by_type(
 
 
 def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
-    """Return the routes of a plugin and all routes with more specific rules, even of other plugins.
+    """Return each route that a rule of this plugin covers, even if another plugin has the route.
 
     The most specific route comes first.
     """

@@ -61,7 +61,7 @@ class Fault:
     rewrite: Callable[[Any], Any] | None = None
 
     def replace_answer(self, true: Response) -> Response | NoAnswer:
-        """Return the answer that the fault puts in place of the control plane's answer, `true`."""
+        """Return the answer that replaces `true`, which is the control plane's answer."""
         match self.answer:
             case None if self.rewrite is not None and true.status in range(200, 300):
                 body = true.body if isinstance(true.body, bytes) else b""
@@ -158,7 +158,7 @@ def literal(
     headers: Mapping[str, str] | None = None,
     applied: bool = False,
 ) -> Fault:
-    """Return a fault that answers with the bytes `body`, or with those that a callable returns."""
+    """Return a fault that answers with `body`, or with the result of `body` if it is callable."""
 
     def make_answer() -> Response:
         return Response(code, headers or _JSON, body() if callable(body) else body)

@@ -160,7 +160,7 @@ def read_fault_plan(path: Path) -> FaultPlan:
         )
     except OSError as error:
         raise ServeError(f"faults file: {path}: {error.strerror}") from None
-    except ValueError as error:  # a syntax error, or bytes that are not UTF-8
+    except ValueError as error:  # The file has a syntax error, or is not UTF-8.
         raise ServeError(f"faults file: {path}: {error}") from None
     try:
         return FaultPlan.model_validate(found)
@@ -170,10 +170,10 @@ def read_fault_plan(path: Path) -> FaultPlan:
 
 
 def _describe_problem(place: tuple[int | str, ...], message: str) -> str:
-    """Return the text of one mistake, such as `fault 2: code: field required`."""
+    """Describe one mistake in a faults file, as in `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):
-        # Pydantic's place is ("fault", index, kind, key...). Drop the kind, which is the value of
-        # a key and would look like a key in the message.
+        # Pydantic gives the place of a mistake as ("fault", index, kind, key...). Drop the kind of
+        # the fault, which would look like a key of the file in the message.
         words = [f"{place[0]} {place[1] + 1}", *words[3:]]
     return ": ".join([*words, _WORDING.get(message, message[:1].lower() + message[1:])])

@@ -224,7 +224,7 @@ class Faults:
         return found[count - 1]
 
     def seconds_since_first_request(self) -> float:
-        """Return the seconds since the first recorded request, or 0 before it."""
+        """Return the seconds since the first recorded request; 0 if no request is recorded."""
         now = asyncio.get_running_loop().time()
         return now - (now if self._began is None else self._began)
 

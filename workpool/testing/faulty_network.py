@@ -218,9 +218,9 @@ class Proxy:
             sink.transport.abort()
 
     def _next_read_size(self) -> int:
-        """Return the largest number of bytes to read next.
+        """Return the largest number of bytes that the next read of a connection may return.
 
-        With a throttle, it is the number of bytes that may pass in 0.1 s.
+        With a throttle, this is the number of bytes that may pass in 0.1 s.
         """
         if self._bytes_per_second is None:
             return _CHUNK_BYTES

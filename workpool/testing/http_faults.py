@@ -60,7 +60,7 @@ async def answer_with_fault(
 async def _replace_answer(
     fault: Fault, request: web.Request, true: web.StreamResponse
 ) -> web.StreamResponse:
-    """Return the answer that the fault puts in place of `true`, the control plane's answer."""
+    """Answer with the fault's answer instead of `true`, which is the control plane's answer."""
     headers = {
         name: value for name, value in true.headers.items() if name.lower() != "content-length"
     }
@@ -71,8 +71,8 @@ async def _replace_answer(
     if isinstance(answer, str):
         if request.transport is not None:
             _close_connection(request.transport, answer)
-        # An aiohttp handler must return an answer. aiohttp drops this one, because the connection
-        # is closed.
+        # An aiohttp handler must return an answer. aiohttp does not send this answer, because the
+        # connection is closed.
         return true
     body = answer.body if isinstance(answer.body, bytes) else b""
     replaced = web.Response(body=body, status=answer.status, headers=answer.headers)

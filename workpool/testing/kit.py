@@ -205,8 +205,8 @@ class Kit:
                     return session.item.id == item.id
                 case ItemDeclined(item=declined, reason=reason):
                     return declined.id == item.id and reason != "busy"
-            # Without this condition, the wait for a pool that drains or fails would last until the
-            # timeout. If another pool of the test drains, the wait must continue.
+            # Without this condition, the wait would last until the timeout if this pool drains or
+            # fails. A drain of another pool of the test must not end the wait.
             return isinstance(event, DrainFinished) and pool.status().draining
 
         # With more slots, the pool could take other items of the test.
@@ -260,7 +260,7 @@ class Kit:
             wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
             raise AssertionError(self._wait_failure_text(wanted, seconds)) from None
         if count is None:
-            # An id is unique here: the recorder keeps all events alive, so Python reuses no id.
+            # `id(event)` is unique: the recorder keeps all events alive, so Python reuses no id.
             self._returned.add(id(event))
         return event
 

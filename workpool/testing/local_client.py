@@ -110,7 +110,7 @@ class LocalClient:
         self.on_credential_refresh: Callable[[Any], None] | None = None
 
     async def __aenter__(self) -> LocalClient:
-        """Open the client. A call before this raises a RuntimeError."""
+        """Open the client. A client that is not open raises a RuntimeError for each call."""
         self._open = True
         return self
 

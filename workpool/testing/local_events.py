@@ -1,4 +1,4 @@
-"""Calls for a session's events in the same process, without a network, for virtual time.
+"""A client for a session's events that calls the control plane without a network.
 
 `workpool.testing.local_client` makes the other calls in the same way.
 """

@@ -138,7 +138,7 @@ class _RealTimeWaits:
         )
 
     def describe(self, files: Iterable[int]) -> list[str]:
-        """Describe the threads and processes, and each of `files` that is a socket.
+        """Describe the threads, the processes, and the sockets among the file descriptors `files`.
 
         The descriptions are part of an error message.
         """

@@ -21,7 +21,7 @@ _STYLES: Final = {"running": "green", "killed": "bold red", "starting": "yellow"
 
 
 class DemoView(AbstractContextManager["DemoView"]):
-    """The output of one demo run. It reads the state and does not change it."""
+    """Prints the state and the log lines of one demo run. Does not change the `DemoState`."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)

@@ -1,4 +1,4 @@
-"""The handler that `workpool demo` runs if its user names none."""
+"""The handler that `workpool demo` runs if the command line names no plugin."""
 
 import asyncio
 

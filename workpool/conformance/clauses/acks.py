@@ -39,7 +39,8 @@ async def check_repeated_ack_keeps_its_time(trial: ClauseTrial) -> None:
     """Acknowledge an item twice, as a worker does after a lost answer."""
     subject = await trial.claim_item()
     first = await trial.acknowledge_item(subject)
-    # After this wait, times differ even if the control plane rounds them to seconds.
+    # Wait for more than 1 s, so that the times of two different acks differ even if the control
+    # plane rounds times to seconds.
     await trial.wait_while_others_run(1.1)
     second = await trial.api.ack(subject.id)
     raise_differs_unless(second.ok, f"{second}: a lost answer costs a redelivery")

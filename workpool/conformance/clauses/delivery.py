@@ -99,7 +99,7 @@ async def check_poll_sets_its_redelivery_time(trial: ClauseTrial) -> None:
 
 @clause("poll-reclaim-lease", "`reclaim_older_than_ms` does not touch a lease.", when="last")
 async def check_redelivery_time_does_not_end_leases(trial: ClauseTrial) -> None:
-    """Poll with a redelivery time that has passed since the holder's last heartbeat."""
+    """Poll with a redelivery time that is shorter than the age of the holder's last heartbeat."""
     subject = await trial.create_active_item()
     before = len(subject.deliveries)
     await trial.wait_while_others_run(1.5)

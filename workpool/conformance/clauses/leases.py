@@ -28,8 +28,8 @@ SLACK_SECONDS: Final = 4.0
 async def check_lease_of_ack_lapses_after_a_minute(trial: ClauseTrial) -> None:
     """Acknowledge an item and send nothing more, like a worker that crashes."""
     subject = await trial.claim_item()
-    # The pause shows whether the lease begins at the ack, as it must. If it begins at the poll, it
-    # ends 10 s too early.
+    # The pause shows whether the lease begins at the ack, as it must. A lease that begins at the
+    # poll ends 10 s too early.
     await trial.wait_while_others_run(10)
     await trial.acknowledge_item(subject)
     start = trial.now

@@ -105,7 +105,8 @@ async def check_pages_of_list_contain_each_item_once(trial: ClauseTrial) -> None
 async def check_list_is_in_order_of_creation(trial: ClauseTrial) -> None:
     """Create two items, and compare the creation times in the list."""
     await trial.claim_item()
-    # After this wait, times differ even if the control plane rounds them to seconds.
+    # Wait for more than 1 s, so that the creation times differ even if the control plane rounds
+    # times to seconds.
     await trial.wait_while_others_run(1.1)
     await trial.claim_item()
     answer = await _read_page(trial, "100")
@@ -129,7 +130,7 @@ async def check_statistics_count_queued_item(trial: ClauseTrial) -> None:
 
 
 def _require_permitted_call(answer: Answer, consequence: str) -> None:
-    """Raise `Differs` if the key may not make the call, or the call is not supported."""
+    """Raise `Differs` if the credential may not make the call, or the call is not supported."""
     raise_differs_unless(not answer.refused, f"{answer}: {consequence}")
 
 
