@@ -35,7 +35,7 @@ class AscendingIds:
         self._chunks[-1].append(new_id)
 
     def insert(self, new_id: str) -> None:
-        """Insert a new id at its place in the order; it must not be in the list."""
+        """Insert an id at its place in the order. The list must not contain this id yet."""
         if not self._chunks or new_id > self._chunks[-1][-1]:
             self.append(new_id)
             return
@@ -65,7 +65,7 @@ class AscendingIds:
             place = ids[-1]
 
     def ids_before(self, place: str | None) -> Iterator[str]:
-        """Iterate over the ids less than `place`, or all if it is None, in descending order."""
+        """Iterate over the ids less than `place` in descending order; None: over all ids."""
         while ids := self._previous_ids(place):
             yield from ids
             place = ids[-1]

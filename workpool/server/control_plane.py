@@ -161,7 +161,7 @@ class ControlPlane:
 
     @property
     def token(self) -> str:
-        """The first accepted token, which is random if the caller gave none."""
+        """The first accepted token, or a random token if the caller passed no tokens."""
         if self._tokens is None:
             self._tokens = {secrets.token_urlsafe(24): None}
         return next(iter(self._tokens))
@@ -177,7 +177,7 @@ class ControlPlane:
         return self.operations.history
 
     def summary(self) -> Summary:
-        """Count the items in `history`, the lost items, and those that two workers ran at once."""
+        """Count all items in `history`, lost items, and items that two workers ran at once."""
         return summarize(self.history)
 
     def enqueue(
@@ -299,8 +299,8 @@ class ControlPlane:
             connections.protocol_factory(runner.server),
             sock=bound,
             backlog=_BACKLOG,
-            # If serving started here, a cancellation before the callback `server.close` is
-            # registered would leave the socket open.
+            # Do not serve yet: a cancellation between the start of serving and the registration of
+            # `server.close` would leave the socket open.
             start_serving=False,
         )
         stack.callback(server.close)

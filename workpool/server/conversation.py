@@ -94,9 +94,10 @@ class Conversation:
     """
 
     def __init__(self, script: Script | None = None) -> None:
-        """Create an empty conversation. `script` has the tool uses of a scripted agent, if any."""
+        """Create an empty conversation. `script`: the tool uses of a scripted agent, if any."""
         self.events: list[StoredEvent] = []
-        # The indexes of the events of each type, so that a list of one type reads only its events.
+        # For each event type, the indexes of the events of this type. With them, a list of one type
+        # does not read events of other types.
         self._places: dict[str, array[int]] = {}
         self.status: str | None = None
         self._script = script
@@ -106,11 +107,11 @@ class Conversation:
         self._ended_threads: set[str] = set()  # ids of terminated threads
         # The ids of the tool uses that the last event `session.status_idle` waits for.
         self._blocking: tuple[str, ...] = ()
-        # Whether the agent must respond to a message, and whether it must respond to a message that
-        # came after an interrupt, once the interrupted response has ended.
+        # `_turn`: a message waits for the agent's response. `_next_turn`: a message came after an
+        # interrupt, and waits until the interrupted response has ended.
         self._turn = self._next_turn = False
         self._interrupted = False
-        self._concluded = False  # whether the agent has sent its last message for now
+        self._concluded = False  # whether the agent has sent the last message of its turn
 
     @property
     def last_event_at(self) -> str | None:
@@ -125,7 +126,7 @@ class Conversation:
         before: str | None = None,
         wanted: EventFilter = EVERY_EVENT,
     ) -> Sequence[StoredEvent]:
-        """Return up to `limit` events after or before an id that match the filter `wanted`."""
+        """Return up to `limit` events that match `wanted`, after or before the given id."""
         start = max(
             bisect_right(self.events, after, key=_event_id), self._start_of_time_range(wanted.times)
         )
@@ -151,7 +152,7 @@ class Conversation:
     def _indexes_of_types(
         self, types: frozenset[str] | None, start: int, end: int, *, backwards: bool
     ) -> Iterator[int]:
-        """Iterate over the indexes of the events of these types, from `start` to before `end`.
+        """Iterate over the indexes in `range(start, end)` whose events have one of these types.
 
         The time depends on the number of these events, not on that of all events.
         """
@@ -167,13 +168,13 @@ class Conversation:
         return merge(*parts, reverse=backwards)
 
     def position_after(self, event_id: str) -> int:
-        """Return the number of events up to and including `event_id`; 0 if it is unknown."""
+        """Return the number of events up to and including `event_id`; 0 if this id is unknown."""
         place = bisect_left(self.events, event_id, key=_event_id)
         known = place < len(self.events) and self.events[place].id == event_id
         return place + 1 if known else 0
 
     def check_client_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
-        """Raise a 400 or 409 if the session cannot accept one of these events of a client."""
+        """Raise a 400 or 409 unless the session can accept all of a client's `new_events`."""
         if self.status == "terminated":
             raise conflict_error("the session is terminated")
         answered: set[str] = set()
@@ -346,7 +347,7 @@ def extend_conversation(
     ids: IdGenerator,
     now: int,
 ) -> list[StoredEvent]:
-    """Append events, and the events with which the control plane responds; return all of them."""
+    """Append `new_events` and the control plane's responses to them; return all appended events."""
     events: list[StoredEvent] = []
     waiting = iter(new_events)
     while (fields := next(waiting, None) or conversation.next_server_event()) is not None:

@@ -47,7 +47,7 @@ class Engine(Protocol):
         """Wait until the store fails permanently; then raise `StoreError`."""
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams and forbid new ones, because the server closes."""
+        """End all waits of polls and streams, and forbid new waits, because the server closes."""
 
     async def check_environment(self, environment_id: str) -> None:
         """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
@@ -58,7 +58,7 @@ class Engine(Protocol):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments in `limits`, or of all environments if it is None."""
+        """Return a page of the environments whose ids are in `limits` (None: all environments)."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
@@ -81,7 +81,7 @@ class Engine(Protocol):
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came.
+        """Deliver an item to a poll, which waits up to `block_ms`; return None if no item came.
 
         `gone` returns whether the client has disconnected. If it has, it gets no item, and a
         delivery that was made for it is withdrawn.
@@ -113,7 +113,7 @@ class Engine(Protocol):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
+        """Stop an item. Raises a 409 if the pair (`force`, the item's state) is in `refused`."""
 
     async def update_metadata(
         self,
@@ -170,7 +170,7 @@ class Engine(Protocol):
         """Return a page of a session's events that match the filter `wanted`."""
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return how many events a stream skips: those up to and including `last_event_id`.
+        """Return the number of events up to and including `last_event_id`, which a stream skips.
 
         If `last_event_id` is None, the stream skips all events so far. If no event has this id, it
         skips none.
@@ -179,7 +179,7 @@ class Engine(Protocol):
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait for events after the first `place` events of a session, and return them.
+        """Wait until a session has more than `place` events, and return the further events.
 
         Returns no events if none was appended within `seconds`. Returns None if no event can
         follow, because the session was deleted or the control plane closes.

@@ -27,7 +27,7 @@ _CLOUD: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """An environment, which is one queue. If an argument named it, its name is its id."""
+    """An environment, which is one queue. Its name equals its id unless a client created it."""
 
     id: str
     name: str

@@ -1,4 +1,4 @@
-"""The history of all items, with counts of lost items and of those that two workers ran at once.
+"""The history of all items, and counts of lost items and of items that two workers ran at once.
 
 The control plane's own record. `operations` appends to it and never reads it.
 """
@@ -79,12 +79,12 @@ class History:
         return iter(tuple(self._records))
 
     def add(self, record: Record) -> None:
-        """Append a record, and drop the oldest one beyond the limit."""
+        """Append a record; drop the oldest record if there are more than `limit` records."""
         self.forgotten += len(self._records) == self._records.maxlen
         self._records.append(record)
 
     def records_of_item(self, work_id: str) -> tuple[Record, ...]:
-        """Return the records of one item, for which all records are searched."""
+        """Return the records of one item; this call searches the records of all items."""
         return tuple(record for record in self._records if record.work_id == work_id)
 
 
@@ -108,7 +108,7 @@ class Summary(NamedTuple):
 
 
 def summarize(records: Iterable[Record]) -> Summary:
-    """Count the items in a history, the lost items, and those that two workers ran at once."""
+    """Count all items in a history, lost items, and items that two workers ran at once."""
     lives: dict[str, _ItemHistory] = {}
     for record in records:
         lives.setdefault(record.work_id, _ItemHistory()).apply_record(record)
@@ -141,8 +141,8 @@ class _ItemHistory:
             return  # the call was refused, so the item has not changed
         if self._another_worker_holds_lease(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # The sender names the holder's last heartbeat. It can do so only after a handoff by
-                # the holder, so this is no overlap.
+                # The sender names the holder's last heartbeat, which it can only know from a
+                # handoff by the holder. The two workers do not overlap.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True

@@ -64,13 +64,13 @@ class IndexEngine:
         await self._operations.wait_for_failure()
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams and forbid new ones, because the server closes."""
+        """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._operations.end_waits()
 
     async def _call_durably(
         self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs
     ) -> T:
-        """Return the result of a call once all changes so far survive a crash.
+        """Make a call, wait until all changes so far survive a crash, and return the call's result.
 
         A 409 waits too, since it can show a change that an earlier call has made.
         """
@@ -94,7 +94,7 @@ class IndexEngine:
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments in `limits`, or of all environments if it is None."""
+        """Return a page of the environments whose ids are in `limits` (None: all environments)."""
         found = [
             self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()
@@ -137,7 +137,7 @@ class IndexEngine:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came."""
+        """Deliver an item to a poll, which waits up to `block_ms`; return None if no item came."""
         item = await self._operations.long_poll(environment_id, poll, gone)
         if item is None:
             await self._operations.wait_until_durable()
@@ -187,7 +187,7 @@ class IndexEngine:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Coroutine[Any, Any, Item]:
-        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
+        """Stop an item. Raises a 409 if the pair (`force`, the item's state) is in `refused`."""
         return self._call_durably(
             self._operations.stop_item,
             environment_id,
@@ -250,7 +250,7 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                # Another call may delete the session during the next await: make the view before.
+                # Make the view now: during the next await, another call may delete the session.
                 view = self._make_session_view(*each)
                 last = view.id
                 if wanted.matches(view):
@@ -311,7 +311,7 @@ class IndexEngine:
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return how many events a stream skips: those up to and including `last_event_id`."""
+        """Return the number of events up to and including `last_event_id`, which a stream skips."""
         conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:
             return len(conversation.events)
@@ -320,7 +320,7 @@ class IndexEngine:
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait for events after the first `place` events of a session, and return them."""
+        """Wait until a session has more than `place` events, and return the further events."""
         sessions = self._operations.sessions
         if not await sessions.wait_for_events(session_id, place, seconds):
             return None

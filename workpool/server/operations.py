@@ -128,7 +128,7 @@ class Operations:
             self._add_environment(environment)
 
     async def wait_until_durable(self) -> None:
-        """Return once all changes so far survive a crash. Raises `StoreError`."""
+        """Wait until all changes made before this call survive a crash. Raises `StoreError`."""
         await self._store.wait_until_durable()
 
     async def wait_for_failure(self) -> None:
@@ -140,7 +140,7 @@ class Operations:
         await self._store.close()
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams and forbid new ones, because the server closes."""
+        """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._closing = True
         self.sessions.end_waits()
         self.wake_all_polls()
@@ -283,7 +283,7 @@ class Operations:
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came.
+        """Deliver an item to a poll, which waits up to `block_ms`; return None if no item came.
 
         `gone` returns whether the client has disconnected. Then no item is delivered, and the
         wake-up of this poll goes to the next one.
@@ -300,7 +300,7 @@ class Operations:
         return None
 
     async def _wait_for_item(self, queue: WorkQueue, poll: Poll, seconds: float) -> None:
-        """Wait until woken, or until the end of a lease or delivery may make an item claimable."""
+        """Wait until woken, or until a lease end or an old delivery may make an item claimable."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         delivered = queue.deliveries.oldest_time()
         due = [instant for instant in (queue.leases.earliest_end(),) if instant is not None]
@@ -365,7 +365,7 @@ class Operations:
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
+        """Stop an item. Raises a 409 if the pair (`force`, the item's state) is in `refused`."""
         queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         if (force, item.state) in refused:
@@ -400,7 +400,7 @@ class Operations:
         after: str = "",
         before: str | None = None,
     ) -> ListPage[Item]:
-        """Return a page of the items after or before an id, in ascending order."""
+        """Return a page of the items after or before the given id, in ascending order of ids."""
         items = self.get_queue(environment_id).list_items(limit + 1, after=after, before=before)
         return make_page(items, limit, backwards=before is not None)
 
@@ -441,14 +441,14 @@ class Operations:
         return self.get_queue(environment_id).compute_stats(self._latest)
 
     def get_session(self, session_id: str) -> tuple[StoredSession, Item]:
-        """Return a session and its latest work item; raises a 404 if it is unknown."""
+        """Return a session and its latest work item; raises a 404 for an unknown session."""
         session, work_id = self.sessions.find_session(session_id)
         return session, self.get_item(session.environment_id, work_id)
 
     def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, Item]]:
-        """Iterate over the sessions between two ids, each with its latest item.
+        """Iterate over (session, its latest item) pairs between the ids `after` and `before`.
 
         Sessions of environments that are not served are left out.
         """
@@ -502,12 +502,12 @@ class Operations:
         )
 
     def _read_clock(self) -> int:
-        """Read the clock, and return the time, which is never earlier than before."""
+        """Read the clock; return its time, or the previous result if the clock has gone back."""
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
     def _end_due_leases(self, queue: WorkQueue) -> None:
-        """End all leases that have expired, each at its own end time."""
+        """End all expired leases, each as of the time at which it expired."""
         for work_id in queue.leases.pop_ended(self._read_clock()):
             held = queue.get_item(work_id)
             self._replace_item(
@@ -540,7 +540,7 @@ class Operations:
                 continue  # the session was deleted when another of its items was due
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.find_existing_items(work_ids)
-            # Keep the session if one of its items is not stopped, or stopped too recently.
+            # Keep the session if any of its items is not stopped, or was stopped too recently.
             if len(items) == len(work_ids) and self._retention.are_all_expired(items, self._latest):
                 for work_id in work_ids:
                     queue.remove_item(work_id)

@@ -44,7 +44,7 @@ class ListPage(NamedTuple, Generic[Row]):
 def make_page(
     rows: Sequence[Row], limit: int, *, backwards: bool, newest_first: bool = False
 ) -> ListPage[Row]:
-    """Make a page of at most `limit` rows; an extra row in `rows` shows that more follow.
+    """Make a page of at most `limit` rows; an extra row in `rows` shows that another page follows.
 
     `newest_first`: the rows are in descending order, and the next page has older ones.
     """

@@ -57,7 +57,7 @@ class StoppedItems:
     def split_off_ended_sessions(
         self, contents: StoreContents, now: int
     ) -> tuple[StoreContents, list[Row]]:
-        """Remove the sessions whose retention is over; return the contents and the removed rows."""
+        """Remove sessions whose retention is over; return the kept contents and removed rows."""
         if self._time is None:
             return contents, []
         alive = {

@@ -44,7 +44,7 @@ class SessionRegistry:
         self._closing = False
 
     def restore_contents(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
-        """Restore the sessions of a store, and append responses that a crash prevented."""
+        """Restore the sessions of a store, and append the responses that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
@@ -57,7 +57,7 @@ class SessionRegistry:
                 self._append_events(session.id, (), now)
 
     def find_session(self, session_id: str) -> tuple[StoredSession, str]:
-        """Return a session and the id of its latest item; raises a 404 if it is unknown."""
+        """Return a session and the id of its latest item; raises a 404 for an unknown session."""
         found = self._sessions.get(session_id)
         if found is None:
             raise APIError(404, "no such session")
@@ -86,7 +86,7 @@ class SessionRegistry:
     def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, str]]:
-        """Iterate over the sessions between two ids, each with the id of its latest item."""
+        """Iterate over (session, latest item's id) pairs between the ids `after` and `before`."""
         walked = iterate_ids(self._order, after=after, before=before, newest_first=newest_first)
         # Other calls may delete sessions between two steps of the iteration: skip these ids.
         return (self._sessions[each] for each in walked if each in self._sessions)
@@ -101,7 +101,7 @@ class SessionRegistry:
         return found
 
     def make_session_view(self, session: StoredSession, item: Item) -> SessionView:
-        """Return a session with its latest item, and the status and time of its last events."""
+        """Return the view of a session whose latest work item is `item`."""
         conversation = self._conversations.get(session.id)
         if conversation is None:
             return SessionView(session, item, None, None)
@@ -159,7 +159,7 @@ class SessionRegistry:
     def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append events of the agent, which a caller in this process supplies."""
+        """Append events that a caller in this process supplies in the name of the agent."""
         self.get_conversation(session_id).check_server_events(new_events)
         return self._append_events(session_id, copy_events(new_events), now)
 
@@ -194,7 +194,7 @@ class SessionRegistry:
     def _append_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
-        """Append events and the control plane's response events, save all, and wake the streams."""
+        """Append and save `new_events` and the control plane's responses; wake the streams."""
         events = extend_conversation(
             self.get_conversation(session_id), session_id, new_events, self._ids, now
         )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from workpool.server.stored_item import Item
 
-# The state after a stop, by `force` and the current state.
+# Maps `force` and the state before a stop to the state after the stop.
 STOP: Final[Mapping[tuple[bool, State], State]] = {
     (False, QUEUED): STOPPED,
     (False, STARTING): STOPPING,
@@ -45,7 +45,8 @@ STOP: Final[Mapping[tuple[bool, State], State]] = {
     (True, STOPPED): STOPPED,
 }
 
-# The state after the end of a lease, by the state before. Items in other states have no lease.
+# Maps the state before the end of a lease to the state after it. Items in other states have no
+# lease.
 LAPSE: Final[Mapping[State, State]] = {STARTING: QUEUED, ACTIVE: QUEUED, STOPPING: STOPPED}
 
 
@@ -81,7 +82,7 @@ def ack_item(item: Item, worker_id: str | None, now: int) -> Item:
 def extend_lease(
     item: Item, expected: str | None, ttl_seconds: int, now: int, *, compare_on_stop: bool = True
 ) -> Item:
-    """Set the end of an item's lease to `now` plus `ttl_seconds`, clamped to the allowed range.
+    """Extend the lease of an item to `ttl_seconds` after `now`; `ttl_seconds` is clamped first.
 
     `compare_on_stop`: if it is false, every heartbeat of a `stopping` or `stopped` item is
     answered, whatever it expects; a `stopped` item does not change.
@@ -108,8 +109,8 @@ def extend_lease(
         item,
         state=ACTIVE if starts else item.state,
         started_at=now if starts else item.started_at,
-        # Two heartbeats in one microsecond must differ: otherwise the sender of the first would
-        # count as the owner.
+        # Two heartbeats in one microsecond need different times. With equal times, the sender of
+        # the first one would still be accepted as the holder of the lease.
         heartbeat_at=max(now, (item.heartbeat_at or 0) + 1),
         beaten=True,
         ttl_seconds=ttl_seconds,
@@ -118,14 +119,14 @@ def extend_lease(
 
 
 def last_heartbeat(item: Item) -> str:
-    """Return the expected value for the next heartbeat: the time of the last heartbeat."""
+    """Return the time of an item's last heartbeat, which the next heartbeat must repeat."""
     if not item.beaten or item.heartbeat_at is None:
         return NO_HEARTBEAT
     return to_heartbeat_text(item.heartbeat_at)
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:
-    """Return the JSON answer to a heartbeat. The details of an error 412 contain it too."""
+    """Return the JSON answer to a heartbeat, which is also part of the details of a 412."""
     return {
         "last_heartbeat": last_heartbeat(item) if item.beaten else None,
         "lease_extended": extended,
@@ -145,7 +146,7 @@ def stop_item(item: Item, now: int, *, force: bool) -> Item:
 
 
 def end_lease(item: Item) -> Item:
-    """End the lease of an item at the time `lease_end`, even if the call comes later."""
+    """End the lease of an item as of its `lease_end`, even if this function is called later."""
     if LAPSE[item.state] == STOPPED:
         return replace(item, state=STOPPED, stopped_at=item.lease_end, lease_end=None)
     return replace(item, state=QUEUED, holder=None, lease_end=None, beaten=False)

@@ -71,7 +71,7 @@ class IdGenerator:
         self._last = max(self._last, _time_and_counter(last))
 
     def next_digits(self, now: int) -> str:
-        """Return the 32 lowercase hex digits of a new id, which is greater than all before."""
+        """Return the 32 lowercase hex digits of a new id, which is greater than all earlier ids."""
         self._last = max(now // MILLISECOND << 12, self._last + 1)
         number = self._last >> 12 << 80 | 0x7 << 76 | (self._last & 0xFFF) << 64
         return f"{number | 0b10 << 62 | secrets.randbits(62):032x}"

@@ -54,7 +54,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session as it is stored. Its metadata is equal to that of its first item at creation.
+    """A session as it is stored. Updates of its items' metadata do not change `metadata`.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.
@@ -73,7 +73,7 @@ class StoredSession:
 
 
 class SessionView(NamedTuple):
-    """A session with its latest item, and the status and time of its last events.
+    """A session with its latest work item, its last status and the time of its last event.
 
     Attributes:
         session: The session.
@@ -103,7 +103,7 @@ class SessionView(NamedTuple):
 
     @property
     def updated_at(self) -> str:
-        """The time of the last event, or of a later change of the item's state."""
+        """The latest time of an event in the session or of a state change of its item."""
         item = self.item
         changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
         changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))

@@ -27,7 +27,7 @@ _LEAP_SECOND: Final = "60"
 
 
 def system_clock() -> Callable[[], float]:
-    """Return a clock of epoch seconds that never jumps: a wall time plus the monotonic time since.
+    """Return a clock of epoch seconds that never jumps: it adds monotonic time to one wall time.
 
     A wall clock that is set forward would end every lease at once while the workers, which use
     monotonic clocks, still hold them. CLOCK_BOOTTIME also counts the time of a suspension.
@@ -59,7 +59,7 @@ def to_heartbeat_text(instant: int) -> str:
 
 
 def from_heartbeat_text(text: str) -> int | None:
-    """Parse a time in the form of `to_heartbeat_text`; None if it has another form."""
+    """Parse a text that `to_heartbeat_text` can return; None for any other text."""
     match = _HEARTBEAT_TEXT.fullmatch(text)
     if match is None:
         return None
@@ -85,7 +85,7 @@ def is_rfc3339(text: str) -> bool:
 
 
 def to_utc_text(text: str) -> str | None:
-    """Convert an RFC 3339 time to the form of `to_heartbeat_text`; None if it is malformed."""
+    """Convert an RFC 3339 time to the format of `to_heartbeat_text`; None for a malformed time."""
     if not is_rfc3339(text):
         return None
     try:
@@ -96,7 +96,7 @@ def to_utc_text(text: str) -> str | None:
 
 
 class TimeRange(NamedTuple):
-    """Lower and upper bounds of times in the form of `to_heartbeat_text`; None: no bound."""
+    """Bounds of a time range, as texts that `to_heartbeat_text` returns; None: no bound."""
 
     gt: str | None = None
     gte: str | None = None

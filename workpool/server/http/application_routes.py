@@ -1,4 +1,4 @@
-"""The routes for applications: environments, and the creation and lists of sessions.
+"""HTTP routes that only applications call: manage environments; create, list and archive sessions.
 
 An application that uses the vendor's SDK begins with these calls. A new session creates a work item
 for the workers of its environment.

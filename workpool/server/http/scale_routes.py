@@ -54,7 +54,7 @@ class ScaleRoutes:
         # localhost. Through a proxy, or from a web page of another site, the header is a host name,
         # and the request needs a token.
         if not (self._local and names_an_address(request.host)):
-            # The anthropic dialect also accepts a token in X-Api-Key.
+            # Authenticate as in the anthropic dialect, which also accepts a token in X-Api-Key.
             caller = self._tokens.authenticate(request.headers, ANTHROPIC)
             caller.check_environment_access(environment_id)
             caller.check_item_access(None)
@@ -72,7 +72,7 @@ def _to_fleet_load(stats: WorkQueueStats) -> FleetLoad:
 
 
 def _parse_replica_rule(request: web.Request) -> ReplicaRule:
-    """Parse the query parameters that limit the number of workers; a wrong one raises a 400."""
+    """Parse the query parameters that limit the number of workers; a malformed one raises a 400."""
     try:
         return ReplicaRule(
             requests.integer_parameter(request, "slots_per_worker", SLOTS_PER_WORKER),

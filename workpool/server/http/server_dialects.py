@@ -65,7 +65,7 @@ class ServerDialect:
         return self.session_prefixes[0] + own.removeprefix(SESSION_PREFIX)
 
     def parse_session_id(self, written: str) -> str:
-        """Return the stored id of a session; empty if the prefix belongs to another dialect."""
+        """Return the stored form of a session id; empty for the prefix of another dialect."""
         for prefix in self.session_prefixes:
             if written.startswith(prefix):
                 return SESSION_PREFIX + written.removeprefix(prefix)
@@ -77,7 +77,7 @@ class ServerDialect:
         return {**value, "id": self.format_session_id(value["id"]), "status": status}
 
     def parse_statuses(self, written: Collection[str]) -> frozenset[str]:
-        """Convert names of session statuses in this dialect to the names that are stored."""
+        """Convert this dialect's names of session statuses to the stored names."""
         own = {*STATUS.values(), TERMINATED}
         return frozenset(each for each in own if self.session_statuses.get(each, each) in written)
 

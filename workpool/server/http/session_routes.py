@@ -1,4 +1,4 @@
-"""The routes of sessions and their events, in one dialect.
+"""HTTP routes for sessions and their events; each `SessionRoutes` object serves one dialect.
 
 An event stream has no queue for its reader, only a place in the session's events, and writes in
 bounded pieces, so that a slow reader costs little. If a reader stops reading, its connection is

@@ -56,7 +56,7 @@ class Caller(NamedTuple):
             raise APIError(403, "a worker's key may only poll, ack, heartbeat, stop and list")
 
     def check_item_access(self, work_id: str | None) -> None:
-        """Raise a 403 if the caller sent an item's token, unless it belongs to item `work_id`."""
+        """Raise a 403 if the caller sent the token of an item other than `work_id`."""
         if self.item is not None and work_id != self.item[1]:
             raise APIError(403, "an item's token is for this item and its session only")
 
@@ -76,7 +76,7 @@ class AcceptedTokens:
         self._signing_key = signing_key
 
     def authenticate(self, headers: Mapping[str, str], dialect: ServerDialect) -> Caller:
-        """Return the permissions of the token in these headers; raises a 401 if it is unknown."""
+        """Return the permissions of the token in `headers`; raises a 401 for an unknown token."""
         token = _token_in_headers(headers, dialect.api_key_header)
         digest = _token_digest(token)
         if digest in self._grants:
@@ -112,7 +112,7 @@ def _token_digest(token: str) -> bytes:
 
 
 def check_token(token: str) -> str:
-    """Return the token if a header can contain it; else raise a `ServeError` without the token."""
+    """Return the token if a header can contain it; else raise a `ServeError` that omits it."""
     if not _TOKEN.fullmatch(token):
         raise ServeError("a token must be 1 to 1024 printable ASCII characters without spaces")
     return token

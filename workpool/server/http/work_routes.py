@@ -1,4 +1,4 @@
-"""The routes of work items, in one dialect.
+"""HTTP routes for work items; each `WorkRoutes` object serves one dialect.
 
 Every handler checks in the same order, which is the precedence of errors: token, environment, item,
 the request's own values, the call. An answer is sent once its change is durable. See
@@ -65,7 +65,7 @@ class WorkRoutes:
         HEAD is not allowed, because a HEAD request to the route of polls would deliver an item.
         """
         environment, item = self._dialect.prefix + _ENVIRONMENT, self._dialect.prefix + _ITEM
-        return [  # the most frequent calls first, because aiohttp tries the routes in this order
+        return [  # aiohttp tries the routes in this order, so the most frequent calls come first
             web.get(environment + "/poll", self.poll, allow_head=False),
             web.post(item + "/ack", self.ack_item),
             web.post(item + "/heartbeat", self.heartbeat),
@@ -169,7 +169,8 @@ class WorkRoutes:
             compare_on_stop=self._dialect.compare_on_stop,
         )
         state = heartbeat_answer(item, extended=item.state != STOPPED)
-        # The vendor's SDK expects a string, which is empty before the first heartbeat.
+        # The vendor's SDK expects `last_heartbeat` to be a string: empty before the first
+        # heartbeat.
         last = state["last_heartbeat"] or ""
         return json_response({"type": WORK_HEARTBEAT, **state, "last_heartbeat": last})
 

@@ -70,7 +70,7 @@ class EnqueueRequest:
 
 
 class PageRequest(NamedTuple):
-    """The query of one page: up to `limit` rows after or before an id."""
+    """The request for one page of up to `limit` rows, after the id `after` or before `before`."""
 
     limit: int
     after: str
@@ -145,9 +145,9 @@ def parse_heartbeat(request: web.Request) -> tuple[str | None, int]:
 
 
 def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS) -> PageRequest:
-    """Parse `limit` and the id after or before which a page begins.
+    """Parse the query parameters of a page: `limit`, and `page`, `before_id` or `after_id`.
 
-    The id is `prefix` and a text that the pattern `digits` matches.
+    The id in these parameters is `prefix` and a text that the pattern `digits` matches.
     """
     limit = integer_parameter(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
@@ -240,7 +240,7 @@ def parse_worker_id(request: web.Request, header: str) -> str | None:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """Read the whole body of a request; raises a 400 or 408 beyond the size or time limit."""
+    """Read the whole body of a request; raises a 400 if it is too large, or a 408 if too slow."""
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
@@ -318,7 +318,7 @@ def parse_enqueue(content: bytes) -> EnqueueRequest:
 
 
 def check_string_values(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
-    """Return `value`; raise a 400 unless it is an object with values of the types `allowed`."""
+    """Return `value` if it is an object whose values have types in `allowed`; else raise a 400."""
     if not isinstance(value, dict):
         raise APIError(400, "metadata must be an object", "metadata")
     if not all(isinstance(entry, allowed) for entry in value.values()):

@@ -23,7 +23,7 @@ PERMISSIONS: Final = ("allow", "ask", "deny")
 
 
 def parse_script(value: object, copies: int = 1) -> Script:
-    """Parse a session script, of which `copies` new sessions get one copy each.
+    """Parse a session script that the caller stores in each of `copies` new sessions.
 
     Raises a 400 if the script is malformed, or if all copies together are too large.
     """

@@ -133,7 +133,7 @@ class ClaimCalls(DatabaseCalls):
     async def long_poll(
         self, environment_id: str, poll: Poll, gone: Callable[[], bool]
     ) -> Item | None:
-        """Deliver an item to a poll; wait up to `block_ms` for one; return None if none came."""
+        """Deliver an item to a poll, which waits up to `block_ms`; return None if no item came."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
         topic = work_topic(environment_id)
@@ -145,8 +145,8 @@ class ClaimCalls(DatabaseCalls):
             item = delivery.item
             if item is not None:
                 if not announced:
-                    # The notification of this item was lost. It may have announced several items,
-                    # so wake another poll too.
+                    # The notification of this item was lost. The lost notification may have
+                    # announced further items, so wake another poll too.
                     self._hub.wake_calls(topic)
                 if not gone():
                     return item
@@ -158,7 +158,7 @@ class ClaimCalls(DatabaseCalls):
             seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
-                return None  # without another claim: the worker's next poll begins with a claim
+                return None  # the worker's next poll begins with a claim
         self._hub.wake_calls(topic)  # the client has disconnected: wake another poll instead
         return None
 
@@ -259,7 +259,7 @@ class ClaimCalls(DatabaseCalls):
         return change.item
 
     async def delete_idle_pollers(self) -> int:
-        """Delete the records of workers that stopped polling; return 0, because none is left."""
+        """Delete all records of workers that stopped polling; return 0, the number that is left."""
         await self._pool.execute(_FORGET_POLLERS, self._test_clock_time(), _WINDOW)
         return 0
 
@@ -276,7 +276,7 @@ class ClaimCalls(DatabaseCalls):
 
 
 def _poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
-    """Return the seconds that a poll waits before it claims again, unless it is woken.
+    """Return the seconds after which a waiting poll claims again if nothing wakes it earlier.
 
     If another poll receives an item meanwhile and its worker sends no ack, the item becomes
     claimable again after `reclaim_older_than_ms` at the earliest, without a notification.

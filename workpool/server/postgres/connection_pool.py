@@ -239,7 +239,7 @@ class ConnectionPool:
             raise
 
     def _wake_another_call_instead(self, waiter: asyncio.Future[None]) -> None:
-        """Wake another waiting call if this one was woken but ends without a connection."""
+        """Wake another call if the call of `waiter` was woken but ends without a connection."""
         if waiter.done() and not waiter.cancelled():
             self._wake_waiting_calls()
 
@@ -257,7 +257,7 @@ class ConnectionPool:
         if is_reusable:
             self._idle.append(connection)
         else:
-            connection.terminate()  # if its statement still runs, the database cancels it
+            connection.terminate()  # the database then cancels a statement that still runs
         self._wake_waiting_calls()
 
     def _wake_waiting_calls(self, count: int = 1) -> None:
@@ -275,7 +275,8 @@ class ConnectionPool:
         if refusal is None:
             return
         if refusal.reason == READ_ONLY:
-            # After a failover, this server may be a standby. Its connections are not used again.
+            # After a failover, the server of the current connections may be a standby: use none of
+            # them again.
             self._expired |= self._used
             while self._idle:
                 self._idle.pop().terminate()
@@ -299,7 +300,7 @@ async def _commit_transaction(connection: Any) -> None:
 
 
 def _has_no_open_statement(error: BaseException | None) -> bool:
-    """Return whether the last statement, which raised `error` or nothing, has ended."""
+    """Return whether the last statement has ended; `error`: the statement's error, if any."""
     of_driver = isinstance(error, DRIVER_ERRORS) and not isinstance(error, asyncpg.PostgresError)
     return error is None or (isinstance(error, Exception) and not of_driver)
 
@@ -327,7 +328,7 @@ async def end_connection(connection: Any) -> None:
 
 @asynccontextmanager
 async def start_connection(url: str, *, statement_seconds: float) -> AsyncIterator[Any]:
-    """Return a context with a connection that a node uses at its start. Raises `ServeError`."""
+    """Return a context with one connection, for the start of a node. Raises `ServeError`."""
     try:
         connection = await open_connection(url, statement_seconds=statement_seconds)
         try:
@@ -349,9 +350,11 @@ def _connection_options(
             "application_name": "workpool",
             "default_transaction_isolation": "read committed",
             "statement_timeout": f"{statement_seconds * 1000:.0f}",
-            # Without this limit, a node that hangs in a transaction could block others forever.
+            # Without this limit, a node that hangs in a transaction could block other transactions
+            # forever.
             "idle_in_transaction_session_timeout": f"{answer_seconds * 1000:.0f}",
-            # With this setting, the database notices a lost connection and cancels its statement.
+            # With this setting, the database cancels the statement of a client that has
+            # disconnected.
             "client_connection_check_interval": "1000",
             "jit": "off",  # JIT compilation takes longer than a short statement
         },
@@ -359,7 +362,7 @@ def _connection_options(
 
 
 def _translate_start_error(url: str, error: BaseException) -> BaseException:
-    """Convert an error at the start to a `ServeError`; return an unexpected error unchanged.
+    """Convert an error at a node's start to a `ServeError`; return an unexpected error unchanged.
 
     The driver's text about a URL may contain a part of its password.
     """

@@ -134,7 +134,7 @@ class DatabaseCalls:
     async def _retry_with_lock(
         self, attempt: Callable[[Connection], Awaitable[T | None]], lock: str, *key: str
     ) -> T:
-        """Repeat `attempt` until it returns a result. None means that another change collided.
+        """Repeat `attempt` while it returns None, which means that another change has collided.
 
         After some collisions, the statement `lock` locks the row of `key`, so that the next attempt
         cannot collide.
@@ -178,7 +178,7 @@ class DatabaseCalls:
     async def _write_item(
         self, connection: Connection, stored: Item, version: int, changes: Sequence[ItemChange]
     ) -> int | None:
-        """Write the changes of an item, and return the new version of its row.
+        """Write the changes of an item, and return the new version number of its row.
 
         None: the stored item has another version than `version`, so nothing was written.
         """

@@ -61,7 +61,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments in `limits`, or of all environments if it is None."""
+        """Return a page of the environments whose ids are in `limits` (None: all environments)."""
         given = [
             self._make_configured_environment(name)
             for name in self._self_hosted | self._cloud
@@ -87,7 +87,7 @@ class EnvironmentCalls(DatabaseCalls):
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
     async def _find_created_environment(self, environment_id: str) -> Environment:
-        """Return an environment that a client created on any node; raises a 404."""
+        """Return an environment that a client created; raises a 404 for an unknown environment."""
         found = self._created.get(environment_id)
         if found is None:
             row = (

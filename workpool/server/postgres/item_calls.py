@@ -129,7 +129,7 @@ class ItemCalls(ClaimCalls):
         ttl_seconds: int,
         worker_id: str | None,
     ) -> Item | None:
-        """Extend a lease in one statement; return None unless the last heartbeat is as expected."""
+        """Extend a lease in one statement; return None unless the last heartbeat is `expected`."""
         last = None if expected is None else from_heartbeat_text(expected)
         if last is None or not may_be_id(work_id):
             return None
@@ -153,7 +153,7 @@ class ItemCalls(ClaimCalls):
         force: bool = False,
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Item:
-        """Stop an item. Raises a 409 if `refused` has the pair (`force`, state of the item)."""
+        """Stop an item. Raises a 409 if the pair (`force`, the item's state) is in `refused`."""
 
         def decide_stop(item: Item, now: int) -> ItemChange:
             return make_stop_change(item, worker_id, now, force=force, refused=refused)

@@ -69,7 +69,7 @@ _MIGRATIONS: Final = ((1, 1, "001.sql"),)
 
 
 async def migrate(url: str, steps: Sequence[Migration] | None = None) -> int:
-    """Upgrade the schema to that of this release; return the number of migrations that ran.
+    """Upgrade a database to this release's schema; return the number of migrations that ran.
 
     A schema that is newer stays as it is if this release can use it.
 
@@ -89,7 +89,7 @@ async def migrate(url: str, steps: Sequence[Migration] | None = None) -> int:
 
 
 async def _usable_version(url: str, connection: Any, steps: Sequence[Migration]) -> int:
-    """Return the schema version, 0 if there is no schema. Raises `StoreError` if it is too new."""
+    """Return the schema version; 0: no schema. Raises `StoreError` for an unusable version."""
     if await connection.fetchval("SELECT to_regclass('schema_versions')") is None:
         return 0
     version, oldest = await connection.fetchrow(

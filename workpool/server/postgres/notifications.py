@@ -69,10 +69,11 @@ class NotificationHub:
         self._fallbacks: dict[str, asyncio.TimerHandle] = {}
         self._changes = 0
         # The value of `_changes` at the last change of each topic, in ascending order. If there are
-        # too many topics, the first entry is removed, and `_forgotten` is set to its value.
+        # too many topics, the entry with the lowest value is removed, and `_forgotten` is set to
+        # this value.
         self._last: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0
-        # For each topic, the number of new items for which no poll was waiting to be woken.
+        # For each topic, the number of new items that were announced while no poll was waiting.
         self._unused: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
         self._wanted = asyncio.Event()  # set if a batch is to be sent or the connection is lost
@@ -80,11 +81,11 @@ class NotificationHub:
         self.listening = asyncio.Event()
 
     def change_count(self) -> int:
-        """Return the number of known changes. A call takes it before it reads the database."""
+        """Return the number of known changes. Ask for this number before reading the database."""
         return self._changes
 
     async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
-        """Wait for a change of a topic after change number `seen`; return whether it was announced.
+        """Wait for a change of a topic after change number `seen`; return whether one is announced.
 
         False: `seconds` have passed, or a notification may be lost. A poll that then finds an item
         must call `wake_calls`, since only one poll is woken for any number of items.
@@ -98,7 +99,7 @@ class NotificationHub:
         try:
             return await waiter
         except asyncio.CancelledError:
-            # This poll was woken for an item before it was cancelled: wake the next poll for it.
+            # This poll was woken for an item before it was cancelled: wake the next poll instead.
             if waiter.done() and not waiter.cancelled():
                 self.wake_calls(topic)
             raise
@@ -116,7 +117,7 @@ class NotificationHub:
         self._wanted.set()
 
     def wake_calls(self, topic: str, count: int = 1) -> None:
-        """Wake `count` polls, or all streams of a session, on this node.
+        """Wake this node's waiting calls of a topic: `count` polls, or all streams of a session.
 
         If fewer polls wait, as many of those that are reading the database read it once more.
         """
@@ -162,8 +163,8 @@ class NotificationHub:
             pause = min(2 * pause, longest)
 
     async def _listen(self, connection: Any) -> None:
-        # PostgreSQL commits transactions that notify one after the other, so a wait for the disk
-        # would delay all of them. Without that wait, a crash can lose a notification, which only
+        # PostgreSQL commits notifying transactions one at a time, so a wait for the disk in one of
+        # them delays all others. Without that wait, a crash can lose a notification. The loss only
         # delays calls on other nodes by some seconds.
         await connection.execute("SET synchronous_commit = off")
         connection.add_termination_listener(lambda _: self._wanted.set())
@@ -193,7 +194,7 @@ class NotificationHub:
                 raise ConnectionResetError
 
     def _make_notification_payloads(self) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-        """Iterate over payloads to send, each with its topics and their numbers of changes."""
+        """Iterate over pairs: a payload to send, and the topics and change counts in it."""
         lines = [self._node]
         topics: list[tuple[str, int]] = []
         length = len(self._node)
@@ -212,7 +213,7 @@ class NotificationHub:
     def _remove_sent_changes(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
-            self._unsent[topic] = left  # these changes were announced while the batch was sent
+            self._unsent[topic] = left  # these changes were announced during the sending
         else:
             self._unsent.pop(topic, None)
 
@@ -229,7 +230,7 @@ class NotificationHub:
             self.wake_calls(topic, int(count))
 
     def _wake_after_gap(self) -> None:
-        """Wake one poll of each environment and all streams, as notifications may be lost."""
+        """Wake one poll of each environment, and all streams: notifications may have been lost."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()
@@ -238,7 +239,7 @@ class NotificationHub:
             self._wake_to_read_again(topic)
 
     def _has_changed(self, topic: str, seen: int) -> bool:
-        """Return whether `topic` changed after `seen`: then a call must read the database again.
+        """Return whether `topic` changed after change number `seen`: a call must then read again.
 
         For each wake-up that found no waiting poll, only one of the polls that were reading reads
         again: otherwise each new item would make all of them read the database again.

@@ -47,8 +47,8 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         """Upgrade the schema, connect, and start the background tasks. Raises `ServeError`."""
         await migrate(self._url)
         await self._pool.open()
-        # The key is read by a second statement. If another node inserts a key at the same time,
-        # the first statement inserts nothing and cannot see the other key.
+        # A second statement reads the key: if another node inserts its key at the same time, the
+        # first statement inserts nothing and cannot return that key.
         await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._current_time()
@@ -65,12 +65,12 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         await self._pool.close()
 
     async def wait_for_failure(self) -> None:
-        """Wait until a background task fails. Tasks survive a database that is unavailable."""
+        """Wait until a background task fails. An unavailable database does not make a task fail."""
         if self._running is not None:
             await asyncio.shield(self._running)
 
     def end_waits(self) -> None:
-        """End all waits of polls and streams and forbid new ones, because the server closes."""
+        """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._closing = True
         self._hub.end_waits()
 

@@ -206,7 +206,7 @@ class ReadCalls(StoredSessionCalls):
     async def _iterate_sessions(
         self, place: PageRequest, *, backwards: bool
     ) -> AsyncIterator[SessionView]:
-        """Iterate over the sessions after or before an id, each with its latest item."""
+        """Iterate over the views of sessions between the ids `place.after` and `place.before`."""
         _, after, before = place
         statement = _SESSIONS.format("DESC" if backwards else "")
         batch = place.limit + 1
@@ -247,7 +247,7 @@ class ReadCalls(StoredSessionCalls):
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return how many events a stream skips: those up to and including `last_event_id`."""
+        """Return the number of events up to and including `last_event_id`, which a stream skips."""
         if last_event_id is not None and not is_storable_text(last_event_id):
             return 0
         return await self._pool.fetchval(_PLACE, session_id, last_event_id) or 0
@@ -255,7 +255,7 @@ class ReadCalls(StoredSessionCalls):
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait for events after the first `place` events of a session, and return them."""
+        """Wait until a session has more than `place` events, and return the further events."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while not self._closing:

@@ -151,7 +151,7 @@ def event_from_columns(session_id: str, event_id: str, value: str) -> StoredEven
 
 
 def events_to_columns(events: Iterable[StoredEvent]) -> list[list[str]]:
-    """Return four lists for SQL's `unnest`: ids, types, times and JSON of events."""
+    """Return four lists for SQL's `unnest`: the ids, types, times and JSON texts of events."""
     rows = [
         (event.id, event.type, str(event.value["processed_at"]), to_json(event.value))
         for event in events

@@ -198,7 +198,8 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         if view.last_status != TERMINATED:
             conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
-            # This transaction may still fail. Then the cache must not have the appended event.
+            # If this transaction fails later, the cache must not contain the event that it
+            # appended.
             self._conversations.pop(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)
@@ -209,7 +210,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             await self._write_item(connection, stored, version, changes)
 
     async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
-        """Return a session; raises a 404 if it or its environment is unknown to this node."""
+        """Return a session; raises a 404 if this node knows no such session or environment."""
         row = None
         if may_be_id(session_id):
             row = await connection.fetchrow(_READ, session_id, self._test_clock_time())
@@ -223,7 +224,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         )
 
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
-        """Return a session's conversation, with the events that `read` counts."""
+        """Return a session's conversation with the first `read.event_count` events."""
         session = read.view.session
         conversation = self._conversations.pop(session.id)
         if conversation is None or not await self._matches_stored_events(
@@ -274,7 +275,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         new_events: Sequence[Mapping[str, Any]],
         item: Item | None = None,
     ) -> Sequence[StoredEvent] | None:
-        """Append events and the control plane's response events; return the stored `new_events`.
+        """Append `new_events` and the control plane's responses; return the stored `new_events`.
 
         Returns None if another call has appended events since the session was read.
 
@@ -283,8 +284,8 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         view = read.view
         now = read.now
         if read.last_event_id is not None:
-            # Ids and times of the new events must be greater than before, even if the clock of the
-            # database has gone back: the ids order the events.
+            # The new events need greater ids and times than the stored events, even after the clock
+            # of the database has gone back: the ids order the events.
             self._ids.advance_past_id(read.last_event_id.rpartition("_")[2])
             now = max(now, from_heartbeat_text(view.last_event_at or "") or 0)
         events = extend_conversation(conversation, view.id, new_events, self._ids, now)

@@ -51,7 +51,7 @@ class Sweeper:
                 await self.sweep()
 
     async def sweep(self) -> bool:
-        """Run the calls in `batches` unless another node does so now; return whether they ran."""
+        """Run `batches` unless another node is running them; return whether this node ran them."""
         async with self._pool.transaction() as connection:
             taken = "SELECT pg_try_advisory_xact_lock($1)"
             if not await connection.fetchval(taken, _ADVISORY_LOCK):

@@ -17,7 +17,7 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        # Items that no poll so far could receive again, because their delivery was too recent.
+        # The delivered items that are not in `_due`: they were too recent for every poll so far.
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._due: list[str] = []  # the delivered items that are not in `_recent`, by ascending id
 

@@ -46,7 +46,7 @@ class WaitingPolls:
         try:
             await waiter
         except asyncio.CancelledError:
-            # This poll was woken for an item before it was cancelled: wake the next poll for it.
+            # This poll was woken for an item before it was cancelled: wake the next poll instead.
             if waiter.done() and not waiter.cancelled():
                 self.wake_polls(1)
             raise

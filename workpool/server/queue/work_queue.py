@@ -83,7 +83,7 @@ class WorkQueue:
         return item
 
     def is_current_version(self, item: Item) -> bool:
-        """Return whether this object is the current version of its item."""
+        """Return whether `item` is the current version, which no later change has replaced."""
         return self._items.get(item.id) is item
 
     def put_item(self, item: Item) -> None:
@@ -126,7 +126,7 @@ class WorkQueue:
             self._recent[item.id] = item.delivered_at
 
     def oldest_claimable(self, delivered_until: int) -> Item | None:
-        """Return the oldest item with no delivery, or with one no later than `delivered_until`."""
+        """Return the oldest claimable item: one that was not delivered after `delivered_until`."""
         ids = (self._undelivered.lowest(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]
@@ -134,7 +134,7 @@ class WorkQueue:
     def list_items(
         self, limit: int, *, after: str = "", before: str | None = None
     ) -> Sequence[Item]:
-        """Return up to `limit` items after or before an id, in ascending order of ids."""
+        """Return up to `limit` items after or before the given id, in ascending order of ids."""
         walked = iterate_ids(self._ids, after=after, before=before)
         items = [self._items[work_id] for work_id in islice(walked, limit)]
         return items if before is None else items[::-1]
@@ -142,7 +142,7 @@ class WorkQueue:
     def iterate_items(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[Item]:
-        """Iterate over the items between two ids; see `iterate_ids` for the order."""
+        """Iterate over items between the ids `after` and `before` in the order of `iterate_ids`."""
         walked = iterate_ids(self._ids, after=after, before=before, newest_first=newest_first)
         return (self._items[work_id] for work_id in walked)
 

@@ -53,7 +53,8 @@ class SqliteStore:
     def __init__(self, path: str | Path) -> None:
         self._path = path
         self._thread: threading.Thread | None = None
-        # The lock is reentrant, because a block of `transaction` has the lock and queues rows.
+        # The lock must be reentrant: code in a block of `transaction` holds the lock, and queues
+        # rows with methods that acquire it again.
         self._changed = threading.Condition(threading.RLock())
         # `_changed` guards the next three attributes. `_unsaved` has only the newest version of
         # each row.
@@ -105,7 +106,7 @@ class SqliteStore:
             self._queue_rows(*(DeletedRow(type(row), row.id) for row in rows))
 
     async def wait_until_durable(self) -> None:
-        """Return once all changes so far are on disk. Raises `StoreError`."""
+        """Wait until all changes made before this call are on disk. Raises `StoreError`."""
         if self._failure:
             raise StoreError(self._failure)
         if self._committed < self._saved:
@@ -177,7 +178,7 @@ class SqliteStore:
         return connection
 
     def _read_contents(self, connection: sqlite3.Connection) -> StoreContents | None:
-        """Read all rows; None if the store closes. Raises `StoreError` for a malformed row."""
+        """Return all rows, or None if the store closes. Raises `StoreError` for a malformed row."""
         read: list[list[Any]] = []
         for table in TABLES:
             read.append([])
@@ -190,7 +191,7 @@ class SqliteStore:
         return StoreContents(items, sessions, events, environments, signing_key)
 
     def _next_batch(self) -> tuple[Sequence[Row | DeletedRow], int] | None:
-        """Wait for unsaved rows; return them and the count of changes. None: the store closes."""
+        """Wait for unsaved rows; return them and the value of `_saved`. None: the store closes."""
         with self._changed:
             while not self._unsaved and not self._closing:
                 self._changed.wait()

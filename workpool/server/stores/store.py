@@ -42,7 +42,7 @@ class Store(Protocol):
         """Open the store and read its contents. Raises `StoreError`."""
 
     def transaction(self) -> AbstractContextManager[object]:
-        """Return a context in which all changes are saved, or none; its block must not await."""
+        """Return a context that saves all changes of its block or none; the block never awaits."""
 
     def save_item(self, item: Item) -> None:
         """Queue a new version of an item to be saved; returns at once."""
@@ -60,7 +60,7 @@ class Store(Protocol):
         """Queue items, sessions and events to be deleted; returns at once."""
 
     async def wait_until_durable(self) -> None:
-        """Return once all changes so far survive a crash. Raises `StoreError`."""
+        """Wait until all changes made before this call survive a crash. Raises `StoreError`."""
 
     async def wait_for_failure(self) -> None:
         """Wait until the store fails permanently; then raise `StoreError`."""
@@ -81,16 +81,16 @@ class MemoryStore:
         return nullcontext()
 
     def save_item(self, item: Item) -> None:
-        """Do nothing: the index in memory has the item."""
+        """Do nothing: the control plane has the item in memory."""
 
     def save_session(self, session: StoredSession) -> None:
-        """Do nothing: the index in memory has the session."""
+        """Do nothing: the control plane has the session in memory."""
 
     def save_environment(self, environment: Environment) -> None:
-        """Do nothing: the index in memory has the environment."""
+        """Do nothing: the control plane has the environment in memory."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Do nothing: the index in memory has the events."""
+        """Do nothing: the control plane has the events in memory."""
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
         """Do nothing, because nothing was saved."""
