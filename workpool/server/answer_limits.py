@@ -39,7 +39,7 @@ def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTE
 
 
 def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
-    """Raise a 400 if an enqueue's answer, which has the metadata `count` times, is too large."""
+    """Raise a 400 if an enqueue's answer, which repeats `metadata` `count` times, is too large."""
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:
         raise APIError(
@@ -51,7 +51,7 @@ def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
 
 
 def count_fitting_rows(rows: Sequence[T]) -> int:
-    """Return the number of rows (JSON values) that fit into one answer; at least 1."""
+    """Return how many of `rows`, which are JSON values, fit into one answer; at least 1."""
     room = ANSWER_LIMIT_BYTES - ITEM_BYTES
     for number, row in enumerate(rows):
         room -= len(orjson.dumps(row, default=dict)) + 1

@@ -92,7 +92,7 @@ class SessionRegistry:
         return (self._sessions[each] for each in walked if each in self._sessions)
 
     def get_conversation(self, session_id: str) -> Conversation:
-        """Return the conversation of a session; raises a 404 if it is unknown."""
+        """Return the conversation of a session; raises a 404 for an unknown session."""
         found = self._conversations.get(session_id)
         if found is None:
             found = self._conversations[session_id] = Conversation(
@@ -131,7 +131,7 @@ class SessionRegistry:
         now: int,
         new_events: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Set the latest work item of a session, and append the first events of a client."""
+        """Set the latest work item of a session, and append `new_events` to the session."""
         if session.id not in self._sessions:
             self._order.append(session.id)
         self._add_session(session, work_id)

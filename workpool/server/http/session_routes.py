@@ -113,7 +113,7 @@ class SessionRoutes:
         return response
 
     async def _authorize_session(self, request: web.Request) -> SessionView:
-        """Return the session of the path; raises 401, 404 or 403, checked in this order.
+        """Return the session in the path; checks for a 401, 404 and 403 in this order.
 
         An item's token is accepted for the session of this item, until the item is stopped.
         """

@@ -190,7 +190,7 @@ class WorkRoutes:
     async def _authorize_environment(
         self, request: web.Request, work_id: str | None = None, *, worker: bool = False
     ) -> str:
-        """Return the environment of the path; raises 401, 403, 404 or 400, checked in this order.
+        """Return the environment id in the path; checks for a 401, 403, 404 and 400 in this order.
 
         Args:
             request: The request.

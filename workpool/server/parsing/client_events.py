@@ -32,7 +32,7 @@ def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, 
     events = [_parse_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
-    except orjson.JSONEncodeError:  # orjson limits the nesting: no answer could contain the event
+    except orjson.JSONEncodeError:  # orjson limits nesting, so no answer could contain the event
         raise APIError(400, f"{name} are nested too deep", name) from None
     return events
 

@@ -158,7 +158,7 @@ class ClaimCalls(DatabaseCalls):
             seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
-                return None  # the worker's next poll begins with a claim
+                return None  # no second claim: the worker's next poll begins with one
         self._hub.wake_calls(topic)  # the client has disconnected: wake another poll instead
         return None
 

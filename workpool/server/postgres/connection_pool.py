@@ -1,4 +1,4 @@
-"""The pool of a node's database connections, in which every wait is bounded.
+"""The pool of a node's database connections. Every wait for a connection is bounded.
 
 The only module that opens a connection. Every temporary error of the driver becomes an
 `UnavailableError`. No error and no log record contains the database's password.
@@ -75,7 +75,7 @@ class Connection(Protocol):
 
 
 def redact_url(url: str) -> str:
-    """Return the host, port and database of a database's URL, without user and password."""
+    """Return the host, port and database name in a URL, without its user and password."""
     try:
         parts = urlsplit(url)
     except ValueError:

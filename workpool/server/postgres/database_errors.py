@@ -70,7 +70,7 @@ class UnavailableError(APIError):
 
 
 class RetryableError(UnavailableError):
-    """The database rolled back a transaction, which may be repeated at once."""
+    """The database rolled back a transaction; the transaction may be repeated at once."""
 
 
 def to_unavailable_error(error: BaseException) -> UnavailableError | None:

@@ -1,4 +1,4 @@
-"""The calls on environments, which a node's arguments name or which clients create."""
+"""The calls on environments. A node's arguments name some of them; clients create the others."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class PostgresStore:
 
 @contextmanager
 def _require_driver() -> Iterator[None]:
-    """Return a context that raises a `ServeError` if the driver in its block is not installed."""
+    """Return a context that raises a `ServeError` if its block fails to import the driver."""
     try:
         yield
     except ModuleNotFoundError as error:

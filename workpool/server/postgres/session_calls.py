@@ -198,8 +198,8 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         if view.last_status != TERMINATED:
             conversation = await self._load_conversation(connection, read)
             await self._append_events(connection, read, conversation, [{"type": STATUS_TERMINATED}])
-            # If this transaction fails later, the cache must not contain the event that it
-            # appended.
+            # If this transaction fails later, the cache must not contain the event that the
+            # transaction appended.
             self._conversations.pop(view.id)
         place = view.session.environment_id, view.item.id
         await connection.execute(LOCK_ITEM, *place)
@@ -256,7 +256,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         return conversation.events[-1].id == last
 
     def _make_next_item(self, read: _SessionRow) -> Item:
-        """Return a new item, so that a worker continues the session."""
+        """Return a new item with which a worker continues the session."""
         session = read.view.session
         self._ids.advance_past_id(read.view.item.id.removeprefix(WORK_PREFIX))
         return Item(

@@ -159,9 +159,9 @@ class SqliteStore:
 
     def _connect(self) -> sqlite3.Connection:
         if str(self._path) not in _NO_FILES:
-            # Create the file here, so that other users cannot read it. SQLite gives its other files
-            # the same mode. An error is suppressed, because SQLite then fails with a better
-            # message.
+            # Create the file here, so that other users cannot read it. SQLite creates its further
+            # files with the same mode. An error is suppressed, because SQLite then fails with a
+            # better message.
             with suppress(OSError):
                 os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _FILE_MODE))
         connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
@@ -228,7 +228,7 @@ def _resolve_future(future: asyncio.Future[Any], value: object) -> None:
 
 
 def _upgrade_schema(connection: sqlite3.Connection) -> None:
-    """Upgrade the file to the schema of this version."""
+    """Upgrade the tables in the file to the schema of this release."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if version > SCHEMA_VERSION:

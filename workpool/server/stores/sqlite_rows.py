@@ -30,7 +30,7 @@ _YEAR_10000: Final = 253_402_300_800 * SECOND
 
 
 class DeletedRow(NamedTuple):
-    """A row to delete: the dataclass of its table, and its id."""
+    """A row to delete, given by the dataclass of the row's table and the row's id."""
 
     kind: type[Row]
     id: str
