@@ -20,7 +20,7 @@ TOKEN = "-".join(("pat", "hunter2", "hunter2"))
 async def connected_transport(
     url: str, session: aiohttp.ClientSession | None = None, **values: Any
 ) -> AsyncIterator[Transport]:
-    """Open a transport to `url` with the settings `values`, which may replace the token `TOKEN`."""
+    """Open a transport to `url` with the settings `values`; the default token is `TOKEN`."""
     if "token_file" not in values:
         values.setdefault("token", TOKEN)
     transport = Transport(Settings(base_url=url, environment_id="env_1", **values), session)

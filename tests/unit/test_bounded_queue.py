@@ -79,7 +79,7 @@ async def test_new_reservation_of_queue_place_waits_behind_earlier_waiters() -> 
     async with asyncio.TaskGroup() as group:
         first = group.create_task(queue.reserve_place())
         await run_ready_tasks()
-        # This grants the place to the first waiter, which has not run yet.
+        # The release gives the place to the first waiter, which has not run yet.
         queue.release_reserved_place()
         late = group.create_task(queue.reserve_place())
         await run_ready_tasks()
@@ -186,7 +186,7 @@ async def test_slot_discarded_after_its_last_use_stays_unavailable() -> None:
 
 
 class RandomQueueUsers:
-    """Tasks that reserve and release the places of one queue at random."""
+    """Tasks that reserve and release places of the same queue at random times."""
 
     def __init__(self, dice: random.Random, queue: BoundedQueue[int]) -> None:
         self.dice = dice
@@ -257,7 +257,7 @@ async def test_queue_has_too_many_items_set_aside_once_they_fill_its_capacity() 
     assert queue.too_many_set_aside
 
 
-async def test_startable_item_set_aside_starts_before_items_in_queue_places() -> None:
+async def test_item_set_aside_that_may_start_precedes_items_in_queue_places() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     queue.set_item_aside("b")
@@ -285,7 +285,7 @@ async def test_released_queue_place_goes_to_item_set_aside_before_waiting_poller
     assert queue.reserved == 1
 
 
-async def test_wait_to_set_item_aside_ends_when_item_already_aside_starts() -> None:
+async def test_wait_while_too_many_items_are_set_aside_ends_when_one_of_them_starts() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_item_aside("a")
     async with asyncio.TaskGroup() as group:

@@ -40,7 +40,7 @@ class CheckRefusal(Exception):
 
 
 class NetworkLikeRefusal(TimeoutError):
-    """A refusal that aiohttp takes for a network error, after which it repeats some requests."""
+    """A refusal by a check that looks like a network error, after which aiohttp repeats a GET."""
 
 
 @dataclass
@@ -276,7 +276,7 @@ async def assert_refused_by_check(call: Awaitable[object]) -> None:
 async def test_request_refused_by_its_check_after_slow_proxy_sends_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The proxy receives a CONNECT request with the host's name, but no byte of the call."""
+    """The proxy receives the CONNECT request for the host, but no byte of the refused request."""
     check, asked, release, ended = (
         SwitchableRequestCheck(),
         asyncio.Event(),

@@ -84,7 +84,7 @@ class ClaimTestbed:
 def test_lease_starts_at_first_ack_that_may_have_been_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
-    """An unanswered ack may have begun the lease, before a repeated ack is answered."""
+    """A failed ack may have begun the lease, although only the repeated ack is answered."""
 
     @in_virtual_time
     async def acknowledge_despite_fault() -> None:
@@ -123,7 +123,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 
 
 @in_virtual_time
-async def test_ack_that_may_have_been_applied_is_not_repeated_after_its_lease(
+async def test_ack_that_may_have_been_applied_is_not_repeated_once_its_lease_has_ended(
     testbed: type[LeaseTestbed],
 ) -> None:
     """The pool counts the lease from the first ack, so the lease from a later ack is useless."""
@@ -141,7 +141,7 @@ async def test_repeated_ack_delayed_beyond_end_of_lease_is_not_sent(
     one = testbed(ack=[Fault(answer=500, applied=False), Fault(wait=1)])
     async with one.open_clients(), asyncio.TaskGroup() as group:
         task = group.create_task(ClaimTestbed(one).acknowledge_item())
-        await asyncio.sleep(0.9)  # The second ack waits for the rate limit or a connection.
+        await asyncio.sleep(0.9)  # By now the second ack waits for the rate limit or a connection.
         one.loop.suspend(ACK_LEASE_SECONDS)
         item, result = await task
         assert result == "error"
@@ -156,7 +156,7 @@ async def test_repeated_ack_delayed_beyond_end_of_lease_is_not_sent(
 def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
     testbed: type[LeaseTestbed], status: int, result: str, reported: int
 ) -> None:
-    """A reported refusal makes pollers pause; an item that is gone is no reason for a pause."""
+    """A reported refusal makes pollers pause. An item that is gone (404) must not cause a pause."""
 
     @in_virtual_time
     async def acknowledge_with_refusal() -> None:
@@ -273,7 +273,7 @@ async def test_failed_first_heartbeat_is_repeated_until_lease_begun_by_ack_ends(
 async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """The control plane may have applied the heartbeat, after which the lease lasts only 10 s."""
+    """If the unanswered heartbeat was applied, the lease lasts only 10 s from then on."""
     one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
     async with one.open_clients():
         item = await one.claim_item()

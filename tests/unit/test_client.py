@@ -299,7 +299,7 @@ async def test_poll_answered_without_item_returns_none(
 
 
 @pytest.mark.parametrize("body", [b"[]", b"false", b"0", b'""', b'"item"'])
-async def test_poll_answered_with_other_json_raises_bad_body(
+async def test_poll_answered_with_json_other_than_object_or_null_raises_bad_body(
     qoder_client: WorkClient, middleware: RecordingMiddleware, body: bytes
 ) -> None:
     middleware.instead = lambda: json_response(body)
@@ -423,7 +423,7 @@ async def test_invalid_id_is_never_sent_in_url(
     assert middleware.seen == []
 
 
-async def test_metadata_other_than_text_is_refused_before_sending(
+async def test_metadata_other_than_text_raise_type_error_before_any_request(
     qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     for bad in ({"a": 1}, {"a": {"b": "c"}}, {1: "a"}, {"a": "\ud800"}):
@@ -453,7 +453,9 @@ async def test_client_used_on_second_event_loop_raises_runtime_error(
         await asyncio.to_thread(asyncio.run, qoder_client.poll())
 
 
-async def test_missing_settings_are_reported_on_opening(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_settings_are_reported_when_client_is_opened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("QODER_PAT", raising=False)
     client = WorkClient(Settings())
     with pytest.raises(SettingsError) as raised:
@@ -665,7 +667,7 @@ async def test_client_without_limits_never_uses_its_rate_limiters(
 ) -> None:
     control_plane.enqueue()
     limits = RateLimits(0, 0)
-    # These limiters have no methods, so a client that used one would raise AttributeError.
+    # These limiters have no methods, so the use of a limiter would raise AttributeError.
     limits.read = limits.write = cast("Any", SimpleNamespace(limited=False))
     client = WorkClient(settings_for_plane(control_plane), rate_limits=limits)
     async with client:
@@ -709,7 +711,7 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
             while sum(map(len, limiter._line._waiters.values())) < 4:  # noqa: ASYNC110 - no event tells that a call waits
                 await asyncio.sleep(0)
             for op in ("stop", "ack", "update", "update"):
-                limiter.refund()  # A refund frees one token, as the passing of time would.
+                limiter.refund()  # A refund makes one token available at once.
                 assert await sent.get() == op
 
 

@@ -21,7 +21,7 @@ THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
         (6.1, 0.01, "warn"),
         (-4.9, 0.01, "ok"),
         (-5.1, 0.01, "warn"),
-        # Up to 8 s of the difference may be the time that the answer was on its way.
+        # The answer took 8 s, so up to 8 s of the offset may not be clock skew.
         (10.0, 8.0, "ok"),
         (3600.0, 0.01, "warn"),
     ],

@@ -23,7 +23,7 @@ COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(walk_commands(ROOT, "workpo
 
 
 def run_python(code: str, **variables: str) -> str:
-    """Return the output of a new Python process."""
+    """Run `code` in a new Python process and return its standard output."""
     done = subprocess.run(  # noqa: S603 - our own words
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
     )
@@ -53,7 +53,7 @@ def test_short_flag_prints_the_help_text(path: str) -> None:
 def test_each_setting_but_the_credentials_has_a_flag(command: str) -> None:
     flags = {opt for each in COMMANDS[f"workpool {command}"].params for opt in each.opts}
     assert {flag_name(name) for name in DESCRIPTIONS if name not in WITHOUT_FLAG} <= flags
-    assert "plugins" in flags  # The argument PLUGIN sets `plugins`, which has no flag.
+    assert "plugins" in flags  # The positional argument PLUGIN sets `plugins`, in place of a flag.
     for name in ("token", "api_key", "extra_headers"):
         assert flag_name(name) not in flags
 

@@ -39,7 +39,7 @@ COPY = [
 
 
 class ItemOrLeaseStandIn:
-    """A stand-in for an ended item or its lease, with the given attributes only."""
+    """A stand-in for an ended item, or for its lease, with only the given attributes."""
 
     def __init__(self, **attributes: Any) -> None:
         self.id = "work_1"
@@ -54,7 +54,7 @@ def test_completion_table_equals_documented_table() -> None:
 
 
 @pytest.mark.parametrize("pair", list(combinations([row[0] for row in COPY], 2)))
-def test_end_reasons_in_later_rows_of_completion_table_compare_greater(
+def test_end_reason_in_later_row_of_completion_table_is_greater(
     pair: tuple[str, str],
 ) -> None:
     upper, lower = pair
@@ -151,6 +151,6 @@ def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     for _ in range(5_000):
         error = ExceptionGroup("g", [error])
     assert find_raised_release(error) is innermost
-    # Free the groups one by one: the destructor of a deeply nested group recurses.
+    # Free the groups one by one: to free all at once, Python would recurse once for each group.
     while isinstance(error, ExceptionGroup):
         (error,) = error.exceptions

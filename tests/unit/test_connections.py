@@ -108,7 +108,7 @@ async def occupied_executor() -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("occupied_executor")
 async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) -> None:
-    """The calls look up a host name and read a renewed token, which both need a thread."""
+    """The client looks up a host name and reads a renewed token; each of the two needs a thread."""
     path = tmp_path / "token"
     path.write_text("old")
 
@@ -138,7 +138,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             group.create_task(client.update_metadata(WORK, {"step": str(number)}))
             for number in range(200)
         ]
-        # Calls of handlers share 16 + `concurrency` connections, which are 17 here.
+        # The calls of handlers share 16 + `concurrency` connections, so here they share 17.
         await server.wait_for_requests(17)
         await client.stop(WORK, force=True, timeout=20, options=STOP)
         asked: list[asyncio.Task[Any]] = [
@@ -188,7 +188,7 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
         running_server(answer_unless_silent) as server,
         WorkClient(server.settings_for_url()) as client,
     ):
-        # Two calls at once open two connections, which stay in the pool.
+        # Two concurrent calls open two connections, which stay in the client's connection pool.
         async with asyncio.TaskGroup() as group:
             for _ in range(2):
                 group.create_task(client.stop(WORK, options=STOP))

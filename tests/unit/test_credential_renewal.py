@@ -50,7 +50,7 @@ async def test_concurrent_readers_of_a_file_share_one_reading(
     assert await source.read(thread_executor) == "token 2"
 
 
-async def test_reading_shared_by_two_readers_continues_after_one_is_cancelled(
+async def test_credential_reading_shared_by_two_callers_continues_after_one_is_cancelled(
     thread_executor: ThreadPoolExecutor,
 ) -> None:
     file = SlowFile()

@@ -166,7 +166,7 @@ def test_demo_gives_its_metadata_unchecked_to_plugin_with_handler_hook(
     ]
 
 
-def test_demo_example_has_short_sessions_first() -> None:
+def test_sessions_of_demo_example_begin_with_the_short_ones() -> None:
     seconds = [each.metadata["seconds"] for each in sessions_for_handler(EXAMPLE, {}, 5)]
     assert seconds == ["0.2", "0.2", "0.2", "0.2", "1.5"]
 

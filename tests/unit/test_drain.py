@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class SessionsStandIn:
-    """A stand-in for the dispatcher and its sessions.
+    """A stand-in for the dispatcher of a pool, with simulated sessions.
 
     Attributes:
         running: Sessions that have not ended.
@@ -41,7 +41,7 @@ class SessionsStandIn:
         return self.running - self.stuck
 
     async def wait_for_attempt_exclusions(self, seconds: float) -> None:
-        """Return at once, because no session writes metadata that the drain would wait for."""
+        """Return at once, because the simulated sessions write no metadata."""
 
     def end_sessions(self, count: int = 1) -> None:
         self.running -= count
@@ -184,7 +184,7 @@ async def test_second_drain_request_leaves_start_time_and_timeout_unchanged() ->
 
 
 @in_virtual_time
-async def test_end_of_pool_completes_despite_cancellations_and_raises_last_one() -> None:
+async def test_end_of_pool_completes_despite_cancellations_and_raises_last_cancellation() -> None:
     drain, ended = Drain(), list[str]()
 
     async def end_pool() -> None:

@@ -82,7 +82,8 @@ async def test_event_stream_without_keep_alives_is_reopened() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(450):
                     await anext(stream)
-    assert 9 <= bench.opened_stream_count <= 11  # The stream is reopened every 45 s plus backoff.
+    # Without keep-alives, the client reopens the stream every 45 s plus backoff.
+    assert 9 <= bench.opened_stream_count <= 11
 
 
 @in_virtual_time
@@ -186,7 +187,7 @@ async def test_event_history_is_read_at_no_more_than_twenty_pages_a_second() -> 
     ids=["empty", "same", "cycle"],
 )
 @in_virtual_time
-async def test_event_history_without_new_events_raises_transient_error(
+async def test_event_history_whose_pages_bring_nothing_new_raises_transient_error(
     make: Callable[[int], list[str]],
 ) -> None:
     endless = EndlessHistory(make)
@@ -237,7 +238,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
 
 
 class FailingEventCalls:
-    """Event calls whose outcomes are the `conditions` in order; all later calls succeed."""
+    """Event calls whose outcomes `conditions` lists in order; after its end, each call succeeds."""
 
     def __init__(
         self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool

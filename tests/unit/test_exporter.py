@@ -40,7 +40,7 @@ class HealthReasons:
 
 
 class HangingCollector(Collector):
-    """A collector that does not return until it is released."""
+    """A metrics collector that returns only after the event `released` is set."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -53,7 +53,7 @@ class HangingCollector(Collector):
 
 
 class FailingCollector(Collector):
-    """A collector that raises."""
+    """A metrics collector that raises an exception."""
 
     def collect(self) -> Iterator[Metric]:
         raise ValueError("sess_secret")
@@ -361,7 +361,7 @@ def test_connected_clients_do_not_delay_closing_of_exporter(
 
 
 class ExporterStages:
-    """Opens, uses and closes an exporter in stages, each of which a test can wait for."""
+    """Opens, uses and closes an exporter; a test can wait for each of these stages."""
 
     STAGES = ("starting", "serving", "closing")
 

@@ -1,4 +1,4 @@
-"""The fault file: its valid contents, and the reports of its mistakes."""
+"""Fault files: their valid contents, and the error messages for mistakes in them."""
 
 from __future__ import annotations
 

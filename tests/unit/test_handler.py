@@ -1,4 +1,4 @@
-"""The decorator `@handler`, and the equality of `Handler` objects, which `max_sessions` uses."""
+"""The decorator `@handler`, and the equality of `Handler` objects."""
 
 import functools
 import inspect

@@ -13,7 +13,7 @@ from workpool.pool.handler_executor import handler_group
 
 @pytest.mark.parametrize("turns", range(4))
 async def test_handler_group_cancelled_at_any_point_of_its_start_leaves_no_task(turns: int) -> None:
-    """A remaining task would fail later with an error that nothing retrieves."""
+    """A task that remained would fail later, and no code would retrieve its error."""
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 

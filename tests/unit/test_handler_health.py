@@ -61,7 +61,7 @@ class HealthTestbed:
         handler: Handler | None = BROKEN,
         number: int | None = None,
     ) -> None:
-        """End a session of a new item, or of the item with the given number."""
+        """End a session of the item with this `number`, or of a new item if `number` is None."""
         self.number += number is None
         item: Any = EndedItem(self.number if number is None else number, handler, error)
         self.health.record_session_end(item, outcome, seconds)
@@ -89,7 +89,7 @@ async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
 
 
 @in_virtual_time
-async def test_repeated_failures_of_one_item_count_once() -> None:
+async def test_repeated_failures_of_one_item_count_as_one_failure() -> None:
     bench = HealthTestbed()
     for _ in range(100):
         bench.end_session(number=1)
@@ -151,7 +151,7 @@ def test_session_that_fails_at_once_or_exhausts_a_resource_counts_as_failure(
         ("detached", 5.0, False),
     ],
 )
-def test_session_that_completes_or_runs_longer_resets_failing_handler(
+def test_completed_session_or_failure_after_some_seconds_resets_failing_handler(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
@@ -165,7 +165,7 @@ def test_session_that_completes_or_runs_longer_resets_failing_handler(
         again.fail_sessions(4)
         again.end_session(outcome, seconds)
         again.end_session()
-        assert again.is_failing != resets  # Without a reset, these are 4 + 1 failures in a row.
+        assert again.is_failing != resets  # Without a reset, the handler has failed 4 + 1 times.
 
     assert_failures_are_reset()
 
@@ -199,7 +199,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     bench.fail_sessions()
     before = bench.loop.time()
     await bench.health.wait_until_a_handler_may_claim()
-    # After a success, the pause starts again at 1 s.
+    # The success has reset the pause, so the first pause after the new failures lasts 1 s.
     assert bench.loop.time() - before == pytest.approx(1)
 
 

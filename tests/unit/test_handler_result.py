@@ -67,8 +67,8 @@ def test_result_none_writes_no_metadata() -> None:
         ({"a": MappingProxyType({"b": UserList([1])})}, '{"a":{"b":[1]}}'),
         (UserDict({"a": 1}), '{"a":1}'),
         (range(2), "[0,1]"),
-        # Type checkers reject these values, but at run time they are written nevertheless, so that
-        # the result of a finished session is not lost.
+        # Type checkers reject these results. The pool writes them nevertheless, so that the result
+        # of a finished session is not lost.
         ({"at": datetime(2026, 3, 1, tzinfo=UTC)}, '{"at":"2026-03-01T00:00:00+00:00"}'),
         (OrderResult(7), '{"amount":7}'),
         (uuid.UUID(int=0), '"00000000-0000-0000-0000-000000000000"'),

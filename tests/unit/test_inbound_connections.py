@@ -206,7 +206,7 @@ async def test_long_requests_at_connection_limit_are_ended_oldest_first(
         await wait_until(lambda: not site.connections._serving)
 
 
-async def test_exporter_whose_connections_all_sent_incomplete_requests_answers_healthz() -> None:
+async def test_exporter_answers_healthz_while_incomplete_requests_use_all_connections() -> None:
     registry = CollectorRegistry()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
         for _ in range(exporter_module.CONNECTIONS_MAX + 20):
@@ -216,7 +216,7 @@ async def test_exporter_whose_connections_all_sent_incomplete_requests_answers_h
         assert len(exporter._connections) <= exporter_module.CONNECTIONS_MAX
 
 
-async def test_control_plane_whose_connections_all_sent_incomplete_requests_answers_others(
+async def test_control_plane_answers_while_incomplete_requests_use_all_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(control_plane, "_max_connections", lambda: LIMIT)

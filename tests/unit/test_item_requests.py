@@ -150,7 +150,7 @@ async def test_call_of_pool_is_allowed_after_handler_was_cancelled(
 
 
 @in_virtual_time
-async def test_machine_that_slept_while_a_call_waited_sends_nothing(
+async def test_call_waiting_during_long_machine_sleep_is_not_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
@@ -162,7 +162,7 @@ async def test_machine_that_slept_while_a_call_waited_sends_nothing(
 
 
 @in_virtual_time
-async def test_machine_paused_while_a_call_waited_verifies_lease_before_sending(
+async def test_call_waiting_during_machine_pause_is_sent_after_lease_is_verified(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
@@ -188,7 +188,7 @@ async def test_undetected_short_machine_pause_still_uses_up_lease_time(
 
 
 @in_virtual_time
-async def test_machine_paused_while_another_worker_claimed_sends_nothing(
+async def test_call_waiting_during_machine_pause_is_not_sent_if_another_worker_claims_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])

@@ -216,7 +216,7 @@ NOT_OURS = ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)
 GONE = ExpectedLease("over", "precondition", "lost", confirmed=True, due=LOST)
 
 ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, ExpectedLease]] = [
-    # A successful heartbeat moves the deadline.
+    # A successful heartbeat sets a new deadline.
     (fresh_lease, make_answer(), HELD),
     (renewed_lease, make_answer(2), HELD),
     (lease_with_unanswered_heartbeat, make_answer(2), HELD),
@@ -261,7 +261,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (lease_active_at_ack, PRECONDITION, GONE),
     (lease_active_at_ack_without_answer, PRECONDITION, GONE),
     (lease_active_at_ack_without_answer, CONFLICT, NOT_OURS),
-    # A transient error causes another heartbeat, at first after a short delay.
+    # After a transient error, another heartbeat is due after a short delay.
     (renewed_lease, transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
     (renewed_lease, transient_error("network"),
@@ -369,7 +369,9 @@ def test_heartbeat_timeout_is_limited_by_request_timeout_ttl_and_deadline(
 
 
 @pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing_lease()], ids=["first", "release"])
-def test_timeout_of_heartbeat_that_may_shorten_lease_allows_another_attempt(lease: Lease) -> None:
+def test_timeout_of_heartbeat_that_may_shorten_lease_leaves_time_for_another_attempt(
+    lease: Lease,
+) -> None:
     attempt = lease.begin_heartbeat(SENT, SENT)
     assert attempt.timeout <= attempt.ttl / 6
     assert SENT + attempt.timeout < lease.give_up_at
@@ -465,7 +467,7 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
     [
         (item_of_this_worker(last_heartbeat="hb_5"), "hb_5"),
         (item_of_this_worker(last_heartbeat=None), "NO_HEARTBEAT"),
-        # In the state `starting`, the last heartbeat is that of a former holder.
+        # An item that is `starting` still shows the last heartbeat of its former holder.
         (item_of_this_worker(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
@@ -492,7 +494,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, item_of_this_worker(state="starting"),
      ExpectedLease("again", "recovered", due=0)),
-    # The ack was answered with `active`, so an item that is `starting` was claimed anew.
+    # The item was `active` at its ack. If it is `starting` now, it has been claimed again.
     (lease_active_at_ack_after_heartbeat, item_of_this_worker(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, item_of_another_worker(),
@@ -607,14 +609,14 @@ def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
 def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> None:
     lease = releasing_lease()
     exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
-    # The deadline is earlier, because the unanswered heartbeat may have been applied.
+    # If the unanswered heartbeat was applied, the lease ends after the requested ttl of 12 s.
     assert lease.deadline == SENT + 12
     attempt = lease.begin_heartbeat(23.0, 23.0)
     assert (attempt.ttl, attempt.last) == (12, True)
     assert lease.deadline == SENT + 12
 
 
-def test_release_heartbeat_answered_stopping_without_extension_releases_lease() -> None:
+def test_last_heartbeat_answered_stopping_releases_lease_even_without_extension() -> None:
     lease = releasing_lease()
     exchange_heartbeat(
         lease, SENT, ANSWERED, make_answer(2, lease_extended=False, state="stopping")
@@ -867,7 +869,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.under_way)
     @rule(index=st.integers(0, 5))
     def deliver_heartbeat_request(self, index: int) -> None:
-        """Deliver one of the sent heartbeats, even if the lease no longer waits for its answer."""
+        """Deliver a sent heartbeat to the control plane; the lease may have given it up by now."""
         attempt = self.under_way.pop(index % len(self.under_way))
         answer = self.plane.extend_lease(attempt.expected, attempt.ttl)
         if attempt is self.attempt:
@@ -1043,7 +1045,7 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
 
 
 def send_one_heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool = False) -> str:
-    """Send one heartbeat, read the item if the decision requires a read, return the decision."""
+    """Send a heartbeat, read the item if the decision requires it, and return the last decision."""
     if lease.is_over:
         return "over"
     attempt = lease.begin_heartbeat(plane.now, plane.now)

@@ -76,7 +76,7 @@ class MovableClocks:
         (0, PAUSE_SECONDS, True),
         (5, 5 + PAUSE_SECONDS, True),
         (0, 86_400, True),
-        # A machine restored from a snapshot may have a wall clock that is behind.
+        # After a restore from a snapshot, a machine's wall clock may jump back.
         (0, -PAUSE_SECONDS, True),
     ],
 )

@@ -40,7 +40,7 @@ def seconds_between(times: list[float]) -> list[float]:
 
 
 def assert_lease_change(one: LeaseTestbed, at: float, status: str) -> None:
-    """Assert that one change was reported, at this time and with this status."""
+    """Assert that the status of one lease changed once: at the time `at`, to `status`."""
     [(changed_at, changed_to)] = one.changes
     assert changed_at == pytest.approx(at, abs=LOOK)
     assert changed_to == status
@@ -64,7 +64,8 @@ async def test_renewer_tick_survives_lease_added_by_another_thread(
                 one.renewer.add_lease(item.lease, item)
 
         former = gc.get_threshold()
-        # Use up the tuples that Python keeps for reuse: only a new one starts garbage collection.
+        # Use up the free tuples that Python reuses, because a reused tuple starts no garbage
+        # collection.
         used = [(number, number) for number in range(5_000)]
         gc.callbacks.append(add_lease_during_garbage_collection)
         try:
@@ -147,7 +148,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
     assert one.heartbeat_results() == ["ok", "recovered", "ok"]
     _, second, third = one.get_send_times("heartbeat")
     assert third == pytest.approx(second + 6)
-    # The duration of earlier answers does not count as lag of the renewer.
+    # The slow answers delay the third heartbeat, but this delay is no lag of the renewer.
     assert max(event.lag_seconds for _, event in one.results) < LOOK
 
 
@@ -193,7 +194,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
 async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_deadline(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """No request timeout ends a heartbeat that waits for a connection, so the renewer must."""
+    """No request timeout ends the wait for a connection, so the renewer must end the lease."""
     one = testbed(ttl=10)
     async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(200)]
@@ -204,7 +205,7 @@ async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_d
 
 
 @in_virtual_time
-async def test_heartbeat_that_crashes_loses_its_own_lease_only(
+async def test_crashed_heartbeat_loses_only_its_own_lease(
     testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
     one = testbed()
@@ -265,7 +266,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
             await one.send_first_heartbeat(await one.claim_item()),
         )
         one.renewer.renewing = False
-        one.renewer.monitor._ping += 1  # The handlers' loop has not answered this ping.
+        one.renewer.monitor._ping += 1  # Simulate a ping that the handlers' loop has not answered.
         one.renewer.remove_lease(second)
         await asyncio.sleep(300)
         assert first.status == "lost"
@@ -341,7 +342,7 @@ async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed])
 def assert_heartbeats_limited(
     peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN
 ) -> None:
-    """Assert that concurrent calls grow by at most 50 a second from the time `since` on."""
+    """Assert that after `since`, concurrent heartbeats grow in number by at most 50 a second."""
     for at, under_way in peaks:
         assert under_way <= width + NEW_CONNECTIONS_PER_SECOND * (at - since + LOOK) + 1
 
@@ -368,7 +369,7 @@ async def test_heartbeats_after_machine_sleep_use_at_most_fifty_new_connections_
 async def test_heartbeats_with_quick_answers_need_few_connections(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """A heartbeat uses a connection that has become free rather than a new one."""
+    """A heartbeat reuses a connection that has become free instead of opening a new one."""
     one = testbed()
     async with one.open_clients():
         for _ in range(300):
@@ -474,7 +475,7 @@ async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[Leas
 async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """Timers stood still during the sleep, so the next scheduled heartbeat would be too late."""
+    """Timers stand still while the machine sleeps, so the scheduled heartbeat would be too late."""
     one = testbed()
     async with one.renewed_lease() as lease:
         await asyncio.sleep(1)
@@ -570,7 +571,7 @@ async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_wr
 
 
 @in_virtual_time
-async def test_pause_during_heartbeat_causes_another_heartbeat_at_once(
+async def test_machine_pause_during_heartbeat_causes_another_heartbeat_at_once(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, Fault(answer_delay=2)])
@@ -611,8 +612,10 @@ async def test_machine_pause_during_claim_forbids_writes_until_lease_is_verified
 
 
 @in_virtual_time
-async def test_pause_before_first_heartbeat_loses_lease(testbed: type[LeaseTestbed]) -> None:
-    """Another worker may hold the item by now, so the pool must not write to it."""
+async def test_machine_pause_before_first_heartbeat_loses_lease(
+    testbed: type[LeaseTestbed],
+) -> None:
+    """After the pause, another worker may hold the item, so the pool must not write to it."""
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()

@@ -87,7 +87,7 @@ class RenewerTestbed:
         self._notify_loop()
 
     def _notify_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # The test may have closed the loop.
+        with contextlib.suppress(RuntimeError):  # Raised if the test has closed the loop.
             self.loop.call_soon_threadsafe(self.changes.notify)
 
     def make_renewer(
@@ -145,7 +145,7 @@ class RenewerTestbed:
         return [each.result for each in list(self.events) if isinstance(each, HeartbeatFinished)]
 
     async def wait_for_heartbeats(self, count: int) -> None:
-        """Wait for this number of finished heartbeats."""
+        """Wait until `count` heartbeats have finished."""
         await self.wait_until(lambda: len(self.heartbeat_results()) >= count)
 
     async def wait_until(self, condition: Any) -> None:
@@ -402,7 +402,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
 async def test_logged_seconds_of_blocked_loop_are_exact_despite_rare_renewer_ticks(
     testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The monitor counts at most a third of the time between two ticks of the renewer."""
+    """In this test, the monitor counts at most a third of the time between two renewer ticks."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with testbed.make_renewer(max_block=0.1):
         await testbed.wait_until(
@@ -498,7 +498,7 @@ def test_closed_loop_ends_renewer_thread(loop_stop_logged: threading.Event) -> N
 async def test_renewer_thread_ends_lease_with_hanging_heartbeat_before_its_deadline(
     testbed: RenewerTestbed,
 ) -> None:
-    """No timeout ends the heartbeat, because its timer stood still while the machine slept."""
+    """Timers stood still while the machine slept, so no timeout ends the heartbeat."""
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:

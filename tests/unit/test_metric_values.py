@@ -1,4 +1,4 @@
-"""The pool's own metric values, which must expose the same text as those of prometheus_client."""
+"""The pool's own metric stores, whose exposed text must equal that of prometheus_client."""
 
 from __future__ import annotations
 

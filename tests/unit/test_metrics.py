@@ -116,7 +116,7 @@ TABLE: tuple[tuple[str, str | tuple[float, ...], str], ...] = (
     ("build_info", "G", "environment_id, worker_id, version, python, dialect"),
 )  # fmt: skip
 
-# The documented table names labels in this order, but the exposition sorts them by name.
+# All labels, in the order of the documented table. The exposition sorts labels by name.
 LABELS = (
     *(
         "environment_id",
@@ -415,7 +415,7 @@ def test_first_session_of_handler_creates_all_its_metric_series(
         assert samples[f"session_duration_seconds_count{{{labels}}}"] == 0
 
 
-def test_unknown_label_value_warns_and_is_not_counted(
+def test_unknown_label_value_causes_warning_and_is_not_counted(
     pool: PoolStandIn, registry: CollectorRegistry
 ) -> None:
     before = scraped_samples(registry)
@@ -553,7 +553,7 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
     one.metrics.observe(ev.PollFinished("item", 1.0))
     two.metrics.observe(ev.PollFinished("null", 1.0))
     two.clock.now += 1
-    # The newer answer is shown, although the older answer is observed last.
+    # The newer answer must be shown, although the older answer is observed last.
     for pool, depth in ((two, 7), (one, 3)):
         pool.metrics.observe(ev.QueueStatsRead(QueueStats(depth, 0, None, 1)))
     samples = scraped_samples(registry)

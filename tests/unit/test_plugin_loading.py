@@ -426,7 +426,7 @@ def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_settings_for_inactive_plugin_are_refused_unless_installed(
+def test_settings_for_inactive_plugin_are_refused_unless_plugin_is_installed(
     plugin_folder: PluginFolder,
 ) -> None:
     plugin_folder.write_distribution("acme-plugin", acme="shop")

@@ -47,7 +47,7 @@ class FirstPlugin(OneHandlerPlugin): ...
 class SecondPlugin(OneHandlerPlugin): ...
 
 
-def test_plugin_objects_precede_named_plugins_and_first_answer_is_used(
+def test_plugin_objects_are_asked_before_named_plugins_and_first_answer_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "named_plugin_of_this_test"
@@ -424,7 +424,7 @@ def test_keyboard_interrupt_in_observer_is_raised() -> None:
 
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
-def test_context_hook_that_raises_is_not_caught(hook: str) -> None:
+def test_exception_in_context_hook_is_raised_unchanged(hook: str) -> None:
     def hook_implementation() -> None:
         raise LookupError("no database")
 

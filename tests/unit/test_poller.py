@@ -117,7 +117,7 @@ class PollerTestbed:
         )
 
     async def run_poller(self, seconds: float = 20) -> None:
-        """Run one poller until its client has no further answer, or until the poller ends."""
+        """Run one poller until the poller ends or the client has returned its last answer."""
         one = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
             task = group.create_task(one.run_polls())

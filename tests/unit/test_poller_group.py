@@ -117,7 +117,7 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     ],
     ids=["null", "item", "network error", "throttled"],
 )
-def test_any_other_poll_result_restarts_time_limit_of_refused_polls(
+def test_poll_result_other_than_refusal_restarts_time_limit_of_refused_polls(
     between: Callable[[GroupTestbed], None],
 ) -> None:
     bench = GroupTestbed()
@@ -238,7 +238,7 @@ def test_throttled_poll_halves_number_of_pollers() -> None:
 
 
 @in_virtual_time
-async def test_poller_beyond_target_waits_until_items_arrive() -> None:
+async def test_poller_above_target_number_waits_until_poll_returns_item() -> None:
     bench = GroupTestbed(2)
     bench.finish_empty_poll()
     await bench.group.wait_for_turn(0)

@@ -130,7 +130,7 @@ def test_state_closed_can_be_reached_from_every_item_state() -> None:
         ({"last_heartbeat": "hb_1"}, True),
     ],
 )
-def test_item_polled_with_earlier_ack_or_heartbeat_was_held_before(
+def test_polled_item_with_earlier_ack_or_heartbeat_counts_as_held_before(
     changes: dict[str, Any], *, held_before: bool
 ) -> None:
     assert make_item(**changes).held_before == held_before
@@ -167,7 +167,7 @@ async def test_wait_for_condition_ends_at_first_notification_after_condition_hol
 async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_true() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
-    item.notify_waiters()  # A notification without a waiter is not kept for later waits.
+    item.notify_waiters()  # No task waits, so this notification must have no effect.
     await item.wait_until(lambda: False, 5)
     assert loop.time() == pytest.approx(5)
     await item.wait_until(lambda: True)
@@ -221,7 +221,7 @@ def test_several_items_without_session_can_be_owned_at_once() -> None:
 
 
 def test_item_with_session_id_changed_by_ack_is_removed_from_owned_items() -> None:
-    """The answer to the ack replaces the item, and its session id may differ."""
+    """The answer to the ack replaces `work_item`, and the new one may have another session id."""
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add_item(item)
     item.work_item = replace(item.work_item, session_id="sesn_other")

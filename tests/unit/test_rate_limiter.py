@@ -86,18 +86,20 @@ def test_heartbeats_use_up_rate_without_waiting(manual_clock: ManualClock) -> No
     passed = 0
     for _ in range(100):
         manual_clock.now += 0.1
-        limiter.charge()  # One heartbeat each 0.1 s is half of the rate.
+        limiter.charge()  # Ten heartbeats a second are half of the limiter's rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(100, abs=2)
 
 
-def test_heartbeats_above_rate_leave_a_quarter_to_other_requests(manual_clock: ManualClock) -> None:
+def test_other_requests_get_a_quarter_of_rate_when_heartbeats_exceed_rate(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     passed = 0
     for _ in range(1000):
         manual_clock.now += 0.01
-        limiter.charge()  # One heartbeat each 0.01 s is five times the rate.
+        limiter.charge()  # 100 heartbeats a second are five times the limiter's rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(50, abs=1)
 
@@ -120,13 +122,13 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     started = time.monotonic()
     for _ in range(10):
         await limiter.acquire()
-    # Only the minimum is certain: on a slow machine, the wait is longer.
+    # The wait has a lower bound only, because a slow machine may wait longer.
     assert time.monotonic() - started >= 9 / 50
 
 
 async def test_acquire_succeeds_after_heartbeats_have_overdrawn_rate_limiter() -> None:
     limiter = RateLimiter("write", 200)
-    # Measure from before the burst is spent, because new tokens are gained from then on.
+    # Take the start time first, because the limiter gains tokens while its burst is used up.
     started = time.monotonic()
     acquire_all_tokens(limiter)
     for _ in range(20):
@@ -157,7 +159,9 @@ async def test_waiters_of_one_priority_acquire_tokens_in_order(manual_clock: Man
     assert served == [0, 1, 2, 3, 4]
 
 
-async def test_try_acquire_while_another_waits_is_refused(manual_clock: ManualClock) -> None:
+async def test_try_acquire_fails_while_another_task_waits_for_token(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 1, manual_clock)
     acquire_all_tokens(limiter)
     async with asyncio.TaskGroup() as group:
@@ -296,8 +300,8 @@ async def test_try_acquire_for_completion_fails_while_another_completion_waits(
         limiter.refund()
 
 
-async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
-    """Completions get this quarter of the rate, although claims and handler calls wait too."""
+async def test_completions_get_a_quarter_of_rate_when_heartbeats_exceed_rate() -> None:
+    """Completions get a quarter of the limiter's rate, even while claims and handler calls wait."""
     clock = ManualClock(1000.0)
     async with asyncio.TaskGroup() as group:
         limiter = RateLimiter("write", 20, clock)
@@ -307,7 +311,7 @@ async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
         passed = 0
         for _ in range(1000):
             clock.now += 0.01
-            limiter.charge()  # One heartbeat each 0.01 s is five times the rate.
+            limiter.charge()  # 100 heartbeats a second are five times the limiter's rate.
             passed += limiter.try_acquire(COMPLETION)
         assert passed == pytest.approx(50, abs=1)
         assert not any(task.done() for task in others)
@@ -316,7 +320,7 @@ async def test_heartbeats_above_rate_leave_a_quarter_to_completions() -> None:
 
 
 class ReferenceModel:
-    """A reference model of the waiters and their order."""
+    """Computes which waiter of a rate limiter must get the next token."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Priority, asyncio.Task[None]]] = []
@@ -336,7 +340,7 @@ class ReferenceModel:
 
 
 @given(st.lists(st.one_of(st.sampled_from(Priority), st.just("token"), st.just("cancel"))))
-def test_order_of_tokens_equals_reference_model(steps: list[Priority | str]) -> None:
+def test_waiters_get_tokens_in_order_of_reference_model(steps: list[Priority | str]) -> None:
     async def compare_with_model() -> None:
         model, spare = ReferenceModel(), False
         # At four tokens a second, the burst of a quarter second is one token.

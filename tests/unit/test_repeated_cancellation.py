@@ -89,7 +89,7 @@ Step = tuple[float, EndReason]
     ids=["once", "same reason", "less grave", "graver", "graver at once"],
 )
 @in_virtual_time
-async def test_cancellation_repeats_every_ten_seconds_and_at_once_for_greater_end_reason(
+async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_graver_end_reason(
     testbed: type[LeaseTestbed], steps: list[Step], times: list[float]
 ) -> None:
     handler = StubbornHandler(until=34)

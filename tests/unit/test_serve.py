@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("signal_recorder")
 
 
 class SlowStore(MemoryStore):
-    """A store that opens once `opened` is set."""
+    """A store whose method `open` waits until a test sets the event `opened`."""
 
     def __init__(self) -> None:
         self.opening = asyncio.Event()

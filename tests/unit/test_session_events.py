@@ -181,7 +181,7 @@ async def test_invalid_events_are_refused(control_plane: ControlPlane, client: W
     assert len(control_plane.events(session_id)) == 3
 
 
-async def test_result_repeated_after_lost_answer_counts_as_sent(
+async def test_tool_result_sent_again_after_lost_answer_counts_as_sent(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane, BASH)
@@ -223,7 +223,7 @@ async def test_repeated_confirmation_counts_as_sent_but_contrary_confirmation_ra
         await qoder_client.events(session_id).send({**verdict, "result": "deny"})
 
 
-async def test_repeated_message_never_counts_as_sent(
+async def test_message_sent_again_after_end_of_session_raises_conflict(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     session_id = create_session(control_plane)

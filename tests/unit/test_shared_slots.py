@@ -58,7 +58,8 @@ async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> Non
         end_item(busy)
         await tasks[1]
         assert not own.done()
-        end_item(busy)  # Each environment has three slots now, so the longest waiter gets this one.
+        # Each environment has three slots now, so the freed slot goes to the longest waiter.
+        end_item(busy)
         await own
     assert (busy.running + busy.reserved, late.running + late.reserved) == (3, 3)
 

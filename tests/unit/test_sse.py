@@ -23,7 +23,7 @@ def parse_chunks(*chunks: bytes) -> list[Frame]:
 
 
 def reference_parse(content: bytes) -> list[Frame]:
-    """Parse the whole text at once, following the steps of the HTML standard."""
+    """Parse the bytes of a whole event stream at once, by the steps of the HTML standard."""
     text = content.decode(errors="replace").removeprefix("\ufeff")
     *lines, _ = re.split("\r\n|\r|\n", text)
     frames, event, data, last = [], "", "", ""

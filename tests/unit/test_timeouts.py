@@ -140,7 +140,7 @@ async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> Non
             early.append(seconds)
 
     async with asyncio.TaskGroup() as group:
-        # The shared timer is set for the first limit, 0.2 s, when the limit of 0.1 s is added.
+        # The limit of 0.1 s begins while the shared timer is set for the longer limit of 0.2 s.
         for seconds in (0.2, 0.1, 0.3):
             group.create_task(wait_until_timeout(seconds))
         with TimeLimit(LONG, timer):

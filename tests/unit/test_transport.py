@@ -69,7 +69,7 @@ class ReceivedRequest:
 
 @dataclass
 class ScriptedServer:
-    """A server that answers each request with the next of `answers`, the last one repeatedly."""
+    """A server that answers requests with `answers` in order, and then repeats the last answer."""
 
     answers: list[bytes | Callable[[ScriptedServer, asyncio.StreamWriter], Awaitable[None]]]
     url: str = ""
@@ -424,7 +424,7 @@ async def test_broken_connection_raises_transient_network_error(odd: Any) -> Non
 
 
 @pytest.mark.parametrize("odd", [never_answer, stall_in_body])
-async def test_missing_response_raises_timeout_after_limit(odd: Any) -> None:
+async def test_missing_or_incomplete_response_raises_timeout_at_time_limit(odd: Any) -> None:
     error = await request_error(odd, seconds=0.05)
     assert isinstance(error, TransientError)
     assert (error.reason, error.status) == ("timeout", None)
@@ -434,7 +434,7 @@ async def test_missing_response_raises_timeout_after_limit(odd: Any) -> None:
 async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
     *, cancelled_first: bool
 ) -> None:
-    """aiohttp's own timeout swallows such a cancellation, so that a poller would go on forever."""
+    """If the cancellation were lost, as with aiohttp's own timeout, a poller would never end."""
     seconds, loop = 0.5, asyncio.get_running_loop()
     async with running_server(never_answer) as server, connected_transport(server.url) as transport:
         async with asyncio.TaskGroup() as group:
@@ -866,7 +866,7 @@ async def test_request_refused_after_token_renewal_is_repeated_with_renewed_toke
             await both_arrived.wait()
         else:
             both_arrived.set()
-            # The second refusal is sent after the first request has renewed the token.
+            # Send the second 401 after the first request has renewed the token.
             await server.release.wait()
         writer.write(refusal_answer(401))
 
