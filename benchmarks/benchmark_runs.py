@@ -72,7 +72,7 @@ class ClockReading:
 
 @dataclass
 class ContenderMeter:
-    """Measures a contender from the first claim after `warm_up` items until all are stopped."""
+    """Measures a contender from the claim after `warm_up` items until all items are stopped."""
 
     warm_up: int
     items: int
@@ -233,7 +233,7 @@ def run_process(target: Callable[..., None], *args: object) -> Iterator[Callable
     def receive_message() -> Any:
         if not ours.poll(LIMIT_SECONDS):
             raise TimeoutError(f"{target} said nothing for {LIMIT_SECONDS:.0f} s")
-        return ours.recv()  # raises EOFError if the process failed; its error is on stderr
+        return ours.recv()  # a failed process raises EOFError here; stderr has its traceback
 
     try:
         yield receive_message

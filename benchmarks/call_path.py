@@ -1,4 +1,4 @@
-"""Counts which Python functions of workpool run for one item, in which files, and how often.
+"""Counts the calls of workpool's Python functions for one item, by function and by file.
 
     python benchmarks/call_path.py [--items N] [--by-file] [--only NAME …]
 
@@ -118,7 +118,7 @@ class ItemCalls:
 
 
 def _is_start_of_call(frame: FrameType) -> bool:
-    """Return whether the frame begins a call, and does not resume a coroutine or generator.
+    """Return whether the frame is a new call, not a resumed coroutine or generator.
 
     Python executes a RESUME instruction in both cases; at a beginning, the two low bits of its
     argument are 0.

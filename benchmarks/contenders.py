@@ -87,7 +87,7 @@ async def run_pool(
     plugins: Sequence[object] = (),
     **settings: Any,
 ) -> None:
-    """Run items in a pool with these plugins. `settings` replace the usual ones of benchmarks."""
+    """Run items in a pool with these plugins. `settings` override the settings of benchmarks."""
 
     class MeteredClient(WorkClient):
         """A client that also reports claims and stops to the meter."""

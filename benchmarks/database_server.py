@@ -24,7 +24,7 @@ SETTINGS = {
 
 @contextmanager
 def database_server() -> Iterator[Cluster | None]:
-    """Run an empty PostgreSQL server; yield None, after a message, if it is not installed."""
+    """Run an empty PostgreSQL server. Without PostgreSQL, print a message and yield None."""
     try:
         cluster = start_cluster(SETTINGS)
     except PostgresMissingError as missing:

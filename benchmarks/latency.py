@@ -61,7 +61,7 @@ def measure_waits(
 
 
 def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
-    """Return the table. For each kind of gaps, ratios compare contenders with the first one."""
+    """Return the table. Each ratio compares with the first contender with the same gaps."""
     base: dict[str, tuple[float, float]] = {}
     rows = []
     for (gaps, name), seconds in waits.items():

@@ -183,7 +183,7 @@ class WorkerTeam:
 
 
 def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) -> MeasuredRun:
-    """Enqueue items for workers that are already polling, and measure until all are stopped."""
+    """Enqueue items for workers that already poll; measure until all the items are stopped."""
     with WorkerTeam(system, workers) as team:
         system.enqueue(warm_up)
         team.wait_for_stops(warm_up)
@@ -208,7 +208,7 @@ def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> 
 async def _run_items_at_queue_depth(
     team: WorkerTeam, plane: ControlPlaneAddress, items: int, warm_up: int
 ) -> MeasuredRun:
-    """Enqueue a batch whenever one was handled, and measure `items` items after the warm-up.
+    """Enqueue a new batch of items whenever a batch was handled, and measure after the warm-up.
 
     The size of a batch is the same for every queue depth, since each request has a fixed cost.
     """
@@ -261,7 +261,7 @@ def serve_control_planes(
 
 
 def machine_cpu_seconds() -> tuple[float, float]:
-    """Return the CPU seconds of this machine since its boot: those in use, and those in total."""
+    """Return the CPU seconds of this machine since its boot: used, and total with idle time."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)

@@ -107,7 +107,7 @@ async def run_sessions_and_take_samples(
                 await enqueue_items(plane, count)
                 sent += count
                 await wait_for_sessions(sent)
-            await asyncio.sleep(1)  # time for the last sessions to end
+            await asyncio.sleep(1)  # let the last sessions end
             found.append(take_sample(sessions))
             print(found[-1], file=sys.stderr, flush=True)
     return found

@@ -150,7 +150,7 @@ def format_waiting_sessions_report(
 def measure_sessions_on_store(
     bench: ScaleBenchmark, store: ServedStore, sessions: int, *, streams: bool
 ) -> WaitingSessionsCost:
-    """Measure one worker with a number of waiting sessions. The control planes are new ones."""
+    """Measure one worker with a number of waiting sessions, on new control planes."""
     options = bench.options
     with store.open_store(
         make_contender_with_waiting_sessions(sessions, streams=streams), Backlog(), bench.server

@@ -156,7 +156,7 @@ class Storm:
             seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
             answer = await self._send_request(http, "POST", "", {"metadata": metadata})
-            # An item may exist although the answer was lost. The last snapshot contains it then.
+            # If the answer was lost, the item may still exist. The last snapshot then has it.
             if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):
@@ -264,7 +264,7 @@ class Storm:
         else:
             await self._start_control_planes()
             for name in NAMES:
-                # The storm may have ended after it killed a worker and before it restarted it.
+                # The storm may have ended between the kill and the restart of a worker.
                 if self._fleet.was_killed(name):
                     await self._fleet.workers[name].wait()
                     await self._start_worker(name, proxy)

@@ -130,16 +130,17 @@ class StormChecker:
         elif kind in {"lapsed", "stopped"}:
             self._holder[work_id] = None
         if None not in {worker, holder} and worker != holder and kind in {"metadata", "stopped"}:
-            # Count such a request, but do not report it: an injected delay can apply a request
-            # after the lease, although it was sent in time. Requests that were sent late are
-            # reported by `_check_request_arrives_within_lease`.
+            # Count this request, but report no violation: an injected delay can make the control
+            # plane apply a request after the lease, although the worker sent it in time.
+            # `_check_request_arrives_within_lease` reports the requests that were sent late.
             self.verdict.counts["applied late to another's item"] += 1
 
     def _record_fault(self, kind: str, work_id: str | None) -> None:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
-            # The holder cannot know that its lease ended early, so its run may overlap the next.
+            # The holder cannot know that its lease ended early, so its run of the item may overlap
+            # the next run.
             self._cut.add((holder, work_id or ""))
 
     def _check_request_arrives_within_lease(self, line: Line) -> None:

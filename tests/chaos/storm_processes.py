@@ -190,7 +190,7 @@ class StormProcesses:
 
     @contextmanager
     def _open_log(self, name: str) -> Iterator[IO[str]]:
-        """Keep the log file of a process open until the process has inherited its descriptor."""
+        """Open the log file of a process for the start of the process, which inherits the file."""
         with (self.folder / f"{name}.log").open("a") as file:
             yield file
 

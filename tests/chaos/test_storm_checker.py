@@ -153,7 +153,7 @@ def test_checker_allows_late_request_if_event_loop_was_delayed() -> None:
     assert check_records([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
 
 
-def test_checker_allows_operator_stops_and_acks_without_a_lease() -> None:
+def test_checker_allows_acks_and_operator_stops_without_a_lease() -> None:
     journal = [*LEASE_PASSED_TO_B, make_arrival(13, "stop", None), make_arrival(14, "ack", A), *END]
     assert check_records(journal, []).broken == []
 

@@ -114,14 +114,14 @@ class Cluster:
             except subprocess.CalledProcessError as error:
                 error.add_note(self.read_log())
                 if self.port or attempt == _START_ATTEMPTS:
-                    # Try again only with another free port. Another program may use this one.
+                    # A retry helps only with another free port: another program may use this port.
                     raise
             else:
                 self.port = chosen
                 return
 
     def stop(self, mode: str = "fast") -> None:
-        """End the server: `fast` closes all connections, `smart` waits for the clients to do it."""
+        """End the server: `fast` closes all connections, `smart` waits until clients close them."""
         self._run_pg_ctl("stop", "-m", mode)
 
     def restart(self) -> None:

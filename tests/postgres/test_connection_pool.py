@@ -93,7 +93,7 @@ async def test_calls_beyond_the_pool_size_wait_for_a_connection(pool: Connection
     assert 1 <= len(set(found)) <= 2
 
 
-async def test_cancelled_call_that_waits_for_connection_does_not_keep_it(
+async def test_call_cancelled_while_it_waits_for_connection_does_not_keep_the_connection(
     pool: ConnectionPool,
 ) -> None:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group, AsyncExitStack() as stack:
@@ -101,7 +101,7 @@ async def test_cancelled_call_that_waits_for_connection_does_not_keep_it(
             await stack.enter_async_context(pool.transaction())
         first, second = (group.create_task(pool.fetchval("SELECT 7")) for _ in range(2))
         await asyncio.sleep(0)
-        await stack.aclose()  # Gives a connection to the first call, which is then cancelled.
+        await stack.aclose()  # the first call gets a connection, and is then cancelled
         first.cancel()
         assert await second == 7
 
@@ -259,7 +259,7 @@ async def test_wrong_statement_raises_the_error_of_the_driver(pool: ConnectionPo
 
 
 async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgres: Cluster) -> None:
-    for _ in range(4):  # more often than the pool has connections
+    for _ in range(4):  # the pool has fewer than four connections
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await pool.execute("SELECT pg_sleep(600)")

@@ -113,15 +113,15 @@ async def test_wait_ends_at_once_if_topic_changed_since_the_read(
         assert not await here.wait_for_change(SESSION, before, 0.01)
         await wait_until(lambda: there.change_count() > far)
         assert await there.wait_for_change(WORK, far, LONG)
-        # The hub remembers two topics only, so these three make it forget the change of WORK. The
-        # wait must end nevertheless.
+        # The hub remembers only two topics, so three new topics make the hub forget the change of
+        # WORK. The wait for WORK must end nevertheless.
         for number in range(3):
             here.announce_changes(f"session:{number}")
         assert await here.wait_for_change(WORK, before, LONG)
         assert not await here.wait_for_change(WORK, here.change_count(), 0.01)
 
 
-async def test_items_announced_while_polls_read_make_one_poll_each_read_again(
+async def test_each_item_announced_while_polls_read_makes_one_poll_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -130,7 +130,7 @@ async def test_items_announced_while_polls_read_make_one_poll_each_read_again(
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
     seen = hub.change_count()
-    hub.wake_calls(WORK)  # a poll calls this if its client has disconnected
+    hub.wake_calls(WORK)  # as a poll does if its client has disconnected
     assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
     assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 
@@ -242,7 +242,7 @@ async def test_more_unsent_topics_than_the_limit_wake_all_waiting_calls(
 
 @pytest.mark.parametrize("payload", ["nonsense\nwithout a number", "other\n1 *", "x\n² work:"])
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_unreadable_notification_lets_waiting_calls_read_again(
+async def test_unreadable_notification_makes_waiting_calls_read_again(
     hubs: tuple[NotificationHub, NotificationHub], database_url: str, payload: str
 ) -> None:
     async with run_notification_hubs(hubs[0]), asyncio.TaskGroup() as group:
@@ -265,7 +265,9 @@ async def test_poll_cancelled_after_its_wake_up_wakes_the_next_poll(database_url
     assert first.ended == []
 
 
-async def test_end_waits_ends_current_and_later_waits_at_once(database_url: str) -> None:
+async def test_current_and_later_waits_end_at_once_after_end_waits(
+    database_url: str,
+) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         waits = [WaitingCalls(group, hub, topic, 3) for topic in (WORK, SESSION)]

@@ -32,7 +32,7 @@ async def connection_pools(
 
 
 class ControlledBatch:
-    """A fake batch with `left` rows to change; each call waits until the test sets `go_on`."""
+    """A fake batch with `left` rows to change. A call of it waits until `go_on` is set."""
 
     def __init__(self, left: int = 0) -> None:
         self.left = left

@@ -1,4 +1,4 @@
-"""Invariants 8: how pools count the attempts of an item in the metadata that they write.
+"""Invariants 8a to 8d: how pools count the attempts of an item in the metadata that they write.
 
 A *try* is one granted lease of an item, or the leases of a parent and its child together. A try is
 at most one attempt. A *release mark* is metadata which say that a try was released, so that it does
@@ -44,7 +44,7 @@ class _ItemAttempt:
 
 
 def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8a. The attempt number of a run is 1 plus the number of earlier tries without a release mark.
+    """Invariant 8a: a run's attempt number is 1 plus the earlier tries without a release mark.
 
     A try without a handler run may or may not count, as may one whose number was refused. A pool
     that may not write notes counts its own tries only. If its child may write them, the child's
@@ -68,7 +68,7 @@ def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
 
 
 def runs_that_lost_their_lease_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """8d. A pool that may not write metadata counts in memory the runs that lost their lease.
+    """Invariant 8d: a pool that may not write metadata counts in memory the runs that lost a lease.
 
     A run that its handler has released does not count, even if the lease is lost afterwards.
     """
@@ -94,7 +94,7 @@ def runs_that_lost_their_lease_are_counted(case: FinishedSimulation) -> Iterator
 
 
 def released_items_have_a_release_mark(case: FinishedSimulation) -> Iterator[str]:
-    """8b. A pool that releases an item writes a release mark to its metadata, except after a fault.
+    """Invariant 8b: except after a fault, a pool that releases an item writes a release mark.
 
     Before its first heartbeat, an item whose ack answered `active` may be another worker's, and a
     child does not own its item, so nothing can be written for it, and no handler has run. The mark
@@ -119,7 +119,7 @@ def released_items_have_a_release_mark(case: FinishedSimulation) -> Iterator[str
 
 
 def no_item_has_a_release_mark_and_an_error(case: FinishedSimulation) -> Iterator[str]:
-    """8c. The metadata of an item never have both a release mark and an error.
+    """Invariant 8c: the metadata of an item never have both a release mark and an error.
 
     Items are not checked if the writes to their metadata arrived out of order.
     """

@@ -42,7 +42,7 @@ GIVE_UP_SECONDS: Final = 4.0
 
 
 def outcomes_agree_with_history(case: FinishedSimulation) -> Iterator[str]:
-    """7a. A pool reports exactly one outcome of each acknowledged session, and the right one.
+    """Invariant 7a: a pool reports one outcome of each acknowledged session, and the right one.
 
     The history of the control plane and the handler's run show which outcome is right.
     """
@@ -79,7 +79,7 @@ def _describe_wrong_outcome(
 
 
 def pools_do_not_own_items_that_they_report_as_lost(case: FinishedSimulation) -> Iterator[str]:
-    """7c. A pool reports that it lost an item only if another worker owns the item by then."""
+    """Invariant 7c: a pool reports an item as lost only if another worker owns the item by then."""
     for node in case.trace.nodes:
         for at, event in node.events:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
@@ -96,7 +96,7 @@ def pools_do_not_own_items_that_they_report_as_lost(case: FinishedSimulation) ->
 def _is_loss_about_another_ack(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
-    """Return whether the reported loss is about another ack than the one that began `lease`.
+    """Return whether the loss reported at `at` concerns another ack than that of `lease`.
 
     Either the ack of a later delivery was refused, or the pool had already given up the ack that
     began `lease`.
@@ -201,7 +201,7 @@ def _was_item_ended_by_others(
     if foreign or lease.stop_requested <= at:
         return True
     # A stop that the pool sent during an earlier lease may have arrived during this lease. The pool
-    # does not know that its own stop ended the item, so that counts as a stop by others.
+    # does not know that its own stop ended the item, so this stop counts as one by others.
     return any(
         call.op == "stop" and call.at < lease.began for call in case.sent[node, lease.work_id]
     )
@@ -212,7 +212,7 @@ def _is_near_lease_end(lease: GrantedLease, at: float) -> bool:
 
 
 def metrics_agree_with_calls(case: FinishedSimulation) -> Iterator[str]:
-    """7b. The sums of the metrics of all pools agree with the calls in the network."""
+    """Invariant 7b: the sums of the metrics of all pools agree with the calls in the network."""
     counted = {key: value for key, value in case.counted.items() if value}
     for key, seen in _expected_counters(case).items():
         if counted.get(key, 0) != seen:
@@ -262,7 +262,7 @@ def _add_wrong_event_counts(
 
 
 def all_received_items_are_reported(case: FinishedSimulation) -> Iterator[str]:
-    """7d. A pool reports each received item, change of owner, heartbeat and stop request."""
+    """Invariant 7d: a pool reports each received item, owner change, heartbeat and stop request."""
     for node in case.trace.nodes:
         if node.crashed < FOREVER or node.child:
             continue
@@ -302,7 +302,7 @@ def _list_event_count_bounds(
     )
     reclaims = [event.direction for event in events if isinstance(event, ItemReclaimed)]
     # A pool reports an item that it took over from another worker. If the handler has a limit, the
-    # report comes when the session starts, which may never happen.
+    # pool reports the item only when its session starts, and the session may never start.
     least = gained if node.pool.max_sessions is None else 0
     yield "items gained", reclaims.count("gained"), least, gained
     conflicts = sum(isinstance(e, AckFinished) and e.result == "conflict" for e in events)

@@ -143,7 +143,7 @@ class FinishedSimulation:
     def claim_with_active_ack(
         self, node: PoolProcess, work_id: str, at: float
     ) -> ClaimWithActiveAck | None:
-        """Return the pool's last claim of the item before `at` if its ack was answered `active`."""
+        """Return the pool's last claim of the item before `at` if the ack's answer was `active`."""
         calls = self.sent.get((node, work_id), [])
         ack = max(
             (call for call in calls if call.op == "ack" and call.answered_at <= at),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
-    """3d. While a handler starts a child process, its pool sends nothing for the item.
+    """Invariant 3d: while a handler starts a child process, its pool sends nothing for the item.
 
     No heartbeat may be in flight when the handoff begins.
     """
@@ -32,7 +32,7 @@ def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
 
 
 def only_a_child_process_takes_over_an_item(case: FinishedSimulation) -> Iterator[str]:
-    """3e. During a lease, only a child process may take over the item, and only from its parent."""
+    """Invariant 3e: during a lease, only a child process of the owner may take over the item."""
     children = {node.worker_id for node in case.trace.nodes if node.child}
     for leases in case.leases.values():
         for one, two in pairwise(leases):
@@ -42,7 +42,7 @@ def only_a_child_process_takes_over_an_item(case: FinishedSimulation) -> Iterato
 
 
 def parent_writes_nothing_after_a_handoff(case: FinishedSimulation) -> Iterator[str]:
-    """3f. After a child has taken over the item, the parent sends at most one more heartbeat.
+    """Invariant 3f: after a child took over the item, its parent sends at most one heartbeat.
 
     With that heartbeat the parent tries to take the item back.
     """
@@ -71,7 +71,7 @@ def _check_calls_after_handoff(
         for call in case.trace.sent
         if call.at >= lease.ended
     )
-    # A read that got no connection did not show the owner, so one more heartbeat is allowed.
+    # A read without a connection did not show who owns the item: allow one more heartbeat.
     tries -= sum(
         delay.node is node
         and (delay.work_id == lease.work_id or delay.op == "list")

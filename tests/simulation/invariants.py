@@ -1,6 +1,6 @@
 """The invariants of the simulation: functions that yield a description of each violation.
 
-Each invariant has a number, with which its docstring begins and by which comments refer to it.
+The docstring of an invariant begins with its number, such as 3f. Comments refer to that number.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ DECIDED: Final = frozenset({"ok", 400, 401, 403, 404, 409, 412})
 
 
 def every_item_is_stopped_in_the_end(case: FinishedSimulation) -> Iterator[str]:
-    """1. In the end every item is stopped, so no session is lost."""
+    """Invariant 1: in the end every item is stopped, so no session is lost."""
     for work_id in {record.work_id for record in case.history}:
         if work_id not in case.stopped:
             yield f"{work_id} is not stopped"
 
 
 def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
-    """2a. A pool owns the item from the start of its handler until the handler's cancellation.
+    """Invariant 2a: a pool owns an item while the item's handler runs and is not cancelled.
 
     The handler is cancelled at least a second before the lease ends. A machine that was halted may
     cancel the handler late, by at most one tick of its lease renewer.
@@ -133,7 +133,7 @@ def _started_too_late(case: FinishedSimulation, lease: GrantedLease, run: Handle
 
 
 def no_two_handlers_run_one_item(case: FinishedSimulation) -> Iterator[str]:
-    """2b. No two handlers run one item at the same time.
+    """Invariant 2b: no two handlers run one item at the same time.
 
     Exceptions: a handler that ignores its cancellation, one whose machine was halted, and one whose
     lease an operator ended early.
@@ -160,7 +160,7 @@ def _is_allowed_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerR
 
 
 def no_two_handlers_run_one_session(case: FinishedSimulation) -> Iterator[str]:
-    """2c. A pool does not run two items of one session at the same time."""
+    """Invariant 2c: a pool does not run two items of one session at the same time."""
     for one, two in combinations(case.trace.runs, 2):
         same = one.session_id == two.session_id and one.node is two.node
         if same and max(one.started, two.started) < min(one.ended, two.ended):
@@ -168,7 +168,7 @@ def no_two_handlers_run_one_session(case: FinishedSimulation) -> Iterator[str]:
 
 
 def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]:
-    """3a. Heartbeats, stops and metadata are sent only during the lease, even after faults."""
+    """Invariant 3a: heartbeats, stops and metadata are sent only during a lease, despite faults."""
     for call in case.trace.sent:
         if call.op not in WRITES or call.work_id is None:
             continue
@@ -201,7 +201,7 @@ def _is_sent_before_owner_is_known(case: FinishedSimulation, call: SentCall) -> 
 
 
 def only_heartbeats_are_sent_until_the_owner_is_known(case: FinishedSimulation) -> Iterator[str]:
-    """3g. After an ack is answered `active`, a pool sends only heartbeats until one succeeds.
+    """Invariant 3g: after the ack answer `active`, only heartbeats are sent until one succeeds.
 
     The answer `active` does not show which worker owns the item. After a refused heartbeat the pool
     sends nothing more, because another worker owns the item.
@@ -234,7 +234,7 @@ def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call:
 
 
 def nothing_is_sent_after_an_answer_that_ends_the_lease(case: FinishedSimulation) -> Iterator[str]:
-    """3b. After an answer that shows the end of the lease, a pool sends nothing for the item."""
+    """Invariant 3b: after an answer that shows the lease as ended, nothing is sent for the item."""
     for (node, work_id), calls in case.sent.items():
         for lease in case.leases.get(work_id, ()):
             if lease.worker_id != node.worker_id:
@@ -280,8 +280,8 @@ def _lease_end_reported_at(
                 for block in case.trace.handoff_blocks
             )
         )
-        # A heartbeat that got no connection was not sent, but the pool cannot know that. It may
-        # assume that this heartbeat was applied and caused a later 412, so that 412 does not count.
+        # A heartbeat that got no connection was not sent, but the pool cannot know that. The pool
+        # may take a later 412 for the effect of this heartbeat, so a later 412 does not count.
         delayed = any(
             delay.node is call.node
             and delay.work_id == call.work_id
@@ -297,7 +297,7 @@ def _lease_end_reported_at(
 
 
 def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
-    """3c. A pool stops an item only if the handler has ended or an operator requested the stop."""
+    """Invariant 3c: a pool stops an item only after the handler's end or a stop request."""
     for call in case.trace.sent:
         if call.op != "stop" or call.work_id is None:
             continue
@@ -327,7 +327,7 @@ def _unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | None:
 
 
 def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
-    """4. A pool stops an item within a second after the handler ended, unless a fault delays it."""
+    """Invariant 4: without faults, a pool stops an item within a second after the handler's end."""
     for node, lease in case.all_leases():
         run = case.last_run_of_lease(node, lease)
         if run is None or run.cancelled_at < FOREVER or run.result not in {"returned", "raised"}:
@@ -339,14 +339,14 @@ def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
 
 
 def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
-    """5a. The handler of an acknowledged item runs, unless the pool drains or the item stops."""
+    """Invariant 5a: an acknowledged item is handled unless the pool drains or the item stops."""
     for node, lease in case.all_leases():
         if case.last_run_of_lease(node, lease) is not None or case.had_fault_during_lease(
             node, lease
         ):
             continue
         if not lease.settled or _heartbeat_answer_was_lost(case, node, lease):
-            continue  # no answer has shown the pool that it owns the item
+            continue  # no answer has shown that the pool owns the item
         wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
         if not _has_stopped_claiming(node, lease.began + 1) and wished > lease.began + 1:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
@@ -355,7 +355,7 @@ def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
 def _heartbeat_answer_was_lost(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease
 ) -> bool:
-    """Return whether the pool stopped waiting for its first heartbeat before that was answered.
+    """Return whether the pool stopped waiting before its first heartbeat was answered.
 
     On a control plane where polls begin leases, this also happens without a fault: the pool waits
     only until the end of the lease that the poll began.
@@ -369,7 +369,7 @@ def _heartbeat_answer_was_lost(
 
 
 def claims_and_runs_never_exceed_concurrency(case: FinishedSimulation) -> Iterator[str]:
-    """5b. The handlers and requests of a pool never exceed the number of its slots.
+    """Invariant 5b: the handlers and requests of a pool never exceed the number of its slots.
 
     Running handlers plus polls in flight are at most `concurrency` plus `prefetch`. Running
     handlers plus acks in flight are at most `concurrency`.
@@ -388,7 +388,7 @@ def claims_and_runs_never_exceed_concurrency(case: FinishedSimulation) -> Iterat
 
 
 def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
-    """5e. At most `max_sessions` runs of a pool's handler are in progress at once."""
+    """Invariant 5e: at most `max_sessions` runs of a pool's handler are in progress at once."""
     for node in case.trace.nodes:
         limit = node.pool.max_sessions
         if limit is None or node.child:
@@ -401,7 +401,7 @@ def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
 
 
 def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
-    """5f. Pools that share slots never have more polls in flight and handler runs than slots."""
+    """Invariant 5f: polls in flight and handler runs together never exceed the shared slots."""
     total = case.trace.shared_slots
     if total is None:
         return
@@ -424,14 +424,14 @@ def _slots_freed_at(node: PoolProcess) -> float:
 
 
 def closed_pools_hold_no_shared_slots(case: FinishedSimulation) -> Iterator[str]:
-    """5g. A pool that has ended holds none of the slots that it shared with other pools."""
+    """Invariant 5g: a pool that has ended holds no slot that it shared with other pools."""
     for node in case.trace.nodes:
         if node.share is not None and node.closed != FOREVER and node.share.taken:
             yield f"{node.machine.name} has {node.share.taken} shared slots after its end"
 
 
 def claims_never_exceed_exit_limit(case: FinishedSimulation) -> Iterator[str]:
-    """5c. A pool claims at most `exit_after_sessions` sessions, and ends after the last one."""
+    """Invariant 5c: a pool claims at most `exit_after_sessions` sessions, and then ends."""
     for node in case.trace.nodes:
         limit = node.pool.exit_after_sessions
         if limit is None or node.child:
@@ -449,7 +449,7 @@ def claims_never_exceed_exit_limit(case: FinishedSimulation) -> Iterator[str]:
 
 
 def nothing_is_claimed_during_a_pause(case: FinishedSimulation) -> Iterator[str]:
-    """5d. A pool receives no item while it is paused."""
+    """Invariant 5d: a pool receives no item while it is paused."""
     for node in case.trace.nodes:
         for number, (since, until) in enumerate(node.refrains):
             # A later pause replaces an earlier one, even if the later one ends sooner.
@@ -470,7 +470,7 @@ def _proves_claim_of_session(event: Event) -> TypeGuard[SessionStarted | Session
 
 
 def drains_end_in_time(case: FinishedSimulation) -> Iterator[str]:
-    """6a. A drain ends at most 5 s after its timeout, whatever a handler or the network does."""
+    """Invariant 6a: a drain ends at most 5 s after its timeout, even if handlers or calls hang."""
     for node in case.trace.nodes:
         if node.drain is None or node.crashed < FOREVER:
             continue
@@ -485,7 +485,7 @@ def drains_end_in_time(case: FinishedSimulation) -> Iterator[str]:
 def drains_abandon_only_handlers_that_ignore_cancellation(
     case: FinishedSimulation,
 ) -> Iterator[str]:
-    """6c. A drain without faults abandons only sessions whose handler ignores cancellation."""
+    """Invariant 6c: without faults, a drain abandons only handlers that ignore cancellation."""
     for node in case.trace.nodes:
         stubborn = sum(
             run.node is node
@@ -515,7 +515,7 @@ def _had_unanswered_calls(case: FinishedSimulation, node: PoolProcess) -> bool:
 
 
 def closed_pools_own_no_items_and_run_no_handlers(case: FinishedSimulation) -> Iterator[str]:
-    """6b. A closed pool has released its items, runs no handler and sends nothing."""
+    """Invariant 6b: a closed pool has released its items, runs no handler and sends nothing."""
     for node, lease in case.all_leases():
         if lease.ended <= node.closed or node.abandoned or node.crashed < FOREVER:
             continue
@@ -523,7 +523,7 @@ def closed_pools_own_no_items_and_run_no_handlers(case: FinishedSimulation) -> I
             lease.settled
             and lease.last_granted_end > node.closed + RELEASED_SECONDS
             and not case.had_fault_during_lease(node, lease, node.closed)
-            # After an ack answered `active`, another worker may own the item: no violation.
+            # After an ack answered `active`, another worker may own the item, which is allowed.
             and not case.item_may_have_another_owner(node, lease.work_id, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
@@ -536,7 +536,7 @@ def closed_pools_own_no_items_and_run_no_handlers(case: FinishedSimulation) -> I
 
 
 def pools_and_pollers_do_not_crash(case: FinishedSimulation) -> Iterator[str]:
-    """10. A pool ends only after a drain or a refused call, and no poller crashes."""
+    """Invariant 10: a pool ends only after a drain or a refused call, and no poller crashes."""
     for node in case.trace.nodes:
         allowed = ControlPlaneError if node.child else RefusedError
         if node.error is not None and not isinstance(node.error, allowed):

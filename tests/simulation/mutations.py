@@ -41,7 +41,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "dispatcher:Dispatcher", "owned = self.items.find_item(work_item.id)", "owned = None"
         ),
-        # The check for a running session would also decline a second delivery, so disable it too.
+        # Disable the check for a running session too: it would also decline a second delivery.
         SourceEdit(
             "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
         ),
@@ -617,7 +617,7 @@ def _full_name(module: str) -> str:
 
 
 def _find_edited_function(owner: type, edit: SourceEdit) -> tuple[str, Any]:
-    """Return the name and the function of the class whose source contains the text to replace."""
+    """Return the method, with its name, whose source contains the text that `edit` replaces."""
     holders = [
         (name, member)
         for name, member in owner.__dict__.items()

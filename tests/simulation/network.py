@@ -123,7 +123,7 @@ class SimulatedNetwork:
         return sent
 
     def _halt_machine_around_answer(self, node: PoolProcess, fault: Fault) -> Fault:
-        """Halt the machine when the answer arrives. Some answers arrive only after the halt."""
+        """Halt the machine as the answer arrives; sometimes delay the answer beyond the halt."""
         seconds, steps = fault.request_delay + fault.answer_delay, self._random.randint(0, 12)
         if self._random.random() < OUTLASTING_SHARE:
             length = self._schedule_machine_halt(node, seconds, steps, "paused")
@@ -266,7 +266,7 @@ class SimulatedClient(LocalClient):
         def check_and_record_patch() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # `_record_sent_call` stores it in the record of this call
+            self._patch = dict(patch)  # `_record_sent_call` records the patch of this call
 
         noting = options._replace(check=check_and_record_patch)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)

@@ -44,7 +44,7 @@ PROMPT: Final = frozenset(
 
 
 def completions_get_permits_before_new_claims(case: FinishedSimulation) -> Iterator[str]:
-    """9a. While a completion waits for the rate limit, no permit for a new claim is granted."""
+    """Invariant 9a: while a completion waits for the rate limit, no claim gets a permit."""
     for run in case.trace.runs:
         permits = run.node.claim_permits
         if permits and run.behaviour in PROMPT and run.result in {"returned", "raised"}:
@@ -78,7 +78,7 @@ def _find_claims_before_completion(
 
 
 def acks_do_not_wait_for_permits(case: FinishedSimulation) -> Iterator[str]:
-    """9b. A pool acknowledges an item as soon as the item has a slot.
+    """Invariant 9b: a pool acknowledges an item as soon as the item has a slot.
 
     The ack does not wait for a permit, because the pool acquires the permit before it polls.
     """
@@ -113,7 +113,7 @@ def _was_delayed(
 
 
 def pools_back_off_after_refused_acks(case: FinishedSimulation) -> Iterator[str]:
-    """9c. A pool sends only a few acks while the control plane refuses all of them."""
+    """Invariant 9c: a pool sends only a few acks while the control plane refuses all of them."""
     for node in case.trace.nodes:
         for since, until in node.denials:
             denied = sum(
@@ -128,7 +128,7 @@ def pools_back_off_after_refused_acks(case: FinishedSimulation) -> Iterator[str]
 
 
 def claims_pause_after_repeated_handler_failures(case: FinishedSimulation) -> Iterator[str]:
-    """9d. After five quick failures of a handler in a row, the pool waits before its next claim."""
+    """Invariant 9d: after five quick failures of a handler in a row, its pool pauses claims."""
     for node in case.trace.nodes:
         declined = {
             (at, each.item.id) for at, each in node.events if isinstance(each, ItemDeclined)
@@ -191,7 +191,7 @@ def _is_claim(event: Event, at: float, declined: set[tuple[float, str]]) -> bool
 
 
 def ignored_cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
-    """9e. A handler that ignores its cancellation is cancelled again after 10 s."""
+    """Invariant 9e: a handler that ignores its cancellation is cancelled again after 10 s."""
     for run in case.trace.runs:
         if (
             run.behaviour != "swallow_cancellation"
@@ -207,7 +207,7 @@ def ignored_cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str
 def nothing_is_written_after_a_pause_until_the_lease_is_verified(
     case: FinishedSimulation,
 ) -> Iterator[str]:
-    """9f. After an unnoticed pause of its machine, a pool first verifies each lease, then writes.
+    """Invariant 9f: after an unnoticed machine pause, a pool verifies each lease before it writes.
 
     The lease clock stands still during such a pause. A heartbeat or ack that succeeds verifies the
     lease.
@@ -238,19 +238,19 @@ def _lease_was_verified(calls: list[SentCall], since: float, until: SentCall) ->
 
 
 def one_heartbeat_at_a_time(case: FinishedSimulation) -> Iterator[str]:
-    """9g. A pool sends no heartbeat for an item while another heartbeat is in flight."""
+    """Invariant 9g: a pool sends no heartbeat for an item while another heartbeat is in flight."""
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
             # The heartbeats may overlap if the first one belongs to an earlier lease: the pool
-            # ignores its answer.
+            # ignores the answer to the first one.
             again = case.lease_at(node, work_id, one.at) is not case.lease_at(node, work_id, two.at)
             if two.at < one.answered_at and not again:
                 yield f"{two} was sent while {one} was under way"
 
 
 def writes_time_out_early_enough_to_be_sent_again(case: FinishedSimulation) -> Iterator[str]:
-    """9h. A pool gives up an unanswered write early enough to send it again during the lease."""
+    """Invariant 9h: a pool gives up an unanswered write in time to repeat it during the lease."""
     for (node, work_id), calls in case.sent.items():
         for call in calls:
             if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
@@ -265,7 +265,7 @@ def writes_time_out_early_enough_to_be_sent_again(case: FinishedSimulation) -> I
 
 
 def refused_optional_calls_are_not_repeated(case: FinishedSimulation) -> Iterator[str]:
-    """9j. A pool does not repeat an optional call that its key may not make.
+    """Invariant 9j: a pool does not repeat an optional call that its key may not make.
 
     After a refused poll the pool may try the call again. A call that was already being repeated
     when another one was refused is repeated until it is refused itself. A read that already waited
@@ -297,7 +297,7 @@ def refused_optional_calls_are_not_repeated(case: FinishedSimulation) -> Iterato
 
 
 def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: float) -> bool:
-    """Return whether the call waited for a connection at the time `since`."""
+    """Return whether the call began to wait for a connection at the time `since` or before."""
     return any(
         each.node is call.node
         and (each.op, each.work_id) == (call.op, call.work_id)
@@ -307,7 +307,7 @@ def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: floa
 
 
 def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: float) -> bool:
-    """Return whether the call began before `since`, or repeats one that was unanswered by then."""
+    """Return whether the call began before `since`, or repeats a call unanswered at `since`."""
     waited = any(
         delay.node is call.node
         and (delay.op, delay.work_id) == (call.op, call.work_id)
@@ -325,20 +325,20 @@ def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: fl
 
 
 def sessions_share_no_context(case: FinishedSimulation) -> Iterator[str]:
-    """9i. No handler sees a context variable that the handler of another session has set."""
+    """Invariant 9i: no handler sees a context variable that another session's handler has set."""
     for run in case.trace.runs:
         if run.leaked:
             yield f"{run.work_id[-6:]} began in another session's context at {run.started:.3f}"
 
 
 def clients_are_used_on_the_loop_that_created_them(case: FinishedSimulation) -> Iterator[str]:
-    """9k. A client is used on the event loop for which `connect` created it."""
+    """Invariant 9k: a client is used on the event loop for which `connect` created it."""
     for node, op, at in case.trace.misplaced:
         yield f"{node.machine.name}: {op} at {at:.3f} on another event loop than its client's"
 
 
 def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> Iterator[str]:
-    """9l. A pool gives up a completion only shortly before its lease ends.
+    """Invariant 9l: a pool gives up a completion only shortly before its lease ends.
 
     The pool counts the lease from the time at which it decided to send the last heartbeat that
     succeeded.
@@ -364,7 +364,7 @@ def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> I
 
 
 def _known_lease_end(case: FinishedSimulation, node: PoolProcess, work_id: str, at: float) -> float:
-    """Return when the lease ends according to the pool: a TTL after its last good heartbeat."""
+    """Return the end of the lease as the pool counts it from the last successful heartbeat."""
     decided = [
         _decided_to_send_at(case, call)
         for call in case.sent[node, work_id]

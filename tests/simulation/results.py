@@ -30,7 +30,7 @@ class SimulationReport(NamedTuple):
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
     def merge(self, other: SimulationReport) -> SimulationReport:
-        """Return the sum of two reports."""
+        """Return the sum of this report and `other`."""
         return SimulationReport(
             self.schedules + other.schedules,
             self.faults + other.faults,
@@ -79,7 +79,7 @@ class ProgressFile:
         return found
 
     def append_finished_part(self, seeds: range, report: SimulationReport) -> None:
-        """Append the result of the simulations of a range of seeds."""
+        """Append to the file the result of the simulations of a range of seeds."""
         *numbers, failures = report
         part = {
             "source": self._source,

@@ -22,7 +22,7 @@ _RETRIES: Final = "workpool.retries"
 
 
 def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
-    """11a. After an error the handler is called again during the lease, within the retry delay."""
+    """Invariant 11a: a handler that failed is called again in the lease, within the retry delay."""
     for node, lease in case.all_leases():
         runs = _list_handler_calls(case, node, lease)
         for number, (run, following) in enumerate(pairwise([*runs, None])):
@@ -39,14 +39,14 @@ def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
 
 
 def retries_are_bounded(case: FinishedSimulation) -> Iterator[str]:
-    """11b. No handler call has a retry number beyond the limit `Retry.times`."""
+    """Invariant 11b: no handler call has a retry number beyond the limit `Retry.times`."""
     for run in case.trace.runs:
         if run.retry > RETRY.times:
             yield f"{_describe_run(run)} is one call too many"
 
 
 def no_retry_begins_after_a_drain_or_stop_request(case: FinishedSimulation) -> Iterator[str]:
-    """11d. No handler is called again after a drain began or an operator asked to stop."""
+    """Invariant 11d: no handler is called again after the start of a drain or a stop request."""
     for node in case.trace.nodes:
         drained = False
         stopping: set[str] = set()
@@ -64,7 +64,7 @@ def no_retry_begins_after_a_drain_or_stop_request(case: FinishedSimulation) -> I
 
 
 def retry_number_is_stored_for_the_next_run(case: FinishedSimulation) -> Iterator[str]:
-    """11c. A pool that releases a session stores the next retry number for the next run."""
+    """Invariant 11c: a pool that releases a session stores the retry number for the next run."""
     for work_id, runs in case.runs.items():
         if has_late_attempt_write(case, work_id) or not any(
             run.behaviour == "retry" for run in runs

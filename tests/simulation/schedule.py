@@ -223,7 +223,7 @@ def _draw_interruption(work: Action, random: Random) -> Action:
 
 
 def _draw_retry_behaviour(action: Action, random: Random) -> Action:
-    """Return the action. If it creates work, it gets the behaviour `retry` with probability 0.5."""
+    """Return the action, or a copy with the behaviour `retry` for half of the `work` actions."""
     chosen = action.kind == "work" and random.random() < 0.5
     return replace(action, behaviour="retry") if chosen else action
 

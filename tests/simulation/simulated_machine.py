@@ -93,7 +93,7 @@ class SimulatedMachine:
             self._loop.call_at(self._loop.now + seconds, self.resume, context=NETWORK)
 
     def halt_after_callbacks(self, steps: int, how: HaltKind, seconds: float) -> None:
-        """Halt the machine after `steps` more of its callbacks, perhaps within an operation."""
+        """Halt the machine once it has run `steps` more callbacks, even amid an operation."""
         if self.halted is None:
             self.blocked = True
             self._planned, self._steps_left = (how, seconds), steps
@@ -266,7 +266,7 @@ class MachinesLoop(VirtualLoop):
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Call a function after a short delay, but never if the executor is the default one.
+        """Call a function after a short delay. Never call functions for the default executor.
 
         Code of users can occupy the threads of the default executor, so a pool must not need it.
         """

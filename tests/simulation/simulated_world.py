@@ -324,7 +324,7 @@ class SimulatedWorld:
             queue = self.operations.get_queue(ENVIRONMENT)
             item = queue.get_item(work_id)
             now = int((START + self.loop.now) * SECOND)
-            # Do not expire a lease in the second in which it was acknowledged. Pools compare
+            # Do not expire a lease in the second in which the item was acknowledged: pools compare
             # `acknowledged_at`, in whole seconds, to notice that another worker has taken the item.
             if item.lease_end is not None and now // SECOND > (item.acknowledged_at or 0) // SECOND:
                 self.trace.broken.append((self.loop.now, work_id))

@@ -18,7 +18,7 @@ UNNOTICED_PART: Final = 0.25
 
 
 def handlers_without_progress_are_cancelled(case: FinishedSimulation) -> Iterator[str]:
-    """12a. A handler that reports no progress for `stall_timeout` is cancelled.
+    """Invariant 12a: a handler that reports no progress for `stall_timeout` is cancelled.
 
     If its machine was halted shortly before its last progress, the pool cannot tell how much of the
     delay of its next check came after the progress: the end may come one check later.
@@ -36,7 +36,7 @@ def handlers_without_progress_are_cancelled(case: FinishedSimulation) -> Iterato
 
 
 def sessions_with_progress_do_not_end_as_stalled(case: FinishedSimulation) -> Iterator[str]:
-    """12b. A session ends as `stalled` only after `stall_timeout` seconds without progress.
+    """Invariant 12b: a session ends as `stalled` only after `stall_timeout` s without progress.
 
     Time in which its machine was halted does not count, but for a small part.
     """

@@ -86,7 +86,7 @@ class PoolTestbed:
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
-    """Formerly the drain waited for the ack, and its session counted as abandoned."""
+    """Formerly the drain waited for the ack until the drain timeout, and abandoned the session."""
     refusal = Fault(answer=503, applied=False, retry_after=40)
     bench = PoolTestbed(Script(ack=[refusal]), drain_timeout=10)
     async with bench.supervisor as pool:
@@ -154,13 +154,13 @@ async def test_session_with_refused_stop_and_expired_lease_counts_as_lease_lost(
 
 @in_virtual_time
 async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() -> None:
-    """Formerly the outcome was `released`, although a stopped item is never delivered again."""
+    """Formerly the session counted as `released`, but a stopped item is not delivered again."""
     bench = PoolTestbed(Script(), ignore_cancellation, lease_ttl=10)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
         bench.operations.stop_item(ENVIRONMENT, item.id, "operator", force=True)
-        await asyncio.sleep(4)  # time for a heartbeat, whose answer reports the stop
+        await asyncio.sleep(4)  # wait for a heartbeat, whose answer reports the stop
         await pool.drain(0)
     assert (bench.session_outcomes, pool.abandoned) == (["stopped"], 1)
 
@@ -180,7 +180,7 @@ async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
 
 
 @in_virtual_time
-async def test_lease_claimed_after_machine_pause_needs_one_heartbeat_only() -> None:
+async def test_lease_that_began_after_machine_pause_needs_only_one_heartbeat() -> None:
     """Formerly a pause before the claim made the first write wait for a second heartbeat."""
     script = Script()
     bench = PoolTestbed(script)
@@ -413,7 +413,7 @@ async def work_for_five_seconds(_: Session) -> dict[str, str]:
 
 @in_virtual_time
 async def test_unanswered_completion_is_retried_until_one_second_before_lease_ends() -> None:
-    """Formerly an invariant of the simulation wrongly reported that the pool gave up too early.
+    """Formerly an invariant of the simulation wrongly reported that the retries ended too early.
 
     The invariant counted the lease from the time at which the heartbeat was sent. A pool counts it
     from the time before it waits for a connection, and here the machine sleeps during that wait.
@@ -432,8 +432,8 @@ async def test_unanswered_completion_is_retried_until_one_second_before_lease_en
         await bench.recorder.wait_for(HeartbeatFinished, count=2)
         assert bench.loop.machine_time() - started > 8
         await bench.recorder.wait_for(SessionFinished)
-        # The pool counts the lease of 10 s from the second heartbeat, due at 3 to 3.4 s, and gives
-        # up 1 s before the end.
+        # The pool counts the lease of 10 s from the time at which the second heartbeat was due, and
+        # gives up the completion 1 s before the lease ends: 12 to 12.4 s after the start.
         assert 12 <= bench.loop.machine_time() - started < 12.5
     assert bench.session_outcomes == ["lease_lost"]
 
@@ -476,8 +476,8 @@ async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
-        # The second heartbeat, sent at about 5 s, gets no answer and fails after 10 s. The next one
-        # is due at 11 s, so the pool would end late if it waited for either.
+        # The second heartbeat, sent at about 5 s, gets no answer and fails after 10 s. The third
+        # heartbeat is due at 11 s. The pool must wait for neither, or it would end late.
         await asyncio.sleep(5.5)
         await pool.drain(0)
         drained_at = bench.loop.time()

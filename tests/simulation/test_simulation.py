@@ -131,7 +131,7 @@ def test_continued_simulation_reads_finished_results_from_progress_file(tmp_path
     assert simulate_in_processes(0, 60, 1, file) == first
 
 
-def test_progress_file_written_by_other_source_code_is_ignored(
+def test_progress_file_of_another_version_of_the_code_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ProgressFile(tmp_path / "progress").append_finished_part(range(50), SimulationReport(50))

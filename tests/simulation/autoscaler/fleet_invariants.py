@@ -55,7 +55,7 @@ class RemovalCounts(NamedTuple):
     cut_by_evictions: int = 0
 
     def merge(self, other: RemovalCounts) -> RemovalCounts:
-        """Return the sum of each count of the two objects."""
+        """Return the sums of the counts of this object and of `other`."""
         return RemovalCounts(*(one + two for one, two in zip(self, other, strict=True)))
 
     def __str__(self) -> str:
@@ -107,7 +107,7 @@ def find_cut_sessions(trace: Trace, deletion: PodDeletion) -> Iterator[HandlerRu
 
 
 def scale_down_cuts_no_session(fleet: FinishedFleet) -> Iterator[str]:
-    """F1. No session is cancelled or killed because the autoscaler removes its pod."""
+    """Invariant F1: no session is cancelled or killed because the autoscaler removes its pod."""
     for deletion in fleet.record.deletions:
         if deletion.kind == "scale-down":
             for run in find_cut_sessions(fleet.trace, deletion):
@@ -118,7 +118,7 @@ def scale_down_cuts_no_session(fleet: FinishedFleet) -> Iterator[str]:
 
 
 def idle_pods_are_removed_first(fleet: FinishedFleet) -> Iterator[str]:
-    """F2. No pod with sessions is removed while an idle pod is kept.
+    """Invariant F2: no pod with sessions is removed while an idle pod is kept.
 
     Exceptions: one of them has been busy or idle for less than the time of a write of its cost, or
     a write of the removed pod failed.
@@ -134,7 +134,7 @@ def idle_pods_are_removed_first(fleet: FinishedFleet) -> Iterator[str]:
 
 
 def enough_pods_are_kept(fleet: FinishedFleet) -> Iterator[str]:
-    """F3. The number of pods is never reduced to fewer than the unfinished items need."""
+    """Invariant F3: the number of pods is never reduced to fewer than the unfinished items need."""
     settings = fleet.settings
     for at, replicas, items in fleet.record.lowered:
         needed = min(settings.rules.maximum, -(-items // settings.pool.concurrency))

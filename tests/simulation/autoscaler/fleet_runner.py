@@ -42,7 +42,7 @@ class FleetResult(NamedTuple):
 
 
 class FleetReport(NamedTuple):
-    """The summed results of fleets; `failures` has the seed and violations of each failed one."""
+    """The summed results of fleets; `failures` has each failed fleet's seed and violations."""
 
     schedules: int = 0
     faults: int = 0
@@ -50,7 +50,7 @@ class FleetReport(NamedTuple):
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
     def merge(self, other: FleetReport) -> FleetReport:
-        """Return the sum of two reports."""
+        """Return the sum of this report and `other`."""
         return FleetReport(
             self.schedules + other.schedules,
             self.faults + other.faults,

@@ -231,7 +231,7 @@ class FleetWorld(SimulatedWorld):
             self.cluster.set_replicas(replicas)
 
     def _count_items_in_every_reading(self) -> int:
-        """Count the unfinished items that every usable reading of the queue must contain."""
+        """Count the unfinished items that are so old that every reading of the queue has them."""
         known = self.loop.now - KNOWN_SECONDS
         items = [self.operations.get_item(ENVIRONMENT, work_id) for work_id in self.items]
         return sum(

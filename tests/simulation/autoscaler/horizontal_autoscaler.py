@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ScalingPolicy(NamedTuple):
-    """The maximum number or percentage of pods that are added or removed in `period` seconds."""
+    """The maximum number or percentage of pods added or removed within any `period` seconds."""
 
     kind: Literal["Pods", "Percent"]
     value: int
@@ -98,7 +98,7 @@ class HorizontalAutoscaler:
         return desired
 
     def _stabilize_recommendation(self, now: float, replicas: int, wanted: int) -> int:
-        """Return the number of pods within the recommendations of the stabilization windows.
+        """Limit the change of the number of pods by the recent recommendations.
 
         `wanted` is the new recommendation, which is stored for later calls.
         """
@@ -110,7 +110,7 @@ class HorizontalAutoscaler:
         return min(max(replicas, lowest), highest)
 
     def _limit_change_of_replicas(self, now: float, replicas: int, desired: int) -> int:
-        """Limit the number by the minimum, the maximum and the scaling policies."""
+        """Limit the number of pods by the minimum, the maximum and the scaling policies."""
         rules = self._rules
         if desired > replicas:
             allowed = max(

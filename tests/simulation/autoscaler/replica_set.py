@@ -71,7 +71,7 @@ def _compare_by_deletion_order(
 
 
 def _deletion_ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
-    """Return the sort key of a pod without the rules for ages; pods with low keys go first."""
+    """Return a pod's sort key, without the rules for ages. The lowest key is deleted first."""
     return (
         pod.host is not None,
         pod.running,

@@ -31,8 +31,8 @@ def make_autoscaler(
 @pytest.mark.parametrize(
     ("target", "average", "pods", "desired"),
     [
-        (100, 200, 2, 4),  # the metric is twice the target: twice as many pods
-        (100, 50, 2, 1),  # the metric is half the target: half as many pods
+        (100, 200, 2, 4),  # the metric is twice the target, so twice as many pods are needed
+        (100, 50, 2, 1),  # the metric is half the target, so half as many pods are needed
         (75, 90, 50, 60),
         (100, 109, 50, 50),  # the ratio 1.09 is within the tolerance of 0.1
         (100, 91, 50, 50),
@@ -41,7 +41,7 @@ def make_autoscaler(
         (100, 120, 1, 2),  # 1.2 times one pod is rounded up to 2 pods
     ],
 )
-def test_number_of_pods_follows_ratio_of_metric_to_target_beyond_tolerance(
+def test_number_of_pods_follows_metric_that_differs_from_target_beyond_tolerance(
     target: float, average: float, pods: int, desired: int
 ) -> None:
     assert (
@@ -53,7 +53,7 @@ def test_unreadable_metric_does_not_change_number_of_pods() -> None:
     assert make_autoscaler().sync_target_size(0.0, 7, 7, None) == 7
 
 
-def test_number_of_pods_outside_minimum_and_maximum_is_corrected_without_metric() -> None:
+def test_number_of_pods_outside_limits_is_corrected_even_without_metric() -> None:
     assert make_autoscaler(minimum=2, maximum=5).sync_target_size(0.0, 9, 9, None) == 5
     assert make_autoscaler(minimum=2, maximum=5).sync_target_size(0.0, 1, 1, None) == 2
 
@@ -77,7 +77,7 @@ def test_scale_down_from_eighty_pods_uses_the_policy_that_removes_most() -> None
     assert numbers[-1] == 10
 
 
-def test_policy_of_four_pods_a_minute_allows_no_more_within_the_minute() -> None:
+def test_policy_of_four_pods_a_minute_removes_at_most_four_pods_in_a_minute() -> None:
     scaler = make_autoscaler(down=ScalingRules(0.0, (ScalingPolicy("Pods", 4, 60.0),)))
     assert scaler.sync_target_size(0.0, 20, 20, 1.0) == 16
     assert scaler.sync_target_size(15.0, 16, 16, 1.0) == 16

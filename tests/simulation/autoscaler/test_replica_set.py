@@ -61,7 +61,7 @@ def test_pod_that_shares_its_node_is_deleted_before_pod_alone_on_its_node() -> N
     assert pods_to_delete([alone, *both], 1, NOW)[0] in both
 
 
-def test_lower_deletion_cost_decides_before_number_of_pods_on_node() -> None:
+def test_deletion_cost_takes_precedence_over_number_of_pods_on_node() -> None:
     alone = replace(POD, host="b", cost=0)
     both = [replace(POD, uid="x", cost=1), replace(POD, uid="y", cost=1)]
     assert pods_to_delete([*both, alone], 1, NOW) == [alone]
