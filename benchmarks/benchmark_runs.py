@@ -51,7 +51,7 @@ class ControlPlaneAddress:
     requests: Synchronized[int] | None = None
 
     def client_settings(self, **more: Any) -> Settings:
-        """Return settings for workpool's own client and pool."""
+        """Return settings for a client or pool of workpool that uses this control plane."""
         return Settings(
             base_url=self.base_url, token=self.token, environment_id=self.environment_id, **more
         )

@@ -109,7 +109,7 @@ class ItemCalls:
         return cls(functions, sum(counted.values()), sum(own.values()))
 
     def calls_by_file(self) -> dict[str, list[float]]:
-        """Return for each file the list of its functions' calls per item."""
+        """Return the calls per item of each function, grouped by the file of the function."""
         files: dict[str, list[float]] = {}
         for code, count in self.functions.items():
             name = Path(code.co_filename).relative_to(PACKAGE).as_posix()

@@ -29,7 +29,7 @@ WARM_UP = 20
 def measure_idle_contender(
     plane: ControlPlaneAddress, entry: BenchmarkEntry, seconds: float, settle: float
 ) -> UsageInPeriod:
-    """Measure a contender that is idle after its first items."""
+    """Measure a contender while it is idle, after it has handled its warm-up items."""
     uvloop.run(enqueue_items(plane, WARM_UP))
     run = BenchmarkRun(entry.run, plane, 0, WARM_UP, watch=seconds, settle=settle)
     with start_benchmark_run(run) as receive:

@@ -45,7 +45,7 @@ class WaitingSessionsCost:
 
 
 def make_contender_with_waiting_sessions(sessions: int, *, streams: bool) -> Contender:
-    """Return a contender that claims a number of sessions, whose handlers wait without end."""
+    """Return a contender that claims `sessions` sessions, whose handlers wait without end."""
     return partial(_hold_sessions, sessions=sessions, streams=streams)
 
 

@@ -150,7 +150,7 @@ def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
 
 
 async def record_loop_lag(journal: Journal) -> None:
-    """Write a line to the journal whenever this event loop was delayed.
+    """Write a line to the journal after each delay of this event loop.
 
     A delayed event loop reads requests late, so the checker allows requests to arrive late then.
     """

@@ -241,7 +241,7 @@ class Storm:
             proxy.heal()
 
     async def _record_loop_lag(self) -> None:
-        """Record how long this event loop was delayed.
+        """Record the length of each delay of this event loop.
 
         A busy machine delays the workers in the same way, and the checker allows for that.
         """

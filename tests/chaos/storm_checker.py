@@ -85,8 +85,8 @@ class StormChecker:
         self._workers = workers
         self._slack = slack
         self.verdict = StormResult()
-        # For each worker and item: the time of each grant, and the end of the granted lease. Both
-        # are in ascending order.
+        # For each worker and item, the time of each grant and the end of the granted lease. The
+        # grants are in ascending order.
         self._grants: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
         self._holder: dict[str, str | None] = {}
         self._cut: set[tuple[str, str]] = set()
@@ -98,7 +98,7 @@ class StormChecker:
         ]
 
     def check_storm(self, enqueued: Sequence[str]) -> StormResult:
-        """Check a storm; `enqueued` has the id of each item that the control plane created."""
+        """Check a storm. `enqueued` has the ids of the items that the storm created."""
         for line in self._journal:
             what = line["what"]
             if what == "record":

@@ -122,7 +122,7 @@ async def test_call_with_exhausted_pool_raises_503_until_a_connection_is_free(
     ]
 
 
-async def test_statement_beyond_its_time_limit_is_cancelled_and_raises_503(
+async def test_statement_that_exceeds_time_limit_is_cancelled_and_raises_503(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)

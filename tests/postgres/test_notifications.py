@@ -80,8 +80,8 @@ async def test_announced_items_wake_one_poll_per_item_on_each_node(
         hubs[0].announce_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await wait_until(lambda: len(there.ended) >= 3)
-        # Notifications arrive in order. Once this later one has arrived, all polls of WORK that
-        # should wake have been woken.
+        # Notifications arrive in order. Once the notification of `env_2` has arrived, all polls of
+        # WORK that should wake have been woken.
         hubs[0].announce_changes(work_topic("env_2"))
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
@@ -101,7 +101,7 @@ async def test_announced_event_wakes_all_streams_of_its_session(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_wait_ends_at_once_if_topic_changed_since_the_read(
+async def test_wait_ends_at_once_if_topic_changed_since_change_count_was_read(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)

@@ -114,7 +114,7 @@ def _find_contradiction_of_outcome(
     run = case.last_run_of_lease(node, lease)
     handed = lease.end_kind == "detached" and lease.ended <= at
     # A pool that may not read items cannot find out whether a 409 means that the item is stopped.
-    # It cannot even find out that its own child process stopped the item.
+    # Such a pool does not even notice that its own child process stopped the item.
     unread = case.permission_denied_at(node, "get") <= at
     if handed != (outcome == "detached") and not (
         case.had_fault_during_lease(node, lease)
@@ -280,7 +280,7 @@ def all_received_items_are_reported(case: FinishedSimulation) -> Iterator[str]:
 def _list_event_count_bounds(
     case: FinishedSimulation, node: PoolProcess
 ) -> Iterator[tuple[str, int, int, float]]:
-    """Yield for each kind of event its name, its count, and the limits of a correct count."""
+    """Yield the name, the count and the lowest and highest correct count of each event kind."""
     events = [event for _, event in node.events]
     claimed = [(at, event) for at, event in node.events if isinstance(event, ItemReceived)]
     leaving = 0.0 if node.error is not None else node.drain[0] if node.drain else FOREVER

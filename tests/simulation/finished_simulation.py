@@ -231,7 +231,7 @@ class FinishedSimulation:
                 for delay in self.trace.delays
             )
             or node.was_halted(since, min(until, lease.last_granted_end + 1))
-            # A pause before the ack may have delayed the ack, so it counts as a fault of the lease.
+            # A pause before the ack may have delayed the ack, so the pause counts as a fault.
             or node.was_paused_unnoticed(since - ACK_SECONDS, until)
             or node.crashed <= min(until, lease.last_granted_end)
             or self.lease_was_ended_early(lease)

@@ -104,7 +104,7 @@ class SimulatedNetwork:
             self._schedule_machine_halt(node, fault.wait / 2)
         elif kind == "drowsy":  # the machine halts while it processes the answer
             fault = self._halt_machine_around_answer(node, fault)
-        # The fault "fading" delays the answer to this call, and then cuts the network for a while.
+        # The fault `fading` delays the answer to this call, and then cuts the network for a while.
         elif kind == "fading" and op in FADING:
             now = _current_loop().now
             node.cuts.append((now + LATENCY_SECONDS, now + FADED_SECONDS))
@@ -134,7 +134,7 @@ class SimulatedNetwork:
     def _schedule_machine_halt(
         self, node: PoolProcess, seconds: float, steps: int = 0, how: HaltKind | None = None
     ) -> float:
-        """Halt the machine after `seconds` and `steps` callbacks; return the halt's duration."""
+        """Halt the machine after `seconds` and then `steps` callbacks; return the length."""
         loop, length = _current_loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         kind = self._random.choice(SLEEPS) if how is None else how
 
@@ -231,7 +231,7 @@ class SimulatedClient(LocalClient):
         *,
         timeout: float | None = None,
     ) -> WorkItem | None:
-        """Poll for an item; a poll that was sent arrives even if its caller is cancelled."""
+        """Poll for an item. Cancelling this call does not stop a poll that was already sent."""
         del block_ms, timeout
         loop = _current_loop()
         self._node.polls += 1
@@ -393,7 +393,7 @@ def _raise_permission_error() -> object:
 
 
 def _is_now_within_any_span(times: list[tuple[float, float]]) -> bool:
-    """Return whether one of the time spans includes the current time."""
+    """Return whether one of the spans of time contains the current virtual time."""
     now = _current_loop().now
     return any(since <= now < until for since, until in times)
 

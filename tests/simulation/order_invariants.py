@@ -169,7 +169,7 @@ def _has_retrying_handler(event: Event) -> bool:
 def _failures_and_pause_after(
     event: SessionFinished, failed: set[str], pause: float
 ) -> tuple[set[str], float]:
-    """Return the items that failed one after another, and the pause before the next claim."""
+    """Return the items that failed in a row up to `event`, and the pause before the next claim."""
     if _failed_quickly(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0

@@ -216,7 +216,7 @@ def _add_stall_timeouts_and_behaviours(schedule: Schedule, random: Random) -> Sc
 
 
 def _draw_interruption(work: Action, random: Random) -> Action:
-    """Return a long halt of a machine or a stop request, soon after the start of new work."""
+    """Return an action soon after `work`: a long halt of a machine, or a stop request."""
     kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause", "stop", "stop", "stop")
     at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)
     return Action(round(at, 3), random.choice(kinds), random.randrange(4), round(seconds, 3))

@@ -87,7 +87,7 @@ PLUGINS: Final = (HandlerLimitPlugin(), run_simulated_session, run_retried_sessi
 
 
 class SimulatedHandlers:
-    """The behaviours of the handlers of one simulated pool, with a method for each of them.
+    """The handlers of one simulated pool, with a method for each behaviour of a handler.
 
     Attributes:
         healed: All faults have ended; all work is short.
@@ -100,7 +100,7 @@ class SimulatedHandlers:
         now: Callable[[], float],
         start_child: Callable[[PoolProcess, HandedLease, float], None],
     ) -> None:
-        """Create the handlers, which start a child process by `start_child(node, lease, delay)`."""
+        """Create the handlers. Handoffs call `start_child(node, lease, delay)`."""
         self.healed = False
         self._start_child = start_child
         self._trace = trace
@@ -175,7 +175,7 @@ class SimulatedHandlers:
     async def _behaviour_retry(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
-        """Fail in the first calls of the handler. The number of failures derives from `seconds`."""
+        """Fail in the first calls for an item. `seconds` determines the number of failures."""
         failures = round(seconds * 1000) % (RETRY.times + 2)
         await asyncio.sleep(min(seconds, RETRY_SECONDS))
         if session.retry < failures:

@@ -171,8 +171,8 @@ class _MachineTimer(asyncio.TimerHandle):
 
     def _run(self) -> None:
         machine = self._machine
-        # The event loop may run a timer a little before its time `_when`. Set the clock to that
-        # time, or code that waits for that time would wait again without end.
+        # The event loop may run a timer a little before the time `_when`. Set the clock to `_when`,
+        # or code that waits for the time `_when` would wait again without end.
         self._loop.now = max(self._loop.now, self._when)
         if machine is None:
             super()._run()
@@ -220,7 +220,7 @@ class MachinesLoop(VirtualLoop):
         self._now = seconds
 
     def time(self) -> float:
-        """Return the time of the current machine, which stands still while the machine sleeps."""
+        """Return the current machine's time, which stands still while that machine sleeps."""
         machine = _MACHINE.get()
         return self._now if machine is None else self._now - machine.slept
 
@@ -281,7 +281,7 @@ class MachinesLoop(VirtualLoop):
         return future
 
     def push_timer(self, timer: asyncio.TimerHandle) -> None:
-        """Add a timer to the loop's heap, or add it again with a new time."""
+        """Add a timer to the loop's heap, for the first time or with a new time."""
         heapq.heappush(self._scheduled, timer)
         scheduled: Any = timer
         scheduled._scheduled = True

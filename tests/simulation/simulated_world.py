@@ -116,7 +116,7 @@ class SimulatedHandoffChild(SimulatedSupervisor, HandoffChild):
 
 
 def pool_settings(pool: PoolSettings) -> Settings:
-    """Return the pool's settings. All pools have the same `worker_id`, as after a restart."""
+    """Return a pool's settings. All pools have one `worker_id`, like restarts of one worker."""
     return _common_settings().replace(
         concurrency=pool.concurrency,
         prefetch=pool.prefetch,
@@ -386,7 +386,7 @@ class SimulatedWorld:
             node.machine.resume()
 
     async def _drain_all_pools(self) -> None:
-        """Drain all pools, each with its own timeout, and wait for their end."""
+        """Drain all pools, each with its own drain timeout, and wait until all pools have ended."""
         for node in self._running_pools():
             self._begin_drain(node, node.pool.drain_timeout)
         alive = [task for task, node in self._tasks.items() if node.crashed == FOREVER]

@@ -123,7 +123,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
 
 
 @in_virtual_time
-async def test_drain_during_first_heartbeat_sends_second_only_after_answer_to_first() -> None:
+async def test_drain_during_first_heartbeat_delays_second_until_first_is_answered() -> None:
     script = Script(heartbeat=[Fault(request_delay=4, answer_delay=4)])
     bench = PoolTestbed(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
@@ -143,7 +143,7 @@ async def test_session_with_refused_stop_and_expired_lease_counts_as_lease_lost(
     bench = PoolTestbed(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
-        # After 1.5 s the handler has returned, and the pool's stop request was answered with 429.
+        # By 1.5 s the handler has returned, and the pool's first stop was answered with 429.
         await asyncio.sleep(1.5)
         queue = bench.operations.get_queue(ENVIRONMENT)
         queue.put_item(replace(queue.get_item(item.id), lease_end=0))

@@ -59,7 +59,7 @@ class SentCall:
 
     @property
     def may_have_effect_until(self) -> float:
-        """The time after which the call has no effect, which may be after its sender gave up."""
+        """The latest time at which the call can take effect, even if its sender gave up before."""
         fault = self.fault
         late = 0.0
         if fault is not None:
@@ -69,7 +69,7 @@ class SentCall:
 
 @dataclass(slots=True, eq=False, repr=False)
 class DelayedCall:
-    """A call that had to wait in its client, and that may never have been sent.
+    """A call that had to wait in the pool's client, and was perhaps never sent.
 
     After the wait, the client sends the call only if the lease is still held.
 
@@ -121,7 +121,7 @@ class HandlerRun:
     again: bool = False
 
     def __post_init__(self) -> None:
-        """Take the start of the run as the time of the last progress."""
+        """Count the start of the run as its first progress."""
         self.progressed_at = self.started
 
     @property

@@ -180,7 +180,7 @@ def _draw_fleet_settings(random: Random) -> FleetSettings:
     concurrency = random.choice((1, 2, 2, 3))
     metric = random.choice(METRICS)
     if metric == "busy_slots":
-        # The workers themselves report this metric, so without a worker the fleet would never grow.
+        # Workers report this metric, so a fleet without workers would never grow.
         minimum = max(1, minimum)
     down = ScalingRules(random.choice(WINDOW_SECONDS), (ONE_PER_MINUTE,))
     rules = AutoscalerSpec(

@@ -155,7 +155,7 @@ class SimulatedCluster:
         self._reconcile()
 
     async def probe_pods(self) -> None:
-        """Probe the readiness of all pods and restart ended containers, until cancelled."""
+        """Repeatedly probe the readiness of all pods, and restart containers that have ended."""
         while True:
             await asyncio.sleep(PROBE_SECONDS)
             for pod in self.active_pods:
@@ -168,7 +168,7 @@ class SimulatedCluster:
         self._delete_pod(pod, "eviction", min(NOTICE_SECONDS, self._schedule.settings.grace))
 
     async def write_deletion_cost(self, pod: Pod, cost: int) -> None:
-        """Write the deletion cost of a pod with the API server's latency and failures.
+        """Write the deletion cost of a pod by a call that is slow and may fail.
 
         Raises:
             APIServerError: The call failed; it may have been applied.
@@ -198,7 +198,7 @@ class SimulatedCluster:
                 self._delete_pod(pod, "scale-down", self._schedule.settings.grace)
 
     def _record_busy_removals(self, removed: list[Pod], kept: list[Pod]) -> None:
-        """Record each removed pod that runs sessions, with the idle times of the pods that stay."""
+        """Record each removed pod that runs sessions, with the idle times of the kept pods."""
         for pod in removed:
             if pod.process is None or pod.ready_since is None:
                 continue
