@@ -104,7 +104,7 @@ def make_settings(
 
 @pytest.fixture
 def make_pool(make_settings: Callable[..., Settings], recorder: Recorder) -> PoolFactory:
-    """Return a function that makes, but does not start, a supervisor with plugins and recorder."""
+    """Return a function that makes an unstarted supervisor with some plugins and the recorder."""
 
     def make_supervisor(*plugins: object, **settings: Any) -> Supervisor:
         return Supervisor(make_settings(**settings), plugins=[*plugins, recorder])

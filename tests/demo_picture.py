@@ -26,7 +26,7 @@ COLUMNS: Final = 112
 
 
 class RecordingView(DemoView):
-    """A demo view that shows the demo's own messages only, without log lines and live tables."""
+    """A demo view that prints the demo's own messages, but no log lines and no live tables."""
 
     def print_worker_line(self, worker: str, line: str) -> None:
         """Print nothing, because the picture contains no log lines of workers."""

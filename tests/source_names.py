@@ -80,7 +80,7 @@ class SourceNames:
     def _add_scope(
         self, name: str, scope: ast.Module | ast.ClassDef, nodes: Iterable[ast.AST]
     ) -> None:
-        """Add the names that a module or class defines; `nodes` are those with its assignments."""
+        """Add the names that a module or class defines; `nodes` contain all assignments."""
         functions = {
             node.name
             for node in scope.body
@@ -103,7 +103,7 @@ class SourceNames:
         )
 
     def has_file(self, name: str) -> bool:
-        """Return whether `name` is a file or folder, or the end of the path of one."""
+        """Return whether `name` is the path, or the end of the path, of a file or folder."""
         name = name.rstrip("/")
         return any(path == name or path.endswith(f"/{name}") for path in self.files)
 
@@ -114,7 +114,7 @@ class SourceNames:
         after the name of a class must be a member of that class; the part after another name, such
         as that of a variable, must be defined somewhere.
         """
-        metric = name.removeprefix("workpool_")  # The definitions omit this prefix.
+        metric = name.removeprefix("workpool_")  # Metric definitions omit this prefix.
         if not {name, metric}.isdisjoint(self.defined | self.used):
             return True
         if self.has_file(f"{name.replace('.', '/')}.py"):
@@ -151,7 +151,7 @@ def names_of_target(target: ast.expr) -> set[str]:
 
 
 def missing_names(text: str, names: SourceNames) -> list[str]:
-    """Return the names in backticks in a page that are neither files nor names of the source."""
+    """Return the names in backticks in `text` that are neither files nor names of the source."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     quoted = sorted(set(re.findall(r"`([^`\n]+)`", text)))
     return [

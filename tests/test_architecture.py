@@ -54,13 +54,13 @@ MODULES_WITH_BROAD_EXCEPT = {
     "pool/handler_threads.py",
     "plugins/discovery.py",  # Any error of a plugin hook must be reported with the plugin's name.
     "pool/poller.py",  # An error in one poll must not end the poller.
-    "pool/item_requests.py",  # An error in one heartbeat must not end the other leases.
+    "pool/item_requests.py",  # An error in one heartbeat must not end other heartbeats.
     "pool/lease_renewer.py",  # Any error of the renewer thread is raised on the handlers' loop.
     "pool/diagnostics.py",  # Any error of the report's thread is raised on the thread that waits.
     "server/stores/sqlite.py",  # Any error of the writer thread must be raised on the event loop.
-    # aiohttp would report an error of this module's check as a failed connection.
+    # aiohttp would report an error of the check before each request as a failed connection.
     "wire/http/checked_request.py",
-    # Any error of a function is caught on its thread and raised where the result is awaited.
+    # Any error on a daemon thread is raised where the result of the thread's function is awaited.
     "wire/http/daemon_threads.py",
     "cli/environment_group.py",  # An error of one environment must not end the others.
 }
@@ -128,7 +128,7 @@ def catches_every_exception(handler: ast.ExceptHandler) -> bool:
     return bool(re.search(r"\b(Base)?Exception\b", caught)) and not reraises
 
 
-def test_broad_excepts_are_in_the_listed_modules_only() -> None:
+def test_broad_excepts_occur_only_in_listed_modules() -> None:
     found = {
         relative_path(path)
         for path in MODULES
@@ -183,7 +183,7 @@ def test_modules_of_pool_loops_suppress_neither_coverage_nor_complexity_rules(
 
 
 def imported_names(tree: ast.AST) -> list[tuple[str, str]]:
-    """Return the full name of each imported object, and its name in the module."""
+    """Return the full name and the local name of each object that the module imports."""
     found: list[tuple[str, str]] = []
     for node in ast.walk(tree):
         match node:
@@ -241,7 +241,7 @@ def private_names_used(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("path", PLUGIN_MODULES, ids=lambda path: path.name)
-def test_plugins_use_the_public_api_only(path: Path) -> None:
+def test_plugins_use_only_the_public_api(path: Path) -> None:
     assert private_names_used(path.read_text()) == set()
 
 
@@ -315,7 +315,7 @@ DIALECT_TEXTS = {
 
 
 @pytest.mark.parametrize("path", [*MODULES, *PLUGIN_MODULES], ids=lambda path: path.name)
-def test_strings_with_dialect_names_occur_in_listed_modules_only(path: Path) -> None:
+def test_strings_with_dialect_names_occur_only_in_listed_modules(path: Path) -> None:
     if path.is_relative_to(PACKAGE) and relative_path(path) in DIALECT_TABLES | DIALECT_TEXTS:
         return
     tree = ast.parse(path.read_text())

@@ -101,7 +101,7 @@ def test_modules_of_subpackage_cite_the_document_about_it(
     [each for each in MODULES if not relative_path(each).startswith(UNCHECKED)],
     ids=relative_path,
 )
-def test_module_cites_documents_of_repository_only(path: Path) -> None:
+def test_module_cites_only_documents_of_this_repository(path: Path) -> None:
     assert malformed_mentions(path.read_text()) == []
 
 
@@ -148,14 +148,14 @@ def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
 
 
 def architecture_table_rows(first_column: str) -> list[list[str]]:
-    """Return the rows of the architecture page's table whose first column has this title."""
+    """Return the rows of one table of the architecture page, chosen by its first column title."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative_path)
-def test_document_names_existing_files_only(document: Path) -> None:
+def test_every_file_that_document_names_exists(document: Path) -> None:
     text = document.read_text()
     named = set(re.findall(r"`((?:workpool|tests|benchmarks)/[\w./-]*)`", text))
     assert {name for name in named if not (ROOT / name).exists()} == set()
@@ -232,7 +232,7 @@ def test_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> 
         "Lease.no_such_name",
         "executing",
         "no_such_module.py",
-        "remove_lease",  # a method must be named with its class
+        "remove_lease",  # The name of a method must include its class.
         "workpool/pool/absent.py",
     ],
 )
@@ -243,7 +243,7 @@ def test_name_that_source_does_not_define_is_found(name: str, source_names: Sour
 @pytest.mark.parametrize(
     "name",
     [
-        "HandoffChild.request_drain()",  # a method of its base class
+        "HandoffChild.request_drain()",  # A base class of HandoffChild defines it.
         "LeaseRenewer.remove_lease",
         "PoolItem.state",
         "hand_off",

@@ -38,7 +38,7 @@ VARIABLES = {
 
 
 def panel_queries() -> Iterator[tuple[str, str]]:
-    """Yield the title of a panel with each of its queries."""
+    """Yield the panel title and the text of each query in the dashboard."""
     for panel in PANELS:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
@@ -48,7 +48,7 @@ def metric_base_name(metric: str) -> str:
     return re.sub("_(bucket|count|sum)$", "", metric)
 
 
-def test_every_metric_has_a_panel_and_every_panel_uses_known_metrics_only() -> None:
+def test_every_metric_has_a_panel_and_panels_use_no_unknown_metric() -> None:
     known = {row.full_name for row in DEFINITIONS}
     shown = {
         name if name in known else metric_base_name(name)
@@ -112,7 +112,7 @@ async def test_every_dashboard_query_has_a_result_after_drain_kill_and_outage(
         drained.send_signal(signal.SIGTERM)
         await drained.wait()
         drains = "sum(max_over_time(workpool_drain_duration_seconds_count[2m]))"
-        # Prometheus has no current value for a worker that has ended: use the last two minutes.
+        # An ended worker has no current value in Prometheus, so query the last two minutes.
         await wait_for_query_value(url, drains, 1)
         empty = [
             f"{title}: {query}"

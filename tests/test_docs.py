@@ -137,7 +137,7 @@ def test_ci_script_runs_both_test_commands_of_readme() -> None:
     assert [command.rpartition(" ")[2] for command in commands] == ["check", "trials"]
     gate = (ROOT / ".ci/run").read_text().splitlines()
     for command in commands:
-        # errexit ignores a failure inside an && list, so each command needs its own exit
+        # errexit ignores a failure inside an && list, so each command needs its own `|| exit`.
         assert f"{command} || exit" in gate
 
 
@@ -188,7 +188,7 @@ def test_page_is_reachable_from_readme(path: Path) -> None:
 async def control_plane_for_examples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> AsyncIterator[ControlPlane]:
-    """Open a control plane, set its environment variables, and write an importable `reports.py`."""
+    """Open a control plane, set environment variables for its clients, and write `reports.py`."""
     (tmp_path / "reports.py").write_text(code_block_containing("# reports.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -249,7 +249,7 @@ async def test_documented_handler_with_blocking_code_in_thread_writes_digest(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handler_that_releases_when_resources_run_out_completes(
+async def test_documented_handler_with_release_on_exhaustion_completes(
     tmp_path: Path,
 ) -> None:
     scratch = run_example("# scratch.py", tmp_path)["scratch"]
@@ -458,7 +458,10 @@ def glossary_entries() -> list[list[str]]:
 
 
 def code_name_exists(path: str) -> bool:
-    """Return whether a dotted name exists in `workpool` or, if it begins with `tests.`, there."""
+    """Return whether a dotted name exists in the package `workpool`.
+
+    A name that begins with `tests.` is looked up in the package `tests` instead.
+    """
     module, names = "workpool", path.split(".")
     if names[0] == "tests":
         module = names.pop(0)
@@ -468,7 +471,7 @@ def code_name_exists(path: str) -> bool:
             found = importlib.import_module(f"{module}.{name}")
             module = f"{module}.{name}"
         except ModuleNotFoundError:
-            # An instance attribute is no attribute of the class, so search the source of the class.
+            # `hasattr` finds no instance attributes on a class, so search the source of the class.
             if not hasattr(found, name):
                 source = inspect.getsource(found) if inspect.isclass(found) else ""
                 return (

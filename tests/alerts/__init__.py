@@ -1,1 +1,1 @@
-"""Runs that make each alert rule fire in a real Prometheus, each by its own cause."""
+"""Runs of workers that make each alert rule fire in a real Prometheus."""

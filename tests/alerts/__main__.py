@@ -35,7 +35,7 @@ TWO_WORKERS: Final = "env-kill-9-of-one-worker"
 
 
 class AlertFirings:
-    """Records how many seconds after the start each alert fired first in each environment."""
+    """Records the seconds from the start to the first firing of each alert in each environment."""
 
     def __init__(self, url: str, setups: Mapping[str, CauseSetup]) -> None:
         self.first: dict[tuple[str, str], float] = {}

@@ -188,7 +188,7 @@ async def run_two_pools(setup: CauseSetup) -> None:
 
 
 def full_alert_names(*names: str) -> frozenset[str]:
-    """Return the names of alerts with the prefix that all alert rules have."""
+    """Return the given alert names with the prefix `Workpool` added to each name."""
     return frozenset(f"Workpool{name}" for name in names)
 
 

@@ -1,4 +1,4 @@
-"""The handlers of the workers that `tests.alerts` runs; the metadata `do` names a behaviour."""
+"""Handlers for the workers of `tests.alerts`; the item's metadata `do` selects a behaviour."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class FailingObserver:
 
 
 class CrashingPollerPlugin:
-    """A plugin that makes the pool's poller crash once, since no setting can cause a bug."""
+    """A plugin that makes a poller of the pool crash once, as a bug in the pool would."""
 
     def __init__(self) -> None:
         from workpool.pool.dispatcher import Dispatcher  # noqa: PLC0415 - in this worker only

@@ -94,7 +94,7 @@ class TimeBudgetExceeded(CommandFailed):
 
 
 class TimeBudget:
-    """The time limit of all programs that make the image together."""
+    """The time limit for the whole build of the image, which runs several programs."""
 
     def __init__(self) -> None:
         self._until = time.monotonic() + IMAGE_SECONDS
@@ -135,7 +135,7 @@ def unmount_all(folder: Path) -> None:
 
 
 class PodmanEngine:
-    """A Podman installation whose storage is in `folder`, apart from that of the machine."""
+    """A Podman installation with its own storage in `folder`, apart from the machine's Podman."""
 
     def __init__(self, folder: Path) -> None:
         self.budget = TimeBudget()

@@ -46,7 +46,7 @@ def parse_manifests(text: str) -> list[Manifest]:
 
 
 def manifests_in_files() -> list[Manifest]:
-    """Return the manifests in all YAML files for Kubernetes, without those of Kustomize."""
+    """Return the manifests from all YAML files for Kubernetes, except Kustomize's own files."""
     paths = [
         path
         for path in sorted(KUBERNETES.rglob("*.yaml"))
@@ -109,9 +109,8 @@ def render_overlay(kubectl: str, folder: Path) -> list[Manifest]:
 
 def write_overlay_with_deletion_cost(overlay: str, folder: Path) -> Path:
     """Write an overlay with the deletion-cost component, and return its directory."""
-    checkout = os.path.relpath(
-        KUBERNETES, folder
-    )  # relative, because Kustomize rejects absolute paths
+    # The path is relative, because Kustomize rejects absolute paths.
+    checkout = os.path.relpath(KUBERNETES, folder)
     kustomization = {
         "resources": [f"{checkout}/{overlay}"],
         "components": [f"{checkout}/components/deletion-cost"],
@@ -165,7 +164,7 @@ def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
         validate_builtin_resource(each, version)
 
 
-def test_custom_resources_have_known_fields_only() -> None:
+def test_custom_resources_have_no_unknown_fields() -> None:
     custom = [each for each in manifests_in_files() if schema_path(each).exists()]
     assert {each["kind"] for each in custom} == {"PodMonitor", "ScaledJob", "ScaledObject"}
     for each in custom:
@@ -370,7 +369,7 @@ def test_probes_and_scrapes_use_the_metrics_port_of_the_settings(
 
 
 @WORKERS
-def test_container_environment_variables_are_settings_without_secrets(kind: str) -> None:
+def test_container_environment_variables_name_settings_and_contain_no_secret(kind: str) -> None:
     for variable in worker_container(manifest_of_kind(manifests_in_files(), kind))["env"]:
         name = variable["name"].removeprefix("WORKPOOL_").lower()
         assert name in {*(each.name for each in fields(Settings)), "config"}
@@ -386,7 +385,7 @@ def test_token_file_of_the_settings_is_the_mounted_secret() -> None:
     assert str(path.parent) == mount["mountPath"]
 
 
-def test_job_pods_differ_from_deployment_pods_in_exit_limits_only() -> None:
+def test_job_pods_and_deployment_pods_differ_only_in_exit_limits() -> None:
     deployment, job = (
         pod_spec(manifest_of_kind(manifests_in_files(), kind))
         for kind in ("Deployment", "ScaledJob")
@@ -486,7 +485,7 @@ def test_autoscaler_query_counts_queued_items_once_although_each_worker_reports_
     "path",
     ["overlays/autoscaled-by-api/scaledobject.yaml", "overlays/job-per-session/scaledjob.yaml"],
 )
-def test_keda_trigger_reads_a_number_of_the_scale_service(path: str) -> None:
+def test_keda_trigger_reads_an_existing_number_from_scale_service(path: str) -> None:
     [trigger] = manifest_in_file(path)["spec"]["triggers"]
     url = URL(trigger["metadata"]["url"])
     service = manifest_of_kind(manifests_in_files(), "Service")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 async def check_no_task_or_error_left() -> AsyncIterator[None]:
-    """Check after each test that no task outlives its pool and that the loop logged no error."""
+    """Check after each test that no task of the test remains and that the loop logged no error."""
     problems: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda _, context: problems.append(context))
@@ -87,7 +87,7 @@ class RunOneItem(Protocol):
 def wait_for_end(
     control_plane: ControlPlane, faults: Faults, recorder: Recorder
 ) -> WaitForSessionEnd:
-    """Return a function that waits for the end of an item's session and returns its `EndedItem`."""
+    """Return a function that waits until an item's session ends, and returns an `EndedItem`."""
 
     async def read_final_item(work_id: str) -> EndedItem:
         finished = await recorder.wait_for(

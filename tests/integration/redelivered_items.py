@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def enqueue_redelivered_item(plane: ControlPlane, **metadata: str) -> str:
-    """Enqueue an item, let another worker claim it and lose its lease, and return the item's id."""
+    """Enqueue an item, let another worker claim it and lose the lease, and return the item's id."""
     (item,) = plane.enqueue(metadata=metadata)
     operations, environment = plane.operations, plane.environments[0]
     operations.ack_item(environment, item.id, "another")

@@ -1,4 +1,4 @@
-"""Functions that wait for states without an event, such as those of threads and sockets."""
+"""Functions that wait for states of threads, sockets or other tasks, which emit no event."""
 
 from __future__ import annotations
 

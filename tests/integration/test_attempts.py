@@ -1,4 +1,4 @@
-"""The attempts of an item, which are its counted runs: their numbers and their metadata."""
+"""An item's attempts, which are its counted runs, and the metadata that count them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def return_at_once(_: Session) -> None:
 
 
 def handler_ended_by_drain(end: Callable[[], Any]) -> Any:
-    """Return a handler that waits for an interruption, and then ends by a call of `end`."""
+    """Return a handler that waits for an interruption, and then returns the result of `end()`."""
 
     @handler
     async def end_after_interruption(session: Session) -> Any:

@@ -78,7 +78,7 @@ async def test_leases_benchmark_reports_no_lost_lease(contender: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
     [cells] = await printed_rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
-    assert cells[-1] == "0"  # the last cell is the number of lost leases
+    assert cells[-1] == "0"  # The last cell of a row is the number of lost leases.
 
 
 @pytest.mark.trial
@@ -126,7 +126,7 @@ async def test_call_path_benchmark_lists_source_files_that_one_item_uses() -> No
     assert float(pool[4]) > float(bare[4])
     names = {name for name, *_ in counted}
     assert {"pool/poller.py", "pool/claim.py", "pool/completion.py", "wire/client.py"} <= names
-    # The code in diagnostics.py runs once a second, whatever the number of items.
+    # diagnostics.py runs once a second, not once an item, so the benchmark must not list it.
     assert "pool/diagnostics.py" not in names
 
 

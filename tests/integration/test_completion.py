@@ -39,7 +39,7 @@ def endless_handler() -> Any:
 
 
 def handler_ended_by_cancellation(end: Callable[[], Any]) -> Any:
-    """Return a handler that waits until it is cancelled, and then ends by a call of `end`."""
+    """Return a handler that waits until it is cancelled, and then returns the result of `end()`."""
 
     @handler
     async def end_when_cancelled(session: Session) -> Any:

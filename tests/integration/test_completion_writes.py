@@ -147,7 +147,7 @@ async def test_refused_stop_call_fails_session(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_heartbeat_conflict_after_unanswered_stop_of_pool_counts_as_success(
+async def test_heartbeat_conflict_after_unanswered_stop_call_counts_as_success(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The pool's stop is applied but never answered, and the next heartbeat is answered 409."""

@@ -24,7 +24,7 @@ async def await_drain(drain: Drain) -> None:
 
 
 async def drain_in_task(drain: Drain) -> None:
-    """Await the drain in a task that the handler starts, and raise its error."""
+    """Await the drain in a task that the handler starts, and raise the error of the drain."""
     errors: list[BaseException] = []
 
     async def record_drain_error() -> None:

@@ -77,7 +77,7 @@ async def test_running_pool_changes_no_global_state(
 
 
 async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
-    """Run a pool and end it at the numbered moment, by leaving the block or by an error."""
+    """Run a pool and end it at one of several moments, by leaving the block or raising an error."""
     async with supervisor:
         if moment >= 1:
             plane.enqueue(metadata={} if moment % 2 else {"wait": "yes"})

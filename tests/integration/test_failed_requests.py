@@ -101,7 +101,7 @@ async def test_failed_poll_backs_off_and_is_repeated(
     assert not recorder.of(PollerRestarted)
 
 
-async def test_redirected_poll_logs_scheme_and_host_only(
+async def test_redirected_poll_logs_only_scheme_host_and_port_of_new_url(
     faults: Faults, make_pool: Any, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults.add(literal(b"", 302, headers=REDIRECT_HEADERS), "poll", times=1)
@@ -244,7 +244,7 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
 
 
 def accept_renewed_token(plane: ControlPlane) -> FaultMiddleware:
-    """Return a middleware that replaces the renewed token by one that the control plane knows."""
+    """Return a middleware that replaces the client's renewed token by the control plane's token."""
 
     async def authorize_request(request: web.Request, handler: Any) -> web.StreamResponse:
         headers = request.headers.copy()
@@ -382,7 +382,7 @@ async def test_throttled_ack_is_not_repeated_after_reclaim_window(
         acked = await recorder.wait_for(AckFinished)
         assert supervisor.status().running == 0
     assert acked.result == "error"
-    # An ack that may have been applied would be repeated for 54 s.
+    # A 429 shows that the ack was not applied; otherwise the pool would repeat it for 54 s.
     assert acked.delivery_seconds < 40
     assert not recorder.of(SessionStarted)
 

@@ -54,7 +54,7 @@ SHORT_SECONDS = 0.2
 
 
 class FaultEffect(NamedTuple):
-    """The effect of one ack: for its caller, at the control plane, and in the log."""
+    """The effect of a fault on an ack: the caller's answer, the item's state, the request log."""
 
     answer: object
     state: str

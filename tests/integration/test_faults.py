@@ -157,7 +157,7 @@ async def test_injected_expiry_ends_lease_at_once(
     await item_api.acknowledge()
     clock.advance(61)
     assert item_api.item_state == "queued"
-    # The item has no lease, so this call must not write a third record.
+    # The item has no lease, so this call must not record a third expiry.
     expire_lease(control_plane, item_api.id)
     lapsed = [record for record in control_plane.history if record.kind == "lapsed"]
     assert len(lapsed) == 2

@@ -218,10 +218,10 @@ async def test_load_is_exact_although_control_plane_ignores_or_refuses_after_id(
     ("order", "skips"),
     [("by creation", True), ("newest first", False), ("by random id", False)],
 )
-async def test_stopped_items_are_skipped_in_a_list_in_order_of_creation_only(
+async def test_stopped_items_are_skipped_only_if_list_is_in_order_of_creation(
     order: str, *, skips: bool
 ) -> None:
-    """In a list with another order, a new item could be among the items that are skipped."""
+    """In a list with any other order, a new item could be among the skipped items."""
     async with ControlPlane() as plane, make_client(plane) as client:
         item = plane.enqueue(1)[0]
         shown = parse_item(QODER.item_json(item) | {"state": "stopped"})

@@ -1,4 +1,4 @@
-"""Limits of handlers: `max_sessions` costs no throughput, and `reserved_sessions` keeps slots free.
+"""The handler limits `max_sessions` and `reserved_sessions`, and the throughput under them.
 
 See workpool/docs/routing.md, "Limits of handlers".
 """
@@ -32,7 +32,7 @@ def acked_items(workpool: Kit) -> list[str]:
 def counting_handler(
     seconds: float, running: Counter[str], *, most: int | None = None, reserved: int = 0
 ) -> Callable[[Session], Coroutine[Any, Any, None]]:
-    """Return a handler that runs for `seconds` and records how many run at once."""
+    """Return a handler that runs for `seconds` and counts its concurrent sessions in `running`."""
 
     async def count_running_sessions(_: Session) -> None:
         running["now"] += 1
@@ -64,7 +64,7 @@ async def test_handler_with_max_sessions_runs_as_fast_as_limit_allows(
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
     assert running["most"] == 2
-    # Two sessions at a time need 20 times `seconds`. Polls may add 10 % and 0.5 s.
+    # 40 sessions, two at a time, take 20 times `seconds`. Polls may add 10 % and 0.5 s.
     assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5
 
 

@@ -1,4 +1,4 @@
-"""Handoffs of a lease to a child process, in every order of requests of parent and child.
+"""Handoffs of a lease to a child process, with the requests of both processes in every order.
 
 In virtual time; the child is a second client of the same control plane. See
 workpool/docs/architecture.md, "Handing an item off".
@@ -318,7 +318,7 @@ async def test_handoff_without_child_returns_item_to_parent() -> None:
         assert testbed.loop.time() == pytest.approx(TAKE_BACK_SECONDS, abs=0.1)
         assert await testbed.is_child_heartbeat_refused()
         await session.update_metadata({"a": "b"})
-        await asyncio.sleep(100)  # longer than the TTL, so the lease must be renewed
+        await asyncio.sleep(100)  # This is longer than the TTL, so the lease must be renewed.
         return {"c": "d"}
 
     assert await testbed.run_handler(hand_off_item) == "completed"
@@ -443,7 +443,7 @@ async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes:
     outcome = await testbed.run_handler(hand_off_item, drain_pool, reclaim_older_than_ms=60_000)
     assert outcome == ("detached" if comes else "released")
     if not comes:
-        # The drain takes at most 6 s, and the lease of the released item ends 10 s later.
+        # The drain releases the item within 6 s, and the item's lease ends 10 s later.
         assert testbed.current_item.lease_end <= (START + 16.2) * 1_000_000
 
 

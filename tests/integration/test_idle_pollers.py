@@ -20,7 +20,7 @@ async def return_at_once(_: Session) -> None:
     pass
 
 
-async def test_idle_pool_keeps_one_poll_in_flight_and_restores_pollers_for_work(
+async def test_idle_pool_keeps_one_poll_in_flight_and_resumes_pollers_when_items_arrive(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (environment_id,) = control_plane.environments

@@ -55,7 +55,7 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     dice = random.Random(3)  # noqa: S311 - repeatable, guards nothing
     settings = make_settings(drain_timeout=2, concurrency=2)
     async with Supervisor(settings, plugins=[wait_briefly]):
-        pass  # This pool fills caches, so that the counts below include their files and threads.
+        pass  # A first pool fills caches before files and threads are counted below.
     gc.collect()
     files, tasks, threads = open_file_count(), asyncio.all_tasks(), threading.active_count()
     control_plane.enqueue(count=200)

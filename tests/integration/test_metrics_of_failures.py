@@ -102,7 +102,7 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
     seen: list[tuple[float | None, float | None, tuple[str, ...]]] = []
 
     def wait_for_blocked_loop_metric(pool: Supervisor) -> None:
-        """Wait on another thread, like a scrape, until the metrics show the blocked loop."""
+        """Read the metrics on another thread, like a scraper, until they show the blocked loop."""
         while not (metric_value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
             may_end.wait(0.05)
         polling = metric_value(pool, "pollers", state="polling")

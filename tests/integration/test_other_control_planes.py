@@ -110,7 +110,7 @@ async def test_health_check_item_acknowledged_as_active_is_stopped_after_heartbe
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
 
 
-async def test_heartbeat_answer_without_last_heartbeat_loses_lease_at_once(
+async def test_heartbeat_answer_with_last_heartbeat_null_loses_lease_at_once(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(LOST, "heartbeat")
@@ -155,7 +155,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 async def test_reclaim_window_is_sent_only_if_set(
     run_one_item: Any, faults: Faults, window: int | None
 ) -> None:
-    """One control plane ends all leases older than this parameter, so it has no default."""
+    """The parameter has no default, because one control plane ends all leases that are older."""
     await run_one_item(
         return_result, **({} if window is None else {"reclaim_older_than_ms": window})
     )
@@ -170,7 +170,7 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
 
     async def record_header(request: web.Request, handler: Any) -> web.StreamResponse:
         seen.append(request.headers.get("x-worker-token"))
-        # Errors are logged, so these errors contain the header's value, which must be redacted.
+        # The pool logs errors. These errors contain the header's value, which the log must redact.
         if len(seen) < 4:
             text = {"error": {"message": f"no {seen[-1]}"}}
             return web.json_response(text, status=503)

@@ -57,7 +57,7 @@ async def test_leases_are_renewed_through_aiohttp_sessions_of_the_caller(
     (item,) = control_plane.enqueue()
     pool = Supervisor(make_settings(), plugins=[wait_for_renewals, recorder], connect=connect)
     async with pool:
-        # The first heartbeat uses the session of the handlers' loop, and all others the renewer's.
+        # The first heartbeat is sent on the handlers' loop, and the others on the renewer's loop.
         await recorder.wait_for(HeartbeatFinished, count=1 + RENEWALS)
         renewed.set()
         finished = await recorder.wait_for(SessionFinished)

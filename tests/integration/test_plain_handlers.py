@@ -435,7 +435,7 @@ async def test_plain_handler_without_progress_is_stalled_except_in_waiting_block
     assert (result.outcome, waited) == ("stalled", [False, True])
 
 
-def test_plain_handler_that_blocks_in_virtual_time_raises_error_with_its_name(
+def test_plain_handler_that_blocks_in_virtual_time_raises_error_that_names_handler(
     gate: ThreadGate,
 ) -> None:
     @handler

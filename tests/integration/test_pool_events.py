@@ -90,7 +90,7 @@ async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
 
 
 class RequestObserver:
-    """A plugin that records the operation of each request, and the id of its item."""
+    """A plugin that records the operation and the item id of each request."""
 
     def __init__(self) -> None:
         self.items: list[tuple[str, str | None]] = []

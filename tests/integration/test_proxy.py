@@ -161,7 +161,7 @@ async def test_proxy_reset_after_client_abort_resets_server_side(testbed: ProxyT
     await server.expect_bytes(b"known to both")
     for link in testbed.proxy._connections:
         link.worker.transport.abort()
-    # Let the transport close its socket, but reset the proxy before its task notices that.
+    # In this one iteration the transports close, but the links' tasks do not notice it yet.
     await asyncio.sleep(0)
     testbed.proxy.reset()
     await server.expect_connection_reset()

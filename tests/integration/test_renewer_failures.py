@@ -148,7 +148,7 @@ async def test_exception_on_renewer_thread_invokes_on_blocked_although_loop_runs
 async def test_pool_continues_after_loop_was_blocked_for_max_block(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
-    """The pool calls `on_blocked`, but does not end because the event loop was blocked."""
+    """The pool calls `on_blocked`, and continues although the event loop was blocked."""
     called, may_end = threading.Event(), threading.Event()
 
     @handler

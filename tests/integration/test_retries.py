@@ -56,7 +56,7 @@ async def wait_for_first_failure(workpool: Kit, dependency: FailingDependency) -
 
 @pytest.fixture
 def longest_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make each delay before a retry as long as its random part allows."""
+    """Make the random part of each delay before a retry as long as possible."""
     monkeypatch.setattr(Backoff.__init__, "__defaults__", (lambda: 1.0,))
 
 
@@ -147,7 +147,7 @@ async def test_stop_request_ends_wait_for_retry_at_once(workpool: Kit) -> None:
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_retry_delays")
-async def test_drain_ends_wait_for_retry_and_next_run_continues_counting(workpool: Kit) -> None:
+async def test_drain_ends_wait_for_retry_and_next_run_continues_retry_count(workpool: Kit) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
     async with workpool.pool(retrying_handler(dependency)) as pool:
@@ -208,7 +208,7 @@ async def test_handler_is_retried_in_next_run_if_machine_was_paused(workpool: Ki
     async with workpool.pool(retrying_handler(dependency), concurrency=1):
         await wait_for_first_failure(workpool, dependency)
         await asyncio.sleep(19.85)
-        # After this pause, the retry is due before a heartbeat can show that the lease exists.
+        # After this pause, the retry is due before a heartbeat can confirm the lease.
         loop.pause(5)
         released = await workpool.wait_for(SessionFinished)
         completed = await workpool.wait_for(SessionFinished)

@@ -46,7 +46,7 @@ async def job_handler(_: Session) -> dict[str, str]:
 
 
 class WeightPlugin:
-    """A plugin whose hook takes the items above a weight, which no rule can express."""
+    """A plugin whose hook selects items by weight, because no rule can compare weights."""
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Any:
@@ -128,7 +128,7 @@ async def test_handler_at_limit_declines_before_ack_and_delays_no_other_handler(
 
 
 def declines_per_poll(pool: Supervisor) -> float:
-    """Return the ratio of declined items to polls, which the alert WorkpoolPollsWasted uses."""
+    """Return the declined items per poll, the ratio that the alert WorkpoolPollsWasted uses."""
     named = {"environment_id": DEFAULT_ENVIRONMENT}
 
     def metric_sum(name: str, label: str, *values: str) -> float:
@@ -153,7 +153,7 @@ def alert_threshold() -> float:
 
 @pytest.mark.parametrize("pollers", [1, 2])
 @in_virtual_time
-async def test_few_unwanted_items_cost_polls_and_delay_no_other_item(
+async def test_few_unwanted_items_cost_polls_but_delay_no_other_item(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=3, metadata={"job": "of another pool"})

@@ -561,7 +561,9 @@ async def test_attempt_beyond_max_attempts_fails_session_before_handler_runs(
         assert final.metadata["workpool.error"] == "AttemptsExceeded"
 
 
-async def test_session_of_item_without_earlier_lease_is_not_redelivered(run_one_item: Any) -> None:
+async def test_session_attribute_redelivered_is_false_for_item_without_earlier_lease(
+    run_one_item: Any,
+) -> None:
     @handler
     async def return_redelivered_attribute(session: Session) -> dict[str, str]:
         return {"redelivered": str(session.redelivered)}

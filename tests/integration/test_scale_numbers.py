@@ -1,4 +1,4 @@
-"""The numbers of one worker for autoscalers, at `/scale` and in `status()`.
+"""The numbers that one worker reports to autoscalers, at `/scale` and in `status()`.
 
 See workpool/docs/operating.md, "Scale automatically".
 """
@@ -59,7 +59,7 @@ async def test_scale_numbers_of_worker_count_busy_and_idle_slots(
                 await asyncio.sleep(0.01)
 
 
-async def test_scale_numbers_of_paused_or_draining_worker_show_no_claiming(
+async def test_scale_numbers_show_that_paused_or_draining_worker_claims_nothing(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     may_end = asyncio.Event()

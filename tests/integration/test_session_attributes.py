@@ -1,4 +1,4 @@
-"""The attributes of a session for its handler, the context managers around it, and the log."""
+"""The session attributes that handlers read, the plugin contexts of a session, and its log."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ async def test_deadline_of_session_follows_from_session_timeout(
 
 
 @in_virtual_time
-async def test_deadline_is_earlier_after_a_drain_or_a_stop_request(workpool: Kit) -> None:
+async def test_session_deadline_is_earlier_after_drain_or_stop_request(workpool: Kit) -> None:
     left: list[float] = []
 
     @handler(timeout=3600)

@@ -35,7 +35,11 @@ async def wait_forever() -> None:
 async def run_stalling_session(
     workpool: Kit, behaviour: Callable[[Session], Awaitable[object]], **settings: Any
 ) -> tuple[str, float]:
-    """Run a session whose handler awaits `behaviour`; return its outcome and duration in s."""
+    """Run a session whose handler awaits `behaviour`.
+
+    Returns:
+        The outcome of the session, and the duration of the session in seconds.
+    """
 
     @handler
     async def run_behaviour(session: Session) -> None:
@@ -228,7 +232,7 @@ async def test_blocked_loop_does_not_stall_other_sessions(
     }
 
 
-async def test_gauge_shows_longest_time_without_progress_of_handler(
+async def test_gauge_shows_longest_time_that_handler_made_no_progress(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
     go_on, may_end = asyncio.Event(), asyncio.Event()

@@ -26,7 +26,7 @@ async def return_at_once(_: Session) -> None:
 
 
 @pytest.mark.parametrize(("pollers", "prefetch"), [(1, 0), (2, 0), (4, 4)])
-async def test_queue_run_until_empty_costs_four_requests_per_item(
+async def test_run_until_empty_costs_four_requests_per_item(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, pollers: int,
     prefetch: int,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""A pool whose key may only poll, ack, heartbeat, stop and list."""
+"""A pool with an environment key, which allows only poll, ack, heartbeat, stop and list."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ async def test_second_heartbeat_conflict_under_worker_key_sends_no_get_request(
     assert call_counts(faults)["get"] == 1
 
 
-async def test_attempts_under_worker_key_are_counted_in_process(
+async def test_attempts_under_worker_key_are_counted_without_metadata(
     control_plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []

@@ -328,7 +328,7 @@ async def test_kit_fixture_without_workpool_fixture_opens_control_plane(kit: Kit
     assert kit.server.port
 
 
-def test_handler_waiting_for_thread_in_virtual_time_raises_error_with_function() -> None:
+def test_handler_waiting_for_thread_in_virtual_time_raises_error_that_names_function() -> None:
     @handler
     async def wait_in_thread(_: Session) -> None:
         await asyncio.to_thread(release.wait, 20)
