@@ -130,7 +130,7 @@ class Admission:
         return refused
 
     async def _wait_for_change(self) -> None:
-        """Wait until a pause begins or ends, or the plugins and the clock must be checked again."""
+        """Wait until a pause begins or ends, at most until the next check of plugins and clock."""
         seconds = ASK_SECONDS
         if self._paused is not None:
             seconds = max(0.0, min(LOOK_SECONDS, self._until - self._wall()))
@@ -339,7 +339,7 @@ class ExitLimits:
         return partial(self._note_poll, admission)
 
     def remove_pool_from_limits(self, admission: Admission) -> None:
-        """Exclude a pool that has ended from the check of `exit_after_idle`."""
+        """Do not check `exit_after_idle` for a pool anymore, because the pool has ended."""
         self._pools.pop(admission, None)
 
     async def wait_for_exit_limit(self) -> Limit:
@@ -357,7 +357,7 @@ class ExitLimits:
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         period = self._pools.get(admission)
         if period is None:
-            return  # Ignore the last poll of a pool that was removed before the answer.
+            return  # the pool was removed before its last poll was answered
         if not idle:
             period.since = None
             return

@@ -196,7 +196,7 @@ def _accept_ack_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> Cal
         return "conflict"
     token, trace = item.work_item.sessions_token, item.work_item.traceparent
     if token is not None or trace is not None:
-        # The answer to an ack lacks the token and the trace, so keep those of the poll's answer.
+        # The answer to an ack lacks the session token and the trace: use those of the poll.
         answer = replace(answer, sessions_token=answer.sessions_token or token, traceparent=trace)
     # `last_heartbeat` is set if another worker has had the item, perhaps while the item waited for
     # a slot of this pool.

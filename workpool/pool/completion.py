@@ -74,7 +74,7 @@ class CompletionTableRow:
     outcome: Outcome
 
 
-# If a session has several end reasons, the row of the last one applies.
+# If a session has several end reasons, the lowest of their rows in this table applies.
 TABLE: Final[Mapping[EndReason, CompletionTableRow]] = {
     EndReason.RETURNED: CompletionTableRow("stop", "result", "completed"),
     EndReason.RAISED: CompletionTableRow("stop", "error", "failed"),
@@ -173,7 +173,7 @@ class Completion:
             )
         except (TransientError, RefusedError) as error:
             if isinstance(error, RefusedError) or not error.may_be_applied:
-                # The stop was not applied: if the item is stopped later, another client does it.
+                # The stop was not applied. If the item is stopped later, another client stops it.
                 lease.own_stop = before
             raise
 
@@ -234,7 +234,8 @@ class Completion:
         if item.lease.stop_requested:
             # No worker runs this item again, so the number of its attempts does not matter.
             return
-        # The priority is low, so that completions do not wait for this write of every session.
+        # When a drain begins, every session sends this write. Its priority is low, so that
+        # completions do not wait for all these writes.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_attempt_exclusion(item, DRAIN_REASON, request)
 
@@ -285,8 +286,8 @@ class Completion:
                     item.id, patch, timeout=timeout, options=options
                 ),
                 request,
-                # Check the permission again right before sending: it may have been refused to
-                # another write while this one waited for a connection.
+                # Check the permission again right before sending: while this write waited for a
+                # connection, the control plane may have refused another write.
                 partial(self._optional.check_permitted, "update"),
             ),
         )
@@ -367,7 +368,7 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
 
 
 def outcome_of_expired_lease(lease: Lease) -> Outcome:
-    """Return the outcome of a session whose lease expires, because no heartbeat follows.
+    """Return the outcome of a session whose lease gets no further heartbeat and will expire.
 
     At the end of the lease, the control plane stops the item if a stop was requested; otherwise it
     delivers the item again.

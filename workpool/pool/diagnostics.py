@@ -86,13 +86,13 @@ class LoopMonitor:
         return self._waited >= LAG_WARNING_SECONDS
 
     def send_ping(self) -> None:
-        """Send the loop the next ping. Only call it if the loop has answered the last ping."""
+        """Send the loop the next ping. Allowed only after the loop has answered the last ping."""
         if self.is_blocked:
             seconds = self._answered_at - self._answered_before
             _warn_on_report_thread("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
-        # Set the time before `_ping`: a thread that reads the new `_ping` must not combine it with
-        # the time of the old one.
+        # Set `_asked_at` before `_ping`: a thread that reads the new `_ping` must not combine it
+        # with the old `_asked_at`.
         self._asked_at = time.monotonic()
         self._ping += 1
         self._answered_before = self._answered_at

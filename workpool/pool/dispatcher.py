@@ -117,7 +117,7 @@ class Dispatcher:
 
     @property
     def must_pause_between_polls(self) -> bool:
-        """Whether pollers must pause between polls, since no handler was called for the last items.
+        """Whether pollers must pause between polls, as no handler was called for the latest items.
 
         True after `UNSTARTED` owned items in a row ended before a handler was called.
         """
@@ -330,7 +330,7 @@ class Dispatcher:
             self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting_items():
             item.advance_state("closed")
-            # An item that was set aside is not owned yet, and could not be removed.
+            # An item that was set aside is not in `items` yet: `remove_item` would raise.
             if self.items.find_item(item.id) is item:
                 self.items.remove_item(item)
 

@@ -1,4 +1,4 @@
-"""The drain of a pool: the wait for its sessions, and the release of those that end too late.
+"""The drain of a pool: waits for the sessions, and releases those still running at the deadline.
 
 The deadline can be brought forward and never postponed. Lives on the handlers' loop.
 See workpool/docs/architecture.md, "The drain".
@@ -41,7 +41,7 @@ That is 2 s before the end of the grace period. See workpool/docs/operating.md, 
 
 
 class Drain:
-    """The state of one supervisor's drain: its beginning, its deadline and its requests.
+    """The state of one supervisor's drain: its beginning, its deadline and the number of requests.
 
     Attributes:
         requested: Set once the drain has begun.

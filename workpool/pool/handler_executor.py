@@ -164,10 +164,10 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        # The time without progress began with the last progress, so ignore a delay before that.
+        # If the handler has made progress since `due_at`, ignore the delay before that progress.
         lateness = now - max(due_at, item.progressed_at)
-        # Ignore short delays, which every timer has: the sum of many would keep a stalled handler
-        # running for longer.
+        # Ignore short delays, which every timer has: otherwise their sum would keep a stalled
+        # handler running for longer.
         if lateness >= LATE_SECONDS:
             late += lateness
         silence = max(0.0, item.seconds_without_progress(now) - late)
@@ -298,7 +298,7 @@ class HandlerExecutor:
                 self._observe(HandlerRetried, session, item.handler_label, session.retry, error)
 
     def _may_retry(self, item: PoolItem) -> bool:
-        """Return whether a retry is allowed: the handler was not cancelled, the lease is held."""
+        """Return whether a retry is allowed: the lease is held and the handler is not cancelled."""
         return item.cancelled_for is None and item.lease.is_held(self._clock())
 
     async def _wait_before_retry(
@@ -334,9 +334,9 @@ class HandlerExecutor:
             raise item.error or error
 
     def _may_call_handler(self, item: PoolItem) -> bool:
-        """Return whether the handler may be called: the lease is held, and there was no pause.
+        """Return whether the lease is held and the machine was not paused since the last heartbeat.
 
-        If the machine was paused since the last heartbeat, record that the item is released.
+        If the machine was paused since then, record that the item is released.
         """
         now = self._clock()
         if not item.lease.is_held(now):

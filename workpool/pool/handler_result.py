@@ -54,7 +54,7 @@ def _to_json(value: object) -> str:
 
 
 def _to_dict_or_list(value: Any) -> Any:
-    """Convert a mapping or sequence of a class that orjson does not know to a dict or list.
+    """Convert a mapping to a dict, or a sequence to a list; orjson calls this for unknown types.
 
     Raises:
         TypeError: The value is neither.
@@ -76,7 +76,7 @@ def _check_text(key: str, value: str) -> None:
 
 
 def _check_limits(result: Mapping[str, str], limits: MetadataLimits | None) -> Mapping[str, str]:
-    """Return the result; raise `ResultError` if it exceeds a limit of the dialect."""
+    """Raise `ResultError` if the result exceeds a limit of the dialect; else return the result."""
     if limits is None:
         return result
     for number, (key, value) in enumerate(result.items(), 1):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ErrorConsequence(NamedTuple):
-    """The consequence for the lease of a heartbeat that failed, or of a failed read of the item.
+    """The consequence of a failed heartbeat, or of a failed read of the item, for the lease.
 
     Attributes:
         result: The heartbeat's result for the metrics.

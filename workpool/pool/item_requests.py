@@ -202,10 +202,9 @@ class ItemSender:
     async def read_while_leased(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
-        """Await `call()` while the lease is held; repeat the call if the lease was renewed.
+        """Await `call()` until the lease's deadline; call again if the lease was renewed by then.
 
-        Each try ends at the deadline that the lease had when the try began. If the lease was
-        renewed since then, `call` is called again.
+        Each try ends at the deadline that the lease had when the try began.
 
         Raises:
             SessionGoneError: The handler may not use the item anymore.

@@ -295,7 +295,7 @@ class Lease:
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
     def note_stop_sent(self) -> None:
-        """Record that this pool sends a stop for the item, which may be applied from now on.
+        """Record that this pool sends a stop; the control plane may apply it from now on.
 
         Called on the handlers' loop only.
         """

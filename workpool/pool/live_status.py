@@ -161,7 +161,7 @@ def _session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, 
 
 
 def read_counts(registry: CollectorRegistry) -> dict[str, Counts]:
-    """Return the registry's counters that the live page shows, grouped by environment."""
+    """Return the counters in `registry` that the live page shows, grouped by environment."""
     found: dict[str, Counts] = {}
     for family in registry.collect():
         for sample in family.samples:

@@ -161,7 +161,7 @@ class PollerGroup:
         elif self.target < len(self._turns):
             self._set_number_of_pollers(self.target + 1, "hits")
         idle = null and self._context.queue.is_idle
-        if idle and not self._idle:  # Log it only when the pool becomes idle, not after each poll.
+        if idle and not self._idle:  # Log only when the pool becomes idle, not after each poll.
             log.info("idle; waiting for work")
         self._idle = idle
         if self.on_poll is not None:

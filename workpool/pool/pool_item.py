@@ -88,7 +88,7 @@ class EndReason(enum.IntEnum):
 REASONS_OF_LEASE: Final[Mapping[LeaseStatus, EndReason | None]] = {
     "stopped": EndReason.STOPPED,
     "handed_off": EndReason.HANDED_OFF,
-    # The pool itself has released the item, and recorded the end reason when it did.
+    # The pool recorded the end reason when it released the item.
     "released": None,
 }
 """The end reason that follows from the status of a lease that is over; for other statuses: lost."""
@@ -382,7 +382,7 @@ class Attempt:
 
         The patches stay as they are, so that they are right if metadata can be written later.
         """
-        # Take the larger number and not the sum, because both may count the same runs.
+        # Do not add the number in the metadata to `earlier`: both may count the same runs.
         self.number = max(self._first, 1 + earlier)
 
     def metadata_before_handler(self) -> Patch:
@@ -397,7 +397,7 @@ class Attempt:
         self._notes, self._number = {}, {}
 
     def metadata_of_released_run(self, reason: str, retry: int) -> Patch:
-        """Return metadata that exclude this run from the attempts and store `retry` for the next.
+        """Return metadata that exclude this run from the attempts and pass `retry` to the next run.
 
         After this call, `metadata_at_session_end` deletes them again, even if their write seems to
         have failed: the control plane may have applied it.
@@ -410,15 +410,15 @@ class Attempt:
         return patch
 
     def metadata_at_session_end(self, notes: Mapping[str, str]) -> Patch:
-        """Return the metadata patch for the end of the session: `notes`, and None for old keys.
+        """Return the metadata patch for the end of the session: it sets `notes`, deletes old keys.
 
-        `notes` is the result or the error. None deletes a key that an earlier run has written.
+        `notes` is the result or the error. A key is deleted by the value None.
         """
         return {**self._notes, **notes}
 
 
 class RunCounts:
-    """Counts, by work id, the runs of this process that ended without a release or a stop."""
+    """For each work id, counts the runs in this process that ended without a release or a stop."""
 
     def __init__(self) -> None:
         self._counts: OrderedDict[str, int] = OrderedDict()

@@ -265,7 +265,7 @@ class SessionRunner:
     async def _write_run_number_if_needed(
         self, item: PoolItem, session: Session, attempt: Attempt
     ) -> None:
-        """Write the number of this run, if necessary; end the session if it exceeds the limit."""
+        """Write the number of this run if necessary; end the session above `max_attempts`."""
         counts_itself = self._counts_runs_itself()
         if counts_itself:
             attempt.set_number_from_counted_runs(self._runs.number_of_runs(item.id))
@@ -397,7 +397,7 @@ class SessionCalls:
 
     @property
     def remaining(self) -> float:
-        """Seconds until another worker may get the item; the handler is cancelled before."""
+        """Seconds until another worker may get the item; the handler is cancelled before that."""
         return self._item.lease.remaining_seconds(self._context.clock())
 
     @property

@@ -1,4 +1,4 @@
-"""The slots of a process that works for several environments, and who may use them.
+"""The slots of a process that works for several environments, and the rules for sharing them.
 
 Each environment has a slot of its own, which its poll reserves while no session uses it. So an item
 never waits because the sessions of other environments occupy all slots. A further slot goes to the
@@ -74,19 +74,19 @@ class SharedSlots:
         return True
 
     def return_slot(self, share: SlotShare, *, used_up: bool) -> None:
-        """Count a slot of an environment as free; `grant_free_slots` can give it to another one.
+        """Count a slot of an environment as free; `grant_free_slots` grants it to an environment.
 
-        `used_up`: the item that ran in it counts towards the limit `uses`.
+        `used_up`: the item that ran in the slot counts towards the limit `uses`.
         """
         share.taken -= 1
         if used_up and self._uses is not None:
             self._uses -= 1
 
     def _next_waiting_environment(self) -> tuple[SlotShare, Callable[[], None]] | None:
-        """Return the waiting environment with the lowest rank, and the function to call for it.
+        """Return the waiting environment with the lowest rank, and a function that uses a new slot.
 
-        The function starts an item or a poll in the slot. None if no environment waits for a slot
-        that it may take.
+        The function starts an item or a poll of the environment in the slot. Returns None if no
+        environment waits for a slot that it may take.
         """
         common, most = self._count_free_slots()
         waiting = [
@@ -97,7 +97,7 @@ class SharedSlots:
         return min(waiting, key=lambda each: each[0].rank, default=None)
 
     def _count_free_slots(self) -> tuple[int, int]:
-        """Return two limits on the slots that may still be taken.
+        """Return the number of free shared slots, and the number of slots that `uses` still allows.
 
         Returns:
             The number of free slots that are not reserved for one environment, and the number of
@@ -110,11 +110,12 @@ class SharedSlots:
 
 
 class SlotShare:
-    """The slots of the process that one environment uses.
+    """The share of one environment in the slots of the process.
 
     Attributes:
         taken: The number of slots that polls have reserved or sessions occupy.
-        granted: The number of the last grant, counted over all environments.
+        granted: The sequence number of the last slot that the environment was granted; all
+            environments share one sequence.
         next_use: Returns the function that uses one more slot, which is called once the slot is
             granted; None if the environment could not use one now.
     """
@@ -127,7 +128,7 @@ class SlotShare:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The sort key of waiting environments: the slots taken, then the number of the last grant.
+        """The sort key of the waiting environments: first `taken`, then `granted`.
 
         The environment with the lowest rank gets the next slot.
         """
@@ -143,7 +144,7 @@ class SlotShare:
         return self._slots.take_slot(self)
 
     def return_slot(self, *, used_up: bool = False) -> None:
-        """Free a slot of this environment; `used_up` says that its item counts towards `uses`."""
+        """Free a slot of this environment; `used_up`: the slot's item counts towards `uses`."""
         self._slots.return_slot(self, used_up=used_up)
 
     def grant_free_slots(self) -> None:

@@ -330,7 +330,10 @@ class Supervisor:
 
     @property
     def metrics_url(self) -> str | None:
-        """The base URL of `/metrics`, `/healthz`, `/readyz` and `/scale`; None if they are off."""
+        """The base URL of the exporter; None if the exporter is off.
+
+        The exporter answers `/metrics`, `/healthz`, `/readyz` and `/scale`.
+        """
         return self._exporter.url if self._exporter else None
 
     async def _open_and_run_pool(self) -> None:
@@ -366,7 +369,7 @@ class Supervisor:
     def _report_failure(
         self, _: type[BaseException] | None, error: BaseException | None, __: object
     ) -> None:
-        """Report the error that ends the pool, once everything but the metrics has closed."""
+        """Report the error that has ended the pool. All parts but the telemetry have closed."""
         error = self._error or error
         if isinstance(error, BaseExceptionGroup):
             error = innermost(error)
@@ -519,7 +522,7 @@ class Supervisor:
         self._drain.request(None)
 
     def _end_with_error(self, error: BaseException) -> None:
-        """Record the error that ends the pool, and begin a drain; the error is raised after it."""
+        """Begin a drain, and record the error that is raised after the drain."""
         if self._error is None:
             self._error = error
         self._drain.request(self.settings.drain_timeout)

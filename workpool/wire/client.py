@@ -475,7 +475,7 @@ class WorkClient:
 
 
 def _list_position_query(after_id: str | None, before_id: str | None) -> str:
-    """Return query parameters for a list that begins after or before the item of an id."""
+    """Return the query parameters of a list that begins after `after_id` or before `before_id`."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):
         if value is not None:

@@ -249,7 +249,7 @@ def _describe_malformed_item(obj: object) -> str:
 
 
 def _parse_optional_session_id(session_id: object, item_type: str) -> str:
-    """Return "" if an item has no session id, which is allowed unless its type is `session`.
+    """Return "" for a missing session id. Only items of type `session` must have such an id.
 
     An id becomes a part of URLs, so a malformed id is an error.
 

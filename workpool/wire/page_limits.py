@@ -18,7 +18,7 @@ REMEMBERED_TOKENS: Final = 1_000
 
 
 class RecentIds:
-    """A set of the ids that were added last, up to a limit.
+    """A set of at most `limit` ids; adding one more removes the id that was added first.
 
     Attributes:
         forgot: Whether the limit was exceeded, so that older ids are not known anymore.

@@ -72,8 +72,8 @@ class EventStream:
         # The events that were read and not yet yielded, each with the value that `caught_up` gets
         # when the event is yielded.
         self._ready: deque[tuple[SessionEvent, bool]] = deque()
-        # The last event of the page that was read last, or an empty list. It waits for the next
-        # page, which shows whether it is the last event of the history and sets `caught_up`.
+        # Contains only the last event of the latest page, or nothing. The event waits here until
+        # the next page shows whether it is the last of the history, as `caught_up` reports.
         self._held_back: list[SessionEvent] = []
         self._seen = RecentIds(REMEMBERED_EVENTS)
         # Whether events of the history are skipped until one of them is in `_seen`.

@@ -98,7 +98,7 @@ class CheckedBody(aiohttp.payload.Payload):
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         """Run the check, then write the headers and the whole body."""
-        del content_length  # not needed: aiohttp passes None or the size of the whole body
+        del content_length  # aiohttp passes None or the size of the whole body
         self._check.verify()
         if self._headers_first:
             writer.send_headers()

@@ -69,7 +69,7 @@ class Connections:
         self.proxy = proxy_for_url(URL(settings.base_url)) if given is None else None
         pool = given or self._new_session(POOL_BUFFER_BYTES, limit=0)
         handlers = given or self._new_session(BUFFER_BYTES, limit=limit)
-        # Indexed by priority. A dict would cost more: each request would hash an enum member.
+        # The tuple is indexed by priority: a dict would hash an enum member for each request.
         self.sessions = tuple(handlers if each is Priority.HANDLER else pool for each in Priority)
         self.single_use = given or self._new_session(BUFFER_BYTES, limit=0, single_use=True)
 

@@ -158,9 +158,9 @@ class RateLimiter:
             self._debt = min(self._debt + 1, max(1.0, self.rate))
 
     def _serve_waiter(self, waiter: _Waiter) -> float:
-        """Take a token for `waiter` if it is the first in line, and return 0.
+        """Take a token for `waiter` and return 0, if `waiter` is the first in line.
 
-        If it gets no token, return the seconds until it should try again.
+        If no token was taken, return the seconds until `waiter` should try again.
         """
         with self._lock:
             first = self._line.first_waiter()

@@ -117,7 +117,7 @@ class SharedTimer:
             self._handle = self.loop.call_at(at, self._end_expired_waits, context=Context())
 
     def cancel_if_unused(self) -> None:
-        """Cancel the timer if no block runs."""
+        """Cancel the timer if no block of a `TimeLimit` runs."""
         if not self.open:
             self.cancel()
 

@@ -121,7 +121,10 @@ class Transport:
                 await self._threads.close()
 
     def with_api_key(self) -> Transport:
-        """Return a copy that sends the API key over the same connections; without a key, `self`."""
+        """Return a copy of the transport that sends the API key; return `self` if there is no key.
+
+        The copy uses the same connections.
+        """
         if self._api_key is None:
             return self
         other = copy.copy(self)
@@ -129,7 +132,7 @@ class Transport:
         return other
 
     def use_api_key(self, key: str) -> None:
-        """Send this API key with all later requests, and read it again after a 401 or 403."""
+        """Send this API key with all later requests; read the key again after a 401 or 403."""
         settings = self._settings
         self._source = CredentialSource(settings.read_api_key, settings.api_key_file)
         self._key_header = DIALECTS[settings.dialect].api_key_header
@@ -137,7 +140,10 @@ class Transport:
         self._hide_secrets()
 
     def with_own_token(self, token: str) -> Transport:
-        """Return a copy that sends `token` over the same connections and never renews it."""
+        """Return a copy of the transport that sends `token` and never renews that token.
+
+        The copy uses the same connections.
+        """
         other = copy.copy(self)
         other.use_token(token)
         return other
@@ -326,7 +332,7 @@ class Transport:
         if check is None:
             # aiohttp sends a BytesIO in pieces. In one piece, a large body would block the loop.
             data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
-        # A session of the caller does not use `CheckedRequest`, so a payload must run the check.
+        # A caller's own aiohttp session has no `CheckedRequest`, so a payload must run the check.
         elif self._given is not None:
             data = CheckedBody(check, headers_first=True)
         connections = self._connections
@@ -443,7 +449,7 @@ class Transport:
                 hide_token(value)
 
     def _headers_without_secrets(self) -> dict[str, str]:
-        """Return the headers without secrets.
+        """Return the request headers that contain no secrets.
 
         They are default headers of the aiohttp session, so a proxy receives them, too.
         """
