@@ -53,7 +53,7 @@ class Admission:
         wall: The wall clock.
 
     Attributes:
-        gated: Pollers must await `wait_until_claiming_is_allowed` before they poll.
+        gated: Whether pollers must await `wait_until_claiming_is_allowed` before they poll.
         refused: The reason of the last plugin that refused; None: no plugin refuses.
         granted_at: The time at which the last pause or refusal ended, on the loop's clock.
     """
@@ -332,8 +332,9 @@ class ExitLimits:
 
         The limit is reached once every included pool has been idle for that long and is not paused.
 
-        Returns: The function to call after each successful poll of the pool, with True if the poll
-            brought no item and the pool owns none.
+        Returns:
+            The function to call after each successful poll of the pool, with True if the poll
+            brought no item and the pool owns no item.
         """
         self._pools[admission] = _IdlePeriod()
         return partial(self._note_poll, admission)

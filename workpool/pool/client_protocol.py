@@ -132,8 +132,8 @@ class ClientProtocol(Protocol):
     ) -> SessionEvents:
         """Return an object that lists, sends and follows the events of a session.
 
-        `guard` makes their requests, and refuses them once the pool no longer holds the session's
-        item. None: nothing is checked.
+        The object makes its calls through `guard`, which refuses them once the pool no longer holds
+        the session's item. None: nothing is checked.
         """
 
     async def stats(self) -> QueueStats:

@@ -229,7 +229,7 @@ class Completion:
         """At the beginning of a drain, write metadata that exclude a running session from attempts.
 
         Without this mark, the run would count as an attempt if the process ended before the
-        session. The write is cancelled if the session ends first.
+        session did. The write is cancelled once the session ends.
         """
         if item.lease.stop_requested:
             # No worker runs this item again, so the number of its attempts does not matter.
@@ -341,7 +341,7 @@ def outcome_expected(item: PoolItem, error: BaseException | None, now: float) ->
 
     Args:
         item: The item.
-        error: The handler's error; None: it returned a result that can be written.
+        error: The handler's error; None: the handler returned a result that can be written.
         now: The time on the lease clock.
     """
     if error is None:

@@ -242,7 +242,8 @@ class Dispatcher:
     def _choose_handler(self, work_item: WorkItem) -> Handler | None:
         """Return the handler that the plugins choose for an item.
 
-        If none takes it or the handler may not claim it now, decline the item and return None.
+        Decline the item and return None if no plugin chooses a handler, or if the handler may not
+        claim the item now.
         """
         handler = None
         reason: DeclineReason | None = None
@@ -324,7 +325,7 @@ class Dispatcher:
     def forget_waiting_items(self) -> None:
         """Forget the items that wait for a slot.
 
-        They were not acknowledged, so the control plane delivers them to other workers.
+        The items were not acknowledged, so the control plane delivers them to other workers.
         """
         for _ in self._context.queue.items_set_aside:
             self._context.client.release_ack_permit()
@@ -350,8 +351,8 @@ class Dispatcher:
     async def wait_for_attempt_exclusions(self, seconds: float) -> None:
         """Wait for the writes that exclude runs of stuck handlers from the attempts.
 
-        The wait takes `seconds` at most. Without it, a drain would abandon these items and cancel
-        the writes at once.
+        The wait takes `seconds` at most. Without this wait, a drain would abandon these items
+        and cancel the writes at once.
         """
         marks = [item.mark_task for item in self.executor.stuck if item.mark_task is not None]
         if marks:

@@ -253,7 +253,8 @@ class ItemSender:
     def _may_end_wait_before_retry(self, lease: Lease, failure: TransientError) -> bool:
         """Return whether the wait before a retry may end early.
 
-        It may once a heartbeat has verified the lease after a pause, or once the lease has ended.
+        The wait may end once a heartbeat has verified the lease after a pause, or once the lease
+        has ended.
         """
         if isinstance(failure, LeaseUnverified) and not self._pauses.was_paused(
             since=lease.clock_offset

@@ -131,7 +131,8 @@ class HeartbeatAttempt(NamedTuple):
     """One heartbeat that is being sent.
 
     Attributes:
-        at: The time of the decision, on the lease clock; the new deadline counts from it.
+        at: The time of the decision to send the heartbeat, on the lease clock; the new deadline
+            counts from this time.
         expected: The value of `expected_last_heartbeat`.
         ttl: The requested TTL in seconds.
         timeout: The limit of the wait for the answer, in seconds.

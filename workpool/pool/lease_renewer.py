@@ -90,7 +90,7 @@ class LeaseRenewer:
     Attributes:
         client: The renewer's client; set once it has started.
         optional: Makes the calls that the credential may not permit.
-        pauses: Detects that the machine was paused; checked at every look.
+        pauses: Detects that the machine was paused; used at every check of the leases.
         monitor: Measures how long the handlers' loop is blocked; set once the renewer is entered.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
             and once the thread has failed. Written on the renewer's thread.
@@ -162,7 +162,7 @@ class LeaseRenewer:
     def add_lease(self, lease: Lease, item: PoolItem) -> None:
         """Begin to extend a lease whose first heartbeat has succeeded.
 
-        Wakes the thread only if the lease is due.
+        Wakes the thread only if the next heartbeat is due before the next check of all leases.
         """
         if not lease.is_over:
             self._leases[lease] = item
@@ -436,7 +436,7 @@ class LeaseRenewer:
     def _adjust_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
         """Raise the limit of concurrent heartbeats while more are due than it allows.
 
-        While no heartbeat waits, lower it every `WIDTH_SECONDS` to the largest number in use.
+        While no heartbeat waits, every `WIDTH_SECONDS` lower the limit to the largest number used.
         """
         if waiting:
             seconds = min(1.0, now - self._paced_at)

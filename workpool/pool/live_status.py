@@ -49,8 +49,8 @@ def live_status(
     Args:
         view: The pool.
         counts_by_environment: The values of the registry's counters, by environment.
-        reasons: Why it is not ready.
-        worker: Its names: `worker_id`, `environment_id`, `version`.
+        reasons: The reasons why the pool is not ready.
+        worker: The names of the worker: `worker_id`, `environment_id`, `version`.
         show_ids: Whether ids of items and sessions are included.
     """
     snapshot = view.snapshot()
@@ -99,7 +99,7 @@ def merged_status(
         worker: The names of the worker: `worker_id`, `version`.
         statuses: The states of the pools; one that has not started has only names and `reasons`.
         slots_limit: The number of slots of the process.
-        reasons: Why the process is not ready.
+        reasons: The reasons why the process is not ready.
     """
     ids = [each["environment_id"] for each in statuses]
     environments = [

@@ -100,8 +100,8 @@ class Handoff:
     Created on the handlers' loop; after that everything is written on the renewer's.
 
     Attributes:
-        state: asked; open: the pool's heartbeats are suspended; closed: the pool holds the lease
-            again, or the lease has ended.
+        state: `asked` at first; `open` while the pool's heartbeats are suspended; `closed` once the
+            pool holds the lease again or the lease has ended.
         last_heartbeat: The value that the child's first heartbeat must expect, once open.
         ttl: The TTL in seconds of the pool's last heartbeat, once open.
         child_expected: Whether the child was started.
@@ -137,15 +137,16 @@ class PoolItem:
     Attributes:
         id: The work id.
         work_item: The item in the answer to the poll, then in the answer to the acknowledgement.
-        handler: The handler that runs it; None for a health check, which the pool answers itself.
-        held_before: Whether a worker held it before it was delivered to this pool.
+        handler: The handler that runs the item; None for a health check, for which no handler is
+            called.
+        held_before: Whether a worker held the item before its delivery to this pool.
         polled_at: The time at which the last poll that delivered it before its ack was sent, on the
             lease clock.
         delivered_at: The time of the answer to the last poll that delivered it, on the lease clock.
         acked_at: The time at which the first ack that may have been applied was sent, on the lease
             clock.
         parents_heartbeat: The last heartbeat of the parent that handed the item off, if any.
-        counted: Whether it counts towards `exit_after_sessions`.
+        counted: Whether the item counts towards `exit_after_sessions`.
         context: The context in which everything of this session runs.
         lease: Set once the item is acknowledged; reading it earlier is a bug (AttributeError).
         session_id: The session's id as it was delivered; empty for an item without a session.
@@ -159,7 +160,7 @@ class PoolItem:
         cancelled_for: The gravest reason for which the handler was cancelled.
         cancelled_at: The time of the handler's cancellation, on the loop's clock; infinite: none is
             planned. A drain has a deadline of its own.
-        timer: Cancels the handler later, or repeats a cancellation that it ignores.
+        timer: Cancels the handler later, or repeats a cancellation that the handler ignores.
         progressed_at: The time of the handler's last progress, on the lease clock. Any thread may
             write it.
         waits: One entry for each block in which the handler waits for something that it cannot

@@ -62,7 +62,7 @@ class SharedSlots:
     def take_slot(self, share: SlotShare) -> bool:
         """Take a slot for an environment, and return whether it got one.
 
-        It gets none if no slot is free, or if another environment waits and has a lower rank.
+        The environment gets no slot if none is free, or if a waiting environment has a lower rank.
         """
         if not self.available_to(share):
             return False

@@ -38,18 +38,18 @@ class Status:
     """The state of a supervisor at one moment.
 
     Attributes:
-        ready: Whether it takes work, or all its places are occupied.
-        reasons: The reasons why it is not ready.
-        running: Items in slots.
-        waiting: Items delivered that wait for a slot.
+        ready: Whether the pool takes work, or all places of its queue are occupied.
+        reasons: The reasons why the pool is not ready.
+        running: The number of items in slots.
+        waiting: The number of delivered items that wait for a slot.
         capacity: `concurrency + prefetch`.
-        draining: Whether a drain has begun, so that it does not poll anymore.
+        draining: Whether a drain has begun, so that the pool does not poll anymore.
         error: The fatal error, if any.
         slots: `concurrency`.
-        claiming: Whether it claims items when a place is free: it has started and is not paused,
-            draining, failed or at an exit limit.
-        paused: Whether a pause or the refusal of a plugin keeps it from claiming.
-        idle_seconds: Seconds for which no slot has been taken; 0 while one is.
+        claiming: Whether the pool claims items when a place is free: it has started and is not
+            paused, draining, failed or at an exit limit.
+        paused: Whether a pause or the refusal of a plugin keeps the pool from claiming.
+        idle_seconds: Seconds for which no slot has been taken; 0 while a slot is taken.
     """
 
     ready: bool
@@ -227,7 +227,7 @@ class PoolView:
 async def read_remote_stats(context: PoolContext) -> None:
     """Read the statistics of the remote queue every `stats_interval` seconds, without end.
 
-    If a read fails, the metrics keep the values of the last one.
+    If a read fails, the metrics keep the values of the last successful read.
     """
     optional, client = context.optional, context.client
     while True:

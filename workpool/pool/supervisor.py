@@ -88,8 +88,8 @@ class Supervisor:
             most 20 s, if it was scraped in the last two minutes.
         renewer_services: Contexts that are open while leases are renewed, entered on the loop of
             the lease renewer once plugins and exporter are open. Set before the start.
-        shared: The parts that it shares with other supervisors of the process and of the event
-            loop; None: it has its own. Set before the start.
+        shared: The parts that the supervisor shares with others on the same event loop; None: the
+            supervisor has parts of its own. Set before the start.
     """
 
     # These are class attributes so that the simulation can replace the renewer and the clocks.

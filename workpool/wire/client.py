@@ -53,8 +53,8 @@ class WorkClient:
     Every call takes `timeout`, in seconds: the limit of the wait for the rate limit, the request,
     and its repetition after a renewed token; None = the setting `request_timeout` (for a poll, in
     addition to the time that it blocks). The calls about one item also take `options`, see
-    `CallOptions`. Every call raises `ControlPlaneError` and its subclasses, `ValueError` for an id
-    that cannot be one, and `RuntimeError` when the client is not open.
+    `CallOptions`. Every call raises `ControlPlaneError` and its subclasses, `ValueError` for a
+    malformed id, and `RuntimeError` when the client is not open.
 
     Args:
         settings: The settings of the connection; `environment_id` and a token are needed.
@@ -253,7 +253,7 @@ class WorkClient:
 
         Args:
             work_id: The item.
-            force: Finish it at once.
+            force: Stop the item at once.
             read_item: False = the item in the answer is not read; any JSON object is a success.
             timeout: See the class.
             options: See the class.
@@ -340,7 +340,7 @@ class WorkClient:
         """Search the list of items, reading `FIND_PAGES_MAX` pages of 100 items at most.
 
         A control plane that knows the parameters of a search selects and orders the items itself.
-        From any other one, all items are read and selected here.
+        From any other control plane, all items are read, and they are selected here.
 
         Args:
             search: The items to find.
@@ -415,7 +415,7 @@ class WorkClient:
         Args:
             count: The number of items, 1 to 1000.
             metadata: The metadata of each item.
-            item_type: Their `data.type`; None = "session".
+            item_type: The `data.type` of each item; None = "session".
             script: The tool uses of a scripted session.
             timeout: See the class.
         """

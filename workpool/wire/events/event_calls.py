@@ -59,8 +59,8 @@ class EventCalls(Protocol):
     ) -> EventPage:
         """Return a page of events, oldest first.
 
-        `after_id` begins after that event, and `page` is the token of a further page. Without
-        either, this is the first page.
+        With `after_id`, the page begins after that event; `page` is the token of a further page.
+        Without either, the first page is returned.
         """
 
     async def append_events(

@@ -13,8 +13,8 @@ from workpool.errors import SettingsError
 def proxy_for_url(url: URL) -> URL | None:
     """Return the proxy that environment variables (`HTTPS_PROXY`, `NO_PROXY`, …) set for `url`.
 
-    It is looked up once per client. aiohttp's `trust_env` would do it for every request, on a
-    thread, and refuse the Authorization header if a `.netrc` names the host.
+    The proxy is looked up once per client. aiohttp's `trust_env` would look it up for every
+    request, on a thread, and refuse the Authorization header if a `.netrc` names the host.
 
     Raises:
         SettingsError: The proxy cannot be used; the text does not quote it.

@@ -20,7 +20,7 @@ def tls_context(
     Args:
         ca_file: Certificates, in PEM, that are trusted instead of the system's.
         client_cert_file: The worker's certificate, in PEM, with its chain.
-        client_key_file: Its private key, in PEM; None = it is in the certificate's file.
+        client_key_file: The key of that certificate, in PEM; None = the certificate's file has it.
 
     Raises:
         SettingsError: A file cannot be read or used. Names all such files and quotes no content.

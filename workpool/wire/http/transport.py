@@ -174,8 +174,8 @@ class Transport:
             options: The check, priority and connection.
 
         Raises:
-            ControlPlaneError: The answer is not the success that the call expects, or there is
-                none.
+            ControlPlaneError: The answer is not the success that the call expects, or no answer
+                came.
             RuntimeError: The client is not open, or was opened on another event loop.
         """
         if self._loop is not asyncio.get_running_loop():
@@ -481,7 +481,7 @@ async def read_bounded(
 ) -> bytes | OversizedBody:
     """Return the body of an answer, decompressed.
 
-    If it exceeds `limit`, return its beginning and close the connection.
+    If the body exceeds `limit`, return its beginning and close the connection.
     """
     length = response.content_length
     if length is not None and "Content-Encoding" not in response.headers:
