@@ -142,8 +142,8 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
     # The timestamp of a log line may be this many seconds later than the event that it reports.
     late = 0.1
     assert blocked - late <= float(stated[1])
-    # The monitor asks the loop once a second, and counts from its last answer. That answer may
-    # be a second older than the block.
+    # The monitor asks the loop once a second, and counts from the loop's last answer. The loop may
+    # have given this answer up to a second before the block.
     assert float(stated[1]) <= blocked + 1.0 + late
 
 
@@ -195,7 +195,7 @@ async def test_handlers_clean_up_after_failure_of_renewer_thread(
 async def test_handler_blocked_on_full_stderr_does_not_keep_process_running(
     control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    """The handler blocks in a write to stderr with the log handler's lock, so no thread can log."""
+    """The handler blocks in a write to stderr and holds the log handler's lock: nobody can log."""
     (command_directory / "flood.py").write_text(FLOOD)
     control_plane.enqueue()
     process = subprocess.Popen(  # noqa: ASYNC220 - it must not be read, which asyncio would

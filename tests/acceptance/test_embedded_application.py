@@ -135,7 +135,7 @@ async def test_application_under_sigterm_lets_its_session_end(
     status: int,
 ) -> None:
     if module == "program":
-        # The handler of this example ends at once, and the test needs one that waits for a drain.
+        # The handler of this example ends at once. The test needs a handler that waits for a drain.
         path = command_directory / "program.py"
         path.write_text(path.read_text().replace("[greet]", '["reports"]'))
     [item] = control_plane.enqueue()

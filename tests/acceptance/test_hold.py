@@ -248,7 +248,7 @@ async def test_program_under_hold_survives_end_of_parent_and_terminal(
         await command.wait_for_output("begun")
         gone = asyncio.Event()
         asyncio.get_running_loop().add_reader(pidfd, gone.set)
-        # Closing the terminal makes the kernel send SIGHUP to its processes.
+        # When the terminal closes, the kernel sends SIGHUP to the processes of the terminal.
         os.close(master)
         async with asyncio.timeout(SECONDS):
             await gone.wait()

@@ -1,4 +1,4 @@
-"""Handoffs whose parent loses its lease, or whose child starts too late."""
+"""Handoffs in which the parent loses its lease, or the child starts too late."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 @in_virtual_time
 async def test_block_of_handover_is_not_entered_before_heartbeats_are_suspended() -> None:
-    """`async with session.handover()` enters its block only once heartbeats are suspended.
+    """`async with session.handover()` enters its block only after it has suspended heartbeats.
 
     In this test, the renewer thread never confirms the suspension, until the lease is lost.
     """
@@ -93,7 +93,8 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
-            # The heartbeat succeeds only if the child has sent none.
+            # The control plane accepts this heartbeat as the first one only if the child has sent
+            # none.
             await other.heartbeat(item.id, NO_HEARTBEAT, 10)
     assert status == 1
     assert not (tmp_path / "child-ran").exists()
@@ -146,7 +147,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
 
 
 async def test_first_heartbeat_of_worker_that_sent_no_ack_counts_as_overlap() -> None:
-    """A child in a handoff sends the time of the holder's last heartbeat; this worker does not."""
+    """Unlike a child in a handoff, the worker does not send the time of the last heartbeat."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:

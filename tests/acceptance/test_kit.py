@@ -90,8 +90,8 @@ def test_async_tests_with_fixture_run_with_each_async_plugin_and_without(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
-    # The marks of asyncio and anyio are refused on a plain function, which `in_virtual_time`
-    # returns. So the test in virtual time runs only without such marks.
+    # `in_virtual_time` returns a plain function, on which pytest-asyncio and anyio refuse their
+    # marks. So the tests with these marks do not include the test in virtual time.
     virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
     result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)
@@ -164,7 +164,7 @@ async def test_coroutine(workpool): ...
 def test_fixture_named_workpool_in_user_project_overrides_packaged_fixture(
     pytester: pytest.Pytester, place: str
 ) -> None:
-    """The `async def` test fails, since workpool runs only `async def` tests with its own fixture.
+    """The `async def` test fails: workpool runs such tests only if they use its own fixture.
 
     No other plugin that runs `async def` tests is active.
     """

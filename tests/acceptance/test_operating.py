@@ -78,7 +78,7 @@ def test_repository_files_named_in_console_blocks_exist() -> None:
 def test_every_metric_named_on_operating_page_exists() -> None:
     names = {each.name for each in DEFINITIONS}
     found = set(re.findall(r"`workpool_([a-z0-9_]+)[`{]", PAGE))
-    # The page also names hooks, and metrics of `workpool scale`, which DEFINITIONS does not have.
+    # The page also names hooks and metrics of `workpool scale`. DEFINITIONS has neither of them.
     found -= {"session_handler", "admission", "event", "lifespan"}
     found -= {f"fleet_{key}" for key in FLEET_NUMBERS}
     suffixes = re.compile(r"_(total|bucket|count|sum)$")

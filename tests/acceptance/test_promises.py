@@ -142,7 +142,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
 
 
 class ControlPlaneClient:
-    """A client that records all items it received, for a comparison after a kill of the server."""
+    """A client that records all received items. The test kills the server and compares them."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.known: dict[str, dict[str, Any]] = {}

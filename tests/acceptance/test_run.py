@@ -45,7 +45,7 @@ async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(
     assert command.out == "", "logs belong on stderr"
 
 
-async def test_run_with_module_and_function_name_uses_that_handler_only(
+async def test_run_with_module_and_function_name_uses_only_that_handler(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     item, other = enqueue_items(control_plane, "finish"), enqueue_items(control_plane, "fail")
@@ -197,7 +197,7 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
     assert "block ends" in command.err
 
 
-async def test_process_with_scraped_metrics_ends_only_after_scrape_of_its_drain(
+async def test_process_whose_metrics_were_scraped_waits_for_scrape_after_drain(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("run", "handlers")
@@ -337,7 +337,8 @@ async def test_run_with_endless_plugin_start_ends_after_two_signals(
     await command.wait_for_log("connecting")
     command.send_signal(signal.SIGINT)
     command.send_signal(signal.SIGTERM)
-    # Two pending signals are delivered in either order, so either one can decide the status.
+    # Two pending signals are delivered in either order, so either signal can decide the exit
+    # status.
     assert await command.wait_for_end() in {130, 143}
 
 

@@ -199,7 +199,8 @@ async def test_scale_reads_all_environments_of_the_file(
     url = await ready_url(command)
     _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
     assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
-    # `FORBIDDEN` has 9 items, and each worker has 2 slots for it, so 5 workers are needed.
+    # `FORBIDDEN` has 9 items. Each worker has 2 slots for this environment, so 5 workers are
+    # needed.
     assert numbers["recommended_replicas"] == 5
     _, text = await get_json_or_text(f"{url}/metrics")
     for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):

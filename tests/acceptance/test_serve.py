@@ -233,7 +233,7 @@ async def test_serve_that_cannot_start_prints_reason(
             assert command.out == ""
 
 
-async def test_serve_with_fault_file_injects_its_faults(
+async def test_serve_with_fault_file_injects_faults_of_file(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "faults.toml").write_text(
@@ -311,7 +311,7 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
 
 
 async def start_two_servers(start: CommandStarter, url: str) -> list[dict[str, str]]:
-    """Start two servers on one database; return the environment variables for clients of each."""
+    """Start two servers on one database. Return the variables for each server's clients."""
     given = {"WORKPOOL_SERVE_STORE": url, "WORKPOOL_SERVE_TOKEN": TOKEN}
     return [variables_for_client((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
 

@@ -156,7 +156,8 @@ async def test_run_signalled_twice_during_start_ends_at_once(
     command = await start_blocked(module, "run", "handlers")
     command.send_signal(signal.SIGTERM)
     command.send_signal(signal.SIGINT)
-    # Two pending signals are delivered in either order, so either one can decide the status.
+    # Two pending signals are delivered in either order, so either signal can decide the exit
+    # status.
     assert await command.wait_for_end() in {130, 143}
 
 
@@ -220,7 +221,7 @@ def only_child_process(pid: int) -> int:
 async def test_run_as_process_1_with_sigterm_during_start_ends(
     start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
 ) -> None:
-    """The kernel drops a signal without a handler if it is sent to process 1 of a PID namespace."""
+    """The kernel drops a signal for which process 1 of a PID namespace has no handler."""
     [item] = control_plane.enqueue(metadata={"do": "finish"})
     command = await start_blocked("aiohttp", "run", "handlers")
     os.kill(only_child_process(command.pid), signal.SIGTERM)
@@ -303,7 +304,8 @@ async def test_closing_terminal_of_shell_drains_the_pool_started_there(
     start_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "wait"})
-    # `; true` keeps bash as the parent process: bash would replace itself with a last command.
+    # `; true` keeps bash as the parent process. Without it, bash would replace itself with
+    # `workpool`.
     script = f"{' '.join(WORKPOOL)} run handlers; true"
     command, terminal = await start_on_terminal("bash", "-i", "-c", script)
     await command.wait_for_log("wait runs")

@@ -511,7 +511,7 @@ async def test_failed_start_reports_its_reason(
     # The error ends the command, so no log line may announce a retry.
     assert "wait_seconds" not in command.err
     if mistake.trace:
-        # The traceback has the frames of the user's code only, without those of workpool.
+        # The traceback has only frames of the user's code, and no frames of workpool.
         assert "workpool/plugins" not in command.err
 
 

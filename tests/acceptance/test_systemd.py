@@ -306,7 +306,7 @@ def unit_setting_seconds(name: str) -> int:
     return int(unit_setting(name))
 
 
-def test_unit_file_stops_main_process_only_and_allows_drain_timeout() -> None:
+def test_unit_file_stops_only_main_process_and_allows_drain_timeout() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
     assert unit_setting_seconds("TimeoutStopSec") >= timeout + 30
@@ -315,7 +315,7 @@ def test_unit_file_stops_main_process_only_and_allows_drain_timeout() -> None:
     assert unit_setting("KillMode") == "mixed"
 
 
-def test_unit_file_accepts_notifications_of_main_process_only() -> None:
+def test_unit_file_accepts_notifications_only_of_main_process() -> None:
     assert (unit_setting("Type"), unit_setting("NotifyAccess")) == ("notify", "main")
     assert unit_setting_seconds("WatchdogSec") >= 10, (
         "reports are sent every second and may be late"

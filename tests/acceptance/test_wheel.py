@@ -42,7 +42,7 @@ def tracked_files() -> set[str]:
 
 @pytest.fixture(scope="module")
 def working_copy(tracked_files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the working tree with untracked files added."""
+    """Return a copy of all tracked files, together with some untracked files."""
     copy = tmp_path_factory.mktemp("copy")
     for name in tracked_files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 async def output_of_work_command(ask: CommandRunner, *arguments: str) -> str:
     ended = await ask("work", *arguments)
     assert ended.status == 0
-    # `work list` writes the number of items that it has read to stderr; other commands are silent.
+    # `work list` writes to stderr how many items it has read. Other commands write nothing there.
     assert ended.err.startswith("workpool: ") if "list" in arguments else not ended.err
     return ended.out
 
@@ -148,7 +148,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         (["enqueue", "--script", "nowhere.json"], 2),
         (["enqueue", "--script", "bad.json"], 2),
         (["enqueue", "--script", "object.json"], 2),
-        # The command does not validate the entries of a script: the control plane refuses it.
+        # The command does not check the entries of this script. The control plane refuses them.
         (["enqueue", "--script", "script.json"], 3),
         (["update", "work_unknown"], 2),
     ]
@@ -162,7 +162,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
 async def test_work_stop_with_key_that_may_not_read_items_prints_item(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
-    """The key may list items, but not read one.
+    """The key may list items, but may not read a single item.
 
     In the anthropic dialect, a stop returns no item, so the command finds the item in the list.
     """

@@ -57,7 +57,7 @@ def make_directory(directory: Path, permissions: int) -> None:
 
 
 def file_names(directory: Path) -> list[str] | None:
-    """Return the names of the files in a directory; None if it does not exist."""
+    """Return the names of the files in a directory, or None if there is no such directory."""
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else None
 
 
@@ -74,7 +74,7 @@ async def readiness_status(worker: RunningCommand) -> tuple[int, str]:
 
 
 def send_to_socket(path: Path, data: bytes) -> Any:
-    """Send bytes to a control socket and return its answer; None if it closes without one."""
+    """Send bytes to a control socket. Return the answer, or None if there is no answer."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(20)
         connection.connect(str(path))

@@ -164,7 +164,7 @@ def migrated_database_url(postgres: Cluster) -> str:
 
 @pytest.fixture
 def emptied_database_url(postgres: Cluster, migrated_database_url: str) -> str:
-    """Return the URL of the shared database of all tests, after deleting its rows."""
+    """Delete all rows of the database that the tests share, and return its URL."""
     statements = [f"DELETE FROM {each};" for each in TABLES]  # noqa: S608 - our own names
     postgres.execute("".join(statements), migrated_database_url)
     return migrated_database_url
@@ -228,7 +228,7 @@ def anthropic_api(control_plane: ControlPlane, http_session: aiohttp.ClientSessi
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test that uses the fixture `store` once for every kind of store that it supports.
+    """Run each test with the fixture `store` once for every kind of store that the test supports.
 
     The memory store is the default, and the fixture `memory_and_sqlite_stores` adds SQLite. Tests
     with a control plane run on PostgreSQL too, as trials.

@@ -40,7 +40,7 @@ CALLS = {
 
 
 class BlockingNode:
-    """A server node on a thread of its own, whose calls block until their result is there.
+    """A server node on a thread of its own. Each call blocks until the node returns the result.
 
     The calls have the names and parameters of those of `Operations`.
     """

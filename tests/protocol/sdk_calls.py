@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 async def make_work_calls(work: Any, created: Item, clock: MovableClock) -> None:
-    """Acknowledge an item that was delivered, renew its lease, update it and read it."""
+    """Acknowledge a delivered item, send a heartbeat for it, update it and read it."""
     acked = await work.ack(created.id, environment_id=ENV)
     assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")
     first = await work.heartbeat(

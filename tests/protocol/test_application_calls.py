@@ -216,7 +216,7 @@ async def test_message_in_qoder_dialect_creates_no_item(qoder_api: ApiClient) ->
     assert (await qoder_api.poll()).body is None
 
 
-async def test_session_created_with_script_runs_it_after_initial_events(
+async def test_session_created_with_script_runs_script_after_initial_events(
     anthropic_api: ApiClient,
 ) -> None:
     script = [{"name": "bash", "input": {"command": "ls"}}]
@@ -402,7 +402,7 @@ async def test_application_calls_in_qoder_dialect_are_404(qoder_api: ApiClient, 
     assert (await get_json(qoder_api, path)).status == 404
 
 
-async def test_token_in_x_api_key_header_is_accepted_in_anthropic_dialect_only(
+async def test_token_in_x_api_key_header_is_accepted_only_in_anthropic_dialect(
     anthropic_api: ApiClient, qoder_api: ApiClient
 ) -> None:
     for api, status in ((anthropic_api, 200), (qoder_api, 401)):

@@ -343,7 +343,7 @@ async def test_item_created_by_another_client_during_run_ends_suite(
 
 
 class SourceWithItemsOfAnotherClient(EnqueueSource):
-    """A source of items that also creates an item as another client, before each own item."""
+    """A source that creates an item of another client before each item of the suite."""
 
     def __init__(self, plane: ControlPlane) -> None:
         self._plane = plane
@@ -378,7 +378,7 @@ async def test_suite_stops_items_of_each_clause(
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_clause_without_unused_given_item_has_verdict_untried(
+async def test_clause_for_which_no_given_item_is_left_has_verdict_untried(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
@@ -418,7 +418,8 @@ async def test_malformed_response_gives_clause_a_verdict_without_exception(
     @web.middleware
     async def send_malformed_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method == "POST" and request.path.endswith("/work"):
-            # The suite must be able to create its items: a clause is not tried without them.
+            # The suite must be able to create items, because it does not try a clause without an
+            # item.
             return await handler(request)
         return web.Response(body=answer, content_type="application/json")
 
@@ -508,7 +509,7 @@ OPTIONAL = {
 }
 
 
-async def test_only_clauses_for_calls_without_permission_differ_with_worker_key(
+async def test_worker_key_fails_only_clauses_whose_calls_it_may_not_make(
     http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(

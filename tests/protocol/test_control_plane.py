@@ -72,8 +72,8 @@ async def test_control_plane_opened_fifty_times_leaves_no_task_or_thread(tmp_pat
             probe.bind(("127.0.0.1", plane.port))
     names = {thread.name for thread in threading.enumerate()}
     assert "workpool-store" not in names
-    # The event loop's default executor keeps up to 8 threads here; one left over from each of the
-    # 50 control planes would exceed this number.
+    # The default executor of the event loop keeps up to 8 threads. If each of the 50 control planes
+    # had left a thread running, the number would be higher.
     assert threading.active_count() <= threads + 8
     assert asyncio.all_tasks() == tasks
     gc.collect()

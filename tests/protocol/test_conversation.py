@@ -33,7 +33,7 @@ RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
 def answered_tool_use_id(event: StoredEvent) -> str:
-    """Return the id of the tool use to which an event belongs, such as its result."""
+    """Return the id of the tool use that this event answers, allows or denies."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
 
@@ -104,7 +104,7 @@ class ConversationStateMachine(RuleBasedStateMachine):
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
     def emit_tool_use(self, permission: str, *, custom: bool) -> None:
-        """Append a tool use as the agent does. A conversation with a script may refuse it."""
+        """Append a tool use as the agent does. A scripted conversation may refuse it."""
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:

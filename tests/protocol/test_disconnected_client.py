@@ -79,7 +79,7 @@ async def test_client_disconnected_during_wait_receives_no_item(api: ApiClient) 
     assert (await api.claim_item())["id"]
 
 
-async def test_client_disconnected_in_same_loop_iteration_as_arrival_receives_no_item(
+async def test_client_that_disconnects_in_same_loop_iteration_as_enqueue_receives_no_item(
     api: ApiClient,
 ) -> None:
     """When the poll wakes, the connection is closed, but the event loop has not noticed it yet."""
@@ -129,7 +129,7 @@ async def test_delivery_is_withdrawn_if_client_disconnects_while_delivery_is_sto
     assert (await blocked_api.ack(item.id, worker="b")).status == 200
 
 
-async def test_delivery_is_withdrawn_if_client_disconnects_in_loop_iteration_of_storage(
+async def test_delivery_is_withdrawn_if_client_disconnects_in_same_loop_iteration_as_commit(
     blocked_api: ApiClient, blocking_store: BlockingStore
 ) -> None:
     blocked_api.plane.enqueue()

@@ -142,7 +142,7 @@ async def test_heartbeat_has_same_result_as_state_machine(
     state: str,
     compare_on_stop: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    """PostgreSQL runs a heartbeat as one statement, which must agree with the state machine."""
+    """PostgreSQL runs a heartbeat as one statement, with the same results as the state machine."""
     item = await create_active_item(engine)
     if state == "stopping":
         item = await engine.stop_item(ENV, item.id)
@@ -265,8 +265,8 @@ async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
     found = await asyncio.gather(
         *(engine.long_poll(ENV, Poll("a"), client_is_disconnected) for _ in range(25))
     )
-    # Some of the 25 polls may return None although items are left: two polls can choose one item,
-    # and only one of them receives it. So the remaining items are polled below.
+    # Two concurrent polls can choose the same item, and only one poll receives it. The other poll
+    # may return None although items are left, so the remaining items are polled below.
     ids = [item.id for item in found if item is not None]
     while (item := await engine.long_poll(ENV, Poll("a"), client_is_disconnected)) is not None:
         ids.append(item.id)

@@ -162,7 +162,7 @@ async def test_wrong_method_is_405_with_error_body(
     assert answer.headers["Allow"] == allowed
 
 
-async def test_each_dialect_answers_under_its_own_prefix_only(qoder_api: ApiClient) -> None:
+async def test_each_dialect_answers_only_under_its_own_prefix(qoder_api: ApiClient) -> None:
     origin = qoder_api.base_path.removesuffix("/api/v1/cloud")
     for prefix, status in {"/api/v1/cloud": 200, "/v1": 200, "": 404, "/api/v1": 404}.items():
         url = f"{origin}{prefix}/environments/{ENV}/work/poll"

@@ -365,7 +365,7 @@ async def test_unknown_fields_of_event_are_dropped(api: ApiClient) -> None:
     assert stored["id"] != "evt_mine"
 
 
-async def test_events_of_forbidden_session_are_neither_read_nor_sent(
+async def test_events_of_forbidden_session_cannot_be_read_or_sent(
     api: ApiClient, http_session: aiohttp.ClientSession
 ) -> None:
     mine, theirs = (
@@ -637,7 +637,7 @@ async def test_confirmation_for_tool_use_of_terminated_thread_is_409(api: ApiCli
     assert (await send_events(api, item.session_id, allow)).status == 409
 
 
-async def test_session_stops_waiting_only_for_tool_uses_of_terminated_thread(
+async def test_terminated_thread_ends_wait_for_its_tool_uses_but_not_for_others(
     api: ApiClient,
 ) -> None:
     (item,) = api.plane.enqueue()

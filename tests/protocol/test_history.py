@@ -169,10 +169,10 @@ def test_history_beyond_limit_drops_oldest_records_and_counts_them() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_worker_that_sends_last_heartbeat_of_holder_takes_item_over(
+def test_worker_that_sends_time_of_last_heartbeat_of_holder_takes_item_over(
     operations: Operations,
 ) -> None:
-    """The child in a handoff sends the last heartbeat of its parent, and so takes the item over.
+    """A child in a handoff sends the time of its parent's last heartbeat to take the item over.
 
     A later call of the parent counts as an overlap.
     """

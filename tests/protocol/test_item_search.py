@@ -24,7 +24,7 @@ STATES = ("queued", "starting", "active", "stopping", "stopped")
 
 @pytest.fixture
 async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
-    """Create one item in each state and a failed item; return their ids, by state and `failed`."""
+    """Create one item in each state and a failed item. Return the ids by state or "failed"."""
     found = {
         state: await qoder_api.create_item_in_state(state, "worker") for state in reversed(STATES)
     }
@@ -70,7 +70,7 @@ async def test_search_in_descending_order_continues_with_older_items(
     assert await search_items(api, order="desc", limit="4", page=token) == (expected[4:], None)
 
 
-async def test_search_page_ends_after_limited_number_of_items_read(
+async def test_search_page_ends_after_reading_limited_number_of_items(
     api: ApiClient, item_ids: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(operations, "LOOKED_AT_MAX", 4)

@@ -32,7 +32,7 @@ def token_in_secret(item: dict[str, Any]) -> str:
 async def claim_item_with_token(
     api: ApiClient, environment: str = ENV
 ) -> tuple[dict[str, Any], ApiClient]:
-    """Create and poll an item; return it and a client that has only the token of the item."""
+    """Create and poll an item. Return the item, and a client that has only its token."""
     api.plane.enqueue(script=[BASH], environment_id=environment)
     item = (await api.poll(environment)).body
     return item, ApiClient(api.plane, api.http, "anthropic", token=token_in_secret(item))

@@ -117,7 +117,7 @@ async def test_stopping_item_whose_lease_expires_becomes_stopped(
     clock.advance(3600)
     item = (await api.get(work_id)).body
     assert item["state"] == "stopped"
-    # The time is the end of the lease, although the control plane noticed it an hour later.
+    # `stopped_at` is the end of the lease, although the control plane noticed this end much later.
     assert item["stopped_at"] == "2026-03-01T12:01:00Z"
     assert (await api.poll()).body is None
 

@@ -40,7 +40,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_in_virtual_time(check: Callable[[Operations], Awaitable[Any]]) -> Any:
-    """Run an async function in virtual time; its argument has the clock of the event loop."""
+    """Run an async function in virtual time. Its `Operations` use the event loop's clock."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
 
         async def run_with_operations() -> Any:

@@ -41,7 +41,9 @@ async def test_polled_item_has_every_documented_field(qoder_api: ApiClient) -> N
     }
 
 
-async def test_anthropic_item_has_session_id_with_its_prefix(anthropic_api: ApiClient) -> None:
+async def test_session_id_of_anthropic_item_has_prefix_of_dialect(
+    anthropic_api: ApiClient,
+) -> None:
     (created,) = anthropic_api.plane.enqueue()
     item = await anthropic_api.claim_item()
     assert item["data"]["id"] == created.session_id.replace("sess_", "session_")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     "work_id",
     [
-        "work_4e43a33e401a4038abe36845dff55165",  # an id in the right form, but of no item
+        "work_4e43a33e401a4038abe36845dff55165",  # the form is right, but no item has this id
         "work_",
         "x",
         "sess_" + "0" * 32,

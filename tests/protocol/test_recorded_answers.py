@@ -34,7 +34,7 @@ WORK_CALLS = ("poll", "ack", "heartbeat", "stop", "update", "list")
 
 
 def item_id_for_request(answer: dict[str, Any]) -> str:
-    """Return the item id for the request: the id in the recorded answer, or else any id."""
+    """Return the id in the recorded answer, or an arbitrary id if the answer has none."""
     body = answer["body"]
     return str(body["id"]) if isinstance(body, dict) and "id" in body else "work_1"
 

@@ -101,8 +101,8 @@ async def test_anthropic_sdk_work_poller_claims_fifty_items(
             await sdk_client.beta.environments.work.heartbeat(item.id, environment_id=ENV)
         ).state == ("active")
     assert claimed == ids
-    # The poller sends one graceful stop for each item, which leaves the item `stopping`. The item
-    # is stopped by a second stop, or when its lease ends.
+    # The poller sends one graceful stop for each item, and the item becomes `stopping`. A second
+    # stop, or the end of the lease, makes the item `stopped`.
     states = [item.state async for item in sdk_client.beta.environments.work.list(ENV)]
     assert states == ["stopping"] * 50
     assert control_plane.summary().overlapping == 0

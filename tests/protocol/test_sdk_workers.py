@@ -213,7 +213,7 @@ def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project:
 
 @pytest.fixture(params=["python_worker", "typescript_worker"])
 def start_worker(request: pytest.FixtureRequest) -> Worker:
-    """Return a function for `async with start_worker(environment_id):`, which runs a worker."""
+    """Return a context manager that runs the Python or the TypeScript worker in an environment."""
     started: Worker = request.getfixturevalue(request.param)
     return started
 
@@ -335,7 +335,8 @@ async def test_sdk_worker_stops_item_of_archived_session_at_once(
     assert (
         await application_client.beta.sessions.archive(waiting_session.session_id)
     ).status == "terminated"
-    # The next heartbeat is due later than this time limit, so the stop is not a reaction to it.
+    # The worker stops the item before its next heartbeat is due, so a heartbeat's answer cannot be
+    # the reason for the stop.
     async with asyncio.timeout(20):
         await wait_until(lambda: waiting_session.state() == "stopped")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
@@ -355,7 +356,7 @@ async def test_sdk_worker_stops_item_after_heartbeat_reports_stop_request(
     kinds = [
         record.kind for record in control_plane.history.records_of_item(waiting_session.work_id)
     ]
-    # The record `stopped` shows that the worker stopped the item. If its lease had ended instead,
+    # The record `stopped` shows that the worker stopped the item. If the lease had ended instead,
     # the last record would be `lapsed`.
     assert kinds[-2:] == ["heartbeat", "stopped"]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

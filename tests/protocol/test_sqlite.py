@@ -219,7 +219,7 @@ async def test_second_server_on_same_file_is_refused(
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
-def test_files_of_new_store_are_accessible_to_owner_only(database_path: Path, mask: int) -> None:
+def test_files_of_new_store_are_accessible_only_to_owner(database_path: Path, mask: int) -> None:
     former = os.umask(mask)
     try:
         with closing(SqliteStore(database_path)._connect()) as connection:

@@ -1,4 +1,4 @@
-"""Stops of items, and their answers in both dialects.
+"""Stop calls for items, and the answers to these calls in both dialects.
 
 See workpool/docs/protocol.md, "Stop".
 """

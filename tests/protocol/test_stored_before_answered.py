@@ -50,7 +50,7 @@ async def api(
 async def expect_answer_after_commit(
     store: StoreWithBlockedCommits, answer: Awaitable[HttpAnswer]
 ) -> HttpAnswer:
-    """Return the answer, after checking that it arrives only once the store has committed."""
+    """Return the answer. Check that it does not arrive before the store has committed."""
     store.gate.clear()
     async with asyncio.TaskGroup() as group:
         asking = group.create_task(receive_answer_in_task(answer))
@@ -128,13 +128,14 @@ async def test_409_is_answered_only_after_earlier_change_is_stored(
         await expect_answer_after_commit(store_with_blocked_commits, api.ack(stopped)),
         await expect_answer_after_commit(store_with_blocked_commits, api.heartbeat(stopped)),
     ]
-    # The qoder dialect answers a second stop with 200, so there is no conflict.
+    # The qoder dialect answers a second stop with 200, and not with the conflict 409.
     if api.dialect == "anthropic":
         answers.append(
             await expect_answer_after_commit(
                 store_with_blocked_commits, api.stop(stopped, json={"force": True})
             )
         )
-    # In the anthropic dialect, a heartbeat of a stopped item is answered 200 with its state.
+    # In the anthropic dialect, a heartbeat of a stopped item is answered with 200 and the item's
+    # state.
     allowed = {200, 409} if api.dialect == "anthropic" else {409}
     assert {answer.status for answer in answers} == allowed

@@ -111,8 +111,8 @@ def run_after_spawn(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
 
     def set_callback(action: Callable[[int], object]) -> None:
         def run_callback_and_open(pid: int, *flags: int) -> int:
-            # asyncio also calls `pidfd_open` since Python 3.12. Do not run the callback for its
-            # processes.
+            # Since Python 3.12, asyncio also calls `pidfd_open`. Do not run the callback for a
+            # process that asyncio watches.
             if sys._getframe(1).f_globals["__name__"] == "workpool_command.process_group":
                 action(pid)
             return pidfd_open(pid, *flags)

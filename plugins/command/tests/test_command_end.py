@@ -103,7 +103,7 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
     async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids")):
         pids = await procfs.wait_for_lines(tmp_path / "pids", 2)
         # Expire the lease, so that the control plane delivers the item again. The pool then detects
-        # that its lease is lost.
+        # that it has lost the lease.
         expire_lease(kit.server, item.id)
         end = await kit.wait_for(SessionFinished)
 
@@ -161,7 +161,8 @@ async def test_daemon_that_keeps_pipes_open_does_not_block_session(
     assert result.outcome == "completed"
     assert "stdout: ok" in caplog.messages
     [daemon] = await procfs.wait_for_lines(tmp_path / "pids")
-    # Kill the daemon here. It has left the process group, so the plugin cannot find and kill it.
+    # Kill the daemon here. The plugin cannot do this, because the daemon has left the process
+    # group.
     os.kill(int(daemon), signal.SIGKILL)
 
 
@@ -173,7 +174,7 @@ async def test_session_fails_if_other_code_reaped_its_command(
     os.mkfifo(fifo)
     async with kit.pool(shell_command("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
         await procfs.wait_for_lines(tmp_path / "pids")
-        # Ignore SIGCHLD. The kernel then reaps the command when it exits, and its exit status is
+        # Ignore SIGCHLD. The kernel then reaps the command at its exit, and the exit status is
         # lost.
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         try:
@@ -243,7 +244,7 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
     async def check_for_leaks() -> None:
         async with Kit() as first, Kit() as kit:
             # Run one session of each kind before counting. The event loop opens some descriptors at
-            # their first use and keeps them, which would look like a leak.
+            # their first use and keeps them open. The test would count these descriptors as a leak.
             await run_sessions(first, 1)
             children, descriptors = procfs.child_processes(), procfs.open_descriptors()
             await run_sessions(kit, 25)

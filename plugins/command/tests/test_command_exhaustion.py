@@ -101,7 +101,7 @@ async def test_session_that_hits_resource_limit_at_start_is_released(
     assert (await kit.run_session(shell_command("echo ran"))).outcome == "released"
 
 
-async def test_session_completes_if_no_thread_starts_to_remove_its_directory(
+async def test_session_completes_although_thread_that_removes_its_directory_cannot_start(
     kit: Kit, shell_command: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse_thread_start(_thread: threading.Thread) -> None:

@@ -149,7 +149,7 @@ def test_resource_exhaustion_at_command_start_is_converted_to_release(number: in
         raise OSError(number, os.strerror(number))
 
 
-async def test_command_with_metadata_setting_takes_matching_items_only(
+async def test_command_with_metadata_setting_takes_only_matching_items(
     kit: Kit, shell_command: Shell
 ) -> None:
     kit.enqueue(metadata={"job": "other"})

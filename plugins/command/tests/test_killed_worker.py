@@ -1,4 +1,4 @@
-"""Tests of commands after a kill of their `workpool run` process, and of detached commands."""
+"""Tests of commands, detached or not, whose `workpool run` process is killed."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ async def test_session_is_released_if_token_of_workpool_hold_is_refused(
     token.write_text(kit.server.token)
     command = Command(command=["true"], detach=True, root=tmp_path)
     async with kit.pool(command, token=None, token_file=token):
-        # Only `workpool hold` reads the revoked token. The pool keeps the first token until a call
-        # is refused.
+        # The pool keeps using the first token, because the control plane accepts it. Only `workpool
+        # hold` reads the revoked token.
         token.write_text("revoked")
         [item] = kit.enqueue()
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)

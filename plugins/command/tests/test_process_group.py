@@ -185,8 +185,8 @@ async def test_failed_start_without_kill_permission_raises_error_of_start(
     os.kill(pids[0], signal.SIGKILL)
     await asyncio.to_thread(os.waitpid, pids[0], 0)
 
-    # The error keeps the `Popen` alive. Delete it now: the `Popen`'s ResourceWarning needs a free
-    # descriptor.
+    # `caught` holds the error, which keeps the `Popen` alive. Delete `caught` now, because the
+    # ResourceWarning of the `Popen` needs a free descriptor.
     del caught
     [record] = [each for each in caplog.records if each.message == "command may still run"]
     assert vars(record)["pid"] == pids[0]

@@ -90,7 +90,7 @@ def _timestamp_text(time: datetime | None) -> str | None:
 
 
 def kept_directory(root: Path, name: str) -> Path:
-    """Return the private directory `name` below `root`. Create it unless an earlier run did.
+    """Return the private directory `name` below `root`, and create it if it does not exist.
 
     Raises:
         OSError: The directory cannot be created, or another file has this name.

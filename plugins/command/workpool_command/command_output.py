@@ -75,7 +75,7 @@ class LineSplitter:
         self._part = b""
 
     def add_chunk(self, chunk: bytes) -> None:
-        """Add a chunk of the stream, and pass the lines that it completes to `on_lines`."""
+        """Add a chunk of the stream. Call `on_lines` with the lines that the chunk completes."""
         whole, newline, rest = (self._part + chunk).rpartition(b"\n")
         if newline:
             self._store_and_report_lines(whole)

@@ -1,4 +1,4 @@
-"""The result of a command: an outcome from its exit status, and metadata from its last line.
+"""The result of a command: an outcome from its exit status, and metadata from its last output line.
 
 The exit statuses are those of `sysexits.h`: 0 is success, 75 (EX_TEMPFAIL) requests another try,
 and any other status is a failure.
@@ -41,7 +41,7 @@ class CommandFailed(WorkpoolError):
 
 @contextmanager
 def convert_start_errors(program: str) -> Iterator[None]:
-    """Convert an `OSError` that a command's start raises to `Release` or `CommandFailed`.
+    """Convert an `OSError` at the start of a command to `Release` or `CommandFailed`.
 
     Raises:
         Release: The machine has no free memory, processes or descriptors.
@@ -56,7 +56,7 @@ def convert_start_errors(program: str) -> Iterator[None]:
 
 
 def raise_for_exit_status(session: Session, program: str, status: int | None) -> None:
-    """Raise an error for a failed command, unless it ended because of a stop request.
+    """Raise an error for a failed command, unless a stop request has ended the command.
 
     Args:
         session: The session of the command.
@@ -99,7 +99,7 @@ def exit_status_text(status: int | None) -> str:
 
 
 def parse_result(program: str, line: bytes) -> dict[str, str]:
-    """Parse the last line of a command as metadata.
+    """Parse the last output line of a command as metadata.
 
     Args:
         program: The command's name, for the error.

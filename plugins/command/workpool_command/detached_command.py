@@ -60,7 +60,7 @@ class HoldProcessStarter:
     def __init__(self, command: DetachedCommandSettings, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        # A strong set would keep every group in memory after the exit of its leader.
+        # A set with strong references would keep all groups in memory after their leaders' exits.
         self._groups: WeakSet[ProcessGroup] = WeakSet()
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class HoldProcessStarter:
         return variables
 
     def _secret_variables(self) -> dict[str, str]:
-        """Return environment variables with the worker's credentials, except those in files."""
+        """Return variables with those credentials of the worker that are not in files."""
         settings, variables = self._settings, dict[str, str]()
         if settings.token_file is None:
             variables["WORKPOOL_TOKEN"] = settings.read_token()

@@ -98,15 +98,15 @@ class GuardProcessPipe:
             written = self._pipe.write(line)
         except (OSError, ValueError):
             written = None
-        # `write` returns None if the pipe is full. The guard process has then not read 64 KiB of
-        # lines, so it does not work anymore.
+        # `write` returns None if the pipe is full. The guard process has then left 64 KiB of lines
+        # unread, so it does not work anymore.
         if written is None:
             log.warning("the guard has ended: commands may outlive a worker that is killed")
 
 
 @asynccontextmanager
 async def running_guard_process(env: Mapping[str, str]) -> AsyncIterator[GuardProcessPipe]:
-    """Run a guard process during the `with` block. At its end, the remaining groups are killed.
+    """Run a guard process during the `with` block. It kills the remaining groups after the block.
 
     Raises:
         OSError: The guard cannot be started.
@@ -143,7 +143,8 @@ async def _wait_for_exit(process: asyncio.subprocess.Process) -> None:
             await process.wait()
     except TimeoutError:
         # Other code may have reaped the guard process. `kill` then raises an error, and uvloop's
-        # `wait` never returns. Suppress both, or the end of the pool would fail or block.
+        # `wait` never returns. Suppress the error and limit the wait, or the end of the pool would
+        # fail or block.
         with suppress(ProcessLookupError, TimeoutError):
             process.kill()
             async with asyncio.timeout(CLOSE_SECONDS):

@@ -119,7 +119,7 @@ class Command:
             with release_on_exhaustion():
                 return await self._run_command(session)
 
-        # `handler` puts the qualified name into its error messages about the settings.
+        # `handler` quotes the function's qualified name in error messages about the settings.
         run.__qualname__ = NAME
         as_handler = handler(
             type=self.type,
@@ -140,8 +140,9 @@ class Command:
             self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
             stack.push_async_callback(self._threads.close)
             try:
-                # Check on a thread, so that one thread is started now. It removes directories
-                # later, when the machine may have no thread left.
+                # Check the machine on a thread of `_threads`, so that this thread is started now.
+                # The thread removes directories later, when the machine may have no free thread
+                # left.
                 await self._threads.run(self._check_machine)
                 env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(running_guard_process(env))
@@ -174,7 +175,8 @@ class Command:
         if self._root is not None:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._root):
-            # Nothing to do: a failed creation of the directory would have raised an error.
+            # Do nothing with the directory. Only its creation is checked, which raises an error on
+            # failure.
             pass
         if self.detach and importlib.util.find_spec("typer") is None:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")
@@ -269,7 +271,7 @@ def _session_directory_name(session: Session) -> str:
 
 
 def _check_settings(plugin: Command) -> None:
-    """Raise an error if a setting is wrong on every machine."""
+    """Raise an error if a setting is wrong. The machine is not checked here."""
     _check_setting_types(plugin)
     if not plugin.command or not plugin.command[0]:
         raise ValueError("command: names no program")

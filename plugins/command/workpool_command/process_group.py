@@ -222,7 +222,7 @@ class ProcessGroup:
 
 
 def start_group(start: CommandArguments) -> ProcessGroup:
-    """Start a command in its own process group. If this fails, kill the whole group.
+    """Start a command in its own process group. Kill the whole group if the start fails.
 
     Raises:
         OSError: The command cannot be started or its leader cannot be watched.

@@ -292,7 +292,7 @@ async def testbed(
 
 @pytest.fixture(autouse=True)
 async def _check_for_leaked_tasks() -> AsyncIterator[None]:
-    """Check after each test that no asyncio task of it is left."""
+    """Check after each test that no asyncio task of the test is left."""
     before = asyncio.all_tasks()
     yield
     assert not asyncio.all_tasks() - before - {asyncio.current_task()}

@@ -44,7 +44,7 @@ WAIT_SECONDS = 60.0
 
 
 def busybox_archive(program: str) -> bytes:
-    """Return a tar archive of a root file system that has busybox only."""
+    """Return a tar archive of a root file system that contains only busybox."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for folder, mode in (("bin", 0o755), ("tmp", 0o1777), ("proc", 0o755), ("etc", 0o755)):
@@ -90,7 +90,7 @@ class PodmanEngine:
         }
 
     def run_command(self, *arguments: str, stdin: bytes = b"") -> str:
-        """Run a `podman` or `docker` command and return its output. Skip the test if it fails."""
+        """Run a `podman` or `docker` command and return its output. An error skips the test."""
         done = subprocess.run(  # noqa: S603 - no input from outside
             [*self._client_command, *arguments],
             env=self._environment,
@@ -141,8 +141,8 @@ class PodmanEngine:
 
     @property
     def _service_command(self) -> list[str]:
-        # Let the service end after an hour without requests. A killed test run would leave it
-        # running.
+        # Let the service end after an hour without requests. Otherwise a killed test run would
+        # leave the service running forever.
         return [*self._client_command, "system", "service", "--time=3600", f"unix://{self.socket}"]
 
 

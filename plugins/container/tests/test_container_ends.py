@@ -105,7 +105,7 @@ async def test_container_of_lost_lease_is_removed_before_next_run_starts_another
     async with testbed.make_pool(script, grace=600, sweep_seconds=600):
         await testbed.wait_for_output("ready")
         # Expire the lease, so that the control plane delivers the item again. The pool then detects
-        # that its lease is lost.
+        # that it has lost the lease.
         expire_lease(testbed.plane, item.id)
         finished = await testbed.wait_for_session_end(item.id)
         assert finished.outcome == "lease_lost"

@@ -49,7 +49,7 @@ async def test_removal_that_engine_refuses_twice_during_stop_is_repeated(tmp_pat
     assert not responses
 
 
-async def test_removal_that_engine_always_refuses_raises_error_with_its_message(
+async def test_removal_that_engine_always_refuses_raises_error_with_engine_message(
     tmp_path: Path,
 ) -> None:
     async def handle_removal(_: web.Request) -> web.Response:

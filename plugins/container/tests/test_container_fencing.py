@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class ControlledLease:
-    """A fake lease: the test sets its remaining time, and it records the written metadata."""
+    """A fake lease whose remaining time the test sets. The lease records the written metadata."""
 
     def __init__(self) -> None:
         self.remaining = 60.0
@@ -83,7 +83,7 @@ async def container_states(testbed: ContainerTestbed) -> dict[str, str]:
     return {each.id: each["State"] for each in await testbed.item_containers(testbed.work_id)}
 
 
-async def test_worker_without_lease_leaves_container_adopted_by_another_worker_running(
+async def test_worker_without_lease_does_not_stop_container_that_another_worker_adopted(
     testbed: ContainerTestbed, engine: EngineClient
 ) -> None:
     stale = ControlledSessionRun(testbed, engine)
@@ -126,8 +126,8 @@ async def test_cancellation_at_any_engine_call_leaves_no_running_container(
         task = group.create_task(ControlledSessionRun(testbed, engine).run_session())
         await asyncio.wait({task})
     assert task.cancelled()
-    # A container in the state "created" may remain: the engine may still create it after the
-    # request was cancelled.
+    # A container in the state "created" may remain, because the engine may create a container after
+    # the request for it was cancelled.
     assert set((await container_states(testbed)).values()) <= {"created"}
 
 
@@ -186,7 +186,7 @@ def _call_after_loop_iterations(turns: int, call: Callable[[], object]) -> None:
         call()
 
 
-async def test_container_whose_lease_ends_before_its_start_is_not_started(
+async def test_container_is_not_started_if_lease_of_item_ends_before_start(
     testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = ControlledSessionRun(testbed, engine)

@@ -1,4 +1,4 @@
-"""Runs one session in a container: starts or adopts it, logs its output, and removes it.
+"""Runs one session in a container: starts or adopts the container, logs its output, removes it.
 
 A session never runs twice at once. The worker writes the id of a container to the item's metadata,
 which needs the lease, before it starts the container; other containers of the item are never
@@ -138,7 +138,7 @@ class ContainerRun:
         return adopted
 
     async def _adopt_container(self) -> bool:
-        """Adopt the item's valid container, if there is one, and remove the item's other ones."""
+        """Adopt a valid container of the item, if there is one, and remove all other containers."""
         item = self._session.item
         adopted = False
         for listed in await self._engine.list_containers(WORK_ID_LABEL, item.id):
@@ -220,8 +220,8 @@ class ContainerRun:
                     "container output interrupted: %s", error, extra={"error": str(error)}
                 )
                 await asyncio.sleep(OUTPUT_RETRY_SECONDS)
-                # After an error, read only new lines. Some lines may be missing in the log, but
-                # none is logged twice.
+                # After an error, read only lines that are written from now on. Some lines may then
+                # be missing in the log, but no line is logged twice.
                 tail = "0"
             else:
                 output.log_unfinished_lines()
@@ -293,8 +293,8 @@ class ContainerRun:
         )
         try:
             async with asyncio.timeout(grace + REMOVAL_SECONDS):
-                # Rename before the stop. Otherwise a worker could adopt the container, and report
-                # the exit status that the stop causes as the result of the session.
+                # Rename the container before its stop. Otherwise another worker could adopt it, and
+                # report the exit status that the stop causes as the result of the session.
                 if not await self._engine.rename_container(
                     self._name, self._name + GIVEN_UP_SUFFIX
                 ):

@@ -85,7 +85,7 @@ class ListedContainer:
 
     @property
     def is_marked_for_removal(self) -> bool:
-        """Whether the container's name shows that a worker is removing it. No worker adopts it."""
+        """Whether the name shows that a worker removes the container, so no worker may adopt it."""
         return self.name.endswith(GIVEN_UP_SUFFIX)
 
 
@@ -190,7 +190,7 @@ class EngineClient:
                 await self._container_by_id_or_name(container).stop(t=math.ceil(grace))
 
     async def remove_container(self, container: str) -> None:
-        """Kill the container if it runs, remove it, and wait until it does not exist anymore."""
+        """Kill and remove the container, and wait until the container does not exist anymore."""
         with _wrap_engine_errors("removing the container"):
             async with asyncio.timeout(CALL_SECONDS):
                 tries = 1
@@ -251,7 +251,7 @@ class EngineClient:
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED_STATES else None
 
     async def _wait_for_next_exit(self, container: str, patience: float) -> None:
-        """Wait at most `patience` seconds for an exit of the container that follows this call.
+        """Wait at most `patience` seconds until the container exits. Ignore an earlier exit.
 
         The condition is `next-exit`, because Podman uses a whole core for any other one.
         """
@@ -295,7 +295,8 @@ def _wrap_engine_errors(action: str) -> Iterator[None]:
     try:
         yield
     except aiodocker.DockerError as error:
-        # aiodocker also raises this error without a response. Its `status` is then no HTTP status.
+        # aiodocker also raises this error when there is no response. `status` is then not an HTTP
+        # status.
         answered = 100 <= error.status < 600  # noqa: PLR2004 - the statuses of HTTP
         raise EngineError(action, error.message, error.status if answered else None) from error
     except TimeoutError as error:

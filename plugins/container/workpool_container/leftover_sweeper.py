@@ -114,7 +114,8 @@ class LeftoverSweeper:
         except ControlPlaneError as error:
             if error.status != NOT_FOUND:
                 raise
-            # Keep the container: its item may belong to another control plane. Warn only once.
+            # Keep the container, because its item may belong to another control plane. Log only one
+            # warning.
             if listed.id not in self._containers_of_unknown_items:
                 self._containers_of_unknown_items.add(listed.id)
                 log.warning(

@@ -36,7 +36,7 @@ class OutputLog:
         return self._left <= 0
 
     def add_chunk(self, stream: str, chunk: bytes) -> None:
-        """Log each line of the stream that this chunk completes."""
+        """Log each line that this chunk of the stream completes."""
         if b"\n" in chunk:
             self._progress()
         if self.is_full:

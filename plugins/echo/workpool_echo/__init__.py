@@ -1,4 +1,4 @@
-"""The example plugin: one handler that takes every session and returns its text."""
+"""The example plugin: one handler, which takes every session and returns a text of its item."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from workpool import Release, Session, handler
 
 @handler
 async def echo(session: Session) -> dict[str, str]:
-    """Wait for `seconds` (default 1.5), then return `text` (default "hello") of the metadata."""
+    """Wait `seconds` (default 1.5) and return `text` (default "hello"), both from the metadata."""
     text = session.item.metadata.get("text", "hello")
     seconds = float(session.item.metadata.get("seconds", "1.5"))
     session.log.info("echo: %r %s", text, "redelivered" if session.redelivered else "started")

@@ -87,7 +87,7 @@ async def test_cost_that_changes_during_write_is_written_afterwards() -> None:
 
 
 @in_virtual_time
-async def test_cost_that_changes_and_returns_within_interval_is_not_written() -> None:
+async def test_cost_that_changes_and_changes_back_within_interval_is_not_written() -> None:
     testbed = WriterTestbed()
     async with testbed.running_writer():
         testbed.set_cost(1)
@@ -107,7 +107,7 @@ async def test_changed_cost_without_update_request_is_written_at_next_recheck() 
 
 
 @in_virtual_time
-async def test_failed_writes_are_repeated_after_growing_limited_pauses(
+async def test_failed_writes_are_repeated_after_growing_but_limited_pauses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)

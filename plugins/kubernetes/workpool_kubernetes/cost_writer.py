@@ -53,8 +53,8 @@ class CostWriter:
             self._changed.clear()
             cost = self._cost()
             if cost is None:
-                # Forget the written cost. The plugin of another pool in this process writes the
-                # annotation now, so the stored cost may change.
+                # Forget the cost that this writer has written. The writer of another pool in this
+                # process may now write a different cost.
                 self._written = None
             if cost is not None and cost != self._written:
                 await self._try_write(cost)

@@ -35,7 +35,7 @@ MIN_INTERVAL: Final = 1.0
 
 @dataclass(kw_only=True, eq=False)
 class Kubernetes:
-    """Writes the number of the worker's sessions as the deletion cost of its own pod.
+    """Writes the number of the worker's sessions as the deletion cost of the worker's pod.
 
     The fields are the settings. See plugins/kubernetes/README.md, "Settings".
     """
@@ -89,7 +89,7 @@ class Kubernetes:
 
 
 def deletion_cost(supervisor: Supervisor) -> int | None:
-    """Return the number of sessions in this process. None: another pool writes the number.
+    """Return the number of sessions in this process, or None if another pool writes the number.
 
     A worker for several environments has several pools in one process. Only the plugin of the first
     pool writes the cost, which is the sum of the sessions of all pools.
@@ -119,7 +119,7 @@ def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator
 
 
 def _request_update() -> None:
-    """Request an update from the first pool's plugin, which writes the cost of all pools."""
+    """Request an update from the first pool's plugin. That plugin writes the cost of all pools."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
         with suppress(RuntimeError):  # the event loop of the first pool may be closed
             request()

@@ -36,7 +36,7 @@ log = logging.getLogger("workpool.otel")
 
 @dataclass(kw_only=True, eq=False)
 class Otel:
-    """Traces the sessions of one pool. The fields are its settings.
+    """Traces the sessions of one pool. The fields are the settings of the plugin.
 
     See plugins/otel/README.md, "Settings".
     """
@@ -115,21 +115,21 @@ class Otel:
             return current, current
         if not isinstance(current, trace.ProxyTracerProvider):
             return current, None
-        # "workpool" is only the default service name. `Resource.create` prefers it to the variable
-        # OTEL_SERVICE_NAME, so the merge lets the variables override it.
+        # "workpool" is only the default service name. `Resource.create` would prefer it to the
+        # variable OTEL_SERVICE_NAME. The merge makes the OTEL variables override the default.
         resource = Resource.create({SERVICE_NAME: "workpool"}).merge(
             OTELResourceDetector().detect()
         )
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        # Make it the global provider, so that spans that handlers create are exported, too.
+        # Make this provider the global one, so that spans that handlers create are exported, too.
         trace.set_tracer_provider(provider)
         _POOL_COUNTS[provider] = 1
         return provider, provider
 
 
 async def _write_trace_context(session: Session, context: dict[str, str]) -> None:
-    """Write the trace context of this run to the item's metadata, or log that this is refused."""
+    """Write the trace context of this run to the metadata, or log that the service refuses it."""
     try:
         await session.update_metadata(
             {f"workpool.{name}": value for name, value in context.items()}

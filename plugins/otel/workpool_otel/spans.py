@@ -157,7 +157,7 @@ class SessionSpans:
         span.end()
 
     def _get_or_start_span(self, run: _SessionRunSpan, item: WorkItem) -> Span:
-        """Return the span of a run. If it does not exist, create it and add the early requests."""
+        """Return the span of a run. If the span is missing, create it with the early requests."""
         if run.span is None:
             run.attributes = {
                 span_attributes.SYSTEM: "workpool",
@@ -205,7 +205,7 @@ class SessionSpans:
 
 
 def _trace_context_of_creator(item: WorkItem) -> Context:
-    """Return the trace context of the item's creator, from the metadata, else from the poll."""
+    """Return the trace context of the item's creator from the item's metadata or `traceparent`."""
     context = propagate.extract(dict(item.metadata))
     if not trace.get_current_span(context).get_span_context().is_valid and item.traceparent:
         context = propagate.extract({"traceparent": item.traceparent})

@@ -50,7 +50,7 @@ async def shout(call):
 
 
 def counted_bash_call(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
-    """Return a Bash call whose command appends its number to a file at each execution."""
+    """Return a Bash call whose command appends the number of the call to a file."""
     command = f"{before}echo {number} >> log; sleep 0.05; echo said {number}"
     return {"name": "Bash", "input": {"command": command}, "permission": permission}
 
@@ -285,7 +285,7 @@ async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
 async def run_and_check_session(
     run: ScriptedSession, kills: int, *, quiet: bool
 ) -> tuple[int, list[str]]:
-    """Run and check one session. Return the number of killed workers and all violations."""
+    """Run and check one session. Return the number of killed workers, and all violations."""
     say = sys.stdout.write
     try:
         killed = await run.run_session(kills)

@@ -150,7 +150,7 @@ async def test_redirection_of_shell_output_does_not_affect_later_commands(
     assert await agent.call_successfully("bash", command="echo later >&2") == "later\n"
 
 
-async def test_command_inherits_standard_streams_only(agent: Any) -> None:
+async def test_command_inherits_only_standard_streams(agent: Any) -> None:
     shown_output = await agent.call_successfully("bash", command="ls -1 /proc/self/fd")
     # Accept descriptor 3, which is not inherited: `ls` has opened it to list the directory.
     assert shown_output == "0\n1\n2\n3\n"
@@ -181,7 +181,7 @@ async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox
     await wait_for_process_end(*processes)
 
 
-async def test_closing_sandboxed_shell_ends_processes_of_other_process_groups(
+async def test_closing_sandboxed_shell_ends_its_processes_in_every_process_group(
     agent_with_sandbox: Any,
 ) -> None:
     await agent_with_sandbox.call_successfully("bash", command=two_process_command("setsid sh"))
@@ -248,7 +248,7 @@ async def test_sandboxed_processes_end_when_worker_is_killed(
 
 
 @pytest.mark.parametrize("isolation", [NoIsolation(), Bubblewrap(ProcessLimits())])
-def test_shell_environment_contains_allowed_variables_only(
+def test_shell_environment_contains_only_allowed_variables(
     isolation: NoIsolation | Bubblewrap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "WORKPOOL_TOKEN", "AWS_SECRET", "LANG"):
@@ -321,7 +321,7 @@ def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
 
 
 async def test_shell_that_never_answers_gets_no_command(tmp_path: Path) -> None:
-    """The fake shell records its input and never answers. It must get no command."""
+    """The fake shell records its input and never answers. `BashShell` must send it no command."""
     words = ["/bin/bash", "-c", "head -n 3 > input; exit 3"]
     shell = BashShell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)
     with pytest.raises(ShellEndedError):

@@ -51,7 +51,9 @@ async def test_reopened_journal_has_begun_calls_and_stored_results(journal_direc
     assert await journal.begin_call("c") == "new"
 
 
-async def test_call_that_two_workers_begin_is_new_for_one_only(journal_directory: Path) -> None:
+async def test_call_that_two_workers_begin_is_new_for_only_one(
+    journal_directory: Path,
+) -> None:
     workers = [await open_journal(journal_directory), await open_journal(journal_directory)]
     both = await asyncio.gather(
         *(journal.begin_call(f"evt_{n}") for n in range(50) for journal in workers)
@@ -94,7 +96,7 @@ asyncio.run(main())
 """
 
 
-async def test_worker_suspended_during_write_does_not_block_journal_of_others(
+async def test_worker_suspended_during_write_does_not_block_journals_of_other_workers(
     journal_directory: Path,
 ) -> None:
     process = await asyncio.create_subprocess_exec(

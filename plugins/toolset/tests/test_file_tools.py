@@ -318,7 +318,7 @@ async def test_edit_with_result_above_limit_is_refused(
     )
 
 
-async def test_edit_replaces_single_occurrence_and_several_only_with_replace_all(
+async def test_edit_replaces_one_occurrence_but_several_need_replace_all(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     path = workspace_directory / "code.py"

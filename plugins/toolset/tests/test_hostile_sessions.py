@@ -299,7 +299,7 @@ async def test_hostile_command_reaches_nothing_outside_sandbox(
     os.kill(os.getpid(), 0)
 
 
-def test_lists_contain_at_least_six_hundred_hostile_inputs(workspace_directory: Path) -> None:
+def test_hostile_tests_use_at_least_six_hundred_inputs(workspace_directory: Path) -> None:
     files = len(hostile_paths(workspace_directory)) * sum(map(len, INPUTS.values()))
     assert (
         files + len(PATTERNS) + 2 * len(GREPS) + len(hostile_shell_commands(workspace_directory, 1))
@@ -347,8 +347,8 @@ async def test_file_tools_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:
     outcomes: set[tuple[str, bool]] = set()
-    # Repeat until each tool has both succeeded and failed. Some calls then began before the
-    # exchange with a link, and some after it.
+    # Repeat until each tool has both succeeded and failed. Some calls have then begun before the
+    # exchange of a file with a link, and some after the exchange.
     every_outcome = {(tool, error) for tool in ("read", "write", "edit") for error in (False, True)}
     rounds = 0
     while rounds < 300 or outcomes != every_outcome:

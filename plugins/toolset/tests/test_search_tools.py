@@ -91,7 +91,7 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
     assert (await agent.call_successfully("glob", pattern="*")).splitlines() == ["src"]
 
 
-async def test_glob_follows_links_that_lead_to_roots_only(
+async def test_glob_follows_only_links_that_lead_to_roots(
     make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"

@@ -43,7 +43,7 @@ def long_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_toolset(tmp_path: Path) -> Make:
-    """Return a function that makes a `Toolset` without isolation. Its state is in `tmp_path`."""
+    """Return a function that makes a `Toolset` without isolation, with its state in `tmp_path`."""
 
     def make_with_test_defaults(**settings: Any) -> Toolset:
         defaults: dict[str, Any] = {
@@ -125,7 +125,7 @@ async def test_session_that_calls_every_tool_gets_expected_results(
     assert (workspace / "a.txt").read_text() == "0ne\n"
 
 
-async def test_session_under_key_without_metadata_permission_is_completed(
+async def test_session_of_worker_that_may_not_write_metadata_is_completed(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     workpool.faults.add(status(403), "get", "update", "stats")
@@ -309,7 +309,7 @@ async def wait_for_command(tmp_path: Path, session: str) -> None:
 
 
 async def wait_for_file(file: Path) -> None:
-    """Wait until this file exists, because a command of a session has created it."""
+    """Wait until a command of the session has created this file."""
     async with asyncio.timeout(WAIT_SECONDS):
         while not file.exists():  # noqa: ASYNC110, ASYNC240 - there is no event for a new file
             await asyncio.sleep(0.01)

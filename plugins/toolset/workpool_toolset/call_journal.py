@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class CallJournal:
-    """The journal of one session's tool calls, in its own directory. Threads access the files.
+    """The journal of one session's tool calls, in a directory of its own. Threads use its files.
 
     Attributes:
         is_new: Whether `open_directory` created the directory.
@@ -42,7 +42,7 @@ class CallJournal:
         self.name = ""
 
     async def open_directory(self) -> None:
-        """Create the journal's directory and the file with its name, unless they exist."""
+        """Create the directory of the journal and the file with the journal's name, if missing."""
         await self._threads.run(self._make_directory)
 
     async def begin_call(self, call: str) -> ToolResult | Literal["new", "begun"]:
@@ -77,7 +77,7 @@ class CallJournal:
         path = self._directory / "name"
         if not path.exists():
             written = self._temporary_file(secrets.token_hex(8))
-            # Another process may create the file first. Its name is then used.
+            # Another process may create the file first. This journal then uses that file's name.
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(written)
             written.unlink()
@@ -98,8 +98,7 @@ class CallJournal:
                 record.write(_encode_call_id(call))
             _sync_directory(self._directory)
         except OSError:
-            # Remove the record. It would say that the call has begun, although this call is not
-            # executed.
+            # Remove the record that says that the call has begun: this call is not executed.
             path.unlink()
             raise
         return "new"

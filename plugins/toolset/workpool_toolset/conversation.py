@@ -90,7 +90,7 @@ class Conversation:
         return open_call is not None and open_call.interrupted
 
     def mark_call_answered(self, call: str) -> None:
-        """Remove an open call, because it needs no answer of this worker anymore."""
+        """Remove an open call to which this worker need not send an answer anymore."""
         self.answered.add(call)
         self._open.pop(call, None)
 
@@ -116,7 +116,7 @@ class Conversation:
         self.ended = self.ended or kind in _ENDINGS
 
     def _interrupt_or_close_calls(self, kind: str, thread: str | None) -> None:
-        """Mark all open calls as interrupted, or close the calls of a thread that has ended."""
+        """Mark all open calls at an interrupt, or close the calls of a `thread` that has ended."""
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True

@@ -56,7 +56,7 @@ class FileSizeLimits:
     """
 
     text: int = 256 * 1024
-    image: int = 5 * 1024 * 1024 * 3 // 4  # base64 makes 5 MiB of this
+    image: int = 5 * 1024 * 1024 * 3 // 4  # the base64 text of these bytes has 5 MiB
     pdf: int = 20 * 1024 * 1024
 
 
@@ -92,7 +92,7 @@ def read_file(
 
 
 def write_file(workspace: Workspace, path: str, content: str) -> str:
-    """Create or replace a file, and create its directories. Newlines are not converted."""
+    """Create or replace a file, and create missing directories. Newlines are not converted."""
     encoded = _encode_text(content)
     with workspace.open_parent(path, write=True, make=True) as spot:
         _replace_file(spot, path, encoded)
@@ -133,7 +133,7 @@ def edit_file(
 
 @contextlib.contextmanager
 def _open_regular_file(spot: PathTarget, path: str) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a file if it is a regular file, because opening a device may have side effects."""
+    """Open a regular file. Refuse other files, because opening a device may have side effects."""
     _check_regular_file(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
     # Use O_NONBLOCK. If a pipe has replaced the file since the check, the open would otherwise
     # block until the pipe has a writer.
@@ -181,7 +181,7 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
 
 
 def _lines_of_chunk(chunk: bytes, first: int, last: int) -> bytes:
-    """Return the lines `first` to `last` of a chunk, counted from 0, as far as it has them."""
+    """Return those of the lines `first` to `last`, counted from 0, that are in the chunk."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
@@ -217,7 +217,7 @@ def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
     with contextlib.suppress(FileNotFoundError):
         found = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False)
         _check_regular_file(found, path)
-        # Keep the permissions without the setuid bit, because the owner may change below.
+        # Keep the permissions without the setuid bit, because the code below may change the owner.
         mode = stat.S_IMODE(found.st_mode) & 0o777
     temporary = f".{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -86,9 +86,9 @@ class ProcessLimits:
 
     def setup_script(self) -> str:
         """Return a script that enters the workspace, sets the limits and runs its arguments."""
-        # Enter the workspace here and not with `--chdir`, because the `bwrap` of a root worker has
-        # no permission to enter it. Limit the data size (`-d`) and not the address space (`-v`), of
-        # which programs such as node reserve much more than they use.
+        # Enter the workspace here and not with `--chdir`: the `bwrap` of a root worker may not
+        # enter it. Limit the data size (`-d`) and not the address space (`-v`), because programs
+        # such as node reserve much more address space than they use.
         return (
             f"cd {HOME} && ulimit -c 0 -d {self.memory_mb * 1024} -t {self.cpu_seconds}"
             f' -u {self.processes} -f {self.file_mb * 1024} -n 4096 && exec "$@"'
@@ -110,7 +110,7 @@ class Isolation(Protocol):
         """Return the path under which the session sees its workspace."""
 
     def file_owner(self, session: str, /) -> tuple[int, int] | None:
-        """Return the user and group id of the session's files, or None for this process's own."""
+        """Return the user and group id for the session's files. None means this process's ids."""
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return the command line that runs the command `words` in isolation for the session."""
@@ -138,7 +138,7 @@ class NoIsolation:
         return list(words)
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return `explicit`, or if it is None the `INHERITED_VARIABLES` of this process."""
+        """Return `explicit`. If it is None, return the `INHERITED_VARIABLES` of this process."""
         allowed = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         return _QUIET | (allowed if explicit is None else dict(explicit))
 
@@ -166,14 +166,14 @@ class Bubblewrap:
         return HOME
 
     def file_owner(self, session: str) -> tuple[int, int] | None:
-        """Return a user and group id derived from the session's id, or None if not run as root."""
+        """Return a user and group id made from the session's id, or None if `as_root` is false."""
         if not self.as_root:
             return None
         user = FIRST_USER + zlib.crc32(session.encode()) % USERS
         return user, user
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
-        """Return a `bwrap` command line that sets user and limits and runs the command `words`."""
+        """Return a `bwrap` command line that sets the user and the limits, and runs `words`."""
         owner = self.file_owner(session)
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
@@ -191,7 +191,7 @@ class Bubblewrap:
         return [*bwrap, *self._mount_options(workspace), "--", *user, *limited]
 
     def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
-        """Return `explicit`, or if it is None default variables that fit the sandbox."""
+        """Return `explicit`. If it is None, return default variables that fit the sandbox."""
         if explicit is not None:
             return _QUIET | dict(explicit)
         sandbox_paths = {"PATH": SYSTEM_PATH, "HOME": HOME, "TMPDIR": _TMP}
@@ -253,13 +253,13 @@ class Bubblewrap:
 
 
 def _parent_directory_options(path: str) -> list[str]:
-    """Return `bwrap` options that create the parent directories of a path, readable by all."""
+    """Return `bwrap` options that create the parents of a path. All users may read the parents."""
     parents = [str(parent) for parent in reversed(Path(path).parents) if str(parent) != "/"]
     return [word for parent in parents for word in ("--perms", "0755", "--dir", parent)]
 
 
 async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
-    """Run a sandbox once. Return why it does not work, or None if it works.
+    """Run a sandbox once. Return the reason why the sandbox does not work, or None if it works.
 
     Args:
         sandbox: The sandbox.
@@ -293,7 +293,8 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
         finally:
             if process.returncode is None:
                 # Other code may have reaped the process. `kill` then raises an error, and uvloop's
-                # `wait` never returns. Suppress both, or the check would fail or block.
+                # `wait` never returns. Suppress the error and limit the wait, or the check would
+                # fail or block.
                 with suppress(ProcessLookupError, TimeoutError):
                     process.kill()
                     async with asyncio.timeout(REAP_SECONDS):

@@ -103,7 +103,7 @@ class RipgrepMatches:
                 if not (dropped or self.cut or len(message) > MAX_MESSAGE_BYTES):
                     self._process_message(json.loads(message))
                 dropped = False
-            # Drop a message of this length, because its line is longer than the limit of a line.
+            # Drop a message of this length, because the line in it exceeds the limit for a line.
             if len(part) > MAX_MESSAGE_BYTES:
                 part, dropped = b"", True
             if self.cut:

@@ -64,8 +64,8 @@ def join_new_session_keyring(machine: str) -> None:
     keyctl = ctypes.c_long(CALLS[machine][0][-1])
     if libc.syscall(keyctl, ctypes.c_long(JOIN_SESSION_KEYRING), None) == -1:
         number = ctypes.get_errno()
-        # Continue if the kernel has no key rings, refuses them to this worker, or has reached its
-        # limit of 200. The seccomp filter is then the only protection.
+        # Continue if the kernel has no key rings, refuses a key ring to this worker, or has reached
+        # its limit of 200 keys. The seccomp filter is then the only protection.
         if number not in {errno.ENOSYS, errno.EPERM, errno.EDQUOT}:
             raise OSError(number, os.strerror(number))
 
@@ -79,8 +79,8 @@ def main() -> int:
         opened = os.memfd_create("seccomp", 0)
         os.write(opened, seccomp_filter(machine))
         os.lseek(opened, 0, os.SEEK_SET)
-        # Restore the default action of these signals. Python ignores them, and the program would
-        # inherit that.
+        # Restore the default action of these signals. Python ignores the signals, and otherwise the
+        # program would also ignore them.
         for number in (signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, signal.SIG_DFL)
         os.execvp(program, [program, "--seccomp", str(opened), *arguments])  # noqa: S606 - no shell

@@ -152,7 +152,7 @@ class _WalkerOutput:
     async def read_output(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
-        """Read all output of the walker. Call `enough` once the output exceeds its limit."""
+        """Read all output of the walker. Call `enough` when the output exceeds `GREP_BYTES`."""
         text, cut = await _read_first_lines(stream, GREP_BYTES, enough)
         self.text = text + (CUT if cut else "")
 

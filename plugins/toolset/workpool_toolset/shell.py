@@ -40,7 +40,7 @@ _ANSI: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1
 
 
 class ShellEndedError(Exception):
-    """Raised if the shell ends during a command. Has the output so far and the exit status."""
+    """Raised if the shell ends during a command, with the output so far and the exit status."""
 
     def __init__(self, output: str, status: int | None) -> None:
         super().__init__(f"the shell ended with status {status}")
@@ -89,8 +89,8 @@ class BashShell:
                 self._started = await self._start_shell()
                 self._started.stdin.write(f"exec {_MARKER_FD}>&1\n".encode())
                 # Send the first command only after the shell has answered. If the worker is killed
-                # while its sandbox starts, the sandbox may survive, and must not run a command
-                # then.
+                # while the sandbox starts, the sandbox may survive. A surviving sandbox must not
+                # run a command.
                 await self._run_in_started_shell(":", self._started)
             return await self._run_in_started_shell(command, self._started)
         except BaseException:
@@ -120,7 +120,8 @@ class BashShell:
         finally:
             started.stdin.close()
             started.output.close()
-        # Set this last. If this `close` is cancelled, the next `close` must still end the shell.
+        # Reset `_started` last. If this `close` is cancelled, the next `close` must still end the
+        # shell.
         self._started = None
 
     async def _start_shell(self) -> _ShellProcess:

@@ -150,7 +150,7 @@ class ToolCallAnswerer:
                 return "idle"
 
     async def _next_call(self) -> ToolCall | None:
-        # Wait for the whole history, because its unread events may contain results of calls.
+        # Wait until the whole history is read, because unread events may contain results of calls.
         if not self._caught_up:
             return None
         if not self._journal_named:
@@ -159,7 +159,7 @@ class ToolCallAnswerer:
         return self._conversation.next_call()
 
     async def _write_journal_name_to_item(self) -> None:
-        """Write the journal's name to the item's metadata, after recording calls made elsewhere.
+        """Record the calls of other machines, then write the journal's name to the metadata.
 
         If the last run was on another machine, calls may have begun there. They are recorded in
         this journal as begun, so that they are not executed again. The name is written last.
@@ -177,7 +177,8 @@ class ToolCallAnswerer:
         try:
             await self._session.update_metadata({JOURNAL_KEY: name})
         except NotPermittedError:
-            # Continue without the name in the metadata. The pool has already logged the error.
+            # Continue, although the item's metadata lack the journal's name. The pool has already
+            # logged the error.
             pass
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
@@ -259,7 +260,7 @@ class ToolCallAnswerer:
         return result
 
     async def _send_result_or_error(self, call: ToolCall, result: ToolResult) -> None:
-        """Send a result until the control plane has stored it. If it is refused, send an error."""
+        """Send a result until it is stored. Send an error if the service refuses the result."""
         for candidate in (result, ToolResult.from_error(RESULT_REFUSED)):
             try:
                 await self._send_result_with_retries(call, candidate)
@@ -297,7 +298,7 @@ class ToolCallAnswerer:
             pause = min(pause * 2, MAX_RETRY_SECONDS)
 
     def _log_denied_call(self, call: ToolCall) -> None:
-        # Log only new denials. An earlier run of the session has logged those in the history.
+        # Log only denials that are new. Denials in the history were logged by an earlier run.
         if self._caught_up:
             self._session.log.info(
                 "toolset: the call was denied", extra={"tool": call.name, "call_id": call.id}

@@ -1,4 +1,4 @@
-"""Runs the built-in and custom tools of a session. An error of a tool becomes its result.
+"""Runs the built-in and custom tools of a session. The error of a tool is a result for the agent.
 
 The names of built-in tools are case-insensitive. Some fields have several names, because services
 use different ones. Unknown fields are ignored.

@@ -108,7 +108,7 @@ class DirectoryWalk:
                 elif stat.S_ISREG(state.st_mode):
                     yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
             except OSError:
-                # Skip the entry: it was replaced after it was listed, or cannot be read.
+                # Skip the entry, which was replaced after it was listed, or which cannot be read.
                 continue
 
     def _entries_of_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:
@@ -183,7 +183,7 @@ def _open_below_root(shown: str, host: str, path: str) -> int | str:
             try:
                 target = os.readlink(part, dir_fd=opened)
             except OSError:
-                # The error shows that this component is no link, so open it.
+                # The error shows that this component is no link. Open the component itself.
                 inner = os.open(part, _PASSED, dir_fd=opened)
                 os.close(opened)
                 opened, here = inner, posixpath.join(here, part)
@@ -240,7 +240,7 @@ def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _add_positions_after_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
-    """Return the reached positions of a pattern, and the position after each reached `**`.
+    """Add the position after each reached `**` to the reached positions. Return all of them.
 
     A `**` may match no component, so the component after it is reached at the same time.
     """
@@ -266,9 +266,9 @@ def matches_include(parts: Sequence[str], include: str) -> bool:
 
 
 def matches_whole_path(include: str) -> bool:
-    """Return whether an `include` pattern is matched with the whole path of a file.
+    """Return whether an `include` pattern is compared with the whole path of a file.
 
-    Otherwise it is matched with the name of the file only.
+    Otherwise the pattern is compared only with the name of the file.
     """
     return "/" in include.strip("/")
 
@@ -290,7 +290,7 @@ def glob_paths(
 def grep_lines(
     start: SearchedDirectory, pattern: str, name: str | None, include: str | None
 ) -> Iterator[str]:
-    """Yield `path:line:text` for each matching line of the file `name`, or of all files."""
+    """Yield each matching line of the file `name`, or of all files, as `path:line:text`."""
     wanted = re.compile(pattern)
     entries = DirectoryWalk(SKIPPED_DIRECTORIES).entries_below(start)
     if name:
@@ -327,7 +327,7 @@ def line_text(line: bytes) -> str:
 
 
 def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield the lines of a regular file, each as its number, its bytes and whether it is complete.
+    """Yield the number and the bytes of each line of a regular file, and whether it is complete.
 
     Of a line that is longer than the limit, each piece is yielded and is not complete.
     """

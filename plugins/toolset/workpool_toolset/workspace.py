@@ -83,14 +83,14 @@ class PathTarget:
 
 
 class Workspace:
-    """The root directories of one session. Relative paths begin at the first of them."""
+    """The root directories of one session. Relative paths begin at the first directory."""
 
     def __init__(self, roots: Sequence[WorkspaceRoot]) -> None:
         self._roots = tuple(roots)
 
     @property
     def roots(self) -> tuple[WorkspaceRoot, ...]:
-        """All root directories of the session. The first is its own working directory."""
+        """All root directories of the session. The first one is the session's working directory."""
         return self._roots
 
     @property
@@ -217,7 +217,7 @@ def _link_target(directory: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
-        # EINVAL means that the name is no link, ENOENT that it does not exist.
+        # EINVAL means that the name is no link. ENOENT means that no file has the name.
         if error.errno in {errno.EINVAL, errno.ENOENT}:
             return None
         raise
