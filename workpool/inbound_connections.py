@@ -58,7 +58,7 @@ class InboundConnections:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._open: dict[asyncio.BaseTransport, _Connection] = {}
-        # In each of the next three dicts, the connection that was added first comes first.
+        # The keys of each of the next three dicts are in the order in which they were added.
         self._without_request: dict[_Connection, None] = {}
         self._serving: dict[_Connection, float] = {}
         self._unread: dict[_Connection, int] = {}

@@ -1,4 +1,4 @@
-"""The load of an environment, and the number of workers for it, as autoscalers read them.
+"""Computes the number of workers that an environment needs from the environment's load.
 
 Pure functions, shared by `workpool serve`, `workpool scale` and the simulation of autoscalers. See
 workpool/docs/operating.md, "Scale automatically".

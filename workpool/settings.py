@@ -954,7 +954,7 @@ def _describe_unknown_setting(name: str, known: Iterable[str], prefix: str = "")
 
 
 def _find_unknown_variables() -> tuple[str, ...]:
-    # Do not report the variables that other parts of workpool read.
+    # Other parts of workpool read these variables, so do not report them as unknown settings.
     others = {name.removeprefix(PREFIX) for name in (CONFIG_VARIABLE, SERVE_VARIABLE)}
     names = {name.upper() for name in DESCRIPTIONS} | others
     given = sorted(name.upper() for name in os.environ if name.upper().startswith(PREFIX))

@@ -157,7 +157,7 @@ def serve(
             port=port,
             now=None if isinstance(opened, PostgresStore) else clock,
             retention=_retention_seconds(store, retention),
-            history_limit=0,  # keep no history, which only tests and the demo read
+            history_limit=0,  # Keep no history: only tests and the demo read it.
             middlewares=middlewares,
         )
         plan.install(injected, plane)

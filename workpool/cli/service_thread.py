@@ -94,7 +94,8 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            # The call fails if the loop that entered this context is closed: nobody waits anymore.
+            # The call fails if the loop that entered this context is closed. Then no task waits for
+            # `_opened`, so ignore the error.
             with contextlib.suppress(RuntimeError):
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

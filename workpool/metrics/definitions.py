@@ -37,14 +37,8 @@ OPS: Final = (
 )
 CODES: Final = (
     *("2xx", "304", "400", "401", "403", "404", "409", "412", "429", "4xx", "5xx"),
-    *(
-        "dns",
-        "refused",
-        "tls",
-        "timeout",
-        "reset",
-        "error",
-    ),  # the values for requests without an answer
+    # The following values are for requests without an answer.
+    *("dns", "refused", "tls", "timeout", "reset", "error"),
 )
 
 H_POLL: Final = (

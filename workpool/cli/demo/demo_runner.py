@@ -131,10 +131,10 @@ class DemoRunner:
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in (*tasks, all_ended, hurry):
-                task.cancel()  # cancelling `run_process` kills a worker that has not ended yet
+                task.cancel()  # Cancelling `run_process` kills its worker process.
 
     async def _show_progress(self, signals: SignalEvents) -> int:
-        """Show the state until all sessions have ended, a signal arrives, or the demo is stuck."""
+        """Show the state until every session has ended, a signal arrives or the demo stalls."""
         state, loop = self.state, asyncio.get_running_loop()
         acked, moved_at = 0, loop.time()
         while state.ended_count < state.count:

@@ -63,7 +63,7 @@ class DemoWorker:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C must reach only the demo, which drains the workers
+            start_new_session=True,  # Ctrl-C must reach the demo only: the demo drains its workers.
         )
         self._process, self.pid = process, process.pid
         # `terminate` may have been called before the process existed, so send the signal now.
@@ -128,7 +128,8 @@ def worker_settings(base_url: str, token: str, environment_id: str, name: str) -
         "pollers": "2",
         "prefetch": "0",
         "reclaim_older_than_ms": "5000",
-        "lease_ttl": "10",  # the shortest lease, so that the items of a killed worker are free soon
+        # Use the shortest lease, so that other workers receive a killed worker's items soon.
+        "lease_ttl": "10",
         "drain_timeout": "3",
         "read_rate": "0",
         "write_rate": "0",
