@@ -96,14 +96,14 @@ def shorten_for_terminal(value: object) -> str:
 
 
 class WorkCalls(ABC, Generic[A]):
-    """The work calls of one environment. Each call takes `options` of aiohttp."""
+    """The work calls of one environment. Each call passes its `options` to aiohttp's request."""
 
     environment: str
     base_url: str
 
     @abstractmethod
     async def __call__(self, method: str, url: str, **options: Any) -> A:
-        """Send one HTTP request, and return its answer."""
+        """Send one HTTP request, and return the answer."""
 
     def work_url(self, suffix: str = "", environment: str | None = None) -> str:
         """Return the URL of a work call: the URL of the queue, followed by `suffix`."""
@@ -167,7 +167,7 @@ class WorkerApi(WorkCalls[Answer]):
             hide_token(secret)
 
     def as_application(self, api_key: str) -> WorkerApi:
-        """Return a copy that sends requests as an application with this API key."""
+        """Return a copy that authenticates as an application, with the API key `api_key`."""
         header = DIALECTS[self.dialect].api_key_header
         if header is None:
             return replace(self, token=api_key)
@@ -178,7 +178,7 @@ class WorkerApi(WorkCalls[Answer]):
         return replace(self, worker=worker, token=token)
 
     async def __call__(self, method: str, url: str, **options: Any) -> Answer:
-        """Send one request and return its answer.
+        """Send one request and return the answer.
 
         Args:
             method: The HTTP method.

@@ -71,7 +71,7 @@ class ClauseTrial:
         return await self._queue.poll(**options)
 
     async def create_item(self, script: Script | None = None) -> SuiteItem:
-        """Create an item. The agent of the item's session makes the tool uses in `script`."""
+        """Create an item. `script` lists the tool uses of the agent in the item's session."""
         subject = await self._queue.create_item(script)
         self.subjects.append(subject)
         return subject
@@ -106,14 +106,14 @@ class ClauseTrial:
         return subject
 
     async def acknowledge_item(self, subject: SuiteItem) -> Answer:
-        """Acknowledge an item as a precondition of a clause."""
+        """Acknowledge an item; raises `Untried` if the ack fails."""
         answer = await self.api.ack(subject.id)
         if not answer.ok:
             raise Untried(f"the ack was answered with {answer}")
         return answer
 
     async def send_heartbeat(self, subject: SuiteItem, ttl: int = 60) -> Answer:
-        """Send the next heartbeat as a precondition of a clause."""
+        """Send the next heartbeat of an item; raises `Untried` if the heartbeat fails."""
         answer = await self.api.heartbeat(subject.id, subject.last_heartbeat, ttl)
         heartbeat = answer.get("last_heartbeat")
         if not answer.ok or not isinstance(heartbeat, str):
@@ -122,7 +122,7 @@ class ClauseTrial:
         return answer
 
     async def stop_item(self, subject: SuiteItem, *, force: bool) -> Answer:
-        """Stop an item as a precondition of a clause."""
+        """Stop an item; raises `Untried` if the stop fails."""
         answer = await self.api.stop(subject.id, json={"force": force})
         if not answer.ok:
             raise Untried(f"the stop was answered with {answer}")

@@ -90,12 +90,12 @@ class SharedQueue:
         self._test_environment = test_environment
         self.sleep = sleep
         self.starts = asyncio.Semaphore(STARTS)
-        # The keys of an item are its own id and the id of its session.
+        # The keys are the ids of the items and the ids of the items' sessions.
         self._subjects = {name: SuiteItem(name) for name in self._given}
         self._foreign: set[str] = set()
         self._deliveries = 0
         self._nothing_at = -math.inf
-        # The lock prevents a poll from delivering an item before its creation is recorded.
+        # The lock prevents a poll from delivering an item before `create_item` has recorded it.
         self._queue = asyncio.Lock()
         self._polling: asyncio.Future[bool] | None = None
 
@@ -106,7 +106,7 @@ class SharedQueue:
             return self._subjects.setdefault(name, SuiteItem(name))
 
     async def poll(self, **options: Any) -> Answer:
-        """Send a poll. Record the delivery if the item is one of the suite's; stop any other item.
+        """Send a poll. Record the delivery of an item of the suite; stop any other delivered item.
 
         Raises:
             ForeignItemsError: The suite has not created the item, and may not stop it.
@@ -115,7 +115,7 @@ class SharedQueue:
         return answer
 
     async def _poll_once(self, options: dict[str, Any]) -> tuple[Answer, bool]:
-        """Send a poll; return its answer, and whether it delivered an item.
+        """Send a poll; return the answer, and whether the poll delivered an item.
 
         For an item that is not the suite's, only the first delivery counts as a delivery.
         """
@@ -142,7 +142,7 @@ class SharedQueue:
         return answer, new
 
     async def join_or_start_poll(self) -> bool:
-        """Join the poll in progress, or send one; return whether it delivered an item."""
+        """Send a poll, or join the poll in progress; return whether the poll delivered an item."""
         if self._polling is not None:
             return await asyncio.shield(self._polling)
         polling = self._polling = asyncio.get_running_loop().create_future()
@@ -155,7 +155,7 @@ class SharedQueue:
         return came
 
     def _find_suite_item(self, item: Mapping[str, Any]) -> SuiteItem | None:
-        """Update and return the suite's record of a delivered item; None if it has no record."""
+        """Update and return the record of a delivered item; None if the suite has no such item."""
         payload = item.get("data")
         session_id = payload.get("id") if isinstance(payload, dict) else None
         subject = self._subjects.get(item["id"]) or self._subjects.get(session_id or "")
@@ -168,7 +168,7 @@ class SharedQueue:
         return subject
 
     async def find_in_list(self, work_id: str) -> Mapping[str, Any] | None:
-        """Return an item's entry in the list; None if there is none, or the list is refused."""
+        """Return an item's entry in the list; None if the list cannot be read or lacks the item."""
         async for row in self._list_rows():
             if row.get("id") == work_id:
                 return row
@@ -196,7 +196,7 @@ class SharedQueue:
                 )
 
     async def _list_rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
-        """Yield the items of the list; with `strict`, an incomplete list is an error."""
+        """Yield the items of the list. `strict`: raise an error if the list is incomplete."""
         page: str | None = None
         for _ in range(PAGES_MAX):
             query = {"limit": "100"} if page is None else {"limit": "100", "page": page}

@@ -71,7 +71,7 @@ class Suite(SharedQueue):
         self._seconds = seconds
 
     async def run(self, clauses: Iterable[Clause]) -> list[Finding]:
-        """Check the clauses, and return their findings in the same order.
+        """Check the clauses, and return one finding for each clause, in the order of `clauses`.
 
         Raises:
             ForeignItemsError: The environment has items that the suite may not have created.
@@ -105,7 +105,7 @@ class Suite(SharedQueue):
             async with asyncio.timeout_at(deadline):
                 await trial.wait_for_start_permit()
                 # `timeout_at` raises only at an await. If the deadline passed during the wait for
-                # the permit, this await ends the check before its first request.
+                # the permit, `sleep` raises before the check sends its first request.
                 await asyncio.sleep(0)
                 await clause.check(trial)
         except ClauseNotConfirmedError as departure:

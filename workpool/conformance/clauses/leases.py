@@ -132,7 +132,7 @@ async def check_stopping_item_whose_lease_lapses_is_stopped(trial: ClauseTrial) 
 
 
 async def _create_redelivered_item(trial: ClauseTrial) -> tuple[SuiteItem, str]:
-    """Return an item that was redelivered after its lease lapsed, and the id that it had before."""
+    """Return an item that was redelivered after its lease lapsed, and the item's former id."""
     subject = await trial.create_acknowledged_item()
     ttl = (await trial.send_heartbeat(subject, TTL)).get("ttl_seconds")
     former = subject.id
