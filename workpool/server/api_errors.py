@@ -1,4 +1,4 @@
-"""The error answers of the control plane, and the errors that prevent it from serving.
+"""The error answers of the control plane, and the exceptions for a failed start or store.
 
 Owns the protocol's error envelope. No message may contain a token or a request body.
 See workpool/docs/protocol.md, "Errors".
@@ -18,7 +18,7 @@ ERROR_TYPES: Final[Mapping[int, str]] = {
     401: protocol.AUTHENTICATION_ERROR,
     403: protocol.PERMISSION_ERROR,
     404: protocol.NOT_FOUND_ERROR,
-    409: protocol.INVALID_REQUEST_ERROR,  # a 409 about a session is made by `conflict_error`
+    409: protocol.INVALID_REQUEST_ERROR,  # a session's 409 has another type: see `conflict_error`
     412: protocol.PRECONDITION_FAILED_ERROR,
     429: protocol.RATE_LIMIT_ERROR,
     500: protocol.API_ERROR,

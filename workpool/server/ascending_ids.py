@@ -91,7 +91,7 @@ class AscendingIds:
 def iterate_ids(
     ids: AscendingIds, *, after: str = "", before: str | None = None, newest_first: bool = False
 ) -> Iterator[str]:
-    """Iterate over the ids that are greater than `after` and less than `before`.
+    """Iterate over those of `ids` that are greater than `after` and less than `before`.
 
     The order is ascending, unless `before` is given or `newest_first` is true.
     """

@@ -138,7 +138,7 @@ class ControlPlane:
 
     @property
     def operations(self) -> Operations:
-        """The synchronous calls on the state in memory. Not available on a PostgreSQL store.
+        """The object whose synchronous methods are the calls on the state in memory.
 
         Raises:
             RuntimeError: The store is a `PostgresStore`.
@@ -314,7 +314,7 @@ class ControlPlane:
         return ScaleRoutes(self.engine, tokens, local=local)
 
     def _bind_port(self, stack: AsyncExitStack) -> socket.socket:
-        """Return a listening socket. When `stack` is closed, the port is unbound.
+        """Return a listening socket. Closing `stack` closes the socket, which frees the port.
 
         A cancelled `loop.create_server(host, port)` would leave the port bound forever.
         """
@@ -342,6 +342,6 @@ def _max_connections() -> int:
 
 
 def _unbind_port(loop: asyncio.AbstractEventLoop, bound: socket.socket) -> None:
-    if bound.fileno() >= 0:  # -1 if the server has closed the socket already
+    if bound.fileno() >= 0:  # a closed socket has the descriptor -1
         loop.remove_reader(bound)
         bound.close()

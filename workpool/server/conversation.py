@@ -1,4 +1,4 @@
-"""The events of one session, and the events that the control plane adds in response.
+"""The events of one session, and the rules for the control plane's responses to events.
 
 The module uses no clock and no store, and creates no ids. `append_event` adds an event,
 `check_client_events` refuses events that a client may not send, and `next_server_event` returns the
@@ -107,8 +107,8 @@ class Conversation:
         self._ended_threads: set[str] = set()  # ids of terminated threads
         # The ids of the tool uses that the last event `session.status_idle` waits for.
         self._blocking: tuple[str, ...] = ()
-        # `_turn`: a message waits for the agent's response. `_next_turn`: a message came after an
-        # interrupt, and waits until the interrupted response has ended.
+        # `_turn`: whether a user's message waits for the agent's response. `_next_turn`: whether a
+        # message that followed an interrupt waits for the end of the interrupted response.
         self._turn = self._next_turn = False
         self._interrupted = False
         self._concluded = False  # whether the agent has sent the last message of its turn
@@ -326,7 +326,7 @@ class Conversation:
         )
 
     def _next_scripted_event(self, script: Script) -> dict[str, Any] | None:
-        """Return the scripted agent's next event; None if there is no message to respond to."""
+        """Return the scripted agent's next event; None if no message waits for a response."""
         if not self.events:
             return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}
         if not self._turn:

@@ -53,12 +53,12 @@ class Engine(Protocol):
         """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
 
     async def get_environment(self, environment_id: str) -> Environment:
-        """Return an environment; raises a 404 if it is unknown."""
+        """Return an environment; raises a 404 for an unknown id."""
 
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits` (None: all environments)."""
+        """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
@@ -125,7 +125,7 @@ class Engine(Protocol):
         """Merge a patch into an item's metadata."""
 
     async def get_item(self, environment_id: str, work_id: str) -> Item:
-        """Return an item; raises a 404 if it is unknown."""
+        """Return an item; raises a 404 for an unknown id."""
 
     async def list_items(
         self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
@@ -136,7 +136,7 @@ class Engine(Protocol):
         """Return the statistics of an environment's queue."""
 
     async def get_session(self, session_id: str) -> SessionView:
-        """Return a session; raises a 404 if it is unknown."""
+        """Return a session; raises a 404 for an unknown id."""
 
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
@@ -170,7 +170,7 @@ class Engine(Protocol):
         """Return a page of a session's events that match the filter `wanted`."""
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events up to and including `last_event_id`, which a stream skips.
+        """Return how many events a stream skips: those up to and including `last_event_id`.
 
         If `last_event_id` is None, the stream skips all events so far. If no event has this id, it
         skips none.
@@ -179,7 +179,7 @@ class Engine(Protocol):
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the further events.
+        """Wait until a session has more than `place` events; return the events after these.
 
         Returns no events if none was appended within `seconds`. Returns None if no event can
         follow, because the session was deleted or the control plane closes.

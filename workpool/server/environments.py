@@ -27,7 +27,7 @@ _CLOUD: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """An environment, which is one queue. Its name equals its id unless a client created it."""
+    """One queue. An environment's `name` is its `id`, unless a client created the environment."""
 
     id: str
     name: str

@@ -89,7 +89,7 @@ class History:
 
 
 class Summary(NamedTuple):
-    """Counts of items. They show whether an item was lost, or ran on two workers at once.
+    """Counts of items, which show whether any item was lost or ran on two workers at once.
 
     Attributes:
         enqueued: The number of created items.
@@ -141,8 +141,8 @@ class _ItemHistory:
             return  # the call was refused, so the item has not changed
         if self._another_worker_holds_lease(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # The sender names the holder's last heartbeat, which it can only know from a
-                # handoff by the holder. The two workers do not overlap.
+                # The sender names the time of the holder's last heartbeat. Only a handoff by the
+                # holder can give the sender this time, so the two workers do not overlap.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True

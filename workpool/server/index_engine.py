@@ -1,6 +1,7 @@
-"""The engine for the memory and SQLite stores: calls `Operations`, then waits for the store.
+"""The engine for the memory and SQLite stores, on top of `Operations`.
 
-One process has the whole state. See workpool/docs/control-plane.md, "Layers".
+Each call returns once the store has saved its changes. One process has the whole state. See
+workpool/docs/control-plane.md, "Layers".
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class IndexEngine:
     async def _call_durably(
         self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs
     ) -> T:
-        """Make a call, wait until all changes so far survive a crash, and return the call's result.
+        """Run `call`, wait until all changes so far survive a crash, and return its result.
 
         A 409 waits too, since it can show a change that an earlier call has made.
         """
@@ -88,13 +89,13 @@ class IndexEngine:
         self._operations.get_queue(environment_id)
 
     def get_environment(self, environment_id: str) -> Coroutine[Any, Any, Environment]:
-        """Return an environment; raises a 404 if it is unknown."""
+        """Return an environment; raises a 404 for an unknown id."""
         return self._call_durably(self._operations.get_environment, environment_id)
 
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits` (None: all environments)."""
+        """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
         found = [
             self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()
@@ -210,7 +211,7 @@ class IndexEngine:
         )
 
     def get_item(self, environment_id: str, work_id: str) -> Coroutine[Any, Any, Item]:
-        """Return an item; raises a 404 if it is unknown."""
+        """Return an item; raises a 404 for an unknown id."""
         return self._call_durably(self._operations.get_item, environment_id, work_id)
 
     def list_items(
@@ -231,7 +232,7 @@ class IndexEngine:
         return self._call_durably(self._operations.queue_stats, environment_id)
 
     async def get_session(self, session_id: str) -> SessionView:
-        """Return a session; raises a 404 if it is unknown."""
+        """Return a session; raises a 404 for an unknown id."""
         view = self._make_session_view(*self._operations.get_session(session_id))
         await self._operations.wait_until_durable()
         return view
@@ -250,7 +251,8 @@ class IndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                # Make the view now: during the next await, another call may delete the session.
+                # Make the session's view before the next await, during which another call may
+                # delete the session.
                 view = self._make_session_view(*each)
                 last = view.id
                 if wanted.matches(view):
@@ -311,7 +313,7 @@ class IndexEngine:
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events up to and including `last_event_id`, which a stream skips."""
+        """Return how many events a stream skips: those up to and including `last_event_id`."""
         conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:
             return len(conversation.events)
@@ -320,7 +322,7 @@ class IndexEngine:
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the further events."""
+        """Wait until a session has more than `place` events; return the events after these."""
         sessions = self._operations.sessions
         if not await sessions.wait_for_events(session_id, place, seconds):
             return None

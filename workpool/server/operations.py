@@ -169,7 +169,7 @@ class Operations:
         return queue
 
     def get_environment(self, environment_id: str) -> Environment:
-        """Return an environment; raises a 404 if it is unknown."""
+        """Return an environment; raises a 404 for an unknown id."""
         environment = self._environments.get(environment_id)
         if environment is None:
             raise APIError(404, "no such environment")
@@ -300,7 +300,7 @@ class Operations:
         return None
 
     async def _wait_for_item(self, queue: WorkQueue, poll: Poll, seconds: float) -> None:
-        """Wait until woken, or until a lease end or an old delivery may make an item claimable."""
+        """Wait until the poll is woken, or an ended lease or old delivery frees an item."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
         delivered = queue.deliveries.oldest_time()
         due = [instant for instant in (queue.leases.earliest_end(),) if instant is not None]
@@ -389,7 +389,7 @@ class Operations:
         return self._replace_item(queue, merged, "metadata", worker_id)
 
     def get_item(self, environment_id: str, work_id: str) -> Item:
-        """Return an item; raises a 404 if it is unknown."""
+        """Return an item; raises a 404 for an unknown id."""
         return self.get_queue(environment_id).get_item(work_id)
 
     def list_items(
@@ -441,7 +441,7 @@ class Operations:
         return self.get_queue(environment_id).compute_stats(self._latest)
 
     def get_session(self, session_id: str) -> tuple[StoredSession, Item]:
-        """Return a session and its latest work item; raises a 404 for an unknown session."""
+        """Return a session and the session's latest work item; raises a 404 for an unknown id."""
         session, work_id = self.sessions.find_session(session_id)
         return session, self.get_item(session.environment_id, work_id)
 
@@ -502,7 +502,7 @@ class Operations:
         )
 
     def _read_clock(self) -> int:
-        """Read the clock; return its time, or the previous result if the clock has gone back."""
+        """Return the clock's time, or the previously returned time if the clock has gone back."""
         self._latest = max(self._latest, int(self._clock() * SECOND))
         return self._latest
 
@@ -533,11 +533,11 @@ class Operations:
         return item
 
     def _delete_ended_sessions(self) -> None:
-        """Delete sessions whose retention is over, with their items and events."""
+        """Delete the sessions whose retention is over, with all items and events of each."""
         for session_id in self._retention.pop_due_sessions(self._latest):
             work_ids = self.sessions.item_ids(session_id)
             if not work_ids:
-                continue  # the session was deleted when another of its items was due
+                continue  # deleted already, when another item of this session was due
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.find_existing_items(work_ids)
             # Keep the session if any of its items is not stopped, or was stopped too recently.

@@ -44,7 +44,7 @@ class ListPage(NamedTuple, Generic[Row]):
 def make_page(
     rows: Sequence[Row], limit: int, *, backwards: bool, newest_first: bool = False
 ) -> ListPage[Row]:
-    """Make a page of at most `limit` rows; an extra row in `rows` shows that another page follows.
+    """Make a page of up to `limit` rows. `has_more` is true if `rows` has more than `limit`.
 
     `newest_first`: the rows are in descending order, and the next page has older ones.
     """
@@ -57,10 +57,10 @@ def make_page(
 
 
 def page_json(page: ListPage[Row], render: Callable[[Row], dict[str, Any]]) -> dict[str, Any]:
-    """Return a page's JSON, with fewer rows if one answer cannot hold them all."""
+    """Return the JSON of a page, without the rows that do not fit into one answer."""
     items, rows = page.items, [render(row) for row in page.items]
-    # If not all rows fit, the answer must keep those nearest to the id in the request: the next
-    # page continues after them. On a backwards page in ascending order, these rows come last.
+    # If not all rows fit, the answer must keep the rows nearest to the id in the request, because
+    # the next page continues there. On a backwards page in ascending order, these rows come last.
     from_end = page.backwards and len(items) > 1 and items[0].id < items[-1].id
     count = count_fitting_rows(rows[::-1] if from_end else rows)
     kept = slice(len(rows) - count, None) if from_end else slice(count)

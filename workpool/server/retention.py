@@ -57,7 +57,7 @@ class StoppedItems:
     def split_off_ended_sessions(
         self, contents: StoreContents, now: int
     ) -> tuple[StoreContents, list[Row]]:
-        """Remove sessions whose retention is over; return the kept contents and removed rows."""
+        """Return `contents` without sessions whose retention is over, and the rows left out."""
         if self._time is None:
             return contents, []
         alive = {

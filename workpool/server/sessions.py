@@ -44,7 +44,7 @@ class SessionRegistry:
         self._closing = False
 
     def restore_contents(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
-        """Restore the sessions of a store, and append the responses that a crash prevented."""
+        """Restore the stored sessions; append control plane responses that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
@@ -69,7 +69,7 @@ class SessionRegistry:
         return [] if found is None else [*self._earlier.get(session_id, ()), found[1]]
 
     def remove_session(self, session_id: str) -> list[StoredSession | StoredEvent]:
-        """Remove a session with its events, return the removed rows, and end its streams."""
+        """Remove a session and its events, end the session's streams; return the removed rows."""
         session, _ = self._sessions.pop(session_id)
         self._earlier.pop(session_id, None)
         self._order.remove(session_id)
@@ -88,7 +88,7 @@ class SessionRegistry:
     ) -> Iterator[tuple[StoredSession, str]]:
         """Iterate over (session, latest item's id) pairs between the ids `after` and `before`."""
         walked = iterate_ids(self._order, after=after, before=before, newest_first=newest_first)
-        # Other calls may delete sessions between two steps of the iteration: skip these ids.
+        # Other calls may delete sessions between two steps of the iteration: skip deleted ones.
         return (self._sessions[each] for each in walked if each in self._sessions)
 
     def get_conversation(self, session_id: str) -> Conversation:

@@ -82,7 +82,7 @@ def ack_item(item: Item, worker_id: str | None, now: int) -> Item:
 def extend_lease(
     item: Item, expected: str | None, ttl_seconds: int, now: int, *, compare_on_stop: bool = True
 ) -> Item:
-    """Extend the lease of an item to `ttl_seconds` after `now`; `ttl_seconds` is clamped first.
+    """Extend an item's lease to `ttl_seconds` after `now`, clamping `ttl_seconds` to its range.
 
     `compare_on_stop`: if it is false, every heartbeat of a `stopping` or `stopped` item is
     answered, whatever it expects; a `stopped` item does not change.

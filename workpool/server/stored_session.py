@@ -54,12 +54,12 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session as it is stored. Updates of its items' metadata do not change `metadata`.
+    """A session as it is stored. Updates of an item's metadata do not change the session's.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.
-        agent: `id` and `version` of the agent that its creator asked for; None: `AGENT` itself.
-        archived_at: The time at which it was archived; None: it is not archived.
+        agent: `id` and `version` of the agent that the client asked for; None: `AGENT` itself.
+        archived_at: The time at which the session was archived; None: not archived.
     """
 
     id: str

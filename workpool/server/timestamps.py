@@ -27,7 +27,7 @@ _LEAP_SECOND: Final = "60"
 
 
 def system_clock() -> Callable[[], float]:
-    """Return a clock of epoch seconds that never jumps: it adds monotonic time to one wall time.
+    """Return a clock in epoch seconds: the current wall time, advanced by a monotonic clock.
 
     A wall clock that is set forward would end every lease at once while the workers, which use
     monotonic clocks, still hold them. CLOCK_BOOTTIME also counts the time of a suspension.

@@ -65,7 +65,7 @@ class ServerDialect:
         return self.session_prefixes[0] + own.removeprefix(SESSION_PREFIX)
 
     def parse_session_id(self, written: str) -> str:
-        """Return the stored form of a session id; empty for the prefix of another dialect."""
+        """Return the stored form of a session id; "" if the id has another dialect's prefix."""
         for prefix in self.session_prefixes:
             if written.startswith(prefix):
                 return SESSION_PREFIX + written.removeprefix(prefix)

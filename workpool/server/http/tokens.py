@@ -112,14 +112,14 @@ def _token_digest(token: str) -> bytes:
 
 
 def check_token(token: str) -> str:
-    """Return the token if a header can contain it; else raise a `ServeError` that omits it."""
+    """Return the token; raises a `ServeError` without the token if no header can contain it."""
     if not _TOKEN.fullmatch(token):
         raise ServeError("a token must be 1 to 1024 printable ASCII characters without spaces")
     return token
 
 
 def parse_token_file(text: str) -> dict[str, frozenset[str] | None]:
-    """Parse a file in which each line has a token and the environments that it may use.
+    """Parse a file in which each line has a token and the environments that the token may use.
 
     Empty lines and lines that begin with `#` are skipped.
 

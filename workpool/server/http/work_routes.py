@@ -219,7 +219,7 @@ class WorkRoutes:
 
     @asynccontextmanager
     async def _raise_unknown_item_first(self, place: tuple[str, str]) -> AsyncIterator[None]:
-        """Return a context that replaces an API error by a 404 if the item does not exist.
+        """Return a context in which an API error becomes a 404 if the item does not exist.
 
         In the order of errors, an unknown item comes first. Without an error the item is not read
         here, since the call itself reads it.

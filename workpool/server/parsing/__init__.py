@@ -1,1 +1,1 @@
-"""Parsers of clients' requests: each returns values or raises a 400, before any effect."""
+"""Parsers of clients' requests. Each parser returns values or raises a 400."""

@@ -26,7 +26,7 @@ def parse_event_batch(content: bytes) -> list[dict[str, Any]]:
 
 
 def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, Any]]:
-    """Parse a list of 1 to `limit` events from the field `name`; any other list is a 400."""
+    """Parse a list of 1 to `limit` events from the field `name`; any other list raises a 400."""
     if not isinstance(given, list) or not 1 <= len(given) <= limit:
         raise APIError(400, f"{name} must be a list of 1 to {limit} events", name)
     events = [_parse_event(event) for event in given]

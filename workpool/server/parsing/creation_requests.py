@@ -1,4 +1,4 @@
-"""Parsers of the requests that create environments and sessions; a malformed one is a 400."""
+"""Parsers of requests to create environments and sessions; malformed ones raise a 400."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def parse_environment(content: bytes) -> NewEnvironment:
 
 
 def parse_session(content: bytes) -> NewSession:
-    """Parse the body of a request to create a session; an unsupported field is a 400."""
+    """Parse the body of a request to create a session; an unsupported field raises a 400."""
     fields = parse_json_object(content)
     for name in _NOT_SUPPORTED:
         if fields.get(name):

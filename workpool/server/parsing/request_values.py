@@ -240,7 +240,7 @@ def parse_worker_id(request: web.Request, header: str) -> str | None:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """Read the whole body of a request; raises a 400 if it is too large, or a 408 if too slow."""
+    """Read a request's body; raises a 400 if the body is too large, a 408 if the client is slow."""
     if not request.can_read_body:
         return b""
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":

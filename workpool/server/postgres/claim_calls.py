@@ -158,7 +158,7 @@ class ClaimCalls(DatabaseCalls):
             seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
-                return None  # no second claim: the worker's next poll begins with one
+                return None  # no further claim: the worker's next poll begins with a claim
         self._hub.wake_calls(topic)  # the client has disconnected: wake another poll instead
         return None
 
@@ -234,9 +234,10 @@ class ClaimCalls(DatabaseCalls):
         return lapsed
 
     async def end_leases(self, environment_id: str | None = None) -> int:
-        """End at most `LAPSES_MAX` expired leases, and return their number.
+        """End at most `LAPSES_MAX` expired leases of an environment, and return their number.
 
-        `environment_id`: None: in all environments. Leases whose rows are locked are skipped.
+        If `environment_id` is None, this call ends leases of all environments. Leases whose
+        rows are locked are skipped.
         """
         statement = _ENDED.format(_EVERYWHERE if environment_id is None else _HERE)
 
@@ -259,7 +260,7 @@ class ClaimCalls(DatabaseCalls):
         return change.item
 
     async def delete_idle_pollers(self) -> int:
-        """Delete all records of workers that stopped polling; return 0, the number that is left."""
+        """Delete all records of workers that stopped polling; return 0: no such record is left."""
         await self._pool.execute(_FORGET_POLLERS, self._test_clock_time(), _WINDOW)
         return 0
 

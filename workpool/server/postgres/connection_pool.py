@@ -102,7 +102,7 @@ class ConnectionPool:
     def __init__(self, url: str, *, size: int | None = None) -> None:
         self._url = url
         self._size = POOL_SIZE if size is None else size
-        self._idle: list[Any] = []  # used as a stack: the last used connection is taken first
+        self._idle: list[Any] = []  # a stack: the last used connection is taken first
         self._used: set[Any] = set()
         self._opening = 0
         self._expired: set[Any] = set()  # connections in use, to be closed after their call
@@ -177,7 +177,7 @@ class ConnectionPool:
         self._release_connection(connection)
 
     async def retry_collisions(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Run a call, and repeat it a few times while concurrent changes collide with it."""
+        """Run `call`, and repeat it a few times while it raises `RetryableError`."""
         for attempt in range(_RETRIES):
             with suppress(RetryableError):
                 return await call()
@@ -257,7 +257,7 @@ class ConnectionPool:
         if is_reusable:
             self._idle.append(connection)
         else:
-            connection.terminate()  # the database then cancels a statement that still runs
+            connection.terminate()  # the database then cancels any running statement
         self._wake_waiting_calls()
 
     def _wake_waiting_calls(self, count: int = 1) -> None:
@@ -300,7 +300,7 @@ async def _commit_transaction(connection: Any) -> None:
 
 
 def _has_no_open_statement(error: BaseException | None) -> bool:
-    """Return whether the last statement has ended; `error`: the statement's error, if any."""
+    """Return whether no statement is running after a call that raised `error` (None: no error)."""
     of_driver = isinstance(error, DRIVER_ERRORS) and not isinstance(error, asyncpg.PostgresError)
     return error is None or (isinstance(error, Exception) and not of_driver)
 
@@ -356,7 +356,7 @@ def _connection_options(
             # With this setting, the database cancels the statement of a client that has
             # disconnected.
             "client_connection_check_interval": "1000",
-            "jit": "off",  # JIT compilation takes longer than a short statement
+            "jit": "off",  # off: JIT compilation takes longer than a short statement
         },
     }
 

@@ -134,7 +134,7 @@ class DatabaseCalls:
     async def _retry_with_lock(
         self, attempt: Callable[[Connection], Awaitable[T | None]], lock: str, *key: str
     ) -> T:
-        """Repeat `attempt` while it returns None, which means that another change has collided.
+        """Call `attempt` until its result is not None; None means that another change collided.
 
         After some collisions, the statement `lock` locks the row of `key`, so that the next attempt
         cannot collide.
@@ -178,7 +178,7 @@ class DatabaseCalls:
     async def _write_item(
         self, connection: Connection, stored: Item, version: int, changes: Sequence[ItemChange]
     ) -> int | None:
-        """Write the changes of an item, and return the new version number of its row.
+        """Apply `changes` to an item's row, and return the row's new version number.
 
         None: the stored item has another version than `version`, so nothing was written.
         """
@@ -189,7 +189,7 @@ class DatabaseCalls:
             item.id,
             version,
             item.state,
-            # None leaves the metadata unchanged, so that a large column is not written again.
+            # With None, the statement does not write the metadata, which may be large.
             None if item.metadata is stored.metadata else to_json(item.metadata),
             item.acknowledged_at,
             item.started_at,
@@ -210,7 +210,7 @@ class DatabaseCalls:
 
 
 def without_ended_lease(item: Item, now: int) -> Item:
-    """Return an item as of the time `now`: without its lease, if the lease has ended."""
+    """Return the item, but without its lease if the lease has ended by the time `now`."""
     if item.lease_end is None or item.lease_end > now:
         return item
     return state_machine.end_lease(item)

@@ -1,4 +1,4 @@
-"""The calls on environments. A node's arguments name some of them; clients create the others."""
+"""The calls on environments, which either a node's arguments name or clients create."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class EnvironmentCalls(DatabaseCalls):
             await self._find_created_environment(environment_id)
 
     async def get_environment(self, environment_id: str) -> Environment:
-        """Return an environment; raises a 404 if it is unknown."""
+        """Return an environment; raises a 404 for an unknown id."""
         if environment_id in self._self_hosted | self._cloud:
             return self._make_configured_environment(environment_id)
         return await self._find_created_environment(environment_id)
@@ -61,7 +61,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def list_environments(
         self, place: PageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of the environments whose ids are in `limits` (None: all environments)."""
+        """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
         given = [
             self._make_configured_environment(name)
             for name in self._self_hosted | self._cloud

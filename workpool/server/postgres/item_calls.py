@@ -77,7 +77,7 @@ class ItemCalls(ClaimCalls):
     """The calls that read or change one item."""
 
     async def get_item(self, environment_id: str, work_id: str) -> Item:
-        """Return an item; raises a 404 if it is unknown."""
+        """Return an item; raises a 404 for an unknown id."""
         stored, item, _, _ = await self._read_item(self._pool, environment_id, work_id)
         if item is not stored:
             await self.end_leases(environment_id)
@@ -129,7 +129,7 @@ class ItemCalls(ClaimCalls):
         ttl_seconds: int,
         worker_id: str | None,
     ) -> Item | None:
-        """Extend a lease in one statement; return None unless the last heartbeat is `expected`."""
+        """Extend a lease in one statement; return None if the last heartbeat is not `expected`."""
         last = None if expected is None else from_heartbeat_text(expected)
         if last is None or not may_be_id(work_id):
             return None
@@ -232,7 +232,7 @@ class ItemCalls(ClaimCalls):
             attempt_to_change_item, LOCK_ITEM, environment_id, work_id
         )
         if changed.item.state == QUEUED:
-            # If the change has ended a lease, the item is claimable again: wake a poll.
+            # The change may have ended the item's lease. Then the item is claimable: wake a poll.
             self._hub.announce_changes(work_topic(environment_id))
         return changed
 

@@ -115,8 +115,8 @@ async def _apply_migration(
             async with connection.transaction():
                 return await _run_migration(url, connection, steps, step)
         except asyncpg.LockNotAvailableError:
-            # Other calls wait behind a migration's request for a lock. The pause before the next
-            # attempt lets them run.
+            # While a migration waits for a lock, other calls wait behind the migration. The pause
+            # before the next attempt lets these calls run.
             await asyncio.sleep(LOCK_SECONDS)
     raise StoreError(
         f"store {redact_url(url)}: other transactions kept its tables locked, so that its schema "

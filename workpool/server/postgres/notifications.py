@@ -81,7 +81,7 @@ class NotificationHub:
         self.listening = asyncio.Event()
 
     def change_count(self) -> int:
-        """Return the number of known changes. Ask for this number before reading the database."""
+        """Return the number of changes this node knows. Call this before reading the database."""
         return self._changes
 
     async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
@@ -295,7 +295,7 @@ class NotificationHub:
 
 
 def _end_wait(waiter: Waiter, announced: bool) -> bool:  # noqa: FBT001 - the result
-    """End a wait with a result; return False if it had ended before."""
+    """End a call's wait with a result; return False if the wait has ended already."""
     if waiter.done():
         return False
     waiter.set_result(announced)

@@ -47,8 +47,8 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         """Upgrade the schema, connect, and start the background tasks. Raises `ServeError`."""
         await migrate(self._url)
         await self._pool.open()
-        # A second statement reads the key: if another node inserts its key at the same time, the
-        # first statement inserts nothing and cannot return that key.
+        # A second statement reads the key for item tokens. If another node inserts a key at the
+        # same time, the first statement inserts nothing and cannot return the other node's key.
         await self._pool.execute(_MAKE_SIGNING_KEY, secrets.token_bytes(32))
         self.signing_key = await self._pool.fetchval(_SIGNING_KEY)
         self._opened_at = await self._current_time()

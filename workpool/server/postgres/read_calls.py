@@ -247,7 +247,7 @@ class ReadCalls(StoredSessionCalls):
         )
 
     async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
-        """Return the number of events up to and including `last_event_id`, which a stream skips."""
+        """Return how many events a stream skips: those up to and including `last_event_id`."""
         if last_event_id is not None and not is_storable_text(last_event_id):
             return 0
         return await self._pool.fetchval(_PLACE, session_id, last_event_id) or 0
@@ -255,7 +255,7 @@ class ReadCalls(StoredSessionCalls):
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float
     ) -> Sequence[StoredEvent] | None:
-        """Wait until a session has more than `place` events, and return the further events."""
+        """Wait until a session has more than `place` events; return the events after these."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while not self._closing:
@@ -270,8 +270,8 @@ class ReadCalls(StoredSessionCalls):
                 session_topic(session_id), seen, max(0, remaining)
             )
             if not announced and loop.time() >= deadline:
-                # Return without another read, which finds nothing in a quiet stream. With 1000
-                # quiet streams, there would be such a read every 10 ms.
+                # Return without another read of the database, which would find no events. With
+                # 1000 streams without events, there would be such a read every 10 ms.
                 return ()
         return None
 

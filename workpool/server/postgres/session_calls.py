@@ -121,7 +121,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         self._conversations = ConversationCache()
 
     async def get_session(self, session_id: str) -> SessionView:
-        """Return a session; raises a 404 if it is unknown."""
+        """Return a session; raises a 404 for an unknown id."""
         return (await self._read_session(self._pool, session_id)).view
 
     async def send_events(
@@ -177,7 +177,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
 
     async def archive_session(self, session_id: str) -> SessionView:
         """Archive a session: terminate it, and request the stop of its work item."""
-        await self.get_session(session_id)  # raises a 404 before a row is locked
+        await self.get_session(session_id)  # an unknown session raises a 404 here, before the lock
 
         async def archive_in_transaction() -> SessionView:
             async with self._pool.transaction() as connection:
@@ -224,7 +224,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         )
 
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
-        """Return a session's conversation with the first `read.event_count` events."""
+        """Return the conversation of the session `read`, with `read.event_count` events."""
         session = read.view.session
         conversation = self._conversations.pop(session.id)
         if conversation is None or not await self._matches_stored_events(

@@ -45,7 +45,7 @@ class Sweeper:
     async def run(self) -> None:
         """Sweep periodically until cancelled, even while the database is unavailable."""
         while True:
-            # With a fixed pause, nodes could request the lock at the same time again and again.
+            # The pause is random: after a fixed pause, all nodes could request the lock at once.
             await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_SECONDS)  # noqa: S311 - no secret
             with suppress(UnavailableError):  # the connection pool has logged the error
                 await self.sweep()

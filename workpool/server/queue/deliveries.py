@@ -43,7 +43,7 @@ class Deliveries:
         return min(chain(self._due[:1], self._recent), default=None)
 
     def lowest_due_id(self, until: int) -> str | None:
-        """Return the lowest id of the items that were delivered no later than `until`.
+        """Return the lowest id of the items delivered by the time `until`; None: no such item.
 
         Each id moves once from `_recent` to the sorted list `_due`. The result is the first id of
         that list, unless a poll with a shorter window has moved ids that are too recent for this

@@ -32,7 +32,7 @@ class LeaseEnds:
         self._ends.pop(work_id, None)
 
     def earliest_end(self) -> int | None:
-        """Return a time that is no later than the end of any lease; None if there is no lease."""
+        """Return a time before which no lease ends; None if there are no leases."""
         return self._heap[0][0] if self._heap else None
 
     def pop_ended(self, now: int) -> Iterator[str]:

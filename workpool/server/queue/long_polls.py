@@ -63,7 +63,7 @@ class WaitingPolls:
                 count -= 1
 
     def wake_reclaiming_polls(self) -> None:
-        """Wake the polls that may reclaim a newly delivered item while they wait."""
+        """Wake the polls that wait longer than their redelivery time: they may reclaim an item."""
         for waiter, reclaiming in self._waiters.items():
             if reclaiming:
                 _wake_waiter(waiter)

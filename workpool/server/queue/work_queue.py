@@ -106,7 +106,7 @@ class WorkQueue:
         self._index_queued_item(item, former)
 
     def find_existing_items(self, work_ids: Iterable[str]) -> list[Item]:
-        """Return the items with these ids; skips ids that are not in this queue."""
+        """Return the items of this queue that have one of the ids `work_ids`."""
         return [self._items[work_id] for work_id in work_ids if work_id in self._items]
 
     def remove_item(self, work_id: str) -> None:
@@ -126,7 +126,7 @@ class WorkQueue:
             self._recent[item.id] = item.delivered_at
 
     def oldest_claimable(self, delivered_until: int) -> Item | None:
-        """Return the oldest claimable item: one that was not delivered after `delivered_until`."""
+        """Return the oldest claimable item without a delivery after `delivered_until`, or None."""
         ids = (self._undelivered.lowest(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]

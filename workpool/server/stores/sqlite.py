@@ -68,7 +68,7 @@ class SqliteStore:
         self._failed = asyncio.Event()
 
     async def open(self) -> StoreContents:
-        """Lock the file, create or check its tables, and read everything. Raises `StoreError`."""
+        """Lock the file, create or check its tables, and read all rows. Raises `StoreError`."""
         loop = asyncio.get_running_loop()
         opened: asyncio.Future[StoreContents] = loop.create_future()
         self._thread = threading.Thread(
@@ -85,23 +85,23 @@ class SqliteStore:
         return self._changed
 
     def save_item(self, item: Item) -> None:
-        """Queue a new version of an item to be saved; returns at once."""
+        """Schedule the saving of a new version of an item; returns at once."""
         self._queue_rows(item)
 
     def save_session(self, session: StoredSession) -> None:
-        """Queue a new version of a session to be saved; returns at once."""
+        """Schedule the saving of a new version of a session; returns at once."""
         self._queue_rows(session)
 
     def save_environment(self, environment: Environment) -> None:
-        """Queue a new environment to be saved; returns at once."""
+        """Schedule the saving of a new environment; returns at once."""
         self._queue_rows(environment)
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Queue new events to be saved in one transaction; returns at once."""
+        """Schedule the saving of new events in one transaction; returns at once."""
         self._queue_rows(*events)
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """Queue items, sessions and events to be deleted; returns at once."""
+        """Schedule the deletion of items, sessions and events; returns at once."""
         if rows:
             self._queue_rows(*(DeletedRow(type(row), row.id) for row in rows))
 
@@ -191,7 +191,7 @@ class SqliteStore:
         return StoreContents(items, sessions, events, environments, signing_key)
 
     def _next_batch(self) -> tuple[Sequence[Row | DeletedRow], int] | None:
-        """Wait for unsaved rows; return them and the value of `_saved`. None: the store closes."""
+        """Wait for unsaved rows; return the rows and `_saved`, or None if the store closes."""
         with self._changed:
             while not self._unsaved and not self._closing:
                 self._changed.wait()

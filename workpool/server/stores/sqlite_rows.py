@@ -59,7 +59,7 @@ class RowTable:
         self._flags = [place for place, each in enumerate(types) if each == "bool"]
 
     def to_row(self, one: Row) -> list[Any]:
-        """Return the columns of an object of this dataclass."""
+        """Return the column values of `one`, an object of this table's dataclass."""
         row = list(self._values(one))
         for place in self._json:
             if row[place] is not None:
@@ -67,7 +67,7 @@ class RowTable:
         return row
 
     def from_row(self, columns: Sequence[Any]) -> Any:
-        """Return the object with these columns. Raises `StoreError` if a column is malformed."""
+        """Return the object with these column values. Raises `StoreError` for a malformed value."""
         row = list(columns)
         for place in self._json:
             row[place] = _from_json(row[place])

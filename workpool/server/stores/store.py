@@ -45,19 +45,19 @@ class Store(Protocol):
         """Return a context that saves all changes of its block or none; the block never awaits."""
 
     def save_item(self, item: Item) -> None:
-        """Queue a new version of an item to be saved; returns at once."""
+        """Schedule the saving of a new version of an item; returns at once."""
 
     def save_session(self, session: StoredSession) -> None:
-        """Queue a new version of a session to be saved; returns at once."""
+        """Schedule the saving of a new version of a session; returns at once."""
 
     def save_environment(self, environment: Environment) -> None:
-        """Queue a new environment to be saved; returns at once."""
+        """Schedule the saving of a new environment; returns at once."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
-        """Queue new events to be saved, all of them or none; returns at once."""
+        """Schedule the saving of new events, all of them or none; returns at once."""
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
-        """Queue items, sessions and events to be deleted; returns at once."""
+        """Schedule the deletion of items, sessions and events; returns at once."""
 
     async def wait_until_durable(self) -> None:
         """Wait until all changes made before this call survive a crash. Raises `StoreError`."""
