@@ -198,7 +198,7 @@ class BlockingEvents:
             while (event := self._calls.run_on_loop(lambda: anext(events, None))) is not None:
                 yield event
         finally:
-            # If the session has ended, the generator is closed already and the call is refused.
+            # If the session has ended, `events` is closed already and `run_on_loop` raises.
             with suppress(SessionGoneError):
                 self._calls.run_on_loop(events.aclose)
 

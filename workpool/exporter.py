@@ -266,8 +266,9 @@ class Exporter:
     async def _serve_live_json(self, request: web.Request) -> web.Response:
         if self._live_page is None:
             raise web.HTTPNotFound
-        # Check the `Host` header, too: otherwise the page of another site could read the ids, with
-        # a host name of its own that resolves to the loopback address.
+        # Check the `Host` header, too: otherwise the web page of another site could read the ids of
+        # items and sessions, through a host name of that site that resolves to the loopback
+        # address.
         local = _is_loopback(self._host) and names_an_address(request.host)
         data = await self._render_on_thread(
             self._live_page.status, local or self._live_page.always_ids
@@ -331,7 +332,7 @@ def _health_response(good: str, reasons: Sequence[str]) -> web.Response:
 def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
     try:
         return choose_encoder(accept)
-    except (TypeError, ValueError):  # The `Accept` header has a malformed "version=".
+    except (TypeError, ValueError):  # A malformed "version=" in the `Accept` header.
         return choose_encoder("")
 
 

@@ -76,7 +76,7 @@ class InboundConnections:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record, as the outermost aiohttp middleware, which connections have a request."""
+        """Record which connections have a request in progress. The outermost aiohttp middleware."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
         if connection is None:
             return await handler(request)
@@ -197,7 +197,7 @@ class _Connection(asyncio.Protocol):
         if self._connections.add_connection(self):
             self._protocol.connection_made(transport)
         else:
-            # aiohttp must not see this connection: a bare `Protocol` ignores all further events.
+            # Hide the rejected connection from aiohttp: a bare `Protocol` ignores all its events.
             self._protocol = asyncio.Protocol()
             self.transport.abort()
 

@@ -45,7 +45,7 @@ _STANDARD: Final = {
     *vars(logging.makeLogRecord({})),
     "asctime",
     "message",
-    "taskName",  # Python 3.12 and later set this attribute on every record.
+    "taskName",  # Set on every record by Python 3.12 and later.
 }
 _tokens: dict[str, Sequence[str]] = {}
 _item_tokens: dict[str, Sequence[str]] = {}
@@ -179,7 +179,7 @@ class TextFormatter(logging.Formatter):
         for name, value in _extras_within_limits(record).items():
             text = str(value)
             if name == "error" and message.endswith(text):
-                continue  # The message already ends with the text of the error.
+                continue  # Omit the field: the message already ends with the text of the error.
             plain = text.isprintable() and " " not in text
             line += f" {name}={text if plain else repr(_redact_tokens(text))}"
         lines = [readable(line, LINE_CHARACTERS)]

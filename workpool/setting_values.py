@@ -95,7 +95,7 @@ def choice_parser(*words: str) -> Parser:
 
 
 def pattern_parser(pattern: str, description: str) -> Parser:
-    """Return a parser that refuses texts that do not match `pattern` ("must be DESCRIPTION")."""
+    """Return a parser for texts that match `pattern`; its error is "must be `description`"."""
     match = re.compile(pattern).fullmatch
 
     def parse_value(value: object) -> str:

@@ -905,8 +905,8 @@ def _merge_layers(
             if len(given) > 1:
                 problems.append(f"{name}, {file}: set one of the two")
             if given:
-                # Drop both settings of earlier layers, because a token replaces a token file, and a
-                # token file replaces a token.
+                # Drop both `name` and `file` of earlier layers: a token replaces a token file, and
+                # a token file replaces a token.
                 merged.pop(name, None)
                 merged.pop(file, None)
         merged |= layer

@@ -61,7 +61,7 @@ EXAMPLES: Final = examples_section(
 
 
 class _ConformSettings(FlagSettings):
-    """The settings of `workpool conform`, which takes `base_url` as an argument."""
+    """The settings of `workpool conform`, whose positional argument `BASE_URL` is `base_url`."""
 
     names: ClassVar = {"base_url": "BASE_URL"}
 

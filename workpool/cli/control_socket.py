@@ -191,7 +191,8 @@ def _usable_socket_directory() -> Path:
             if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _locked_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        # An OSError means that the worker still runs, so its socket stays.
+                        # `_remove_dead_socket` raises OSError if a running worker uses the
+                        # socket, or if the path is another file: keep the path.
                         with contextlib.suppress(OSError):
                             _remove_dead_socket(path)
                 return directory
@@ -307,7 +308,7 @@ def _execute_request(
 
 
 def _pause_unless_paused(members: Collection[ControllablePool], pool: ControllablePool) -> None:
-    """Pause `members`, or `pool` if there are none.
+    """Pause each pool in `members`, or `pool` if `members` is empty.
 
     A pool that is paused already is skipped, so that it keeps the reason of the earlier pause.
     """

@@ -264,7 +264,7 @@ class EnvironmentGroup:
                 break
             self._log_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
-                # Every later start would fail with these settings or plugins, so end the process.
+                # Wrong settings or plugins would also fail every restart, so end the process.
                 self.request_drain()
             if until_empty or not await self._wait_to_restart(one):
                 break
@@ -273,7 +273,7 @@ class EnvironmentGroup:
         self._wake_waiters()
 
     async def _keep_services_open(self) -> None:
-        """Open the services once all environments have started; close them once all have ended."""
+        """Open `renewer_services` once all environments have started, until all have ended."""
         while not all(each.opened or each.ended or each.error for each in self.environments):
             await self._changed.wait()
         async with ServiceThread(self.renewer_services):
@@ -282,7 +282,10 @@ class EnvironmentGroup:
 
     @asynccontextmanager
     async def _mark_opened_on_entry(self, environment_id: str | None) -> AsyncIterator[None]:
-        """Mark an environment as opened when its lease renewer enters this context."""
+        """Return a context that marks an environment as opened on entry.
+
+        The lease renewer of the environment enters the context when it starts.
+        """
         self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
         yield
 

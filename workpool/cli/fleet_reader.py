@@ -106,7 +106,7 @@ class FleetReader:
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
     async def read_load(self) -> FleetLoad | None:
-        """Read the load once; return None if the reading did not yet reach the unfinished items.
+        """Read the load once; return None if the calls so far returned only stopped items.
 
         A long history of stopped items is read in several calls. Until a call reaches the
         unfinished items, a load would count none of them, and autoscalers would remove busy

@@ -98,7 +98,7 @@ class ItemCounter:
 
 
 def _is_in_creation_order(items: Sequence[WorkItem]) -> bool:
-    """Return whether each item has a larger id than the one before it, and no earlier time.
+    """Return whether both the ids and the creation times of the items are in ascending order.
 
     In such a list, new items come at the end.
     """

@@ -185,7 +185,7 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                # The cancellation also ends a start that still reads a large store.
+                # Cancel the task even if it still starts, because reading a large store takes long.
                 serving.cancel()
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None
@@ -197,7 +197,7 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide_token(plane.token)
         typer.echo(_startup_line(plane, shown, as_json=as_json))
-        # This call never returns: it raises an error when the store fails.
+        # `wait_for_failure` never returns: it raises the error of the store when the store fails.
         await plane.engine.wait_for_failure()
 
 

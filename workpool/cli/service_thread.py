@@ -54,7 +54,7 @@ class ServiceThread:
         try:
             await self._opened.wait()
             if self._thread.done():
-                await self._thread  # This raises the error of a service that failed to open.
+                await self._thread  # Raise the error of the service that failed to open.
         except BaseException:
             await self._close_services()
             raise

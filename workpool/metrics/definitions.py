@@ -37,7 +37,7 @@ OPS: Final = (
 )
 CODES: Final = (
     *("2xx", "304", "400", "401", "403", "404", "409", "412", "429", "4xx", "5xx"),
-    # The following values are for requests without an answer.
+    # Codes of requests without an answer.
     *("dns", "refused", "tls", "timeout", "reset", "error"),
 )
 
@@ -87,7 +87,10 @@ class MetricDefinition:
 
 
 def _labels(**closed: tuple[str, ...]) -> _Labels:
-    """Return the labels of a metric: the environment, and the labels `closed` with their values."""
+    """Return the labels of a metric: the environment, and each label in `closed`.
+
+    The values in `closed` are all values that the label can have.
+    """
     return {ENVIRONMENT: OPEN, **closed}
 
 
@@ -113,8 +116,8 @@ DEFINITIONS: Final[tuple[MetricDefinition, ...]] = (
         "polls_total", _labels(result=get_args(ev.PollResult)), ev.PollFinished,
         "Polls that ended. A 429 is throttled, a 503 an error.",
     ),
-    # Leave out polls that a timeout or a cancellation ended early, and polls with a 429: their
-    # duration does not show how long a poll takes.
+    # This histogram leaves out polls that a timeout or a cancellation ended early, and polls with
+    # a 429: their duration does not show how long a poll takes.
     _histogram(
         "poll_duration_seconds", _labels(result=("item", "null", "error")),
         (ev.PollFinished, "seconds"), H_POLL,

@@ -348,10 +348,7 @@ class Metrics:
             self._ensure_handler_label(handler)
 
     def _ensure_handler_label(self, handler: str) -> str:
-        """Return the value of the label `handler` for a handler.
-
-        Create the series and gauges of this label value if they do not exist yet.
-        """
+        """Return a handler's value of the label `handler`, after creating missing series for it."""
         label = self._source.handler_label(handler)
         if label not in self._source.handlers:
             if label == OTHER_HANDLERS:

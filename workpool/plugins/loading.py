@@ -230,10 +230,10 @@ def _new_route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
 
 
 def new_handler(plugin: str, name: str, call: Any) -> Handler:
-    """Return the handler that runs a callable.
+    """Return a `Handler` that runs the callable `call` of a plugin.
 
-    The decorator `@handler` of the callable sets its timeout and its other limits. A callable that
-    is not async is a plain handler.
+    The decorator `@handler` of `call` sets the timeout and the other limits. A callable that is not
+    async is a plain handler.
     """
     rule = rule_of(call)
     return Handler(
@@ -260,8 +260,8 @@ def _refuse_duplicate_plugin(found: FoundPlugin, before: Sequence[FoundPlugin]) 
 
 
 def _refuse_unused_options(options: Mapping[str, object], active: set[str], where: str) -> None:
-    # Accept the table of any installed plugin, even if it is not active: pools with different
-    # plugins may share a file.
+    # Accept the options of any installed plugin, even if it is not active: pools with different
+    # plugins may share a TOML file.
     known = active | {point.name for point in installed_plugins()}
     for name in options:
         if name not in known:

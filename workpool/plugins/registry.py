@@ -304,7 +304,7 @@ def _observers_by_type(
 
 
 def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
-    """Return each route that a rule of this plugin covers, even if another plugin has the route.
+    """Return the `routes` of all plugins whose rule is covered by a rule of `plugin`.
 
     The most specific route comes first.
     """

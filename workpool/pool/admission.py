@@ -358,7 +358,7 @@ class ExitLimits:
     def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         period = self._pools.get(admission)
         if period is None:
-            return  # the pool was removed before its last poll was answered
+            return  # The pool was removed from the limits before its last poll ended.
         if not idle:
             period.since = None
             return

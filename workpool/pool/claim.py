@@ -141,7 +141,7 @@ class Claimer:
             await self._heartbeats.send_heartbeat(lease, self._end_lease_after_pause)
             now = self._clock()
             if lease.begun:
-                # The answer may have come so late that no time is left to run a handler.
+                # The heartbeat may have succeeded so late that no time is left to run a handler.
                 lease.end_if_expired(now)
             if lease.begun or lease.is_over:
                 self._end_lease_after_pause(lease, now)
@@ -150,7 +150,7 @@ class Claimer:
             if draining:
                 await asyncio.sleep(max(0.0, seconds))
             else:
-                # A Retry-After can make this wait long, so a drain must end it.
+                # A heartbeat's Retry-After can make this wait long, so a drain must end the wait.
                 await self._wait_for_drain(item, seconds)
 
     def _end_lease_after_pause(self, lease: Lease, now: float) -> None:

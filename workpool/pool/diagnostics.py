@@ -162,7 +162,7 @@ def write_report_on_thread(write: Callable[[], None]) -> None:
             errors.append(error)
 
     thread = threading.Thread(
-        # A new thread has an empty context, and its log records would lack the pool's ids.
+        # Copy this thread's context: without it, the log records would lack the pool's ids.
         target=copy_context().run,
         args=(write_and_catch,),
         name="workpool-report",

@@ -41,7 +41,7 @@ That is 2 s before the end of the grace period. See workpool/docs/operating.md, 
 
 
 class Drain:
-    """The state of one supervisor's drain: its beginning, its deadline and the number of requests.
+    """The beginning, the deadline and the number of requests of one supervisor's drain.
 
     Attributes:
         requested: Set once the drain has begun.

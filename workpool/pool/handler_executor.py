@@ -164,7 +164,7 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        # If the handler has made progress since `due_at`, ignore the delay before that progress.
+        # The check is late by the time since `due_at`, or since a later progress of the handler.
         lateness = now - max(due_at, item.progressed_at)
         # Ignore short delays, which every timer has: otherwise their sum would keep a stalled
         # handler running for longer.

@@ -320,7 +320,7 @@ class HeartbeatSender:
                     options=options,
                 )
             except SessionGoneError:
-                # `_check_lease` has raised this right before the request, so nothing was sent.
+                # `_check_lease` raised the error right before the request, so nothing was sent.
                 lease.note_heartbeat_unsent(attempt)
                 return False
             except ControlPlaneErrors as error:

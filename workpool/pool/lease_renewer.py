@@ -231,7 +231,7 @@ class LeaseRenewer:
         self._loop = new_event_loop()
         ended = self._handlers_loop.create_future()
         self._os_thread = threading.Thread(
-            # A new thread has an empty context, and its log records would lack the pool's ids.
+            # Copy this thread's context: without it, the log records would lack the pool's ids.
             target=copy_context().run,
             args=(self._thread_main, ended),
             name="workpool-lease-renewer",

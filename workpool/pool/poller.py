@@ -325,8 +325,8 @@ class Poller:
             await self._back_off_after_error(error)
             return
         if item is None:
-            # Do this before the pause below: during the pause, other pollers may send new polls,
-            # and the group could not end until those are answered.
+            # Check the queue before the pause below: during the pause, other pollers may send new
+            # polls, and the group could not end until those are answered.
             await self._group.end_if_queue_is_empty()
         if reception == "declined" or self._dispatcher.must_pause_between_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with

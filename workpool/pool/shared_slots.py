@@ -25,8 +25,8 @@ class SharedSlots:
 
     Args:
         total: The number of slots: at least one for each environment.
-        uses: The number of items that may be run in all; after them no slot is left. None: no
-            limit.
+        uses: The number of items that the process may still run; at 0, it starts no more items.
+            None: no limit.
     """
 
     def __init__(self, total: int, uses: int | None = None) -> None:
@@ -76,7 +76,7 @@ class SharedSlots:
     def return_slot(self, share: SlotShare, *, used_up: bool) -> None:
         """Count a slot of an environment as free; `grant_free_slots` grants it to an environment.
 
-        `used_up`: the item that ran in the slot counts towards the limit `uses`.
+        If `used_up`, the item that ran in the slot counts towards the limit `uses`.
         """
         share.taken -= 1
         if used_up and self._uses is not None:
@@ -97,11 +97,9 @@ class SharedSlots:
         return min(waiting, key=lambda each: each[0].rank, default=None)
 
     def _count_free_slots(self) -> tuple[int, int]:
-        """Return the number of free shared slots, and the number of slots that `uses` still allows.
+        """Return the number of free shared slots, and the number of items that `uses` permits.
 
-        Returns:
-            The number of free slots that are not reserved for one environment, and the number of
-            slots that the limit `uses` still allows.
+        A shared slot is not reserved for one environment.
         """
         taken = [each.taken for each in tuple(self._shares)]
         common = max(0, self._total - sum(max(1, each) for each in taken))
@@ -144,7 +142,7 @@ class SlotShare:
         return self._slots.take_slot(self)
 
     def return_slot(self, *, used_up: bool = False) -> None:
-        """Free a slot of this environment; `used_up`: the slot's item counts towards `uses`."""
+        """Free a slot of this environment; if `used_up`, count the item that ran in it as a use."""
         self._slots.return_slot(self, used_up=used_up)
 
     def grant_free_slots(self) -> None:

@@ -385,7 +385,10 @@ class Supervisor:
         return client
 
     def _make_exporter(self) -> Exporter | None:
-        """Return the exporter that this pool serves; None: another pool's, or none at all."""
+        """Return a new exporter of this pool.
+
+        Returns None if the pool shares an exporter with other pools, or if the exporter is off.
+        """
         settings = self.settings
         address = settings.metrics_address
         if self.shared is not None or address is None:

@@ -123,7 +123,7 @@ class Telemetry:
         if log.isEnabledFor(logging.DEBUG):
             for each, write in LOGGED:
                 self._metrics.add_event_callback(each, write)
-        # The registry of plugins reports `PluginFailed` to the plugins itself.
+        # Leave out `PluginFailed`, because `Plugins` reports it to the observers directly.
         for event_type in self._plugins.wanted - {PluginFailed}:
             self._metrics.add_event_callback(event_type, partial(self._notify_plugins, event_type))
         return self

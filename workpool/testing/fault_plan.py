@@ -160,7 +160,7 @@ def read_fault_plan(path: Path) -> FaultPlan:
         )
     except OSError as error:
         raise ServeError(f"faults file: {path}: {error.strerror}") from None
-    except ValueError as error:  # The file has a syntax error, or is not UTF-8.
+    except ValueError as error:  # The content of the file is not UTF-8, JSON or TOML.
         raise ServeError(f"faults file: {path}: {error}") from None
     try:
         return FaultPlan.model_validate(found)

@@ -163,7 +163,7 @@ class Faults:
         self._began: float | None = None
 
     def add(self, fault: Fault | FaultMiddleware, *ops: Op, **limits: Unpack[RuleLimits]) -> Rule:
-        """Inject a fault from now on into calls of the operations `ops`; none means all.
+        """Inject a fault from now on into calls of the operations `ops`; without `ops`, into all.
 
         Raises:
             TypeError: The fault works on HTTP requests only, and the calls are made in one process.

@@ -181,7 +181,7 @@ class Proxy:
         try:
             answers, plane = await asyncio.open_connection(host, port, limit=_CHUNK_BYTES)
         except OSError:
-            # No server listens. The caller closes the connection of the worker.
+            # The control plane is not reachable. The caller closes the connection of the worker.
             return
         connection.plane = plane
         try:
@@ -198,7 +198,8 @@ class Proxy:
         sink: asyncio.StreamWriter,
     ) -> None:
         """Forward the bytes of one direction, and then the end of the stream (EOF)."""
-        # An OSError means that one side was reset: the code after this block aborts the other side.
+        # Reading or writing raises OSError if one side was reset: the code after this block aborts
+        # the other side.
         with suppress(OSError):
             while chunk := await source.read(self._next_read_size()):
                 await self._wait_for_network(len(chunk))

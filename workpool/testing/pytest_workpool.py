@@ -25,7 +25,7 @@ def _workpool_kit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     # Capture info messages as well: pytest shows the captured log of a failed test.
     if request.config.pluginmanager.has_plugin("logging"):
         request.getfixturevalue("caplog").set_level("INFO", "workpool")
-    # Delete the developer's own variables, which would change the settings of the test's pools.
+    # Delete the developer's environment variables, which would change the settings of the pools.
     for name in os.environ:
         if name.startswith("WORKPOOL_"):
             monkeypatch.delenv(name)

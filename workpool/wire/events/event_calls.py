@@ -90,7 +90,7 @@ class SessionGuard(Protocol):
         """
 
     async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
-        """Make a call that changes the session, and pass it the options for its HTTP request."""
+        """Make a call that changes the session; `call` receives the options of its HTTP request."""
 
 
 class LeaselessGuard:

@@ -158,9 +158,9 @@ class RateLimiter:
             self._debt = min(self._debt + 1, max(1.0, self.rate))
 
     def _serve_waiter(self, waiter: _Waiter) -> float:
-        """Take a token for `waiter` and return 0, if `waiter` is the first in line.
+        """Try to take a token for `waiter`; possible only if `waiter` is the first in line.
 
-        If no token was taken, return the seconds until `waiter` should try again.
+        Returns 0 if a token was taken, else the seconds until `waiter` should try again.
         """
         with self._lock:
             first = self._line.first_waiter()

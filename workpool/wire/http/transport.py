@@ -466,9 +466,9 @@ class Transport:
 
 
 def _require_event_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientResponse:
-    """Return the response if it is an event stream.
+    """Return the response, or raise an error if the response is no event stream.
 
-    Otherwise raise an error: a gateway may have answered with an HTML page and status 200.
+    For example, a gateway may have answered with an HTML page and status 200.
     """
     if response.content_type == "text/event-stream":
         return response
