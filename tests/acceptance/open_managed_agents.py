@@ -108,7 +108,7 @@ class OpenManagedAgents:
     agent_id: str
 
     async def create_session(self) -> str:
-        """Create a session with one message, which puts one item into the queue; return its id."""
+        """Create a session with one message, which queues one item. Return the session's id."""
         body = {"agent": self.agent_id, "environment_id": self.environment_id}
         session_id: str = (await post_json(self.http, f"{self.base_url}/sessions", body))["id"]
         message = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}

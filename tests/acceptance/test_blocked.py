@@ -142,8 +142,8 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
     # The timestamp of a log line may be this many seconds later than the event that it reports.
     late = 0.1
     assert blocked - late <= float(stated[1])
-    # The monitor asks the loop once a second, and counts from the loop's last answer. The loop may
-    # have given this answer up to a second before the block.
+    # The loop answers the monitor once a second. The reported time begins at the loop's last
+    # answer, which may be up to a second before the block.
     assert float(stated[1]) <= blocked + 1.0 + late
 
 

@@ -280,7 +280,7 @@ async def test_burst_of_one_environment_does_not_delay_the_other(
         assert "linger runs" in await worker.wait_for_log(item.id)
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
     assert f"environment_id={OTHER}" in await worker.wait_for_log("session ended")
-    # Ten items wait for `ENVIRONMENT`, but the fourth slot is reserved for `OTHER`.
+    # `ENVIRONMENT` has queued items, but uses three slots only: the fourth is reserved for `OTHER`.
     assert (await get_live_status(worker))["slots"]["busy"] == 3
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0

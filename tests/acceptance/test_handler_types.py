@@ -14,7 +14,7 @@ WRONG = re.compile(r"  # type: ignore\[([a-z-]+)\] # .*")
 
 
 def expected_error_lines() -> dict[int, str]:
-    """Return the lines that must be rejected, each with the expected error code of mypy."""
+    """Return the numbers of the lines that mypy must reject, each with mypy's error code."""
     lines = enumerate(PAGE.read_text().splitlines(), 1)
     return {number: found[1] for number, line in lines if (found := WRONG.search(line))}
 

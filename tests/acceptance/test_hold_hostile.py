@@ -93,8 +93,7 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
-            # The control plane accepts this heartbeat as the first one only if the child has sent
-            # none.
+            # This first heartbeat of the other worker succeeds only if the child has sent none.
             await other.heartbeat(item.id, NO_HEARTBEAT, 10)
     assert status == 1
     assert not (tmp_path / "child-ran").exists()

@@ -90,8 +90,8 @@ def test_async_tests_with_fixture_run_with_each_async_plugin_and_without(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
-    # `in_virtual_time` returns a plain function, on which pytest-asyncio and anyio refuse their
-    # marks. So the tests with these marks do not include the test in virtual time.
+    # pytest-asyncio and anyio reject their marks on plain functions, and `in_virtual_time` returns
+    # a plain function. So the module with marks does not contain the test in virtual time.
     virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
     result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)

@@ -142,7 +142,7 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
 
 
 class ControlPlaneClient:
-    """A client that records all received items. The test kills the server and compares them."""
+    """A client that records the last state it read of each item, to compare it after a SIGKILL."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.known: dict[str, dict[str, Any]] = {}
@@ -157,7 +157,7 @@ class ControlPlaneClient:
             return await answer.json()
 
     async def enqueue_until_killed(self) -> None:
-        """Enqueue items until the control plane is killed; record all received items in `known`.
+        """Enqueue items until the control plane is killed; record all returned items in `known`.
 
         The client keeps the number of unfinished items small. The worker may send 20 writes a
         second, and would need minutes for all items that a fast machine can enqueue.

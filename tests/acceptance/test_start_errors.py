@@ -59,7 +59,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class FailingStart:
-    """A command with a mistake of its user, and the expected error line.
+    """A command that fails at its start because of a user's mistake, and the expected error.
 
     Attributes:
         name: What is wrong.

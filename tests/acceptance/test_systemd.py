@@ -310,8 +310,8 @@ def test_unit_file_stops_only_main_process_and_allows_drain_timeout() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
     assert unit_setting_seconds("TimeoutStopSec") >= timeout + 30
-    # With the default `control-group`, systemd would also send SIGTERM to the child processes of
-    # running sessions.
+    # With the default `KillMode=control-group`, systemd would also send SIGTERM to the child
+    # processes of running sessions.
     assert unit_setting("KillMode") == "mixed"
 
 
@@ -330,7 +330,8 @@ def test_watchdog_timeout_of_unit_file_is_shorter_than_remaining_lease() -> None
 
 
 def test_unit_file_restarts_worker_except_after_status_for_wrong_settings() -> None:
-    # With `on-failure`, systemd would not restart a worker that an exit limit has ended (status 0).
+    # A worker that an exit limit has ended has the status 0. With `Restart=on-failure`, systemd
+    # would not restart this worker.
     assert unit_setting("Restart") == "always"
     assert unit_setting("RestartPreventExitStatus") == "2"
     assert unit_setting_seconds("StartLimitIntervalSec") == 0

@@ -148,7 +148,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         (["enqueue", "--script", "nowhere.json"], 2),
         (["enqueue", "--script", "bad.json"], 2),
         (["enqueue", "--script", "object.json"], 2),
-        # The command does not check the entries of this script. The control plane refuses them.
+        # The command does not validate the tool uses in `script.json`: the control plane does.
         (["enqueue", "--script", "script.json"], 3),
         (["update", "work_unknown"], 2),
     ]

@@ -93,7 +93,7 @@ class ItemTestbed:
         expire_lease(self.plane, work_id)
 
     async def run_one_session(self, plugin: object, **settings: Any) -> SessionFinished:
-        """Run a pool until one session has ended, and let the lease of a released item expire."""
+        """Run a pool until one session has ended, and then let the lease of the item expire."""
         before = len(self.session_outcomes)
         async with self.make_pool(plugin, **settings):
             await self.recorder.wait_for(SessionFinished, count=before + 1)

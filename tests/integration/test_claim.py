@@ -304,7 +304,7 @@ async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
     started = time.monotonic()
     async with make_pool(return_at_once, concurrency=1, block_ms=200):
         await recorder.wait_for(SessionFinished, lambda event: event.outcome == "completed")
-        # Three of the polls must wait for 0.2 s each, so this takes 0.6 s at least.
+        # The pool waits for 0.2 s before each of three polls, so all polls take at least 0.6 s.
         assert time.monotonic() - started > 0.59
 
 
@@ -315,7 +315,7 @@ async def test_polls_are_spaced_out_while_only_health_checks_arrive(
     started = time.monotonic()
     async with make_pool(return_at_once, concurrency=1, block_ms=200):
         await faults.wait_for("stop", count=7)
-        # Three of the polls must wait for 0.2 s each, so this takes 0.6 s at least.
+        # The pool waits for 0.2 s before each of three polls, so all polls take at least 0.6 s.
         assert time.monotonic() - started > 0.59
 
 

@@ -164,7 +164,7 @@ async def test_heartbeat_conflict_after_unanswered_stop_call_counts_as_success(
 async def test_unanswered_stop_counts_as_success_if_item_is_read_as_stopped(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """The answer to a heartbeat before the stop is lost, so the item is read after the stop."""
+    """After the stop, a heartbeat gets no answer and the next one 412: the pool reads the item."""
     hold = Hold(applied=True)
     faults.add(hold, "stop")
     faults.add(lost(), "heartbeat", where=lambda _: hold.held > 0, times=1)

@@ -77,7 +77,7 @@ async def test_running_pool_changes_no_global_state(
 
 
 async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
-    """Run a pool and end it at one of several moments, by leaving the block or raising an error."""
+    """Run a pool and end its `async with` block, normally or with an error, at a given moment."""
     async with supervisor:
         if moment >= 1:
             plane.enqueue(metadata={} if moment % 2 else {"wait": "yes"})

@@ -236,7 +236,7 @@ async def test_failed_lease_renewer_ends_process_only_if_handler_ignores_cancell
         control_plane.enqueue(environment_id=FIRST)
         await wait_until(lambda: FIRST in plugin_module.ended)
         if ignores_cancellation:
-            # The group does not wait for an abandoned handler, so this test waits for its end.
+            # The group does not wait for an abandoned handler, so the test waits for the handler.
             await wait_until(lambda: OTHER in plugin_module.ended)
 
     with pytest.raises(ExceptionGroup) as raised:

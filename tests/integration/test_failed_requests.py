@@ -220,7 +220,8 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
     file.write_text(control_plane.token)
     hold = Hold()
     faults.add(hold, op, times=1)
-    # While this call is held, the token in the file is replaced and the old token is refused.
+    # While the first request is delayed, the token in the file is replaced. Requests with the old
+    # token are refused.
     faults.add(status(code), op, where=request_has_token(control_plane.token))
 
     @handler
@@ -244,7 +245,7 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
 
 
 def accept_renewed_token(plane: ControlPlane) -> FaultMiddleware:
-    """Return a middleware that replaces the client's renewed token by the control plane's token."""
+    """Return a middleware that makes the control plane accept the client's renewed token."""
 
     async def authorize_request(request: web.Request, handler: Any) -> web.StreamResponse:
         headers = request.headers.copy()

@@ -75,7 +75,7 @@ class HandoffTestbed:
         meanwhile: Callable[[LoopSupervisor], Awaitable[None]] | None = None,
         **values: Any,
     ) -> str:
-        """Run a pool with this handler until its session has ended, and return the outcome."""
+        """Run a pool with the handler `hand_off_item` for one session; return its outcome."""
 
         @handler
         async def handler_under_test(session: Session) -> Any:
@@ -229,7 +229,7 @@ async def test_handoff_begins_only_after_heartbeat_in_progress_is_answered() -> 
 
 @in_virtual_time
 async def test_unanswered_heartbeat_is_resolved_before_child_starts() -> None:
-    """The child must send the time of the last heartbeat that was applied, answered or not."""
+    """The child must send the time of the parent's last applied heartbeat, answered or not."""
     testbed = HandoffTestbed(heartbeat=[None, UNANSWERED])
 
     async def hand_off_item(session: Session) -> None:
@@ -318,7 +318,7 @@ async def test_handoff_without_child_returns_item_to_parent() -> None:
         assert testbed.loop.time() == pytest.approx(TAKE_BACK_SECONDS, abs=0.1)
         assert await testbed.is_child_heartbeat_refused()
         await session.update_metadata({"a": "b"})
-        await asyncio.sleep(100)  # This is longer than the TTL, so the lease must be renewed.
+        await asyncio.sleep(100)  # The TTL is shorter, so the lease must be renewed.
         return {"c": "d"}
 
     assert await testbed.run_handler(hand_off_item) == "completed"

@@ -49,7 +49,7 @@ async def test_full_pool_is_ready_regardless_of_last_poll(
         await recorder.wait_for(SessionFinished)
         expected = {"status": "unready", "reasons": ["no successful poll in the last 0 s"]}
         async with asyncio.timeout(20):
-            # SessionFinished is emitted shortly before the slot becomes free, so wait for that.
+            # The slot becomes free shortly after SessionFinished, so wait for the free slot.
             while await get_health_report(supervisor, "readyz") != (503, expected):  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         assert await get_health_report(supervisor, "healthz") == (200, {"status": "healthy"})

@@ -73,7 +73,7 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
         may_end.set()
         await recorder.wait_for(SessionFinished)
         async with asyncio.timeout(20):
-            # SessionFinished is emitted shortly before the slot becomes free, so wait for that.
+            # The session leaves the status shortly after SessionFinished, so wait until then.
             while (shown := await live_status(pool))["sessions"]:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         assert shown["outcomes"]["completed"] == 1

@@ -155,7 +155,7 @@ async def test_unknown_fields_and_headers_are_ignored_and_traceparent_is_kept(
 async def test_reclaim_window_is_sent_only_if_set(
     run_one_item: Any, faults: Faults, window: int | None
 ) -> None:
-    """The parameter has no default, because one control plane ends all leases that are older."""
+    """One control plane ends all leases older than the window, so the window has no default."""
     await run_one_item(
         return_result, **({} if window is None else {"reclaim_older_than_ms": window})
     )

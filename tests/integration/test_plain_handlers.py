@@ -183,7 +183,7 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
 
 
 def test_blocking_session_has_each_public_name_of_a_session() -> None:
-    """`BlockingSession` lacks only the outcome and the two names that the pool uses."""
+    """`BlockingSession` lacks only `outcome` and the two names of `Session` that the pool uses."""
     of_the_pool = {"interrupt", "trace_fields", "outcome"}
     names = {name for name in dir(Session) if not name.startswith("_")} - of_the_pool
     assert names <= set(dir(BlockingSession))

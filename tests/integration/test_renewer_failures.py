@@ -43,7 +43,7 @@ class RaisingLogHandler(logging.Handler):
 
 @pytest.fixture
 def raising_log_handler(request: pytest.FixtureRequest) -> Iterator[float]:
-    """Add a log handler that raises, and return the setting `max_block` for the test."""
+    """Add a log handler that raises. Yield the test's value of the setting `max_block`."""
     beginning, max_block, error = request.param
     added = RaisingLogHandler(beginning, error)
     logging.getLogger().addHandler(added)

@@ -40,7 +40,7 @@ class CancellationIgnoringHandler:
 
     @handler
     async def ignore_cancellation(self, session: Session) -> dict[str, str]:
-        """Swallow the cancellation, try to write metadata, and wait until the test lets it end."""
+        """Swallow the cancellation, try to write metadata, and wait until `may_end` is set."""
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:

@@ -50,7 +50,7 @@ async def test_scale_numbers_of_worker_count_busy_and_idle_slots(
         may_end.set()
         await recorder.wait_for(SessionFinished, count=2)
         async with asyncio.timeout(20):
-            # SessionFinished is emitted shortly before the slots become free, so wait for that.
+            # The slots become free shortly after SessionFinished, so wait for the free slots.
             while not (numbers := await fetch_scale_numbers(pool))["idle_seconds"]:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
             assert (numbers["busy"], numbers["idle"]) == (0, 3)

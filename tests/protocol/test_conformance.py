@@ -357,8 +357,8 @@ async def test_suite_with_test_environment_option_stops_items_of_other_clients(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     items = control_plane.enqueue(3)
-    # Ids that two nodes on PostgreSQL create within one millisecond are in no order. Without this
-    # step, an item of the suite could be delivered before these items.
+    # Items that two nodes on PostgreSQL create within one millisecond are delivered in any order.
+    # At the same time, the suite's own item could be delivered before these items.
     clock.advance(1)
     suite = suite_that_advances_clock(
         control_plane, http_session, clock, "qoder", test_environment=True

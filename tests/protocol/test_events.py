@@ -733,7 +733,7 @@ async def test_event_missing_after_crash_is_appended_at_start(
     async with control_plane_with_database(file, clock) as plane:
         session_id = create_scripted_session(ApiClient(plane, http_session, "qoder"), BASH)
     with closing(sqlite3.connect(file)) as connection:
-        # A crash can leave a session and its item in the file without their events.
+        # A crash can leave a session and its item in the database file, but not their events.
         connection.execute("DELETE FROM event")
         connection.commit()
     async with control_plane_with_database(file, clock) as plane:

@@ -1,4 +1,4 @@
-"""Searches in the list of items. The client searches if the control plane has no search."""
+"""Searches for items. If the control plane cannot search, the client filters the whole list."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STATES = ("queued", "starting", "active", "stopping", "stopped")
 
 @pytest.fixture
 async def item_ids(qoder_api: ApiClient) -> dict[str, str]:
-    """Create one item in each state and a failed item. Return the ids by state or "failed"."""
+    """Create an item in each state, and a failed one; return their ids by state and "failed"."""
     found = {
         state: await qoder_api.create_item_in_state(state, "worker") for state in reversed(STATES)
     }

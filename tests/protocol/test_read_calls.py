@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     "work_id",
     [
-        "work_4e43a33e401a4038abe36845dff55165",  # the form is right, but no item has this id
+        "work_4e43a33e401a4038abe36845dff55165",  # a well-formed id that no item has
         "work_",
         "x",
         "sess_" + "0" * 32,

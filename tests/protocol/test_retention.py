@@ -106,7 +106,8 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
 ) -> None:
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
-        # The server that is started next does not serve `OTHER`, but must delete this item too.
+        # The next server does not serve the environment `OTHER`, but must also delete the stopped
+        # item of this environment.
         (former,) = plane.enqueue(environment_id=OTHER)
         plane.operations.stop_item(OTHER, former.id)
         old = create_stopped_item(plane)

@@ -50,7 +50,7 @@ async def api(
 async def expect_answer_after_commit(
     store: StoreWithBlockedCommits, answer: Awaitable[HttpAnswer]
 ) -> HttpAnswer:
-    """Return the answer. Check that it does not arrive before the store has committed."""
+    """Check that `answer` does not arrive before the store has committed, and return it."""
     store.gate.clear()
     async with asyncio.TaskGroup() as group:
         asking = group.create_task(receive_answer_in_task(answer))

@@ -269,7 +269,7 @@ class LeaseTestbed:
 
 @pytest.fixture
 def testbed() -> type[LeaseTestbed]:
-    """Return the class `LeaseTestbed`, which a test creates inside virtual time."""
+    """Return the class `LeaseTestbed`, because a test must instantiate it in virtual time."""
     return LeaseTestbed
 
 

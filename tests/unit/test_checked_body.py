@@ -1,4 +1,4 @@
-"""A check runs right before the bytes of a request; a request that it refuses sends no byte."""
+"""A check runs right before a request is sent. No byte of a refused request is sent."""
 
 from __future__ import annotations
 
@@ -321,7 +321,8 @@ async def assert_transient_error(call: Awaitable[object]) -> None:
 async def test_request_refused_by_its_check_after_wait_for_free_connection_sends_no_byte() -> None:
     check = SwitchableRequestCheck()
     connector = aiohttp.TCPConnector(limit=1)
-    # This empty answer never completes the first request, which keeps the only connection busy.
+    # The server answers with no bytes, so the first request never ends and occupies the only
+    # connection.
     hold: list[bytes | None] = [b""]
     async with (
         recording_server(*hold) as server,

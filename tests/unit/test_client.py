@@ -546,7 +546,7 @@ async def test_poll_waits_for_block_ms_unless_its_timeout_is_shorter(
         started = time.monotonic()
         assert await client.poll(150) is None
         assert time.monotonic() - started >= 0.15
-    # The given timeout ends the poll, although the control plane would hold it for 999 ms.
+    # The timeout ends the poll, although the control plane would answer only after 999 ms.
     async with WorkClient(settings_for_plane(control_plane, request_timeout=0.3)) as client:
         with pytest.raises(TransientError):
             await client.poll(999, timeout=0.3)

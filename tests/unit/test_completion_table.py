@@ -151,6 +151,6 @@ def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     for _ in range(5_000):
         error = ExceptionGroup("g", [error])
     assert find_raised_release(error) is innermost
-    # Free the groups one by one: to free all at once, Python would recurse once for each group.
+    # Free the nested groups one by one. To free them all at once, Python would recurse 5,000 times.
     while isinstance(error, ExceptionGroup):
         (error,) = error.exceptions

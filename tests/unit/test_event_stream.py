@@ -88,7 +88,7 @@ async def test_event_stream_without_keep_alives_is_reopened() -> None:
 
 @in_virtual_time
 async def test_event_stream_with_a_slow_reader_keeps_events_without_reopening() -> None:
-    """An hour without a read must not count as an hour without keep-alives."""
+    """An hour in which the reader does not read must not count as an hour without keep-alives."""
     bench = EventsTestbed()
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         bench.emit_event(0)
@@ -238,7 +238,7 @@ def test_page_token_too_long_for_url_is_malformed() -> None:
 
 
 class FailingEventCalls:
-    """Event calls whose outcomes `conditions` lists in order; after its end, each call succeeds."""
+    """Event calls with the outcomes in `conditions`, in order; later calls all succeed."""
 
     def __init__(
         self, calls: EventCalls, conditions: Iterator[str], *, resumes: bool, replays: bool

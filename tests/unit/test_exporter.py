@@ -309,7 +309,7 @@ def link_target(path: Path) -> str:
 
 
 async def connect_without_reading(port: int, request: bytes) -> socket.socket:
-    """Connect a client that sends this request and never reads."""
+    """Connect a client that sends `request` and never reads the response."""
     client = socket.socket()
     client.settimeout(0)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -345,8 +345,8 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
             clients = []
             for count in range(1, 11):
                 clients.append(await RawClient.connect(site.port, BIG))
-                # Each client leaves almost 20 MB unread, so that the third one exceeds the limit
-                # and the first one is disconnected.
+                # Each client leaves almost 20 MB unread. The third client exceeds the limit of
+                # 50 MB, so the server disconnects the first client.
                 await wait_until(partial(has_clients_with_unread_bytes, site, min(count, 2)))
                 assert site.connections._unread_bytes <= 50 * MEGABYTE
             assert (await send_and_read(site.port)).startswith(OK)

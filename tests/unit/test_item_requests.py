@@ -130,7 +130,7 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await send_update(one, item, request)
-            assert len(update_attempts(one)) <= 1  # A refused call is never retried.
+            assert len(update_attempts(one)) <= 1  # A call that the check refuses is not retried.
         assert not one.get_send_times("update")
 
     assert_nothing_is_sent()

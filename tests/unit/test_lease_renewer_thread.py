@@ -87,7 +87,7 @@ class RenewerTestbed:
         self._notify_loop()
 
     def _notify_loop(self) -> None:
-        with contextlib.suppress(RuntimeError):  # Raised if the test has closed the loop.
+        with contextlib.suppress(RuntimeError):  # The test has closed the loop.
             self.loop.call_soon_threadsafe(self.changes.notify)
 
     def make_renewer(
@@ -402,7 +402,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
 async def test_logged_seconds_of_blocked_loop_are_exact_despite_rare_renewer_ticks(
     testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In this test, the monitor counts at most a third of the time between two renewer ticks."""
+    """A clock measures the seconds: the monitor counts at most a third of each renewer tick."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with testbed.make_renewer(max_block=0.1):
         await testbed.wait_until(

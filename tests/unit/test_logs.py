@@ -105,7 +105,7 @@ FORGED = "2026-03-01T12:00:00.250Z ERROR   workpool.x forged"
 
 
 def hostile_record(text: str) -> logging.LogRecord:
-    """Return a record with this text in every field that can contain text."""
+    """Return a record with `text` in every field that can contain text."""
     error = ValueError(text)
     error.add_note(text)
     exc_info = (ValueError, error, None)

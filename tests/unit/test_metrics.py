@@ -553,7 +553,8 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
     one.metrics.observe(ev.PollFinished("item", 1.0))
     two.metrics.observe(ev.PollFinished("null", 1.0))
     two.clock.now += 1
-    # The newer answer must be shown, although the older answer is observed last.
+    # Pool `two` reads newer queue statistics than `one`. The metrics must show the statistics of
+    # `two`, although those of `one` are observed last.
     for pool, depth in ((two, 7), (one, 3)):
         pool.metrics.observe(ev.QueueStatsRead(QueueStats(depth, 0, None, 1)))
     samples = scraped_samples(registry)

@@ -69,7 +69,7 @@ class GroupTestbed:
         self.group.halve_pollers()
 
     def refuse_polls_for(self, minutes: float) -> None:
-        """Refuse one poll now and one every ten seconds for this number of minutes."""
+        """Refuse one poll now, and one every ten seconds, for the given number of minutes."""
         until = self.now + minutes * MINUTE
         while self.now <= until:
             self.group.note_poll_failure(REFUSED)

@@ -86,7 +86,7 @@ async def read_events(stream: EventStream, count: int) -> list[SessionEvent]:
 
 
 def append_events(plane: ControlPlane, session_id: str, count: int) -> list[str]:
-    """Append this number of events; return the ids of all events."""
+    """Append `count` events to the session; return the ids of all its events."""
     for number in range(count):
         plane.emit(session_id, {"type": "agent.thinking", "number": number})
     return event_ids(plane.events(session_id))

@@ -316,7 +316,7 @@ async def test_response_above_size_limit_is_aborted() -> None:
 
 
 def oversized_answers(beginning: bytes) -> list[Any]:
-    """Return oversized responses with this start of the body, with and without Content-Length."""
+    """Return oversized responses whose bodies start with `beginning`: fixed-length and chunked."""
     body = beginning + b"x" * ANSWER_LIMIT_BYTES
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
     return [http_answer(200, body), chunked % (len(body), body)]
