@@ -146,6 +146,13 @@ async def test_control_plane_listens_on_given_port() -> None:
         assert plane.port == port
 
 
+async def test_error_about_port_in_use_names_port_and_remedy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        with pytest.raises(ServeError, match=f"port {port}: .*; choose another port, or 0"):
+            await ControlPlane(port=port).__aenter__()
+
+
 async def test_middlewares_apply_to_every_response(http_session: aiohttp.ClientSession) -> None:
     @web.middleware
     async def inject_fault(

@@ -7,6 +7,7 @@ half-way leaves nothing open.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import re
 import secrets
@@ -322,7 +323,11 @@ class ControlPlane:
         try:
             bound = socket.create_server((self.host, self.port), family=family, backlog=_BACKLOG)
         except OSError as error:
-            raise ServeError(f"cannot listen on {self.host} port {self.port}: {error}") from error
+            in_use = error.errno == errno.EADDRINUSE
+            advice = "; choose another port, or 0 for a free one" if in_use else ""
+            raise ServeError(
+                f"cannot listen on {self.host} port {self.port}: {error}{advice}"
+            ) from error
         stack.callback(_unbind_port, asyncio.get_running_loop(), bound)
         self.port = bound.getsockname()[1]
         return bound
