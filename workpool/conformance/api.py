@@ -44,7 +44,7 @@ REFUSED: Final = frozenset(
 
 
 class NoAnswerError(Exception):
-    """A request got no answer; the message contains the reason, without the token."""
+    """A request got no answer. The message of this error has the reason, but not the token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class Clause:
         name: The name on the protocol page.
         rule: The rule in one sentence.
         check: Raises a `ClauseNotConfirmedError` unless the rule holds.
-        when: "last": checked alone after all others, with an empty queue.
+        when: "last": the clause is checked alone after all other clauses, with an empty queue.
     """
 
     name: str

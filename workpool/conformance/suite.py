@@ -26,7 +26,7 @@ CLEAN_UP_SECONDS: Final = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The verdict on one clause. `seen` is what was observed, or empty if the clause holds."""
+    """The verdict on one clause. `seen` is the observation, or empty if the clause holds."""
 
     clause: Clause
     verdict: Verdict
@@ -44,7 +44,7 @@ class Suite(SharedQueue):
         test_environment: Whether all items may be claimed and stopped.
         seconds: Time limit of a run, without the clean-up of unfinished clauses.
         now: Returns seconds of a monotonic clock.
-        sleep: Waits for seconds; tests replace it and move their clock.
+        sleep: Waits for seconds; tests pass a function that moves their clock.
     """
 
     def __init__(  # noqa: PLR0913 - one keyword for each option of `workpool conform`

@@ -21,14 +21,14 @@ class ItemSource(Protocol):
     """The interface of a source of items."""
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
-        """Create one item; return the item's id or its session's id.
+        """Create one item; return the id of the item or of the item's session.
 
         Args:
             api: The control plane.
-            script: The tool uses of the item's session.
+            script: The tool uses of the agent in the item's session.
 
         Raises:
-            Untried: The source cannot create an item, or cannot create one with a script.
+            Untried: The source cannot create items, or no items with a script.
         """
 
 

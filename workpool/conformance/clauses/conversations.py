@@ -1,4 +1,4 @@
-"""Clauses about the session of an item, its events, and the item's own token.
+"""Clauses about the session of an item, the session's events, and the item's own token.
 
 See workpool/docs/protocol.md, "Sessions".
 """
