@@ -68,7 +68,7 @@ class ControlPlane:
     Args:
         environments: Ids of `self_hosted` environments.
         cloud_environments: Ids of environments whose work calls are all refused with 400.
-        tokens: Token → the environments that it is limited to (None: all). None: a random token.
+        tokens: Token → the environments that the token may use (None: all). None: a random token.
         worker_keys: Further tokens with the limits of vendors' keys for workers: they allow poll,
             ack, heartbeat, stop, list and the calls on sessions, but not to read an item, write its
             metadata, query statistics or create anything.
@@ -82,8 +82,8 @@ class ControlPlane:
         now: Returns epoch seconds, for all times; None: the clock of the database, if there is one,
             or the system's.
         history_limit: The number of records that `history` keeps; None: all.
-        retention: Seconds after which a stopped item is deleted with its session; None: never, for
-            tests that read stopped items.
+        retention: Seconds after which a stopped item is deleted with its session; None: never, so
+            that tests can read stopped items.
         middlewares: aiohttp middlewares around all calls, for injected faults.
 
     Raises on entering:

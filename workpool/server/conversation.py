@@ -71,7 +71,7 @@ EVERY_EVENT: Final = EventFilter()
 class _ToolUse:
     """A tool use of the agent, and its permission: "allow", "ask" or "deny".
 
-    `thread`: the id of the session's thread that made it; None for the primary thread.
+    `thread`: the id of the thread that made the tool use; None for the primary thread.
     """
 
     custom: bool
@@ -89,7 +89,7 @@ class Conversation:
     """The events of one session in their order, and the state derived from them.
 
     Attributes:
-        events: All events; only `append_event` adds one.
+        events: All events; only `append_event` adds an event.
         status: The status of the last `session.status_…`: "running", "idle" or "terminated".
     """
 

@@ -83,8 +83,8 @@ class Engine(Protocol):
     ) -> Item | None:
         """Deliver an item to a poll, which waits up to `block_ms`; return None if no item came.
 
-        `gone` returns whether the client has disconnected. If it has, it gets no item, and a
-        delivery that was made for it is withdrawn.
+        `gone` returns whether the client has disconnected. If so, the client gets no item, and a
+        delivery to this client is withdrawn.
         """
 
     async def ack_item(

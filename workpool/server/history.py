@@ -33,15 +33,15 @@ BLIND: Final = "blind"
 
 
 class Record(NamedTuple):
-    """One change of one item, or one refused call on it.
+    """One change of one item, or one refused call on the item.
 
     Attributes:
         time: Epoch seconds; for a lapse, the end of the lease.
-        worker_id: The worker of the request; None if it has no name or there was no request.
+        worker_id: The worker of the request; None: a worker without a name, or no request.
         state: The item's state afterwards.
-        lease_end: The end of the item's lease afterwards, in epoch seconds; None if it has none.
-        op: The refused call, for a `conflict` (409 or 412). `BLIND` for a heartbeat without an
-            earlier one.
+        lease_end: The end of the item's lease afterwards, in epoch seconds; None: no lease.
+        op: The refused call, for a `conflict` (409 or 412). `BLIND` for a heartbeat that names no
+            earlier heartbeat.
     """
 
     time: float
@@ -54,7 +54,7 @@ class Record(NamedTuple):
 
 
 def heartbeat_record_op(expected: str | None) -> str | None:
-    """Return `BLIND` for a heartbeat that does not name the lease's last heartbeat; else None.
+    """Return `BLIND` for a heartbeat that names no earlier heartbeat; None for any other.
 
     Any worker can send such a heartbeat, not only the holder of the lease.
     """

@@ -63,8 +63,8 @@ class Operations:
         store: The store of every change.
         now: Returns epoch seconds, which may stand still or go back.
         history_limit: The number of records to keep; None: all.
-        retention: Seconds for which a stopped item is kept; then it is deleted with its session
-            by a call that creates or polls. None: forever.
+        retention: Seconds for which a stopped item is kept. A later call that creates or polls
+            deletes the item with its session. None: forever.
     """
 
     def __init__(
@@ -285,8 +285,8 @@ class Operations:
     ) -> Item | None:
         """Deliver an item to a poll, which waits up to `block_ms`; return None if no item came.
 
-        `gone` returns whether the client has disconnected. Then no item is delivered, and the
-        wake-up of this poll goes to the next one.
+        `gone` returns whether the client has disconnected. Then no item is delivered, and the next
+        poll is woken instead of this poll.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
@@ -448,7 +448,7 @@ class Operations:
     def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, Item]]:
-        """Iterate over (session, its latest item) pairs between the ids `after` and `before`.
+        """Iterate over sessions between the ids `after` and `before`, each with its latest item.
 
         Sessions of environments that are not served are left out.
         """

@@ -30,7 +30,7 @@ class ListPage(NamedTuple, Generic[Row]):
     Attributes:
         items: The rows of the page.
         has_more: Whether a next page exists.
-        backwards: Whether the next page has older rows; otherwise it has newer ones.
+        backwards: Whether the next page has older rows; if false, it has newer rows.
         looked_until: The id of the last row that a search has read, if the next page begins after
             this row.
     """

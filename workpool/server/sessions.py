@@ -86,7 +86,7 @@ class SessionRegistry:
     def iterate_sessions(
         self, *, after: str = "", before: str | None = None, newest_first: bool = False
     ) -> Iterator[tuple[StoredSession, str]]:
-        """Iterate over (session, latest item's id) pairs between the ids `after` and `before`."""
+        """Iterate over sessions between two ids, each with the id of its latest item."""
         walked = iterate_ids(self._order, after=after, before=before, newest_first=newest_first)
         # Other calls may delete sessions between two steps of the iteration: skip deleted ones.
         return (self._sessions[each] for each in walked if each in self._sessions)

@@ -77,9 +77,9 @@ class SessionView(NamedTuple):
 
     Attributes:
         session: The session.
-        item: Its latest work item.
-        last_status: The status of its last event about the status; None: there was none.
-        last_event_at: The time of its last event; None: it has no events.
+        item: The session's latest work item.
+        last_status: The status in the session's last status event; None: no status event.
+        last_event_at: The time of the session's last event; None: no events.
     """
 
     session: StoredSession

@@ -26,14 +26,14 @@ class ServerDialect:
 
     Attributes:
         prefix: The path before `/environments`, which distinguishes the dialects on one port.
-        api_key_header: The header with which a token may also be sent; None: there is none.
-        session_prefixes: The accepted prefixes of session ids; the first one is written.
+        api_key_header: A further header in which a token may be sent; None: no further header.
+        session_prefixes: The accepted prefixes of session ids; answers use the first prefix.
         session_statuses: The names of a session's states that differ in this dialect.
         stop_refused: The stops, as (force, state), that are answered with 409.
         stop_answers_item: Whether the answer to a stop is the item, or 204 without a body.
-        metadata_required: Whether an update without `metadata` is a 400.
-        compare_on_stop: Whether a heartbeat of a `stopping` item must expect the last one, and one
-            of a `stopped` item is a 409; otherwise the answer to both is the state.
+        metadata_required: Whether an update without `metadata` is refused with 400.
+        compare_on_stop: Whether a heartbeat of a `stopping` item must name the last one, and a
+            heartbeat of a `stopped` item is refused with 409. If false, both return the state.
         item_secrets: Whether a poll gives each item a `secret`, and tokens of items are accepted.
         messages_bring_work: Whether a message to a session with a stopped item creates an item.
         request_ids: Whether every answer has a `request-id` header.

@@ -90,7 +90,7 @@ class SessionRoutes:
         """Stream the events of a session.
 
         The stream begins after the event that the header `Last-Event-ID` names. Without the header,
-        it begins with the next new event.
+        the stream begins with the next new event.
         """
         view = await self._authorize_session(request)
         await requests.read_body(request)

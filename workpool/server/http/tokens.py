@@ -36,9 +36,9 @@ class Caller(NamedTuple):
 
     Attributes:
         environments: The environments that the caller may use; None: all.
-        item: Environment and id of the item whose token was sent, which is limited to this item and
-            its session; None: no such limit.
-        worker: Whether a worker's key was sent, which is limited to the calls of a worker.
+        item: Environment and id of the item whose token was sent. The token allows access only to
+            this item and its session. None: the caller sent no item's token.
+        worker: Whether a worker's key was sent, which allows only the calls of a worker.
     """
 
     environments: frozenset[str] | None
@@ -65,7 +65,7 @@ class AcceptedTokens:
     """The accepted tokens. They are looked up by hash, so that timing reveals nothing about them.
 
     Args:
-        grants: Token → the environments that it is limited to.
+        grants: Token → the environments that the token may use (None: all).
         signing_key: The key that signs the tokens of items.
         worker_keys: Further tokens, for all environments: workers' keys.
     """

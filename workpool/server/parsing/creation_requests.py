@@ -36,7 +36,7 @@ class NewSession(NamedTuple):
 
     Attributes:
         agent: `id` of the agent, and `version` if the body has one.
-        script: The tool uses of the agent that the control plane plays; None: it plays no agent.
+        script: The tool uses of the agent that the control plane simulates; None: no such agent.
     """
 
     environment_id: str

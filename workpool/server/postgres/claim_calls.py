@@ -107,8 +107,8 @@ class ClaimOutcome(NamedTuple):
     """The result of one claim: the delivered item, or the time until an item may be claimable.
 
     Attributes:
-        item: The delivered item; None: there was none.
-        version: The version of its row.
+        item: The delivered item; None: no item was claimable.
+        version: The version of the item's row.
         due_seconds: The time until an item that was delivered to another poll becomes claimable;
             None: there is no such item.
     """
@@ -226,7 +226,7 @@ class ClaimCalls(DatabaseCalls):
     async def sweep_leases(self) -> int:
         """End at most `LAPSES_MAX` expired leases of all environments, and return their number.
 
-        If it ended any, there may be more, so the next call checks again at once.
+        If this call ended any leases, more may have expired, so the next call checks at once.
         """
         lapsed = await self._end_due_leases(None)
         if lapsed:
@@ -279,7 +279,7 @@ class ClaimCalls(DatabaseCalls):
 def _poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
     """Return the seconds after which a waiting poll claims again if nothing wakes it earlier.
 
-    If another poll receives an item meanwhile and its worker sends no ack, the item becomes
+    If another poll receives an item meanwhile and the other worker sends no ack, the item becomes
     claimable again after `reclaim_older_than_ms` at the earliest, without a notification.
     """
     limits = [remaining, max(poll.reclaim_older_than_ms / 1000, 1.0)]

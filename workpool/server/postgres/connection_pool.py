@@ -87,7 +87,7 @@ class ConnectionPool:
     """The database connections of one node, which are opened on demand.
 
     Each method takes a connection, runs one statement in a transaction of its own, and returns once
-    that is committed. Raises `UnavailableError` if the database is not available now.
+    the transaction is committed. Raises `UnavailableError` if the database is not available now.
 
     The driver's own pool takes twice the time of a short statement. This pool is faster because it
     has no tasks and no proxies, and does not reset a connection after use, so no call may change a

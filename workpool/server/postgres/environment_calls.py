@@ -36,7 +36,7 @@ WHERE (SELECT count(*) FROM environments) < {ENVIRONMENTS_MAX}
 class EnvironmentCalls(DatabaseCalls):
     """The calls that create, read and list environments.
 
-    An environment is never deleted, so that a node reads each created one only once.
+    No environment is ever deleted, so a node reads each environment of a client only once.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:

@@ -135,7 +135,7 @@ async def change_cached_item(
     `decide` raised an error or changed nothing, which only the current row can confirm.
 
     `decide`: returns the change for the item and the time.
-    `now`: the time of a clock that a test moves; None: the database's.
+    `now`: the time of a clock that a test moves; None: the time of the database.
     """
     stored = known.item
     time = max(known.seen_at, stored.heartbeat_at or 0) + 1

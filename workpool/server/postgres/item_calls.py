@@ -186,7 +186,7 @@ class ItemCalls(ClaimCalls):
     ) -> Item:
         """Apply the change that `decide` returns for the item and the current time.
 
-        `op`: the name of the call in the record of a conflict; None: it is not recorded.
+        `op`: the name of the call in the record of a conflict; None: conflicts are not recorded.
         """
         changed = None
         known = self._known.pop(environment_id, work_id)

@@ -46,7 +46,7 @@ class Migration(NamedTuple):
     """One step from a version of the schema to the next.
 
     Attributes:
-        version: The version of the schema afterwards, one more than before.
+        version: The schema's version after this step, one more than the version before.
         oldest: The oldest version of the schema whose nodes may use the database afterwards.
         sql: The statements.
     """

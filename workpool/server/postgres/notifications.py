@@ -85,7 +85,7 @@ class NotificationHub:
         return self._changes
 
     async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
-        """Wait for a change of a topic after change number `seen`; return whether one is announced.
+        """Wait for a change of a topic after change number `seen`; return whether it was announced.
 
         False: `seconds` have passed, or a notification may be lost. A poll that then finds an item
         must call `wake_calls`, since only one poll is woken for any number of items.
@@ -119,7 +119,8 @@ class NotificationHub:
     def wake_calls(self, topic: str, count: int = 1) -> None:
         """Wake this node's waiting calls of a topic: `count` polls, or all streams of a session.
 
-        If fewer polls wait, as many of those that are reading the database read it once more.
+        If fewer than `count` polls wait, one poll that is reading the database reads it again for
+        each missing waiting poll.
         """
         waiters: OrderedDict[Waiter, None] = self._waiting.get(topic, OrderedDict())
         is_work = topic.startswith(_WORK)
@@ -175,7 +176,7 @@ class NotificationHub:
     async def _send_announcements(self, connection: Any) -> None:
         """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.
 
-        The changes that are announced while one batch is sent, and shortly after, form the next.
+        The changes announced while a batch is sent, and shortly after, form the next batch.
         """
         while True:
             try:

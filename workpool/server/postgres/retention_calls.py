@@ -60,7 +60,7 @@ class RetentionCalls(DatabaseCalls):
         """Delete sessions whose items all stopped at least `retention` microseconds ago.
 
         Deletes at most `BATCH_MAX` sessions and returns their number. A session is deleted under
-        its lock: a message that brings it new work either comes first, and the session stays, or
+        its lock: a message that creates a new item either comes first, and the session stays, or
         finds no session.
         """
         until = await self._current_time() - retention
@@ -82,7 +82,7 @@ class RetentionCalls(DatabaseCalls):
 def _ids_within_event_limit(rows: Sequence[Any]) -> list[str]:
     """Return the ids of the first sessions that together have at most `EVENTS_MAX` events.
 
-    The first session is always included, so that one with more events is deleted too.
+    The first session is always included, so that a session with more events is deleted too.
     """
     totals = accumulate(row[1] for row in rows)
     return [

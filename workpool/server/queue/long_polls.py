@@ -37,7 +37,7 @@ class WaitingPolls:
         """Sleep until the poll is woken, but not longer than `seconds`.
 
         `reclaiming`: an item that is delivered from now on may become claimable for this poll while
-        it waits.
+        the poll waits.
         """
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
