@@ -72,7 +72,7 @@ class ClockReading:
 
 @dataclass
 class ContenderMeter:
-    """Measures a contender from the claim after `warm_up` items until all items are stopped."""
+    """Measures a contender from its claim number `warm_up` + 1 until all items are stopped."""
 
     warm_up: int
     items: int
@@ -152,7 +152,7 @@ Contender = Callable[[ControlPlaneAddress, ContenderMeter], Coroutine[Any, Any, 
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """One measurement of a contender, with the number of items that it handles after a warm-up.
+    """The options of one measurement: a contender, and how many items it handles after the warm-up.
 
     With `watch`, the cost of the contender is measured for that many seconds instead, beginning
     `settle` seconds after the warm-up.
@@ -228,12 +228,14 @@ def run_process(target: Callable[..., None], *args: object) -> Iterator[Callable
     ours, theirs = _processes.Pipe()
     running = _processes.Process(target=target, args=(theirs, *args), daemon=True)
     running.start()
-    theirs.close()  # otherwise `recv` would hang after the end of the process
+    # Close this process's copy. Otherwise `recv` would hang after the end of the other process.
+    theirs.close()
 
     def receive_message() -> Any:
         if not ours.poll(LIMIT_SECONDS):
             raise TimeoutError(f"{target} said nothing for {LIMIT_SECONDS:.0f} s")
-        return ours.recv()  # a failed process raises EOFError here; stderr has its traceback
+        # `recv` raises EOFError if the process has failed; stderr has the traceback.
+        return ours.recv()
 
     try:
         yield receive_message

@@ -87,7 +87,7 @@ async def run_pool(
     plugins: Sequence[object] = (),
     **settings: Any,
 ) -> None:
-    """Run items in a pool with these plugins. `settings` override the settings of benchmarks."""
+    """Run items in a pool with these plugins. `settings` override the benchmarks' defaults."""
 
     class MeteredClient(WorkClient):
         """A client that also reports claims and stops to the meter."""
@@ -211,7 +211,7 @@ ENTRIES = (
 def parse_contenders(
     parser: argparse.ArgumentParser, *default: str, entries: Sequence[BenchmarkEntry] = ENTRIES
 ) -> tuple[argparse.Namespace, list[BenchmarkEntry]]:
-    """Parse the command line with `--only NAME …`; return the options and installed contenders."""
+    """Parse the command line. Return the options and the selected contenders that are installed."""
     names = [entry.name for entry in entries]
     parser.add_argument("--only", nargs="+", choices=names, default=default or names)
     options = parser.parse_args()

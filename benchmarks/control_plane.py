@@ -43,7 +43,7 @@ ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
 def open_measured_system(
     entry: ServedStore, stopped: int, server: Cluster | None
 ) -> Iterator[MeasuredSystem]:
-    """Start a control plane or the job queue, on a store with `stopped` items that have ended."""
+    """Start a control plane or the job queue, with a store that has `stopped` ended items."""
     if entry is not JOB_QUEUE:
         system = entry.open_store(run_pool, Backlog(stopped), server)
     else:

@@ -86,7 +86,7 @@ def measure_drain_in_processes(sessions: int, end: str) -> DrainCost:
 def _measure_in_process(
     pipe: Connection, plane: ControlPlaneAddress, sessions: int, end: str
 ) -> None:
-    # Log no warnings. On a slow machine there would be one for each of the thousands of sessions.
+    # Disable warnings. On a slow machine, each of the thousands of sessions would log a warning.
     logging.disable(logging.WARNING)
     pipe.send(uvloop.run(measure_drain(plane, sessions, end)))
 

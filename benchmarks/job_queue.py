@@ -102,7 +102,8 @@ def _run_worker(url: str, pipe: Connection, stops: Stops) -> None:
     async def run_no_op_job() -> None:
         count_stopped_item(stops)
 
-    # Call `app.task` here. As a decorator it would have no type for mypy without procrastinate.
+    # Do not use `app.task` as a decorator. Without procrastinate, mypy would not know the type of
+    # the decorator.
     app.task(name=TASK)(run_no_op_job)
 
     async def run_job_worker() -> None:

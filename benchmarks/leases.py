@@ -111,7 +111,7 @@ def measure_held_leases(
 def format_report(
     found: dict[tuple[str, int], UsageInPeriod], alone: dict[str, UsageInPeriod]
 ) -> str:
-    """Return the table of costs per lease, beyond those of a single lease (`alone`)."""
+    """Return the table of costs per lease. The costs of a single lease (`alone`) are subtracted."""
     rows = []
     for (name, leases), each in found.items():
         kib = (each.memory - alone[name].memory) / leases / 1024

@@ -261,7 +261,7 @@ def serve_control_planes(
 
 
 def machine_cpu_seconds() -> tuple[float, float]:
-    """Return the CPU seconds of this machine since its boot: used, and total with idle time."""
+    """Return two sums of CPU seconds since the machine's boot: used seconds, and used plus idle."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
     used = user + nice + system + sum(others)

@@ -45,7 +45,8 @@ def main() -> None:
     taken: dict[str, list[float]] = {name: [] for name in KINDS}
     with tempfile.TemporaryDirectory() as cache:
         for arguments in KINDS.values():
-            time_process(arguments, cache)  # compile the modules first
+            # Fill the cache of compiled modules. The measured runs then include no compilation.
+            time_process(arguments, cache)
         for _ in range(runs):
             for name, arguments in KINDS.items():
                 taken[name].append(time_process(arguments, cache))

@@ -58,7 +58,8 @@ class ResourceSample(NamedTuple):
 
 def take_sample(sessions: int) -> ResourceSample:
     """Return the resources that this process uses now."""
-    for _ in range(3):  # a finalizer may release objects for the next collection
+    # Collect three times: a finalizer may release objects that only the next collection frees.
+    for _ in range(3):
         gc.collect()
     return ResourceSample(
         sessions,
@@ -107,7 +108,8 @@ async def run_sessions_and_take_samples(
                 await enqueue_items(plane, count)
                 sent += count
                 await wait_for_sessions(sent)
-            await asyncio.sleep(1)  # let the last sessions end
+            # Let the last sessions end, so that the sample does not include their resources.
+            await asyncio.sleep(1)
             found.append(take_sample(sessions))
             print(found[-1], file=sys.stderr, flush=True)
     return found

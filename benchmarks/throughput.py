@@ -64,7 +64,8 @@ def compare_contenders(entries: list[BenchmarkEntry], items: int, number_of_roun
     rounds: dict[str, list[BenchmarkResult]] = {entry.name: [] for entry in entries}
     with serve_control_plane() as plane:
         for number in range(number_of_rounds):
-            turn = number % len(entries)  # every contender runs first in some rounds
+            # Rotate the order, so that each contender runs first in some rounds.
+            turn = number % len(entries)
             for entry in entries[turn:] + entries[:turn]:
                 result = measure_contender(plane, entry, max(1, items // entry.divisor))
                 rounds[entry.name].append(result)

@@ -109,7 +109,7 @@ async def _count_leases(plane: ControlPlaneAddress) -> int:
 
 
 def _count_connections(pid: int) -> int:
-    """Return the number of the process's established TCP connections over IPv4."""
+    """Return the number of established TCP connections over IPv4 of the process `pid`."""
     lines = Path(f"/proc/{pid}/net/tcp").read_text("ascii").splitlines()[1:]
     columns = (line.split() for line in lines)
     established = {each[9] for each in columns if each[3] == _ESTABLISHED}

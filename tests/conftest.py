@@ -16,7 +16,8 @@ from workpool.testing import Clock, Faults, Recorder
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
 
-# An example may take long on a loaded machine, which is no failure of the code.
+# Set no deadline for the examples of Hypothesis. On a loaded machine, an example may take long
+# without a fault in the code.
 hypothesis.settings.register_profile("without_deadline", deadline=None)
 hypothesis.settings.load_profile("without_deadline")
 

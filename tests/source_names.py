@@ -80,7 +80,7 @@ class SourceNames:
     def _add_scope(
         self, name: str, scope: ast.Module | ast.ClassDef, nodes: Iterable[ast.AST]
     ) -> None:
-        """Add the names that a module or class defines; `nodes` contain all assignments."""
+        """Add the names that a module or class defines. `nodes` contain its assignments."""
         functions = {
             node.name
             for node in scope.body

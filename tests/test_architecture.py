@@ -56,9 +56,11 @@ MODULES_WITH_BROAD_EXCEPT = {
     "pool/poller.py",  # An error in one poll must not end the poller.
     "pool/item_requests.py",  # An error in one heartbeat must not end other heartbeats.
     "pool/lease_renewer.py",  # Any error of the renewer thread is raised on the handlers' loop.
-    "pool/diagnostics.py",  # Any error of the report's thread is raised on the thread that waits.
-    "server/stores/sqlite.py",  # Any error of the writer thread must be raised on the event loop.
-    # aiohttp would report an error of the check before each request as a failed connection.
+    # Any error of the thread that writes a report is raised on the thread that requested it.
+    "pool/diagnostics.py",
+    # Any error of the store's writer thread must be raised on the event loop.
+    "server/stores/sqlite.py",
+    # If the check before a request fails, its error is raised instead of aiohttp's error.
     "wire/http/checked_request.py",
     # Any error on a daemon thread is raised where the result of the thread's function is awaited.
     "wire/http/daemon_threads.py",

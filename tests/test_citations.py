@@ -243,7 +243,7 @@ def test_name_that_source_does_not_define_is_found(name: str, source_names: Sour
 @pytest.mark.parametrize(
     "name",
     [
-        "HandoffChild.request_drain()",  # A base class of HandoffChild defines it.
+        "HandoffChild.request_drain()",  # A base class of HandoffChild defines this method.
         "LeaseRenewer.remove_lease",
         "PoolItem.state",
         "hand_off",

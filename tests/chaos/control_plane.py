@@ -218,5 +218,5 @@ if __name__ == "__main__":
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
             runner.run(serve_control_plane(config))
-        except ServeError as error:  # for example because the database is not available
+        except ServeError as error:  # for example, the database is not available
             sys.exit(f"cannot start: {error}")

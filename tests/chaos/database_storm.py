@@ -90,7 +90,7 @@ class DatabaseStorm(Storm):
             await self._start_control_plane(number, str(self._faults))
 
     async def _restart_database_repeatedly(self) -> None:
-        """Stop or kill the database and start it again, at once or after some seconds."""
+        """Repeatedly stop or kill the database, and start it again at once or a little later."""
         while True:
             await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])

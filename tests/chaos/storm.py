@@ -156,7 +156,8 @@ class Storm:
             seconds = self._random.uniform(3, self.settings.longest) if is_long else chance * 3
             metadata = {"seconds": f"{seconds:.2f}", "end": self._random.choice(self.settings.ends)}
             answer = await self._send_request(http, "POST", "", {"metadata": metadata})
-            # If the answer was lost, the item may still exist. The last snapshot then has it.
+            # If the answer was lost, the item may exist although `_enqueued` lacks its id. The
+            # last snapshot then contains the item.
             if answer is not None:
                 self._enqueued += [item["id"] for item in answer["data"]]
             if number >= 2 * len(NAMES):

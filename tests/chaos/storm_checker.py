@@ -139,13 +139,14 @@ class StormChecker:
         self.verdict.counts[f"fault: {kind}"] += 1
         holder = self._holder.get(work_id or "")
         if kind == "expired" and holder is not None:
-            # The holder cannot know that its lease ended early, so its run of the item may overlap
-            # the next run.
+            # The fault has ended the lease early. The holder cannot know this, so the holder's run
+            # of the item may overlap the next run of the item.
             self._cut.add((holder, work_id or ""))
 
     def _check_request_arrives_within_lease(self, line: Line) -> None:
         worker, work_id, op = line["worker"], line["work_id"], line["op"]
-        if worker is None or op == "ack":  # operators' requests and acks need no lease
+        # Neither an ack nor an operator's request needs a lease.
+        if worker is None or op == "ack":
             return
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))

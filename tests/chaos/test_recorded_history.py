@@ -23,7 +23,7 @@ def make_record(
 
 
 def make_lease_records(time: float, worker: str) -> list[Record]:
-    """Return the records of a delivery, an ack and a heartbeat with a lease of 10 s."""
+    """Return the records of a delivery, of an ack, and of a heartbeat with a lease of 10 s."""
     return [
         make_record(time, "delivered", worker, "queued"),
         make_record(time, "acked", worker, "starting", time + 60),

@@ -43,7 +43,7 @@ def make_trace_line(t: float, pid: int, what: str) -> Any:
 
 
 def make_lease_records(t: float, worker: str) -> Lines:
-    """Return the records of an ack and of a heartbeat that gives a lease of ten seconds."""
+    """Return the records of an ack with a lease of 60 s and of a heartbeat with a lease of 10 s."""
     return [make_record(t, "acked", worker, t + 60), make_record(t, "heartbeat", worker, t + 10)]
 
 

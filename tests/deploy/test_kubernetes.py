@@ -121,7 +121,7 @@ def write_overlay_with_deletion_cost(overlay: str, folder: Path) -> Path:
 
 @pytest.fixture(params=OVERLAYS)
 def rendered_overlay(kubectl: str, request: pytest.FixtureRequest) -> list[Manifest]:
-    """Return the manifests of one overlay."""
+    """Return the manifests that kubectl renders from one overlay."""
     return render_overlay(kubectl, KUBERNETES / request.param)
 
 
@@ -436,7 +436,7 @@ def test_queries_of_both_autoscalers_are_equal_and_name_metrics_of_the_worker() 
 def test_autoscaler_query_counts_queued_items_once_although_each_worker_reports_them(
     tmp_path: Path,
 ) -> None:
-    """Each of three workers has two busy slots and reports the same queue, one with old values."""
+    """Three workers with two busy slots each report one queue; the third reports old values."""
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed")

@@ -67,7 +67,7 @@ class Cluster:
         self._programs = postgres_program_folder()
         self._settings = {**SETTINGS, "unix_socket_directories": str(folder), **(settings or {})}
         self._numbers = count(1)
-        # `initdb` and `postgres` refuse to run as root.
+        # Run the programs as another user, because `initdb` and `postgres` refuse to run as root.
         self._user = "postgres" if os.geteuid() == 0 else None
 
     @property
@@ -132,7 +132,8 @@ class Cluster:
     def kill(self) -> None:
         """Kill every process of the server, as a crash does, and return once they have ended."""
         first = self.pid
-        os.kill(first, signal.SIGSTOP)  # a suspended server starts no more processes
+        # Suspend the server first, so that it starts no more processes.
+        os.kill(first, signal.SIGSTOP)
         processes = [first, *_child_pids(first)]
         for process in processes:
             with suppress(ProcessLookupError):
@@ -179,7 +180,7 @@ class Cluster:
         self._run_program("pg_ctl", action, "-w", "-t", str(SECONDS), "-s", *words)
 
     def _run_program(self, program: str, *words: str) -> None:
-        """Run a program of the server, with its output in a temporary file.
+        """Run a PostgreSQL program on the data directory, with its output in a temporary file.
 
         A pipe would stay open as long as the server that the program starts, so reading would hang.
         """

@@ -121,7 +121,8 @@ class WorkersUnderLoad:
     async def _process_item(self, client: NodeClient, work_id: str) -> None:
         acked = await self._call_until_answered(partial(client.ack, work_id), 409)
         if acked.status == 409:
-            return  # Another worker has taken the item, or an unanswered call has stopped it.
+            # Another worker has acknowledged the item, or a stop without an answer has stopped it.
+            return
         assert work_id not in self.holders, "two workers hold one item"
         self.holders[work_id] = client._worker
         first = partial(client.heartbeat, work_id, "NO_HEARTBEAT")
@@ -310,7 +311,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
     own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("STATEMENT_SECONDS", "ACQUIRE_SECONDS"):
-        # With the usual time limits, statements on a busy machine would be answered with 503s.
+        # Extend the time limits. Otherwise slow statements on a busy machine would cause 503s.
         monkeypatch.setattr(connection_pool, name, SECONDS)
     url = own_postgres.create_database()
     steps = migrations.load_migrations()

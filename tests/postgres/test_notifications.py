@@ -130,7 +130,8 @@ async def test_each_item_announced_while_polls_read_makes_one_poll_read_again(
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
     seen = hub.change_count()
-    hub.wake_calls(WORK)  # as a poll does if its client has disconnected
+    # A poll also calls `wake_calls` if its client has disconnected.
+    hub.wake_calls(WORK)
     assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
     assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 

@@ -75,7 +75,8 @@ async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine
     one, other = nodes
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), is_never_disconnected))
-        await asyncio.sleep(0.1)  # let the poll begin to wait; a later poll must get the item too
+        # Give the poll time to begin its wait. If it begins later, it must also get the item.
+        await asyncio.sleep(0.1)
         (item,) = await other.enqueue(ENV)
     assert (found := poll.result()) is not None
     assert found.id == item.id
@@ -86,7 +87,8 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) ->
     (item,) = await one.enqueue(ENV)
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(one.wait_for_events(item.session_id, 0, 999.0))
-        await asyncio.sleep(0.1)  # let the stream begin to wait; a later one must get the event too
+        # Give the stream time to begin its wait. If it begins later, it must also get the event.
+        await asyncio.sleep(0.1)
         sent = await other.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(sent)
 

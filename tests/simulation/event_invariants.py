@@ -157,7 +157,7 @@ def _was_item_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: 
 def _arrival_of_last_answered_heartbeat(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> float:
-    """Return when the last answered heartbeat arrived at the control plane.
+    """Return the arrival time of the pool's last heartbeat that was answered by the time `at`.
 
     The pool knows the state that the lease had then, but no later state.
     """
@@ -244,10 +244,7 @@ def _add_event_counts(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) 
 def _add_wrong_event_counts(
     case: FinishedSimulation, node: PoolProcess, seen: Counter[tuple[str, ...]]
 ) -> None:
-    """Add an entry to `seen` for each kind of event that the pool reported too often or too rarely.
-
-    The entry has the expected number of events.
-    """
+    """Add to `seen` the expected count of each kind of event whose reported count is wrong."""
     calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
     runs = sum(not run.again for run in calls)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)

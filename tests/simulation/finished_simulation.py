@@ -182,7 +182,7 @@ class FinishedSimulation:
         return FOREVER
 
     def extended_lease_of_another_worker(self, node: PoolProcess, work_id: str) -> bool:
-        """Return whether the pool lost its lease and then extended the lease of another pool."""
+        """Return whether the pool lost its lease and then extended the lease of another worker."""
         leases = self.leases.get(work_id, ())
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
         return extended_another and any(broken == work_id for _, broken in self.trace.broken)

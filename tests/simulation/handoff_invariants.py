@@ -71,7 +71,8 @@ def _check_calls_after_handoff(
         for call in case.trace.sent
         if call.at >= lease.ended
     )
-    # A read without a connection did not show who owns the item: allow one more heartbeat.
+    # Allow one more heartbeat for each read of the item that got no connection, because this read
+    # did not show the parent who owns the item.
     tries -= sum(
         delay.node is node
         and (delay.work_id == lease.work_id or delay.op == "list")

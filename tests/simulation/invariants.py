@@ -369,7 +369,7 @@ def _heartbeat_answer_was_lost(
 
 
 def claims_and_runs_never_exceed_concurrency(case: FinishedSimulation) -> Iterator[str]:
-    """Invariant 5b: the handlers and requests of a pool never exceed the number of its slots.
+    """Invariant 5b: a pool's running handlers plus its polls or acks never exceed its slots.
 
     Running handlers plus polls in flight are at most `concurrency` plus `prefetch`. Running
     handlers plus acks in flight are at most `concurrency`.

@@ -77,7 +77,7 @@ class SimulatedNetwork:
         self._kinds = schedule.fault_kinds
 
     def fault_for_call(self, node: PoolProcess, op: str, work_id: str | None) -> Fault:
-        """Return the fault of a call; a call without a fault has the usual latency of its pool."""
+        """Return the fault of a call, or `node.no_fault`, which has only the usual latency."""
         if self.over:
             return SILENCE
         fault = None if self.healed else self._draw_fault(node, op)
@@ -134,7 +134,7 @@ class SimulatedNetwork:
     def _schedule_machine_halt(
         self, node: PoolProcess, seconds: float, steps: int = 0, how: HaltKind | None = None
     ) -> float:
-        """Halt the machine after `seconds` and then `steps` callbacks; return the length."""
+        """Halt the machine after `seconds` and `steps` callbacks. Return the halt's seconds."""
         loop, length = _current_loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         kind = self._random.choice(SLEEPS) if how is None else how
 
@@ -327,8 +327,8 @@ class SimulatedClient(LocalClient):
     async def _wait_before_sending(
         self, op: str, fault: Fault, options: CallOptions, until: float
     ) -> None:
-        # Read the item before the first `await`: then no other call can have replaced it since
-        # `_fault_for_request` stored it.
+        # Read `_work_id` before the first `await`. During a wait, another call may replace the
+        # value that `_fault_for_request` stored for this call.
         work_id = self._work_id
         await super()._wait_before_sending(op, fault, options, until)
         await self._open_connection(op, work_id, options, until - _current_loop().time())
@@ -369,8 +369,8 @@ class SimulatedClient(LocalClient):
     async def _await_answer(
         self, endpoint: Endpoint[T], exchange: Coroutine[Any, Any, Reply], seconds: float
     ) -> T:
-        # Read the record before the first `await`: then no other call can have replaced it since
-        # `_record_sent_call` stored it.
+        # Read `_sent` before the first `await`. During a wait, another call may replace the record
+        # that `_record_sent_call` stored for this call.
         sent = self._sent
         answer: str | int | None = None
         try:

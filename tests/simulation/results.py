@@ -63,7 +63,7 @@ class ProgressFile:
         self._source = _hash_source_code()
 
     def read_finished_parts(self) -> Mapping[range, SimulationReport]:
-        """Return the results that this version of the source code has stored, by range of seeds."""
+        """Return the file's results for this version of the source code, by range of seeds."""
         found: dict[range, SimulationReport] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         for line in lines:

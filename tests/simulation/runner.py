@@ -157,7 +157,7 @@ def _get_cached_metric_series(metric: Any, *rest: Any) -> observer._MetricSeries
 
 @contextmanager
 def _replace_slow_steps_of_pool_start(given: tuple[object, ...]) -> Iterator[None]:
-    """Replace the slow steps of a pool's start by cached results, to save 90 % of the CPU time.
+    """Replace by cached results the steps that take 90 % of the CPU time of a pool's start.
 
     The cached results are the loaded plugins, their hooks, and the series of metrics.
     """

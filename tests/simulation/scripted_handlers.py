@@ -292,7 +292,7 @@ class SimulatedHandlers:
     async def _behaviour_hand_off(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Hand the item off to a child that starts soon, late or never, or fail in the handoff."""
+        """Hand the item off to a child that starts soon, late or never; or raise in the handoff."""
         draw, way = divmod(round(seconds * 1000), len(WAYS))
         try:
             async with session.handover() as lease:

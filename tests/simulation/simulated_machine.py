@@ -266,7 +266,7 @@ class MachinesLoop(VirtualLoop):
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
     ) -> asyncio.Future[T]:
-        """Call a function after a short delay. Never call functions for the default executor.
+        """Call a function after a short delay, or never if it is for the default executor.
 
         Code of users can occupy the threads of the default executor, so a pool must not need it.
         """

@@ -51,7 +51,7 @@ class ProcfsReader:
         return {pid for pid in pids if self._status_fields(pid)[1] == str(os.getpid())}
 
     def open_descriptors(self) -> list[str]:
-        """Return what the open descriptors refer to, except sockets, which may be closing."""
+        """Return the targets of this process's descriptors except sockets, which may be closing."""
         targets = []
         for path in Path("/proc/self/fd").iterdir():
             # One of the entries is the descriptor of the listing itself, which is closed by now.

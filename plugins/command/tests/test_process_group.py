@@ -51,8 +51,8 @@ class RecordingGroupRegistry:
 def _check_for_leaks(procfs: Any) -> Iterator[None]:
     children, descriptors = procfs.child_processes(), procfs.open_descriptors()
     yield
-    # Delete unreachable `Popen` objects now. One whose process was not waited for causes a
-    # ResourceWarning, which fails the test.
+    # Delete unreachable `Popen` objects now. A `Popen` object whose process was not reaped then
+    # causes a ResourceWarning, which fails the test.
     gc.collect()
     assert procfs.child_processes() == children
     assert procfs.open_descriptors() == descriptors

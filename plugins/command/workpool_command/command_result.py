@@ -113,8 +113,7 @@ def parse_result(program: str, line: bytes) -> dict[str, str]:
     try:
         metadata = json.loads(line)
         if isinstance(metadata, dict) and all(isinstance(each, str) for each in metadata.values()):
-            # Refuse a lone surrogate, which no request could send: `encode` raises a ValueError for
-            # it.
+            # Refuse lone surrogates, which no request could send: `encode` raises a ValueError.
             "".join((*metadata.keys(), *metadata.values())).encode()
             return metadata
     except (ValueError, RecursionError):

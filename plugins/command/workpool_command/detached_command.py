@@ -60,7 +60,7 @@ class HoldProcessStarter:
     def __init__(self, command: DetachedCommandSettings, settings: Settings) -> None:
         self._command = command
         self._settings = settings
-        # A set with strong references would keep all groups in memory after their leaders' exits.
+        # Use weak references. Otherwise each group would stay in memory after its leader's exit.
         self._groups: WeakSet[ProcessGroup] = WeakSet()
 
     def close(self) -> None:

@@ -142,9 +142,9 @@ async def _wait_for_exit(process: asyncio.subprocess.Process) -> None:
         async with asyncio.timeout(CLOSE_SECONDS):
             await process.wait()
     except TimeoutError:
-        # Other code may have reaped the guard process. `kill` then raises an error, and uvloop's
-        # `wait` never returns. Suppress the error and limit the wait, or the end of the pool would
-        # fail or block.
+        # If other code has reaped the guard process, `kill` raises an error, and uvloop's `wait`
+        # never returns. Suppress the error and limit the wait. Otherwise the pool would end with
+        # this error or never end.
         with suppress(ProcessLookupError, TimeoutError):
             process.kill()
             async with asyncio.timeout(CLOSE_SECONDS):

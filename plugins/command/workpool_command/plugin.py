@@ -102,7 +102,7 @@ class Command:
     """The seconds without a line of output after which a session is stalled, as in `@handler`."""
 
     def __post_init__(self) -> None:
-        """Check the settings. What depends on the machine is checked at the start of the pool.
+        """Check the settings. Checks that depend on the machine happen at the start of the pool.
 
         Raises:
             TypeError: A setting has the wrong type.

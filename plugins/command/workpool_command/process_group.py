@@ -133,7 +133,7 @@ class ProcessGroup:
         return False
 
     def kill_without_watching(self) -> None:
-        """Kill the group and reap its leader, if the exit of the leader cannot be watched."""
+        """Kill the group and reap its leader, after `watch_leader` has failed."""
         self.stop_watching()
         self.send_signal(signal.SIGKILL)
         try:

@@ -56,7 +56,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def podman() -> Iterator[PodmanEngine]:
-    """A running container engine with a busybox image. Its tests are skipped if there is none."""
+    """A running container engine with a busybox image. Without an engine, the test is skipped."""
     engine = DockerEngine if os.environ.get("TEST_CONTAINER_ENGINE") == "docker" else PodmanEngine
     missing = [name for name in engine.programs if shutil.which(name) is None]
     if missing:
@@ -164,7 +164,7 @@ class ContainerTestbed:
         return self.plane.operations.get_item(self.plane.environments[0], work_id)
 
     def request_stop(self, work_id: str) -> None:
-        """Request an item's stop, and deliver the item again to make the pool send a heartbeat."""
+        """Request an item's stop. Deliver the item again, so that the pool sends a heartbeat."""
         self.plane.operations.stop_item(self.plane.environments[0], work_id, force=False)
         delivery = json.dumps(DIALECTS["qoder"].item_json(self.stored_item(work_id))).encode()
         self.faults.add(literal(delivery), "poll", times=1)
@@ -257,7 +257,7 @@ class SessionLog(logging.Handler):
 async def docker_client(
     podman: PodmanEngine, engine: EngineClient
 ) -> AsyncIterator[aiodocker.Docker]:
-    """A second client of the engine, without the plugin. All containers are removed at the end."""
+    """A Docker client that is independent of the plugin. Its teardown removes all containers."""
     async with aiodocker.Docker(f"unix://{podman.socket}", api_version="v1.41") as client:
         yield client
         for container in await client.containers.list(all=True):

@@ -130,7 +130,7 @@ class PodmanEngine:
         Path(self.socket).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End the service and close the socket of the registry."""
+        """End the service, and close the listening socket `registry`."""
         self.stop_service()
         self.registry.close()
 

@@ -23,7 +23,7 @@ RECORD_START = "echo started >> /kept/starts; "
 
 
 def count_container_starts(directory: Path) -> int:
-    """Return the number of containers that have started."""
+    """Return the number of container starts that the script recorded in `directory`."""
     return len((directory / "starts").read_text().splitlines())
 
 

@@ -243,8 +243,9 @@ class ContainerRun:
         try:
             await self._engine.stop_container(self._id, self._options.grace)
         except EngineError as error:
-            # If the container does not exist anymore, `wait_for_exit_status` raises the error. If
-            # the engine does not answer, the pool cancels the handler after `stop_grace`.
+            # Only log the error. If the container does not exist anymore, `wait_for_exit_status`
+            # also raises an error. If the engine does not answer, the pool cancels the handler
+            # after `stop_grace`.
             session.log.warning("container not stopped: %s", error, extra={"error": str(error)})
 
     async def _metadata_from_exit_status(self, status: int) -> dict[str, str]:

@@ -251,7 +251,7 @@ class EngineClient:
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED_STATES else None
 
     async def _wait_for_next_exit(self, container: str, patience: float) -> None:
-        """Wait at most `patience` seconds until the container exits. Ignore an earlier exit.
+        """Wait at most `patience` seconds until the container exits. Ignore exits before this call.
 
         The condition is `next-exit`, because Podman uses a whole core for any other one.
         """

@@ -86,7 +86,7 @@ class PodClient:
                         "Authorization": f"Bearer {await self._read_token()}",
                         "Content-Type": MERGE_PATCH,
                     },
-                    # A redirect could send the token to another server.
+                    # Refuse redirects, which could send the token to another server.
                     allow_redirects=False,
                 ) as answer,
             ):

@@ -1,4 +1,4 @@
-"""Writes the deletion cost of the pod after each change, at a limited rate."""
+"""Writes the deletion cost of the worker's pod after each change, at a limited rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the pod of this process and its API server, from environment variables and files."""
+"""Finds this process's pod and the cluster's API server, from environment variables and files."""
 
 from __future__ import annotations
 

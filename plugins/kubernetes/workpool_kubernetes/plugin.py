@@ -121,5 +121,6 @@ def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator
 def _request_update() -> None:
     """Request an update from the first pool's plugin. That plugin writes the cost of all pools."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
-        with suppress(RuntimeError):  # the event loop of the first pool may be closed
+        # Ignore the RuntimeError of a closed event loop: the first pool may have ended.
+        with suppress(RuntimeError):
             request()

@@ -191,7 +191,7 @@ async def test_span_of_failed_request_has_error_status(
     kit.faults.add(status(503), "stop", times=1)
     finished = await run_item(kit, [span_recorder.make_plugin(), write_phase])
     stops = span_recorder.spans_named(f"stop {finished.session.item.environment_id}")
-    # The pool reports every status from 500 to 599 as "5xx".
+    # The pool's events contain "5xx" for every status from 500 to 599.
     assert span_attributes(stops[0])["error.type"] == "5xx"
     assert "error.type" not in span_attributes(stops[1])
     assert [each.status.status_code for each in stops] == [StatusCode.ERROR, StatusCode.UNSET]

@@ -115,8 +115,8 @@ class Otel:
             return current, current
         if not isinstance(current, trace.ProxyTracerProvider):
             return current, None
-        # "workpool" is only the default service name. `Resource.create` would prefer it to the
-        # variable OTEL_SERVICE_NAME. The merge makes the OTEL variables override the default.
+        # The service name "workpool" is only a default, but `Resource.create` prefers this name to
+        # the variable OTEL_SERVICE_NAME. The merge lets the OTEL variables override the default.
         resource = Resource.create({SERVICE_NAME: "workpool"}).merge(
             OTELResourceDetector().detect()
         )
@@ -129,7 +129,7 @@ class Otel:
 
 
 async def _write_trace_context(session: Session, context: dict[str, str]) -> None:
-    """Write the trace context of this run to the metadata, or log that the service refuses it."""
+    """Write the run's trace context to the item's metadata. Log an error of the control plane."""
     try:
         await session.update_metadata(
             {f"workpool.{name}": value for name, value in context.items()}

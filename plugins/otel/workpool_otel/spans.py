@@ -157,7 +157,7 @@ class SessionSpans:
         span.end()
 
     def _get_or_start_span(self, run: _SessionRunSpan, item: WorkItem) -> Span:
-        """Return the span of a run. If the span is missing, create it with the early requests."""
+        """Return the span of a run. Create a missing span, with the spans of early requests."""
         if run.span is None:
             run.attributes = {
                 span_attributes.SYSTEM: "workpool",

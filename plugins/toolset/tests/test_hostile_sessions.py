@@ -347,8 +347,8 @@ async def test_file_tools_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:
     outcomes: set[tuple[str, bool]] = set()
-    # Repeat until each tool has both succeeded and failed. Some calls have then begun before the
-    # exchange of a file with a link, and some after the exchange.
+    # Repeat until each tool has both succeeded and failed: the tool has then found files in some
+    # calls and links in others.
     every_outcome = {(tool, error) for tool in ("read", "write", "edit") for error in (False, True)}
     rounds = 0
     while rounds < 300 or outcomes != every_outcome:

@@ -141,7 +141,7 @@ async def test_session_of_worker_that_may_not_write_metadata_is_completed(
 async def answering_confirmations(
     workpool: Kit, session: str, *verdicts: str
 ) -> AsyncIterator[None]:
-    """During the `with` block, allow or deny the calls that need confirmation, in this order."""
+    """Answer each confirmation request with the next of `verdicts` during the `with` block."""
 
     async def answer_confirmation_requests() -> None:
         left = list(verdicts)

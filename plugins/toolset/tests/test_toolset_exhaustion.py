@@ -70,7 +70,7 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
         outcomes.add(result.is_error)
     if left in {0, 12}:
         assert outcomes == {left == 0}
-    # A shell that could not start can be started by the next command, without `restart`.
+    # If the shell could not start, the next command starts the shell without `restart`.
     assert await agent_without_sandbox.call_successfully("bash", command="echo later") == "later\n"
 
 

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 class CallJournal:
-    """The journal of one session's tool calls, in a directory of its own. Threads use its files.
+    """The journal of one session's tool calls, in a directory of its own.
+
+    The journal reads and writes its files on the given threads.
 
     Attributes:
         is_new: Whether `open_directory` created the directory.
@@ -42,11 +44,11 @@ class CallJournal:
         self.name = ""
 
     async def open_directory(self) -> None:
-        """Create the directory of the journal and the file with the journal's name, if missing."""
+        """Create the journal's directory and the file that stores `name`, unless they exist."""
         await self._threads.run(self._make_directory)
 
     async def begin_call(self, call: str) -> ToolResult | Literal["new", "begun"]:
-        """Record on disk that the call begins. Execute the call only if this returns "new".
+        """Record on disk that a call begins. The caller executes the call if "new" is returned.
 
         Returns:
             "new"; for a call that was begun before, its stored result, or "begun" if it has none.
@@ -77,7 +79,8 @@ class CallJournal:
         path = self._directory / "name"
         if not path.exists():
             written = self._temporary_file(secrets.token_hex(8))
-            # Another process may create the file first. This journal then uses that file's name.
+            # Another process may create the file first. This journal then reads its name from that
+            # file.
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(written)
             written.unlink()
@@ -117,7 +120,7 @@ class CallJournal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
-            # Remove the incomplete file, because the disk may be full.
+            # Remove the incomplete file, which would occupy space on a disk that may be full.
             path.unlink(missing_ok=True)
             raise
         return path

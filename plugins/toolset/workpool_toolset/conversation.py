@@ -116,7 +116,7 @@ class Conversation:
         self.ended = self.ended or kind in _ENDINGS
 
     def _interrupt_or_close_calls(self, kind: str, thread: str | None) -> None:
-        """Mark all open calls at an interrupt, or close the calls of a `thread` that has ended."""
+        """Mark all open calls as interrupted, or close the calls of an ended `thread`."""
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True

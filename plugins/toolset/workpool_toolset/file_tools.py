@@ -181,7 +181,7 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
 
 
 def _lines_of_chunk(chunk: bytes, first: int, last: int) -> bytes:
-    """Return those of the lines `first` to `last`, counted from 0, that are in the chunk."""
+    """Return the chunk's lines `first` to `last`, counted from 0, as far as they exist."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")

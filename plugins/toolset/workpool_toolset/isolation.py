@@ -166,7 +166,7 @@ class Bubblewrap:
         return HOME
 
     def file_owner(self, session: str) -> tuple[int, int] | None:
-        """Return a user and group id made from the session's id, or None if `as_root` is false."""
+        """Return user and group ids derived from the session's id, or None if not `as_root`."""
         if not self.as_root:
             return None
         user = FIRST_USER + zlib.crc32(session.encode()) % USERS
@@ -292,9 +292,9 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
             return "bwrap did not answer"
         finally:
             if process.returncode is None:
-                # Other code may have reaped the process. `kill` then raises an error, and uvloop's
-                # `wait` never returns. Suppress the error and limit the wait, or the check would
-                # fail or block.
+                # If other code has reaped the process, `kill` raises an error, and uvloop's
+                # `wait` never returns. Suppress the error and limit the wait. Otherwise the
+                # check would end with this error or never end.
                 with suppress(ProcessLookupError, TimeoutError):
                     process.kill()
                     async with asyncio.timeout(REAP_SECONDS):

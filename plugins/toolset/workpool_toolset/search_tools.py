@@ -194,7 +194,7 @@ async def _run_search_process(
 async def _read_first_lines(
     stream: asyncio.StreamReader | None, limit: int, on_cut: Callable[[], None] | None = None
 ) -> tuple[str, bool]:
-    """Return the first lines of a stream, and whether lines are missing.
+    """Return the first lines of a stream, up to `limit` bytes, and whether the stream has more.
 
     The stream is read to its end, because a process cannot end while its pipe is full.
     """

@@ -260,7 +260,7 @@ class _OutputTail:
         self._cut = False
 
     def add_output(self, chunk: bytes, end_marker: re.Pattern[bytes]) -> _CommandExitStatus | None:
-        """Add output. Return the command's exit status once the end marker has arrived."""
+        """Add output. Return the command's exit status, or None before the end marker arrives."""
         # Search also the end of the previous chunk, because the marker may begin there.
         before = max(0, len(self._kept) - 128)
         self._kept += chunk

@@ -159,7 +159,7 @@ class ToolCallAnswerer:
         return self._conversation.next_call()
 
     async def _write_journal_name_to_item(self) -> None:
-        """Record the calls of other machines, then write the journal's name to the metadata.
+        """Record calls of another machine as begun. Then write the journal's name to the metadata.
 
         If the last run was on another machine, calls may have begun there. They are recorded in
         this journal as begun, so that they are not executed again. The name is written last.
@@ -225,8 +225,8 @@ class ToolCallAnswerer:
         try:
             await self._journal.store_result(call.id, result)
         except OSError:
-            # Continue, because the result can still be sent. If the worker crashes before that, the
-            # outcome of the call is unknown.
+            # Continue without a stored result, because the result can still be sent. If the worker
+            # crashes before it has sent the result, the outcome of the call is unknown.
             self._session.log.exception("toolset: result not kept", extra={"call_id": call.id})
 
     def _check_lease(self) -> None:

@@ -37,11 +37,13 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class DirectoryEntry(NamedTuple):
-    """A file or directory that was found. `directory` is open until the next entry is requested.
+    """A file or directory that was found, with the open descriptor of its parent directory.
+
+    The descriptor is open until the next entry is requested.
 
     Attributes:
-        directory: The descriptor of the directory.
-        name: The name in the directory.
+        directory: The descriptor of the parent directory.
+        name: The name in the parent directory.
         parts: The components of the path below the start.
         state: The `stat` result of the entry, or of a link's target.
     """
@@ -240,7 +242,7 @@ def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _add_positions_after_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
-    """Add the position after each reached `**` to the reached positions. Return all of them.
+    """Return the reached positions of a pattern, and the position after each reached `**`.
 
     A `**` may match no component, so the component after it is reached at the same time.
     """
@@ -327,9 +329,10 @@ def line_text(line: bytes) -> str:
 
 
 def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield the number and the bytes of each line of a regular file, and whether it is complete.
+    """Yield each line's number, its bytes, and whether these bytes are the whole line.
 
-    Of a line that is longer than the limit, each piece is yielded and is not complete.
+    A line that is longer than the limit is yielded in pieces, each with the line's number. Nothing
+    is yielded if the file cannot be opened or is not regular.
     """
     try:
         file = os.fdopen(os.open(entry.name, _READ, dir_fd=entry.directory), "rb")

@@ -206,7 +206,7 @@ def _open_or_make_directory(spot: PathTarget, *, make: bool) -> int:
     except FileNotFoundError:
         if not make:
             raise
-    # Ignore FileExistsError, because the session may have created the directory since the open.
+    # Ignore FileExistsError: the session may have created the directory after the failed open.
     with contextlib.suppress(FileExistsError):
         os.mkdir(spot.name, 0o755, dir_fd=spot.directory)
         spot.set_entry_owner(spot.name)
@@ -217,7 +217,7 @@ def _link_target(directory: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
-        # EINVAL means that the name is no link. ENOENT means that no file has the name.
+        # `readlink` fails with EINVAL if the name is no link, and with ENOENT if no file has it.
         if error.errno in {errno.EINVAL, errno.ENOENT}:
             return None
         raise

@@ -1,4 +1,4 @@
-"""The invariants of an autoscaled fleet of workers, and counts of the sessions that it cut.
+"""The invariants of an autoscaled fleet of workers, and counts of its cut sessions.
 
 A session is *cut* if its handler was cancelled or killed because its pod was removed.
 """

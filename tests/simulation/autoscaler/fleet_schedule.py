@@ -180,7 +180,7 @@ def _draw_fleet_settings(random: Random) -> FleetSettings:
     concurrency = random.choice((1, 2, 2, 3))
     metric = random.choice(METRICS)
     if metric == "busy_slots":
-        # Workers report this metric, so a fleet without workers would never grow.
+        # Require one worker. Only workers report this metric, so an empty fleet would never grow.
         minimum = max(1, minimum)
     down = ScalingRules(random.choice(WINDOW_SECONDS), (ONE_PER_MINUTE,))
     rules = AutoscalerSpec(

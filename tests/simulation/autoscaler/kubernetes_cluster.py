@@ -168,7 +168,7 @@ class SimulatedCluster:
         self._delete_pod(pod, "eviction", min(NOTICE_SECONDS, self._schedule.settings.grace))
 
     async def write_deletion_cost(self, pod: Pod, cost: int) -> None:
-        """Write the deletion cost of a pod by a call that is slow and may fail.
+        """Simulate the API call that writes a pod's deletion cost. The call is slow and may fail.
 
         Raises:
             APIServerError: The call failed; it may have been applied.

@@ -71,7 +71,7 @@ def _compare_by_deletion_order(
 
 
 def _deletion_ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
-    """Return a pod's sort key, without the rules for ages. The lowest key is deleted first."""
+    """Return a pod's sort key by the first five rules. The pod with the lowest key goes first."""
     return (
         pod.host is not None,
         pod.running,
