@@ -69,7 +69,7 @@ class BlockingSession:
 
     @property
     def item(self) -> WorkItem:
-        """The item as the acknowledgement returned it."""
+        """The item, as the control plane returned it in the answer to the acknowledgement."""
         return self._session.item
 
     @property

@@ -149,7 +149,7 @@ class RefusedError(ControlPlaneError):
 
 
 class NotPermittedError(RefusedError):
-    """The credential may not make this call. After one refusal, the call is not sent again."""
+    """The credential does not permit this call. After one refusal, a pool does not repeat it."""
 
 
 class ConflictError(ControlPlaneError):

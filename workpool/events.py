@@ -209,7 +209,7 @@ class StopFinished:
 
 @dataclass(frozen=True, slots=True)
 class ResultDropped:
-    """A handler's result was not written, since the pool's credential may not write metadata."""
+    """A handler's result was not written, as the pool's credential cannot write metadata."""
 
     item: WorkItem
 

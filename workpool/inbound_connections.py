@@ -171,7 +171,7 @@ class InboundConnections:
 
 
 class _Connection(asyncio.Protocol):
-    """Wraps aiohttp's protocol, and records when the client of one connection must read or write.
+    """Wraps aiohttp's protocol, and stores the time limits for the client of one connection.
 
     Attributes:
         due: The loop time by which the headers of a request must arrive; None during a request.

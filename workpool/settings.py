@@ -811,7 +811,7 @@ def _read_config(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFil
 
 
 def _find_table_problem(table: Table) -> str:
-    """Return what is wrong with the sub-tables of `[workpool]`; empty if nothing is wrong."""
+    """Return a text about wrong sub-tables of `[workpool]`; empty if all are correct."""
     for name in ("plugin", "environments"):
         below = table.get(name, {})
         if not isinstance(below, dict) or not all(isinstance(t, dict) for t in below.values()):
@@ -848,7 +848,7 @@ def _environment_id_problems(file: _ConfigFile, given: _SourcedValue) -> list[st
 
 
 def _environment_table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
-    """Return a problem for each setting that an environment's table may not have."""
+    """Return a problem for each setting in an environment's table that is not allowed there."""
     refused = {
         "environment_id": "the name of the table is the id; remove it",
         "plugin": "the tables of plugins are [workpool.plugin.NAME], for all environments",

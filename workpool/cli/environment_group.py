@@ -64,7 +64,7 @@ class GroupMember:
 
     @property
     def abandoned(self) -> int:
-        """The number of sessions that drains could neither end nor give back."""
+        """The number of sessions that drains of this environment could neither end nor release."""
         return self._abandoned + self.supervisor.abandoned
 
     @property
@@ -169,7 +169,7 @@ class EnvironmentGroup:
 
     @property
     def abandoned(self) -> int:
-        """The number of sessions that drains could neither end nor hand back."""
+        """The number of sessions that drains of all environments could neither end nor release."""
         return sum(each.abandoned for each in self.environments)
 
     async def run(self, *, until_empty: bool = False) -> None:

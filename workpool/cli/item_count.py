@@ -74,7 +74,7 @@ class ItemCounter:
         )
 
     async def _list_items_to_count(self) -> FoundItems:
-        """Read the items after `_after`, or the whole list if `_after` is None or is refused."""
+        """Read the items after `_after`; read all if the control plane refuses it or it is None."""
         if self._after is not None:
             try:
                 return await self._find_items(self._after)

@@ -44,7 +44,7 @@ class RunnablePool(ControllablePool, Protocol):
 
     @property
     def abandoned(self) -> int:
-        """The number of sessions that the drain could neither end nor hand back."""
+        """The number of sessions that the drain could neither end nor release."""
 
     @property
     def log_ids(self) -> Mapping[str, str]:

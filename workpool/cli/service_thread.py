@@ -69,7 +69,7 @@ class ServiceThread:
         await self._close_services()
 
     async def _close_services(self) -> None:
-        # The call fails if the thread has ended and closed its loop; then there is nothing to stop.
+        # The loop refuses the callback if the thread has ended: then there is nothing to stop.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
@@ -94,8 +94,8 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            # The call fails if the loop that entered this context is closed. Then no task waits for
-            # `_opened`, so ignore the error.
+            # `_owner` raises RuntimeError if that loop is closed. Then no task waits for `_opened`,
+            # so ignore the error.
             with contextlib.suppress(RuntimeError):
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

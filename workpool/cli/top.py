@@ -119,7 +119,7 @@ def _worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[R
 
 
 def _environment_statuses(status: Status) -> "list[Status]":
-    """Return the status of each environment of a worker; `[status]` if it lists none."""
+    """Return the status of each environment of a worker; `[status]` if `status` lists none."""
     found = status.get("environments")
     if not isinstance(found, list):
         return [status]

@@ -334,7 +334,7 @@ def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) ->
 
 
 async def _read_or_find_item(client: WorkClient, work_id: str) -> WorkItem:
-    """Read an item; if the credential may not read single items, find the item in the list."""
+    """Read an item; if the credential cannot read single items, find the item in the list."""
     try:
         return await client.get(work_id)
     except RefusedError as error:

@@ -172,8 +172,7 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
 
 
 def _check_hook_parameters(plugin: str, hook: str, parameters: list[inspect.Parameter]) -> None:
-    # Refuse a default value and `*args`: pluggy passes no value to them, so the hook would not get
-    # its argument.
+    # Refuse hooks whose parameter is `*args` or has a default value: pluggy would pass no argument.
     only = parameters[0] if len(parameters) == 1 else None
     if parameters and (
         only is None

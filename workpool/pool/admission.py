@@ -76,7 +76,7 @@ class Admission:
         return None if reason is None or self._wall() >= self._until else reason
 
     def set_plugin_check(self, ask: Callable[[], str | None]) -> None:
-        """Set the function that asks the plugins; it returns a reason to refuse, or None."""
+        """Set the function that returns a plugin's reason to refuse claims, or None."""
         self._ask, self.gated = ask, True
 
     def pause(self, reason: str, until: datetime | None) -> None:

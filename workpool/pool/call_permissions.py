@@ -119,7 +119,7 @@ def _is_permanent_refusal(op: Op, error: ControlPlaneError) -> bool:
 async def read_item(
     client: ClientProtocol, optional: OptionalCalls, work_id: str, timeout: float
 ) -> WorkItem | None:
-    """Read one item, or find it in the list of items if the credential may not read it.
+    """Read one item, or find it in the list of items if the credential cannot read single items.
 
     Args:
         client: Sends the calls.

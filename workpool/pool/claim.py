@@ -124,7 +124,7 @@ class Claimer:
             sent = now
 
     def _check_ack_not_too_late(self, repeats: _AckRetryState) -> None:
-        """Raise an error if it is too late to repeat the ack. Called right before it is sent.
+        """Raise an error if it is too late to repeat the ack. Called right before the ack is sent.
 
         A late ack could lease the item for 60 s to this pool, which would not run it.
         """

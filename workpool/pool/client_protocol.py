@@ -82,7 +82,7 @@ class ClientProtocol(Protocol):
         timeout: float | None = None,
         options: CallOptions = CLAIM_OPTIONS,
     ) -> WorkItem:
-        """Acknowledge an item; `permit` says that `acquire_ack_permit` was called for this ack."""
+        """Acknowledge an item; `permit`: whether `acquire_ack_permit` was called for this ack."""
 
     async def heartbeat(
         self,

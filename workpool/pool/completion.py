@@ -153,7 +153,7 @@ class Completion:
             await self._sender.send_with_retries(item, call, options, lease.note_stop_sent)
             result = "ok"
         except (ConflictError, PreconditionError):
-            result = "conflict"  # The item is stopped already, so the pool must not try again.
+            result = "conflict"  # The item is stopped already: do not repeat the stop.
         except SessionGoneError:
             if lease.status != "finished":
                 raise
@@ -219,7 +219,7 @@ class Completion:
         try:
             await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
-            pass  # This credential cannot have written these metadata: there is nothing to delete.
+            pass  # Without this permission, the pool never wrote metadata that it could delete.
         except ControlPlaneError as error:
             log.warning(
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -263,7 +263,7 @@ class Completion:
             )
             attempt.marked = True
         except NotPermittedError:
-            pass  # Without metadata, `RunCounts` counts the runs of each item in this process.
+            pass  # If metadata cannot be written, `RunCounts` counts the runs in this process.
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -323,7 +323,7 @@ class Completion:
 
 
 def _error_for_reason(reason: EndReason | None) -> Exception:
-    """Return the error to write for a session that ended without an error of its handler."""
+    """Return the error for the metadata of a session that ended without an error of its handler."""
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
     return TimeoutError("the session's time is over")

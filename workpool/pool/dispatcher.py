@@ -129,9 +129,9 @@ class Dispatcher:
         `polled_at` is the time when that poll was sent, on the lease clock.
         """
         if self._context.draining or (self._admission.gated and self._admission.paused is not None):
-            return "declined"  # The control plane delivers an item without an ack to others.
+            return "declined"  # The control plane delivers an unacknowledged item to others.
         owned = self.items.find_item(work_item.id)
-        # If no expiry timer is set, no item is set aside, and the search would find nothing.
+        # Skip the search if no expiry timer is set, because then no item is set aside.
         if owned is None and self._expiry is not None:
             owned = self._find_item_set_aside(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())

@@ -246,7 +246,7 @@ class _ThreadCalls:
     def _leave_on_loop(self, left: asyncio.Future[None], error: BaseException | None) -> None:
         def finish_context() -> None:
             if left.done():
-                return  # The task was cancelled, so the context manager was left already.
+                return  # A cancelled task has already left the context manager.
             if error is None:
                 left.set_result(None)
             else:
@@ -254,7 +254,7 @@ class _ThreadCalls:
 
         try:
             self._loop.call_soon_threadsafe(finish_context)
-        except RuntimeError:  # The loop is closed, so the context manager was left already.
+        except RuntimeError:  # The loop is closed: its task has already left the context manager.
             raise SessionEnded(self._item.id) from error
 
 
@@ -262,7 +262,7 @@ async def _run_into_future(make: Callable[[], Awaitable[T]], future: Future[T]) 
     try:
         result = await make()
     except asyncio.CancelledError:
-        raise  # `_on_call_ended` sets the error that tells why the call was cancelled.
+        raise  # `_on_call_ended` sets the error with the reason of the cancellation.
     except BaseException as error:  # noqa: BLE001 - raised on the thread that waits
         future.set_exception(error)
     else:

@@ -1,4 +1,4 @@
-"""The parent's side of a handoff: it gives the lease of an item to a child process.
+"""The parent's side of a handoff: the parent passes the lease of an item to a child process.
 
 The pool suspends its heartbeats, the handler starts the child, and the child's first heartbeat
 takes the item. That heartbeat and the pool's next one expect the same last heartbeat, so that only
@@ -72,7 +72,7 @@ class HandoffRun:
             lease.is_over or (lease.is_freshly_extended and lease.due_at > self._renewer.clock())
         ):
             changed.clear()
-            # This wait is not endless, because the end of the lease sets `changed`, too.
+            # `changed` is also set by the end of the lease, so this wait needs no time limit.
             await changed.wait()
         return not lease.is_over
 

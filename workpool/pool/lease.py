@@ -367,7 +367,7 @@ class Lease:
         # Shorten the deadline before the answer: the heartbeat may shorten the lease to the
         # requested TTL, and its answer may be lost.
         self._set_deadline(min(before, now + ttl), min(self.ttl, ttl))
-        # Wait for a part of the TTL only, so that time is left for another try.
+        # Wait for the answer for only a part of the TTL, so that time is left for another try.
         left = self.give_up_at - now
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
         return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
@@ -385,7 +385,7 @@ class Lease:
     def apply_answer(
         self, now: float, attempt: HeartbeatAttempt, outcome: Heartbeat | ControlPlaneError
     ) -> HeartbeatDecision:
-        """Apply the answer to a heartbeat."""
+        """Update the lease from the answer to a heartbeat."""
         if self.status != "held":
             decision = IGNORED  # The lease has ended while the heartbeat was in flight.
         elif isinstance(outcome, Heartbeat):
@@ -401,7 +401,7 @@ class Lease:
         result_if_taken: HeartbeatResult | None,
         outcome: WorkItem | ControlPlaneError | None,
     ) -> HeartbeatDecision:
-        """Apply the result of reading the item, which shows whether this pool still has it.
+        """Update the lease from a read of the item, which shows whether this pool still has it.
 
         Args:
             now: The time of the answer.
@@ -416,8 +416,8 @@ class Lease:
             self.end_lease("finished" if self.own_stop else "lost")
             return HeartbeatDecision("over", result_if_taken)
         if isinstance(outcome, ControlPlaneError):
-            # It is still unknown which worker has the item. With this flag, a 412 to the next
-            # heartbeat leads to another read, and not to the loss of the lease.
+            # The failed read did not show which worker has the item. With this flag, a 412 to the
+            # next heartbeat leads to another read, and not to the loss of the lease.
             self._unanswered = True
             return self._apply_error_consequence(now, classify_read_error(outcome), outcome)
         status = self.status_from_read(outcome)
@@ -469,7 +469,7 @@ class Lease:
         extended, stopping = heartbeat.lease_extended, heartbeat.state == STOPPING
         if not heartbeat.last_heartbeat or (self.unsettled and (stopping or not extended)):
             # Some control planes accept a heartbeat for a `stopping` item from any worker. Such an
-            # answer proves neither that the item is ours nor that the lease is lost.
+            # answer proves neither that this pool has the item nor that the lease is lost.
             proven = not stopping or not heartbeat.last_heartbeat
             self.end_lease("lost", "taken" if proven else "expired")
             return HeartbeatDecision("over", "conflict")

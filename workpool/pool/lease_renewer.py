@@ -121,9 +121,9 @@ class LeaseRenewer:
         self.pauses = PauseDetector(clock, wall)
         # Changed on the handlers' loop, copied on the renewer's. Each change and copy is atomic.
         self._leases: dict[Lease, PoolItem] = {}
-        # These two flags are written on the handlers' loop.
+        # Only the handlers' loop writes `_serving` and `_closing`.
         self._serving = self._closing = False
-        # This error is written on the renewer's thread.
+        # Only the renewer's thread writes `_error`.
         self._error: LeaseRenewerError | None = None
 
         # The following attributes are used on the renewer's loop only.
@@ -322,7 +322,7 @@ class LeaseRenewer:
         return True
 
     def _stop_renewing(self, write_report: Callable[[], None]) -> None:
-        """Stop renewing, write the report, and call `stopped_renewing` even if the report fails."""
+        """Stop renewing, call `write_report`, and, even after an error, call `stopped_renewing`."""
         self.renewing = False
         try:
             write_report_on_thread(write_report)

@@ -235,7 +235,7 @@ class PollerGroup:
             self.ended = True
             self._on_empty()
         else:
-            # This wait is not endless, because every poll has a time limit.
+            # Every poll has a time limit, so the wait for the answers needs none.
             await self._answered.wait()
 
     def _set_number_of_pollers(self, wanted: int, reason: ScaleReason) -> None:

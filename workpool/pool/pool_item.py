@@ -126,7 +126,7 @@ class Handoff:
         self.changed.set()
 
     def request_take_back(self) -> None:
-        """Tell the handoff's task not to wait for a child anymore, but to take the item back."""
+        """Let the handoff's task stop waiting for a child and take the item back."""
         self.taken_back = True
         self.changed.set()
 

@@ -427,7 +427,7 @@ class SessionCalls:
             waits.pop()
 
     def check(self) -> None:
-        """Raise an error if the handler may not send requests for the item anymore."""
+        """Raise an error if the handler must not send requests for the item anymore."""
         self._sender.check_may_send(self._item, by_handler=True)
 
     def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:

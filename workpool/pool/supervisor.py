@@ -174,7 +174,7 @@ class Supervisor:
         except asyncio.CancelledError:
             self._drain.request(0)
             if not self._opened.is_set():
-                # The task may hang while it opens a connection, and would not notice the drain.
+                # Cancel the root task: while it opens a connection, it does not notice the drain.
                 self._root.cancel()
                 # With this event set, `_wait_until_closed` ends after `CLOSE_SECONDS`, even if the
                 # task ignores its cancellation.

@@ -345,7 +345,7 @@ class LocalClient:
         async def receive_answer() -> Response | NoAnswer:
             return await answered
 
-        # The request is sent here. If the caller is cancelled later, the request still arrives.
+        # From here on, the request arrives even if the caller is cancelled.
         self._schedule_arrival(fault.request_delay, arrive_at_control_plane)
         return await self._await_answer(endpoint, receive_answer(), until - loop.time())
 

@@ -359,7 +359,7 @@ class WorkClient:
             except RefusedError as error:
                 if error.status != HTTPStatus.BAD_REQUEST or not query:
                     raise
-                # The control plane does not know the search parameters, so read all items.
+                # The control plane does not support the search parameters, so read all items.
                 query = ""
                 continue
             found.add_page(page)

@@ -79,7 +79,7 @@ class SessionGuard(Protocol):
     """
 
     def check(self) -> None:
-        """Raise an error if the session may not be used anymore."""
+        """Raise an error if the caller must not use the session anymore."""
 
     async def await_within(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None

@@ -129,7 +129,7 @@ class _InformationalCounter:
             self._count_informational(answer[0])
         else:
             self._count = self._bytes = 0
-        # After too many informational answers, aiohttp closes the connection; ignore what follows.
+        # After too many informational answers, aiohttp closes the connection; ignore later answers.
         if not self._flooded:
             self._feed(answer, size)
 

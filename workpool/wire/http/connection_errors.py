@@ -1,4 +1,4 @@
-"""Errors of requests without an answer: which are transient, and what hint their text gives."""
+"""Errors of requests without an answer: their classes, and the hints in their messages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def no_answer_error(op: str, error: BaseException, *, plain: bool = False) -> Co
     `plain`: the request was sent without TLS, and no request of this client was answered before.
     """
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        # This error is not transient: no retry succeeds before somebody replaces the certificate.
+        # An untrusted certificate is not transient: retries fail until somebody replaces it.
         problem = getattr(error.certificate_error, "verify_message", "") or "not valid"
         return RefusedError(op, None, f"the TLS certificate is not trusted: {problem}")
     if isinstance(error, TimeoutError):

@@ -109,7 +109,7 @@ class DaemonThreads(Executor):
             self._alive -= 1
             set_ended = None if self._alive else self._set_ended
         if set_ended is not None:
-            # The call fails if the loop on which `close` waited is closed: nobody waits anymore.
+            # `set_ended` fails if the loop on which `close` waited is closed: nobody waits anymore.
             with suppress(RuntimeError):
                 set_ended()
 

@@ -194,7 +194,7 @@ class RateLimiter:
         with self._lock:
             first = self._line.first_waiter()
         if first is not None:
-            # The call fails if the waiter's loop is closed; `first_waiter` then removes the waiter.
+            # A closed loop of the waiter refuses the callback; `first_waiter` removes the waiter.
             with suppress(RuntimeError):
                 first.loop.call_soon_threadsafe(first.moved.set)
 

@@ -347,8 +347,8 @@ class Transport:
         )
         try:
             if check is not None and check.refusal is not None:
-                # The check failed, so nothing was sent. The server sent this answer without a
-                # request.
+                # The lease check failed, so the request was not sent. The server has sent this
+                # answer without a request.
                 raise NotSentError
             return response, await read_bounded(response, endpoint.limit)
         finally:
