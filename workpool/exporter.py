@@ -70,7 +70,7 @@ INDEX: Final = {
 
 
 class LivePageSource(NamedTuple):
-    """The settings of the page `/`, which shows the pool in a browser, and the source of its data.
+    """The settings and the data source of the page `/`, which shows the pool in a browser.
 
     Attributes:
         status: Returns the data; its argument says whether ids are included. Called on the thread
@@ -232,8 +232,8 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                # Without this cancellation, the thread would call the event loop after the
-                # rendering, when the loop may be closed.
+                # Otherwise, the thread would report the end of the rendering to the event loop,
+                # which may be closed by then.
                 rendering.cancel()
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")

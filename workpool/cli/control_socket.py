@@ -136,7 +136,7 @@ class ControlSocket:
         self._listener.close()
         with contextlib.suppress(OSError):
             found = self._path.lstat()
-            # Remove the path only if it is still this socket: another worker may have replaced it.
+            # Do not remove the socket of another worker that has replaced this worker's socket.
             if (found.st_dev, found.st_ino) == self._identity:
                 self._path.unlink()
 

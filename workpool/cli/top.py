@@ -94,7 +94,7 @@ async def _read_statuses(urls: "Sequence[str]") -> list[Status]:
 
 
 async def _read_status(http: aiohttp.ClientSession, url: str) -> Status:
-    """Return the status of one worker; if that fails, a mapping with the key `error`."""
+    """Return the status of one worker; if it cannot be read, a mapping with the key `error`."""
     try:
         async with http.get(f"{url}/live.json") as answer:
             body = await answer.content.read(ANSWER_BYTES)

@@ -151,7 +151,7 @@ class GaugeSource:
     remote: tuple[float, QueueStats] | None = None
 
     def handler_label(self, handler: str) -> str:
-        """Return the label of a handler: its name, or `other` if there are too many."""
+        """Return the label of a handler: its name, or `other` if there are too many handlers."""
         if handler in self.handlers or len(self.handlers) < HANDLERS_MAX:
             return handler
         return OTHER_HANDLERS

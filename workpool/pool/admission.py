@@ -47,7 +47,7 @@ FAILING_PAUSE_SECONDS, FAILING_PAUSE_MAX_SECONDS = 1.0, 30.0
 
 
 class Admission:
-    """Keeps a pool from claiming items while it is paused or a plugin refuses.
+    """Keeps a pool from claiming items while the pool is paused or a plugin refuses.
 
     Args:
         wall: The wall clock.

@@ -116,7 +116,7 @@ class LoopMonitor:
         return self._waited >= self._max_block
 
     def prepare_blocked_report(self) -> Callable[[], None]:
-        """Measure how long the loop has been blocked until now; return a function that logs it."""
+        """Measure the time for which the loop has been blocked; return a function that logs it."""
         seconds = time.monotonic() - self._answered_at
         return functools.partial(self._log_blocked_loop, seconds)
 

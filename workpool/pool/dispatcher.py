@@ -265,7 +265,7 @@ class Dispatcher:
         return None
 
     def _decline_item(self, work_item: WorkItem, reason: DeclineReason) -> None:
-        """Report that the pool leaves an item to other workers; log it only the first time."""
+        """Report that the pool leaves an item to other workers; log each item only once."""
         if not self._seen.get(work_item.id):
             self._seen[work_item.id] = True
             shown = readable(work_item.type, TYPE_CHARACTERS)

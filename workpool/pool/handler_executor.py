@@ -254,7 +254,7 @@ class HandlerExecutor:
     async def _call_in_contexts(
         self, contexts: list[Context], item: PoolItem, call: Call, session: Session
     ) -> Mapping[str, str]:
-        """Call the handler inside the plugins' contexts; set `session.outcome` before they exit."""
+        """Call the handler inside the plugins' contexts; set `session.outcome` inside them, too."""
         async with AsyncExitStack() as stack:
             for _, context in contexts:
                 await stack.enter_async_context(context)
@@ -349,7 +349,7 @@ class HandlerExecutor:
 
     def _record_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
-            return  # The end of an abandoned session was reported when it was abandoned.
+            return  # The abandonment of the session has already reported its end.
         release = find_raised_release(error)
         item.error = release or error
         if release is not None:

@@ -339,7 +339,7 @@ class HeartbeatSender:
     async def _read_item(
         self, lease: Lease, attempt: HeartbeatAttempt, decision: HeartbeatDecision, *, look_up: bool
     ) -> HeartbeatDecision:
-        """Read the item to find out which worker has it, and apply its state to the lease.
+        """Read the item to find out which worker has it; update the lease from the item's state.
 
         `look_up`: if the credential may not read one item, search the list for it. After a 409 the
         search is not worth its cost: the lease has ended in any case.

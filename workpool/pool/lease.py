@@ -63,7 +63,7 @@ def clock_including_sleep() -> Clock:
     The result is the platform's own function: a wrapper would cost some forty calls for each
     item.
     """
-    if hasattr(time, "CLOCK_BOOTTIME"):  # Only Linux has this clock.
+    if hasattr(time, "CLOCK_BOOTTIME"):  # on Linux only
         return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
     if sys.platform == "darwin":  # On macOS, `time.monotonic` stands still during sleep.
         return functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
@@ -274,7 +274,7 @@ class Lease:
 
     @property
     def is_releasing(self) -> bool:
-        """Whether the pool releases the item: it sends one last heartbeat, and then none."""
+        """Whether the pool releases the item: the pool sends one last heartbeat, and then none."""
         return self._release_ttl is not None
 
     @property
@@ -498,8 +498,8 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            # `schedule_last_heartbeat` was called during this heartbeat: keep the time that it has
-            # set.
+            # `schedule_last_heartbeat` was called during this heartbeat: keep its value of
+            # `due_at`.
             return
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
@@ -510,7 +510,7 @@ class Lease:
         if isinstance(error, TransientError) and error.may_be_applied:
             self._unanswered = True
         else:
-            # The heartbeat was not applied, so the deadline from before it is still valid.
+            # The heartbeat was not applied, so the deadline before this heartbeat is still valid.
             self._set_deadline(attempt.deadline, self.ttl)
         consequence = classify_heartbeat_error(
             error, owner_unknown=self._unanswered or self._in_handoff

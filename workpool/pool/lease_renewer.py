@@ -434,7 +434,7 @@ class LeaseRenewer:
         return due, next_at
 
     def _adjust_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
-        """Raise the limit of concurrent heartbeats while more are due than it allows.
+        """Raise the limit of concurrent heartbeats while more heartbeats are due than allowed.
 
         While no heartbeat waits, every `WIDTH_SECONDS` lower the limit to the largest number used.
         """

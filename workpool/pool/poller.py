@@ -225,7 +225,7 @@ class PollerGroup:
                 self.hold_back_polls(seconds)
 
     async def end_if_queue_is_empty(self) -> None:
-        """After a poll without an item, end the group if it runs only until the queue is empty.
+        """After a poll without an item, end a group that runs only until the queue is empty.
 
         If another poll is in flight, which may still return an item, only wait for its answer.
         """
@@ -392,7 +392,7 @@ class Poller:
         reason, seconds = _wait_after_error(failure, self._backoff.next_delay())
         self._group.note_poll_failure(failure)
         if self._group.ended:
-            return  # Do not log the error: the supervisor does, and ends the pool with it.
+            return  # Do not log the error: the supervisor logs it, and ends the pool with it.
         if isinstance(failure, RefusedError):
             self._context.optional.forget_refusals()
         if failure.status == HTTPStatus.TOO_MANY_REQUESTS:
@@ -412,7 +412,7 @@ class Poller:
         await self._sleep_in_state(seconds)
 
     async def _skip_item(self, failure: UnreadableError) -> None:
-        """After a poll that brought an unreadable item, leave it to other workers and wait briefly.
+        """Leave an unreadable item of a poll to other workers, and wait briefly.
 
         The item is delivered repeatedly. With a backoff each time, a few such items would stop the
         pool, so the next poll, which brings another item, follows at once. A control plane that

@@ -55,7 +55,7 @@ class SharedSlots:
             use_slot()
 
     def available_to(self, share: SlotShare) -> int:
-        """Return the number of slots that an environment could take now, besides those it uses."""
+        """Return the number of further slots that an environment could take now."""
         common, most = self._count_free_slots()
         return min(common + (not share.taken), most)
 
@@ -134,7 +134,7 @@ class SlotShare:
 
     @property
     def available_slots(self) -> int:
-        """The number of slots that the environment could take now, besides those it uses."""
+        """The number of further slots that the environment could take now."""
         return self._slots.available_to(self)
 
     def take_slot(self) -> bool:

@@ -113,7 +113,7 @@ class DemoRunner:
 
     @asynccontextmanager
     async def _running_workers(self, signals: SignalEvents) -> AsyncIterator[None]:
-        """Run the worker processes during the block, and drain them after it.
+        """Run the worker processes during the block, and drain the workers after the block.
 
         Workers that have not ended after `END_SECONDS` or at the second signal are killed.
         """

@@ -191,7 +191,7 @@ class EventStream:
         if kind == "error":
             raise ValueError("the server reports an error")
         if isinstance(value, dict) and "id" not in value:
-            return  # not an event of the session, for example a ping of the server
+            return  # This frame has no event of the session; it may be a ping of the server.
         event = parse_event(value)
         if self._is_new_event(event):
             self._ready.append((event, True))

@@ -78,7 +78,7 @@ class CheckedBody(aiohttp.payload.Payload):
     """
 
     _value: bytes
-    _autoclose = True  # tells aiohttp that this payload needs no `close()`
+    _autoclose = True  # This payload has no resource that needs `close()`.
 
     def __init__(self, check: RequestCheck, *, headers_first: bool = False) -> None:
         super().__init__(check.body)
@@ -98,7 +98,7 @@ class CheckedBody(aiohttp.payload.Payload):
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         """Run the check, then write the headers and the whole body."""
-        del content_length  # aiohttp passes None or the size of the whole body
+        del content_length  # Not needed: aiohttp passes None or the size of the whole body.
         self._check.verify()
         if self._headers_first:
             writer.send_headers()

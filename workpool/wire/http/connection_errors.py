@@ -28,7 +28,7 @@ TRANSIENT: Final = (
     aiohttp.ClientConnectionError,
     aiohttp.ClientPayloadError,
     InformationalFlood,
-    aiohttp.ClientResponseError,  # raised if the answer is not HTTP, or a proxy refuses to connect
+    aiohttp.ClientResponseError,  # The answer is not HTTP, or a proxy refuses the connection.
     TimeoutError,
     OSError,
 )

@@ -86,7 +86,7 @@ class DaemonThreads(Executor):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await ended.wait()
             for thread in self._threads:
-                thread.join()  # does not block, because each thread has left its loop
+                thread.join()  # Does not block: each thread has left its loop and ends now.
 
     def _start_thread(self) -> None:
         name = f"{self._name}-{self._alive + 1}"

@@ -47,8 +47,8 @@ def _look_up_host(host: str, port: int, family: socket.AddressFamily) -> list[Re
     return [
         ResolveResult(
             hostname=host,
-            # Use `getnameinfo` and not `address[0]`: a link-local address cannot be connected
-            # without its scope, which `address[0]` lacks.
+            # Use `getnameinfo` and not `address[0]`, which lacks the scope of a link-local address:
+            # without the scope, no connection to the address is possible.
             host=socket.getnameinfo(address, _NUMERIC)[0],
             port=port,
             family=kind,

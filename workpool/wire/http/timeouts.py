@@ -84,7 +84,7 @@ class TimeLimit:
             raise TimeoutError from error
 
     def end_wait(self) -> None:
-        """Let the block time out now. Called on the event loop of the block while it runs."""
+        """Let the block time out now. Called on the block's event loop while the block runs."""
         if not self._expired:
             self._expired = True
             self._task.cancel()
