@@ -232,8 +232,8 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                # Otherwise, the thread would report the end of the rendering to the event loop,
-                # which may be closed by then.
+                # A rendering that is not cancelled would report its end to the event loop, which
+                # may be closed by then.
                 rendering.cancel()
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")
@@ -332,7 +332,8 @@ def _health_response(good: str, reasons: Sequence[str]) -> web.Response:
 def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
     try:
         return choose_encoder(accept)
-    except (TypeError, ValueError):  # A malformed "version=" in the `Accept` header.
+    except (TypeError, ValueError):
+        # The `Accept` header has a malformed "version=": use the default format.
         return choose_encoder("")
 
 

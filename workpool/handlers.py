@@ -214,7 +214,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
 def rule_of(call: object) -> HandlerRule | None:
     """Return the `@handler` rule of a function, method or `functools.partial`; None without one."""
     inner = _innermost_function(call)
-    # Read no attribute of other objects: reading an attribute may run code of the object.
+    # Read the attribute of functions only: reading an attribute of another object may run its code.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, HandlerRule) else None
 

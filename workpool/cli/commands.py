@@ -90,7 +90,7 @@ class LazyCommandGroup(TyperGroup):
     _listing = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of the commands, in the order of the table."""
+        """Return the names of the commands, in the order of `ENTRIES`."""
         del ctx
         return [entry.name for entry in ENTRIES]
 

@@ -61,7 +61,7 @@ EXAMPLES: Final = examples_section(
 
 
 class _ConformSettings(FlagSettings):
-    """The settings of `workpool conform`, whose positional argument `BASE_URL` is `base_url`."""
+    """The settings of `workpool conform`; `base_url` is a positional argument of the command."""
 
     names: ClassVar = {"base_url": "BASE_URL"}
 

@@ -74,12 +74,12 @@ class ItemCounter:
         )
 
     async def _list_items_to_count(self) -> FoundItems:
-        """Read the items after `_after`; read all if the control plane refuses it or it is None."""
+        """Read the items after the id `_after`, or all items if that id is None or refused."""
         if self._after is not None:
             try:
                 return await self._find_items(self._after)
-            # The item of this id was deleted, or the control plane does not support `after_id`, so
-            # read the whole list.
+            # The item with the id `_after` was deleted, or the control plane does not support
+            # `after_id`, so read the whole list.
             except RefusedError:
                 self._after = None
         return await self._find_items()

@@ -185,7 +185,7 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
             async with asyncio.TaskGroup() as group:
                 serving = group.create_task(_serve_until_failed(plane, shown, as_json=as_json))
                 await signals.first.wait()
-                # Cancel the task even if it still starts, because reading a large store takes long.
+                # Cancel the task, which may still be reading a large store.
                 serving.cancel()
         except BaseExceptionGroup as group_error:
             raise innermost(group_error) from None

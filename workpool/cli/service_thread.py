@@ -94,8 +94,8 @@ class ServiceThread:
         async with contextlib.AsyncExitStack() as stack:
             for service in self._services:
                 await stack.enter_async_context(service)
-            # `_owner` raises RuntimeError if that loop is closed. Then no task waits for `_opened`,
-            # so ignore the error.
+            # A RuntimeError means that the loop `_owner` is closed. Then no task waits for
+            # `_opened`, so ignore the error.
             with contextlib.suppress(RuntimeError):
                 self._owner.call_soon_threadsafe(self._opened.set)
             await self._stop.wait()

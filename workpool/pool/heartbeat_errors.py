@@ -29,7 +29,7 @@ class ErrorConsequence(NamedTuple):
 
 
 def classify_heartbeat_error(error: ControlPlaneError, *, owner_unknown: bool) -> ErrorConsequence:
-    """Return what the error of a heartbeat means for the lease.
+    """Return the consequence of a heartbeat's error for the lease.
 
     Args:
         error: The error.
@@ -53,7 +53,7 @@ def classify_heartbeat_error(error: ControlPlaneError, *, owner_unknown: bool) -
 
 
 def classify_read_error(error: ControlPlaneError) -> ErrorConsequence:
-    """Return what an error of reading the item means for the lease.
+    """Return the consequence for the lease if reading the item fails with this error.
 
     A GET has no reason for a 409 or 412, so a gateway must have sent it, and the read is repeated.
     """

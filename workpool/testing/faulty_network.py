@@ -231,7 +231,7 @@ class Proxy:
         """Wait for the injected delay, the throttle and the end of a partition."""
         pace = self._bytes_per_second
         await asyncio.sleep(self._delay + (count / pace if pace else 0.0))
-        # Check again after each wait: a new partition may begin before this task continues.
+        # Check for a partition again after each wait: a new one may begin before this task goes on.
         while not self._network_up.is_set():
             await self._network_up.wait()
 

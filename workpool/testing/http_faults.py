@@ -204,7 +204,7 @@ class Cut:
 def reset_connection(transport: asyncio.WriteTransport) -> None:
     """Reset a TCP connection, and drop the bytes that have not been sent."""
     connection = transport.get_extra_info("socket")
-    # Setting the option fails if the connection has already ended.
+    # `setsockopt` fails if the connection has already ended.
     with suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NONE)
     transport.abort()

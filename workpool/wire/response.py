@@ -135,8 +135,8 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     until = _parse_date(value)
     if until is None:
         return None
-    # Use the server's clock if the answer has a `Date`. With its own clock, a worker whose clock is
-    # an hour off would wait for an hour, or not at all.
+    # Use the server's clock if the answer has a `Date`: a worker whose own clock is an hour off
+    # would otherwise wait for an hour, or not at all.
     seconds = (until - (_parse_date(headers.get("Date", "")) or datetime.now(UTC))).total_seconds()
     return min(seconds, RETRY_AFTER_MAX_SECONDS) if seconds > 0 else None
 

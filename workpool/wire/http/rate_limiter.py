@@ -194,7 +194,8 @@ class RateLimiter:
         with self._lock:
             first = self._line.first_waiter()
         if first is not None:
-            # A closed loop of the waiter refuses the callback; `first_waiter` removes the waiter.
+            # A RuntimeError means that the waiter's loop is closed; `first_waiter` removes such a
+            # waiter.
             with suppress(RuntimeError):
                 first.loop.call_soon_threadsafe(first.moved.set)
 
