@@ -125,7 +125,7 @@ class BlockingSession:
 
     @property
     def deadline(self) -> float | None:
-        """The `time.monotonic()` at which the pool sets `cancelled`; None without a limit."""
+        """The `time.monotonic()` at which the pool sets `cancelled`; None without a time limit."""
         return self._session.deadline
 
     @property

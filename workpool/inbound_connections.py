@@ -76,7 +76,7 @@ class InboundConnections:
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Record which connections have a request in progress. The outermost aiohttp middleware."""
+        """Outermost aiohttp middleware: records which connections have an open request."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
         if connection is None:
             return await handler(request)

@@ -156,7 +156,7 @@ class ItemHolder(Protocol):
 
     @property
     def deadline(self) -> float | None:
-        """The time when the handler is cancelled, on the loop's clock; None without a limit."""
+        """The loop time at which the handler is cancelled; None if there is no limit."""
 
     def progress(self) -> None:
         """Record that the session has made progress. May be called on any thread."""
@@ -319,7 +319,7 @@ class Session:
         self._held.progress()
 
     def waiting(self) -> AbstractContextManager[None]:
-        """A context for waiting for a person or another system.
+        """A context in which the handler waits for a person or another system.
 
         Time in the context does not count towards `stall_timeout`.
 

@@ -61,7 +61,7 @@ class FleetReader:
 
     @property
     def last_load(self) -> FleetLoad | None:
-        """The last load; None before the first load or after `max_age`. Safe on any thread."""
+        """The last load; None before the first load or after `max_age` s. Safe on any thread."""
         last = self._last
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
 

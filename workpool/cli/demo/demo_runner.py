@@ -186,7 +186,7 @@ class DemoRunner:
     async def _history_middleware(
         self, request: web.Request, handler: Respond
     ) -> web.StreamResponse:
-        """After each request, show new records; kill a worker once enough sessions have ended."""
+        """After each request, show new history records; kill a worker if enough sessions ended."""
         worker = worker_name_of(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
             # The worker sent this request before it was killed. Refuse it, so that no item is
