@@ -266,7 +266,7 @@ async def test_hold_with_invalid_arguments_leaves_item_alone(
     client: WorkClient, run_in_process: CommandRunner, open_handoff: HandoffFactory
 ) -> None:
     handed = await open_handoff()
-    # Neither a flag nor a variable names the item.
+    # The command gets the item's id neither from a flag nor from a variable.
     assert (await run_in_process("hold", "true")).status == 2
     assert (await run_in_process("hold", "no-such-program", **handed.variables)).status == 2
     assert (await run_in_process("hold", "--ttl", "5", "true", **handed.variables)).status == 2

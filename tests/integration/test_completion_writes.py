@@ -91,7 +91,7 @@ async def test_failing_stop_call_is_repeated_until_drain_deadline(
 async def test_completion_is_repeated_for_longer_than_request_timeout(
     run_one_item: Any, faults: Faults
 ) -> None:
-    """The result of a finished session is retried as long as its lease is held."""
+    """The write of a finished session's result is retried as long as the lease is held."""
     failures: list[float] = []
 
     def must_still_fail(_: object) -> bool:
@@ -233,7 +233,7 @@ async def test_result_whose_first_write_is_never_answered_is_written_again(
 async def test_result_write_denied_after_earlier_success_fails_session(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any, code: int
 ) -> None:
-    """A credential counts as not permitted to write only if its first write is refused."""
+    """Only a refusal of its first write shows that a credential is not permitted to write."""
     faults.add(status(code), "update", skip=1, times=1)
     async with make_pool(return_result, concurrency=1):
         ended = [await wait_for_end(item.id) for item in control_plane.enqueue(2)]

@@ -383,7 +383,8 @@ async def test_throttled_ack_is_not_repeated_after_reclaim_window(
         acked = await recorder.wait_for(AckFinished)
         assert supervisor.status().running == 0
     assert acked.result == "error"
-    # A 429 shows that the ack was not applied; otherwise the pool would repeat it for 54 s.
+    # A 429 shows that the ack was not applied. If the ack might have been applied, the pool would
+    # repeat it for 54 s.
     assert acked.delivery_seconds < 40
     assert not recorder.of(SessionStarted)
 

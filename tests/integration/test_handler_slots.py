@@ -64,7 +64,7 @@ async def test_handler_with_max_sessions_runs_as_fast_as_limit_allows(
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
     assert running["most"] == 2
-    # 40 sessions, two at a time, take 20 times `seconds`. Polls may add 10 % and 0.5 s.
+    # Two at a time, the 40 sessions take 20 times `seconds`. Polls may add 10 % and 0.5 s.
     assert elapsed <= 40 * seconds / 2 * 1.1 + 0.5
 
 

@@ -113,7 +113,7 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     control_plane.enqueue(GOOD_ITEMS)
     pool = make_pool(hostile_plugin, good_handler, concurrency=6, pollers=2, block_ms=50)
     async with pool:
-        # `never_return` and `swallow_cancellation` do not end before the drain.
+        # The sessions of `never return` and `swallow cancellation` do not end before the drain.
         await recorder.wait_for(SessionFinished, count=GOOD_ITEMS + 5)
         await recorder.wait_for(ItemDeclined, count=2)
         async with asyncio.timeout(40):

@@ -208,7 +208,7 @@ async def test_handler_is_retried_in_next_run_if_machine_was_paused(workpool: Ki
     async with workpool.pool(retrying_handler(dependency), concurrency=1):
         await wait_for_first_failure(workpool, dependency)
         await asyncio.sleep(19.85)
-        # After this pause, the retry is due before a heartbeat can confirm the lease.
+        # After this pause, the retry is due, but no heartbeat has confirmed the lease yet.
         loop.pause(5)
         released = await workpool.wait_for(SessionFinished)
         completed = await workpool.wait_for(SessionFinished)

@@ -163,7 +163,7 @@ async def test_server_closes_stream_to_client_that_stops_reading(
         # 20 MB do not fit into the buffers between server and client, so the server must wait.
         for _ in range(20):
             assert (await send_events(qoder_api, session_id, message)).status == 200
-        # Once the server has closed the stream, only the connection that sent the messages is left.
+        # The server closes the connection of the stream; the connection of the sender stays open.
         await wait_until(lambda: len(qoder_api.plane._connections) == 1)
         with pytest.raises(aiohttp.ClientError):
             await reader.response.content.read()
