@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import asyncpg
 import uvloop
 
-from workpool.server.postgres.notifications import CHANNEL, NotificationHub, work_topic
+from workpool.server.postgres.notifications import CHANNEL, NotificationHub, make_work_topic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,7 @@ async def run_committing_process(
             while time.perf_counter() < start + seconds:
                 await opened[place].execute(sql, row)
                 commits += 1
-                announce(work_topic(f"env_{row}"))
+                announce(make_work_topic(f"env_{row}"))
             return commits
 
         def skip_announcement(_: str) -> None:

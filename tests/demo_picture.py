@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 
 from workpool.cli.demo.demo_runner import DemoRunner
-from workpool.cli.demo.demo_sessions import EXAMPLE, sessions_for_handler
-from workpool.cli.demo.demo_view import DemoView, state_table
+from workpool.cli.demo.demo_sessions import EXAMPLE, make_sessions_for_handler
+from workpool.cli.demo.demo_view import DemoView, make_state_table
 from workpool.cli.signals import SignalEvents
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ async def record_demo() -> str:
     console = Console(
         record=True, width=COLUMNS, file=io.StringIO(), highlight=False, color_system="truecolor"
     )
-    runner = DemoRunner(EXAMPLE, sessions_for_handler(EXAMPLE, {}, 40), RecordingView(console))
+    runner = DemoRunner(EXAMPLE, make_sessions_for_handler(EXAMPLE, {}, 40), RecordingView(console))
     with SignalEvents() as signals:
         async with runner.plane:
             await runner.run(signals)
-    console.print(state_table(runner.state))
+    console.print(make_state_table(runner.state))
     numbers = runner.plane.summary()._asdict() | {"failed": runner.state.failed.total()}
     console.print(" · ".join(f"{value} {name}" for name, value in numbers.items()))
     return console.export_svg(title="workpool demo", unique_id="demo")

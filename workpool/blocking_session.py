@@ -32,7 +32,7 @@ class LoopCalls(Protocol):
     def run_on_loop(self, make: Callable[[], Awaitable[T]]) -> T:
         """Call `make` on the loop, await its awaitable, and return the result to this thread."""
 
-    def enter_on_loop(
+    def enter_context_on_loop(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
     ) -> AbstractContextManager[T]:
         """Return a blocking context manager around the asynchronous one that `make` returns.
@@ -165,7 +165,7 @@ class BlockingSession:
 
     def handover(self) -> AbstractContextManager[HandedLease]:
         """Hand the item off to a child process. See `Session.handover`."""
-        return self._calls.enter_on_loop(self._session.handover)
+        return self._calls.enter_context_on_loop(self._session.handover)
 
     def interrupt(self, *, cancel: bool = False) -> None:
         """Make `interrupted()` return at once; with `cancel`, also set the event `cancelled`.
@@ -212,7 +212,7 @@ class BlockingEvents:
     @contextmanager
     def stream(self) -> Iterator[BlockingStream]:
         """Follow the session: first its history, then new events; reconnect after a failure."""
-        with self._calls.enter_on_loop(self._open_stream) as stream:
+        with self._calls.enter_context_on_loop(self._open_stream) as stream:
             yield BlockingStream(stream, self._calls)
 
 

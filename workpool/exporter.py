@@ -169,14 +169,14 @@ class Exporter:
 
     async def _listen(self, runner: web.AppRunner, stack: AsyncExitStack) -> asyncio.Server:
         try:
-            server = await self._bind(self._connections.protocol_factory(runner.server))
+            server = await self._bind_addresses(self._connections.protocol_factory(runner.server))
             stack.push_async_callback(self._close_connections, server, runner)
             await server.start_serving()
         except OSError as error:
             raise self._make_listen_error(error) from error
         return server
 
-    async def _bind(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
+    async def _bind_addresses(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Server:
         """Bind each address of the host, all to the same port.
 
         With port 0, the system chooses a different port for each address. One of these ports is
@@ -277,7 +277,7 @@ class Exporter:
 
     async def _serve_metrics(self, request: web.Request) -> web.Response:
         began_at = time.monotonic()
-        encode, content_type = _accepted_encoder(request.headers.get("Accept", ""))
+        encode, content_type = _choose_encoder(request.headers.get("Accept", ""))
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
         if gzip_accepted(request.headers.get("Accept-Encoding", "")):
             headers["Content-Encoding"] = "gzip"
@@ -301,10 +301,10 @@ class Exporter:
         return await asyncio.wrap_future(rendering)
 
     async def _serve_healthz(self, _: web.Request) -> web.Response:
-        return _health_response("healthy", self._health())
+        return _make_health_response("healthy", self._health())
 
     async def _serve_readyz(self, _: web.Request) -> web.Response:
-        return _health_response("ready", self._readiness())
+        return _make_health_response("ready", self._readiness())
 
 
 async def _serve_scale(numbers: Numbers, _: web.Request) -> web.Response:
@@ -322,14 +322,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _health_response(good: str, reasons: Sequence[str]) -> web.Response:
+def _make_health_response(good: str, reasons: Sequence[str]) -> web.Response:
     if not reasons:
         return web.json_response({"status": good})
     body = {"status": f"un{good}", "reasons": list(reasons)}
     return web.json_response(body, status=HTTPStatus.SERVICE_UNAVAILABLE)
 
 
-def _accepted_encoder(accept: str) -> tuple[Encoder, str]:
+def _choose_encoder(accept: str) -> tuple[Encoder, str]:
     try:
         return choose_encoder(accept)
     except (TypeError, ValueError):

@@ -213,7 +213,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
 
 def rule_of(call: object) -> HandlerRule | None:
     """Return the `@handler` rule of a function, method or `functools.partial`; None without one."""
-    inner = _innermost_function(call)
+    inner = _unwrap_function(call)
     # Read the attribute of functions only: reading an attribute of another object may run its code.
     rule = getattr(inner, _MARK, None) if inspect.isroutine(inner) else None
     return rule if isinstance(rule, HandlerRule) else None
@@ -221,7 +221,7 @@ def rule_of(call: object) -> HandlerRule | None:
 
 def callable_name(call: object) -> str:
     """Return the name of a function, or the class name of another callable, for labels."""
-    inner = _innermost_function(call)
+    inner = _unwrap_function(call)
     return str(getattr(inner, "__name__", inner.__class__.__name__))
 
 
@@ -230,13 +230,13 @@ def is_async_callable(call: object) -> bool:
 
     The object may be a function, a `functools.partial` or an object with `__call__`.
     """
-    inner = _innermost_function(call)
+    inner = _unwrap_function(call)
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(
         getattr(inner.__class__, "__call__", None)  # noqa: B004 - it must be async, not only callable
     )
 
 
-def _innermost_function(call: object) -> object:
+def _unwrap_function(call: object) -> object:
     while isinstance(call, functools.partial):
         call = call.func
     return call

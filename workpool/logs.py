@@ -56,15 +56,15 @@ _lock = threading.Lock()
 
 def hide_token(token: str) -> None:
     """Redact a client's token from all later results of `readable`."""
-    _remember_token(_tokens, token, TOKENS)
+    _add_redacted_token(_tokens, token, TOKENS)
 
 
 def hide_item_token(token: str) -> None:
     """Redact the token of one item from all later results of `readable`."""
-    _remember_token(_item_tokens, token, ITEM_TOKENS)
+    _add_redacted_token(_item_tokens, token, ITEM_TOKENS)
 
 
-def _remember_token(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
+def _add_redacted_token(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
     if token in tokens or token in _REDACTED or len(token) < TOKEN_CHARACTERS_MIN:
         return
     with _lock:
@@ -91,8 +91,8 @@ def escape_text(text: str) -> str:
 
 
 def _make_printable(text: str, limit: int) -> str:
-    text = _cut_middle(text, limit)
-    return text if text.isprintable() else _cut_middle(escape_text(text), limit)
+    text = _shorten_in_middle(text, limit)
+    return text if text.isprintable() else _shorten_in_middle(escape_text(text), limit)
 
 
 def _redact_tokens(text: str) -> str:
@@ -100,7 +100,7 @@ def _redact_tokens(text: str) -> str:
     for tokens in (_tokens, _item_tokens):
         for token, forms in tuple(tokens.items()):
             if not forms:
-                forms = tokens[token] = _token_forms(token)  # noqa: PLW2901 - the same, computed now
+                forms = tokens[token] = _list_token_forms(token)  # noqa: PLW2901 - the same, computed now
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
@@ -110,17 +110,17 @@ def _redact_tokens(text: str) -> str:
     return text
 
 
-def _token_forms(token: str) -> Sequence[str]:
+def _list_token_forms(token: str) -> Sequence[str]:
     """Return the forms in which a text may contain the token: plain, quoted and encoded."""
     return list({token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")})
 
 
 def _limit_length(text: str, limit: int) -> str:
     """Cut a long text to `limit`; redact it first, as a cut could leave a part of a token."""
-    return text if len(text) <= limit else _cut_middle(_redact_tokens(text), limit)
+    return text if len(text) <= limit else _shorten_in_middle(_redact_tokens(text), limit)
 
 
-def _cut_middle(text: str, limit: int) -> str:
+def _shorten_in_middle(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
     note = f" … {len(text)} characters … "
@@ -129,13 +129,13 @@ def _cut_middle(text: str, limit: int) -> str:
     return (text[: room - tail] + note + text[len(text) - tail :])[:limit]
 
 
-def _printable_lines(text: str, limit: int) -> list[str]:
+def _split_into_printable_lines(text: str, limit: int) -> list[str]:
     """Return the lines of a text, redacted and printable, such as those of a traceback."""
-    lines = _cut_middle(_redact_tokens(text), limit).split("\n")
+    lines = _shorten_in_middle(_redact_tokens(text), limit).split("\n")
     return [_make_printable(line, MESSAGE_CHARACTERS) for line in lines]
 
 
-def _message_text(record: logging.LogRecord) -> str:
+def _format_record_message(record: logging.LogRecord) -> str:
     """Return the message of a record; a substitute if it cannot be formatted with its arguments."""
     try:
         return record.getMessage()
@@ -150,12 +150,12 @@ def _str_or_placeholder(value: object) -> str:
         return f"<{type(value).__name__} that has no text>"
 
 
-def _time_text(record: logging.LogRecord) -> str:
+def _format_record_time(record: logging.LogRecord) -> str:
     moment = datetime.fromtimestamp(record.created, UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _extras_within_limits(record: logging.LogRecord) -> dict[str, Any]:
+def _limit_extra_fields(record: logging.LogRecord) -> dict[str, Any]:
     found = ((name, value) for name, value in vars(record).items() if name not in _STANDARD)
     return {
         _limit_length(name, VALUE_CHARACTERS): value
@@ -171,12 +171,12 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line, with the stack of an error indented below the line."""
         message = _make_printable(
-            _limit_length(_message_text(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
+            _limit_length(_format_record_message(record), MESSAGE_CHARACTERS), MESSAGE_CHARACTERS
         )
         # Cut the message and each field separately, so that a line with a long message still has
         # the ids.
-        line = f"{_time_text(record)} {record.levelname:<7} {record.name} {message}"
-        for name, value in _extras_within_limits(record).items():
+        line = f"{_format_record_time(record)} {record.levelname:<7} {record.name} {message}"
+        for name, value in _limit_extra_fields(record).items():
             text = str(value)
             if name == "error" and message.endswith(text):
                 continue  # Omit the field: the message already ends with the text of the error.
@@ -184,9 +184,13 @@ class TextFormatter(logging.Formatter):
             line += f" {name}={text if plain else repr(_redact_tokens(text))}"
         lines = [readable(line, LINE_CHARACTERS)]
         if record.exc_info:
-            lines += _printable_lines(self.formatException(record.exc_info), ERROR_CHARACTERS)
+            lines += _split_into_printable_lines(
+                self.formatException(record.exc_info), ERROR_CHARACTERS
+            )
         if record.stack_info:
-            lines += _printable_lines(self.formatStack(record.stack_info), STACK_CHARACTERS)
+            lines += _split_into_printable_lines(
+                self.formatStack(record.stack_info), STACK_CHARACTERS
+            )
         return _INDENT.join(lines)
 
 
@@ -199,25 +203,27 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as exactly one line of JSON."""
         fields: dict[str, Any] = {
-            "time": _time_text(record),
+            "time": _format_record_time(record),
             "level": readable(record.levelname, VALUE_CHARACTERS).lower(),
             "logger": readable(record.name, VALUE_CHARACTERS),
-            "message": readable(_message_text(record)),
+            "message": readable(_format_record_message(record)),
         }
         extras = {
             name if name.isidentifier() else readable(name): readable(value, VALUE_CHARACTERS)
             if isinstance(value, str)
             else value
-            for name, value in _extras_within_limits(record).items()
+            for name, value in _limit_extra_fields(record).items()
         }
         fields |= {name: value for name, value in extras.items() if name not in fields}
         stack: list[str] = []
         if record.exc_info and record.exc_info[1] is not None:
-            stack = _printable_lines(self.formatException(record.exc_info), ERROR_CHARACTERS)
+            stack = _split_into_printable_lines(
+                self.formatException(record.exc_info), ERROR_CHARACTERS
+            )
             fields["error"] = readable(_str_or_placeholder(record.exc_info[1]))
             fields["error_type"] = readable(type(record.exc_info[1]).__name__, VALUE_CHARACTERS)
         if record.stack_info:
-            stack += _printable_lines(record.stack_info, STACK_CHARACTERS)
+            stack += _split_into_printable_lines(record.stack_info, STACK_CHARACTERS)
         if stack:
             fields["stack"] = "\n".join(stack)
         return json.dumps(fields, ensure_ascii=False)

@@ -135,7 +135,7 @@ def _check_host(host: str) -> None:
         raise ValueError("each part of a host name has 1 to 63 characters") from None
 
 
-def _check_listen(value: str) -> str:
+def _check_listen_address(value: str) -> str:
     parse_listen(value)
     return value
 
@@ -186,7 +186,7 @@ def _parse_headers(value: object) -> dict[str, Secret]:
     return headers
 
 
-def _host_name() -> str:
+def _default_worker_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:64].strip("-") or "worker"
 
 
@@ -259,8 +259,8 @@ class _ConfigFile(NamedTuple):
         refuse them as tables of no active plugin.
         """
         given = [table.get("plugins") for table in (self.table, *self.environments.values())]
-        elsewhere = {name for each in given for name in _plugin_names(each)}
-        here = _plugin_names(tuple(plugins))
+        elsewhere = {name for each in given for name in _find_plugin_table_names(each)}
+        here = _find_plugin_table_names(tuple(plugins))
         return {
             name: table
             for name, table in self.plugins.items()
@@ -358,7 +358,7 @@ class Settings:
     )
     worker_id: str = setting(
         pattern_parser(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters"),
-        _host_name,
+        _default_worker_name,
         "The name of this worker in its requests; each start adds 8 random digits. Default: "
         "the host name.",
     )
@@ -485,7 +485,7 @@ class Settings:
         "of one account should. Default: those with the same `base_url` and credential.",
     )
     metrics_listen: str | None = setting(
-        optional_parser(checked_text_parser(_check_listen)),
+        optional_parser(checked_text_parser(_check_listen_address)),
         None,
         "The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or "
         "`off`. Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded.",
@@ -522,13 +522,13 @@ class Settings:
 
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
         file = self._read_file(config)
-        variables, keywords = _settings_from_variables(), self._keyword_values(values)
+        variables, keywords = _read_settings_from_variables(), self._keyword_values(values)
         given = {**variables, **keywords}.get("environment_id", _SourcedValue(None, ""))
         layer: dict[str, _SourcedValue] = {}
-        problems = _environment_id_problems(file, given)
+        problems = _find_environment_id_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
             layer = file.environment_settings(given.value)
-            problems = _environment_table_problems(file, given.value)
+            problems = _find_environment_table_problems(file, given.value)
         self._load_layers(file, (variables, layer, keywords), problems, chosen=bool(given.value))
 
     @classmethod
@@ -549,14 +549,17 @@ class Settings:
         problems: list[str] = []
         for environment_id in process.environment_ids:
             layers = (
-                _settings_from_variables(),
+                _read_settings_from_variables(),
                 file.environment_settings(environment_id),
                 cls._keyword_values(values),
             )
             one = cls.__new__(cls)
             try:
                 one._load_layers(  # noqa: SLF001 - of this class
-                    file, layers, _environment_table_problems(file, environment_id), chosen=True
+                    file,
+                    layers,
+                    _find_environment_table_problems(file, environment_id),
+                    chosen=True,
                 )
             except SettingsError as error:
                 problems += error.problems
@@ -566,7 +569,7 @@ class Settings:
             needed = len(process.environment_ids)
             problem = f"concurrency: must be {needed} or more, one for each environment"
             origin = {"concurrency": process.origin_of("concurrency")}
-            problems.append(_append_sources(problem, origin))
+            problems.append(_append_setting_sources(problem, origin))
         if problems:
             raise SettingsError(tuple(dict.fromkeys(problems)))
         return process, tuple(found)
@@ -590,10 +593,13 @@ class Settings:
         Raises:
             SettingsError: There are problems, or some settings are wrong.
         """
-        given, more = _merge_layers(file.process_settings(), *layers)
-        parsed, wrong = _parse_values(given)
+        given, more = _merge_setting_layers(file.process_settings(), *layers)
+        parsed, wrong = _parse_setting_values(given)
         origins = {name: each.origin for name, each in given.items()}
-        problems = [*problems, *(_append_sources(each, origins) for each in (*more, *wrong))]
+        problems = [
+            *problems,
+            *(_append_setting_sources(each, origins) for each in (*more, *wrong)),
+        ]
         self._raise_problems(problems, {})
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
@@ -608,8 +614,8 @@ class Settings:
     @classmethod
     def _read_file(cls, config: str | os.PathLike[str] | None) -> _ConfigFile:
         if config:
-            return _read_config(config, cls._source_name("config"))
-        return _read_config(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
+            return _read_config_file(config, cls._source_name("config"))
+        return _read_config_file(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
 
     @classmethod
     def _keyword_values(cls, values: Mapping[str, Any]) -> dict[str, _SourcedValue]:
@@ -626,7 +632,7 @@ class Settings:
     @staticmethod
     def _raise_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
         """Raise `SettingsError` if there are problems, and name the source of each."""
-        found = tuple(_append_sources(problem, origins) for problem in problems)
+        found = tuple(_append_setting_sources(problem, origins) for problem in problems)
         if found:
             raise SettingsError(found)
 
@@ -666,12 +672,12 @@ class Settings:
     @property
     def read_limit(self) -> float:
         """The effective limit of reads per second; 0 = no limit."""
-        return self._effective_rate_limit(self.read_rate, DEFAULT_READ_RATE)
+        return self._find_effective_rate_limit(self.read_rate, DEFAULT_READ_RATE)
 
     @property
     def write_limit(self) -> float:
         """The effective limit of writes per second; 0 = no limit."""
-        return self._effective_rate_limit(self.write_rate, DEFAULT_WRITE_RATE)
+        return self._find_effective_rate_limit(self.write_rate, DEFAULT_WRITE_RATE)
 
     def read_token(self) -> str:
         """Read the credential from its source. Each call reads it again.
@@ -746,9 +752,9 @@ class Settings:
                 f"write_rate: {self.concurrency} sessions send {heartbeats:.1f} heartbeats a"
                 f" second, more than half of {self.write_limit:g}; raise lease_ttl or write_rate"
             )
-        return (*found, *self._write_rate_warnings())
+        return (*found, *self._find_write_rate_warnings())
 
-    def _write_rate_warnings(self) -> Iterator[str]:
+    def _find_write_rate_warnings(self) -> Iterator[str]:
         """Warn if the write rate is too low to complete all sessions when they end together."""
         if not self.write_limit:
             return
@@ -766,7 +772,7 @@ class Settings:
                     f" second, but {meaning}; raise write_rate or {name}, or lower concurrency"
                 )
 
-    def _effective_rate_limit(self, rate: float | None, default: float) -> float:
+    def _find_effective_rate_limit(self, rate: float | None, default: float) -> float:
         if rate is not None:
             return rate
         return default if self.base_url == DIALECTS[self.dialect].base_url else 0.0
@@ -778,7 +784,7 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
 """The documentation of each setting, by name."""
 
 
-def _read_config(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFile:
+def _read_config_file(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFile:
     """Read the TOML file.
 
     Args:
@@ -806,7 +812,7 @@ def _read_config(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFil
         if not problem:
             below = table.pop("plugin", {}), table.pop("environments", {})
             return _ConfigFile(Path(file), table, *below)
-    found = _append_sources(f"config: {os.fspath(file)}: {problem}", {"config": origin})
+    found = _append_setting_sources(f"config: {os.fspath(file)}: {problem}", {"config": origin})
     raise SettingsError((found,))
 
 
@@ -827,7 +833,7 @@ def _find_table_problem(table: Table) -> str:
     return ""
 
 
-def _environment_id_problems(file: _ConfigFile, given: _SourcedValue) -> list[str]:
+def _find_environment_id_problems(file: _ConfigFile, given: _SourcedValue) -> list[str]:
     """Return the problems of `environment_id` if the TOML file has tables of environments.
 
     `given` is the value from a variable or a keyword, which names no environment of the file.
@@ -843,11 +849,11 @@ def _environment_id_problems(file: _ConfigFile, given: _SourcedValue) -> list[st
     if given.value:
         known = ", ".join(file.environments)
         problem = f"environment_id: {file.path} has tables of {known}, and none of this one"
-        problems.append(_append_sources(problem, {"environment_id": given.origin}))
+        problems.append(_append_setting_sources(problem, {"environment_id": given.origin}))
     return problems
 
 
-def _environment_table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
+def _find_environment_table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
     """Return a problem for each setting in an environment's table that is not allowed there."""
     refused = {
         "environment_id": "the name of the table is the id; remove it",
@@ -856,10 +862,10 @@ def _environment_table_problems(file: _ConfigFile, environment_id: str) -> list[
     }
     table, origin = file.environments[environment_id], file.table_name(environment_id)
     problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
-    return problems + _environment_id_problems(file, _SourcedValue(None, ""))
+    return problems + _find_environment_id_problems(file, _SourcedValue(None, ""))
 
 
-def _plugin_names(plugins: object) -> set[str]:
+def _find_plugin_table_names(plugins: object) -> set[str]:
     """Return the names that the tables `[workpool.plugin.NAME]` of these plugins may have.
 
     Empty if `plugins` is not a list of names.
@@ -873,7 +879,7 @@ def _plugin_names(plugins: object) -> set[str]:
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
 
 
-def _settings_from_variables() -> dict[str, _SourcedValue]:
+def _read_settings_from_variables() -> dict[str, _SourcedValue]:
     """Return the settings from environment variables. An empty variable counts as not set.
 
     An empty `base_url` is an exception, and becomes an error later: as not set, it would make the
@@ -888,7 +894,7 @@ def _settings_from_variables() -> dict[str, _SourcedValue]:
     return found
 
 
-def _merge_layers(
+def _merge_setting_layers(
     *layers: Mapping[str, _SourcedValue],
 ) -> tuple[dict[str, _SourcedValue], list[str]]:
     """Merge layers of settings; a later layer overrides an earlier one.
@@ -920,7 +926,7 @@ def _merge_layers(
     return merged, problems
 
 
-def _parse_values(given: Mapping[str, _SourcedValue]) -> tuple[Table, list[str]]:
+def _parse_setting_values(given: Mapping[str, _SourcedValue]) -> tuple[Table, list[str]]:
     """Return the value of each setting, and the problems of the wrong settings."""
     values: Table = {}
     problems: list[str] = []
@@ -937,7 +943,7 @@ def _parse_values(given: Mapping[str, _SourcedValue]) -> tuple[Table, list[str]]
     return values, problems
 
 
-def _append_sources(problem: str, origins: Mapping[str, str]) -> str:
+def _append_setting_sources(problem: str, origins: Mapping[str, str]) -> str:
     """Return the text of a problem, with the sources of its settings appended.
 
     The names of these settings are at the beginning of the text, before a colon.

@@ -21,7 +21,7 @@ from tests.integration.test_live_page import driven_browser
 from workpool import Settings, SettingsError
 from workpool.cli import environment_group, exits
 from workpool.cli.environment_group import EnvironmentGroup, GroupMember
-from workpool.cli.rate_limit_groups import shared_rate_limits
+from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.errors import LeaseRenewerError, ListenError
 from workpool.pool import drain
 from workpool.server import ControlPlane
@@ -293,7 +293,7 @@ async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> 
                 for name, (token, more) in values.items()
             )
         )
-        found = shared_rate_limits(Settings.of_environments(config=path)[1])
+        found = find_shared_rate_limits(Settings.of_environments(config=path)[1])
         return [found[name] for name in values]
 
     one, two, three = rate_limits_of_environments(a=("t", ""), b=("t", ""), c=("u", ""))

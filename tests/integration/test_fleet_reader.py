@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from workpool.cli import fleet_reader, item_count
-from workpool.cli.fleet_reader import FleetReader, combined_load
+from workpool.cli.fleet_reader import FleetReader, combine_loads
 from workpool.cli.item_count import ItemCount, ItemCounter
 from workpool.errors import RefusedError, TransientError
 from workpool.scaling import FleetLoad
@@ -265,8 +265,8 @@ async def test_running_item_listed_after_skipped_stopped_items_is_counted() -> N
 def test_running_items_that_statistics_count_as_pending_are_counted_once() -> None:
     stats = QueueStats(depth=1, pending=5, oldest_queued_at=None, workers_polling=2)
     count = ItemCount(queued=1, running=5, oldest_queued_at=None, complete=True)
-    assert combined_load(stats, count) == FleetLoad(1, 0, 5)
-    assert combined_load(stats, count._replace(complete=False)) == FleetLoad(
+    assert combine_loads(stats, count) == FleetLoad(1, 0, 5)
+    assert combine_loads(stats, count._replace(complete=False)) == FleetLoad(
         1, 5, 5, lower_bound=True
     )
 

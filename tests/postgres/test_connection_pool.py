@@ -237,13 +237,13 @@ async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPo
             await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")
         return calls
 
-    assert await pool.retry_collisions(fail_in_first_two_calls) == 3
+    assert await pool.retry_colliding_call(fail_in_first_two_calls) == 3
 
     async def always_fail() -> None:
         await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
 
     with pytest.raises(RetryableError):
-        await pool.retry_collisions(always_fail)
+        await pool.retry_colliding_call(always_fail)
 
 
 async def test_wrong_statement_raises_the_error_of_the_driver(pool: ConnectionPool) -> None:

@@ -12,7 +12,11 @@ import pytest
 
 from workpool.server.postgres import connection_pool, notifications
 from workpool.server.postgres.connection_pool import open_connection
-from workpool.server.postgres.notifications import NotificationHub, session_topic, work_topic
+from workpool.server.postgres.notifications import (
+    NotificationHub,
+    make_session_topic,
+    make_work_topic,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 
 SECONDS = 45.0
 LONG = 600.0
-WORK, SESSION = work_topic("env_1"), session_topic("sess_1")
+WORK, SESSION = make_work_topic("env_1"), make_session_topic("sess_1")
 LISTENER = """
 SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
@@ -75,14 +79,14 @@ async def test_announced_items_wake_one_poll_per_item_on_each_node(
 ) -> None:
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         here, there = (WaitingCalls(group, hub, WORK, 20) for hub in hubs)
-        other = WaitingCalls(group, hubs[1], work_topic("env_2"), 1)
+        other = WaitingCalls(group, hubs[1], make_work_topic("env_2"), 1)
         await asyncio.sleep(0)
         hubs[0].announce_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await wait_until(lambda: len(there.ended) >= 3)
         # Notifications arrive in order. Once the notification of `env_2` has arrived, all polls of
         # WORK that should wake have been woken.
-        hubs[0].announce_changes(work_topic("env_2"))
+        hubs[0].announce_changes(make_work_topic("env_2"))
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
         here.cancel_waits()
@@ -130,8 +134,8 @@ async def test_each_item_announced_while_polls_read_makes_one_poll_read_again(
     ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
     seen = hub.change_count()
-    # A poll also calls `wake_calls` if its client has disconnected.
-    hub.wake_calls(WORK)
+    # A poll also calls `wake_waiting_calls` if its client has disconnected.
+    hub.wake_waiting_calls(WORK)
     assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
     assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
 
@@ -163,7 +167,7 @@ async def test_calls_without_notification_read_again_after_the_fallback_interval
         await wait_until(lambda: len(streams.ended) == 3)
         # Wake the second poll, as the first one does if it has found an item. The third poll reads
         # again at the end of the next fallback interval.
-        hubs[0].wake_calls(WORK)
+        hubs[0].wake_waiting_calls(WORK)
         await wait_until(lambda: len(polls.ended) == 2)
         await wait_until(lambda: len(polls.ended) == 3)
         assert sorted(polls.ended) == [False, False, True]
@@ -219,7 +223,7 @@ async def test_connection_without_answer_to_a_ping_is_replaced(
 async def test_topics_too_long_for_one_notification_are_sent_in_several(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
-    topics = [work_topic(f"env_{number:064}") for number in range(500)]
+    topics = [make_work_topic(f"env_{number:064}") for number in range(500)]
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         waits = [WaitingCalls(group, hubs[1], topic, 1) for topic in topics]
         await asyncio.sleep(0)
@@ -237,7 +241,7 @@ async def test_more_unsent_topics_than_the_limit_wake_all_waiting_calls(
         waits = WaitingCalls(group, hubs[1], WORK, 1)
         await asyncio.sleep(0)
         for number in range(11):
-            hubs[0].announce_changes(session_topic(f"sess_{number}"))
+            hubs[0].announce_changes(make_session_topic(f"sess_{number}"))
         await wait_until(lambda: waits.ended == [False])
 
 

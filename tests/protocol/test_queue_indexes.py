@@ -15,7 +15,7 @@ from tests.protocol.conftest import ENV, MovableClock
 from workpool.server import APIError, Item, Operations, Poll
 from workpool.server.ascending_ids import CHUNK_MAX, AscendingIds, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
-from workpool.server.queue.lease_ends import LeaseEnds
+from workpool.server.queue.lease_ends import LeaseEndTimes
 from workpool.server.stored_item import IdGenerator
 
 if TYPE_CHECKING:
@@ -89,12 +89,12 @@ def test_iteration_over_ascending_ids_continues_after_removals() -> None:
 def test_lease_index_returns_each_expired_lease_once(
     steps: Sequence[tuple[str, int, int]],
 ) -> None:
-    leases, model, now = LeaseEnds(), dict[str, int](), 0
+    leases, model, now = LeaseEndTimes(), dict[str, int](), 0
     for step, number, pause in steps:
         now += pause
         work_id = f"work_{number % 7}"
         if step == "add":
-            leases.set_end(work_id, now + number)
+            leases.set_end_time(work_id, now + number)
             model[work_id] = now + number
         elif step == "discard":
             leases.remove(work_id)
@@ -138,9 +138,9 @@ def test_ids_inserted_in_descending_order_are_sorted() -> None:
 
 
 def test_lease_index_does_not_grow_with_renewals_of_one_lease() -> None:
-    leases = LeaseEnds()
+    leases = LeaseEndTimes()
     for now in range(10_000):
-        leases.set_end("work_1", now + 60)
+        leases.set_end_time("work_1", now + 60)
         assert not list(leases.pop_ended(now))
     assert len(leases._heap) <= 2
 
@@ -148,9 +148,9 @@ def test_lease_index_does_not_grow_with_renewals_of_one_lease() -> None:
 @given(st.lists(st.integers(0, 2**47 * 1000), max_size=50))
 def test_ids_ascend_even_if_clock_is_set_back(instants: Sequence[int]) -> None:
     ids = IdGenerator()
-    made = [ids.next_digits(now) for now in instants]
+    made = [ids.next_id_digits(now) for now in instants]
     again = IdGenerator(made[-1]) if made else ids
-    made += [again.next_digits(0) for _ in range(5)]
+    made += [again.next_id_digits(0) for _ in range(5)]
     assert made == sorted(set(made))
     assert all(len(digits) == 32 and digits[12] == "7" for digits in made)
 

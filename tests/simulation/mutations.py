@@ -88,7 +88,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "shared slot taken although none is free": [
-        SourceEdit("shared_slots:SharedSlots", "if not self.available_to(share):", "if False:"),
+        SourceEdit(
+            "shared_slots:SharedSlots", "if not self.count_slots_available_to(share):", "if False:"
+        ),
     ],
     "slot of another environment taken": [
         SourceEdit("shared_slots:SharedSlots", "max(1, each)", "each"),
@@ -290,8 +292,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "one try for all the time that is left": [
         SourceEdit(
             "item_requests:ItemSender",
-            "min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)",
-            "self._seconds_left(item, until, now)",
+            "min(self._request_timeout, self._send_time_left(item, until, now) / TRY_PART)",
+            "self._send_time_left(item, until, now)",
         ),
     ],
     "completion given up after ten seconds": [
@@ -339,7 +341,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "refused acks not backed off": [
         SourceEdit(
-            "poller:PollerGroup", "self.hold_back_polls(self._ack_backoff.next_delay())", "0"
+            "poller:PollerGroup", "self.begin_cooldown(self._ack_backoff.next_delay())", "0"
         ),
     ],
     "failing handler claims on": [
@@ -454,7 +456,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "own stop taken for an operator's": [
         SourceEdit(
             "completion:Completion",
-            "options, lease.note_stop_sent",
+            "options, lease.record_stop_sent",
             "options, None",
         ),
     ],
@@ -468,7 +470,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "released by silence": [
         SourceEdit(
             "completion:Completion",
-            "self._renewer.send_last_heartbeat(lease, release_delay(release))",
+            "self._renewer.send_last_heartbeat(lease, release_delay_seconds(release))",
             "0",
         ),
     ],
@@ -478,7 +480,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "id given up at the cancellation": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "await future_of_task_end(task)",
+            "await make_task_end_future(task)",
             'lost = asyncio.ensure_future(item.wait_until(lambda: item.lease.status != "held"))\n'
             '        await asyncio.wait({task, lost}, return_when="FIRST_COMPLETED")\n'
             "        lost.cancel()\n"
@@ -520,7 +522,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "completion before the handoff is settled": [
         SourceEdit(
             "session_runner:SessionRunner",
-            "await settle_handoff(item, item.handoff, self._context.renewer)",
+            "await finish_handoff(item, item.handoff, self._context.renewer)",
             "pass",
         ),
         SourceEdit(

@@ -137,7 +137,7 @@ def metrics_registry() -> CollectorRegistry:
 @functools.cache
 def _load_plugins_once(given: tuple[object, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     plugins = loading.load(given, {})
-    return plugins, registry._hooks_in_calling_order(plugins)
+    return plugins, registry._sort_hooks_by_calling_order(plugins)
 
 
 @functools.cache
@@ -164,7 +164,7 @@ def _replace_slow_steps_of_pool_start(given: tuple[object, ...]) -> Iterator[Non
     plugins, hooks = _load_plugins_once(given)
     replaced = [
         (registry, "load", lambda *_: plugins),
-        (registry, "_hooks_in_calling_order", lambda _: hooks),
+        (registry, "_sort_hooks_by_calling_order", lambda _: hooks),
         (observer, "_MetricSeries", _get_cached_metric_series),
         (telemetry, "version", _cached_distribution_version),
         (resolver, "_look_up_host", lambda *_: []),

@@ -20,7 +20,12 @@ async def put_items(queue: BoundedQueue[str], *items: str) -> None:
 async def test_queue_returns_items_in_order_of_arrival() -> None:
     queue: BoundedQueue[str] = BoundedQueue(3, 0)
     await put_items(queue, "a", "b", "c")
-    assert [queue.take_item(), queue.take_item(), queue.take_item(), queue.take_item()] == [
+    assert [
+        queue.take_item_for_slot(),
+        queue.take_item_for_slot(),
+        queue.take_item_for_slot(),
+        queue.take_item_for_slot(),
+    ] == [
         "a",
         "b",
         "c",
@@ -31,18 +36,18 @@ async def test_queue_returns_items_in_order_of_arrival() -> None:
 async def test_queue_runs_no_more_items_than_slots() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
     await put_items(queue, "a", "b", "c")
-    assert queue.take_item() == "a"
-    assert queue.take_item() is None
+    assert queue.take_item_for_slot() == "a"
+    assert queue.take_item_for_slot() is None
     assert (queue.running, queue.waiting_item_count) == (1, 2)
     queue.release_slot()
     queue.give_free_places_to_pollers()
-    assert queue.take_item() == "b"
+    assert queue.take_item_for_slot() == "b"
 
 
 async def test_reservation_of_queue_place_waits_until_one_is_free() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     await put_items(queue, "a", "b")
-    assert queue.take_item() == "a"
+    assert queue.take_item_for_slot() == "a"
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
@@ -120,7 +125,7 @@ async def test_queue_place_granted_to_task_cancelled_at_once_goes_to_next_waiter
 async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
     await put_items(queue, "a", "b", "c")
-    queue.take_item()
+    queue.take_item_for_slot()
     async with asyncio.TaskGroup() as group:
         group.create_task(queue.reserve_place())
         await run_ready_tasks()
@@ -138,7 +143,7 @@ async def test_queue_flags_is_full_and_is_idle_ignore_reserved_places(
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     await put_items(queue, *("ab"[:items]))
     for _ in range(taken):
-        queue.take_item()
+        queue.take_item_for_slot()
     assert (queue.is_full, queue.is_idle) == (full, idle)
     if not full:
         await queue.reserve_place()
@@ -167,7 +172,7 @@ async def test_slot_discarded_after_its_last_use_stays_unavailable() -> None:
     for used_up in (False, True):
         await queue.reserve_place()
         queue.put_item(1)
-        assert queue.take_item() == 1
+        assert queue.take_item_for_slot() == 1
         queue.release_slot(used_up=used_up)
     assert queue.capacity == 1
     await queue.reserve_place()
@@ -176,7 +181,7 @@ async def test_slot_discarded_after_its_last_use_stays_unavailable() -> None:
         await run_ready_tasks()
         assert not waiting.done()
         queue.put_item(2)
-        assert queue.take_item() == 2
+        assert queue.take_item_for_slot() == 2
         assert queue.is_full
         queue.release_slot(used_up=True)
         await run_ready_tasks()
@@ -207,7 +212,7 @@ class RandomQueueUsers:
             self.queue.release_reserved_place()
             return
         self.queue.put_item(number)
-        if self.queue.take_item() is not None:
+        if self.queue.take_item_for_slot() is not None:
             try:
                 await self.random_pause()
             finally:
@@ -252,9 +257,9 @@ async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None
 async def test_queue_has_too_many_items_set_aside_once_they_fill_its_capacity() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
-    assert not queue.too_many_set_aside
+    assert not queue.too_many_items_set_aside
     queue.set_item_aside("b")
-    assert queue.too_many_set_aside
+    assert queue.too_many_items_set_aside
 
 
 async def test_item_set_aside_that_may_start_precedes_items_in_queue_places() -> None:
@@ -263,20 +268,20 @@ async def test_item_set_aside_that_may_start_precedes_items_in_queue_places() ->
     queue.set_item_aside("b")
     await put_items(queue, "c")
     queue.may_start = lambda item: item != "a"
-    assert queue.take_item() == "b"
+    assert queue.take_item_for_slot() == "b"
     assert (queue.items_set_aside, queue.waiting_item_count, queue.running) == (["a"], 1, 1)
 
 
 async def test_released_queue_place_goes_to_item_set_aside_before_waiting_poller() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await put_items(queue, "a")
-    assert queue.take_item() == "a"
+    assert queue.take_item_for_slot() == "a"
     queue.set_item_aside("b")
     async with asyncio.TaskGroup() as group:
         poller = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         queue.release_slot()
-        assert queue.take_item() == "b"
+        assert queue.take_item_for_slot() == "b"
         queue.give_free_places_to_pollers()
         await run_ready_tasks()
         assert not poller.done()
@@ -289,7 +294,7 @@ async def test_wait_while_too_many_items_are_set_aside_ends_when_one_of_them_sta
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_item_aside("a")
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(queue.wait_while_too_many_set_aside(3600))
+        waiting = group.create_task(queue.wait_while_too_many_items_set_aside(3600))
         await run_ready_tasks()
         assert not waiting.done()
-        assert queue.take_item() == "a"
+        assert queue.take_item_for_slot() == "a"

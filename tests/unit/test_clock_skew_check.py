@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from workpool.cli.check import clock_result
+from workpool.cli.check import check_clock_difference
 
 DATE = "Sun, 01 Mar 2026 12:00:00 GMT"
 THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -29,16 +29,16 @@ THEN = datetime(2026, 3, 1, 12, tzinfo=UTC)
 def test_clock_skew_beyond_five_seconds_is_a_warning(
     offset: float, request_seconds: float, status: str
 ) -> None:
-    found = clock_result(DATE, THEN + timedelta(seconds=offset), request_seconds)
+    found = check_clock_difference(DATE, THEN + timedelta(seconds=offset), request_seconds)
     assert found.status == status
     assert found.exit == 0
 
 
 def test_clock_skew_message_says_behind_or_ahead() -> None:
-    assert "60 s behind" in clock_result(DATE, THEN - timedelta(seconds=60), 0.0).message
-    assert "ahead of" in clock_result(DATE, THEN + timedelta(seconds=60), 0.0).message
+    assert "60 s behind" in check_clock_difference(DATE, THEN - timedelta(seconds=60), 0.0).message
+    assert "ahead of" in check_clock_difference(DATE, THEN + timedelta(seconds=60), 0.0).message
 
 
 @pytest.mark.parametrize("date", ["yesterday", "Sun, 01 Mar 2026 12:00:00 -0000"])
 def test_date_header_without_valid_time_is_reported_as_no_date(date: str) -> None:
-    assert "no date" in clock_result(date, THEN, 0.0).message
+    assert "no date" in check_clock_difference(date, THEN, 0.0).message

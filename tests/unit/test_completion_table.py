@@ -14,11 +14,11 @@ from workpool.pool.completion import (
     RELEASE_DELAY_SECONDS,
     TABLE,
     find_completion_row,
+    find_outcome_of_expired_lease,
     find_raised_release,
-    outcome_of_expired_lease,
-    release_delay,
+    make_metadata_text,
+    release_delay_seconds,
     safe_str,
-    text_for_metadata,
 )
 from workpool.pool.pool_item import EndReason
 
@@ -90,7 +90,7 @@ def test_session_outcome_depends_on_lease_status_and_stop_request(
     status: str, outcome: str, *, stop_requested: bool
 ) -> None:
     lease: Any = ItemOrLeaseStandIn(status=status, stop_requested=stop_requested)
-    assert outcome_of_expired_lease(lease) == outcome
+    assert find_outcome_of_expired_lease(lease) == outcome
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_session_outcome_depends_on_lease_status_and_stop_request(
 )
 def test_error_note_is_cut_to_limit_and_encodable(text: str, note: str) -> None:
     assert NOTE_LIMIT == 512
-    assert text_for_metadata(text) == note
+    assert make_metadata_text(text) == note
 
 
 class UnprintableError(Exception):
@@ -128,7 +128,7 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert RELEASE_DELAY_SECONDS == 10
     release = Release("why")
     release.delay = delay
-    assert release_delay(release) == seconds
+    assert release_delay_seconds(release) == seconds
 
 
 def test_exception_group_of_releases_counts_as_release_with_longest_delay() -> None:

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from workpool import Session, handler, hookimpl
 from workpool.cli.demo import demo_view, sample
-from workpool.cli.demo.demo_sessions import EXAMPLE, DemoSession, sessions_for_handler
+from workpool.cli.demo.demo_sessions import EXAMPLE, DemoSession, make_sessions_for_handler
 from workpool.cli.demo.demo_state import DemoState
-from workpool.cli.demo.demo_view import DemoView, state_table
+from workpool.cli.demo.demo_view import DemoView, make_state_table
 from workpool.cli.demo.demo_workers import DemoWorker, _read_lines, worker_settings
 from workpool.cli.tables import print_table
 from workpool.errors import PluginError
@@ -90,13 +90,13 @@ def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
 
 def test_demo_state_counts_down_to_expiry_of_the_last_lease() -> None:
     scene = DemoTestbed()
-    assert scene.state.seconds_until_lapse("one") is None
+    assert scene.state.seconds_until_lease_lapse("one") is None
     scene.claim_item("one")
     scene.send_heartbeat("one")
     scene.clock.advance(4)
-    assert scene.state.seconds_until_lapse("one") == pytest.approx(6, abs=1)
+    assert scene.state.seconds_until_lease_lapse("one") == pytest.approx(6, abs=1)
     scene.expire_lease()
-    assert scene.state.seconds_until_lapse("one") is None
+    assert scene.state.seconds_until_lease_lapse("one") is None
 
 
 def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
@@ -143,31 +143,31 @@ def reports_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.usefixtures("reports_module")
 def test_demo_uses_rules_of_handlers_for_sessions_without_metadata() -> None:
     daily, rows = DemoSession("session", {"job": "daily-report"}), DemoSession("import", {})
-    assert sessions_for_handler("demo_reports:daily_report", {}, 2) == [daily, daily]
-    assert sessions_for_handler("demo_reports", {}, 3) == [daily, rows, daily]
+    assert make_sessions_for_handler("demo_reports:daily_report", {}, 2) == [daily, daily]
+    assert make_sessions_for_handler("demo_reports", {}, 3) == [daily, rows, daily]
 
 
 @pytest.mark.usefixtures("reports_module")
 def test_demo_metadata_that_no_handler_rule_matches_raise_plugin_error() -> None:
     given = {"job": "daily-report", "day": "monday"}
-    assert sessions_for_handler("demo_reports:daily_report", given, 1) == [
+    assert make_sessions_for_handler("demo_reports:daily_report", given, 1) == [
         DemoSession("session", given)
     ]
     with pytest.raises(PluginError, match=r"takes type=session job=daily-report, not job=weekly"):
-        sessions_for_handler("demo_reports:daily_report", {"job": "weekly"}, 1)
+        make_sessions_for_handler("demo_reports:daily_report", {"job": "weekly"}, 1)
 
 
 def test_demo_gives_its_metadata_unchecked_to_plugin_with_handler_hook(
     reports_module: ModuleType,
 ) -> None:
     reports_module.__dict__["workpool_session_handler"] = workpool_session_handler
-    assert sessions_for_handler("demo_reports", {"a": "b"}, 1) == [
+    assert make_sessions_for_handler("demo_reports", {"a": "b"}, 1) == [
         DemoSession("session", {"a": "b"})
     ]
 
 
 def test_sessions_of_demo_example_begin_with_the_short_ones() -> None:
-    seconds = [each.metadata["seconds"] for each in sessions_for_handler(EXAMPLE, {}, 5)]
+    seconds = [each.metadata["seconds"] for each in make_sessions_for_handler(EXAMPLE, {}, 5)]
     assert seconds == ["0.2", "0.2", "0.2", "0.2", "1.5"]
 
 
@@ -247,7 +247,7 @@ def demo_state() -> DemoState:
 
 def test_demo_picture_shows_queue_workers_and_results(demo_state: DemoState) -> None:
     page = io.StringIO()
-    Console(file=page, width=110).print(state_table(demo_state))
+    Console(file=page, width=110).print(make_state_table(demo_state))
     for words in ("queue 30", "running 1", "stopped 9 of 40", "1/4", "7 completed, 2 failed"):
         assert words in page.getvalue()
     assert "http://127.0.0.1:1/metrics" in page.getvalue()

@@ -12,8 +12,8 @@ import pytest
 from workpool.pool import diagnostics
 from workpool.pool.diagnostics import (
     THREADS_MAX,
-    stack_of_task,
-    stacks_of_all_threads,
+    format_stack_of_task,
+    format_stacks_of_all_threads,
     write_report_on_thread,
 )
 
@@ -68,7 +68,7 @@ def test_thread_stacks_are_returned_without_a_temporary_directory(
 ) -> None:
     monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(()))
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
-    text = stacks_of_all_threads(threading.get_ident())
+    text = format_stacks_of_all_threads(threading.get_ident())
     assert text.startswith("Thread MainThread")
     assert "in test_thread_stacks_are_returned_without_a_temporary_directory" in text
 
@@ -91,7 +91,7 @@ def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_th
         all_deep.wait(20)
         first = threads[-1]
         assert first.ident is not None
-        text = stacks_of_all_threads(first.ident)
+        text = format_stacks_of_all_threads(first.ident)
     finally:
         release.set()
     assert text.startswith(f"Thread {first.name} ")
@@ -112,9 +112,9 @@ async def test_stack_of_task_has_one_frame_for_each_awaited_coroutine() -> None:
     async with asyncio.TaskGroup() as group:
         task = group.create_task(await_inner(), name="waiting")
         await asyncio.sleep(0)
-        lines = stack_of_task(task).splitlines()
+        lines = format_stack_of_task(task).splitlines()
         released.set()
     assert lines[0] == "Task waiting (most recent call last):"
     functions = [line.rpartition(" in ")[2] for line in lines if line.startswith("  File ")]
     assert functions == ["await_inner", "await_event", "wait"]
-    assert stack_of_task(task) == "Task waiting (most recent call last):\n"
+    assert format_stack_of_task(task) == "Task waiting (most recent call last):\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from workpool.pool.handler_executor import handler_group
+from workpool.pool.handler_executor import open_handler_task_group
 
 
 @pytest.mark.parametrize("turns", range(4))
@@ -18,7 +18,7 @@ async def test_handler_group_cancelled_at_any_point_of_its_start_leaves_no_task(
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 
     async def enter_group() -> None:
-        async with handler_group():
+        async with open_handler_task_group():
             await asyncio.Event().wait()
 
     async with asyncio.TaskGroup() as group:
@@ -47,7 +47,7 @@ async def test_handler_group_ends_although_a_handler_ignores_cancellation() -> N
                 continue
 
     async with asyncio.timeout(20):
-        async with handler_group() as group:
+        async with open_handler_task_group() as group:
             task = group.create_task(ignore_cancellation())
             await asyncio.sleep(0)
     assert not task.done()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool.errors import ResultError
-from workpool.pool.handler_result import metadata_from_result
+from workpool.pool.handler_result import make_metadata_from_result
 from workpool.wire.client_dialects import MetadataLimits
 
 if TYPE_CHECKING:
@@ -35,19 +35,19 @@ class OrderResult:
     "returned", [{}, {"a": "b"}, {"a": ""}, {"": "b"}, {"ü": "☃"}, MappingProxyType({"a": "b"})]
 )
 def test_result_with_string_values_is_written_key_by_key(returned: Mapping[str, str]) -> None:
-    assert metadata_from_result(returned, None) == returned
+    assert make_metadata_from_result(returned, None) == returned
 
 
 def test_result_changed_after_return_leaves_metadata_unchanged() -> None:
     returned = {"a": "b"}
-    result = metadata_from_result(returned, None)
+    result = make_metadata_from_result(returned, None)
     returned["a"] = "changed"
     assert result == {"a": "b"}
 
 
 def test_result_none_writes_no_metadata() -> None:
-    assert metadata_from_result(None, None) == {}
-    assert metadata_from_result(None, LIMITS) == {}
+    assert make_metadata_from_result(None, None) == {}
+    assert make_metadata_from_result(None, LIMITS) == {}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_result_none_writes_no_metadata() -> None:
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_result_other_than_strings_is_written_as_compact_json(returned: Any, text: str) -> None:
-    assert metadata_from_result(returned, None) == {"workpool.result": text}
+    assert make_metadata_from_result(returned, None) == {"workpool.result": text}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_result_other_than_strings_is_written_as_compact_json(returned: Any, tex
 )  # fmt: skip
 def test_result_that_is_no_json_is_refused_and_not_quoted(returned: Any) -> None:
     with pytest.raises(ResultError, match=r"^result: 'workpool\.result' cannot be") as caught:
-        metadata_from_result(returned, None)
+        make_metadata_from_result(returned, None)
     assert caught.value.key == "workpool.result"
     assert (caught.value.size, caught.value.limit) == (None, None)
     assert "secret" not in str(caught.value)
@@ -98,20 +98,20 @@ def test_result_that_contains_itself_is_refused() -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(ResultError):
-        metadata_from_result(endless, None)
+        make_metadata_from_result(endless, None)
 
 
 @pytest.mark.parametrize("returned", [{"a": "\ud800"}, {"\udfff": "b"}])
 def test_result_text_that_utf8_cannot_encode_is_refused(returned: Mapping[str, str]) -> None:
     with pytest.raises(ResultError, match="UTF-8 cannot encode"):
-        metadata_from_result(returned, None)
+        make_metadata_from_result(returned, None)
 
 
 @pytest.mark.parametrize(
     "returned", [{"a": "1234", "b": "☃☃☃☃"}, {"x" * 15: ""}, "12", 1234, {}, None]
 )
 def test_result_within_the_limits_is_accepted(returned: Any) -> None:
-    metadata_from_result(returned, LIMITS)
+    make_metadata_from_result(returned, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_result_beyond_a_limit_is_refused_with_its_key_and_size(
     returned: Any, key: str, size: int, limit: int
 ) -> None:
     with pytest.raises(ResultError) as caught:
-        metadata_from_result(returned, LIMITS)
+        make_metadata_from_result(returned, LIMITS)
     error = caught.value
     assert (error.key, error.size, error.limit) == (key, size, limit)
     assert repr(key) in str(error)
@@ -137,6 +137,6 @@ def test_result_beyond_a_limit_is_refused_with_its_key_and_size(
 
 def test_error_about_result_with_long_key_is_short() -> None:
     with pytest.raises(ResultError) as caught:
-        metadata_from_result({"x" * 100_000: ""}, LIMITS)
+        make_metadata_from_result({"x" * 100_000: ""}, LIMITS)
     assert len(str(caught.value)) < 300
     assert len(caught.value.key) == 100_000

@@ -219,7 +219,7 @@ async def test_exporter_answers_healthz_while_incomplete_requests_use_all_connec
 async def test_control_plane_answers_while_incomplete_requests_use_all_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(control_plane, "_max_connections", lambda: LIMIT)
+    monkeypatch.setattr(control_plane, "_compute_max_connections", lambda: LIMIT)
     async with ControlPlane() as plane:
         clients = [await RawClient.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
         assert (await send_and_read(plane.port)).startswith(b"HTTP/1.1 200")
@@ -231,7 +231,7 @@ def test_control_plane_connection_limit_leaves_descriptors_for_other_uses(
 ) -> None:
     for soft, expected in ((1024, 768), (256, 192), (10**9, 10_000), (-1, 10_000)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, soft))
-        assert control_plane._max_connections() == expected
+        assert control_plane._compute_max_connections() == expected
 
 
 @pytest.mark.parametrize("request_so_far", [b"", HALF])

@@ -421,14 +421,14 @@ def test_refused_heartbeat_does_not_shorten_lease(
 
 def test_heartbeat_that_was_not_sent_does_not_shorten_lease() -> None:
     lease = make_lease(ttl=10)
-    lease.note_heartbeat_unsent(lease.begin_heartbeat(1.0, 1.0))
+    lease.record_unsent_heartbeat(lease.begin_heartbeat(1.0, 1.0))
     assert (lease.deadline, lease.in_flight) == (60, False)
 
 
 def test_abandoned_heartbeat_counts_as_unanswered() -> None:
     lease = renewed_lease()
     lease.begin_heartbeat(5.0, 5.0)
-    lease.note_heartbeat_unanswered()
+    lease.record_unanswered_heartbeat()
     assert not lease.in_flight
     assert exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION) == READ_PRECONDITION[:2]
 
@@ -899,13 +899,13 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def abort_unsent_heartbeat(self) -> None:
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
-        self.lease.note_heartbeat_unsent(self.attempt)
+        self.lease.record_unsent_heartbeat(self.attempt)
         self.attempt = self.answer = None
 
     @precondition(lambda self: self.attempt is not None)
     @rule()
     def stop_waiting_for_heartbeat_answer(self) -> None:
-        self.lease.note_heartbeat_unanswered()
+        self.lease.record_unanswered_heartbeat()
         self.attempt = self.answer = None
 
     def _apply_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:

@@ -49,7 +49,7 @@ def test_conform_output_shows_answers_of_control_plane_escaped_and_cut(
     text = "hunter2-hunter2\n\x1b[2J\u202e" + "x" * 4_000_000
     findings = [Finding(CLAUSES[0], Verdict.BREAKS, text)]
     conform._print_findings(findings)
-    print_json(conform._json_report(Settings(), findings, Verdict.BREAKS))
+    print_json(conform._make_json_report(Settings(), findings, Verdict.BREAKS))
     printed = capsys.readouterr().out
     assert len(printed) < 10_000
     assert printed.replace("\n", "").isprintable()

@@ -60,10 +60,10 @@ class GroupTestbed:
         self.emptied += 1
 
     def finish_empty_poll(self) -> None:
-        self.group.note_poll_success(self.now, null=True)
+        self.group.record_poll_success(self.now, null=True)
 
     def finish_poll_with_item(self) -> None:
-        self.group.note_poll_success(self.now, null=False)
+        self.group.record_poll_success(self.now, null=False)
 
     def finish_throttled_poll(self) -> None:
         self.group.halve_pollers()
@@ -72,14 +72,14 @@ class GroupTestbed:
         """Refuse one poll now, and one every ten seconds, for the given number of minutes."""
         until = self.now + minutes * MINUTE
         while self.now <= until:
-            self.group.note_poll_failure(REFUSED)
+            self.group.record_poll_failure(REFUSED)
             self.now += 10
         self.now = until
 
 
 def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
     bench = GroupTestbed()
-    bench.group.note_poll_failure(REFUSED)
+    bench.group.record_poll_failure(REFUSED)
     assert bench.fatal == [REFUSED]
 
 
@@ -87,7 +87,7 @@ def test_transient_poll_failures_are_never_fatal() -> None:
     bench = GroupTestbed()
     for error in (DOWN, THROTTLED):
         for _ in range(100):
-            bench.group.note_poll_failure(error)
+            bench.group.record_poll_failure(error)
             bench.now += MINUTE
     assert not bench.fatal
     assert not bench.group.refused
@@ -103,7 +103,7 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     assert not bench.fatal
     assert bench.group.refused
     bench.now += 1
-    bench.group.note_poll_failure(REFUSED)
+    bench.group.record_poll_failure(REFUSED)
     assert bench.fatal == [REFUSED]
 
 
@@ -112,8 +112,8 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     [
         lambda bench: bench.finish_empty_poll(),
         lambda bench: bench.finish_poll_with_item(),
-        lambda bench: bench.group.note_poll_failure(DOWN),
-        lambda bench: bench.group.note_poll_failure(THROTTLED),
+        lambda bench: bench.group.record_poll_failure(DOWN),
+        lambda bench: bench.group.record_poll_failure(THROTTLED),
     ],
     ids=["null", "item", "network error", "throttled"],
 )
@@ -136,7 +136,7 @@ def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     assert bench.group.last_success_at is None
     bench.finish_empty_poll()
     bench.now += 7
-    bench.group.note_poll_failure(REFUSED)
+    bench.group.record_poll_failure(REFUSED)
     assert bench.group.last_success_at == 1000.0
 
 
@@ -157,9 +157,9 @@ def test_first_of_several_polls_without_item_is_logged_as_idle(
 async def test_second_cooldown_extends_the_first_but_never_shortens_it() -> None:
     group = GroupTestbed().group
     loop = asyncio.get_running_loop()
-    group.hold_back_polls(5)
-    loop.call_later(1, group.hold_back_polls, 20)
-    loop.call_later(2, group.hold_back_polls, 1)
+    group.begin_cooldown(5)
+    loop.call_later(1, group.begin_cooldown, 20)
+    loop.call_later(2, group.begin_cooldown, 1)
     await group.wait_for_cooldown()
     assert loop.time() == pytest.approx(21)
 
@@ -176,20 +176,20 @@ async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> No
     group = GroupTestbed().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
-    group.note_ack_result(conflict)
+    group.record_ack_result(conflict)
     group._conflict_backoff._rng = lambda: 1.0
     waits = []
     for _ in range(7):
         before = loop.time()
         await group.wait_for_cooldown()
         waits.append(loop.time() - before)
-        group.note_ack_result(conflict)
+        group.record_ack_result(conflict)
     assert waits == pytest.approx([0, 0.1, 0.2, 0.4, 0.8, 1.6, 3])
     assert not group.ack_refused
     await group.wait_for_cooldown()
     before = loop.time()
-    group.note_ack_result(None)
-    group.note_ack_result(conflict)
+    group.record_ack_result(None)
+    group.record_ack_result(conflict)
     await group.wait_for_cooldown()
     assert loop.time() == before
 
@@ -201,16 +201,16 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
     group._ack_backoff._rng = lambda: 1.0
     waits = []
     for _ in range(7):
-        group.note_ack_result(RefusedError("ack", 403, "no"))
+        group.record_ack_result(RefusedError("ack", 403, "no"))
         assert group.ack_refused
         before = loop.time()
         await group.wait_for_cooldown()
         waits.append(loop.time() - before)
     assert waits == pytest.approx([1, 2, 4, 8, 16, 30, 30])
-    group.note_ack_result(None)
+    group.record_ack_result(None)
     assert not group.ack_refused
     await group.wait_for_cooldown()
-    group.note_ack_result(RefusedError("ack", 403, "no"))
+    group.record_ack_result(RefusedError("ack", 403, "no"))
     before = loop.time()
     await group.wait_for_cooldown()
     assert loop.time() - before == pytest.approx(1)
@@ -286,17 +286,17 @@ async def test_poll_without_item_ends_pool_only_if_until_empty_and_pool_is_idle(
     bench.queue.put_item("item")
     # The queue is not idle while one item waits for a slot.
     await bench.group.end_if_queue_is_empty()
-    bench.queue.take_item()
+    bench.queue.take_item_for_slot()
     await bench.group.end_if_queue_is_empty()  # The queue is not idle while one item runs.
     assert bench.emptied == 0
     bench.queue.release_slot()
-    bench.group.note_poll_sent()
+    bench.group.record_poll_sent()
     async with asyncio.TaskGroup() as group:
         # The pool must not end, because another poll is in flight and may bring an item.
         waiting = group.create_task(bench.group.end_if_queue_is_empty())
         await asyncio.sleep(1)
         assert (waiting.done(), bench.emptied) == (False, 0)
-        bench.group.note_poll_answered()
+        bench.group.record_poll_answered()
     assert (bench.emptied, bench.group.ended) == (0, False)
     await bench.group.end_if_queue_is_empty()
     assert (bench.emptied, bench.group.ended) == (1, True)

@@ -11,7 +11,7 @@ import pytest
 
 from workpool.handlers import Handler
 from workpool.plugins import Plugins
-from workpool.pool.handler_executor import HandlerExecutor, handler_group
+from workpool.pool.handler_executor import HandlerExecutor, open_handler_task_group
 from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.pool_item import EndReason
 from workpool.session import Session
@@ -61,7 +61,11 @@ async def running_stubborn_handler(
         renewer=parts.renewer,
         threads=HandlerThreads(1, parts.clock),
     )
-    async with handler_group() as handlers, parts.open_clients(), asyncio.TaskGroup() as group:
+    async with (
+        open_handler_task_group() as handlers,
+        parts.open_clients(),
+        asyncio.TaskGroup() as group,
+    ):
         item = await parts.claim_item()
         item.advance_state("started")
         executor = HandlerExecutor(cast("Any", context), handlers)

@@ -239,7 +239,7 @@ class RepeatingGuard(LeaselessGuard):
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
 
-    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
                 giving_up = group.create_task(

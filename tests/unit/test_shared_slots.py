@@ -20,7 +20,7 @@ async def start_items(queue: BoundedQueue[str], number: int) -> None:
     for _ in range(number):
         await queue.reserve_place()
         queue.put_item("item")
-        assert queue.take_item() == "item"
+        assert queue.take_item_for_slot() == "item"
 
 
 def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
@@ -94,7 +94,7 @@ async def test_freed_slot_goes_to_environment_with_fewer_slots_before_item_set_a
         second = group.create_task(late.reserve_place())
         await run_ready_tasks()
         busy.release_slot()
-        assert busy.take_item() is None
+        assert busy.take_item_for_slot() is None
         busy.give_free_places_to_pollers()
         await second
         assert started == []
@@ -112,7 +112,7 @@ async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> 
         first.set_item_aside("aside")
         poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
-        assert first.take_item() is None
+        assert first.take_item_for_slot() is None
         end_item(second)
         assert (started, first.items_set_aside, first.running) == (["aside"], [], 2)
         assert not poller.done()
@@ -223,13 +223,13 @@ class RandomPollers:
 
     async def run_item(self, queue: BoundedQueue[str]) -> None:
         queue.put_item("item")
-        if queue.take_item() is None:
+        if queue.take_item_for_slot() is None:
             return
         for _ in range(self.dice.randrange(3)):
             await asyncio.sleep(0)
         assert sum(each.running for each in self.queues) <= self.total
         queue.release_slot()
-        while queue.take_item() is not None:
+        while queue.take_item_for_slot() is not None:
             queue.release_slot()
         queue.give_free_places_to_pollers()
 

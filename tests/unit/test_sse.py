@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def parse_chunks(*chunks: bytes) -> list[Frame]:
     parser = FrameParser()
-    return [frame for chunk in chunks for frame in parser.feed(chunk)]
+    return [frame for chunk in chunks for frame in parser.parse_chunk(chunk)]
 
 
 def reference_parse(content: bytes) -> list[Frame]:
@@ -91,23 +91,23 @@ def test_stream_split_into_any_chunks_gives_same_frames(stream: bytes, cuts: Seq
 
 def test_frame_is_returned_at_its_last_byte() -> None:
     parser = FrameParser()
-    assert parser.feed(b"data: a\r\n\r") == [("message", "a", "")]
-    assert parser.feed(b"\ndata: b\n") == []
-    assert parser.feed(b"\n") == [("message", "b", "")]
+    assert parser.parse_chunk(b"data: a\r\n\r") == [("message", "a", "")]
+    assert parser.parse_chunk(b"\ndata: b\n") == []
+    assert parser.parse_chunk(b"\n") == [("message", "b", "")]
 
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
 def test_frame_above_limit_is_refused_before_it_is_stored(size: int) -> None:
     line = b"data: " + b"x" * 94
-    assert FrameParser(limit=100).feed(line + b"\n\n")
+    assert FrameParser(limit=100).parse_chunk(line + b"\n\n")
     for endless in (b"data: " + b"x" * 4096, b": " + b"x" * 4096, b"data: x\n" * 512):
         parser = FrameParser(limit=100)
         chunks = (endless[place : place + size] for place in range(0, len(endless), size))
         with pytest.raises(ValueError, match="too long"):
-            deque(map(parser.feed, chunks), maxlen=0)
+            deque(map(parser.parse_chunk, chunks), maxlen=0)
         assert len(parser._line) <= 100
 
 
 def test_long_stream_of_short_frames_is_accepted() -> None:
     parser = FrameParser(limit=20)
-    assert sum(len(parser.feed(b"data: x\n\n: alive\n\n")) for _ in range(1000)) == 1000
+    assert sum(len(parser.parse_chunk(b"data: x\n\n: alive\n\n")) for _ in range(1000)) == 1000

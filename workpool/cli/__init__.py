@@ -17,7 +17,7 @@ _DRAINING = {"demo", "hold", "run", "serve"}
 
 def main() -> None:
     """Run the command line; without the extra `cli`, print how to install it and exit with 2."""
-    if _command_name(sys.argv[1:]) in _DRAINING:
+    if _find_command_name(sys.argv[1:]) in _DRAINING:
         SignalRecorder().install_handlers()
     try:
         for name in _EXTRA:
@@ -32,6 +32,6 @@ def main() -> None:
     app(prog_name="workpool")
 
 
-def _command_name(arguments: list[str]) -> str | None:
+def _find_command_name(arguments: list[str]) -> str | None:
     """Return the command, which is the first argument that is not an option."""
     return next((each for each in arguments if not each.startswith("-")), None)

@@ -23,10 +23,10 @@ from workpool.cli.flags import (
     add_setting_flags,
     read_environments,
 )
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.cli.output import print_json
 from workpool.cli.plugin_list import load_plugins
-from workpool.cli.rate_limit_groups import shared_rate_limits
+from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.errors import ControlPlaneError, PluginError, SettingsError
 from workpool.logs import readable
 from workpool.settings import Settings
@@ -54,7 +54,7 @@ class CheckResult:
     environment_id: str | None = None
 
 
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool check reports",
     "workpool check --config workpool.toml --json",
     "workpool check reports --base-url http://127.0.0.1:8484/api/v1/cloud",
@@ -78,7 +78,7 @@ def check(
     try:
         settings, environments = read_environments(config, plugins=plugins, **flags)
     except SettingsError as error:
-        findings += _failed_results("settings", error)
+        findings += _find_failed_results("settings", error)
     else:
         findings += _check_environments(settings, environments)
     status = next((each.exit for each in findings if each.exit), exits.OK)
@@ -117,9 +117,9 @@ def _check_environments(
         if not any(one.check == "credentials" and one.exit for one in found):
             usable.append(each)
     try:
-        shared_rate_limits(usable)
+        find_shared_rate_limits(usable)
     except SettingsError as error:
-        yield from _failed_results("rate limits", error)
+        yield from _find_failed_results("rate limits", error)
 
 
 def _check_environment(settings: Settings) -> Iterator[CheckResult]:
@@ -131,13 +131,13 @@ def _check_environment(settings: Settings) -> Iterator[CheckResult]:
     try:
         settings.require_connection()
     except SettingsError as error:
-        yield from _failed_results("credentials", error)
+        yield from _find_failed_results("credentials", error)
         return
     yield CheckResult("credentials", "ok", "there is a token")
     yield from asyncio.run(_check_control_plane(settings))
 
 
-def _failed_results(check: str, error: SettingsError) -> Iterator[CheckResult]:
+def _find_failed_results(check: str, error: SettingsError) -> Iterator[CheckResult]:
     return (CheckResult(check, "FAIL", each, exit=exits.USAGE) for each in error.problems)
 
 
@@ -175,13 +175,13 @@ async def _check_control_plane(settings: Settings) -> list[CheckResult]:
         except ControlPlaneError as failure:
             error = failure
         seconds = time.monotonic() - started
-    findings = [_connection_result(settings, error, seconds)]
+    findings = [_make_connection_result(settings, error, seconds)]
     if dates and dates[-1]:
-        findings.append(clock_result(dates[-1], datetime.now(UTC), seconds))
+        findings.append(check_clock_difference(dates[-1], datetime.now(UTC), seconds))
     return findings
 
 
-def _connection_result(
+def _make_connection_result(
     settings: Settings, error: ControlPlaneError | None, seconds: float
 ) -> CheckResult:
     if error is None:
@@ -189,10 +189,10 @@ def _connection_result(
     advice = exits.ADVICE.get(error.status or 0, "check base_url, proxies and the network")
     if error.status is None and settings.base_url == DIALECTS[settings.dialect].base_url:
         advice += "; base_url is the service's own, since it is not set"
-    return CheckResult("control plane", "FAIL", str(error), advice, exits.exit_status_of(error))
+    return CheckResult("control plane", "FAIL", str(error), advice, exits.find_exit_status(error))
 
 
-def clock_result(date: str, now: datetime, seconds: float) -> CheckResult:
+def check_clock_difference(date: str, now: datetime, seconds: float) -> CheckResult:
     """Compare this machine's clock with a `Date` header that is at most `seconds` old."""
     try:
         skew = (now - parsedate_to_datetime(date)).total_seconds()

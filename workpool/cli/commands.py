@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from workpool.cli.help_text import PLAIN, examples_section
+from workpool.cli.help_text import PLAIN, format_examples_section
 from workpool.cli.verbosity import Verbose
 
 
@@ -75,7 +75,7 @@ ENTRIES: Final = (
     CommandEntry("new", "new:new", "Write a plugin project: a handler with tests that pass."),
     CommandEntry("work", "work:app", "Read and change a queue."),
 )
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool demo",
     "workpool new my-plugin",
     "workpool check reports",

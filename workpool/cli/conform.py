@@ -14,7 +14,7 @@ from yarl import URL
 
 from workpool.cli import exits
 from workpool.cli.flags import Config, Dialect, EnvironmentId, FlagSettings, Json, read_settings
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.cli.output import print_json
 from workpool.conformance import (
     CLAUSES,
@@ -54,7 +54,7 @@ _ORDER: Final = list(Verdict)
 SEEN_CHARACTERS: Final = 2_000
 """Largest number of characters of an answer that are shown for one clause."""
 
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool conform http://127.0.0.1:8484/api/v1/cloud",
     "workpool conform https://queue.example/v1 --dialect anthropic --agent agent_1 --json",
 )
@@ -124,7 +124,7 @@ def conform(
         )
     worst = max((each.verdict for each in findings), key=_ORDER.index)
     if json:
-        print_json(_json_report(settings, findings, worst))
+        print_json(_make_json_report(settings, findings, worst))
     else:
         _print_findings(findings)
     raise typer.Exit(_STATUSES[worst])
@@ -197,7 +197,9 @@ async def _run_suite(
             raise typer.Exit(exits.FAILED) from None
 
 
-def _json_report(settings: Settings, findings: Sequence[Finding], worst: Verdict) -> dict[str, Any]:
+def _make_json_report(
+    settings: Settings, findings: Sequence[Finding], worst: Verdict
+) -> dict[str, Any]:
     return {
         "base_url": settings.base_url,
         "dialect": settings.dialect,

@@ -52,7 +52,7 @@ ROOT: Final = 0
 _read_timeout = unlimited_parser(number_parser(zero=True))
 
 
-def socket_directories() -> list[Path]:
+def list_socket_directories() -> list[Path]:
     """Return the directories for sockets of this user's workers, the preferred one first."""
     user = os.geteuid()
     runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{user}")
@@ -73,7 +73,7 @@ def is_private_directory(directory: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not admits_others
 
 
-def peer_user_id(connection: socket.socket) -> int | None:
+def read_peer_user_id(connection: socket.socket) -> int | None:
     """Return the user id of the connected process; None if the kernel does not report it."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
@@ -114,7 +114,7 @@ class ControlSocket:
             return
         try:
             self._open_listener(
-                _usable_socket_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
+                _choose_socket_directory() / f"{os.getpid()}-{secrets.token_hex(4)}{SUFFIX}"
             )
         except OSError as error:
             problem = error.strerror or str(error)
@@ -161,7 +161,7 @@ class ControlSocket:
     def _open_listener(self, path: Path) -> None:
         """Listen at a path, after removing the socket that an ended worker left there."""
         # Without the lock, another worker could remove this socket between `bind` and `listen`.
-        with _locked_directory(path.parent):
+        with _lock_directory(path.parent):
             _remove_dead_socket(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -178,18 +178,18 @@ class ControlSocket:
         self._identity = (found.st_dev, found.st_ino)
 
 
-def _usable_socket_directory() -> Path:
+def _choose_socket_directory() -> Path:
     """Return a directory for the socket, after removing the sockets of ended workers from it.
 
     Raises:
         OSError: No directory can be used or created.
     """
-    for directory in socket_directories():
+    for directory in list_socket_directories():
         if directory.parent.is_dir():
             with contextlib.suppress(OSError):
                 directory.mkdir(mode=0o700)
             if is_private_directory(directory) and os.access(directory, os.W_OK):
-                with _locked_directory(directory):
+                with _lock_directory(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
                         # `_remove_dead_socket` raises OSError if a running worker uses the
                         # socket, or if the path is another file: keep the path.
@@ -200,7 +200,7 @@ def _usable_socket_directory() -> Path:
 
 
 @contextlib.contextmanager
-def _locked_directory(directory: Path) -> Iterator[None]:
+def _lock_directory(directory: Path) -> Iterator[None]:
     """Lock a directory of sockets, as each worker does while it opens its socket there.
 
     Raises:
@@ -251,7 +251,7 @@ async def _answer_request(
 ) -> None:
     """Read one request from a connection, execute it, and send the answer."""
     loop = asyncio.get_running_loop()
-    user = peer_user_id(connection)
+    user = read_peer_user_id(connection)
     if user not in {None, ROOT, os.geteuid()}:
         return
     received = b""
@@ -282,7 +282,7 @@ def _execute_request(
     if len(line) > LINE_BYTES:
         raise ValueError("the request is too long")
     request = orjson.loads(line)
-    chosen = _pool_of_request(request, pool, environments)
+    chosen = _find_pool_of_request(request, pool, environments)
     match request:
         case {"command": "status"}:
             pass
@@ -318,7 +318,7 @@ def _pause_unless_paused(members: Collection[ControllablePool], pool: Controllab
             each.pause(PAUSE_REASON)
 
 
-def _pool_of_request(
+def _find_pool_of_request(
     request: object, pool: RunnablePool, environments: Mapping[str, ControllablePool]
 ) -> ControllablePool:
     """Return the pool that a request controls: one environment, or the whole `pool`.

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool.cli import exits
 from workpool.cli.log_config import log
-from workpool.cli.rate_limit_groups import shared_rate_limits
+from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.cli.service_thread import ServiceThread
 from workpool.errors import PluginError, SettingsError, WorkpoolError
 from workpool.pool.admission import ExitLimits
 from workpool.pool.shared_slots import SharedResources, SharedSlots
-from workpool.pool.status import Status, worker_scaling_numbers
+from workpool.pool.status import Status, compute_worker_scaling_numbers
 from workpool.pool.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class EnvironmentGroup:
         self.renewer_services: Sequence[AbstractAsyncContextManager[object]] = ()
         self._process = process
         self._registry = registry
-        self._rate_limits = shared_rate_limits(environments)
+        self._rate_limits = find_shared_rate_limits(environments)
         self._slots = SharedSlots(process.concurrency, process.exit_after_sessions)
         self._limits = ExitLimits(process)
         self._exporter = self._new_exporter()
@@ -220,7 +220,7 @@ class EnvironmentGroup:
 
         The error of an environment is part of the state only if no environment runs.
         """
-        reasons = self._readiness_problems()
+        reasons = self._find_readiness_problems()
         found = [each.status() for each in self.environments]
         slots = self._process.concurrency
         return Status(
@@ -230,7 +230,9 @@ class EnvironmentGroup:
             waiting=sum(each.waiting for each in found),
             capacity=slots,
             draining=all(each.draining for each in found),
-            error=None if any(each.running for each in self.environments) else self._first_error,
+            error=None
+            if any(each.running for each in self.environments)
+            else self._find_first_environment_error,
             slots=slots,
             claiming=any(each.claiming for each in found),
             paused=all(each.paused for each in found),
@@ -244,15 +246,17 @@ class EnvironmentGroup:
 
     def live_status(self, show_ids: bool) -> dict[str, Any]:
         """Return the data for the worker's page in a browser. May be called on any thread."""
-        from workpool.pool.live_status import merged_status, read_counts  # noqa: PLC0415 - rarely needed
+        from workpool.pool.live_status import merge_statuses, read_counts  # noqa: PLC0415 - rarely needed
 
         counts = read_counts(self._registry)
         found = [each.supervisor.live_status(show_ids, counts) for each in self.environments]
         names = {"worker_id": self._process.worker_id, "version": found[0]["version"]}
-        return merged_status(names, found, self._process.concurrency, self._readiness_problems())
+        return merge_statuses(
+            names, found, self._process.concurrency, self._find_readiness_problems()
+        )
 
     @property
-    def _first_error(self) -> Exception | None:
+    def _find_first_environment_error(self) -> Exception | None:
         """The error of the first failed environment; None if no environment has failed."""
         return next((each.error for each in self.environments if each.error is not None), None)
 
@@ -262,7 +266,7 @@ class EnvironmentGroup:
             await one.run(until_empty=until_empty)
             if one.error is None:
                 break
-            self._log_failure(one, one.error)
+            self._log_environment_failure(one, one.error)
             if isinstance(one.error, SettingsError | PluginError) and not one.opened:
                 # Wrong settings or plugins would also fail every restart, so end the process.
                 self.request_drain()
@@ -281,15 +285,17 @@ class EnvironmentGroup:
                 await self._changed.wait()
 
     @asynccontextmanager
-    async def _mark_opened_on_entry(self, environment_id: str | None) -> AsyncIterator[None]:
+    async def _mark_environment_opened_on_entry(
+        self, environment_id: str | None
+    ) -> AsyncIterator[None]:
         """Return a context that marks an environment as opened on entry.
 
         The lease renewer of the environment enters the context when it starts.
         """
-        self._loop.call_soon_threadsafe(self._mark_opened, str(environment_id))
+        self._loop.call_soon_threadsafe(self._mark_environment_opened, str(environment_id))
         yield
 
-    def _mark_opened(self, environment_id: str) -> None:
+    def _mark_environment_opened(self, environment_id: str) -> None:
         self.members_by_id[environment_id].opened = True
         self._wake_waiters()
 
@@ -301,11 +307,11 @@ class EnvironmentGroup:
         self._wake_waiters()
         with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
-                while self._can_restart(one):
+                while self._may_restart_environment(one):
                     await self._changed.wait()
-        return self._can_restart(one)
+        return self._may_restart_environment(one)
 
-    def _can_restart(self, one: GroupMember) -> bool:
+    def _may_restart_environment(self, one: GroupMember) -> bool:
         others = any(each.running for each in self.environments if each is not one)
         return others and not one.drained and self._limits.reached is None
 
@@ -313,14 +319,14 @@ class EnvironmentGroup:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _log_failure(self, one: GroupMember, error: Exception) -> None:
-        for problem in exits.error_lines(error):
-            line = exits.line_with_advice(problem, error, one.settings)
+    def _log_environment_failure(self, one: GroupMember, error: Exception) -> None:
+        for problem in exits.format_error_lines(error):
+            line = exits.append_advice_to_error_line(problem, error, one.settings)
             log.critical(
                 "environment failed: %s",
                 line,
                 extra={"environment_id": one.environment_id, "error": line},
-                exc_info=exits.plugin_exception_info(error)
+                exc_info=exits.find_plugin_exception_info(error)
                 if isinstance(error, WorkpoolError)
                 else error,
             )
@@ -334,7 +340,9 @@ class EnvironmentGroup:
         share = self._shares[settings.environment_id]
         supervisor.shared = SharedResources(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
-        supervisor.renewer_services = [self._mark_opened_on_entry(settings.environment_id)]
+        supervisor.renewer_services = [
+            self._mark_environment_opened_on_entry(settings.environment_id)
+        ]
         supervisor.on_blocked = partial(self._handle_renewal_failure, supervisor)
         return supervisor
 
@@ -381,18 +389,18 @@ class EnvironmentGroup:
             address.host or "",
             address.port,
             self._registry,
-            health=self._health_problems,
-            readiness=self._readiness_problems,
+            health=self._find_health_problems,
+            readiness=self._find_readiness_problems,
             live_page=LivePageSource(self.live_status, self._process.live_page_ids == "always"),
         )
-        exporter.scale = lambda: worker_scaling_numbers(self.status())
+        exporter.scale = lambda: compute_worker_scaling_numbers(self.status())
         return exporter
 
-    def _health_problems(self) -> list[str]:
+    def _find_health_problems(self) -> list[str]:
         # A failed environment does not make the process unhealthy: a restart of the process would
         # not repair the environment, and would interrupt the others.
         reasons = (each.supervisor.unhealthy() for each in self.environments if each.running)
         return list(dict.fromkeys(reason for each in reasons for reason in each))
 
-    def _readiness_problems(self) -> list[str]:
+    def _find_readiness_problems(self) -> list[str]:
         return [reason for each in self.environments for reason in each.unready_reasons]

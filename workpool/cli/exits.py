@@ -65,7 +65,7 @@ _REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
 """The settings that a refusal is probably about."""
 
 
-def line_with_advice(line: str, error: Exception, settings: Settings) -> str:
+def append_advice_to_error_line(line: str, error: Exception, settings: Settings) -> str:
     """Append to an error line advice and the sources of the settings that may be wrong."""
     names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
     if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
@@ -76,7 +76,7 @@ def line_with_advice(line: str, error: Exception, settings: Settings) -> str:
     return f"{line} ({found})" if found else line
 
 
-def exit_status_of(error: WorkpoolError | ServeError) -> int:
+def find_exit_status(error: WorkpoolError | ServeError) -> int:
     """Return the exit status for a command that ends with this error."""
     if isinstance(error, ControlPlaneError):
         return REFUSED if error.status in _REFUSALS else FAILED
@@ -86,27 +86,27 @@ def exit_status_of(error: WorkpoolError | ServeError) -> int:
     return USAGE if bad_start else FAILED
 
 
-def error_lines(error: BaseException) -> tuple[str, ...]:
+def format_error_lines(error: BaseException) -> tuple[str, ...]:
     """Return the lines that describe an error, one for each problem."""
     return error.problems if isinstance(error, SettingsError) else (str(error),)
 
 
 def print_error(error: BaseException) -> None:
     """Print the lines of an error to stderr, and the traceback if a plugin raised the error."""
-    for line in error_lines(error):
+    for line in format_error_lines(error):
         typer.echo(f"workpool: {readable(line)}", err=True)
     print_plugin_traceback(error)
 
 
 def print_plugin_traceback(error: BaseException) -> None:
     """Print the traceback of the exception that a plugin raised, if any, to stderr."""
-    trace = plugin_exception_info(error)
+    trace = find_plugin_exception_info(error)
     if trace is not None:
         for line in "".join(traceback.format_exception(*trace)).splitlines():
             typer.echo(f"  {readable(line)}", err=True)
 
 
-def plugin_exception_info(
+def find_plugin_exception_info(
     error: BaseException,
 ) -> tuple[type[BaseException], BaseException, TracebackType | None] | None:
     """Return the exception that a plugin raised, as `exc_info`; None if no plugin raised one."""
@@ -126,7 +126,7 @@ def exit_on_error() -> Iterator[None]:
         yield
     except (WorkpoolError, ServeError) as error:
         print_error(error)
-        raise typer.Exit(exit_status_of(error)) from None
+        raise typer.Exit(find_exit_status(error)) from None
 
 
 def end_process_now(status: int) -> NoReturn:

@@ -47,7 +47,7 @@ def flag_name(setting: str) -> str:
     return f"--{setting.replace('_', '-')}"
 
 
-def _setting_option(setting: str) -> Any:
+def _make_setting_option(setting: str) -> Any:
     """Return the Typer option of a setting; its help names the environment variable."""
     return typer.Option(
         flag_name(setting),
@@ -64,9 +64,9 @@ Config = Annotated[
         help="A TOML file with settings. Default: none. Variable: `WORKPOOL_CONFIG`.",
     ),
 ]
-EnvironmentId = Annotated[str | None, _setting_option("environment_id")]
-BaseUrl = Annotated[str | None, _setting_option("base_url")]
-Dialect = Annotated[str | None, _setting_option("dialect")]
+EnvironmentId = Annotated[str | None, _make_setting_option("environment_id")]
+BaseUrl = Annotated[str | None, _make_setting_option("base_url")]
+Dialect = Annotated[str | None, _make_setting_option("dialect")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 PluginNames = Annotated[
     list[str] | None,
@@ -107,7 +107,7 @@ def read_settings(
     Raises:
         SettingsError: Some settings are wrong.
     """
-    return of(config=config, **_given_flags(flags))
+    return of(config=config, **_find_given_flags(flags))
 
 
 def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tuple[Settings, ...]]:
@@ -116,7 +116,7 @@ def read_environments(config: Path | None, **flags: Any) -> tuple[Settings, tupl
     Raises:
         SettingsError: Some settings are wrong.
     """
-    return FlagSettings.of_environments(config=config, **_given_flags(flags))
+    return FlagSettings.of_environments(config=config, **_find_given_flags(flags))
 
 
 def require_connection_settings(settings: Settings, environments: Sequence[Settings]) -> None:
@@ -136,7 +136,7 @@ def require_connection_settings(settings: Settings, environments: Sequence[Setti
         raise SettingsError(tuple(problems))
 
 
-def _given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _find_given_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
@@ -151,7 +151,7 @@ def add_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
             name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[str | None, _setting_option(name)],
+            annotation=Annotated[str | None, _make_setting_option(name)],
         )
         for name in names
     ]
@@ -170,7 +170,7 @@ def add_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command_with_flags
 
 
-def parse_pairs(pairs: list[str] | None) -> dict[str, str]:
+def parse_key_value_pairs(pairs: list[str] | None) -> dict[str, str]:
     """Parse arguments of the form `KEY=VALUE` into a mapping.
 
     Raises:

@@ -132,7 +132,7 @@ class FleetReader:
         count = await self._counter.count_items()
         if refusal is not None:
             self._log_refused_statistics(refusal)
-        return None if count.before_unfinished else combined_load(stats, count)
+        return None if count.before_unfinished else combine_loads(stats, count)
 
     def _log_refused_statistics(self, refusal: RefusedError) -> None:
         """Log once that the credential may read the list of items but not the statistics."""
@@ -145,7 +145,7 @@ class FleetReader:
             )
 
 
-def combined_load(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
+def combine_loads(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
     """Compute the load from the count of listed items, and from the statistics if they are known.
 
     The number of running items comes from the count, because the statistics do not contain it.

@@ -8,6 +8,6 @@ PLAIN: Final[dict[str, Any]] = {"rich_markup_mode": None, "pretty_exceptions_ena
 """The keyword arguments of each `typer.Typer`."""
 
 
-def examples_section(*lines: str) -> str:
+def format_examples_section(*lines: str) -> str:
     """Return the last section of a help text, which lists examples of commands."""
     return "\b\n" + "\n".join(("Examples:", *(f"  {line}" for line in lines)))

@@ -15,7 +15,7 @@ import typer
 
 from workpool.cli import exits, log_config
 from workpool.cli.flags import BaseUrl, Config, EnvironmentId, FlagSettings
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.cli.program_plugin import ProgramPlugin
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import SignalEvents
@@ -40,7 +40,7 @@ The child does not poll, and cannot see the progress of the program.
 """
 
 
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool hold -- ./train.sh --epochs 3",
     "workpool hold --work-id work_1 --last-heartbeat 2026-11-27T12:00:00Z sh -c 'sleep 60'",
 )

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 
 import typer
 
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.plugins import installed_plugins
 
 NAME: Final = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
@@ -28,7 +28,9 @@ CLASS_FILES: Final = FILES | {
 }
 """Files of a project whose plugin is a class, and their templates."""
 
-EXAMPLES: Final = examples_section("workpool new my-plugin", "workpool new my-database --class")
+EXAMPLES: Final = format_examples_section(
+    "workpool new my-plugin", "workpool new my-database --class"
+)
 
 
 def new(

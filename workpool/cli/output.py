@@ -34,11 +34,11 @@ def print_rows(
     """
     if not sys.stdout.isatty():
         for row in (columns, *rows) if with_header else rows:
-            typer.echo("\t".join(_cell_text(cell) for cell in row))
+            typer.echo("\t".join(_format_cell(cell) for cell in row))
         return
     from workpool.cli.tables import print_table  # noqa: PLC0415 - only people need it; it is slow
 
-    print_table(columns, [[_cell_text(cell) for cell in row] for row in rows])
+    print_table(columns, [[_format_cell(cell) for cell in row] for row in rows])
 
 
 def print_pairs(pairs: Mapping[str, object]) -> None:
@@ -48,7 +48,7 @@ def print_pairs(pairs: Mapping[str, object]) -> None:
         return
     from workpool.cli import tables  # noqa: PLC0415 - only people need it; it is slow
 
-    tables.print_pairs({name: _cell_text(value) for name, value in pairs.items()})
+    tables.print_pairs({name: _format_cell(value) for name, value in pairs.items()})
 
 
 def protocol_fields(thing: WorkItem | QueueStats) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def protocol_fields(thing: WorkItem | QueueStats) -> dict[str, Any]:
     return {name: getattr(thing, name) for name in names}
 
 
-def pairs_text(pairs: Any) -> str:
+def format_key_value_pairs(pairs: Any) -> str:
     """Return pairs as `key=value key=value`."""
     return " ".join(f"{key}={value}" for key, value in pairs.items())
 
 
-def _cell_text(cell: object) -> str:
+def _format_cell(cell: object) -> str:
     if cell is None:
         return "-"
     text = cell.isoformat().replace("+00:00", "Z") if hasattr(cell, "isoformat") else str(cell)

@@ -13,12 +13,12 @@ from workpool.cli.flags import (
     import_from_current_directory,
     read_settings,
 )
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.cli.output import print_json, print_rows
 from workpool.plugins import Plugin, Plugins, installed_plugins
 from workpool.settings import Settings
 
-EXAMPLES: Final = examples_section("workpool plugins", "workpool plugins reports --json")
+EXAMPLES: Final = format_examples_section("workpool plugins", "workpool plugins reports --json")
 
 
 def load_plugins(settings: Settings) -> Plugins:
@@ -79,17 +79,17 @@ def _print_plugins(found: dict[str, list[dict[str, Any]]]) -> None:
         rows.append(("active", plugin["name"], plugin["source"], ""))
         rows += [("hook", plugin["name"], hook, "") for hook in plugin["hooks"]]
         rows += [
-            ("handler", one["name"], _rule_text(one), _limits_text(one))
+            ("handler", one["name"], _format_rule(one), _format_handler_limits(one))
             for one in plugin["handlers"]
         ]
     print_rows(("", "name", "from, or takes", "of, or limits"), rows)
 
 
-def _rule_text(handler: dict[str, Any]) -> str:
+def _format_rule(handler: dict[str, Any]) -> str:
     pairs = {"type": handler["type"], **handler["metadata"]}
     return " ".join(f"{key}={value}" for key, value in pairs.items())
 
 
-def _limits_text(handler: dict[str, Any]) -> str:
+def _format_handler_limits(handler: dict[str, Any]) -> str:
     names = ("timeout", "max_sessions", "reserved_sessions")
     return " ".join(f"{name}={handler[name]}" for name in names if handler[name])

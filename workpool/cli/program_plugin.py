@@ -72,7 +72,7 @@ class ProgramPlugin:
             Release: The program exited with 75 (EX_TEMPFAIL), or a signal ended it early.
             ProgramFailed: The program failed.
         """
-        with _running_program(self._argv, _program_environment(session) | self._given) as (
+        with _running_program(self._argv, _make_program_environment(session) | self._given) as (
             program,
             number,
         ):
@@ -144,7 +144,7 @@ def _send_signal(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def _program_environment(session: Session) -> dict[str, str]:
+def _make_program_environment(session: Session) -> dict[str, str]:
     """Return this process's variables without settings and credentials, plus the session's ids."""
     env = {
         name: value

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from workpool.settings import Settings
 
 
-def shared_rate_limits(environments: Sequence[Settings]) -> dict[str | None, RateLimits]:
+def find_shared_rate_limits(environments: Sequence[Settings]) -> dict[str | None, RateLimits]:
     """Return the rate limits of each environment, by its id.
 
     Environments of one account get the same `RateLimits` object, so that they share its limits.

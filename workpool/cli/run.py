@@ -25,7 +25,7 @@ from workpool.cli.flags import (
     read_environments,
     require_connection_settings,
 )
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.cli.pool_interface import RunnablePool
 from workpool.cli.signals import SignalEvents
 from workpool.cli.systemd import ServiceReporter
@@ -44,7 +44,7 @@ TASKS_SECONDS: Final = 2.0
 """Seconds by which cancelled tasks of handlers may delay the end of the process."""
 THREADS_SECONDS: Final = 2.0
 """Seconds by which threads, such as blocking code of cancelled handlers, may delay the end."""
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool run reports",
     "workpool run reports:daily_report --concurrency 16 --drain-timeout 60",
     "workpool run --config workpool.toml --metrics-listen :9464",
@@ -198,10 +198,10 @@ async def _run_with_signals_and_socket(
     if signals.second.is_set() and signals.last is not None:
         return exits.SIGNALLED + signals.last
     if failure is not None:
-        status = exits.exit_status_of(failure)
-        trace = exits.plugin_exception_info(failure)
-        for problem in exits.error_lines(failure):
-            line = exits.line_with_advice(problem, failure, supervisor.settings)
+        status = exits.find_exit_status(failure)
+        trace = exits.find_plugin_exception_info(failure)
+        for problem in exits.format_error_lines(failure):
+            line = exits.append_advice_to_error_line(problem, failure, supervisor.settings)
             log_config.log.critical(
                 "ended: %s", line, extra={"status": status, "error": line}, exc_info=trace
             )

@@ -26,8 +26,8 @@ from workpool.cli.flags import (
 )
 from workpool.cli.fleet_reader import FleetReader
 from workpool.cli.fleet_scaling import FleetLoadReaders
-from workpool.cli.help_text import examples_section
-from workpool.cli.rate_limit_groups import shared_rate_limits
+from workpool.cli.help_text import format_examples_section
+from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
 from workpool.errors import SettingsError, innermost
@@ -40,7 +40,7 @@ from workpool.wire.client import WorkClient
 SCALE_LISTEN: Final = "127.0.0.1:9465"
 METRIC_PREFIX: Final = "workpool_fleet_"
 """The beginning of the names of the metrics; the key in the JSON of `/scale` follows."""
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool scale",
     "workpool scale --config workpool.toml --metrics-listen :9465 --max-replicas 20",
 )
@@ -143,7 +143,7 @@ async def _serve_scaling_numbers(
     rule: ReplicaRule,
     new_reader: Callable[[WorkClient], FleetReader],
 ) -> None:
-    rate_limits = shared_rate_limits(environments)
+    rate_limits = find_shared_rate_limits(environments)
     readers: dict[str, FleetReader] = {}
     slots: dict[str, int] = {}
     async with AsyncExitStack() as stack:

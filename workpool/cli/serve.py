@@ -14,7 +14,7 @@ import typer
 
 from workpool.cli import exits, log_config
 from workpool.cli.flags import Json
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.cli.request_log import log_request
 from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
@@ -44,7 +44,7 @@ CloudIds = Annotated[
     ),
 ]
 
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool serve",
     "workpool serve --port 8000 --store queue.db --token-file tokens.txt",
     "workpool serve --host 0.0.0.0 --token-file tokens.txt --environment env_builds",
@@ -196,12 +196,12 @@ async def _serve_until_signal(plane: ControlPlane, *, shown: str | None, as_json
 async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json: bool) -> None:
     async with plane:
         hide_token(plane.token)
-        typer.echo(_startup_line(plane, shown, as_json=as_json))
+        typer.echo(_format_startup_line(plane, shown, as_json=as_json))
         # `wait_for_failure` never returns: it raises the error of the store when the store fails.
         await plane.engine.wait_for_failure()
 
 
-def _startup_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
+def _format_startup_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:
     """Return the line that is printed at start: the address, and `token` if it is given."""
     if as_json:
         ready = {

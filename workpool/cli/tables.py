@@ -27,7 +27,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console()
     widths = [max(map(cell_len, cells)) + _BORDER for cells in zip(columns, *rows, strict=True)]
     widths[-1] = min(widths[-1], TEXT_WIDTH + _BORDER)
-    shown = _fitting_columns(widths, console.width - 1)
+    shown = _choose_fitting_columns(widths, console.width - 1)
     table = Table(box=box.SIMPLE_HEAD)
     for each in shown:
         text = each == len(columns) - 1
@@ -46,7 +46,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
         console.print(Text(f"{name:<{width}}  {value}"), soft_wrap=True)
 
 
-def _fitting_columns(widths: Sequence[int], room: int) -> list[int]:
+def _choose_fitting_columns(widths: Sequence[int], room: int) -> list[int]:
     """Return the indices of the columns that fit into `room` characters, at least the first one."""
     shown = [0]
     room -= widths[0]

@@ -13,7 +13,7 @@ import orjson
 import typer
 
 from workpool.cli import exits
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.cli.output import print_rows
 from workpool.logs import readable
 
@@ -28,7 +28,7 @@ ANSWER_BYTES: Final = 1024 * 1024
 TEXT_CHARACTERS: Final = 120
 SESSIONS_SHOWN: Final = 20
 """Sessions that a terminal shows; `--once` prints all that workers send."""
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool top",
     "workpool top http://127.0.0.1:9464 http://127.0.0.1:9465",
     "workpool top --once",
@@ -67,8 +67,8 @@ def top(
     chosen = tuple(url.rstrip("/") for url in urls or [DEFAULT_URL])
     if once or not sys.stdout.isatty():
         statuses = asyncio.run(_read_statuses(chosen))
-        print_rows(WORKER_COLUMNS, _worker_rows(chosen, statuses), with_header=True)
-        print_rows(SESSION_COLUMNS, _session_rows(statuses), with_header=True)
+        print_rows(WORKER_COLUMNS, _make_worker_rows(chosen, statuses), with_header=True)
+        print_rows(SESSION_COLUMNS, _make_session_rows(statuses), with_header=True)
         raise typer.Exit(exits.FAILED if all("error" in each for each in statuses) else exits.OK)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_refresh_until_interrupted(chosen, interval))
@@ -81,8 +81,10 @@ async def _refresh_until_interrupted(urls: "Sequence[str]", interval: float) -> 
     with Live(screen=True, auto_refresh=False) as live:
         while True:
             statuses = await _read_statuses(urls)
-            workers = _new_table(WORKER_COLUMNS, _worker_rows(urls, statuses))
-            sessions = _new_table(SESSION_COLUMNS, _session_rows(statuses)[:SESSIONS_SHOWN])
+            workers = _new_status_table(WORKER_COLUMNS, _make_worker_rows(urls, statuses))
+            sessions = _new_status_table(
+                SESSION_COLUMNS, _make_session_rows(statuses)[:SESSIONS_SHOWN]
+            )
             live.update(Group(workers, sessions), refresh=True)
             await asyncio.sleep(interval)
 
@@ -110,15 +112,15 @@ async def _read_status(http: aiohttp.ClientSession, url: str) -> Status:
     return status if isinstance(status, dict) and "reasons" in status else {"error": "not a worker"}
 
 
-def _worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[Row]":
+def _make_worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "list[Row]":
     return [
-        _printable_cells(_worker_cells(url, part))
+        _make_printable_cells(_make_worker_cells(url, part))
         for url, status in zip(urls, statuses, strict=True)
-        for part in _environment_statuses(status)
+        for part in _list_environment_statuses(status)
     ]
 
 
-def _environment_statuses(status: Status) -> "list[Status]":
+def _list_environment_statuses(status: Status) -> "list[Status]":
     """Return the status of each environment of a worker; `[status]` if `status` lists none."""
     found = status.get("environments")
     if not isinstance(found, list):
@@ -131,7 +133,7 @@ def _environment_statuses(status: Status) -> "list[Status]":
     ]
 
 
-def _worker_cells(url: str, status: Status) -> tuple[object, ...]:
+def _make_worker_cells(url: str, status: Status) -> tuple[object, ...]:
     if "error" in status:
         return (url, "no answer", *[""] * 8, status["error"])
     slots, queue = status.get("slots", {}), status.get("queue", {})
@@ -143,8 +145,10 @@ def _worker_cells(url: str, status: Status) -> tuple[object, ...]:
         slots.get("busy", 0),
         slots.get("free", 0),
         queue.get("waiting", 0) + queue.get("set_aside", 0),
-        _seconds_text(_ratio(polls.get("seconds", 0), polls.get("answers", 0))),
-        _percent_text(_ratio(polls.get("null", 0), polls.get("item", 0) + polls.get("null", 0))),
+        _seconds_text(_divide_or_none(polls.get("seconds", 0), polls.get("answers", 0))),
+        _percent_text(
+            _divide_or_none(polls.get("null", 0), polls.get("item", 0) + polls.get("null", 0))
+        ),
         round(outcomes.get("completed", 0)),
         round(sum(outcomes.get(name, 0) for name in ("failed", "timed_out", "stalled"))),
         round(outcomes.get("lease_lost", 0)),
@@ -152,7 +156,7 @@ def _worker_cells(url: str, status: Status) -> tuple[object, ...]:
     )
 
 
-def _session_rows(statuses: "Sequence[Status]") -> "list[Row]":
+def _make_session_rows(statuses: "Sequence[Status]") -> "list[Row]":
     """Return a row for each session of all workers, the oldest session first."""
     found = [
         (session, status.get("worker_id", ""))
@@ -160,10 +164,12 @@ def _session_rows(statuses: "Sequence[Status]") -> "list[Row]":
         for session in status.get("sessions", ())
     ]
     found.sort(key=lambda each: -each[0].get("age_seconds", 0))
-    return [_printable_cells(_session_cells(session, worker)) for session, worker in found]
+    return [
+        _make_printable_cells(_make_session_cells(session, worker)) for session, worker in found
+    ]
 
 
-def _session_cells(session: "Mapping[str, Any]", worker: str) -> tuple[object, ...]:
+def _make_session_cells(session: "Mapping[str, Any]", worker: str) -> tuple[object, ...]:
     return (
         session.get("session_id", "not shown"),
         session.get("handler", ""),
@@ -175,7 +181,7 @@ def _session_cells(session: "Mapping[str, Any]", worker: str) -> tuple[object, .
     )
 
 
-def _new_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
+def _new_status_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
     from rich import box  # noqa: PLC0415 - only for a terminal
     from rich.table import Table  # noqa: PLC0415 - only for a terminal
     from rich.text import Text  # noqa: PLC0415 - only for a terminal
@@ -186,12 +192,12 @@ def _new_table(columns: "Sequence[str]", rows: "Sequence[Row]") -> "Table":
     return table
 
 
-def _printable_cells(values: "Sequence[object]") -> "Row":
+def _make_printable_cells(values: "Sequence[object]") -> "Row":
     """Return the values as text, without the control characters that a worker could have sent."""
     return tuple(readable(str(value), TEXT_CHARACTERS) for value in values)
 
 
-def _ratio(part: float, whole: float) -> float | None:
+def _divide_or_none(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 

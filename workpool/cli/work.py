@@ -19,11 +19,17 @@ from workpool.cli.flags import (
     EnvironmentId,
     Json,
     Metadata,
-    parse_pairs,
+    parse_key_value_pairs,
     read_settings,
 )
-from workpool.cli.help_text import PLAIN, examples_section
-from workpool.cli.output import pairs_text, print_json, print_pairs, print_rows, protocol_fields
+from workpool.cli.help_text import PLAIN, format_examples_section
+from workpool.cli.output import (
+    format_key_value_pairs,
+    print_json,
+    print_pairs,
+    print_rows,
+    protocol_fields,
+)
 from workpool.errors import RefusedError
 from workpool.logs import escape_text
 from workpool.settings import Settings
@@ -45,7 +51,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     help="Read and change a queue.",
-    epilog=examples_section("workpool work list", "workpool work get work_1 --json"),
+    epilog=format_examples_section("workpool work list", "workpool work get work_1 --json"),
     **PLAIN,
 )
 
@@ -62,7 +68,7 @@ def _read_queue_settings(
 
 @app.command(
     "list",
-    epilog=examples_section(
+    epilog=format_examples_section(
         "workpool work list",
         "workpool work list --failed --newest --limit 5",
         "workpool work list --state active --watch",
@@ -131,7 +137,14 @@ def _print_items(found: FoundItems, *, as_json: bool) -> None:
         print_rows(
             ("id", "type", "state", "created", "session", "metadata"),
             [
-                (i.id, i.type, i.state, i.created_at, i.session_id, pairs_text(i.metadata))
+                (
+                    i.id,
+                    i.type,
+                    i.state,
+                    i.created_at,
+                    i.session_id,
+                    format_key_value_pairs(i.metadata),
+                )
                 for i in found.items
             ],
         )
@@ -140,7 +153,8 @@ def _print_items(found: FoundItems, *, as_json: bool) -> None:
 
 
 @app.command(
-    "get", epilog=examples_section("workpool work get work_1", "workpool work get work_1 --json")
+    "get",
+    epilog=format_examples_section("workpool work get work_1", "workpool work get work_1 --json"),
 )
 def show_item(
     work_id: WorkId,
@@ -156,7 +170,7 @@ def show_item(
 
 @app.command(
     "enqueue",
-    epilog=examples_section(
+    epilog=format_examples_section(
         "workpool work enqueue --metadata job=daily-report",
         "workpool work enqueue --count 10 --script session.json",
     ),
@@ -184,7 +198,7 @@ def enqueue_items(
 ) -> None:
     """Create items in a queue of `workpool serve`, and print their ids, one a line."""
     settings = _read_queue_settings(config, environment_id, base_url)
-    pairs = parse_pairs(metadata)
+    pairs = parse_key_value_pairs(metadata)
     entries = _read_script(script)
     items = _run_call(
         settings,
@@ -199,7 +213,7 @@ def enqueue_items(
 
 @app.command(
     "update",
-    epilog=examples_section(
+    epilog=format_examples_section(
         "workpool work update work_1 priority=high", "workpool work update work_1 --delete priority"
     ),
 )
@@ -219,7 +233,7 @@ def update_item(
 ) -> None:
     """Change an item's metadata."""
     settings = _read_queue_settings(config, environment_id, base_url)
-    patch: dict[str, str | None] = {**parse_pairs(pairs), **dict.fromkeys(delete or ())}
+    patch: dict[str, str | None] = {**parse_key_value_pairs(pairs), **dict.fromkeys(delete or ())}
     if not patch:
         raise typer.BadParameter("give KEY=VALUE or --delete KEY")
     _print_item(
@@ -227,7 +241,7 @@ def update_item(
     )
 
 
-@app.command("retry", epilog=examples_section("workpool work retry work_1"))
+@app.command("retry", epilog=format_examples_section("workpool work retry work_1"))
 def retry_item(
     work_id: WorkId,
     json: Json = False,
@@ -267,7 +281,7 @@ def retry_item(
         typer.echo(
             "workpool: this control plane has no call that creates items. Create a session for the "
             "same work in your application or with the service's API; it had the metadata: "
-            f"{escape_text(pairs_text(metadata)) or 'none'}",
+            f"{escape_text(format_key_value_pairs(metadata)) or 'none'}",
             err=True,
         )
         raise typer.Exit(exits.REFUSED)
@@ -279,7 +293,9 @@ def retry_item(
 
 @app.command(
     "stop",
-    epilog=examples_section("workpool work stop work_1", "workpool work stop work_1 --force"),
+    epilog=format_examples_section(
+        "workpool work stop work_1", "workpool work stop work_1 --force"
+    ),
 )
 def stop_item(
     work_id: WorkId,
@@ -302,7 +318,9 @@ def stop_item(
     _print_item(_run_call(settings, stop_and_read), as_json=json)
 
 
-@app.command("stats", epilog=examples_section("workpool work stats", "workpool work stats --json"))
+@app.command(
+    "stats", epilog=format_examples_section("workpool work stats", "workpool work stats --json")
+)
 def show_stats(
     json: Json = False,
     config: Config = None,
@@ -351,7 +369,7 @@ def _print_item(item: WorkItem, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        print_pairs(found | {"metadata": pairs_text(item.metadata)})
+        print_pairs(found | {"metadata": format_key_value_pairs(item.metadata)})
 
 
 def _read_script(path: Path | None) -> Sequence[dict[str, Any]] | None:

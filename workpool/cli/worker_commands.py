@@ -20,10 +20,10 @@ from workpool.cli.control_socket import (
     PAUSE_REASON,
     SUFFIX,
     is_private_directory,
-    peer_user_id,
-    socket_directories,
+    list_socket_directories,
+    read_peer_user_id,
 )
-from workpool.cli.help_text import examples_section
+from workpool.cli.help_text import format_examples_section
 from workpool.logs import readable
 
 ANSWER_SECONDS: Final = 5.0
@@ -51,9 +51,11 @@ Environment = Annotated[
     ),
 ]
 EXAMPLES: Final = {
-    "pause": examples_section("workpool pause", "workpool pause 'database is moved' --pid 4711"),
-    "resume": examples_section("workpool resume", "workpool resume --environment-id env_1"),
-    "drain": examples_section(
+    "pause": format_examples_section(
+        "workpool pause", "workpool pause 'database is moved' --pid 4711"
+    ),
+    "resume": format_examples_section("workpool resume", "workpool resume --environment-id env_1"),
+    "drain": format_examples_section(
         "workpool drain", "workpool drain --timeout 300 --socket /run/workpool/reports.sock"
     ),
 }
@@ -127,10 +129,10 @@ def _send_to_chosen_worker(
         chosen = _choose_worker(path, pid, environment_id)
         answer = _send_request(chosen, request)
     except (OSError, ControlError) as error:
-        _print_and_exit(exits.FAILED, _failure_reason(error))
+        _print_and_exit(exits.FAILED, _find_failure_reason(error))
     if "error" in answer:
         _print_and_exit(exits.USAGE, f"{chosen}: {answer['error']}")
-    typer.echo(f"{done} {_worker_text(answer)}")
+    typer.echo(f"{done} {_describe_worker(answer)}")
 
 
 def _choose_worker(path: Path | None, pid: int | None, environment_id: str | None) -> Path:
@@ -144,23 +146,23 @@ def _choose_worker(path: Path | None, pid: int | None, environment_id: str | Non
             answer = _send_request(each, {"command": "status", **asked})
         except (OSError, ControlError) as error:
             if path is not None:
-                raise ControlError(f"{path}: {_failure_reason(error)}") from None
+                raise ControlError(f"{path}: {_find_failure_reason(error)}") from None
             if not isinstance(error, ConnectionRefusedError | FileNotFoundError):
-                typer.echo(f"workpool: {each}: {readable(_failure_reason(error))}", err=True)
+                typer.echo(f"workpool: {each}: {readable(_find_failure_reason(error))}", err=True)
             continue
         if all(value is None or answer.get(name) == value for name, value in wanted.items()):
             found[each] = answer
     if len(found) == 1:
         return next(iter(found))
     if found:
-        lines = [f"{_worker_text(answer)} socket={each}" for each, answer in found.items()]
+        lines = [f"{_describe_worker(answer)} socket={each}" for each, answer in found.items()]
         _print_and_exit(
             exits.USAGE,
             "several workers listen; choose one with --pid, --environment-id or --socket",
             *lines,
         )
     fitting = "" if wanted == {"pid": None, "environment_id": None} else " that the flags fit"
-    where = ", ".join(map(str, [path] if path is not None else socket_directories()))
+    where = ", ".join(map(str, [path] if path is not None else list_socket_directories()))
     raise ControlError(
         f"no worker{fitting} listens (looked at {where}); it may run as another user, on another "
         "machine, or with another control_socket, which --socket names"
@@ -169,7 +171,7 @@ def _choose_worker(path: Path | None, pid: int | None, environment_id: str | Non
 
 def _find_sockets() -> list[Path]:
     found: list[Path] = []
-    for directory in socket_directories():
+    for directory in list_socket_directories():
         if is_private_directory(directory):
             found += sorted(directory.glob(f"*{SUFFIX}"))
         elif directory.exists():
@@ -212,7 +214,7 @@ def _connect_to_user_socket(connection: socket.socket, path: Path) -> None:
         raise ControlError("is no socket")
     if found.st_uid == user:
         connection.connect(str(path))
-    if found.st_uid != user or peer_user_id(connection) not in {None, user}:
+    if found.st_uid != user or read_peer_user_id(connection) not in {None, user}:
         raise ControlError(f"belongs to the user {found.st_uid}: run the command as that user")
 
 
@@ -228,7 +230,7 @@ def _receive_answer(connection: socket.socket) -> bytes:
     return received
 
 
-def _failure_reason(error: Exception) -> str:
+def _find_failure_reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return (
             f"no answer in {ANSWER_SECONDS:.0f} s; the request may have an effect later; "
@@ -239,7 +241,7 @@ def _failure_reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def _worker_text(answer: Mapping[str, Any]) -> str:
+def _describe_worker(answer: Mapping[str, Any]) -> str:
     names = ("pid", "environment_id", "running")
     shown = [f"{name}={readable(str(answer.get(name)), 200)}" for name in names]
     reasons = answer.get("reasons")

@@ -59,7 +59,7 @@ class SessionSource:
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create a session, send it a message and return the session's id."""
-        _raise_untried_for_script(script)
+        _refuse_scripted_item(script)
         body = {
             "agent": self._agent,
             "environment_id": api.environment,
@@ -96,12 +96,12 @@ class GivenSource:
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Return the id of an existing item that has not been used yet."""
         del api
-        _raise_untried_for_script(script)
+        _refuse_scripted_item(script)
         if not self._left:
             raise Untried("all given items are used")
         return self._left.pop(0)
 
 
-def _raise_untried_for_script(script: Script | None) -> None:
+def _refuse_scripted_item(script: Script | None) -> None:
     if script is not None:
         raise Untried("only the call of `workpool serve` can script a session")

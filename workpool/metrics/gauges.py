@@ -164,27 +164,29 @@ def gauge_families(sources: Iterable[GaugeSource]) -> Iterable[GaugeMetricFamily
         for row in DEFINITIONS
         if row.kind == "gauge"
     }
-    for name, labels, value in _gauge_samples(sources):
+    for name, labels, value in _collect_gauge_samples(sources):
         families[name].add_metric(labels, value)
     return families.values()
 
 
-def _gauge_samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
+def _collect_gauge_samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
     environments = defaultdict[str, list[GaugeSource]](list)
     for source in sources:
         environments[source.environment_id].append(source)
     for environment_id, group in environments.items():
         snapshots = [source.snapshot() for source in group]
-        yield from _pool_samples(environment_id, snapshots)
-        yield from _session_samples(environment_id, group, snapshots)
-        yield from _null_ratio_samples(environment_id, group)
-        yield from _queue_samples(environment_id, group)
+        yield from _collect_pool_samples(environment_id, snapshots)
+        yield from _collect_session_samples(environment_id, group, snapshots)
+        yield from _collect_null_ratio_samples(environment_id, group)
+        yield from _collect_queue_samples(environment_id, group)
         python = platform.python_version()
         for build in {(s.worker_id, s.version, python, s.dialect) for s in group}:
             yield "build_info", (environment_id, *build), 1
 
 
-def _pool_samples(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Iterator[Sample]:
+def _collect_pool_samples(
+    environment_id: str, snapshots: Sequence[PoolSnapshot]
+) -> Iterator[Sample]:
     env = (environment_id,)
     for name, states in _BY_STATE.items():
         for state in states:
@@ -203,7 +205,7 @@ def _pool_samples(environment_id: str, snapshots: Sequence[PoolSnapshot]) -> Ite
         yield "lease_remaining_seconds_min", env, min(remaining)
 
 
-def _session_samples(
+def _collect_session_samples(
     environment_id: str, group: Sequence[GaugeSource], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
     # Copy `source.handlers` with `tuple`, because the pool's thread may add a handler meanwhile.
@@ -225,14 +227,16 @@ def _session_samples(
         yield "session_silence_seconds_max", labels, silent[handler]
 
 
-def _null_ratio_samples(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
+def _collect_null_ratio_samples(
+    environment_id: str, group: Sequence[GaugeSource]
+) -> Iterator[Sample]:
     counts = [source.polls.poll_counts() for source in group]
     polls = sum(polls for _, polls in counts)
     if polls:
         yield "poll_null_ratio", (environment_id,), sum(nulls for nulls, _ in counts) / polls
 
 
-def _queue_samples(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
+def _collect_queue_samples(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
     reads = [(source.remote, source.now) for source in group if source.remote is not None]
     if not reads:
         return

@@ -114,7 +114,7 @@ class _MetricSeries(dict["Hashable", "Series"]):
     def _find_handler_series(self, given: dict[str, Any]) -> Series:
         # Handlers beyond a limit share one series: a series for each could use unlimited memory.
         given[HANDLER] = self._ensure_handler_label(given[HANDLER])
-        return self[_series_key(given.values())]
+        return self[_make_series_key(given.values())]
 
     def create_series(self, given: Mapping[str, Hashable]) -> None:
         """Create a series of this metric for each combination of label values.
@@ -125,10 +125,10 @@ class _MetricSeries(dict["Hashable", "Series"]):
         for values in itertools.product(*choices):
             environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
             series = self._store.series((*environment, *map(str, values)))
-            self[_series_key(values)] = series
+            self[_make_series_key(values)] = series
 
 
-def _series_key(values: Iterable[Hashable]) -> Hashable:
+def _make_series_key(values: Iterable[Hashable]) -> Hashable:
     """Return the key in `_MetricSeries` for these label values."""
     key = tuple(values)
     return key[0] if len(key) == 1 else key
@@ -183,9 +183,9 @@ class _EventRules:
         """Add a metric that events of this type change."""
         names, labels = self._names, series.labels
         amount_at = None if row.value is None else names.index(row.value)
-        self._effects.append(_MetricRule(series, _label_reader(labels, names), amount_at))
+        self._effects.append(_MetricRule(series, _make_label_reader(labels, names), amount_at))
         self._labels = tuple(dict.fromkeys((*self._labels, *labels)))
-        self.labels_of = _label_reader(self._labels, names)
+        self.labels_of = _make_label_reader(self._labels, names)
 
     def find_affected_series(self, labels: Hashable, values: Values) -> _AffectedSeries:
         """Return the series that an event changes.
@@ -215,7 +215,9 @@ _NO_LABELS: Final = itemgetter(slice(0))
 """Returns the empty tuple."""
 
 
-def _label_reader(labels: tuple[str, ...], names: tuple[str, ...]) -> Callable[[Values], Hashable]:
+def _make_label_reader(
+    labels: tuple[str, ...], names: tuple[str, ...]
+) -> Callable[[Values], Hashable]:
     """Return a function that selects the values of these labels from an event's values."""
     if not labels:
         return _NO_LABELS

@@ -69,7 +69,7 @@ def call_plugin(
 def installed_plugins() -> list[InstalledPlugin]:
     """Return the installed entry points of the group `workpool`, sorted by name."""
     return [
-        InstalledPlugin(point.name, point.value, _distribution_text(point))
+        InstalledPlugin(point.name, point.value, _describe_distribution(point))
         for point in sorted(entry_points(group=GROUP), key=attrgetter("name", "value"))
     ]
 
@@ -78,11 +78,11 @@ def find_plugin(asked: str) -> FoundPlugin:
     """Import a plugin by the name of its entry point, `pkg.module` or `pkg.module:Name`."""
     points = [point for point in entry_points(group=GROUP) if point.name == asked]
     if len(points) > 1:
-        owners = " and ".join(sorted(_distribution_text(point) for point in points))
+        owners = " and ".join(sorted(_describe_distribution(point) for point in points))
         raise PluginError(asked, f"is offered by {owners}; name its module instead")
     if points:
         [point] = points
-        source = f"{point.value} of {_distribution_text(point)}"
+        source = f"{point.value} of {_describe_distribution(point)}"
         return FoundPlugin(asked, source, _import_target(asked, point.value))
     target = _import_target(asked, asked)
     module, _, attribute = asked.partition(":")
@@ -94,7 +94,7 @@ def _import_target(asked: str, path: str) -> object:
     names = module.split(".") + (attribute.split(".") if colon else [])
     if not all(name.isidentifier() for name in names):
         raise PluginError(
-            asked, f"is not installed, nor a module or module:Name{_name_hint(asked)}"
+            asked, f"is not installed, nor a module or module:Name{_format_plugin_name_hint(asked)}"
         )
     try:
         target = call_plugin(asked, f"importing {module}", importlib.import_module, module)
@@ -102,7 +102,7 @@ def _import_target(asked: str, path: str) -> object:
         error = failure.__cause__
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise PluginError(
-                asked, f"no module named {error.name!r}{_name_hint(asked)}"
+                asked, f"no module named {error.name!r}{_format_plugin_name_hint(asked)}"
             ) from error
         raise
     if not colon:
@@ -110,7 +110,7 @@ def _import_target(asked: str, path: str) -> object:
     try:
         return attrgetter(attribute)(target)
     except AttributeError as error:
-        hint = suggestion_text(attribute, dir(target))
+        hint = format_suggestion(attribute, dir(target))
         raise PluginError(asked, f"module {module} has no {attribute!r}{hint}") from error
 
 
@@ -124,17 +124,17 @@ def describe_plugin_object(target: object) -> FoundPlugin:
     )
 
 
-def _distribution_text(point: EntryPoint) -> str:
+def _describe_distribution(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
 
 
-def _name_hint(asked: str) -> str:
+def _format_plugin_name_hint(asked: str) -> str:
     names = sorted({point.name for point in entry_points(group=GROUP)} - {asked})
     installed = f"; installed plugins: {', '.join(names) or 'none'}"
-    return suggestion_text(asked, names) or installed
+    return format_suggestion(asked, names) or installed
 
 
-def suggestion_text(word: str, words: Sequence[str]) -> str:
+def format_suggestion(word: str, words: Sequence[str]) -> str:
     """Return `; did you mean …?` with the most similar word; empty if no word is similar."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -22,8 +22,8 @@ from workpool.plugins.discovery import (
     call_plugin,
     describe_plugin_object,
     find_plugin,
+    format_suggestion,
     installed_plugins,
-    suggestion_text,
 )
 from workpool.plugins.routing import Route, refuse_equal_rules
 
@@ -88,14 +88,14 @@ def load(
 
 
 def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) -> Plugin:
-    target = _instantiate(found, options, where)
+    target = _instantiate_plugin_class(found, options, where)
     rule = rule_of(target)
     if rule is not None:
         route = _new_route(found.name, callable_name(target), target, rule)
         return Plugin(found.name, found.source, {}, (route,))
     hooks: dict[str, Callable[..., Any]] = {}
     routes: dict[object, Route] = {}
-    for name, member in _possible_hooks_and_handlers(target):
+    for name, member in _list_possible_hooks_and_handlers(target):
         if _is_hook(found.name, name, member):
             hooks[name] = member
         rule = rule_of(member)
@@ -107,11 +107,11 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
             raise PluginError(found.name, "is a function without @handler")
         raise PluginError(found.name, "has no hook marked @hookimpl and no function with @handler")
     observer = hooks.get("workpool_event")
-    event_types = _observed_event_types(found.name, observer) if observer else frozenset()
+    event_types = _find_observed_event_types(found.name, observer) if observer else frozenset()
     return Plugin(found.name, found.source, hooks, tuple(routes.values()), event_types)
 
 
-def _instantiate(found: FoundPlugin, options: Mapping[str, Any], where: str) -> object:
+def _instantiate_plugin_class(found: FoundPlugin, options: Mapping[str, Any], where: str) -> object:
     table = f"{where}[workpool.plugin.{found.name}]"
     if not inspect.isclass(found.target):
         if options:
@@ -135,11 +135,11 @@ def _refuse_unknown_options(
     kinds = {each.kind for each in signature.parameters.values()}
     for name in options:
         if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-            hint = suggestion_text(name, list(signature.parameters))
+            hint = format_suggestion(name, list(signature.parameters))
             raise PluginError(plugin, f"{table}: {name}: no such option{hint}")
 
 
-def _possible_hooks_and_handlers(target: object) -> Iterator[tuple[str, Any]]:
+def _list_possible_hooks_and_handlers(target: object) -> Iterator[tuple[str, Any]]:
     """Yield the name and value of each attribute that may be a hook or a handler.
 
     Properties are skipped, so that their code does not run.
@@ -157,7 +157,7 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
     if marks is None and not name.startswith(f"{PROJECT}_"):
         return False
     if name not in SPECS:
-        raise PluginError(plugin, f"{name} is not a hook{suggestion_text(name, list(SPECS))}")
+        raise PluginError(plugin, f"{name} is not a hook{format_suggestion(name, list(SPECS))}")
     if marks is None:
         raise PluginError(plugin, f"{name} is not marked with @hookimpl")
     if marks.get("wrapper") or marks.get("hookwrapper") or marks.get("specname"):
@@ -183,7 +183,7 @@ def _check_hook_parameters(plugin: str, hook: str, parameters: list[inspect.Para
         raise PluginError(plugin, f"{hook} must take exactly ({SPECS[hook]}), without a default")
 
 
-def _observed_event_types(
+def _find_observed_event_types(
     plugin: str, observer: Callable[..., Any]
 ) -> frozenset[type[events.Event]]:
     """Return the event types that the annotation of the observer's argument names.
@@ -264,7 +264,7 @@ def _refuse_unused_options(options: Mapping[str, object], active: set[str], wher
     known = active | {point.name for point in installed_plugins()}
     for name in options:
         if name not in known:
-            hint = suggestion_text(name, sorted(known))
+            hint = format_suggestion(name, sorted(known))
             raise PluginError(
                 name, f"{where}[workpool.plugin.{name}] is for no active plugin{hint}"
             )

@@ -99,7 +99,7 @@ class Plugins:
         self._wrappers = hooks["workpool_wrap_session"]
         self._lifespans = hooks["workpool_lifespan"]
         self._refusers = hooks["workpool_admission"]
-        self._observers = _observers_by_type(plugins, hooks["workpool_event"])
+        self._observers = _group_observers_by_event_type(plugins, hooks["workpool_event"])
         self.wanted = frozenset(self._observers)
 
     @classmethod
@@ -122,7 +122,7 @@ class Plugins:
             PluginError: A plugin cannot be used.
         """
         plugins = load((*objects, *names), options, file)
-        return cls(plugins, _hooks_in_calling_order(plugins))
+        return cls(plugins, _sort_hooks_by_calling_order(plugins))
 
     @property
     def can_handle(self) -> bool:
@@ -263,7 +263,7 @@ class Plugins:
             self._notify_observers_except(event, but=plugin)
 
 
-def _hooks_in_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
+def _sort_hooks_by_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
     """Return the implementations of each hook in the order in which they are called.
 
     That order follows `tryfirst`, `trylast` and the order of the plugins.
@@ -277,21 +277,21 @@ def _hooks_in_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
     for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(
-                _RouteAdapter(_reachable_routes(plugin, routes)), f"@{plugin.name}"
+                _RouteAdapter(_find_covered_routes(plugin, routes)), f"@{plugin.name}"
             )
             owners[str(adapter)] = plugin.name
         registry.register(_PluginHooks(plugin.hooks), plugin.name)
         owners[plugin.name] = plugin.name
     return {
         hook: [
-            (owners[impl.plugin_name], _accept_one_argument(impl))
+            (owners[impl.plugin_name], _drop_unused_argument(impl))
             for impl in reversed(getattr(registry.hook, hook).get_hookimpls())
         ]
         for hook in SPECS
     }
 
 
-def _observers_by_type(
+def _group_observers_by_event_type(
     plugins: Sequence[Plugin], hooks: Sequence[Hook]
 ) -> dict[type[Event], list[Hook]]:
     """Return the observers of each type of event, in the order in which the pool calls them."""
@@ -303,7 +303,7 @@ def _observers_by_type(
     return observers
 
 
-def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
+def _find_covered_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
     """Return the `routes` of all plugins whose rule is covered by a rule of `plugin`.
 
     The most specific route comes first.
@@ -313,7 +313,7 @@ def _reachable_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
     return sorted(refined, key=lambda route: -len(route.rule.metadata))
 
 
-def _accept_one_argument(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
+def _drop_unused_argument(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
     function = impl.function
     return function if impl.argnames else lambda _: function()
 

@@ -321,7 +321,7 @@ class ExitLimits:
         """Whether the settings have an exit limit."""
         return (self._sessions, self._idle, self._uptime) != (None, None, None)
 
-    def note_claim(self) -> None:
+    def count_claimed_session(self) -> None:
         """Count a claimed session, and record whether `exit_after_sessions` is reached."""
         self._claimed += 1
         if self._claimed == self._sessions:
@@ -337,7 +337,7 @@ class ExitLimits:
             brought no item and the pool owns no item.
         """
         self._pools[admission] = _IdlePeriod()
-        return partial(self._note_poll, admission)
+        return partial(self._record_poll_result, admission)
 
     def remove_pool_from_limits(self, admission: Admission) -> None:
         """Do not check `exit_after_idle` for a pool anymore, because the pool has ended."""
@@ -355,7 +355,7 @@ class ExitLimits:
                 await self._changed.wait()
         return self._record_limit_reached("exit_after_uptime")
 
-    def _note_poll(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
+    def _record_poll_result(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         period = self._pools.get(admission)
         if period is None:
             return  # The pool was removed from the limits before its last poll ended.

@@ -63,7 +63,7 @@ class BoundedQueue(Generic[T]):
         self.start: Callable[[T], None] = lambda _: None
         self._share = share
         if share is not None:
-            share.next_use = self._find_use_of_shared_slot
+            share.next_use = self._find_shared_slot_callback
 
     @property
     def free_slots(self) -> int:
@@ -144,11 +144,11 @@ class BoundedQueue(Generic[T]):
     def set_item_aside(self, item: T) -> None:
         """Store an item outside of the queue's places until its handler has a free slot."""
         self._aside.append(item)
-        if self.too_many_set_aside:
+        if self.too_many_items_set_aside:
             self._room.clear()
 
     @property
-    def too_many_set_aside(self) -> bool:
+    def too_many_items_set_aside(self) -> bool:
         """Whether the number of items set aside has reached the number of places in the queue.
 
         The pool should then poll more slowly, because it may hold back items from other workers.
@@ -158,32 +158,32 @@ class BoundedQueue(Generic[T]):
     def remove_item_set_aside(self, item: T) -> None:
         """Remove an item that was set aside."""
         self._aside.remove(item)
-        if not self.too_many_set_aside:
+        if not self.too_many_items_set_aside:
             self._room.set()
 
-    async def wait_while_too_many_set_aside(self, seconds: float) -> None:
-        """Wait, for `seconds` at most, until `too_many_set_aside` is false."""
+    async def wait_while_too_many_items_set_aside(self, seconds: float) -> None:
+        """Wait, for `seconds` at most, until `too_many_items_set_aside` is false."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._room.wait()
 
-    def take_item(self) -> T | None:
+    def take_item_for_slot(self) -> T | None:
         """Move an item into a slot, and return it; None if no item may start or no slot is free.
 
         Items that were set aside and may start now have precedence over items in places.
         """
         if self.running >= self.concurrency:
             return None
-        item = self._next_startable_item() if self._aside else None
+        item = self._find_next_startable_item() if self._aside else None
         if item is not None and (self._share is None or self._share.take_slot()):
-            self._move_to_slot(item)
+            self._move_item_to_slot(item)
             return item
         if not self._waiting:
             return None
         self.running += 1
         return self._waiting.popleft()
 
-    def _next_startable_item(self) -> T | None:
+    def _find_next_startable_item(self) -> T | None:
         """Return the oldest of the items set aside that may start.
 
         None: none of them may start, or the queue has no free place or no free slot.
@@ -192,16 +192,16 @@ class BoundedQueue(Generic[T]):
             return next(filter(self.may_start, self._aside), None)
         return None
 
-    def _move_to_slot(self, item: T) -> None:
+    def _move_item_to_slot(self, item: T) -> None:
         """Remove an item from the items set aside, and count it as running in a slot."""
         self.remove_item_set_aside(item)
         self.running += 1
 
     def release_slot(self, *, used_up: bool = False) -> None:
-        """Free the slot of an item that `take_item` returned, because the item has ended.
+        """Free the slot of an item that `take_item_for_slot` returned, because the item has ended.
 
-        The caller then offers the slot to waiting items (`take_item`), and after them the free
-        place to pollers (`give_free_places_to_pollers`).
+        The caller then offers the slot to waiting items (`take_item_for_slot`), and after them the
+        free place to pollers (`give_free_places_to_pollers`).
         `used_up`: the item counts towards the limit `uses`.
         """
         self.running -= 1
@@ -238,13 +238,13 @@ class BoundedQueue(Generic[T]):
             self.reserved += 1
             turn.set_result(None)
 
-    def _find_use_of_shared_slot(self) -> Callable[[], None] | None:
+    def _find_shared_slot_callback(self) -> Callable[[], None] | None:
         """Return the function to call when the pool gets one more of the shared slots.
 
         It starts an item that was set aside, or else lets a waiting poller poll. None: the pool
         cannot use a slot now.
         """
-        item = self._next_startable_item()
+        item = self._find_next_startable_item()
         if item is not None:
             return partial(self._start_item_set_aside, item)
         # Skip pollers that were cancelled while they waited for a place.
@@ -254,5 +254,5 @@ class BoundedQueue(Generic[T]):
 
     def _start_item_set_aside(self, item: T) -> None:
         """Start an item that was set aside, in the shared slot that the pool has just got."""
-        self._move_to_slot(item)
+        self._move_item_to_slot(item)
         self.start(item)

@@ -101,7 +101,7 @@ class Claimer:
                 self._on_ack(error)
                 result: CallResult | None = "conflict"
             except RefusedError as error:
-                result = self._handle_refusal(item, error)
+                result = self._handle_ack_refusal(item, error)
             except TransientError as error:
                 repeats = repeats or _AckRetryState(
                     item.delivered_at + self._context.redelivery_seconds
@@ -110,7 +110,9 @@ class Claimer:
                     partial(self._check_ack_not_too_late, repeats), Priority.CLAIM
                 )
                 result = (
-                    None if await self._wait_for_repeat(item, repeats, error, sent) else "error"
+                    None
+                    if await self._wait_before_ack_retry(item, repeats, error, sent)
+                    else "error"
                 )
             else:
                 self._on_ack(None)
@@ -159,7 +161,7 @@ class Claimer:
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end_lease("lost")
 
-    async def _wait_for_repeat(
+    async def _wait_before_ack_retry(
         self, item: PoolItem, repeats: _AckRetryState, failure: TransientError, sent: float
     ) -> bool:
         """Wait for the next try of an ack; return False if the ack must not be repeated."""
@@ -174,7 +176,7 @@ class Claimer:
         log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})
         return False
 
-    def _handle_refusal(self, item: PoolItem, error: RefusedError) -> CallResult:
+    def _handle_ack_refusal(self, item: PoolItem, error: RefusedError) -> CallResult:
         log.warning("ack refused: %s", error, extra={"work_id": item.id, "error": str(error)})
         if error.status == HTTPStatus.NOT_FOUND:
             return "gone"

@@ -150,7 +150,7 @@ class Completion:
         result: CallResult = "error"
         try:
             call = partial(self._send_stop, item)
-            await self._sender.send_with_retries(item, call, options, lease.note_stop_sent)
+            await self._sender.send_with_retries(item, call, options, lease.record_stop_sent)
             result = "ok"
         except (ConflictError, PreconditionError):
             result = "conflict"  # The item is stopped already: do not repeat the stop.
@@ -187,7 +187,7 @@ class Completion:
             if patch := attempt.metadata_at_session_end({}):
                 await self._delete_attempt_exclusion(item, patch)
             return row.outcome
-        notes = item.result if row.metadata == "result" else self._error_metadata(item)
+        notes = item.result if row.metadata == "result" else self._make_error_metadata(item)
         try:
             await self.write_metadata(item, attempt.metadata_at_session_end(notes))
         except (ConflictError, PreconditionError):
@@ -205,7 +205,7 @@ class Completion:
                 return row.outcome
             # Without its result the session has failed; write the error instead.
             item.error = error
-            notes = self._error_metadata(item)
+            notes = self._make_error_metadata(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
                 await self.write_metadata(item, attempt.metadata_at_session_end(notes))
             return "failed"
@@ -300,29 +300,29 @@ class Completion:
             hurried = draining or item.handler_task is None
             await self.exclude_released_session_from_attempts(
                 item,
-                self._release_reason_text(release),
+                self._format_release_reason(release),
                 MARK_SECONDS if hurried else MARK_TRY_SECONDS,
             )
-        self._renewer.send_last_heartbeat(lease, release_delay(release))
+        self._renewer.send_last_heartbeat(lease, release_delay_seconds(release))
         await item.wait_until(
             lambda: lease.status != "held", lease.remaining_seconds(self._clock())
         )
-        return "lease_lost" if lease.loss_confirmed else outcome_of_expired_lease(lease)
+        return "lease_lost" if lease.loss_confirmed else find_outcome_of_expired_lease(lease)
 
-    def _release_reason_text(self, release: Release) -> str:
+    def _format_release_reason(self, release: Release) -> str:
         if self._with_message or isinstance(release, PoolRelease):
-            return text_for_metadata(safe_str(release.reason))
-        return text_for_metadata(type(release).__name__)
+            return make_metadata_text(safe_str(release.reason))
+        return make_metadata_text(type(release).__name__)
 
-    def _error_metadata(self, item: PoolItem) -> Mapping[str, str]:
-        error = item.error or _error_for_reason(item.reason)
+    def _make_error_metadata(self, item: PoolItem) -> Mapping[str, str]:
+        error = item.error or _make_error_for_reason(item.reason)
         text = type(error).__name__
         if self._with_message and (message := safe_str(error)):
             text = f"{text}: {message}"
-        return {ERROR: text_for_metadata(text)}
+        return {ERROR: make_metadata_text(text)}
 
 
-def _error_for_reason(reason: EndReason | None) -> Exception:
+def _make_error_for_reason(reason: EndReason | None) -> Exception:
     """Return the error for the metadata of a session that ended without an error of its handler."""
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
@@ -336,7 +336,7 @@ def find_completion_row(item: PoolItem) -> CompletionTableRow:
     return TABLE[item.reason]
 
 
-def outcome_expected(item: PoolItem, error: BaseException | None, now: float) -> Outcome:
+def find_expected_outcome(item: PoolItem, error: BaseException | None, now: float) -> Outcome:
     """Return the outcome that a session will have if its completion succeeds.
 
     Args:
@@ -356,7 +356,7 @@ def outcome_expected(item: PoolItem, error: BaseException | None, now: float) ->
     return TABLE[max(each for each in reasons if each is not None)].outcome
 
 
-def outcome_when_abandoned(item: PoolItem) -> Outcome:
+def find_outcome_of_abandoned_session(item: PoolItem) -> Outcome:
     """Return the outcome of an abandoned session, by the status of its lease."""
     lease = item.lease
     match lease.status:
@@ -364,10 +364,10 @@ def outcome_when_abandoned(item: PoolItem) -> Outcome:
             return find_completion_row(item).outcome
         case "lost":
             return "lease_lost"
-    return outcome_of_expired_lease(lease)
+    return find_outcome_of_expired_lease(lease)
 
 
-def outcome_of_expired_lease(lease: Lease) -> Outcome:
+def find_outcome_of_expired_lease(lease: Lease) -> Outcome:
     """Return the outcome of a session whose lease gets no further heartbeat and will expire.
 
     At the end of the lease, the control plane stops the item if a stop was requested; otherwise it
@@ -401,10 +401,10 @@ def find_raised_release(error: BaseException) -> Release | None:
         if not isinstance(each, Release):
             return None
         releases.append(each)
-    return max(releases, key=release_delay, default=None)
+    return max(releases, key=release_delay_seconds, default=None)
 
 
-def release_delay(release: Release) -> float:
+def release_delay_seconds(release: Release) -> float:
     """Return the seconds after which another worker may take a released item.
 
     `RELEASE_DELAY_SECONDS` if the handler's `Release` has no number.
@@ -422,7 +422,7 @@ def safe_str(value: object) -> str:
     return str(TracebackException(type(error), error, None))
 
 
-def text_for_metadata(text: str) -> str:
+def make_metadata_text(text: str) -> str:
     """Return `text` in a form that metadata accept.
 
     Text longer than `NOTE_LIMIT` is cut, and lone surrogates are replaced.

@@ -68,7 +68,7 @@ class LoopMonitor:
         self._pong = 0
 
     @property
-    def ping_answered(self) -> bool:
+    def is_ping_answered(self) -> bool:
         """Whether the loop has answered the last ping."""
         return self._pong == self._ping
 
@@ -78,7 +78,7 @@ class LoopMonitor:
 
         May be read on any thread.
         """
-        return 0.0 if self.ping_answered else max(0.0, time.monotonic() - self._asked_at)
+        return 0.0 if self.is_ping_answered else max(0.0, time.monotonic() - self._asked_at)
 
     @property
     def is_blocked(self) -> bool:
@@ -96,7 +96,7 @@ class LoopMonitor:
         self._asked_at = time.monotonic()
         self._ping += 1
         self._answered_before = self._answered_at
-        self._tell(functools.partial(self._record_answer, self._ping, self._asked_at))
+        self._tell(functools.partial(self._record_ping_answer, self._ping, self._asked_at))
 
     def add_unanswered_seconds(self, seconds: float) -> bool:
         """Add `seconds` to the time for which the loop has not answered the last ping.
@@ -111,7 +111,7 @@ class LoopMonitor:
         if self.is_blocked and not was_blocked:
             _warn_on_report_thread(
                 "event loop is blocked; use asyncio.to_thread for blocking code",
-                task=self._blocking_task(),
+                task=self._find_blocking_task(),
             )
         return self._waited >= self._max_block
 
@@ -123,19 +123,19 @@ class LoopMonitor:
     def _log_blocked_loop(self, seconds: float) -> None:
         log_stacks(
             log,
-            stacks_of_all_threads(self._thread),
+            format_stacks_of_all_threads(self._thread),
             "event loop blocked; leases are not renewed anymore",
             seconds=round(seconds, 3),
-            task=self._blocking_task(),
+            task=self._find_blocking_task(),
         )
 
-    def _record_answer(self, ping: int, asked_at: float) -> None:
+    def _record_ping_answer(self, ping: int, asked_at: float) -> None:
         """Record the answer to a ping. Called on the handlers' loop."""
         self._answered_at = time.monotonic()
         self.lag = self._answered_at - asked_at
         self._pong = ping
 
-    def _blocking_task(self) -> str:
+    def _find_blocking_task(self) -> str:
         task = asyncio.current_task(self._loop)
         return "no task" if task is None else task.get_name()
 
@@ -155,7 +155,7 @@ def write_report_on_thread(write: Callable[[], None]) -> None:
     """
     errors: list[BaseException] = []
 
-    def write_and_catch() -> None:
+    def write_report_and_log_error() -> None:
         try:
             write()
         except BaseException as error:  # noqa: BLE001 - raised on the calling thread
@@ -164,7 +164,7 @@ def write_report_on_thread(write: Callable[[], None]) -> None:
     thread = threading.Thread(
         # Copy this thread's context: without it, the log records would lack the pool's ids.
         target=copy_context().run,
-        args=(write_and_catch,),
+        args=(write_report_and_log_error,),
         name="workpool-report",
         daemon=True,
     )
@@ -190,7 +190,7 @@ def thread_stack(ident: int) -> str | None:
     return None if frame is None else "".join(traceback.format_stack(frame, FRAMES_MAX))
 
 
-def stack_of_task(task: asyncio.Task[object]) -> str:
+def format_stack_of_task(task: asyncio.Task[object]) -> str:
     """Return the stack of a waiting task as text: a frame for each coroutine of its await chain.
 
     `Task.print_stack` prints the outermost coroutine only, which is the pool's own.
@@ -205,7 +205,7 @@ def stack_of_task(task: asyncio.Task[object]) -> str:
     return f"Task {task.get_name()} (most recent call last):\n{''.join(frames)}"
 
 
-def stacks_of_all_threads(first: int) -> str:
+def format_stacks_of_all_threads(first: int) -> str:
     """Return the current stacks of all threads as text, with at most 128,000 characters of frames.
 
     Args:

@@ -137,7 +137,7 @@ class Dispatcher:
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = self._remember_item(item.id) or item.held_before
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
-        age = _item_age_seconds(work_item) if origin == "new" else None
+        age = _compute_item_age_seconds(work_item) if origin == "new" else None
         self._context.observe(ItemReceived, work_item, origin, age)
         if owned is not None:
             self._handle_redelivery(owned, polled_at)
@@ -173,7 +173,7 @@ class Dispatcher:
         """
         if owned.state == "delivered":
             owned.polled_at = polled_at
-        if owned.handler_runs:
+        if owned.is_handler_running:
             self._context.renewer.send_heartbeat_soon(owned.lease)
         else:
             owned.delivered_at = self._context.clock()
@@ -286,7 +286,7 @@ class Dispatcher:
     def _fill_slots(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
-        while not self._context.draining and (item := queue.take_item()) is not None:
+        while not self._context.draining and (item := queue.take_item_for_slot()) is not None:
             self._start_item(item)
 
     def _start_item(self, item: PoolItem) -> None:
@@ -317,7 +317,7 @@ class Dispatcher:
         self.forget_waiting_items()
         for item in self.items.copy_items():
             item.notify_waiters()
-            if item.handler_runs and item.session is not None:
+            if item.is_handler_running and item.session is not None:
                 item.session.interrupt(draining=True)
                 mark = self.runner.completion.exclude_running_session_from_attempts(item)
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
@@ -346,7 +346,7 @@ class Dispatcher:
         An item whose stuck handler has just ended counts, because its completion still runs.
         """
         running = self._context.queue.running
-        return running - sum(item.handler_runs for item in self.executor.stuck)
+        return running - sum(item.is_handler_running for item in self.executor.stuck)
 
     async def wait_for_attempt_exclusions(self, seconds: float) -> None:
         """Wait for the writes that exclude runs of stuck handlers from the attempts.
@@ -368,7 +368,7 @@ class Dispatcher:
         return len(running)
 
 
-def _item_age_seconds(item: WorkItem) -> float | None:
+def _compute_item_age_seconds(item: WorkItem) -> float | None:
     if item.created_at is None:
         return None
     return max(0.0, (datetime.now(UTC) - item.created_at).total_seconds())

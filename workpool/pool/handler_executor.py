@@ -19,13 +19,13 @@ from workpool.events import HandlerRetried, SessionStarted
 from workpool.log_fields import pool_logger
 from workpool.pool.completion import (
     DRAIN_REASON,
+    find_expected_outcome,
     find_raised_release,
     iterate_leaf_errors,
-    outcome_expected,
     safe_str,
 )
-from workpool.pool.diagnostics import log_stacks, stack_of_task
-from workpool.pool.handler_result import metadata_from_result
+from workpool.pool.diagnostics import format_stack_of_task, log_stacks
+from workpool.pool.handler_result import make_metadata_from_result
 from workpool.pool.pool_item import EndReason
 from workpool.session import CURRENT, PoolRelease, Release
 from workpool.wire.client_dialects import DIALECTS
@@ -97,10 +97,10 @@ class HandlerExecutor:
         if timeout is not None:
             self.cancel_handler_later(item, EndReason.TIMED_OUT, timeout)
         stall = self._stall_timeout if handler.stall_timeout is None else handler.stall_timeout
-        if stall is not None and item.handler_runs:
+        if stall is not None and item.is_handler_running:
             self._watch_progress(item, stall)
         try:
-            await future_of_task_end(task)
+            await make_task_end_future(task)
         finally:
             if item.timer is not None:
                 self._stop_cancellation_timer(item)
@@ -111,11 +111,11 @@ class HandlerExecutor:
             # If the handler raised a KeyboardInterrupt, raise it here, too: it must not be lost.
             task.result()
         elif item.cancelled_for is None:
-            self._record_error(item, asyncio.CancelledError("leaked from the handler"))
+            self._record_handler_error(item, asyncio.CancelledError("leaked from the handler"))
 
     def cancel_handler_later(self, item: PoolItem, reason: EndReason, seconds: float) -> None:
         """Cancel the handler after `seconds`, unless it will be cancelled earlier anyway."""
-        if item.cancelled_for is not None or not item.handler_runs:
+        if item.cancelled_for is not None or not item.is_handler_running:
             return
         loop = asyncio.get_running_loop()
         at = loop.time() + seconds
@@ -171,7 +171,7 @@ class HandlerExecutor:
         if lateness >= LATE_SECONDS:
             late += lateness
         silence = max(0.0, item.seconds_without_progress(now) - late)
-        if not item.handler_runs:
+        if not item.is_handler_running:
             return
         if silence < stall:
             self._watch_progress(item, stall, silence, late)
@@ -200,7 +200,7 @@ class HandlerExecutor:
     def _report_stuck_handler(self, item: PoolItem, task: asyncio.Task[object]) -> None:
         log_stacks(
             log,
-            self._threads.stack_of_item(item) or stack_of_task(task),
+            self._threads.stack_of_item(item) or format_stack_of_task(task),
             "handler ignores its cancellation",
             work_id=item.id,
             handler=item.handler_label,
@@ -235,21 +235,21 @@ class HandlerExecutor:
         CURRENT.set(ref(session))
         self._observe(SessionStarted, session, handler.name)
         try:
-            # Call `metadata_from_result` inside this `try`, too: it reads the returned mapping,
-            # whose class may be code of the handler and raise any error.
+            # Call `make_metadata_from_result` inside this `try`, too: it reads the returned
+            # mapping, whose class may be code of the handler and raise any error.
             contexts = self._plugins.session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
-                call = self._prepare_call(item, handler)
+                call = self._make_handler_call(item, handler)
             if contexts:
                 item.result = await self._call_in_contexts(contexts, item, call, session)
             elif (returned := await call(session)) is not None:
-                item.result = metadata_from_result(returned, self._metadata_limits)
+                item.result = make_metadata_from_result(returned, self._metadata_limits)
             item.add_end_reason(EndReason.RETURNED)
         except (asyncio.CancelledError, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
-            self._record_error(item, error)
+            self._record_handler_error(item, error)
 
     async def _call_in_contexts(
         self, contexts: list[Context], item: PoolItem, call: Call, session: Session
@@ -260,19 +260,19 @@ class HandlerExecutor:
                 await stack.enter_async_context(context)
             error: BaseException | None = None
             try:
-                return metadata_from_result(await call(session), self._metadata_limits)
+                return make_metadata_from_result(await call(session), self._metadata_limits)
             except BaseException as raised:
                 error = raised
                 raise
             finally:
-                session.outcome = outcome_expected(item, error, self._clock())
+                session.outcome = find_expected_outcome(item, error, self._clock())
                 # Break the reference cycle between error, traceback and frame, which would keep the
                 # session in memory until the next garbage collection.
                 error = None
         # If a plugin's context manager has suppressed the handler's error, there is no result.
         return {}
 
-    def _prepare_call(self, item: PoolItem, handler: Handler) -> Call:
+    def _make_handler_call(self, item: PoolItem, handler: Handler) -> Call:
         """Return a function that calls the handler with its retries, on a thread if necessary."""
         call = cast("Call", handler.call)
         if handler.blocking:
@@ -347,7 +347,7 @@ class HandlerExecutor:
             return False
         return True
 
-    def _record_error(self, item: PoolItem, error: BaseException) -> None:
+    def _record_handler_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
             return  # The abandonment of the session has already reported its end.
         release = find_raised_release(error)
@@ -384,7 +384,7 @@ def _is_retryable(retry: Retry | None, error: Exception, session: Session) -> Ty
     )
 
 
-def future_of_task_end(task: asyncio.Task[object]) -> asyncio.Future[None]:
+def make_task_end_future(task: asyncio.Task[object]) -> asyncio.Future[None]:
     """Return a future that is done when the task has ended.
 
     A caller that is cancelled while it awaits this future does not cancel the task.
@@ -401,7 +401,7 @@ def future_of_task_end(task: asyncio.Task[object]) -> asyncio.Future[None]:
 
 
 @asynccontextmanager
-async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
+async def open_handler_task_group() -> AsyncIterator[asyncio.TaskGroup]:
     """Open a task group that the pool can leave while a handler in it still runs.
 
     A handler that ignores its cancellation would keep the pool from leaving a normal group. This
@@ -410,12 +410,12 @@ async def handler_group() -> AsyncIterator[asyncio.TaskGroup]:
     opened, closing = asyncio.Event(), asyncio.Event()
     group = asyncio.TaskGroup()
 
-    async def run_group() -> None:
+    async def run_task_group() -> None:
         async with group:
             opened.set()
             await closing.wait()
 
-    task = asyncio.get_running_loop().create_task(run_group(), name="workpool-handlers")
+    task = asyncio.get_running_loop().create_task(run_task_group(), name="workpool-handlers")
     try:
         await opened.wait()
         yield group

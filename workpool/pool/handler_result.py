@@ -21,7 +21,7 @@ RESULT: Final = "workpool.result"
 """The metadata key of a result that is not a mapping of strings."""
 
 
-def metadata_from_result(returned: object, limits: MetadataLimits | None) -> Mapping[str, str]:
+def make_metadata_from_result(returned: object, limits: MetadataLimits | None) -> Mapping[str, str]:
     """Return the metadata for the result of a handler; empty for None.
 
     A mapping is copied, because other code may change it later.
@@ -40,12 +40,12 @@ def metadata_from_result(returned: object, limits: MetadataLimits | None) -> Map
         returned = dict(returned.items())
         if all(isinstance(text, str) for pair in returned.items() for text in pair):
             for key in returned:
-                _check_text(key, returned[key])
-            return _check_limits(returned, limits)
-    return _check_limits({RESULT: _to_json(returned)}, limits)
+                _check_text_is_encodable(key, returned[key])
+            return _check_result_limits(returned, limits)
+    return _check_result_limits({RESULT: _encode_result_as_json(returned)}, limits)
 
 
-def _to_json(value: object) -> str:
+def _encode_result_as_json(value: object) -> str:
     try:
         return orjson.dumps(value, default=_to_dict_or_list).decode()
     except TypeError as error:
@@ -66,7 +66,7 @@ def _to_dict_or_list(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
-def _check_text(key: str, value: str) -> None:
+def _check_text_is_encodable(key: str, value: str) -> None:
     """Raise `ResultError` if UTF-8 cannot encode the key or the value, as with lone surrogates."""
     try:
         key.encode()
@@ -75,22 +75,26 @@ def _check_text(key: str, value: str) -> None:
         raise ResultError(key, "has a character that UTF-8 cannot encode") from error
 
 
-def _check_limits(result: Mapping[str, str], limits: MetadataLimits | None) -> Mapping[str, str]:
+def _check_result_limits(
+    result: Mapping[str, str], limits: MetadataLimits | None
+) -> Mapping[str, str]:
     """Raise `ResultError` if the result exceeds a limit of the dialect; else return the result."""
     if limits is None:
         return result
     for number, (key, value) in enumerate(result.items(), 1):
         if number > limits.pairs:
-            _raise_over_limit(key, "is pair", number, limits.pairs)
+            _raise_result_over_limit(key, "is pair", number, limits.pairs)
         if len(key) > limits.key_characters:
-            _raise_over_limit(key, "is a key whose length is", len(key), limits.key_characters)
+            _raise_result_over_limit(
+                key, "is a key whose length is", len(key), limits.key_characters
+            )
         if len(value) > limits.value_characters:
-            _raise_over_limit(
+            _raise_result_over_limit(
                 key, "has a value whose length is", len(value), limits.value_characters
             )
     return result
 
 
-def _raise_over_limit(key: str, problem: str, size: int, limit: int) -> None:
+def _raise_result_over_limit(key: str, problem: str, size: int, limit: int) -> None:
     text = f"{problem} {size}; the dialect allows {limit}"
     raise ResultError(key, text, size=size, limit=limit)

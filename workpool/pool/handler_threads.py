@@ -71,9 +71,9 @@ class HandlerThreads:
             Release: The machine cannot start a thread.
         """
         async with asyncio.TaskGroup() as group:
-            calls = _ThreadCalls(item, group, self._clock)
+            calls = _LoopCallsFromThread(item, group, self._clock)
             blocking = BlockingSession(session, calls)
-            waiting = group.create_task(_forward_interruption(session, blocking))
+            waiting = group.create_task(_interrupt_blocking_session(session, blocking))
             try:
                 outcome = await self._run_function(item, function, blocking, calls)
             finally:
@@ -91,7 +91,11 @@ class HandlerThreads:
             raise RuntimeError("KeyboardInterrupt in a plain handler") from error
 
     async def _run_function(
-        self, item: PoolItem, function: Function, blocking: BlockingSession, calls: _ThreadCalls
+        self,
+        item: PoolItem,
+        function: Function,
+        blocking: BlockingSession,
+        calls: _LoopCallsFromThread,
     ) -> object:
         run = functools.partial(copy_context().run, self._wrap_function(item, function), blocking)
         try:
@@ -144,11 +148,11 @@ class HandlerThreads:
         await self._threads.close()
 
 
-class _ThreadCalls:
+class _LoopCallsFromThread:
     """Runs coroutines on the handlers' loop for the thread of one plain handler.
 
-    `run_on_loop` and `enter_on_loop` block the calling thread until the coroutine has ended. They
-    may be used on any thread but the loop's; the other methods are used on the loop.
+    `run_on_loop` and `enter_context_on_loop` block the calling thread until the coroutine has
+    ended. They may be used on any thread but the loop's; the other methods are used on the loop.
     """
 
     def __init__(self, item: PoolItem, group: asyncio.TaskGroup, clock: Clock) -> None:
@@ -170,7 +174,9 @@ class _ThreadCalls:
         return self._submit_call(make).result()
 
     @contextmanager
-    def enter_on_loop(self, make: Callable[[], AbstractAsyncContextManager[T]]) -> Iterator[T]:
+    def enter_context_on_loop(
+        self, make: Callable[[], AbstractAsyncContextManager[T]]
+    ) -> Iterator[T]:
         """Return a blocking context manager around the asynchronous one that `make` returns.
 
         The asynchronous context manager is entered and left on the loop, in one task.
@@ -188,15 +194,15 @@ class _ThreadCalls:
                 await left
 
         ended = self._submit_call(keep_context_open)
-        ended.add_done_callback(functools.partial(_fail_if_not_entered, entered))
+        ended.add_done_callback(functools.partial(_set_error_if_not_entered, entered))
         value, left = entered.result()
         try:
             yield value
         except BaseException as error:
-            self._leave_on_loop(left, error)
+            self._exit_context_on_loop(left, error)
             ended.result()  # An error of the context manager replaces the error of the block.
             raise
-        self._leave_on_loop(left, None)
+        self._exit_context_on_loop(left, None)
         ended.result()
 
     def cancel_calls(self) -> None:
@@ -221,18 +227,18 @@ class _ThreadCalls:
 
     def _start_call(self, make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
         if self._closed:
-            future.set_exception(self._error_of_ended_call())
+            future.set_exception(self._make_error_of_ended_call())
             return
-        task = self._group.create_task(_run_into_future(make, future))
+        task = self._group.create_task(_run_and_set_future(make, future))
         self._tasks.add(task)
         task.add_done_callback(functools.partial(self._on_call_ended, future))
 
     def _on_call_ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not future.done():  # A cancelled task has set no result, so set an error.
-            future.set_exception(self._error_of_ended_call())
+            future.set_exception(self._make_error_of_ended_call())
 
-    def _error_of_ended_call(self) -> SessionGoneError:
+    def _make_error_of_ended_call(self) -> SessionGoneError:
         """Return the error to raise from a call that was cancelled or is not allowed anymore.
 
         `LeaseLost` if the lease was lost, else `SessionEnded`.
@@ -243,7 +249,9 @@ class _ThreadCalls:
             return error
         return SessionEnded(self._item.id)
 
-    def _leave_on_loop(self, left: asyncio.Future[None], error: BaseException | None) -> None:
+    def _exit_context_on_loop(
+        self, left: asyncio.Future[None], error: BaseException | None
+    ) -> None:
         def finish_context() -> None:
             if left.done():
                 return  # A cancelled task has already left the context manager.
@@ -258,7 +266,7 @@ class _ThreadCalls:
             raise SessionEnded(self._item.id) from error
 
 
-async def _run_into_future(make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
+async def _run_and_set_future(make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
     try:
         result = await make()
     except asyncio.CancelledError:
@@ -269,12 +277,12 @@ async def _run_into_future(make: Callable[[], Awaitable[T]], future: Future[T]) 
         future.set_result(result)
 
 
-def _fail_if_not_entered(entered: Future[Any], ended: Future[None]) -> None:
+def _set_error_if_not_entered(entered: Future[Any], ended: Future[None]) -> None:
     if not entered.done():
         entered.set_exception(ended.exception() or RuntimeError("the context was not entered"))
 
 
-async def _forward_interruption(session: Session, blocking: BlockingSession) -> None:
+async def _interrupt_blocking_session(session: Session, blocking: BlockingSession) -> None:
     """Wait until the session is stopping or draining; then interrupt the `BlockingSession`."""
     await session.interrupted()
     blocking.interrupt()

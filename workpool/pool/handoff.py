@@ -5,7 +5,7 @@ takes the item. That heartbeat and the pool's next one expect the same last hear
 one of the two succeeds. Until it is known which one succeeded, nothing else is sent for the item: a
 stop or metadata request would be accepted even from the process that has lost the item.
 
-`hand_off` and `settle_handoff` run on the handlers' loop; `HandoffRun` runs on the renewer's.
+`hand_off` and `finish_handoff` run on the handlers' loop; `HandoffRun` runs on the renewer's.
 See workpool/docs/architecture.md, "Handing an item off".
 """
 
@@ -58,11 +58,11 @@ class HandoffRun:
             if await self._send_heartbeat():
                 lease.suspend_heartbeats()
                 handoff.last_heartbeat, handoff.ttl = lease.expected, round(lease.ttl)
-                self._set_state("open")
+                self._set_handoff_state("open")
                 await self._wait_for_child()
                 await self._send_heartbeat()
         finally:
-            self._set_state("closed")
+            self._set_handoff_state("closed")
 
     async def _send_heartbeat(self) -> bool:
         """Send a heartbeat, or wait for the one in flight; return whether the lease is held."""
@@ -103,14 +103,14 @@ class HandoffRun:
             return True
         if item is None:
             return True
-        status = lease.status_from_read(item)
+        status = lease.find_status_in_read_item(item)
         if status != "held":
             lease.end_lease(status, "taken")
             self._renewer.report_lease_change(self._item)
         # If an operator asks to stop the item, do not wait for the child, which may never start.
         return status == "held" and item.state != STOPPING
 
-    def _set_state(self, state: Literal["open", "closed"]) -> None:
+    def _set_handoff_state(self, state: Literal["open", "closed"]) -> None:
         self._handoff.state = state
         self._renewer.report_lease_change(self._item)
 
@@ -126,32 +126,32 @@ async def hand_off(
     sender.end_waits_for_answers(item)
     renewer.start_handoff_task(HandoffRun(item, handoff, renewer).run_handoff, "handoff")
     try:
-        yield await _wait_until_handoff_open(item, handoff, context, sender)
-        renewer.call_on_loop(handoff.note_child_started)
+        yield await _wait_for_lease_to_hand_off(item, handoff, context, sender)
+        renewer.call_on_loop(handoff.record_child_started)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
-        renewer.call_on_loop(handoff.request_take_back)
+        renewer.call_on_loop(handoff.request_handoff_take_back)
         # Do not wait for the end of the handoff, since a cancelled handler must end at once. The
-        # session runner waits for it in `settle_handoff`.
+        # session runner waits for it in `finish_handoff`.
         raise
     except BaseException:
-        await settle_handoff(item, handoff, renewer)
+        await finish_handoff(item, handoff, renewer)
         raise
     if lease.status != "handed_off":
         sender.check_may_send(item, by_handler=False)
         raise HandoverError(item.id)
 
 
-async def settle_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
+async def finish_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
     """Take the item back unless a child has it, and wait until the handoff is closed."""
     if handoff.state != "closed":
-        renewer.call_on_loop(handoff.request_take_back)
+        renewer.call_on_loop(handoff.request_handoff_take_back)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     if item.lease.status == "handed_off":
         log.info("handed off", extra={"work_id": item.id})
 
 
-async def _wait_until_handoff_open(
+async def _wait_for_lease_to_hand_off(
     item: PoolItem, handoff: Handoff, context: PoolContext, sender: ItemSender
 ) -> HandedLease:
     lease = item.lease

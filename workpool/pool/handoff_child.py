@@ -15,7 +15,7 @@ from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.pool.call_permissions import read_item
 from workpool.pool.dispatcher import Dispatcher
-from workpool.pool.handler_executor import handler_group
+from workpool.pool.handler_executor import open_handler_task_group
 from workpool.pool.poller import PollerGroup
 from workpool.pool.status import PoolView
 from workpool.pool.supervisor import Supervisor
@@ -67,12 +67,12 @@ class HandoffChild(Supervisor):
         self._last_heartbeat = last_heartbeat
 
     async def _run_pool(self, context: PoolContext) -> None:
-        async with handler_group() as handlers, asyncio.TaskGroup() as working:
+        async with open_handler_task_group() as handlers, asyncio.TaskGroup() as working:
             end = functools.partial(self._drain.request, self.settings.drain_timeout)
             group = PollerGroup(
                 context, until_empty=False, on_fatal=self._end_with_error, on_empty=end
             )
-            dispatcher = Dispatcher(context, working, handlers, group.note_ack_result)
+            dispatcher = Dispatcher(context, working, handlers, group.record_ack_result)
             self._view = PoolView(context, dispatcher, group, [], self._drain)
             holding = working.create_task(self._run_item(context, dispatcher), name="hold")
             self._opened.set()

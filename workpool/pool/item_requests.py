@@ -122,7 +122,7 @@ class ItemSender:
         lease.check_held(self._clock() if now is None else now)
         if item.handoff is not None and item.handoff.state != "closed":
             raise LeaseLost(item.id)
-        if by_handler and (item.cancelled_for is not None or not item.handler_runs):
+        if by_handler and (item.cancelled_for is not None or not item.is_handler_running):
             raise SessionEnded(item.id)
 
     def check_may_write(
@@ -182,12 +182,12 @@ class ItemSender:
         options = CallOptions(check, request.priority, False, True)  # noqa: FBT003 - in the order of its fields
         while True:
             try:
-                return await self._try_call_once(item, call, request, until, options)
+                return await self._try_request_once(item, call, request, until, options)
             except TransientError as error:
                 failure = error
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             options = options._replace(new_connection=failure.reason in {"timeout", "network"})
-            left = self._seconds_left(item, until, self._clock())
+            left = self._send_time_left(item, until, self._clock())
             # Wait for at most half of the remaining time, even if the Retry-After is longer: time
             # must be left for another try. If the stop of an ended session were never sent, another
             # worker would run the item again.
@@ -216,7 +216,7 @@ class ItemSender:
             now = self._clock()
             self.check_may_send(item, by_handler=True, now=now)
             try:
-                with TimeLimit(self._seconds_left(item, until, now), open_limits=item.open_sends):
+                with TimeLimit(self._send_time_left(item, until, now), open_limits=item.open_sends):
                     return await call()
             except TimeoutError:
                 self.check_may_send(item, by_handler=True)
@@ -228,7 +228,7 @@ class ItemSender:
         for bound in list(item.open_sends):
             bound.end_wait()
 
-    async def _try_call_once(
+    async def _try_request_once(
         self,
         item: PoolItem,
         call: Call[T],
@@ -240,10 +240,10 @@ class ItemSender:
         self.check_may_send(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
-                with TimeLimit(self._seconds_left(item, until, now), open_limits=item.open_sends):
+                with TimeLimit(self._send_time_left(item, until, now), open_limits=item.open_sends):
                     await self._client.acquire_permit(request.priority)
                 now = self._clock()
-            seconds = min(self._request_timeout, self._seconds_left(item, until, now) / TRY_PART)
+            seconds = min(self._request_timeout, self._send_time_left(item, until, now) / TRY_PART)
             with TimeLimit(None, open_limits=item.open_sends):
                 return await call(options, seconds)
         except TimeoutError:
@@ -262,7 +262,7 @@ class ItemSender:
             return True
         return lease.is_over
 
-    def _seconds_left(self, item: PoolItem, until: float, now: float) -> float:
+    def _send_time_left(self, item: PoolItem, until: float, now: float) -> float:
         left = item.lease.remaining_seconds(now)
         if until == math.inf:
             return left
@@ -321,7 +321,7 @@ class HeartbeatSender:
                 )
             except SessionGoneError:
                 # `_check_lease` raised the error right before the request, so nothing was sent.
-                lease.note_heartbeat_unsent(attempt)
+                lease.record_unsent_heartbeat(attempt)
                 return False
             except ControlPlaneErrors as error:
                 outcome = error
@@ -331,7 +331,7 @@ class HeartbeatSender:
                 decision = await self._read_item(lease, attempt, decision, look_up=look_up)
         finally:
             if lease.in_flight:
-                lease.note_heartbeat_unanswered()
+                lease.record_unanswered_heartbeat()
         if decision.result is not None:
             self._observe(HeartbeatFinished, lease.item, decision.result, attempt.lag)
         return decision.then == "held"

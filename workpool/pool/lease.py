@@ -295,7 +295,7 @@ class Lease:
             ended = self.closed or self.status in {"stopped", "handed_off"}
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
-    def note_stop_sent(self) -> None:
+    def record_stop_sent(self) -> None:
         """Record that this pool sends a stop; the control plane may apply it from now on.
 
         Called on the handlers' loop only.
@@ -355,9 +355,9 @@ class Lease:
     ) -> HeartbeatAttempt:
         """Record that a heartbeat is being sent, and return its parameters.
 
-        The caller must then call `apply_answer`, `note_heartbeat_unsent` or
-        `note_heartbeat_unanswered`. `clock_offset` is the number of seconds by which the wall clock
-        is ahead of the lease clock.
+        The caller must then call `apply_answer`, `record_unsent_heartbeat` or
+        `record_unanswered_heartbeat`. `clock_offset` is the number of seconds by which the wall
+        clock is ahead of the lease clock.
         """
         self.in_flight = True
         last = self._release_ttl is not None
@@ -372,12 +372,12 @@ class Lease:
         timeout = max(0.001, min(self._request_timeout, self.ttl / TIMEOUT_PART, left))
         return HeartbeatAttempt(now, self.expected, ttl, timeout, before, lag, clock_offset, last)
 
-    def note_heartbeat_unsent(self, attempt: HeartbeatAttempt) -> None:
+    def record_unsent_heartbeat(self, attempt: HeartbeatAttempt) -> None:
         """Record that the heartbeat was not sent."""
         self.in_flight = False
         self._set_deadline(attempt.deadline, self.ttl)
 
-    def note_heartbeat_unanswered(self) -> None:
+    def record_unanswered_heartbeat(self) -> None:
         """Record that no answer to the heartbeat came; the control plane may have applied it."""
         self.in_flight = False
         self._unanswered = True
@@ -389,9 +389,9 @@ class Lease:
         if self.status != "held":
             decision = IGNORED  # The lease has ended while the heartbeat was in flight.
         elif isinstance(outcome, Heartbeat):
-            decision = self._apply_success(now, attempt, outcome)
+            decision = self._apply_heartbeat_success(now, attempt, outcome)
         else:
-            decision = self._apply_error(now, attempt, outcome)
+            decision = self._apply_heartbeat_error(now, attempt, outcome)
         self.in_flight = decision.then == "read"
         return decision
 
@@ -420,22 +420,22 @@ class Lease:
             # next heartbeat leads to another read, and not to the loss of the lease.
             self._unanswered = True
             return self._apply_error_consequence(now, classify_read_error(outcome), outcome)
-        status = self.status_from_read(outcome)
+        status = self.find_status_in_read_item(outcome)
         if status != "held":
             self.end_lease(status, "taken")
             return HeartbeatDecision("over", result_if_taken)
         self._unanswered = False
-        self.expected = _last_heartbeat_of(outcome)
+        self.expected = _find_last_heartbeat(outcome)
         if self._read_twice:
             # For the second time, the read contradicts the answer to the heartbeat. Wait before the
             # next heartbeat: otherwise such answers would cause a busy loop.
-            self._schedule_repeat(now)
+            self._schedule_heartbeat_retry(now)
         else:
             self._read_twice = True
             self.due_at = now
         return HeartbeatDecision("again", "recovered")
 
-    def status_from_read(self, item: WorkItem) -> LeaseStatus:
+    def find_status_in_read_item(self, item: WorkItem) -> LeaseStatus:
         """Return the status of the lease, as the item that was just read shows it.
 
         As long as `acknowledged_at` is that of this pool's ack, no other worker has acknowledged
@@ -455,7 +455,7 @@ class Lease:
             return "finished" if self.own_stop else "stopped"
         return "held" if ours and item.state != QUEUED else "lost"
 
-    def _apply_success(
+    def _apply_heartbeat_success(
         self, now: float, attempt: HeartbeatAttempt, heartbeat: Heartbeat
     ) -> HeartbeatDecision:
         if now >= attempt.deadline:
@@ -504,7 +504,7 @@ class Lease:
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
 
-    def _apply_error(
+    def _apply_heartbeat_error(
         self, now: float, attempt: HeartbeatAttempt, error: ControlPlaneError
     ) -> HeartbeatDecision:
         if isinstance(error, TransientError) and error.may_be_applied:
@@ -527,7 +527,7 @@ class Lease:
         self, now: float, consequence: ErrorConsequence, error: ControlPlaneError
     ) -> HeartbeatDecision:
         if consequence.then == "repeat":
-            self._schedule_repeat(now, getattr(error, "retry_after", None) or 0.0)
+            self._schedule_heartbeat_retry(now, getattr(error, "retry_after", None) or 0.0)
             return HeartbeatDecision("again", consequence.result)
         self.end_lease("lost", "taken" if consequence.then == "read" else consequence.then)
         return HeartbeatDecision("over", consequence.result)
@@ -538,7 +538,7 @@ class Lease:
         self.deadline = deadline
         self.give_up_at = deadline - self._margin
 
-    def _schedule_repeat(self, now: float, retry_after: float = 0.0) -> None:
+    def _schedule_heartbeat_retry(self, now: float, retry_after: float = 0.0) -> None:
         part = RETRY_PARTS[min(self._failures, len(RETRY_PARTS) - 1)]
         self._failures += 1
         # Wait for at most half of the remaining time, even if the Retry-After is longer, so that
@@ -547,7 +547,7 @@ class Lease:
         self.due_at = now + max(self.ttl / part, min(retry_after, left / 2))
 
 
-def _last_heartbeat_of(item: WorkItem) -> str:
+def _find_last_heartbeat(item: WorkItem) -> str:
     # A `starting` item has had no heartbeat under this lease. Its `last_heartbeat` is one of an
     # earlier lease, and the next heartbeat must not expect it.
     fresh = item.state == STARTING or item.last_heartbeat is None

@@ -285,7 +285,7 @@ class LeaseRenewer:
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
             error = failure
-        self._call_on_handlers_loop(functools.partial(_set_future_done, ended, error))
+        self._call_on_handlers_loop(functools.partial(_complete_future, ended, error))
 
     def _send_unscheduled_heartbeat(self, lease: Lease, plan: Callable[[float], None]) -> None:
         if lease in self._leases and not lease.is_over:
@@ -512,7 +512,7 @@ class LeaseRenewer:
         self._watched_at = times
         if not self._handlers_loop.is_running():
             self._on_handlers_loop_ended()
-        elif self.monitor.ping_answered:
+        elif self.monitor.is_ping_answered:
             if self.monitor.lag is not None:
                 self._callbacks.observe(LoopLagMeasured, self.monitor.lag)
             self.renewing = True
@@ -533,7 +533,7 @@ def _lease_deadline(lease: Lease) -> float:
     return lease.deadline
 
 
-def _set_future_done(future: asyncio.Future[None], error: BaseException | None) -> None:
+def _complete_future(future: asyncio.Future[None], error: BaseException | None) -> None:
     if not future.done():
         if error is None:
             future.set_result(None)

@@ -55,7 +55,7 @@ def live_status(
     """
     snapshot = view.snapshot()
     counts = counts_by_environment.get(worker["environment_id"], {})
-    sessions = sorted(_items_with_running_handler(view), key=lambda item: item.acked_at)
+    sessions = sorted(_find_items_with_running_handler(view), key=lambda item: item.acked_at)
     now = view.context.clock()
     return {
         **worker,
@@ -70,8 +70,8 @@ def live_status(
             "answers": counts.get(("workpool_poll_duration_seconds_count", ""), 0),
             "seconds": counts.get(("workpool_poll_duration_seconds_sum", ""), 0),
         },
-        "outcomes": _counts_by_label(counts, "workpool_sessions_total"),
-        "reclaims": _counts_by_label(counts, "workpool_reclaims_total"),
+        "outcomes": _group_counts_by_label(counts, "workpool_sessions_total"),
+        "reclaims": _group_counts_by_label(counts, "workpool_reclaims_total"),
         "leases": {
             "held": sum(snapshot.leases.values()),
             "shortest_seconds": snapshot.lease_remaining_min,
@@ -79,12 +79,12 @@ def live_status(
         "loop_blocked_seconds": snapshot.loop_blocked,
         "sessions_running": len(sessions),
         "sessions": [
-            _session_status(item, now, show_ids=show_ids) for item in sessions[:SESSIONS_MAX]
+            _make_session_status(item, now, show_ids=show_ids) for item in sessions[:SESSIONS_MAX]
         ],
     }
 
 
-def merged_status(
+def merge_statuses(
     worker: Mapping[str, str],
     statuses: Sequence[Mapping[str, Any]],
     slots_limit: int,
@@ -145,11 +145,11 @@ def _sum_counts(statuses: Sequence[Mapping[str, Any]], name: str) -> dict[str, f
     return dict(sums)
 
 
-def _items_with_running_handler(view: PoolView) -> Iterator[PoolItem]:
-    return (item for item in view.dispatcher.items.copy_items() if item.handler_runs)
+def _find_items_with_running_handler(view: PoolView) -> Iterator[PoolItem]:
+    return (item for item in view.dispatcher.items.copy_items() if item.is_handler_running)
 
 
-def _session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, Any]:
+def _make_session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[str, Any]:
     ids = {"session_id": item.session_id, "work_id": item.id} if show_ids else {}
     return ids | {
         "handler": readable(item.handler_label, TEXT_CHARACTERS),
@@ -173,5 +173,5 @@ def read_counts(registry: CollectorRegistry) -> dict[str, Counts]:
     return found
 
 
-def _counts_by_label(counts: Counts, name: str) -> dict[str, float]:
+def _group_counts_by_label(counts: Counts, name: str) -> dict[str, float]:
     return {label: value for (sample, label), value in counts.items() if sample == name}

@@ -130,23 +130,23 @@ class PollerGroup:
                 # Another poller may extend the cooldown during this wait, so check it again.
                 await asyncio.sleep(seconds)
 
-    def hold_back_polls(self, seconds: float) -> None:
+    def begin_cooldown(self, seconds: float) -> None:
         """Begin a cooldown: no poller of the group polls for `seconds` from now."""
         until = asyncio.get_running_loop().time() + seconds
         self.cooldown_until = max(self.cooldown_until, until)
 
-    def note_poll_sent(self) -> None:
+    def record_poll_sent(self) -> None:
         """Record that a poll was sent, and is not answered yet."""
         self._in_flight += 1
 
-    def note_poll_answered(self) -> None:
+    def record_poll_answered(self) -> None:
         """Record that a poll has ended, with an answer or an error."""
         self._in_flight -= 1
         if self._until_empty:
             self._answered.set()
             self._answered = asyncio.Event()
 
-    def note_poll_success(self, at: float, *, null: bool) -> None:
+    def record_poll_success(self, at: float, *, null: bool) -> None:
         """Record a successful poll, and adjust the number of pollers.
 
         Args:
@@ -167,7 +167,7 @@ class PollerGroup:
         if self.on_poll is not None:
             self.on_poll(idle)
 
-    def note_unreadable_item(self, error: UnreadableError) -> None:
+    def record_unreadable_item(self, error: UnreadableError) -> None:
         """Record a poll that brought an item that cannot be read; log each item once."""
         self.refused = False
         self._refused_since = None
@@ -184,7 +184,7 @@ class PollerGroup:
             extra={"work_id": shown, "error": str(error)},
         )
 
-    def note_poll_failure(self, error: ControlPlaneError) -> None:
+    def record_poll_failure(self, error: ControlPlaneError) -> None:
         """Record a failed poll.
 
         A refusal is fatal before the first success, and after `REFUSED_SECONDS` with refusals only.
@@ -205,7 +205,7 @@ class PollerGroup:
         """Halve the number of pollers after a 429."""
         self._set_number_of_pollers(self.target // 2, "throttled")
 
-    def note_ack_result(
+    def record_ack_result(
         self, error: RefusedError | ConflictError | PreconditionError | None
     ) -> None:
         """Record the result of an ack: None for success, or an error that may begin a cooldown."""
@@ -216,13 +216,13 @@ class PollerGroup:
                 self._conflict_backoff.reset()
         elif isinstance(error, RefusedError):
             self.ack_refused = True
-            self.hold_back_polls(self._ack_backoff.next_delay())
+            self.begin_cooldown(self._ack_backoff.next_delay())
         else:
             # Without this cooldown, two workers with the same rhythm could make each other's acks
             # fail forever: the poll of each would return the item just before the other's ack.
             seconds = self._conflict_backoff.next_delay()
             if self._conflict_backoff.failures > 1:
-                self.hold_back_polls(seconds)
+                self.begin_cooldown(seconds)
 
     async def end_if_queue_is_empty(self) -> None:
         """After a poll without an item, end a group that runs only until the queue is empty.
@@ -302,7 +302,7 @@ class Poller:
                     fatal.__cause__ = error
                     self._group.fail(fatal)
                     return
-                await self._sleep_in_state(self._backoff.next_delay())
+                await self._sleep_in_poller_state(self._backoff.next_delay())
 
     async def _poll_once(self) -> None:
         """Reserve a place in the queue, poll, and offer the item to the dispatcher.
@@ -319,7 +319,7 @@ class Poller:
         try:
             item, reception = await self._poll_and_offer()
         except UnreadableError as error:
-            await self._skip_item(error)
+            await self._skip_unreadable_item(error)
             return
         except ControlPlaneError as error:
             await self._back_off_after_error(error)
@@ -331,10 +331,12 @@ class Poller:
         if reception == "declined" or self._dispatcher.must_pause_between_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with
             # null, or with items that are declined or cannot be claimed.
-            await self._sleep_in_state(self._seconds_left_of_block(), "pacing")
-        elif reception == "aside" and self._context.queue.too_many_set_aside:
+            await self._sleep_in_poller_state(self._seconds_left_of_long_poll(), "pacing")
+        elif reception == "aside" and self._context.queue.too_many_items_set_aside:
             self.state = "pacing"
-            await self._context.queue.wait_while_too_many_set_aside(self._seconds_left_of_block())
+            await self._context.queue.wait_while_too_many_items_set_aside(
+                self._seconds_left_of_long_poll()
+            )
 
     async def _poll_and_offer(self) -> tuple[WorkItem | None, Reception]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
@@ -366,7 +368,7 @@ class Poller:
     async def _send_poll(self) -> WorkItem | None:
         self.state = "polling"
         started = self._polled_at = self._clock()
-        self._group.note_poll_sent()
+        self._group.record_poll_sent()
         result: PollResult = "error"
         try:
             item = await self._context.client.poll(self._block_ms, self._reclaim_older_than_ms)
@@ -379,18 +381,18 @@ class Poller:
                 result = "throttled" if error.reason == "throttled" else "timeout"
             raise
         finally:
-            self._group.note_poll_answered()
+            self._group.record_poll_answered()
             ended = self._clock()
             self._context.observe(PollFinished, result, ended - started)
         if self._backoff.failures:
             self._backoff.reset()
         self._unreadable = 0
-        self._group.note_poll_success(ended, null=item is None)
+        self._group.record_poll_success(ended, null=item is None)
         return item
 
     async def _back_off_after_error(self, failure: ControlPlaneError) -> None:
         reason, seconds = _wait_after_error(failure, self._backoff.next_delay())
-        self._group.note_poll_failure(failure)
+        self._group.record_poll_failure(failure)
         if self._group.ended:
             return  # Do not log the error: the supervisor logs it, and ends the pool with it.
         if isinstance(failure, RefusedError):
@@ -398,7 +400,7 @@ class Poller:
         if failure.status == HTTPStatus.TOO_MANY_REQUESTS:
             self._group.halve_pollers()
         if failure.status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
-            self._group.hold_back_polls(seconds)
+            self._group.begin_cooldown(seconds)
         log.warning(
             "poll failed: %s",
             failure,
@@ -409,9 +411,9 @@ class Poller:
             },
         )
         self._context.observe(PollerBackedOff, reason, seconds)
-        await self._sleep_in_state(seconds)
+        await self._sleep_in_poller_state(seconds)
 
-    async def _skip_item(self, failure: UnreadableError) -> None:
+    async def _skip_unreadable_item(self, failure: UnreadableError) -> None:
         """Leave an unreadable item of a poll to other workers, and wait briefly.
 
         The item is delivered repeatedly. With a backoff each time, a few such items would stop the
@@ -420,19 +422,19 @@ class Poller:
         """
         self._backoff.reset()
         self._unreadable += 1
-        self._group.note_unreadable_item(failure)
-        rest = self._seconds_left_of_block()
+        self._group.record_unreadable_item(failure)
+        rest = self._seconds_left_of_long_poll()
         seconds = min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest
-        await self._sleep_in_state(seconds, "pacing")
+        await self._sleep_in_poller_state(seconds, "pacing")
 
-    def _seconds_left_of_block(self) -> float:
+    def _seconds_left_of_long_poll(self) -> float:
         """Return the seconds that are left of `block_ms` since the start of the last poll.
 
         The result is negative if the poll took longer.
         """
         return self._polled_at + self._block_ms / 1000 - self._clock()
 
-    async def _sleep_in_state(self, seconds: float, state: PollerState = "backoff") -> None:
+    async def _sleep_in_poller_state(self, seconds: float, state: PollerState = "backoff") -> None:
         if seconds > 0:
             self.state = state
             await asyncio.sleep(seconds)

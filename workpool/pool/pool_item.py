@@ -120,12 +120,12 @@ class Handoff:
         """Wake the handoff's task, because a heartbeat was answered or the lease has ended."""
         self.changed.set()
 
-    def note_child_started(self) -> None:
+    def record_child_started(self) -> None:
         """Record that the child was started."""
         self.child_expected = True
         self.changed.set()
 
-    def request_take_back(self) -> None:
+    def request_handoff_take_back(self) -> None:
         """Let the handoff's task stop waiting for a child and take the item back."""
         self.taken_back = True
         self.changed.set()
@@ -249,7 +249,7 @@ class PoolItem:
         return hasattr(self, "lease")
 
     @property
-    def handler_runs(self) -> bool:
+    def is_handler_running(self) -> bool:
         """Whether the handler was called and has not ended yet, even if it was cancelled."""
         return self.handler_task is not None and not self.handler_task.done()
 
@@ -393,7 +393,7 @@ class Attempt:
         """
         return self._notes | self._number
 
-    def note_run_number_written(self) -> None:
+    def record_run_number_written(self) -> None:
         """Record that the result of `metadata_before_handler` was written."""
         self._notes, self._number = {}, {}
 

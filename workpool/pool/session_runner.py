@@ -40,10 +40,10 @@ from workpool.pool.completion import (
     NOTE_LIMIT,
     WRITE,
     Completion,
-    outcome_when_abandoned,
+    find_outcome_of_abandoned_session,
     safe_str,
 )
-from workpool.pool.handoff import hand_off, settle_handoff
+from workpool.pool.handoff import finish_handoff, hand_off
 from workpool.pool.item_requests import CALLS_PER_SESSION, SendOptions
 from workpool.pool.lease import Lease
 from workpool.pool.pool_item import Attempt, EndReason, RunCounts
@@ -163,7 +163,9 @@ class SessionRunner:
         if item.has_lease:
             self._context.renewer.remove_lease(item.lease)
         if item.session is not None:
-            self._report_session_end(item, item.session, outcome or outcome_when_abandoned(item))
+            self._report_session_end(
+                item, item.session, outcome or find_outcome_of_abandoned_session(item)
+            )
             # Break the reference cycle of session and item. Otherwise both would stay in memory
             # until the next garbage collection.
             item.session = None
@@ -182,7 +184,7 @@ class SessionRunner:
         elif lease.status == "stopped":
             self._executor.cancel_handler(item, EndReason.STOPPED)
         elif lease.stop_requested:
-            self._pass_on_stop_request(item, session)
+            self._interrupt_after_stop_request(item, session)
 
     async def _acknowledge_item(self, item: PoolItem) -> bool:
         now = self._context.clock()
@@ -227,7 +229,7 @@ class SessionRunner:
         await self._claimer.send_first_heartbeats(item)
         self._context.renewer.add_lease(lease, item)
         item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
-        must_count = self._counts_runs_itself() or bool(attempt.metadata_before_handler())
+        must_count = self._counts_runs_locally() or bool(attempt.metadata_before_handler())
         if must_count and item.reason is None and not self._context.draining:
             await self._write_run_number_if_needed(item, session, attempt)
             item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
@@ -235,7 +237,7 @@ class SessionRunner:
             item.counted = True
             self.on_claimed()
         if lease.stop_requested:
-            self._pass_on_stop_request(item, session)
+            self._interrupt_after_stop_request(item, session)
         if self._context.draining:
             item.add_end_reason(EndReason.DRAINED)
         return session
@@ -247,10 +249,10 @@ class SessionRunner:
         if item.mark_task is not None:
             await _wait_for_attempt_exclusion(item.mark_task)
         if item.handoff is not None:
-            await settle_handoff(item, item.handoff, self._context.renewer)
+            await finish_handoff(item, item.handoff, self._context.renewer)
         item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
 
-    def _pass_on_stop_request(self, item: PoolItem, session: Session) -> None:
+    def _interrupt_after_stop_request(self, item: PoolItem, session: Session) -> None:
         """Interrupt the session because of a stop request, and report the request once."""
         if not session.stopping:
             self._context.observe(StopRequested, item.work_item)
@@ -258,7 +260,7 @@ class SessionRunner:
             grace = self._context.settings.stop_grace
             self._executor.cancel_handler_later(item, EndReason.STOP_REQUESTED, grace)
 
-    def _counts_runs_itself(self) -> bool:
+    def _counts_runs_locally(self) -> bool:
         """Return whether `_runs` counts the runs, because their numbers cannot be written."""
         return "update" in self._context.optional.refused
 
@@ -266,7 +268,7 @@ class SessionRunner:
         self, item: PoolItem, session: Session, attempt: Attempt
     ) -> None:
         """Write the number of this run if necessary; end the session above `max_attempts`."""
-        counts_itself = self._counts_runs_itself()
+        counts_itself = self._counts_runs_locally()
         if counts_itself:
             attempt.set_number_from_counted_runs(self._runs.number_of_runs(item.id))
             session.attempt = attempt.number
@@ -285,7 +287,7 @@ class SessionRunner:
             await self.completion.write_metadata(
                 item, patch, WRITE._replace(seconds=ATTEMPT_SECONDS)
             )
-            attempt.note_run_number_written()
+            attempt.record_run_number_written()
         except SessionGoneError:
             item.add_end_reason(EndReason.LOST)
         except TransientError as error:
@@ -323,7 +325,9 @@ class SessionRunner:
         if outcome == "lease_lost":
             self._context.observe(SessionLost, item.work_item, item.lease.loss)
         elif outcome in FAILURES:
-            self._context.observe(SessionFailed, item.work_item, session_error_kind(item, outcome))
+            self._context.observe(
+                SessionFailed, item.work_item, find_session_error_kind(item, outcome)
+            )
         if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
             self._runs.count_run(item.id)
         session.outcome = outcome
@@ -349,7 +353,7 @@ class SessionRunner:
         self._context.observe(ItemReclaimed, item.work_item, "lost", stage)
 
 
-def session_error_kind(item: PoolItem, outcome: Outcome) -> SessionErrorKind:
+def find_session_error_kind(item: PoolItem, outcome: Outcome) -> SessionErrorKind:
     """Return the kind of error by which a session failed."""
     if isinstance(item.error, AttemptsExceeded):
         return "attempts_exceeded"
@@ -456,13 +460,13 @@ class SessionCalls:
         item = self._item.work_item
         return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
 
-    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make a call that writes to the session, with retries for `EVENTS_SECONDS`."""
         sent = await self._send_handler_call(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()
         return sent
 
-    async def await_within(
+    async def await_guarded_call(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
         """Await a call that reads the session, while the lease is held and the handler runs."""

@@ -3,8 +3,8 @@
 Each environment has a slot of its own, which its poll reserves while no session uses it. So an item
 never waits because the sessions of other environments occupy all slots. A further slot goes to the
 waiting environment with the fewest slots; among equals, to the one whose last slot was granted the
-longest time ago. Used on one event loop only; `available_to` may be read on any thread. See
-workpool/docs/architecture.md, "Slots of several environments".
+longest time ago. Used on one event loop only; `count_slots_available_to` may be called on any
+thread. See workpool/docs/architecture.md, "Slots of several environments".
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class SharedSlots:
 
     def grant_free_slots(self) -> None:
         """Give the free slots to the environments that wait for one, the lowest rank first."""
-        while (waiting := self._next_waiting_environment()) is not None:
+        while (waiting := self._find_next_waiting_environment()) is not None:
             share, use_slot = waiting
             share.taken += 1
             share.granted = next(self._order)
             use_slot()
 
-    def available_to(self, share: SlotShare) -> int:
+    def count_slots_available_to(self, share: SlotShare) -> int:
         """Return the number of further slots that an environment could take now."""
         common, most = self._count_free_slots()
         return min(common + (not share.taken), most)
@@ -64,9 +64,9 @@ class SharedSlots:
 
         The environment gets no slot if none is free, or if a waiting environment has a lower rank.
         """
-        if not self.available_to(share):
+        if not self.count_slots_available_to(share):
             return False
-        waiting = self._next_waiting_environment()
+        waiting = self._find_next_waiting_environment()
         if waiting is not None and waiting[0] is not share and waiting[0].rank <= share.rank:
             return False
         share.taken += 1
@@ -82,7 +82,7 @@ class SharedSlots:
         if used_up and self._uses is not None:
             self._uses -= 1
 
-    def _next_waiting_environment(self) -> tuple[SlotShare, Callable[[], None]] | None:
+    def _find_next_waiting_environment(self) -> tuple[SlotShare, Callable[[], None]] | None:
         """Return the waiting environment with the lowest rank, and a function that uses a new slot.
 
         The function starts an item or a poll of the environment in the slot. Returns None if no
@@ -135,7 +135,7 @@ class SlotShare:
     @property
     def available_slots(self) -> int:
         """The number of further slots that the environment could take now."""
-        return self._slots.available_to(self)
+        return self._slots.count_slots_available_to(self)
 
     def take_slot(self) -> bool:
         """Take a slot and return True; return False if none is free for this environment."""

@@ -65,7 +65,7 @@ class Status:
     idle_seconds: float
 
 
-def worker_scaling_numbers(status: Status) -> dict[str, float]:
+def compute_worker_scaling_numbers(status: Status) -> dict[str, float]:
     """Return the numbers of one worker for autoscalers, as a flat JSON object without ids.
 
     A slot is busy from the claim of its item to the end of the completion.
@@ -137,7 +137,7 @@ class PoolView:
             lease_remaining_min=min(
                 (lease.remaining_seconds(now) for lease in renewed), default=None
             ),
-            sessions=self._sessions_by_handler(now),
+            sessions=self._count_sessions_by_handler(now),
             draining=self.drain.requested.is_set(),
             paused=self._pause_flags(),
         )
@@ -150,12 +150,12 @@ class PoolView:
             "limit": limits is not None and limits.reached is not None,
         }
 
-    def _sessions_by_handler(self, now: float) -> list[tuple[str, int, float, float]]:
+    def _count_sessions_by_handler(self, now: float) -> list[tuple[str, int, float, float]]:
         running: Counter[str] = Counter()
         oldest: dict[str, float] = {}
         silence: dict[str, float] = {}
         for item in self.dispatcher.items.copy_items():
-            if item.handler_runs:
+            if item.is_handler_running:
                 running[item.handler_label] += 1
                 oldest[item.handler_label] = max(
                     oldest.get(item.handler_label, 0.0), now - item.acked_at
@@ -168,7 +168,7 @@ class PoolView:
     @property
     def claiming(self) -> bool:
         """Whether the pool claims items if it has room: no drain, pause or limit stops it."""
-        return not any(self._reasons_not_to_claim())
+        return not any(self._find_reasons_not_to_claim())
 
     @property
     def paused(self) -> bool:
@@ -188,9 +188,9 @@ class PoolView:
 
     def unready_reasons(self) -> list[str]:
         """The reasons why the pool is not ready, except a fatal error."""
-        return [*self._reasons_not_to_claim(), *self._operator_problems()]
+        return [*self._find_reasons_not_to_claim(), *self._find_operator_problems()]
 
-    def _reasons_not_to_claim(self) -> Iterator[str]:
+    def _find_reasons_not_to_claim(self) -> Iterator[str]:
         """Yield the reasons for which the pool claims no items, such as a drain or a pause."""
         if self.drain.requested.is_set():
             yield "draining"
@@ -201,7 +201,7 @@ class PoolView:
         if (refused := self.context.admission.refused) is not None:
             yield f"refused: {refused}"
 
-    def _operator_problems(self) -> Iterator[str]:
+    def _find_operator_problems(self) -> Iterator[str]:
         """Yield the problems that an operator should look at."""
         blocked = self.context.renewer.monitor.blocked_seconds
         if blocked >= LAG_WARNING_SECONDS:

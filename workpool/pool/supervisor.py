@@ -27,13 +27,13 @@ from workpool.pool.admission import Admission, ExitLimits
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, await_despite_cancellation
-from workpool.pool.handler_executor import handler_group
+from workpool.pool.handler_executor import open_handler_task_group
 from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.lease import lease_clock, wall_clock
 from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
 from workpool.pool.poller import Poller, PollerGroup
 from workpool.pool.pool_context import PoolContext
-from workpool.pool.status import PoolView, Status, read_remote_stats, worker_scaling_numbers
+from workpool.pool.status import PoolView, Status, compute_worker_scaling_numbers, read_remote_stats
 from workpool.pool.telemetry import Telemetry
 from workpool.wire.client import WorkClient
 
@@ -381,7 +381,7 @@ class Supervisor:
         client = self._connect(self.settings)
         self._rate_limits = client.rate_limits = self._rate_limits or client.rate_limits
         client.worker_id = self._worker_id
-        self._telemetry.count_requests_of(client)
+        self._telemetry.count_requests_of_client(client)
         return client
 
     def _make_exporter(self) -> Exporter | None:
@@ -403,7 +403,7 @@ class Supervisor:
             readiness=self._unready_reasons,
             live_page=LivePageSource(self.live_status, settings.live_page_ids == "always"),
         )
-        exporter.scale = lambda: worker_scaling_numbers(self.status())
+        exporter.scale = lambda: compute_worker_scaling_numbers(self.status())
         return exporter
 
     async def _open_context(self, stack: contextlib.AsyncExitStack) -> PoolContext:
@@ -422,7 +422,7 @@ class Supervisor:
             observe=self._telemetry.observe,
             changed=self._on_lease_changed,
             failed=self._on_renewer_failed,
-            stopped_renewing=self._on_stopped_renewing,
+            stopped_renewing=self._on_renewer_stopped,
         )
         renewer = self._renewer(
             settings, self._clock, self._wall, self._new_client, callbacks, services
@@ -456,14 +456,14 @@ class Supervisor:
 
     async def _run_pool(self, context: PoolContext) -> None:
         """Poll and run items until a drain is requested, then wait for the end of the drain."""
-        async with handler_group() as handlers, asyncio.TaskGroup() as working:
+        async with open_handler_task_group() as handlers, asyncio.TaskGroup() as working:
             group = PollerGroup(
                 context,
                 until_empty=self._until_empty,
                 on_fatal=self._end_with_error,
                 on_empty=functools.partial(self._drain.request, self.settings.drain_timeout),
             )
-            dispatcher = Dispatcher(context, working, handlers, group.note_ack_result)
+            dispatcher = Dispatcher(context, working, handlers, group.record_ack_result)
             pollers = [
                 Poller(context, group, dispatcher, number)
                 for number in range(self.settings.pollers)
@@ -471,7 +471,7 @@ class Supervisor:
             if self.shared is not None:
                 self._limits = self.shared.limits
             if self._limits.has_limit:
-                dispatcher.runner.on_claimed = self._limits.note_claim
+                dispatcher.runner.on_claimed = self._limits.count_claimed_session
                 group.on_poll = self._limits.add_pool_to_limits(self._admission)
             self._view = PoolView(context, dispatcher, group, pollers, self._drain, self._limits)
             async with asyncio.TaskGroup() as fetching:
@@ -580,7 +580,7 @@ class Supervisor:
         self._end_with_error(error)
         self._drain.request(0)
 
-    def _on_stopped_renewing(self, error: LeaseRenewerError | None) -> None:
+    def _on_renewer_stopped(self, error: LeaseRenewerError | None) -> None:
         self._error = self._error or error
         if self.on_blocked is not None:
             self.on_blocked()

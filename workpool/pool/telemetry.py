@@ -131,7 +131,7 @@ class Telemetry:
     def __exit__(self, *_: object) -> None:
         self._metrics.close()
 
-    def count_requests_of(self, client: ClientProtocol) -> None:
+    def count_requests_of_client(self, client: ClientProtocol) -> None:
         """Set a client's callbacks, so that the metrics count its requests.
 
         The client may run on any event loop.

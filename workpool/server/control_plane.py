@@ -265,7 +265,7 @@ class ControlPlane:
     async def _start_server(self, stack: AsyncExitStack) -> None:
         bound = self._bind_port(stack)
         tokens = AcceptedTokens(self._tokens or {}, self.engine.signing_key, self._worker_keys)
-        self._connections = connections = InboundConnections(_max_connections())
+        self._connections = connections = InboundConnections(_compute_max_connections())
         stack.callback(connections.close_all)
         routes = [
             route
@@ -338,7 +338,7 @@ class ControlPlane:
         return f"http://{host}:{self.port}"
 
 
-def _max_connections() -> int:
+def _compute_max_connections() -> int:
     """Return the limit of connections: 3/4 of the limit of file descriptors, at most 10,000."""
     if resource is None:
         return _CONNECTIONS_MAX

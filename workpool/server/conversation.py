@@ -116,7 +116,7 @@ class Conversation:
     @property
     def last_event_at(self) -> str | None:
         """The time of the last event; None if there are no events."""
-        return _event_time(self.events[-1]) if self.events else None
+        return _read_event_time(self.events[-1]) if self.events else None
 
     def list_events(
         self,
@@ -128,28 +128,37 @@ class Conversation:
     ) -> Sequence[StoredEvent]:
         """Return up to `limit` events that match `wanted`, after or before the given id."""
         start = max(
-            bisect_right(self.events, after, key=_event_id), self._start_of_time_range(wanted.times)
+            bisect_right(self.events, after, key=_read_event_id),
+            self._find_start_of_time_range(wanted.times),
         )
-        end = self._end_of_time_range(wanted.times)
+        end = self._find_end_of_time_range(wanted.times)
         if before is not None:
-            end = min(end, bisect_left(self.events, before, key=_event_id))
+            end = min(end, bisect_left(self.events, before, key=_read_event_id))
         backwards = before is not None or wanted.newest_first
-        found = islice(self._indexes_of_types(wanted.types, start, end, backwards=backwards), limit)
+        found = islice(
+            self._find_indexes_of_types(wanted.types, start, end, backwards=backwards), limit
+        )
         nearest = [self.events[place] for place in found]
         return nearest if wanted.newest_first or not backwards else nearest[::-1]
 
-    def _start_of_time_range(self, times: TimeRange) -> int:
-        after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_event_time)
-        since = 0 if times.gte is None else bisect_left(self.events, times.gte, key=_event_time)
+    def _find_start_of_time_range(self, times: TimeRange) -> int:
+        after = 0 if times.gt is None else bisect_right(self.events, times.gt, key=_read_event_time)
+        since = (
+            0 if times.gte is None else bisect_left(self.events, times.gte, key=_read_event_time)
+        )
         return max(after, since)
 
-    def _end_of_time_range(self, times: TimeRange) -> int:
+    def _find_end_of_time_range(self, times: TimeRange) -> int:
         end = len(self.events)
-        until = end if times.lt is None else bisect_left(self.events, times.lt, key=_event_time)
-        to = end if times.lte is None else bisect_right(self.events, times.lte, key=_event_time)
+        until = (
+            end if times.lt is None else bisect_left(self.events, times.lt, key=_read_event_time)
+        )
+        to = (
+            end if times.lte is None else bisect_right(self.events, times.lte, key=_read_event_time)
+        )
         return min(until, to)
 
-    def _indexes_of_types(
+    def _find_indexes_of_types(
         self, types: frozenset[str] | None, start: int, end: int, *, backwards: bool
     ) -> Iterator[int]:
         """Iterate over the indexes in `range(start, end)` whose events have one of these types.
@@ -167,9 +176,9 @@ class Conversation:
         )
         return merge(*parts, reverse=backwards)
 
-    def position_after(self, event_id: str) -> int:
+    def find_position_after_event(self, event_id: str) -> int:
         """Return the number of events up to and including `event_id`; 0 if this id is unknown."""
-        place = bisect_left(self.events, event_id, key=_event_id)
+        place = bisect_left(self.events, event_id, key=_read_event_id)
         known = place < len(self.events) and self.events[place].id == event_id
         return place + 1 if known else 0
 
@@ -246,7 +255,7 @@ class Conversation:
     def _add_tool_use(self, event: StoredEvent) -> None:
         value = event.value
         custom = event.type == protocol.AGENT_CUSTOM_TOOL_USE
-        thread = _event_thread(event)
+        thread = _read_event_thread(event)
         use = _ToolUse(custom, value.get("evaluated_permission", "allow"), thread)
         self._uses[event.id] = use
         if thread not in self._ended_threads:
@@ -262,7 +271,7 @@ class Conversation:
         use.permission = event.value["result"]
         use.denial = event.value.get("deny_message", use.denial)
 
-    def _conclude_agent_turn(self, _: StoredEvent) -> None:
+    def _end_agent_turn(self, _: StoredEvent) -> None:
         self._concluded = not self._open
 
     def _set_status_running(self, _: StoredEvent) -> None:
@@ -282,7 +291,7 @@ class Conversation:
 
     def _end_thread(self, event: StoredEvent) -> None:
         """Forget the open tool uses of a terminated thread, which accepts no results."""
-        thread = _event_thread(event)
+        thread = _read_event_thread(event)
         if thread is None:
             return
         self._ended_threads.add(thread)
@@ -298,7 +307,7 @@ class Conversation:
         protocol.USER_CUSTOM_TOOL_RESULT: _close_tool_use,
         protocol.AGENT_TOOL_RESULT: _close_tool_use,
         protocol.USER_TOOL_CONFIRMATION: _apply_confirmation,
-        protocol.AGENT_MESSAGE: _conclude_agent_turn,
+        protocol.AGENT_MESSAGE: _end_agent_turn,
         protocol.STATUS_RUNNING: _set_status_running,
         protocol.STATUS_IDLE: _set_status_idle,
         protocol.STATUS_TERMINATED: _set_status_terminated,
@@ -311,15 +320,17 @@ class Conversation:
             return None
         for use_id, use in self._open.items():
             if use.permission == "deny":
-                return _error_result_event(use_id, use.denial)
+                return _make_error_result_event(use_id, use.denial)
             if self._interrupted:
-                return _error_result_event(use_id, "The tool use was interrupted.")
+                return _make_error_result_event(use_id, "The tool use was interrupted.")
         if self._interrupted:
-            return _idle_event(protocol.END_TURN)
+            return _make_idle_event(protocol.END_TURN)
         blocking = tuple(use_id for use_id, use in self._open.items() if use.requires_action)
         if blocking != self._blocking:
             return (
-                _idle_event(protocol.REQUIRES_ACTION, event_ids=blocking) if blocking else _RUNNING
+                _make_idle_event(protocol.REQUIRES_ACTION, event_ids=blocking)
+                if blocking
+                else _RUNNING
             )
         return (
             None if self._open or self._script is None else self._next_scripted_event(self._script)
@@ -328,16 +339,19 @@ class Conversation:
     def _next_scripted_event(self, script: Script) -> dict[str, Any] | None:
         """Return the scripted agent's next event; None if no message waits for a response."""
         if not self.events:
-            return {"type": protocol.USER_MESSAGE, "content": _text_content("Run the script.")}
+            return {"type": protocol.USER_MESSAGE, "content": _make_text_content("Run the script.")}
         if not self._turn:
             return None
         if self.status != "running":
             return _RUNNING
         if self._place < len(script):
-            return _tool_use_event(script[self._place])
+            return _make_tool_use_event(script[self._place])
         if not self._concluded:
-            return {"type": protocol.AGENT_MESSAGE, "content": _text_content("The script is done.")}
-        return _idle_event(protocol.END_TURN)
+            return {
+                "type": protocol.AGENT_MESSAGE,
+                "content": _make_text_content("The script is done."),
+            }
+        return _make_idle_event(protocol.END_TURN)
 
 
 def extend_conversation(
@@ -351,7 +365,7 @@ def extend_conversation(
     events: list[StoredEvent] = []
     waiting = iter(new_events)
     while (fields := next(waiting, None) or conversation.next_server_event()) is not None:
-        event_id = EVENT_PREFIX + ids.next_digits(now)
+        event_id = EVENT_PREFIX + ids.next_id_digits(now)
         value = {"id": event_id, **fields, "processed_at": to_heartbeat_text(now)}
         events.append(StoredEvent(event_id, session_id, value))
         conversation.append_event(events[-1])
@@ -371,29 +385,29 @@ def copy_events(new_events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 _RUNNING: Final = {"type": protocol.STATUS_RUNNING}
 
 
-def _event_id(event: StoredEvent) -> str:
+def _read_event_id(event: StoredEvent) -> str:
     return event.id
 
 
-def _event_time(event: StoredEvent) -> str:
+def _read_event_time(event: StoredEvent) -> str:
     return str(event.value["processed_at"])
 
 
-def _event_thread(event: StoredEvent) -> str | None:
+def _read_event_thread(event: StoredEvent) -> str | None:
     """Return the id of the thread that an event names; None for the primary thread."""
     thread = event.value.get("session_thread_id")
     return thread if isinstance(thread, str) else None
 
 
-def _text_content(text: str) -> list[dict[str, str]]:
+def _make_text_content(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def _idle_event(reason: str, **more: object) -> dict[str, Any]:
+def _make_idle_event(reason: str, **more: object) -> dict[str, Any]:
     return {"type": protocol.STATUS_IDLE, "stop_reason": {"type": reason, **more}}
 
 
-def _tool_use_event(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _make_tool_use_event(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": protocol.AGENT_CUSTOM_TOOL_USE if entry["custom"] else protocol.AGENT_TOOL_USE,
         "name": entry["name"],
@@ -402,10 +416,10 @@ def _tool_use_event(entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _error_result_event(use_id: str, why: str) -> dict[str, Any]:
+def _make_error_result_event(use_id: str, why: str) -> dict[str, Any]:
     return {
         "type": protocol.AGENT_TOOL_RESULT,
         "tool_use_id": use_id,
-        "content": _text_content(why),
+        "content": _make_text_content(why),
         "is_error": True,
     }

@@ -317,7 +317,7 @@ class IndexEngine:
         conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:
             return len(conversation.events)
-        return conversation.position_after(last_event_id)
+        return conversation.find_position_after_event(last_event_id)
 
     async def wait_for_events(
         self, session_id: str, place: int, seconds: float

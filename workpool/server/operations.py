@@ -187,7 +187,7 @@ class Operations:
         if self._created_environments >= ENVIRONMENTS_MAX:
             raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")
         now = self._read_clock()
-        environment_id = ENVIRONMENT_PREFIX + self._ids.next_digits(now)
+        environment_id = ENVIRONMENT_PREFIX + self._ids.next_id_digits(now)
         environment = Environment(environment_id, name, description, dict(metadata), now)
         self._add_environment(environment)
         self._store.save_environment(environment)
@@ -256,7 +256,7 @@ class Operations:
         work_type: str = SESSION,
     ) -> Item:
         item = Item(
-            id=WORK_PREFIX + self._ids.next_digits(self._latest),
+            id=WORK_PREFIX + self._ids.next_id_digits(self._latest),
             environment_id=queue.environment_id,
             session_id=session.id,
             type=work_type,
@@ -541,7 +541,9 @@ class Operations:
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.find_existing_items(work_ids)
             # Keep the session if any of its items is not stopped, or was stopped too recently.
-            if len(items) == len(work_ids) and self._retention.are_all_expired(items, self._latest):
+            if len(items) == len(work_ids) and self._retention.are_all_items_expired(
+                items, self._latest
+            ):
                 for work_id in work_ids:
                     queue.remove_item(work_id)
                 self._store.delete_rows([*items, *self.sessions.remove_session(session_id)])

@@ -48,7 +48,7 @@ class StoppedItems:
                 return
             yield self._stopped.popleft()[1]
 
-    def are_all_expired(self, items: Iterable[Item], now: int) -> bool:
+    def are_all_items_expired(self, items: Iterable[Item], now: int) -> bool:
         """Return whether all these items are stopped and their retention is over."""
         return self._time is not None and all(
             item.state == STOPPED and (item.stopped_at or 0) + self._time <= now for item in items
@@ -61,7 +61,9 @@ class StoppedItems:
         if self._time is None:
             return contents, []
         alive = {
-            item.session_id for item in contents.items if not self.are_all_expired((item,), now)
+            item.session_id
+            for item in contents.items
+            if not self.are_all_items_expired((item,), now)
         }
         alive |= {each.id for each in contents.sessions if each.created_at + self._time > now}
         kept = contents._replace(

@@ -119,7 +119,7 @@ class SessionRegistry:
 
         `more`: further fields of `StoredSession`.
         """
-        session_id = SESSION_PREFIX + self._ids.next_digits(now)
+        session_id = SESSION_PREFIX + self._ids.next_id_digits(now)
         session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
         return session

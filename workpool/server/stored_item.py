@@ -64,20 +64,20 @@ class IdGenerator:
     """
 
     def __init__(self, last: str = "") -> None:
-        self._last = _time_and_counter(last)
+        self._last = _time_and_counter_of_id(last)
 
     def advance_past_id(self, last: str) -> None:
         """Make all further ids greater than the id `last` of another generator."""
-        self._last = max(self._last, _time_and_counter(last))
+        self._last = max(self._last, _time_and_counter_of_id(last))
 
-    def next_digits(self, now: int) -> str:
+    def next_id_digits(self, now: int) -> str:
         """Return the 32 lowercase hex digits of a new id, which is greater than all earlier ids."""
         self._last = max(now // MILLISECOND << 12, self._last + 1)
         number = self._last >> 12 << 80 | 0x7 << 76 | (self._last & 0xFFF) << 64
         return f"{number | 0b10 << 62 | secrets.randbits(62):032x}"
 
 
-def _time_and_counter(digits: str) -> int:
+def _time_and_counter_of_id(digits: str) -> int:
     """Return the milliseconds and the counter of a UUIDv7 as one number, without random bits."""
     number = int(digits, 16) if digits else 0
     return (number >> 80) << 12 | (number >> 64) & 0xFFF

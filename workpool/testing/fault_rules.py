@@ -21,8 +21,8 @@ from workpool.testing.bounded_wait import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, St
 from workpool.testing.fault import Fault, Op, nest_faults
 from workpool.testing.http_faults import (
     answer_with_fault,
-    operation_of_request,
-    worker_id_of_request,
+    find_operation_of_request,
+    find_worker_id_of_request,
 )
 
 if TYPE_CHECKING:
@@ -239,13 +239,13 @@ class Faults:
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Aiohttp middleware that injects the configured faults."""
-        op = operation_of_request(request)
+        op = find_operation_of_request(request)
         if op is None:
             return await handler(request)
         seen = Request(
             op,
             request.match_info.get("work_id"),
-            worker_id_of_request(request),
+            find_worker_id_of_request(request),
             asyncio.get_running_loop().time(),
             dict(request.query),
             request.headers,

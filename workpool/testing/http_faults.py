@@ -64,7 +64,7 @@ async def _replace_answer(
     headers = {
         name: value for name, value in true.headers.items() if name.lower() != "content-length"
     }
-    answer = fault.replace_answer(Response(true.status, headers, _body_bytes(true)))
+    answer = fault.replace_answer(Response(true.status, headers, _encode_body(true)))
     if answer == "silence":
         # aiohttp cancels this handler when the client closes the connection.
         await asyncio.Event().wait()
@@ -83,7 +83,7 @@ async def _replace_answer(
     )
 
 
-def _body_bytes(response: web.StreamResponse) -> bytes:
+def _encode_body(response: web.StreamResponse) -> bytes:
     body = response.body if isinstance(response, web.Response) else None
     return body if isinstance(body, bytes) else b""
 
@@ -99,7 +99,7 @@ async def _send_bytewise(
     whole: web.StreamResponse, request: web.Request, seconds: float
 ) -> web.StreamResponse:
     """Send an answer byte by byte, with `seconds` between two bytes."""
-    content = _body_bytes(whole)
+    content = _encode_body(whole)
     response = web.StreamResponse(status=whole.status)
     response.content_type = whole.content_type
     response.content_length = len(content)
@@ -112,7 +112,7 @@ async def _send_bytewise(
     return response
 
 
-def operation_of_request(request: web.Request) -> Op | None:
+def find_operation_of_request(request: web.Request) -> Op | None:
     """Return the operation of a worker's request; None for a request of an application."""
     match = request.match_info
     tail = request.path.rpartition("/")[2]
@@ -131,7 +131,7 @@ def operation_of_request(request: web.Request) -> Op | None:
     return op if op in get_args(Op) else None
 
 
-def worker_id_of_request(request: web.Request) -> str | None:
+def find_worker_id_of_request(request: web.Request) -> str | None:
     """Return the worker's name from the header of a request."""
     return next(filter(None, map(request.headers.get, WORKER_ID_HEADERS)), None)
 

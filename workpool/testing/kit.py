@@ -218,12 +218,12 @@ class Kit:
                     object, is_end_of_session, timeout=_timeout_seconds(timeout)
                 )
             except AssertionError:
-                raise AssertionError(self._session_failure_text(item, timeout)) from None
+                raise AssertionError(self._describe_session_failure(item, timeout)) from None
         match end:
             case SessionFinished():
-                return self._session_result(end, self.item(item))
+                return self._make_session_result(end, self.item(item))
             case ItemDeclined():
-                raise AssertionError(_text_of_declined_item(end, plugins))
+                raise AssertionError(_describe_declined_item(end, plugins))
         raise AssertionError("the pool was drained before the session had ended")
 
     async def wait_for(
@@ -258,7 +258,7 @@ class Kit:
             event = await self.recorder.wait_for(kind, accepts, count=count or 1, timeout=seconds)
         except AssertionError:
             wanted = f"{'another' if count is None else f'{count} ×'} {kind.__name__}"
-            raise AssertionError(self._wait_failure_text(wanted, seconds)) from None
+            raise AssertionError(self._describe_wait_failure(wanted, seconds)) from None
         if count is None:
             # `id(event)` is unique: the recorder keeps all events alive, so Python reuses no id.
             self._returned.add(id(event))
@@ -290,7 +290,7 @@ class Kit:
 
         return run_with_control_plane
 
-    def _session_failure_text(self, item: Item, timeout: float | None) -> str:
+    def _describe_session_failure(self, item: Item, timeout: float | None) -> str:
         lines = [f"the session has not ended within {_timeout_seconds(timeout):g} s"]
         lines += describe_item_progress(self.item(item), self.server)
         return "\n".join([*lines, f"the pool reported: {count_event_names(self.recorder.events)}"])
@@ -300,7 +300,7 @@ class Kit:
         for pool in self._pools:
             pool.send_item_heartbeat(item.id)
 
-    def _wait_failure_text(self, wanted: str, seconds: float) -> str:
+    def _describe_wait_failure(self, wanted: str, seconds: float) -> str:
         """Return the error text of a failed wait: the events, and the states of open items."""
         reported = count_event_names(self.recorder.events)
         lines = [f"not within {seconds:g} s: {wanted}; the pool reported: {reported}"]
@@ -309,7 +309,7 @@ class Kit:
             lines += [f"{item.id}:", *describe_item_progress(item, self.server)]
         return "\n".join(lines)
 
-    def _session_result(self, finished: SessionFinished, item: Item) -> SessionResult:
+    def _make_session_result(self, finished: SessionFinished, item: Item) -> SessionResult:
         return SessionResult(
             outcome=finished.outcome,
             metadata=dict(item.metadata),
@@ -356,7 +356,7 @@ def _timeout_seconds(timeout: float | None) -> float:
     return WAIT_SECONDS if _virtual_loop() is None else VIRTUAL_WAIT_SECONDS
 
 
-def _text_of_declined_item(event: ItemDeclined, plugins: Sequence[object]) -> str:
+def _describe_declined_item(event: ItemDeclined, plugins: Sequence[object]) -> str:
     rules = [f"{callable_name(each)} takes {rule}" for each in plugins if (rule := rule_of(each))]
     had = " ".join(f"{key}={value}" for key, value in event.item.metadata.items())
     return "\n".join(

@@ -164,7 +164,7 @@ class LocalClient:
 
         async def receive_answer() -> Response | NoAnswer:
             await asyncio.sleep(fault.wait + fault.request_delay)
-            self._call_before_arrival(request, fault)
+            self._run_before_arrival_callback(request, fault)
             item = None
             if fault.applied:
                 item = await self._operations.long_poll(
@@ -332,7 +332,7 @@ class LocalClient:
         self._record_sent_call(endpoint.op, work_id, fault)
 
         def arrive_at_control_plane() -> None:
-            self._call_before_arrival(request, fault)
+            self._run_before_arrival_callback(request, fault)
             answer = run_operation_with_fault(fault, run_operation)
             if answer != "silence":
                 loop.call_later(answer_delay(fault, answer), deliver_answer, answer)
@@ -394,7 +394,7 @@ class LocalClient:
     def _fault_for_request(self, request: Request) -> Fault:
         return (self._faults(request) if self._faults else None) or NO_FAULT
 
-    def _call_before_arrival(self, request: Request, fault: Fault) -> None:
+    def _run_before_arrival_callback(self, request: Request, fault: Fault) -> None:
         if fault.before is not None:
             fault.before(self._environment_id, request.work_id)
 
@@ -431,7 +431,7 @@ def run_operation_with_fault(
 ) -> Response | NoAnswer:
     """Run an operation unless its fault prevents it; return the answer that the caller receives."""
     return fault.replace_answer(
-        _operation_response(run_operation) if fault.applied else Response(502, {}, b"")
+        _make_operation_response(run_operation) if fault.applied else Response(502, {}, b"")
     )
 
 
@@ -441,7 +441,7 @@ def answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
     return fault.answer_delay + fault.byte_seconds * len(body)
 
 
-def _operation_response(run_operation: Callable[[], object]) -> Response:
+def _make_operation_response(run_operation: Callable[[], object]) -> Response:
     try:
         return Response(200, {}, orjson.dumps(run_operation()))
     except APIError as refusal:

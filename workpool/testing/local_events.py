@@ -32,7 +32,7 @@ def _parse_position(obj: Any) -> int:
 _OPEN: Final[Endpoint[int]] = endpoints.Endpoint(endpoints.STREAM, "GET", _parse_position)
 
 
-class SendCall(Protocol):
+class CallSender(Protocol):
     """The interface of a function that makes one call with its injected faults."""
 
     def __call__(
@@ -52,7 +52,7 @@ class LocalEvents:
 
     resumes = True
 
-    def __init__(self, operations: Operations, session_id: str, send: SendCall) -> None:
+    def __init__(self, operations: Operations, session_id: str, send: CallSender) -> None:
         self._operations = operations
         self._session_id = session_id
         self._send_call = send
@@ -93,7 +93,7 @@ class LocalEvents:
             return {
                 "position": len(history.events)
                 if last_id is None
-                else history.position_after(last_id)
+                else history.find_position_after_event(last_id)
             }
 
         position = await self._send_call(_OPEN, self._session_id, run_open_stream, None)

@@ -124,7 +124,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
                 raise RuntimeError(f"virtual time cannot wait for {', '.join(real_time_waits)}")
         if seconds is None:
             # Without a timer, no task can ever continue: the test would hang without this error.
-            raise RuntimeError(f"every task waits, and no timer is set{_running_threads()}")
+            raise RuntimeError(f"every task waits, and no timer is set{_find_running_threads()}")
         self._now += seconds
 
 
@@ -170,16 +170,16 @@ def _socket_name(file: int) -> str | None:
         return None
     with copy:
         try:
-            return f"the socket connected to {_address_text(copy.getpeername())}"
+            return f"the socket connected to {_format_address(copy.getpeername())}"
         except OSError:
-            return f"the socket {_address_text(copy.getsockname())}"
+            return f"the socket {_format_address(copy.getsockname())}"
 
 
-def _address_text(address: Any) -> str:
+def _format_address(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else repr(address)
 
 
-def _running_threads() -> str:
+def _find_running_threads() -> str:
     names = [each.name for each in threading.enumerate() if each is not threading.current_thread()]
     return f"; virtual time does not wait for the threads {', '.join(names)}" if names else ""
 

@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 def count_event_names(events: Iterable[Event]) -> str:
     """Return the class names of the events, each with the number of events of this class."""
     counts = Counter(type(event).__name__ for event in events)
-    return ", ".join(_name_with_count(name, count) for name, count in counts.items()) or "nothing"
+    return (
+        ", ".join(_format_name_with_count(name, count) for name, count in counts.items())
+        or "nothing"
+    )
 
 
 def describe_item_progress(item: Item, plane: ControlPlane) -> list[str]:
     """Describe an item's state and history, and the stack frames in which its handler waits."""
     kinds = groupby(record.kind for record in plane.history.records_of_item(item.id))
-    progress = ", ".join(_name_with_count(kind, len(list(same))) for kind, same in kinds)
-    return [f"the item is {item.state}; it was {progress}", *_handler_frames(item.id)]
+    progress = ", ".join(_format_name_with_count(kind, len(list(same))) for kind, same in kinds)
+    return [f"the item is {item.state}; it was {progress}", *_find_handler_frames(item.id)]
 
 
-def _name_with_count(name: str, count: int) -> str:
+def _format_name_with_count(name: str, count: int) -> str:
     return name if count == 1 else f"{name} ×{count}"
 
 
-def _handler_frames(work_id: str) -> list[str]:
+def _find_handler_frames(work_id: str) -> list[str]:
     """Return the stack frames of the handler that runs for the item, innermost `await` last."""
     lines: list[str] = []
     for task in asyncio.all_tasks():

@@ -78,14 +78,14 @@ class WorkClient:
         self._sessions = f"{settings.base_url}/sessions"
         self._work = f"{settings.base_url}/environments/{settings.environment_id}/work"
         self._work_query = DIALECTS[settings.dialect].work_query
-        # Parse these URLs once; `_item_url` then replaces only the path, which costs less. All
-        # polls of a pool have the same query, and all first heartbeats of a pool do, too.
-        self._base = self._work_url()
+        # Parse these URLs once; `_build_item_url` then replaces only the path, which costs less.
+        # All polls of a pool have the same query, and all first heartbeats of a pool do, too.
+        self._base = self._build_work_url()
         self._path = self._base.raw_path
         self._last_poll: tuple[tuple[int | None, int | None], URL]
-        self._last_poll = (None, None), self._poll_url(None, None)
+        self._last_poll = (None, None), self._build_poll_url(None, None)
         self._first_heartbeat: tuple[int | None, URL]
-        self._first_heartbeat = None, self._heartbeat_query_url(protocol.NO_HEARTBEAT, None)
+        self._first_heartbeat = None, self._build_heartbeat_url(protocol.NO_HEARTBEAT, None)
         self.worker_id: str | None = worker_id or settings.worker_id
         """The name that the worker sends, None for none. Set it before opening."""
         self.rate_limits = rate_limits or RateLimits(settings.read_limit, settings.write_limit)
@@ -140,7 +140,7 @@ class WorkClient:
         """
         asked, url = self._last_poll
         if asked != (block_ms, reclaim_older_than_ms):
-            url = self._poll_url(block_ms, reclaim_older_than_ms)
+            url = self._build_poll_url(block_ms, reclaim_older_than_ms)
             self._last_poll = (block_ms, reclaim_older_than_ms), url
         if timeout is None:
             timeout = self._settings.request_timeout + (block_ms or 0) / 1000
@@ -199,7 +199,7 @@ class WorkClient:
             ConflictError: Another worker holds the item, or it is stopping or stopped.
         """
         limiter = None if permit else self.rate_limits.write
-        url = self._item_url(work_id, "/ack")
+        url = self._build_item_url(work_id, "/ack")
         item = await self._transport.send(endpoints.ACK, url, timeout, limiter, None, options)
         return endpoints.check_same_item(endpoints.ACK, work_id, item)
 
@@ -228,11 +228,11 @@ class WorkClient:
         if expected == protocol.NO_HEARTBEAT:
             asked, base = self._first_heartbeat
             if asked != ttl:
-                base = self._heartbeat_query_url(expected, ttl)
+                base = self._build_heartbeat_url(expected, ttl)
                 self._first_heartbeat = ttl, base
         else:
-            base = self._heartbeat_query_url(expected, ttl)
-        url = self._item_url(work_id, "/heartbeat", base)
+            base = self._build_heartbeat_url(expected, ttl)
+        url = self._build_item_url(work_id, "/heartbeat", base)
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
         return await self._transport.send(endpoints.HEARTBEAT, url, timeout, None, None, options)
@@ -262,7 +262,7 @@ class WorkClient:
             The item; None if `read_item` is false, and from a control plane that answers
             without a body.
         """
-        url, body = self._item_url(work_id, "/stop"), request_bodies.STOP[force]
+        url, body = self._build_item_url(work_id, "/stop"), request_bodies.STOP[force]
         limiter = self.rate_limits.write
         endpoint = endpoints.STOP if read_item else endpoints.STOP_UNREAD
         return await self._transport.send(endpoint, url, timeout, limiter, body, options)
@@ -280,8 +280,8 @@ class WorkClient:
         Raises:
             TypeError: A key or a value is of another type; nothing was sent.
         """
-        body = request_bodies.metadata_patch_body(patch)
-        limiter, url = self.rate_limits.write, self._item_url(work_id)
+        body = request_bodies.make_metadata_patch_body(patch)
+        limiter, url = self.rate_limits.write, self._build_item_url(work_id)
         return await self._key_transport.send(
             endpoints.UPDATE, url, timeout, limiter, body, options
         )
@@ -294,7 +294,7 @@ class WorkClient:
         options: CallOptions = DEFAULT_OPTIONS,
     ) -> WorkItem:
         """Read one item."""
-        limiter, url = self.rate_limits.read, self._item_url(work_id)
+        limiter, url = self.rate_limits.read, self._build_item_url(work_id)
         item = await self._key_transport.send(endpoints.GET, url, timeout, limiter, None, options)
         return endpoints.check_same_item(endpoints.GET, work_id, item)
 
@@ -314,12 +314,12 @@ class WorkClient:
             before_id: The pages before this item, nearest page first, each ascending.
             timeout: See the class; for each page.
         """
-        start = _list_position_query(after_id, before_id)
+        start = _make_list_position_query(after_id, before_id)
         left = sys.maxsize if limit is None else limit
         limits = PageLimits("list")
         while left > 0:
             await limits.wait_for_turn()
-            url = self._work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
+            url = self._build_work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
             page = await self._send_read(endpoints.LIST, url, timeout)
             for item in page.items[:left]:
                 yield item
@@ -348,12 +348,12 @@ class WorkClient:
             before_id: As for `list`.
             timeout: As for `list`.
         """
-        query, start = search.query_parameters, _list_position_query(after_id, before_id)
+        query, start = search.query_parameters, _make_list_position_query(after_id, before_id)
         size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
         found, limits = FoundItems(search), PageLimits("list")
         for _ in range(FIND_PAGES_MAX):
             await limits.wait_for_turn()
-            url = self._work_url("", f"limit={size}{query}{start}")
+            url = self._build_work_url("", f"limit={size}{query}{start}")
             try:
                 page = await self._send_read(endpoints.LIST, url, timeout)
             except RefusedError as error:
@@ -371,7 +371,7 @@ class WorkClient:
 
     async def stats(self, *, timeout: float | None = None) -> QueueStats:
         """Read the statistics of the queue."""
-        url, limiter = self._work_url("/stats"), self.rate_limits.read
+        url, limiter = self._build_work_url("/stats"), self.rate_limits.read
         return await self._key_transport.send(endpoints.STATS, url, timeout, limiter)
 
     async def session(self, session_id: str, *, timeout: float | None = None) -> Mapping[str, Any]:
@@ -420,8 +420,8 @@ class WorkClient:
             timeout: See the class.
         """
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
-        body = request_bodies.create_items_body(fields)
-        url = self._work_url()
+        body = request_bodies.make_create_items_body(fields)
+        url = self._build_work_url()
         return (await self._send_write(endpoints.ENQUEUE, url, body, timeout)).items
 
     def _send_read(
@@ -441,14 +441,14 @@ class WorkClient:
     ) -> Coroutine[Any, Any, T]:
         return self._transport.send(endpoint, url, timeout, self.rate_limits.write, body)
 
-    def _work_url(self, path: str = "", query: str = "") -> URL:
+    def _build_work_url(self, path: str = "", query: str = "") -> URL:
         """Return the URL of a call below `/work`. `path` and `query` must be encoded already."""
         if self._work_query:
             query = f"{query}&{self._work_query}" if query else self._work_query
         mark = "?" if query else ""
         return URL(f"{self._work}{path}{mark}{query}", encoded=True)
 
-    def _item_url(self, work_id: str, path: str = "", base: URL | None = None) -> URL:
+    def _build_item_url(self, work_id: str, path: str = "", base: URL | None = None) -> URL:
         """Return the URL of a call for an item.
 
         The query comes from `base`, or from the dialect if `base` is None.
@@ -459,22 +459,22 @@ class WorkClient:
         base = self._base if base is None else base
         return base.with_path(path, encoded=True, keep_query=True)
 
-    def _heartbeat_query_url(self, expected: str | None, ttl: int | None) -> URL:
+    def _build_heartbeat_url(self, expected: str | None, ttl: int | None) -> URL:
         asked = []
         if expected is not None:
             quoted = expected if expected == protocol.NO_HEARTBEAT else quote(expected, safe=":")
             asked.append(f"expected_last_heartbeat={quoted}")
         if ttl is not None:
             asked.append(f"desired_ttl_seconds={ttl:d}")
-        return self._work_url("", "&".join(asked))
+        return self._build_work_url("", "&".join(asked))
 
-    def _poll_url(self, block_ms: int | None, reclaim_older_than_ms: int | None) -> URL:
+    def _build_poll_url(self, block_ms: int | None, reclaim_older_than_ms: int | None) -> URL:
         asked = (("block_ms", block_ms), ("reclaim_older_than_ms", reclaim_older_than_ms))
         query = "&".join(f"{name}={value:d}" for name, value in asked if value is not None)
-        return self._work_url("/poll", query)
+        return self._build_work_url("/poll", query)
 
 
-def _list_position_query(after_id: str | None, before_id: str | None) -> str:
+def _make_list_position_query(after_id: str | None, before_id: str | None) -> str:
     """Return the query parameters of a list that begins after `after_id` or before `before_id`."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):

@@ -80,7 +80,7 @@ class Endpoint(Generic[T]):
             TransientError: The body is not what `load` or `parse` expects, or exceeds `limit`.
         """
         if isinstance(body, OversizedBody):
-            raise TooLargeError(self.op, status, work_id=_find_id_at_beginning(body.beginning))
+            raise TooLargeError(self.op, status, work_id=_find_id_in_truncated_json(body.beginning))
         failure: TransientError
         try:
             return self.parse(NO_CONTENT if status == _NO_CONTENT_STATUS else self.load(body))
@@ -101,7 +101,7 @@ _BEFORE_ID: Final = rb'\s*"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[-+.0-9A-Za-z]+)\s*,'
 _find_id = re.compile(rb'\s*\{(?:%b)*\s*"id"\s*:\s*"([A-Za-z0-9_-]{1,128})"' % _BEFORE_ID).match
 
 
-def _find_id_at_beginning(beginning: bytes) -> str | None:
+def _find_id_in_truncated_json(beginning: bytes) -> str | None:
     """Return the `id` near the beginning of a truncated JSON object; None if none is found."""
     found = _find_id(beginning)
     return None if found is None else found[1].decode()
@@ -177,7 +177,7 @@ def _require_page_data(page: dict[str, Any]) -> list[object]:
     raise ValueError("data: not a list")
 
 
-def _next_page_token(page: dict[str, Any]) -> str | None:
+def _parse_next_page_token(page: dict[str, Any]) -> str | None:
     """Return the token of the page that follows; None for the last page.
 
     `has_more` is optional: without it a list continues while there is a `next_page`.
@@ -194,7 +194,7 @@ def _next_page_token(page: dict[str, Any]) -> str | None:
 def _parse_item_page(obj: object) -> ItemPage:
     page = _require_object(obj)
     items = [parse_item(row) for row in _require_page_data(page)]
-    return ItemPage(items, _next_page_token(page), page.get("selected") is True)
+    return ItemPage(items, _parse_next_page_token(page), page.get("selected") is True)
 
 
 def parse_event(obj: object) -> SessionEvent:
@@ -209,7 +209,9 @@ def parse_event(obj: object) -> SessionEvent:
 
 def _parse_event_page(obj: object) -> EventPage:
     page = _require_object(obj)
-    return EventPage([parse_event(row) for row in _require_page_data(page)], _next_page_token(page))
+    return EventPage(
+        [parse_event(row) for row in _require_page_data(page)], _parse_next_page_token(page)
+    )
 
 
 def _parse_stored_events(obj: object) -> list[SessionEvent]:

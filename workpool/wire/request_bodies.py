@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 STOP: Final = {False: b'{"force":false}', True: b'{"force":true}'}
 
 
-def metadata_patch_body(patch: Mapping[str, str | None]) -> bytes:
+def make_metadata_patch_body(patch: Mapping[str, str | None]) -> bytes:
     """Return the body of a request that merges `patch` into an item's metadata.
 
     Raises:
@@ -25,13 +25,13 @@ def metadata_patch_body(patch: Mapping[str, str | None]) -> bytes:
     return orjson.dumps({"metadata": texts})
 
 
-def create_items_body(fields: Mapping[str, Any]) -> bytes:
+def make_create_items_body(fields: Mapping[str, Any]) -> bytes:
     """Return the body of a request that creates items; fields that are None are left out."""
     given = {name: value for name, value in fields.items() if value is not None}
     return orjson.dumps(given, default=dict)
 
 
-def append_events_body(new_events: Sequence[Mapping[str, Any]]) -> bytes:
+def make_append_events_body(new_events: Sequence[Mapping[str, Any]]) -> bytes:
     """Return the body of a request that appends events to a session.
 
     Raises:

@@ -76,9 +76,9 @@ def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     """Return the error for a status outside `SUCCESS`; its message contains no `secrets`."""
     status = answer.status
     envelope = _parse_error_envelope(answer.body)
-    message = _sanitize_error_text(envelope.get("message"), secrets, MESSAGE_MAX) or _status_phrase(
-        status
-    )
+    message = _sanitize_error_text(
+        envelope.get("message"), secrets, MESSAGE_MAX
+    ) or _format_status_phrase(status)
     if isinstance(answer.body, bytes) and _wants_tls(answer.body):
         message = f"{message}: the port speaks TLS: base_url must begin with https://"
     if status not in _REFUSED_STATUSES:
@@ -177,7 +177,7 @@ def _sanitize_error_text(text: object, secrets: Sequence[str], limit: int) -> st
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
 
 
-def _status_phrase(status: int) -> str:
+def _format_status_phrase(status: int) -> str:
     try:
         return http.HTTPStatus(status).phrase
     except ValueError:

@@ -26,7 +26,7 @@ from tests.simulation.simulated_world import ENVIRONMENT, SimulatedWorld, pool_s
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool import Supervisor, hookimpl
 from workpool.cli.fleet_reader import FleetReader
-from workpool.pool.status import worker_scaling_numbers
+from workpool.pool.status import compute_worker_scaling_numbers
 from workpool.scaling import ReplicaRule, scaling_numbers
 from workpool.server.timestamps import SECOND
 from workpool.testing.fault import Fault
@@ -195,7 +195,9 @@ class FleetWorld(SimulatedWorld):
             return None
         if self._fleet.settings.metric == "busy_slots":
             supervisors = [self._supervisors[node] for node in self._started_processes()]
-            busy = sum(worker_scaling_numbers(each.status())["busy"] for each in supervisors)
+            busy = sum(
+                compute_worker_scaling_numbers(each.status())["busy"] for each in supervisors
+            )
             return busy + load.queued + load.pending
         return scaling_numbers(load, self._rule)[self._fleet.settings.metric]
 

@@ -5,10 +5,10 @@ from typing import Annotated, Final
 import typer
 
 from workpool.cli import exits
-from workpool.cli.flags import Metadata, parse_pairs
-from workpool.cli.help_text import examples_section
+from workpool.cli.flags import Metadata, parse_key_value_pairs
+from workpool.cli.help_text import format_examples_section
 
-EXAMPLES: Final = examples_section(
+EXAMPLES: Final = format_examples_section(
     "workpool demo",
     "workpool demo reports:daily_report --count 10",
     "workpool demo reports --metadata job=daily-report --metadata day=monday",
@@ -31,4 +31,4 @@ def demo(
     from workpool.cli.demo.demo_runner import run_demo  # noqa: PLC0415 - its imports would slow down each start of a worker
 
     with exits.exit_on_error():
-        raise typer.Exit(run_demo(handler, parse_pairs(metadata), count))
+        raise typer.Exit(run_demo(handler, parse_key_value_pairs(metadata), count))

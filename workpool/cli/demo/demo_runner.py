@@ -13,7 +13,7 @@ import typer
 from aiohttp import web
 
 from workpool.cli import exits
-from workpool.cli.demo.demo_sessions import EXAMPLE, FIRST, DemoSession, sessions_for_handler
+from workpool.cli.demo.demo_sessions import EXAMPLE, FIRST, DemoSession, make_sessions_for_handler
 from workpool.cli.demo.demo_state import DemoState, worker_name_of
 from workpool.cli.demo.demo_view import DemoView
 from workpool.cli.demo.demo_workers import DemoWorker, worker_settings
@@ -50,7 +50,7 @@ def run_demo(handler: str | None, metadata: Mapping[str, str], count: int) -> in
     """
     import_from_current_directory()
     chosen = handler or EXAMPLE
-    sessions = sessions_for_handler(chosen, metadata, count)
+    sessions = make_sessions_for_handler(chosen, metadata, count)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_run_demo_sessions(chosen, sessions))
 

@@ -24,16 +24,18 @@ class DemoSession(NamedTuple):
     metadata: Mapping[str, str]
 
 
-def sessions_for_handler(handler: str, given: Mapping[str, str], count: int) -> list[DemoSession]:
+def make_sessions_for_handler(
+    handler: str, given: Mapping[str, str], count: int
+) -> list[DemoSession]:
     """Return `count` sessions for a plugin; sessions of several handlers alternate.
 
     Raises:
         PluginError: The plugin cannot be imported, or takes no item with the metadata that was
             given.
     """
-    rules = handler_rules_of(handler)
+    rules = find_handler_rules(handler)
     if handler == EXAMPLE:
-        return [_example_session(number, given) for number in range(1, count + 1)]
+        return [_make_example_session(number, given) for number in range(1, count + 1)]
     if not rules:
         return [DemoSession(SESSION, given)] * count
     taken = [rule for rule in rules if not given or rule.metadata.items() <= given.items()]
@@ -45,12 +47,12 @@ def sessions_for_handler(handler: str, given: Mapping[str, str], count: int) -> 
     return [sessions[number % len(sessions)] for number in range(count)]
 
 
-def _example_session(number: int, given: Mapping[str, str]) -> DemoSession:
+def _make_example_session(number: int, given: Mapping[str, str]) -> DemoSession:
     seconds = FIRST_SECONDS if number <= FIRST else SECONDS
     return DemoSession(SESSION, {"text": f"session {number:02d}", "seconds": seconds, **given})
 
 
-def handler_rules_of(plugin: str) -> list[HandlerRule]:
+def find_handler_rules(plugin: str) -> list[HandlerRule]:
     """Return the rule of a function, or the rules of all functions of a module.
 
     The list is empty if a hook of the module or an instance of a class chooses the handler: only

@@ -85,7 +85,7 @@ class DemoState:
         failed = f", {self.failed[worker]} failed" if self.failed[worker] else ""
         return f"{self.completed[worker]} completed{failed}"
 
-    def seconds_until_lapse(self, worker: str) -> float | None:
+    def seconds_until_lease_lapse(self, worker: str) -> float | None:
         """Return the seconds until the last lease of a worker lapses; None if it has no lease."""
         ends = [hold.lease_end for hold in self.held.values() if hold.worker == worker]
         return max(0.0, max(ends) - self._now()) if ends else None

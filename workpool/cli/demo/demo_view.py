@@ -49,13 +49,13 @@ class DemoView(AbstractContextManager["DemoView"]):
     def draw_state(self, state: DemoState) -> None:
         """Redraw the table; without a terminal, print a line at intervals and at the end."""
         if self._console.is_terminal:
-            self._live.update(state_table(state), refresh=True)
+            self._live.update(make_state_table(state), refresh=True)
         elif monotonic() - self._drawn_at >= LINE_SECONDS or state.ended_count == state.count:
             self._drawn_at = monotonic()
             self._console.print(Text(progress_line(state)), soft_wrap=True)
 
 
-def state_table(state: DemoState) -> Panel:
+def make_state_table(state: DemoState) -> Panel:
     """Return the table that shows the queue and the workers."""
     workers = state.workers
     table = Table("", *(worker.name for worker in workers), box=box.SIMPLE)
@@ -90,7 +90,7 @@ def queue_text(state: DemoState) -> str:
 
 def worker_state_text(state: DemoState, worker: DemoWorker) -> str:
     """Return the state of a worker, and for a killed worker the time until its leases lapse."""
-    seconds = state.seconds_until_lapse(worker.name) if worker.state == "killed" else None
+    seconds = state.seconds_until_lease_lapse(worker.name) if worker.state == "killed" else None
     return worker.state if seconds is None else f"killed, leases lapse in {seconds:.0f} s"
 
 

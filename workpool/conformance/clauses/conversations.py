@@ -73,9 +73,9 @@ async def check_item_secret_opens_own_session_only(trial: ClauseTrial) -> None:
         raise_differs_unless(not secrets, "no secret: the worker's key has to do")
         return
     item = trial.api.as_worker(trial.api.worker, token.get_secret_value())
-    own = await item("GET", _session_url_of(trial, subject))
+    own = await item("GET", _make_session_url(trial, subject))
     raise_breaks_unless(own.ok, f"{own} for the session of the item")
-    foreign = await item("GET", _session_url_of(trial, another))
+    foreign = await item("GET", _make_session_url(trial, another))
     raise_differs_unless(not foreign.ok, f"{foreign} for the session of another item")
 
 
@@ -89,9 +89,9 @@ async def check_second_result_is_refused(trial: ClauseTrial) -> None:
     uses = [each["id"] for each in events if each.get("type") == AGENT_TOOL_USE]
     if not uses:
         raise Untried("the session uses no tool")
-    first = await trial.api("POST", url, json=_tool_result_body(uses[0]))
+    first = await trial.api("POST", url, json=_make_tool_result_body(uses[0]))
     raise_breaks_unless(first.ok, f"the first: {first}")
-    second = await trial.api("POST", url, json=_tool_result_body(uses[0]))
+    second = await trial.api("POST", url, json=_make_tool_result_body(uses[0]))
     raise_breaks_unless(not second.ok, f"{second}: a result is applied twice")
     raise_differs_unless(is_conflict(second), str(second))
 
@@ -100,22 +100,22 @@ async def check_second_result_is_refused(trial: ClauseTrial) -> None:
 async def check_result_for_unknown_tool_use_is_refused(trial: ClauseTrial) -> None:
     """Send a result for a tool use that does not exist."""
     url = f"{await _claim_item_and_session_url(trial)}/events"
-    answer = await trial.api("POST", url, json=_tool_result_body(f"evt_{UNKNOWN}"))
+    answer = await trial.api("POST", url, json=_make_tool_result_body(f"evt_{UNKNOWN}"))
     raise_differs_unless(is_bad_request(answer), str(answer))
 
 
 async def _claim_item_and_session_url(trial: ClauseTrial, script: Script | None = None) -> str:
     """Claim an item, and return the URL of its session."""
-    return _session_url_of(trial, await trial.claim_item(script))
+    return _make_session_url(trial, await trial.claim_item(script))
 
 
-def _session_url_of(trial: ClauseTrial, subject: SuiteItem) -> str:
+def _make_session_url(trial: ClauseTrial, subject: SuiteItem) -> str:
     if not subject.session_id:
         raise Untried("the item names no session")
     return f"{trial.api.base_url}/sessions/{subject.session_id}"
 
 
-def _tool_result_body(use_id: str) -> dict[str, Any]:
+def _make_tool_result_body(use_id: str) -> dict[str, Any]:
     content = [{"type": "text", "text": "workpool conform"}]
     result_event = {"type": USER_TOOL_RESULT, "tool_use_id": use_id, "content": content}
     return {"events": [result_event]}

@@ -94,7 +94,7 @@ async def check_pages_of_list_contain_each_item_once(trial: ClauseTrial) -> None
     token = first.get("next_page")
     raise_differs_unless(isinstance(token, str) and token, "the list has one page")
     second = await _read_page(trial, "1", token)
-    ids = [row.get("id") for page in (first, second) for row in _rows_of_page(page)]
+    ids = [row.get("id") for page in (first, second) for row in _list_rows_of_page(page)]
     raise_breaks_unless(len(set(ids)) == len(ids) > 1, "the second page repeats the first")
     seen = await _list_all_item_ids(trial)
     missing = [subject for subject in subjects if subject.id not in seen]
@@ -111,7 +111,7 @@ async def check_list_is_in_order_of_creation(trial: ClauseTrial) -> None:
     await trial.claim_item()
     answer = await _read_page(trial, "100")
     _require_permitted_call(answer, "the order is not known")
-    times = [str(row.get("created_at")) for row in _rows_of_page(answer)]
+    times = [str(row.get("created_at")) for row in _list_rows_of_page(answer)]
     raise_differs_unless(times == sorted(times), "the newest item comes first")
 
 
@@ -139,7 +139,7 @@ async def _read_page(trial: ClauseTrial, limit: str, page: str | None = None) ->
     return await trial.api("GET", trial.api.work_url(), params=query)
 
 
-def _rows_of_page(answer: Answer) -> list[dict[str, Any]]:
+def _list_rows_of_page(answer: Answer) -> list[dict[str, Any]]:
     rows = answer.get("data")
     raise_breaks_unless(answer.ok and isinstance(rows, list), str(answer))
     return [row for row in rows if isinstance(row, dict)]
@@ -150,7 +150,7 @@ async def _list_all_item_ids(trial: ClauseTrial) -> set[str]:
     token: str | None = None
     for _ in range(PAGES_MAX):
         page = await _read_page(trial, "100", token)
-        seen.update(str(row.get("id")) for row in _rows_of_page(page))
+        seen.update(str(row.get("id")) for row in _list_rows_of_page(page))
         token = None if page.get("has_more") is False else page.get("next_page")
         if not token:
             return seen

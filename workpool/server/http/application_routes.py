@@ -67,7 +67,7 @@ class ApplicationRoutes:
         self._authenticate_application(request).check_environment_access(environment_id)
         await requests.read_body(request)
         return json_response(
-            self._environment_json(await self._engine.get_environment(environment_id))
+            self._make_environment_json(await self._engine.get_environment(environment_id))
         )
 
     async def list_environments(self, request: web.Request) -> web.Response:
@@ -78,9 +78,9 @@ class ApplicationRoutes:
         if place.before is not None:
             raise APIError(400, "before_id is not known here", "before_id")
         page = await self._engine.list_environments(place, limits)
-        return json_response(page_json(page, self._environment_json))
+        return json_response(page_json(page, self._make_environment_json))
 
-    def _environment_json(self, environment: Environment) -> dict[str, Any]:
+    def _make_environment_json(self, environment: Environment) -> dict[str, Any]:
         return environment.to_json(cloud=environment.id in self._cloud)
 
     async def create_session(self, request: web.Request) -> web.Response:
@@ -107,12 +107,12 @@ class ApplicationRoutes:
     ) -> SessionFilter:
         """Parse the query parameters that select and order a list of sessions."""
         times = requests.parse_time_range(request)
-        statuses = requests.repeated_parameter(request, "statuses")
-        archived = requests.boolean_parameter(request, "include_archived")
-        agent_id = requests.single_parameter(request, "agent_id")
-        version = requests.single_parameter(request, "agent_version")
+        statuses = requests.read_repeated_parameter(request, "statuses")
+        archived = requests.read_boolean_parameter(request, "include_archived")
+        agent_id = requests.read_single_parameter(request, "agent_id")
+        version = requests.read_single_parameter(request, "agent_version")
         if any(
-            requests.single_parameter(request, name)
+            requests.read_single_parameter(request, name)
             for name in ("deployment_id", "memory_store_id")
         ):
             # No session of this control plane has a deployment or a memory store, so no session may

@@ -75,9 +75,9 @@ def _parse_replica_rule(request: web.Request) -> ReplicaRule:
     """Parse the query parameters that limit the number of workers; a malformed one raises a 400."""
     try:
         return ReplicaRule(
-            requests.integer_parameter(request, "slots_per_worker", SLOTS_PER_WORKER),
-            requests.integer_parameter(request, "min_replicas", 0),
-            requests.integer_parameter(request, "max_replicas", REPLICAS_MAX),
+            requests.read_integer_parameter(request, "slots_per_worker", SLOTS_PER_WORKER),
+            requests.read_integer_parameter(request, "min_replicas", 0),
+            requests.read_integer_parameter(request, "max_replicas", REPLICAS_MAX),
         )
     except ValueError as error:
         raise APIError(400, str(error)) from None

@@ -71,14 +71,14 @@ class AcceptedTokens:
     """
 
     def __init__(self, grants: Grants, signing_key: bytes, worker_keys: Iterable[str] = ()) -> None:
-        self._grants = {_token_digest(token): limits for token, limits in grants.items()}
-        self._worker_keys = frozenset(map(_token_digest, worker_keys))
+        self._grants = {_compute_token_digest(token): limits for token, limits in grants.items()}
+        self._worker_keys = frozenset(map(_compute_token_digest, worker_keys))
         self._signing_key = signing_key
 
     def authenticate(self, headers: Mapping[str, str], dialect: ServerDialect) -> Caller:
         """Return the permissions of the token in `headers`; raises a 401 for an unknown token."""
-        token = _token_in_headers(headers, dialect.api_key_header)
-        digest = _token_digest(token)
+        token = _find_token_in_headers(headers, dialect.api_key_header)
+        digest = _compute_token_digest(token)
         if digest in self._grants:
             return Caller(self._grants[digest])
         if digest in self._worker_keys:
@@ -99,7 +99,7 @@ class AcceptedTokens:
         return f"{subject}.{hmac.new(self._signing_key, subject.encode(), sha256).hexdigest()}"
 
 
-def _token_in_headers(headers: Mapping[str, str], api_key_header: str | None) -> str:
+def _find_token_in_headers(headers: Mapping[str, str], api_key_header: str | None) -> str:
     authorization = headers.get("Authorization")
     if authorization is None and api_key_header is not None:
         return headers.get(api_key_header, "")
@@ -107,7 +107,7 @@ def _token_in_headers(headers: Mapping[str, str], api_key_header: str | None) ->
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
-def _token_digest(token: str) -> bytes:
+def _compute_token_digest(token: str) -> bytes:
     return sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 

@@ -85,9 +85,9 @@ class WorkRoutes:
         item = await self._engine.long_poll(
             environment_id, poll, partial(has_disconnected, request)
         )
-        return json_response(None if item is None else self._delivery_json(item))
+        return json_response(None if item is None else self._make_delivery_json(item))
 
-    def _delivery_json(self, item: Item) -> dict[str, Any]:
+    def _make_delivery_json(self, item: Item) -> dict[str, Any]:
         shown = self._dialect.item_json(item)
         if self._dialect.item_secrets:
             shown["secret"] = self._tokens.make_item_secret(item)
@@ -128,14 +128,14 @@ class WorkRoutes:
     async def get_item(self, request: web.Request) -> web.Response:
         """Answer with one item."""
         place = await self._authorize_item(request)
-        async with self._raise_unknown_item_first(place):
+        async with self._replace_error_if_item_unknown(place):
             await requests.read_body(request)
         return json_response(self._dialect.item_json(await self._engine.get_item(*place)))
 
     async def update_metadata(self, request: web.Request) -> web.Response:
         """Merge the metadata patch of the request into an item's metadata."""
         place = await self._authorize_item(request)
-        async with self._raise_unknown_item_first(place):
+        async with self._replace_error_if_item_unknown(place):
             patch = requests.parse_metadata_patch(
                 await requests.read_body(request), required=self._dialect.metadata_required
             )
@@ -147,7 +147,7 @@ class WorkRoutes:
     async def ack_item(self, request: web.Request) -> web.Response:
         """Acknowledge an item, and answer with it."""
         place = await self._authorize_item(request, own_token=True)
-        async with self._raise_unknown_item_first(place):
+        async with self._replace_error_if_item_unknown(place):
             await requests.read_body(request)
             worker_id = self._worker_id(request)
         return json_response(
@@ -157,7 +157,7 @@ class WorkRoutes:
     async def heartbeat(self, request: web.Request) -> web.Response:
         """Extend the lease of an item, and answer with the heartbeat's result."""
         place = await self._authorize_item(request, own_token=True)
-        async with self._raise_unknown_item_first(place):
+        async with self._replace_error_if_item_unknown(place):
             await requests.read_body(request)
             expected, ttl_seconds = requests.parse_heartbeat(request)
             worker_id = self._worker_id(request)
@@ -177,7 +177,7 @@ class WorkRoutes:
     async def stop_item(self, request: web.Request) -> web.Response:
         """Stop an item; the dialect decides whether the answer is the item or a 204."""
         place = await self._authorize_item(request, own_token=True)
-        async with self._raise_unknown_item_first(place):
+        async with self._replace_error_if_item_unknown(place):
             force = requests.parse_force(await requests.read_body(request))
             worker_id = self._worker_id(request)
         item = await self._engine.stop_item(
@@ -218,7 +218,7 @@ class WorkRoutes:
         return await self._authorize_environment(request, own, worker=own_token), work_id
 
     @asynccontextmanager
-    async def _raise_unknown_item_first(self, place: tuple[str, str]) -> AsyncIterator[None]:
+    async def _replace_error_if_item_unknown(self, place: tuple[str, str]) -> AsyncIterator[None]:
         """Return a context in which an API error becomes a 404 if the item does not exist.
 
         In the order of errors, an unknown item comes first. Without an error the item is not read

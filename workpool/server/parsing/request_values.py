@@ -96,7 +96,7 @@ class ItemFilter(NamedTuple):
         return (self.state is None or item.state == self.state) and (failed or not self.failed)
 
 
-def single_parameter(request: web.Request, name: str) -> str | None:
+def read_single_parameter(request: web.Request, name: str) -> str | None:
     """Return a query parameter, or None if it is absent; raises a 400 if it is repeated."""
     values = request.query.getall(name, ())
     if len(values) > 1:
@@ -104,9 +104,9 @@ def single_parameter(request: web.Request, name: str) -> str | None:
     return values[0] if values else None
 
 
-def integer_parameter(request: web.Request, name: str, default: int) -> int:
+def read_integer_parameter(request: web.Request, name: str, default: int) -> int:
     """Parse a query parameter that is a non-negative integer; `default` if it is absent."""
-    text = single_parameter(request, name)
+    text = read_single_parameter(request, name)
     if text is None:
         return default
     if not _NUMBER.fullmatch(text):
@@ -119,22 +119,22 @@ def integer_parameter(request: web.Request, name: str, default: int) -> int:
 
 def parse_poll(request: web.Request, worker_id: str | None) -> Poll:
     """Parse the query parameters of a poll."""
-    block_ms = integer_parameter(request, "block_ms", 0)
+    block_ms = read_integer_parameter(request, "block_ms", 0)
     if (
-        single_parameter(request, "block_ms") is not None
+        read_single_parameter(request, "block_ms") is not None
         and not BLOCK_MS_MIN <= block_ms <= BLOCK_MS_MAX
     ):
         raise APIError(400, f"block_ms must be in {BLOCK_MS_MIN}-{BLOCK_MS_MAX}", "block_ms")
-    reclaim = integer_parameter(request, "reclaim_older_than_ms", RECLAIM_OLDER_THAN_MS)
+    reclaim = read_integer_parameter(request, "reclaim_older_than_ms", RECLAIM_OLDER_THAN_MS)
     return Poll(worker_id, block_ms, reclaim)
 
 
 def parse_heartbeat(request: web.Request) -> tuple[str | None, int]:
     """Parse the query of a heartbeat: `expected_last_heartbeat`, and the requested TTL."""
-    ttl_seconds = integer_parameter(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
+    ttl_seconds = read_integer_parameter(request, "desired_ttl_seconds", TTL_DEFAULT_SECONDS)
     if ttl_seconds == 0:
         raise APIError(400, "desired_ttl_seconds must be positive", "desired_ttl_seconds")
-    expected = single_parameter(request, "expected_last_heartbeat")
+    expected = read_single_parameter(request, "expected_last_heartbeat")
     if expected is not None and expected != NO_HEARTBEAT and not is_rfc3339(expected):
         raise APIError(
             400,
@@ -149,11 +149,11 @@ def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS)
 
     The id in these parameters is `prefix` and a text that the pattern `digits` matches.
     """
-    limit = integer_parameter(request, "limit", LIST_LIMIT_DEFAULT)
+    limit = read_integer_parameter(request, "limit", LIST_LIMIT_DEFAULT)
     if limit == 0:
         raise APIError(400, "limit must be positive", "limit")
     limit = min(limit, LIST_LIMIT_MAX)
-    values = {name: single_parameter(request, name) for name in _PLACES}
+    values = {name: read_single_parameter(request, name) for name in _PLACES}
     given = {name: value for name, value in values.items() if value is not None}
     if len(given) > 1:
         raise APIError(400, "give at most one of page, before_id and after_id", list(given)[1])
@@ -171,20 +171,23 @@ def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS)
 
 def parse_item_filter(request: web.Request) -> ItemFilter | None:
     """Parse the query parameters `state`, `failed` and `order`; None if all are absent."""
-    state, failed = single_parameter(request, "state"), single_parameter(request, "failed")
-    if state is None and failed is None and single_parameter(request, "order") is None:
+    state, failed = (
+        read_single_parameter(request, "state"),
+        read_single_parameter(request, "failed"),
+    )
+    if state is None and failed is None and read_single_parameter(request, "order") is None:
         return None
     if state is not None and state not in STATES:
         raise APIError(400, "state is not one of the protocol's five", "state")
     return ItemFilter(
-        state, boolean_parameter(request, "failed"), parse_newest_first(request, default=False)
+        state, read_boolean_parameter(request, "failed"), parse_newest_first(request, default=False)
     )
 
 
 def parse_event_filter(request: web.Request) -> EventFilter:
     """Parse the query parameters `order`, `types` and `created_at[…]` of a list of events."""
     return EventFilter(
-        types=repeated_parameter(request, "types"),
+        types=read_repeated_parameter(request, "types"),
         times=parse_time_range(request),
         newest_first=parse_newest_first(request, default=False),
     )
@@ -192,21 +195,21 @@ def parse_event_filter(request: web.Request) -> EventFilter:
 
 def parse_newest_first(request: web.Request, *, default: bool) -> bool:
     """Return whether the query parameter `order` is `desc`; `default` if it is absent."""
-    order = single_parameter(request, "order")
+    order = read_single_parameter(request, "order")
     if order not in {None, "asc", "desc"}:
         raise APIError(400, "order must be asc or desc", "order")
     return default if order is None else order == "desc"
 
 
-def boolean_parameter(request: web.Request, name: str) -> bool:
+def read_boolean_parameter(request: web.Request, name: str) -> bool:
     """Parse a query parameter that is `true` or `false`; False if it is absent."""
-    text = single_parameter(request, name)
+    text = read_single_parameter(request, name)
     if text not in {None, "true", "false"}:
         raise APIError(400, f"{name} must be true or false", name)
     return text == "true"
 
 
-def repeated_parameter(request: web.Request, name: str) -> frozenset[str] | None:
+def read_repeated_parameter(request: web.Request, name: str) -> frozenset[str] | None:
     """Return all values of the query parameters `name` and `name[]`; None if there are none."""
     values = [*request.query.getall(f"{name}[]", ()), *request.query.getall(name, ())]
     return frozenset(values) if values else None
@@ -218,7 +221,7 @@ def parse_time_range(request: web.Request) -> TimeRange:
 
 
 def _parse_time(request: web.Request, name: str) -> str | None:
-    text = single_parameter(request, name)
+    text = read_single_parameter(request, name)
     if text is None:
         return None
     time = to_utc_text(text)

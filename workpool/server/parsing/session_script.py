@@ -28,9 +28,9 @@ def parse_script(value: object, copies: int = 1) -> Script:
     Raises a 400 if the script is malformed, or if all copies together are too large.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise _script_error("must be a list of tool uses")
+        raise _make_script_error("must be a list of tool uses")
     if len(value) > ENTRIES_MAX:
-        raise _script_error(f"must have at most {ENTRIES_MAX} entries")
+        raise _make_script_error(f"must have at most {ENTRIES_MAX} entries")
     script = tuple(
         _parse_tool_use(entry, f"entry {number}") for number, entry in enumerate(value, 1)
     )
@@ -39,9 +39,9 @@ def parse_script(value: object, copies: int = 1) -> Script:
         # the depth were not checked here, the session could not be shown.
         content = orjson.dumps([[script]], default=dict)
     except orjson.JSONEncodeError:
-        raise _script_error("cannot be written as JSON") from None
+        raise _make_script_error("cannot be written as JSON") from None
     if len(content) * copies > SCRIPTS_BYTES_MAX:
-        raise _script_error(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
+        raise _make_script_error(f"must stay below {SCRIPTS_BYTES_MAX} bytes, times count")
     # A deep copy: the caller of `enqueue` may change its own object later.
     copy: Script = orjson.loads(content)[0][0]
     return copy
@@ -49,7 +49,7 @@ def parse_script(value: object, copies: int = 1) -> Script:
 
 def _parse_tool_use(entry: object, where: str) -> Mapping[str, Any]:
     if not isinstance(entry, Mapping):
-        raise _script_error(f"{where} must be an object")
+        raise _make_script_error(f"{where} must be an object")
     name, given, custom, permission = (
         entry.get(key, default)
         for key, default in (
@@ -60,15 +60,15 @@ def _parse_tool_use(entry: object, where: str) -> Mapping[str, Any]:
         )
     )
     if not isinstance(name, str) or not 1 <= len(name) <= NAME_LENGTH:
-        raise _script_error(f"{where}: name must be 1 to {NAME_LENGTH} characters")
+        raise _make_script_error(f"{where}: name must be 1 to {NAME_LENGTH} characters")
     if not isinstance(given, Mapping):
-        raise _script_error(f"{where}: input must be an object")
+        raise _make_script_error(f"{where}: input must be an object")
     if not isinstance(custom, bool):
-        raise _script_error(f"{where}: custom must be a boolean")
+        raise _make_script_error(f"{where}: custom must be a boolean")
     if permission not in PERMISSIONS:
-        raise _script_error(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
+        raise _make_script_error(f"{where}: permission must be one of {', '.join(PERMISSIONS)}")
     return {"name": name, "input": given, "custom": custom, "permission": permission}
 
 
-def _script_error(problem: str) -> APIError:
+def _make_script_error(problem: str) -> APIError:
     return APIError(400, f"script {problem}", "script")

@@ -23,7 +23,7 @@ from workpool.server.postgres.database_calls import (
 )
 from workpool.server.postgres.database_errors import UnavailableError
 from workpool.server.postgres.item_cache import ItemCache
-from workpool.server.postgres.notifications import work_topic
+from workpool.server.postgres.notifications import make_work_topic
 from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_from_row
 from workpool.server.timestamps import MILLISECOND, SECOND
 from workpool.wire.protocol import (
@@ -136,7 +136,7 @@ class ClaimCalls(DatabaseCalls):
         """Deliver an item to a poll, which waits up to `block_ms`; return None if no item came."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
-        topic = work_topic(environment_id)
+        topic = make_work_topic(environment_id)
         await self._record_poller(environment_id, poll.worker_id)
         announced = True
         while not gone():
@@ -147,7 +147,7 @@ class ClaimCalls(DatabaseCalls):
                 if not announced:
                     # The notification of this item was lost. The lost notification may have
                     # announced further items, so wake another poll too.
-                    self._hub.wake_calls(topic)
+                    self._hub.wake_waiting_calls(topic)
                 if not gone():
                     return item
                 await self._withdraw_delivery(item, delivery.version)
@@ -155,11 +155,13 @@ class ClaimCalls(DatabaseCalls):
             remaining = deadline - loop.time()
             if remaining <= 0 or self._closing:
                 return None
-            seconds = _poll_wait_seconds(remaining, poll, delivery.due_seconds)
+            seconds = _compute_poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
                 return None  # no further claim: the worker's next poll begins with a claim
-        self._hub.wake_calls(topic)  # the client has disconnected: wake another poll instead
+        self._hub.wake_waiting_calls(
+            topic
+        )  # the client has disconnected: wake another poll instead
         return None
 
     async def _claim_or_withdraw(self, environment_id: str, poll: Poll) -> ClaimOutcome:
@@ -200,7 +202,7 @@ class ClaimCalls(DatabaseCalls):
         withdrawn = state_machine.withdraw_delivery(item)
         change = ItemChange(withdrawn, "withdrawn", item.holder, await self._current_time())
         if await self._write_item(self._pool, item, version, [change]) is not None:
-            self._hub.announce_changes(work_topic(item.environment_id))
+            self._hub.announce_changes(make_work_topic(item.environment_id))
 
     async def _end_due_leases(self, environment_id: str | None) -> int:
         """End the expired leases of one environment or of all; return the number of ended leases.
@@ -248,10 +250,10 @@ class ClaimCalls(DatabaseCalls):
                     await self._end_lease(connection, item_from_row(row), row[-1]) for row in rows
                 ]
 
-        lapsed = await self._pool.retry_collisions(end_leases_of_batch)
+        lapsed = await self._pool.retry_colliding_call(end_leases_of_batch)
         queued = [item.environment_id for item in lapsed if item.state == QUEUED]
         for each in sorted(set(queued)):
-            self._hub.announce_changes(work_topic(each), queued.count(each))
+            self._hub.announce_changes(make_work_topic(each), queued.count(each))
         return len(lapsed)
 
     async def _end_lease(self, connection: Connection, stored: Item, version: int) -> Item:
@@ -276,7 +278,7 @@ class ClaimCalls(DatabaseCalls):
             await self._pool.execute(_POLLED, environment_id, worker_id, self._test_clock_time())
 
 
-def _poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
+def _compute_poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:
     """Return the seconds after which a waiting poll claims again if nothing wakes it earlier.
 
     If another poll receives an item meanwhile and the other worker sends no ack, the item becomes

@@ -176,7 +176,7 @@ class ConnectionPool:
             raise
         self._release_connection(connection)
 
-    async def retry_collisions(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def retry_colliding_call(self, call: Callable[[], Awaitable[T]]) -> T:
         """Run `call`, and repeat it a few times while it raises `RetryableError`."""
         for attempt in range(_RETRIES):
             with suppress(RetryableError):
@@ -230,15 +230,15 @@ class ConnectionPool:
             async with asyncio.timeout(seconds):
                 await waiter
         except TimeoutError:
-            self._wake_another_call_instead(waiter)
+            self._pass_on_wake_up(waiter)
             refusal = UnavailableError("all connections are in use")
             self._log_unavailability(refusal, None)
             raise refusal from None
         except asyncio.CancelledError:
-            self._wake_another_call_instead(waiter)
+            self._pass_on_wake_up(waiter)
             raise
 
-    def _wake_another_call_instead(self, waiter: asyncio.Future[None]) -> None:
+    def _pass_on_wake_up(self, waiter: asyncio.Future[None]) -> None:
         """Wake another call if the call of `waiter` was woken but ends without a connection."""
         if waiter.done() and not waiter.cancelled():
             self._wake_waiting_calls()
@@ -311,7 +311,7 @@ async def open_connection(url: str, *, statement_seconds: float | None = None) -
     `statement_seconds`: None: `STATEMENT_SECONDS`.
     """
     seconds = STATEMENT_SECONDS if statement_seconds is None else statement_seconds
-    options = _connection_options(url, seconds, seconds + _ANSWER_SECONDS)
+    options = _make_connection_options(url, seconds, seconds + _ANSWER_SECONDS)
     async with asyncio.timeout(CONNECT_SECONDS):
         return await asyncpg.connect(**options)
 
@@ -339,7 +339,7 @@ async def start_connection(url: str, *, statement_seconds: float) -> AsyncIterat
         raise _translate_start_error(url, error) from None
 
 
-def _connection_options(
+def _make_connection_options(
     url: str, statement_seconds: float, answer_seconds: float
 ) -> dict[str, Any]:
     return {

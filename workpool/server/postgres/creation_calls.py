@@ -11,7 +11,7 @@ from workpool.server.conversation import Conversation, extend_conversation
 from workpool.server.parsing.session_script import parse_script
 from workpool.server.postgres.database_calls import RECORD
 from workpool.server.postgres.environment_calls import EnvironmentCalls
-from workpool.server.postgres.notifications import work_topic
+from workpool.server.postgres.notifications import make_work_topic
 from workpool.server.postgres.row_codec import events_to_columns, session_to_row
 from workpool.server.stored_item import SESSION_PREFIX, WORK_PREFIX, Item
 from workpool.server.stored_session import SessionView, StoredSession
@@ -137,7 +137,7 @@ class CreationCalls(EnvironmentCalls):
             [seq for own in counts for seq in range(1, own + 1)],
             *events_to_columns(events),
         )
-        self._hub.announce_changes(work_topic(template.environment_id), count)
+        self._hub.announce_changes(make_work_topic(template.environment_id), count)
         return views
 
     def _make_session(
@@ -147,9 +147,9 @@ class CreationCalls(EnvironmentCalls):
         initial_events: Sequence[Mapping[str, Any]],
     ) -> tuple[SessionView, list[StoredEvent]]:
         now = template.created_at
-        session = replace(template, id=SESSION_PREFIX + self._ids.next_digits(now))
+        session = replace(template, id=SESSION_PREFIX + self._ids.next_id_digits(now))
         item = Item(
-            id=WORK_PREFIX + self._ids.next_digits(now),
+            id=WORK_PREFIX + self._ids.next_id_digits(now),
             environment_id=session.environment_id,
             session_id=session.id,
             type=work_type,

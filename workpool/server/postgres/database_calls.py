@@ -152,7 +152,7 @@ class DatabaseCalls:
                     raise RetryableError("concurrent changes collided")
                 return result
 
-        return await self._pool.retry_collisions(attempt_with_lock)
+        return await self._pool.retry_colliding_call(attempt_with_lock)
 
     async def _current_time(self) -> int:
         """Return the current time of the database in microseconds."""
@@ -173,7 +173,7 @@ class DatabaseCalls:
         if row is None:
             raise APIError(404, "no such work item in this environment")
         stored = item_from_row(row)
-        return stored, without_ended_lease(stored, row[-1]), row[-2], row[-1]
+        return stored, remove_ended_lease(stored, row[-1]), row[-2], row[-1]
 
     async def _write_item(
         self, connection: Connection, stored: Item, version: int, changes: Sequence[ItemChange]
@@ -203,13 +203,13 @@ class DatabaseCalls:
             item.beaten,
         ]
         if self._has_history:
-            values += _record_columns(changes)
+            values += _history_record_columns(changes)
         statement = _UPDATES[stops, self._has_history]
         written: int | None = await connection.fetchval(statement, *values)
         return written
 
 
-def without_ended_lease(item: Item, now: int) -> Item:
+def remove_ended_lease(item: Item, now: int) -> Item:
     """Return the item, but without its lease if the lease has ended by the time `now`."""
     if item.lease_end is None or item.lease_end > now:
         return item
@@ -223,7 +223,7 @@ def make_lease_end_change(stored: Item) -> ItemChange:
     )
 
 
-def _record_columns(changes: Sequence[ItemChange]) -> list[list[Any]]:
+def _history_record_columns(changes: Sequence[ItemChange]) -> list[list[Any]]:
     rows = [
         (each.at, each.kind, each.worker_id, each.item.state, each.item.lease_end, each.op)
         for each in changes

@@ -83,11 +83,11 @@ def to_unavailable_error(error: BaseException) -> UnavailableError | None:
             return RetryableError(_CONFLICTS[state])
         reason = _REASONS.get(state) or _REASONS.get(state[:2])
     else:
-        reason = _driver_error_reason(error)
+        reason = _describe_driver_error(error)
     return None if reason is None else UnavailableError(reason)
 
 
-def _driver_error_reason(error: BaseException) -> str | None:
+def _describe_driver_error(error: BaseException) -> str | None:
     """Return the reason for a temporary error without an SQLSTATE; None for other errors."""
     if isinstance(error, TimeoutError):
         return "it did not answer in time"

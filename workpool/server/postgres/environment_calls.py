@@ -76,7 +76,7 @@ class EnvironmentCalls(DatabaseCalls):
         """Create a `self_hosted` environment."""
         check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         now = await self._current_time()
-        environment_id = ENVIRONMENT_PREFIX + self._ids.next_digits(now)
+        environment_id = ENVIRONMENT_PREFIX + self._ids.next_id_digits(now)
         environment = Environment(environment_id, *wanted, now)
         if await self._pool.execute(_CREATE, *environment_to_row(environment)) != "INSERT 0 1":
             raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")

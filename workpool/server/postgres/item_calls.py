@@ -23,7 +23,7 @@ from workpool.server.postgres.database_calls import (
     make_lease_end_change,
 )
 from workpool.server.postgres.item_cache import CachedItem, change_cached_item
-from workpool.server.postgres.notifications import work_topic
+from workpool.server.postgres.notifications import make_work_topic
 from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_from_row, may_be_id
 from workpool.server.timestamps import from_heartbeat_text
 from workpool.wire.protocol import (
@@ -233,7 +233,7 @@ class ItemCalls(ClaimCalls):
         )
         if changed.item.state == QUEUED:
             # The change may have ended the item's lease. Then the item is claimable: wake a poll.
-            self._hub.announce_changes(work_topic(environment_id))
+            self._hub.announce_changes(make_work_topic(environment_id))
         return changed
 
     async def _record_conflict(self, item: Item, worker_id: str | None, op: str | None) -> None:

@@ -42,12 +42,12 @@ _RECONNECT_SECONDS: Final = (0.1, 5.0)
 """Shortest and longest pause before another attempt to connect."""
 
 
-def work_topic(environment_id: str) -> str:
+def make_work_topic(environment_id: str) -> str:
     """Return the topic of an environment's claimable items. Each item wakes one waiting poll."""
     return _WORK + environment_id
 
 
-def session_topic(session_id: str) -> str:
+def make_session_topic(session_id: str) -> str:
     """Return the topic of a session's events. A new event wakes all streams of the session."""
     return "session:" + session_id
 
@@ -88,20 +88,20 @@ class NotificationHub:
         """Wait for a change of a topic after change number `seen`; return whether it was announced.
 
         False: `seconds` have passed, or a notification may be lost. A poll that then finds an item
-        must call `wake_calls`, since only one poll is woken for any number of items.
+        must call `wake_waiting_calls`, since only one poll is woken for any number of items.
         """
-        if self._released or self._has_changed(topic, seen):
+        if self._released or self._has_topic_changed(topic, seen):
             return True
         loop = asyncio.get_running_loop()
         waiter: Waiter = loop.create_future()
         self._add_waiting_call(topic, waiter)
-        timer = loop.call_later(seconds, _end_wait, waiter, False)  # noqa: FBT003 - the result
+        timer = loop.call_later(seconds, _set_wait_result, waiter, False)  # noqa: FBT003 - the result
         try:
             return await waiter
         except asyncio.CancelledError:
             # This poll was woken for an item before it was cancelled: wake the next poll instead.
             if waiter.done() and not waiter.cancelled():
-                self.wake_calls(topic)
+                self.wake_waiting_calls(topic)
             raise
         finally:
             timer.cancel()
@@ -110,13 +110,13 @@ class NotificationHub:
     def announce_changes(self, topic: str, count: int = 1) -> None:
         """Announce committed changes to this node at once, and to the other nodes soon."""
         self._record_change(topic)
-        self.wake_calls(topic, count)
+        self.wake_waiting_calls(topic, count)
         self._unsent[topic] = self._unsent.get(topic, 0) + count
         if len(self._unsent) > _TOPICS_MAX:
             self._unsent = {EVERYTHING: 1}
         self._wanted.set()
 
-    def wake_calls(self, topic: str, count: int = 1) -> None:
+    def wake_waiting_calls(self, topic: str, count: int = 1) -> None:
         """Wake this node's waiting calls of a topic: `count` polls, or all streams of a session.
 
         If fewer than `count` polls wait, one poll that is reading the database reads it again for
@@ -127,7 +127,7 @@ class NotificationHub:
         count = count if is_work else len(waiters)
         while count > 0 and waiters:
             waiter, _ = waiters.popitem(last=False)
-            count -= _end_wait(waiter, True)  # noqa: FBT003 - the result
+            count -= _set_wait_result(waiter, True)  # noqa: FBT003 - the result
         if is_work and count > 0:
             self._record_change(topic)
             self._unused[topic] = self._unused.get(topic, 0) + count
@@ -139,7 +139,7 @@ class NotificationHub:
             timer.cancel()
         self._fallbacks.clear()
         for topic in list(self._waiting):
-            self.wake_calls(topic, len(self._waiting[topic]))
+            self.wake_waiting_calls(topic, len(self._waiting[topic]))
 
     async def run(self) -> None:
         """Exchange notifications with other nodes until cancelled; reconnect when disconnected."""
@@ -171,7 +171,7 @@ class NotificationHub:
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_after_gap()  # notifications that were sent before LISTEN are lost
+        self._wake_calls_after_gap()  # notifications that were sent before LISTEN are lost
 
     async def _send_announcements(self, connection: Any) -> None:
         """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.
@@ -225,21 +225,22 @@ class NotificationHub:
         for line in lines:
             count, _, topic = line.partition(" ")
             if topic == EVERYTHING or not count.isdecimal():
-                self._wake_after_gap()  # the payload does not name the topics that have changed
+                # The payload does not name the topics that have changed.
+                self._wake_calls_after_gap()
                 return
             self._record_change(topic)
-            self.wake_calls(topic, int(count))
+            self.wake_waiting_calls(topic, int(count))
 
-    def _wake_after_gap(self) -> None:
+    def _wake_calls_after_gap(self) -> None:
         """Wake one poll of each environment, and all streams: notifications may have been lost."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()
         self._forgotten = self._changes
         for topic in list(self._waiting):
-            self._wake_to_read_again(topic)
+            self._wake_calls_to_read_again(topic)
 
-    def _has_changed(self, topic: str, seen: int) -> bool:
+    def _has_topic_changed(self, topic: str, seen: int) -> bool:
         """Return whether `topic` changed after change number `seen`: a call must then read again.
 
         For each wake-up that found no waiting poll, only one of the polls that were reading reads
@@ -284,18 +285,18 @@ class NotificationHub:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
                 FALLBACK_SECONDS, self._on_fallback_timer, topic
             )
-            self._wake_to_read_again(topic)
+            self._wake_calls_to_read_again(topic)
 
-    def _wake_to_read_again(self, topic: str) -> None:
+    def _wake_calls_to_read_again(self, topic: str) -> None:
         """Wake one poll, or all streams of a session, so that they read the database again."""
         waiters = self._waiting[topic]
         for waiter in list(waiters):
             del waiters[waiter]
-            if _end_wait(waiter, False) and topic.startswith(_WORK):  # noqa: FBT003 - the result
+            if _set_wait_result(waiter, False) and topic.startswith(_WORK):  # noqa: FBT003 - the result
                 return
 
 
-def _end_wait(waiter: Waiter, announced: bool) -> bool:  # noqa: FBT001 - the result
+def _set_wait_result(waiter: Waiter, announced: bool) -> bool:  # noqa: FBT001 - the result
     """End a call's wait with a result; return False if the wait has ended already."""
     if waiter.done():
         return False

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from workpool.server.conversation import EVERY_EVENT
 from workpool.server.operations import LOOKED_AT_MAX
 from workpool.server.pagination import ListPage, make_page
-from workpool.server.postgres.database_calls import CLOCK, without_ended_lease
-from workpool.server.postgres.notifications import session_topic
+from workpool.server.postgres.database_calls import CLOCK, remove_ended_lease
+from workpool.server.postgres.notifications import make_session_topic
 from workpool.server.postgres.row_codec import (
     ITEM_COLUMNS,
     RECORD_COLUMNS,
@@ -185,7 +185,7 @@ class ReadCalls(StoredSessionCalls):
         rows = await self._pool.fetch(
             statement, environment_id, after, before or _END, limit, self._test_clock_time()
         )
-        return [without_ended_lease(item_from_row(row), row[-1]) for row in rows]
+        return [remove_ended_lease(item_from_row(row), row[-1]) for row in rows]
 
     async def list_sessions(
         self, place: PageRequest, wanted: SessionFilter
@@ -222,7 +222,7 @@ class ReadCalls(StoredSessionCalls):
             )
             for row in rows:
                 view = session_view_from_row(row)
-                yield view._replace(item=without_ended_lease(view.item, row[-1]))
+                yield view._replace(item=remove_ended_lease(view.item, row[-1]))
             if rows and backwards:
                 before = rows[-1][0]
             elif rows:
@@ -267,7 +267,7 @@ class ReadCalls(StoredSessionCalls):
                 return [event_from_columns(session_id, *row) for row in rows]
             remaining = deadline - loop.time()
             announced = await self._hub.wait_for_change(
-                session_topic(session_id), seen, max(0, remaining)
+                make_session_topic(session_id), seen, max(0, remaining)
             )
             if not announced and loop.time() >= deadline:
                 # Return without another read of the database, which would find no events. With

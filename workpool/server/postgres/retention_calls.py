@@ -6,7 +6,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.postgres.database_calls import COUNT_STOPPED, SHARD, DatabaseCalls
-from workpool.server.postgres.notifications import session_topic
+from workpool.server.postgres.notifications import make_session_topic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,19 +67,19 @@ class RetentionCalls(DatabaseCalls):
 
         async def delete_batch() -> list[str]:
             async with self._pool.transaction() as connection:
-                found = _ids_within_event_limit(await connection.fetch(_FIND, until))
+                found = _select_ids_within_event_limit(await connection.fetch(_FIND, until))
                 if not found:
                     return []
                 return [row[0] for row in await connection.fetch(_DELETE, until, found)]
 
-        deleted = await self._pool.retry_collisions(delete_batch)
+        deleted = await self._pool.retry_colliding_call(delete_batch)
         for session_id in deleted:
             # The announcement wakes the open streams of the deleted session, which then end.
-            self._hub.announce_changes(session_topic(session_id))
+            self._hub.announce_changes(make_session_topic(session_id))
         return len(deleted)
 
 
-def _ids_within_event_limit(rows: Sequence[Any]) -> list[str]:
+def _select_ids_within_event_limit(rows: Sequence[Any]) -> list[str]:
     """Return the ids of the first sessions that together have at most `EVENTS_MAX` events.
 
     The first session is always included, so that a session with more events is deleted too.

@@ -15,10 +15,10 @@ from workpool.server.postgres.creation_calls import NEW_ITEM_COLUMNS, CreationCa
 from workpool.server.postgres.database_calls import (
     RECORD,
     make_lease_end_change,
-    without_ended_lease,
+    remove_ended_lease,
 )
 from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, make_stop_change
-from workpool.server.postgres.notifications import session_topic, work_topic
+from workpool.server.postgres.notifications import make_session_topic, make_work_topic
 from workpool.server.postgres.row_codec import (
     VIEW_COLUMNS,
     VIEW_WIDTH,
@@ -147,10 +147,10 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             return await self._append_events(connection, read, conversation, new_events, item)
 
         events = await self._retry_with_lock(attempt_to_send_events, _LOCK, session_id)
-        self._hub.announce_changes(session_topic(session_id))
+        self._hub.announce_changes(make_session_topic(session_id))
         if messages_bring_work and has_message:
             view = await self.get_session(session_id)
-            self._hub.announce_changes(work_topic(view.session.environment_id))
+            self._hub.announce_changes(make_work_topic(view.session.environment_id))
         return events
 
     async def emit_events(
@@ -172,7 +172,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             return await self._append_events(connection, read, conversation, copies)
 
         events = await self._retry_with_lock(attempt_to_emit_events, _LOCK, session_id)
-        self._hub.announce_changes(session_topic(session_id))
+        self._hub.announce_changes(make_session_topic(session_id))
         return tuple(event.value for event in events)
 
     async def archive_session(self, session_id: str) -> SessionView:
@@ -187,8 +187,8 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                     await self._archive_locked_session(connection, read)
                 return (await self._read_session(connection, session_id)).view
 
-        view = await self._pool.retry_collisions(archive_in_transaction)
-        self._hub.announce_changes(session_topic(session_id))
+        view = await self._pool.retry_colliding_call(archive_in_transaction)
+        self._hub.announce_changes(make_session_topic(session_id))
         return view
 
     async def _archive_locked_session(self, connection: Connection, read: _SessionRow) -> None:
@@ -220,7 +220,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         view = session_view_from_row(row)
         await self.check_environment(view.session.environment_id)
         return _SessionRow(
-            view._replace(item=without_ended_lease(view.item, now)), event_count, last_event_id, now
+            view._replace(item=remove_ended_lease(view.item, now)), event_count, last_event_id, now
         )
 
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
@@ -260,7 +260,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         session = read.view.session
         self._ids.advance_past_id(read.view.item.id.removeprefix(WORK_PREFIX))
         return Item(
-            id=WORK_PREFIX + self._ids.next_digits(read.now),
+            id=WORK_PREFIX + self._ids.next_id_digits(read.now),
             environment_id=session.environment_id,
             session_id=session.id,
             metadata=session.metadata,

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class LeaseEnds:
+class LeaseEndTimes:
     """The ends of the current leases of one environment, earliest first."""
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class LeaseEnds:
         self._scheduled: dict[str, int] = {}
         self._heap: list[tuple[int, str]] = []
 
-    def set_end(self, work_id: str, end: int) -> None:
+    def set_end_time(self, work_id: str, end: int) -> None:
         """Set the time at which the lease of an item ends.
 
         If the end is later than before, the heap's entry stays, and is moved only when it becomes

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from workpool.server.api_errors import APIError
 from workpool.server.ascending_ids import AscendingIds, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
-from workpool.server.queue.lease_ends import LeaseEnds
+from workpool.server.queue.lease_ends import LeaseEndTimes
 from workpool.server.queue.long_polls import WaitingPolls
 from workpool.server.timestamps import MILLISECOND, SECOND, to_seconds_text
 from workpool.wire.protocol import (
@@ -62,7 +62,7 @@ class WorkQueue:
 
     def __init__(self, environment_id: str) -> None:
         self.environment_id = environment_id
-        self.leases = LeaseEnds()
+        self.leases = LeaseEndTimes()
         self.deliveries = Deliveries()
         self.waiting = WaitingPolls()
         self._items: dict[str, Item] = {}
@@ -102,7 +102,7 @@ class WorkQueue:
         if item.lease_end is None:
             self.leases.remove(item.id)
         else:
-            self.leases.set_end(item.id, item.lease_end)
+            self.leases.set_end_time(item.id, item.lease_end)
         self._index_queued_item(item, former)
 
     def find_existing_items(self, work_ids: Iterable[str]) -> list[Item]:

@@ -150,12 +150,14 @@ class SqliteStore:
                 while (batch := self._next_batch()) is not None:
                     rows, saved = batch
                     _write_rows(connection, rows)
-                    loop.call_soon_threadsafe(self._on_commit, saved)
+                    loop.call_soon_threadsafe(self._on_batch_committed, saved)
         except Exception as error:  # noqa: BLE001 - whatever ends this thread is raised on the loop
             problem = str(error)
             if not isinstance(error, sqlite3.Error | StoreError):
                 problem = f"{type(error).__name__}: {problem}"
-            loop.call_soon_threadsafe(self._on_failure, f"store {self._path}: {problem}", opened)
+            loop.call_soon_threadsafe(
+                self._on_writer_failed, f"store {self._path}: {problem}", opened
+            )
 
     def _connect(self) -> sqlite3.Connection:
         if str(self._path) not in _NO_FILES:
@@ -200,14 +202,14 @@ class SqliteStore:
             rows, self._unsaved = self._unsaved, {}
             return tuple(rows.values()), self._saved
 
-    # `_on_commit` and `_on_failure` run on the event loop.
+    # `_on_batch_committed` and `_on_writer_failed` run on the event loop.
 
-    def _on_commit(self, saved: int) -> None:
+    def _on_batch_committed(self, saved: int) -> None:
         self._committed = saved
         while self._waiting and self._waiting[0][0] <= saved:
             _resolve_future(self._waiting.popleft()[1], None)
 
-    def _on_failure(self, message: str, opened: asyncio.Future[StoreContents]) -> None:
+    def _on_writer_failed(self, message: str, opened: asyncio.Future[StoreContents]) -> None:
         self._failure = message
         self._failed.set()
         if not opened.done():

@@ -81,7 +81,7 @@ class SessionGuard(Protocol):
     def check(self) -> None:
         """Raise an error if the caller must not use the session anymore."""
 
-    async def await_within(
+    async def await_guarded_call(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
         """Call `call` and await its result; raise TimeoutError after `seconds`.
@@ -89,7 +89,7 @@ class SessionGuard(Protocol):
         The implementation may repeat the call.
         """
 
-    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make a call that changes the session; `call` receives the options of its HTTP request."""
 
 
@@ -99,14 +99,14 @@ class LeaselessGuard:
     def check(self) -> None:
         """Accept every use of the session, since there is no lease that could be lost."""
 
-    async def await_within(
+    async def await_guarded_call(
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
         """Call `call` once, and await its result for at most `seconds`."""
         async with asyncio.timeout(seconds):
             return await call()
 
-    async def run_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make the call once; an error of the call is raised to the caller."""
         return await call(DEFAULT_OPTIONS)
 

@@ -142,8 +142,8 @@ class EventStream:
 
     async def _connect(self) -> None:
         clock = asyncio.get_running_loop().time
-        await self._guard.await_within(lambda: asyncio.sleep(self._reconnect_at - clock()))
-        self._stream = await self._guard.await_within(
+        await self._guard.await_guarded_call(lambda: asyncio.sleep(self._reconnect_at - clock()))
+        self._stream = await self._guard.await_guarded_call(
             lambda: self._calls.open_stream(self._last_id)
         )
         self._pages = EventPageReader(self._calls, self._last_id if self._calls.resumes else None)
@@ -152,7 +152,7 @@ class EventStream:
         self._last_byte_at = clock()
 
     async def _read_history(self, pages: EventPageReader) -> None:
-        events = await self._guard.await_within(pages.read_next_page)
+        events = await self._guard.await_guarded_call(pages.read_next_page)
         fresh = self._held_back + [
             event for event in events if self._is_unread_history_event(event)
         ]
@@ -173,14 +173,14 @@ class EventStream:
         # timeout of 0 s, after a long pause of the reader, still reads the bytes that have arrived.
         silence_left = self._last_byte_at + self._stall_seconds - clock()
         try:
-            chunk = await self._guard.await_within(stream.read, max(0.0, silence_left))
+            chunk = await self._guard.await_guarded_call(stream.read, max(0.0, silence_left))
         except TimeoutError:
             raise TransientError("stream", None, "silent for too long", reason="timeout") from None
         if not chunk:
             raise TransientError("stream", None, "ended by the server", reason="network")
         self._last_byte_at = clock()
         try:
-            for frame in self._parser.feed(chunk):
+            for frame in self._parser.parse_chunk(chunk):
                 self._add_event_of_frame(frame.event, frame.data)
         # Do not quote the frame in the error, because a frame may contain secrets.
         except ValueError:

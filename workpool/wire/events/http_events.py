@@ -9,7 +9,7 @@ from yarl import URL
 
 from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
-from workpool.wire.http.connection_errors import TRANSIENT, no_answer_error
+from workpool.wire.http.connection_errors import TRANSIENT, make_no_answer_error
 from workpool.wire.protocol import LAST_EVENT_ID_HEADER
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class _HttpEventStream:
         try:
             return await self._response.content.readany()
         except TRANSIENT as error:
-            failure = no_answer_error(endpoints.STREAM, error)
+            failure = make_no_answer_error(endpoints.STREAM, error)
         # Raise outside of the except block. Inside it, the context of the error would be aiohttp's
         # error, which contains the headers of the request with the token.
         raise failure

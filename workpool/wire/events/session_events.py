@@ -44,7 +44,7 @@ class SessionEvents:
         """
         pages = EventPageReader(self._calls)
         while not pages.done:
-            for event in await self._guard.await_within(pages.read_next_page):
+            for event in await self._guard.await_guarded_call(pages.read_next_page):
                 yield event
 
     async def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
@@ -62,7 +62,7 @@ class SessionEvents:
             TransientError: There was no clear answer in time; the events may have been stored.
             ControlPlaneError: The control plane refused the call.
         """
-        body = request_bodies.append_events_body(events)
+        body = request_bodies.make_append_events_body(events)
         repeatable = all(event.get("type") in _ANSWERED_CALL_FIELDS for event in events)
         # Whether an earlier request may have stored the events, although its answer was lost.
         may_be_stored = False
@@ -91,7 +91,7 @@ class SessionEvents:
                 may_be_stored = False
                 raise
 
-        answer = await self._guard.run_write(send_unless_stored)
+        answer = await self._guard.run_session_write(send_unless_stored)
         if isinstance(answer, TransientError):
             raise answer
         return answer
@@ -110,11 +110,14 @@ class SessionEvents:
 
         Return None if an event is missing or has another content.
         """
-        wanted, stored_by_key = {_tool_use_key(event) for event in sent_events}, {}
+        wanted, stored_by_key = {_make_tool_use_key(event) for event in sent_events}, {}
         async for event in self.list():
-            if event["type"] in _ANSWERED_CALL_FIELDS and (key := _tool_use_key(event)) in wanted:
+            if (
+                event["type"] in _ANSWERED_CALL_FIELDS
+                and (key := _make_tool_use_key(event)) in wanted
+            ):
                 stored_by_key[key] = event
-        pairs = [(event, stored_by_key.get(_tool_use_key(event))) for event in sent_events]
+        pairs = [(event, stored_by_key.get(_make_tool_use_key(event))) for event in sent_events]
         stored = [
             theirs
             for ours, theirs in pairs
@@ -123,7 +126,7 @@ class SessionEvents:
         return stored if len(stored) == len(pairs) else None
 
 
-def _tool_use_key(event: Mapping[str, Any]) -> tuple[object, object]:
+def _make_tool_use_key(event: Mapping[str, Any]) -> tuple[object, object]:
     kind = event["type"]
     return kind, event.get(_ANSWERED_CALL_FIELDS[kind])
 

@@ -44,7 +44,7 @@ class FrameParser:
         self._size = 0
         self._last_id = ""
 
-    def feed(self, chunk: bytes) -> list[Frame]:
+    def parse_chunk(self, chunk: bytes) -> list[Frame]:
         """Parse the next bytes of the stream, and return the frames that they complete.
 
         Raises:

@@ -110,7 +110,7 @@ class InformationalFlood(aiohttp.ClientError):
     """Raised if a server sends too many informational answers (1xx)."""
 
 
-class _InformationalCounter:
+class _InformationalAnswerCounter:
     """Counts the informational answers (1xx) on a connection.
 
     It replaces aiohttp's `feed_data` of the connection, and passes each answer on to that function.
@@ -126,14 +126,14 @@ class _InformationalCounter:
 
     def __call__(self, answer: Message, size: int = 0) -> None:
         if answer[0].code in _INFORMATIONAL:
-            self._count_informational(answer[0])
+            self._count_informational_answers(answer[0])
         else:
             self._count = self._bytes = 0
         # After too many informational answers, aiohttp closes the connection; ignore later answers.
         if not self._flooded:
             self._feed(answer, size)
 
-    def _count_informational(self, message: RawResponseMessage) -> None:
+    def _count_informational_answers(self, message: RawResponseMessage) -> None:
         self._count += 1
         self._bytes += sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
         if self._count > INFORMATIONAL_MAX or self._bytes > INFORMATIONAL_BYTES:
@@ -167,8 +167,8 @@ class CheckedRequest(aiohttp.ClientRequest):
         # Replace `feed_data` once for each connection. Use `setattr` and not `__dict__`: once a
         # connection's `__dict__` was read, Python 3.11 reads its attributes more slowly, which cost
         # 14,000 CPU instructions a request.
-        if protocol is not None and not isinstance(protocol.feed_data, _InformationalCounter):
-            setattr(protocol, "feed_data", _InformationalCounter(protocol))  # noqa: B010 - types forbid it
+        if protocol is not None and not isinstance(protocol.feed_data, _InformationalAnswerCounter):
+            setattr(protocol, "feed_data", _InformationalAnswerCounter(protocol))  # noqa: B010 - types forbid it
         if self.check is not None and not self.body:
             # While writing is paused, aiohttp waits before it writes. Use a payload: it runs the
             # check after that wait.

@@ -51,7 +51,9 @@ def error_code(error: BaseException) -> str:
     return "error"
 
 
-def no_answer_error(op: str, error: BaseException, *, plain: bool = False) -> ControlPlaneError:
+def make_no_answer_error(
+    op: str, error: BaseException, *, plain: bool = False
+) -> ControlPlaneError:
     """Return the error to raise for a request without an answer.
 
     `plain`: the request was sent without TLS, and no request of this client was answered before.
@@ -65,11 +67,11 @@ def no_answer_error(op: str, error: BaseException, *, plain: bool = False) -> Co
     # Quote only the texts of connection errors. The texts of aiohttp's other errors may contain
     # bytes that were received, and these may contain secrets.
     text = str(error) if isinstance(error, aiohttp.ClientConnectorError) else type(error).__name__
-    hint = _wrong_scheme_hint(error, plain=plain)
+    hint = _find_wrong_scheme_hint(error, plain=plain)
     return TransientError(op, None, f"no answer: {text}{hint}", reason="network")
 
 
-def _wrong_scheme_hint(error: BaseException, *, plain: bool) -> str:
+def _find_wrong_scheme_hint(error: BaseException, *, plain: bool) -> str:
     """Return a hint if the error shows that `base_url` has the wrong scheme for its port."""
     if isinstance(error, aiohttp.ClientConnectorSSLError):
         reason = getattr(error.os_error, "reason", None)

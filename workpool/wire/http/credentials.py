@@ -39,7 +39,7 @@ def read_credential(
     if given is not None:
         source, text = name, given
     elif path is not None:
-        source = f"{name}_file: {_path_for_error(path)}"
+        source = f"{name}_file: {_format_path_for_error(path)}"
         text = _read_credential_file(source, path)
     else:
         source, text = variable, os.environ.get(variable, "")
@@ -54,7 +54,7 @@ def read_credential(
     return token
 
 
-def _path_for_error(path: Path) -> str:
+def _format_path_for_error(path: Path) -> str:
     """Return the path for an error's text, hidden if it may be a credential set by mistake."""
     name = str(path)
     looks_secret = len(name) >= SECRET_CHARACTERS and not re.search(r"[/\\.]", name)

@@ -30,7 +30,7 @@ from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.checked_request import CheckedBody, NotSentError, RequestCheck
-from workpool.wire.http.connection_errors import TRANSIENT, error_code, no_answer_error
+from workpool.wire.http.connection_errors import TRANSIENT, error_code, make_no_answer_error
 from workpool.wire.http.connections import ENDLESS, Connections
 from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.daemon_threads import DaemonThreads
@@ -101,7 +101,7 @@ class Transport:
             token, self._api_key, self._tls = await self._read_settings()
             self._set_headers(token)
             self._hide_secrets()
-            headers = self._headers_without_secrets()
+            headers = self._copy_headers_without_secrets()
             self._connections = Connections(self._settings, self._given, headers, self._threads)
             self._request_options = self._build_request_options()
         except BaseException:
@@ -269,7 +269,7 @@ class Transport:
             code = CODES.get(status, "error")
         except TRANSIENT as error:
             plain = url.scheme == "http" and not self._answered
-            failure: Exception = no_answer_error(op, error, plain=plain)
+            failure: Exception = make_no_answer_error(op, error, plain=plain)
             code = error_code(error)
         else:
             if status in SUCCESS:
@@ -306,7 +306,7 @@ class Transport:
                     response.close()
             failure = parse_error(STREAM, answer, *secrets)
         except TRANSIENT as error:
-            failure = no_answer_error(STREAM, error)
+            failure = make_no_answer_error(STREAM, error)
             code = error_code(error)
         finally:
             if self.on_request is not None:
@@ -428,7 +428,7 @@ class Transport:
         """Build the headers that are passed with every request from now on."""
         # The token is passed with each request: aiohttp would send a session's default headers to
         # the proxy, too.
-        headers = CIMultiDict(self._headers_without_secrets() if self._given else ())
+        headers = CIMultiDict(self._copy_headers_without_secrets() if self._given else ())
         if self._key_header is None:
             headers["Authorization"] = f"Bearer {token}"
         else:
@@ -448,7 +448,7 @@ class Transport:
             if len(value) >= HIDDEN_CHARACTERS:
                 hide_token(value)
 
-    def _headers_without_secrets(self) -> dict[str, str]:
+    def _copy_headers_without_secrets(self) -> dict[str, str]:
         """Return the request headers that contain no secrets.
 
         They are default headers of the aiohttp session, so a proxy receives them, too.
@@ -457,7 +457,7 @@ class Transport:
         headers = {
             "Accept": "application/json",
             "Accept-Encoding": "identity",  # answers are small, so compression costs more CPU time
-            "User-Agent": f"workpool/{_package_version()}",
+            "User-Agent": f"workpool/{_read_package_version()}",
             **rules.headers,
         }
         if self._worker_id is not None:
@@ -509,5 +509,5 @@ def _require_time_left(op: str, seconds: float) -> float:
 
 
 @cache
-def _package_version() -> str:
+def _read_package_version() -> str:
     return importlib.metadata.version("workpool")
