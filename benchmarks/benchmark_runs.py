@@ -1,4 +1,4 @@
-"""Runs one program of a benchmark in a process, with items of a control plane in another process.
+"""Runs a contender of a benchmark in one process, and its control plane in another process.
 
 Such a program is called a contender: the pool, for example. It runs alone in a new process, against
 the same control plane as the others. It reports claims, starts and stops to its `ContenderMeter`.

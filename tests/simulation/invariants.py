@@ -460,7 +460,7 @@ def nothing_is_claimed_during_a_pause(case: FinishedSimulation) -> Iterator[str]
 
 
 def _proves_claim_of_session(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
-    """Return whether the event proves that the pool claimed its session.
+    """Return whether the event proves that the pool claimed the event's session.
 
     A session whose lease was lost before the session started does not count as claimed.
     """

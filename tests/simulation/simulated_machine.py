@@ -293,6 +293,6 @@ class MachinesLoop(VirtualLoop):
 
 
 def run_machines(main: Callable[[], Any]) -> Any:
-    """Run `main()` on a `MachinesLoop`. Once it has ended, cancel all other tasks."""
+    """Run `main()` on a `MachinesLoop`. Once `main()` has ended, cancel all other tasks."""
     with asyncio.Runner(loop_factory=MachinesLoop) as runner:
         return runner.run(main())

@@ -106,7 +106,7 @@ class GuardProcessPipe:
 
 @asynccontextmanager
 async def running_guard_process(env: Mapping[str, str]) -> AsyncIterator[GuardProcessPipe]:
-    """Run a guard process during the `with` block. It kills the remaining groups after the block.
+    """Run a guard process during the `with` block. Then the process kills remaining groups.
 
     Raises:
         OSError: The guard cannot be started.

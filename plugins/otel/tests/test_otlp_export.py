@@ -89,7 +89,7 @@ async def span_collector() -> AsyncIterator[tuple[SpanCollector, str]]:
 async def run_worker(
     kit: Kit, directory: Path, plugin: str, *, flush_seconds: float = 40.0, **variables: str
 ) -> tuple[int, str]:
-    """Run `workpool run otel PLUGIN --drain` in a process, and return its status and log.
+    """Run `workpool run otel PLUGIN --drain` in a process; return its exit status and log.
 
     `flush_seconds` replaces the time limit for the export of the last spans.
     """

@@ -76,7 +76,7 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
         *("src/deep", "src/deep/file", "src/to-file", "src/to-directory", "src/chain", "src/up"),
         *("src/absolute", "src/up/src/deep/file"),
     } <= found
-    # Two links lead to one directory. The search enters it through only one of them.
+    # Two links lead to one directory. The search enters this directory through only one link.
     entered = {"src/absolute/file", "src/to-directory/file"}
     assert len(entered & found) == 1
     shown = str(found)
