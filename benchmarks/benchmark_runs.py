@@ -3,7 +3,8 @@
 Such a program is called a contender: the pool, for example. It runs alone in a new process, against
 the same control plane as the others. It reports claims, starts and stops to its `ContenderMeter`.
 All benchmarks of this folder use this module. A run measures either a number of items
-(`BenchmarkResult`), or the cost of a contender in a period after its warm-up (`UsageInPeriod`).
+(`BenchmarkResult`), or the cost of a contender in a period after its warm-up
+(`ResourceUsageInPeriod`).
 """
 
 from __future__ import annotations
@@ -87,18 +88,18 @@ class ContenderMeter:
     _claimed: int = 0
     _stopped: int = 0
 
-    def record_claim(self) -> None:
+    def record_item_claim(self) -> None:
         """Record that a poll returned an item."""
         self._claimed += 1
         if self._claimed == self.warm_up + 1:
             self.begin = ClockReading.read_clocks()
 
-    def record_start(self, metadata: Mapping[str, str]) -> None:
+    def record_handler_start(self, metadata: Mapping[str, str]) -> None:
         """Record that the handler of an item was called."""
         if SENT in metadata and self.begin is not None:
             self.waits.append(time.monotonic() - float(metadata[SENT]))
 
-    def record_stop(self) -> None:
+    def record_item_stop(self) -> None:
         """Record that the control plane answered the request to stop an item."""
         self._stopped += 1
         if self._stopped == self.warm_up:
@@ -127,7 +128,7 @@ class BenchmarkResult:
 
 
 @dataclass(frozen=True)
-class UsageInPeriod:
+class ResourceUsageInPeriod:
     """The resources that a contender used in a period. `memory` counts private bytes only."""
 
     cpu_seconds: float
@@ -251,13 +252,13 @@ def _run_control_plane(pipe: Connection, requests: Synchronized[int]) -> None:
 
 async def _serve_control_plane(pipe: Connection, requests: Synchronized[int]) -> None:
     @web.middleware
-    async def count_request(
+    async def count_received_request(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         requests.value += 1
         return await handler(request)
 
-    async with ControlPlane(middlewares=[count_request]) as plane:
+    async with ControlPlane(middlewares=[count_received_request]) as plane:
         pipe.send(
             ControlPlaneAddress(
                 plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0]
@@ -277,12 +278,16 @@ async def _measure_contender(pipe: Connection, run: BenchmarkRun) -> None:
         await meter.warm.wait()
         pipe.send(None)
         pipe.send(
-            await (_measure_usage_in_period(run, meter) if run.watch else _await_result(meter))
+            await (
+                _measure_usage_in_period(run, meter)
+                if run.watch
+                else _await_benchmark_result(meter)
+            )
         )
         task.cancel()
 
 
-async def _await_result(meter: ContenderMeter) -> BenchmarkResult:
+async def _await_benchmark_result(meter: ContenderMeter) -> BenchmarkResult:
     await meter.done.wait()
     assert meter.begin is not None
     assert meter.end is not None
@@ -294,7 +299,9 @@ async def _await_result(meter: ContenderMeter) -> BenchmarkResult:
     )
 
 
-async def _measure_usage_in_period(run: BenchmarkRun, meter: ContenderMeter) -> UsageInPeriod:
+async def _measure_usage_in_period(
+    run: BenchmarkRun, meter: ContenderMeter
+) -> ResourceUsageInPeriod:
     requests = run.plane.requests
     assert requests is not None
     await asyncio.sleep(run.settle)
@@ -303,7 +310,7 @@ async def _measure_usage_in_period(run: BenchmarkRun, meter: ContenderMeter) -> 
     sent, begin = requests.value, ClockReading.read_clocks()
     await asyncio.sleep(run.watch)
     end = ClockReading.read_clocks()
-    return UsageInPeriod(
+    return ResourceUsageInPeriod(
         end.cpu - begin.cpu,
         end.wall - begin.wall,
         requests.value - sent,

@@ -31,7 +31,7 @@ from benchmark_runs import (
     format_table,
     serve_control_plane,
 )
-from contenders import BenchmarkEntry, parse_contenders, run_bare_loop, run_pool
+from contenders import BenchmarkEntry, parse_contenders, run_bare_aiohttp_loop, run_pool
 
 import workpool as package
 
@@ -48,7 +48,7 @@ COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"
 """Functions in Python 3.11 only."""
 RESUMABLE = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 ENTRIES = (
-    BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
+    BenchmarkEntry("bare", run_bare_aiohttp_loop, "aiohttp"),
     BenchmarkEntry(
         "workpool", partial(run_pool, concurrency=1, pollers=1, stats_interval=0), "workpool"
     ),
@@ -56,7 +56,7 @@ ENTRIES = (
 
 
 @dataclass
-class CallMeter(ContenderMeter):
+class FunctionCallMeter(ContenderMeter):
     """Counts the calls of Python functions for each item, including those of the warm-up."""
 
     calls_of_items: list[Counter[CodeType]] = field(default_factory=list)
@@ -67,15 +67,15 @@ class CallMeter(ContenderMeter):
         if event == "call" and _is_start_of_call(frame):
             self._calls[frame.f_code] += 1
 
-    def record_stop(self) -> None:
+    def record_item_stop(self) -> None:
         """Record that an item was stopped, and begin to count the calls of the next item."""
-        super().record_stop()
+        super().record_item_stop()
         self.calls_of_items.append(self._calls)
         self._calls = Counter()
 
 
 @dataclass(frozen=True)
-class ItemCalls:
+class ItemCallCounts:
     """The number of calls of each Python function for one item.
 
     Attributes:
@@ -89,7 +89,7 @@ class ItemCalls:
     own_calls: float
 
     @classmethod
-    def average_calls_of(cls, items: Sequence[Counter[CodeType]]) -> ItemCalls:
+    def average_call_counts(cls, items: Sequence[Counter[CodeType]]) -> ItemCallCounts:
         """Return the average number of calls per item, from the calls counted for each item."""
         calls: Counter[CodeType] = Counter()
         for each in items:
@@ -131,10 +131,12 @@ def _is_workpool_code(code: CodeType) -> bool:
     return PACKAGE in Path(code.co_filename).parents
 
 
-async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int) -> ItemCalls:
+async def profile_calls_of_items(
+    plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int
+) -> ItemCallCounts:
     """Let a contender run items under the profiler, and return the calls per item."""
     await enqueue_items(plane, WARM_UP + items)
-    meter = CallMeter(WARM_UP, items)
+    meter = FunctionCallMeter(WARM_UP, items)
     threading.setprofile(meter.count_call)
     sys.setprofile(meter.count_call)
     try:
@@ -145,10 +147,10 @@ async def profile_items(plane: ControlPlaneAddress, entry: BenchmarkEntry, items
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return ItemCalls.average_calls_of(meter.calls_of_items[WARM_UP : WARM_UP + items])
+    return ItemCallCounts.average_call_counts(meter.calls_of_items[WARM_UP : WARM_UP + items])
 
 
-def format_report(found: dict[str, ItemCalls]) -> str:
+def format_report(found: dict[str, ItemCallCounts]) -> str:
     """Return the table of calls per item, with the ratios to the first contender."""
     first = next(iter(found.values()))
     rows = [
@@ -166,7 +168,7 @@ def format_report(found: dict[str, ItemCalls]) -> str:
     return format_table(head, rows)
 
 
-def format_report_by_file(path: ItemCalls) -> str:
+def format_report_by_file(path: ItemCallCounts) -> str:
     """Return the table of the files whose functions run for an item."""
     rows = [
         [name, str(len(calls)), f"{sum(calls):.1f}"] for name, calls in path.calls_by_file().items()
@@ -181,7 +183,8 @@ def main() -> None:
     options, entries = parse_contenders(parser, entries=ENTRIES)
     with serve_control_plane() as plane:
         found = {
-            entry.name: uvloop.run(profile_items(plane, entry, options.items)) for entry in entries
+            entry.name: uvloop.run(profile_calls_of_items(plane, entry, options.items))
+            for entry in entries
         }
     print(format_report(found))
     for name, path in found.items():

@@ -49,7 +49,7 @@ class BenchmarkEntry:
         return importlib.util.find_spec(self.package) is not None
 
 
-async def run_bare_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+async def run_bare_aiohttp_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
     """Run items in a loop written by hand with aiohttp, as the lower bound of the cost."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session:
@@ -67,14 +67,14 @@ async def run_bare_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> No
                 )
                 if item is None:
                     continue
-                meter.record_claim()
+                meter.record_item_claim()
                 work_id = item["id"]
                 await send_request("POST", f"{work_id}/ack")
                 first = f"expected_last_heartbeat=NO_HEARTBEAT&desired_ttl_seconds={LEASE_SECONDS}"
                 await send_request("POST", f"{work_id}/heartbeat?{first}")
-                meter.record_start(item["metadata"])
+                meter.record_handler_start(item["metadata"])
                 await send_request("POST", f"{work_id}/stop", b'{"force":true}')
-                meter.record_stop()
+                meter.record_item_stop()
 
         await _run_concurrent_loops(run_items_in_loop)
 
@@ -95,12 +95,12 @@ async def run_pool(
         async def poll(self, *args: Any, **named: Any) -> WorkItem | None:
             item = await super().poll(*args, **named)
             if item is not None:
-                meter.record_claim()
+                meter.record_item_claim()
             return item
 
         async def stop(self, *args: Any, **named: Any) -> WorkItem | None:
             item = await super().stop(*args, **named)
-            meter.record_stop()
+            meter.record_item_stop()
             return item
 
     def connect_metered_client(settings: Settings) -> WorkClient:
@@ -108,7 +108,7 @@ async def run_pool(
 
     @handler
     async def do_no_work(session: Session) -> None:
-        meter.record_start(session.item.metadata)
+        meter.record_handler_start(session.item.metadata)
 
     usual = {
         "concurrency": CONCURRENCY,
@@ -125,8 +125,8 @@ async def run_pool(
         await pool.wait()
 
 
-async def run_client_only(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
-    """Run items in the loop of `run_bare_loop`, but with `WorkClient`, which validates answers."""
+async def run_loop_with_client(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+    """Run items as `run_bare_aiohttp_loop` does, but with `WorkClient`, which validates answers."""
     async with WorkClient(plane.client_settings(concurrency=CONCURRENCY)) as work:
 
         async def run_items_in_loop() -> None:
@@ -134,18 +134,18 @@ async def run_client_only(plane: ControlPlaneAddress, meter: ContenderMeter) -> 
                 item = await work.poll(BLOCK_MS, 5000)
                 if item is None:
                     continue
-                meter.record_claim()
+                meter.record_item_claim()
                 await work.ack(item.id)
                 await work.heartbeat(item.id, ttl=LEASE_SECONDS)
-                meter.record_start(item.metadata)
+                meter.record_handler_start(item.metadata)
                 await work.stop(item.id, force=True)
-                meter.record_stop()
+                meter.record_item_stop()
 
         await _run_concurrent_loops(run_items_in_loop)
 
 
 async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
-    """Run items in the loop of `run_bare_loop`, but with `qca`, the SDK of the service's vendor."""
+    """Run items as `run_bare_aiohttp_loop` does, but with `qca`, the SDK of the vendor."""
     client = importlib.import_module("qca").AsyncManaged(pat=plane.token, base_url=plane.base_url)
     work, environment = client.environments.work, {"environment_id": plane.environment_id}
 
@@ -154,7 +154,7 @@ async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None
             item = await work.poll(**environment, block_ms=BLOCK_MS, worker_id=f"qca-{os.getpid()}")
             if item is None:
                 continue
-            meter.record_claim()
+            meter.record_item_claim()
             await work.ack(
                 item.id, **environment, extra_headers={"Worker-ID": f"qca-{os.getpid()}"}
             )
@@ -164,9 +164,9 @@ async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None
                 expected_last_heartbeat="NO_HEARTBEAT",
                 desired_ttl_seconds=LEASE_SECONDS,
             )
-            meter.record_start(item.metadata)
+            meter.record_handler_start(item.metadata)
             await work.stop(item.id, **environment, force=True)
-            meter.record_stop()
+            meter.record_item_stop()
 
     async with client:
         await _run_concurrent_loops(run_items_in_loop)
@@ -184,10 +184,10 @@ async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -
             environment_id=plane.environment_id, environment_key=plane.token, auto_stop=False
         )
         async for item in poller:
-            meter.record_claim()
-            meter.record_start(item.metadata)
+            meter.record_item_claim()
+            meter.record_handler_start(item.metadata)
             await work.stop(item.id, environment_id=plane.environment_id, force=True)
-            meter.record_stop()
+            meter.record_item_stop()
 
     async with client:
         await _run_concurrent_loops(run_items_in_loop)
@@ -200,7 +200,7 @@ async def _run_concurrent_loops(loop: Callable[[], Coroutine[Any, Any, None]]) -
 
 
 ENTRIES = (
-    BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
+    BenchmarkEntry("bare", run_bare_aiohttp_loop, "aiohttp"),
     BenchmarkEntry("workpool", run_pool, "workpool"),
     BenchmarkEntry("qca-sdk", run_qca_sdk, "qca", 5),
     BenchmarkEntry("anthropic", run_anthropic_sdk, "anthropic", 5),

@@ -75,12 +75,12 @@ def measure_systems(
 def format_report(found: dict[tuple[ServedStore, int], list[MeasuredRun]], fewest: int) -> str:
     """Return the table of CPU times per item."""
 
-    def median_server_ms(runs: list[MeasuredRun]) -> float:
+    def median_server_ms_per_item(runs: list[MeasuredRun]) -> float:
         return median(each.ms_per_item(sum(each.use.servers) + each.use.database) for each in runs)
 
     rows = [
         [
-            *entry.table_cells,
+            *entry.first_table_cells,
             str(stopped),
             str(runs[0].items),
             f"{median(each.ms_per_item(sum(each.use.servers)) for each in runs):.3f}",
@@ -88,7 +88,9 @@ def format_report(found: dict[tuple[ServedStore, int], list[MeasuredRun]], fewes
             f"{median(each.ms_per_item(sum(each.use.workers)) for each in runs):.3f}",
             f"{median(each.ms_per_item(each.use.total_cpu_seconds) for each in runs):.3f}",
             f"{median(each.items_per_second for each in runs):.0f}",
-            format_ratio(median_server_ms(runs), median_server_ms(found[entry, fewest])),
+            format_ratio(
+                median_server_ms_per_item(runs), median_server_ms_per_item(found[entry, fewest])
+            ),
         ]
         for (entry, stopped), runs in found.items()
     ]

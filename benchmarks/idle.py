@@ -14,7 +14,7 @@ import uvloop
 from benchmark_runs import (
     BenchmarkRun,
     ControlPlaneAddress,
-    UsageInPeriod,
+    ResourceUsageInPeriod,
     describe_cores_and_versions,
     enqueue_items,
     format_table,
@@ -28,17 +28,17 @@ WARM_UP = 20
 
 def measure_idle_contender(
     plane: ControlPlaneAddress, entry: BenchmarkEntry, seconds: float, settle: float
-) -> UsageInPeriod:
+) -> ResourceUsageInPeriod:
     """Measure a contender while it is idle, after it has handled its warm-up items."""
     uvloop.run(enqueue_items(plane, WARM_UP))
     run = BenchmarkRun(entry.run, plane, 0, WARM_UP, watch=seconds, settle=settle)
     with start_benchmark_run(run) as receive:
         receive()
-        watched: UsageInPeriod = receive()
+        watched: ResourceUsageInPeriod = receive()
     return watched
 
 
-def format_report(found: dict[str, UsageInPeriod]) -> str:
+def format_report(found: dict[str, ResourceUsageInPeriod]) -> str:
     """Return the table of requests, CPU and memory of each contender."""
     rows = [
         [

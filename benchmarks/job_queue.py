@@ -57,13 +57,13 @@ def open_job_queue(server: Cluster, finished: int) -> Iterator[MeasuredSystem]:
     )
 
 
-def _new_app(url: str) -> procrastinate.App:
+def _create_procrastinate_app(url: str) -> procrastinate.App:
     connector = procrastinate.PsycopgConnector(conninfo=url, max_size=CONCURRENCY)
     return procrastinate.App(connector=connector)
 
 
 async def _create_queue(url: str, finished: int) -> None:
-    app = _new_app(url)
+    app = _create_procrastinate_app(url)
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
     async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
@@ -75,7 +75,7 @@ async def _create_queue(url: str, finished: int) -> None:
 
 
 async def _enqueue_jobs(url: str, number: int) -> None:
-    app = _new_app(url)
+    app = _create_procrastinate_app(url)
     task = app.configure_task(TASK)
     async with app.open_async():
         for start in range(0, number, ENQUEUE_COUNT_MAX):
@@ -97,7 +97,7 @@ def _wait_until_jobs_finished(url: str) -> None:
 
 
 def _run_worker(url: str, pipe: Connection, stops: Stops) -> None:
-    app = _new_app(url)
+    app = _create_procrastinate_app(url)
 
     async def run_no_op_job() -> None:
         count_stopped_item(stops)

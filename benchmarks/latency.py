@@ -48,7 +48,7 @@ async def enqueue_with_random_gaps(
             await client.enqueue(metadata={SENT: repr(time.monotonic())})
 
 
-def measure_waits(
+def measure_item_waits(
     plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int, gaps: tuple[float, float]
 ) -> list[float]:
     """Return the seconds that each item waited for its handler."""
@@ -88,7 +88,7 @@ def main() -> None:
             for name in options.gaps:
                 items = options.items if name == "idle" else max(2, options.items // 10)
                 for entry in entries:
-                    samples = measure_waits(plane, entry, items, GAPS[name])
+                    samples = measure_item_waits(plane, entry, items, GAPS[name])
                     waits.setdefault((name, entry.name), []).extend(samples)
     print(format_report(waits))
     print(f"\n{options.rounds} rounds. {describe_cores_and_versions()}")

@@ -22,7 +22,7 @@ from benchmark_runs import (
     BenchmarkRun,
     ContenderMeter,
     ControlPlaneAddress,
-    UsageInPeriod,
+    ResourceUsageInPeriod,
     describe_cores_and_versions,
     enqueue_items,
     format_table,
@@ -38,7 +38,9 @@ RENEW_SECONDS = 20
 LEASES = (100, 1000, 10_000)
 
 
-async def hold_leases_with_bare_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+async def hold_leases_with_bare_aiohttp_loop(
+    plane: ControlPlaneAddress, meter: ContenderMeter
+) -> None:
     """Hold leases in a loop written by hand with aiohttp, with one task for each lease."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session, asyncio.TaskGroup() as group:
@@ -59,7 +61,7 @@ async def hold_leases_with_bare_loop(plane: ControlPlaneAddress, meter: Contende
                     meter.lost += 1
                     return
                 if expected == "NO_HEARTBEAT":
-                    meter.record_stop()
+                    meter.record_item_stop()
                 expected = beat["last_heartbeat"]
                 await asyncio.sleep(RENEW_SECONDS)
 
@@ -75,7 +77,7 @@ async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ContenderMete
 
     @handler
     async def wait_until_interrupted(session: Session) -> None:
-        meter.record_stop()
+        meter.record_item_stop()
         try:
             await session.interrupted()
         except asyncio.CancelledError:
@@ -90,26 +92,26 @@ async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ContenderMete
 
 
 ENTRIES = (
-    BenchmarkEntry("bare", hold_leases_with_bare_loop, "aiohttp"),
+    BenchmarkEntry("bare", hold_leases_with_bare_aiohttp_loop, "aiohttp"),
     BenchmarkEntry("workpool", hold_leases_with_pool, "workpool"),
 )
 
 
 def measure_held_leases(
     entry: BenchmarkEntry, leases: int, seconds: float, settle: float
-) -> UsageInPeriod:
+) -> ResourceUsageInPeriod:
     """Measure a contender while it holds the leases, with a control plane of its own."""
     with serve_control_plane() as plane:
         uvloop.run(enqueue_items(plane, leases))
         run = BenchmarkRun(entry.run, plane, 0, leases, watch=seconds, settle=settle)
         with start_benchmark_run(run) as receive:
             receive()
-            watched: UsageInPeriod = receive()
+            watched: ResourceUsageInPeriod = receive()
     return watched
 
 
 def format_report(
-    found: dict[tuple[str, int], UsageInPeriod], alone: dict[str, UsageInPeriod]
+    found: dict[tuple[str, int], ResourceUsageInPeriod], alone: dict[str, ResourceUsageInPeriod]
 ) -> str:
     """Return the table of costs per lease. The costs of a single lease (`alone`) are subtracted."""
     rows = []
@@ -133,8 +135,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40, help="how long each is watched")
     parser.add_argument("--settle", type=float, default=5, help="from the last claim until then")
     options, entries = parse_contenders(parser, entries=ENTRIES)
-    alone: dict[str, UsageInPeriod] = {}
-    found: dict[tuple[str, int], UsageInPeriod] = {}
+    alone: dict[str, ResourceUsageInPeriod] = {}
+    found: dict[tuple[str, int], ResourceUsageInPeriod] = {}
     for entry in entries:
         alone[entry.name] = measure_held_leases(entry, 1, options.seconds, options.settle)
         for leases in options.leases:

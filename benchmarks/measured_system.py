@@ -125,7 +125,7 @@ class SharedCounterMeter(ContenderMeter):
 
     stops: Stops | None = None
 
-    def record_stop(self) -> None:
+    def record_item_stop(self) -> None:
         count_stopped_item(self.stops)
 
 
@@ -136,7 +136,7 @@ def count_stopped_item(stops: Stops | None) -> None:
         stops.value += 1
 
 
-class WorkerTeam:
+class WorkerProcesses:
     """The worker processes of a system, which run until the end of the `with` block."""
 
     def __init__(self, system: MeasuredSystem, workers: int) -> None:
@@ -173,7 +173,7 @@ class WorkerTeam:
         """The number of items that were stopped so far."""
         return self._stops.value
 
-    def wait_for_stops(self, stops: int) -> None:
+    def wait_for_stopped_items(self, stops: int) -> None:
         """Wait until `stops` items were stopped."""
         until = time.monotonic() + LIMIT_SECONDS
         while self.stopped_item_count < stops:
@@ -184,13 +184,13 @@ class WorkerTeam:
 
 def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) -> MeasuredRun:
     """Enqueue items for workers that already poll; measure until all the items are stopped."""
-    with WorkerTeam(system, workers) as team:
+    with WorkerProcesses(system, workers) as team:
         system.enqueue(warm_up)
-        team.wait_for_stops(warm_up)
+        team.wait_for_stopped_items(warm_up)
         system.settled()
         begin = team.read_usage()
         system.enqueue(items)
-        team.wait_for_stops(warm_up + items)
+        team.wait_for_stopped_items(warm_up + items)
         system.settled()
         return MeasuredRun(items, team.read_usage().usage_since(begin))
 
@@ -201,12 +201,12 @@ def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> 
     There is one worker for each control plane process.
     """
     assert system.plane is not None
-    with WorkerTeam(system, len(system.servers)) as team:
+    with WorkerProcesses(system, len(system.servers)) as team:
         return asyncio.run(_run_items_at_queue_depth(team, system.plane, items, warm_up))
 
 
 async def _run_items_at_queue_depth(
-    team: WorkerTeam, plane: ControlPlaneAddress, items: int, warm_up: int
+    team: WorkerProcesses, plane: ControlPlaneAddress, items: int, warm_up: int
 ) -> MeasuredRun:
     """Enqueue a new batch of items whenever a batch was handled, and measure after the warm-up.
 
@@ -270,24 +270,24 @@ def machine_cpu_seconds() -> tuple[float, float]:
 
 def process_cpu_seconds(pid: int) -> float:
     """Return the CPU seconds that a process has used so far."""
-    user, system, *_ = _cpu_ticks(pid)
+    user, system, *_ = _read_cpu_ticks(pid)
     return (user + system) / _TICKS_PER_SECOND
 
 
 def process_tree_cpu_seconds(pid: int) -> float:
     """Return the CPU seconds of a process and its children, including ended ones."""
-    children = [child for child in _list_pids() if _parent_pid(child) == pid]
-    return sum(_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(process_cpu_seconds, children))
+    children = [child for child in _list_pids() if _read_parent_pid(child) == pid]
+    return sum(_read_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(process_cpu_seconds, children))
 
 
-def _cpu_ticks(pid: int) -> tuple[int, int, int, int]:
+def _read_cpu_ticks(pid: int) -> tuple[int, int, int, int]:
     """Return the CPU ticks of a process in user and system mode, then of its ended children."""
     fields = _read_stat_fields(pid)
     user, system, *ended = map(int, fields[11:15]) if fields else (0, 0, 0, 0)
     return user, system, ended[0], ended[1]
 
 
-def _parent_pid(pid: int) -> int | None:
+def _read_parent_pid(pid: int) -> int | None:
     fields = _read_stat_fields(pid)
     return int(fields[1]) if fields else None
 
@@ -316,7 +316,7 @@ def _run_control_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
 
 async def _serve_control_plane(pipe: Connection, store: str, backlog: Backlog) -> None:
     plane = ControlPlane(
-        store=_new_store(store),
+        store=_create_store(store),
         tokens={"token-of-the-benchmark": None},
         history_limit=0,
         retention=RETENTION_SECONDS,
@@ -331,7 +331,7 @@ async def _serve_control_plane(pipe: Connection, store: str, backlog: Backlog) -
         await asyncio.get_running_loop().create_future()  # serve until the process is terminated
 
 
-def _new_store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
+def _create_store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
     if place.startswith(POSTGRES):
         return PostgresStore(place)
     return MemoryStore() if place == MEMORY else SqliteStore(place)

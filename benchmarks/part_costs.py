@@ -18,7 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contenders import BenchmarkEntry, parse_contenders, run_bare_loop, run_client_only, run_pool
+from contenders import (
+    BenchmarkEntry,
+    parse_contenders,
+    run_bare_aiohttp_loop,
+    run_loop_with_client,
+    run_pool,
+)
 from throughput import compare_contenders
 
 from workpool import hookimpl
@@ -48,7 +54,7 @@ class SingleEventObserver:
         pass
 
 
-class SessionWrapper:
+class SessionWrappingPlugin:
     """A plugin that wraps every session in a context manager that does nothing."""
 
     @hookimpl
@@ -99,8 +105,8 @@ def make_pool_entry_without_function(name: str, function: str) -> BenchmarkEntry
 
 ENTRIES = (
     make_pool_entry("workpool"),
-    BenchmarkEntry("bare", run_bare_loop, "aiohttp"),
-    BenchmarkEntry("client only", run_client_only, "workpool"),
+    BenchmarkEntry("bare", run_bare_aiohttp_loop, "aiohttp"),
+    BenchmarkEntry("client only", run_loop_with_client, "workpool"),
     make_pool_entry_without_function("metrics off", "workpool.metrics:Metrics.count"),
     make_pool_entry_without_function(
         "session log left out", "workpool.pool.session_runner:_log_session_end"
@@ -109,7 +115,7 @@ ENTRIES = (
     BenchmarkEntry("INFO as JSON", partial(run_pool_with_log, JsonFormatter()), "workpool"),
     make_pool_entry("an observer", plugins=(AllEventsObserver,)),
     make_pool_entry("an observer of one type", plugins=(SingleEventObserver,)),
-    make_pool_entry("a wrapper", plugins=(SessionWrapper,)),
+    make_pool_entry("a wrapper", plugins=(SessionWrappingPlugin,)),
     make_pool_entry("one loop", supervisor=LoopSupervisor),
     make_pool_entry("stats_interval=0", stats_interval=0),
     make_pool_entry("stats_interval=1", stats_interval=1),

@@ -77,53 +77,53 @@ async def run_item_with_asyncpg_transactions(connection: Any) -> bool:
     return True
 
 
-async def fetch_with_psycopg(connection: Any, sql: str, b: str) -> Any:
+async def run_query_with_psycopg(connection: Any, sql: str, b: str) -> Any:
     cursor = connection.cursor(binary=True)
     await cursor.execute(PSYCOPG[sql], {"a": ENVIRONMENT, "b": b}, prepare=True)
     return await cursor.fetchone()
 
 
 async def run_item_with_psycopg(connection: Any) -> bool:
-    row = await fetch_with_psycopg(connection, CLAIM, "worker")
+    row = await run_query_with_psycopg(connection, CLAIM, "worker")
     if row is None:
         return False
     for sql in WRITES:
-        assert await fetch_with_psycopg(connection, sql, row[0])
+        assert await run_query_with_psycopg(connection, sql, row[0])
     return True
 
 
 async def run_item_with_psycopg_transactions(connection: Any) -> bool:
-    row = await fetch_with_psycopg(connection, CLAIM, "worker")
+    row = await run_query_with_psycopg(connection, CLAIM, "worker")
     if row is None:
         return False
     for sql in WRITES:
         async with connection.transaction():
-            assert await fetch_with_psycopg(connection, READ, row[0])
-            await fetch_with_psycopg(connection, sql, row[0])
+            assert await run_query_with_psycopg(connection, READ, row[0])
+            await run_query_with_psycopg(connection, sql, row[0])
     return True
 
 
 async def run_item_with_psycopg_pipelines(connection: Any) -> bool:
-    row = await fetch_with_psycopg(connection, CLAIM, "worker")
+    row = await run_query_with_psycopg(connection, CLAIM, "worker")
     if row is None:
         return False
     for sql in WRITES:
         async with connection.pipeline(), connection.transaction():
-            assert await fetch_with_psycopg(connection, READ, row[0])
-            await fetch_with_psycopg(connection, sql, row[0])
+            assert await run_query_with_psycopg(connection, READ, row[0])
+            await run_query_with_psycopg(connection, sql, row[0])
     return True
 
 
-async def open_psycopg(url: str) -> Any:
+async def open_psycopg_connection(url: str) -> Any:
     return await psycopg.AsyncConnection.connect(url, autocommit=True)
 
 
 CONTENDERS: Final[dict[str, tuple[Callable[[str], Awaitable[Any]], Cycle]]] = {
     "asyncpg": (asyncpg.connect, run_item_with_asyncpg),
-    "psycopg": (open_psycopg, run_item_with_psycopg),
+    "psycopg": (open_psycopg_connection, run_item_with_psycopg),
     "asyncpg transaction": (asyncpg.connect, run_item_with_asyncpg_transactions),
-    "psycopg transaction": (open_psycopg, run_item_with_psycopg_transactions),
-    "psycopg pipeline": (open_psycopg, run_item_with_psycopg_pipelines),
+    "psycopg transaction": (open_psycopg_connection, run_item_with_psycopg_transactions),
+    "psycopg pipeline": (open_psycopg_connection, run_item_with_psycopg_pipelines),
 }
 
 

@@ -60,7 +60,7 @@ def fill_queue(case: MeasuredQueue, now: list[float]) -> Operations:
     return operations
 
 
-def measure_calls(case: MeasuredQueue, calls: int) -> CallCosts:
+def measure_call_costs(case: MeasuredQueue, calls: int) -> CallCosts:
     """Measure the CPU time of each kind of call on a queue."""
     operations = fill_queue(case, [1_800_000_000.0])
 
@@ -108,7 +108,7 @@ def main() -> None:
     rows: list[list[str]] = []
     baseline: CallCosts | None = None
     for case in cases:
-        costs = measure_calls(case, options.calls)
+        costs = measure_call_costs(case, options.calls)
         baseline = baseline or costs
         cells = [
             f"{each * 1e6:.1f} ({each / first:.1f} ×)"

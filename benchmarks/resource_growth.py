@@ -50,7 +50,7 @@ class ResourceSample(NamedTuple):
     threads: int
     memory: int
 
-    def table_row(self) -> list[str]:
+    def format_table_row(self) -> list[str]:
         """Return the sample as the cells of a table row."""
         *numbers, memory = self
         return [*map(str, numbers), f"{memory / 2**20:.1f}"]
@@ -137,7 +137,7 @@ def main() -> int:
     with serve_control_plane() as plane:
         found = uvloop.run(run_sessions_and_take_samples(plane, samples))
     head = ("sessions", "objects", "tasks", "descriptors", "threads", "memory MiB")
-    print(format_table(head, [each.table_row() for each in found]))
+    print(format_table(head, [each.format_table_row() for each in found]))
     names = find_grown_resources(found[0], found[-1])
     print(f"\ngrown: {', '.join(names) or 'nothing'}. {describe_cores_and_versions()}")
     return 1 if names else 0

@@ -82,7 +82,7 @@ def format_workers_report(bench: ScaleBenchmark) -> str:
                 found = measure_run(system, bench.options.items, WARM_UP, number)
                 rows.append(
                     [
-                        *store.table_cells,
+                        *store.first_table_cells,
                         str(number),
                         *format_costs(found),
                         describe_limiting_resource(found.use),
@@ -128,12 +128,12 @@ def format_waiting_sessions_report(
             found = measure_sessions_on_store(bench, store, number, streams=streams)
             use = found.use
             cpu = [
-                found.percent_of_core(each)
+                found.cpu_percent_of_core(each)
                 for each in (sum(use.workers), sum(use.servers), use.database)
             ]
             rows.append(
                 [
-                    *store.table_cells,
+                    *store.first_table_cells,
                     str(number),
                     f"{(found.worker_kib - alone.worker_kib) / number:.1f}",
                     f"{(found.server_kib - alone.server_kib) / number:.1f}",
@@ -172,7 +172,7 @@ def format_queue_depths_report(bench: ScaleBenchmark) -> str:
             ms = found.ms_per_item(sum(found.use.servers) + found.use.database)
             base = base or ms
             cells = (
-                *store.table_cells,
+                *store.first_table_cells,
                 str(queued),
                 *format_costs(found),
                 f"{memory:.0f}",

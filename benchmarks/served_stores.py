@@ -32,7 +32,7 @@ class ServedStore:
     on_database: bool = False
 
     @property
-    def table_cells(self) -> list[str]:
+    def first_table_cells(self) -> list[str]:
         """The first cells of a table row: the kind of store and the number of nodes."""
         return [self.kind, str(self.nodes)]
 

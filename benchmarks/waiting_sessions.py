@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from benchmark_runs import private_memory_kib
 from contenders import BLOCK_MS, LEASE_SECONDS
-from measured_system import ResourceUse, WorkerTeam
+from measured_system import ResourceUse, WorkerProcesses
 
 from workpool import Session, Supervisor, WorkClient, handler
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
@@ -39,7 +39,7 @@ class WaitingSessionsCost:
     connections: int
     running: int
 
-    def percent_of_core(self, seconds: float) -> float:
+    def cpu_percent_of_core(self, seconds: float) -> float:
         """Convert CPU seconds used in the measured period to percent of one core."""
         return 100 * seconds / self.use.wall
 
@@ -55,11 +55,11 @@ async def _hold_sessions(
     @handler
     async def wait_until_interrupted(session: Session) -> None:
         if not streams:
-            meter.record_stop()
+            meter.record_item_stop()
             await session.interrupted()
             return
         async with session.events.stream() as stream:
-            meter.record_stop()
+            meter.record_item_stop()
             async for _ in stream:
                 pass
 
@@ -75,9 +75,9 @@ def measure_waiting_sessions(
 ) -> WaitingSessionsCost:
     """Let one worker run a number of sessions that wait, and return their cost."""
     assert system.plane is not None
-    with WorkerTeam(system, 1) as team:
+    with WorkerProcesses(system, 1) as team:
         asyncio.run(_enqueue_items_for_sessions(system.plane, sessions, streams=streams))
-        team.wait_for_stops(sessions)
+        team.wait_for_stopped_items(sessions)
         time.sleep(settle)
         begin = team.read_usage()
         time.sleep(seconds)

@@ -63,14 +63,14 @@ def metrics_reference() -> Iterator[str]:
             )
 
 
-def walk_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
+def iterate_cli_commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield each command with its full name."""
     if not hasattr(command, "list_commands"):
         yield path, command
         return
     context = command.make_context(path, [], resilient_parsing=True)
     for name in command.list_commands(context):
-        yield from walk_commands(command.get_command(context, name), f"{path} {name}")
+        yield from iterate_cli_commands(command.get_command(context, name), f"{path} {name}")
 
 
 def examples_in_help(command: Any) -> list[str]:
@@ -78,7 +78,7 @@ def examples_in_help(command: Any) -> list[str]:
     return [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  ")]
 
 
-def parameter_usage(parameter: Any) -> str:
+def format_parameter_usage(parameter: Any) -> str:
     """Return the usage of an argument or flag, as in `--name VALUE`."""
     word = parameter.metavar or parameter.name.upper()
     if parameter.param_type_name == "option":
@@ -105,7 +105,7 @@ def parameter_table(command: Any, *, settings: bool = True) -> Iterator[str]:
             meaning += f" Default: `{each.default}`."
         if each.envvar:
             meaning += f" Variable: `{each.envvar}`."
-        yield markdown_row(parameter_usage(each), meaning)
+        yield markdown_row(format_parameter_usage(each), meaning)
 
 
 def cli_reference() -> Iterator[str]:
@@ -113,7 +113,7 @@ def cli_reference() -> Iterator[str]:
     yield "### `workpool`"
     yield ""
     yield from parameter_table(root)
-    for path, command in walk_commands(root, "workpool"):
+    for path, command in iterate_cli_commands(root, "workpool"):
         yield ""
         yield f"### `{path}`"
         yield ""
@@ -130,7 +130,7 @@ PAGES: Final[dict[str, Callable[[], Iterator[str]]]] = {
 }
 
 
-def with_generated_part(text: str, lines: Iterator[str]) -> str:
+def replace_generated_part(text: str, lines: Iterator[str]) -> str:
     """Return the text of a page with its generated part replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -142,7 +142,7 @@ def with_generated_part(text: str, lines: Iterator[str]) -> str:
 def write_references() -> None:
     for name, lines in PAGES.items():
         page = DOCS / name
-        page.write_text(with_generated_part(page.read_text(), lines()))
+        page.write_text(replace_generated_part(page.read_text(), lines()))
 
 
 if __name__ == "__main__":

@@ -45,28 +45,28 @@ class SourceNames:
                 self.files.add(path.relative_to(ROOT).as_posix())
                 # The tests of this check contain wrong names on purpose.
                 if path.suffix == ".py" and path.name != "test_citations.py":
-                    self._add_module(path, of_tests="tests" in path.relative_to(ROOT).parts)
+                    self._add_module_names(path, of_tests="tests" in path.relative_to(ROOT).parts)
         self.files |= {path.name for path in ROOT.iterdir()}
         for path in [ROOT / "pyproject.toml", *(ROOT / "workpool/server").rglob("*.sql")]:
             self.defined |= set(re.findall(r"[\w-]+", path.read_text()))
 
-    def _add_module(self, path: Path, *, of_tests: bool) -> None:
+    def _add_module_names(self, path: Path, *, of_tests: bool) -> None:
         name = path.parent.name if path.stem == "__init__" else path.stem
         tree = ast.parse(path.read_text())
         self.defined.add(name)
-        self._add_scope(name, tree, tree.body)
+        self._add_scope_names(name, tree, tree.body)
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
-                self._add_class(node)
+                self._add_class_names(node)
             elif not of_tests:
-                self._add_expression(node)
+                self._add_expression_names(node)
 
-    def _add_class(self, node: ast.ClassDef) -> None:
+    def _add_class_names(self, node: ast.ClassDef) -> None:
         bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
         self.bases.setdefault(node.name, set()).update(bases)
-        self._add_scope(node.name, node, ast.walk(node))
+        self._add_scope_names(node.name, node, ast.walk(node))
 
-    def _add_expression(self, node: ast.AST) -> None:
+    def _add_expression_names(self, node: ast.AST) -> None:
         match node:
             case ast.Attribute():
                 self.used.add(ast.unparse(node))
@@ -77,7 +77,7 @@ class SourceNames:
             case ast.Constant(value=str(text)) if SQL.search(text):
                 self.defined |= set(re.findall(r"\w+", text))
 
-    def _add_scope(
+    def _add_scope_names(
         self, name: str, scope: ast.Module | ast.ClassDef, nodes: Iterable[ast.AST]
     ) -> None:
         """Add the names that a module or class defines. `nodes` contain its assignments."""
@@ -132,25 +132,25 @@ def names_defined_by(node: ast.AST) -> set[str]:
     """Return the names and attributes that an assignment or an import defines."""
     match node:
         case ast.Assign(targets=targets):
-            return set().union(*map(names_of_target, targets))
+            return set().union(*map(find_names_in_target, targets))
         case ast.AnnAssign(target=target):
-            return names_of_target(target)
+            return find_names_in_target(target)
         case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
             return {alias.asname or alias.name for alias in aliases}
     return set()
 
 
-def names_of_target(target: ast.expr) -> set[str]:
+def find_names_in_target(target: ast.expr) -> set[str]:
     """Return the names and attributes that an assignment to `target` defines."""
     match target:
         case ast.Tuple(elts=parts):
-            return set().union(*map(names_of_target, parts))
+            return set().union(*map(find_names_in_target, parts))
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return {name}
     return set()
 
 
-def missing_names(text: str, names: SourceNames) -> list[str]:
+def find_missing_names(text: str, names: SourceNames) -> list[str]:
     """Return the names in backticks in `text` that are neither files nor names of the source."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     quoted = sorted(set(re.findall(r"`([^`\n]+)`", text)))

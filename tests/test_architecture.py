@@ -145,7 +145,7 @@ def comments_by_line(path: Path) -> list[str]:
     return [token.string for token in tokens if token.type == tokenize.COMMENT]
 
 
-def suppression_comments(path: Path) -> list[str]:
+def find_suppression_comments(path: Path) -> list[str]:
     return [
         text for text in comments_by_line(path) if re.search(r"noqa|type: ignore|pragma:", text)
     ]
@@ -153,7 +153,7 @@ def suppression_comments(path: Path) -> list[str]:
 
 def test_suppressions_of_package_are_few_and_have_reasons() -> None:
     paths = [*MODULES, *PLUGIN_MODULES]
-    found = [(path, text) for path in paths for text in suppression_comments(path)]
+    found = [(path, text) for path in paths for text in find_suppression_comments(path)]
     for path, text in found:
         assert re.search(
             r"(noqa: [A-Z]+[0-9]+|type: ignore\[[a-z-]+\]|pragma: no cover).* - .+", text
@@ -165,7 +165,7 @@ def test_suppressions_of_package_are_few_and_have_reasons() -> None:
 def test_suppressions_of_tests_have_reasons() -> None:
     """A reason follows `noqa` after a dash, and follows `type: ignore` after a second `#`."""
     paths = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/**/*.py")]
-    found = [(path, text) for path in paths for text in suppression_comments(path)]
+    found = [(path, text) for path in paths for text in find_suppression_comments(path)]
     assert len(found) > 50
     for path, text in found:
         assert re.search(r"noqa: [A-Z0-9, ]+ - .+|type: ignore\[[a-z-]+\] +# .+", text), (
@@ -179,12 +179,14 @@ def test_modules_of_pool_loops_suppress_neither_coverage_nor_complexity_rules(
     name: str,
 ) -> None:
     hidden = [
-        text for text in suppression_comments(PACKAGE / name) if re.search("pragma|C901|PLR", text)
+        text
+        for text in find_suppression_comments(PACKAGE / name)
+        if re.search("pragma|C901|PLR", text)
     ]
     assert hidden == []
 
 
-def imported_names(tree: ast.AST) -> list[tuple[str, str]]:
+def find_imported_names(tree: ast.AST) -> list[tuple[str, str]]:
     """Return the full name and the local name of each object that the module imports."""
     found: list[tuple[str, str]] = []
     for node in ast.walk(tree):
@@ -210,7 +212,7 @@ def test_imports_including_those_for_types_form_no_cycle() -> None:
     modules = {module_name(path): path for path in [*MODULES, *PLUGIN_MODULES]}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
-        for dotted, _ in imported_names(ast.parse(path.read_text())):
+        for dotted, _ in find_imported_names(ast.parse(path.read_text())):
             found = dotted if dotted in modules else dotted.rpartition(".")[0]
             if found in modules and found != name:
                 graph.setdefault(name, set()).add(found)
@@ -218,7 +220,7 @@ def test_imports_including_those_for_types_form_no_cycle() -> None:
     TopologicalSorter(graph).prepare()  # `prepare` raises CycleError if there is a cycle
 
 
-def private_component(dotted: str) -> str | None:
+def find_private_component(dotted: str) -> str | None:
     """Return the first private component of a dotted name; None if all components are public."""
     module = max((each for each in PUBLIC if f"{dotted}.".startswith(f"{each}.")), key=len)
     name = dotted[len(module) :].lstrip(".").partition(".")[0]
@@ -226,25 +228,27 @@ def private_component(dotted: str) -> str | None:
     return None if not name or (known and name != "*") else f"{module}.{name}"
 
 
-def private_names_used(source: str) -> set[str]:
+def find_private_names_used(source: str) -> set[str]:
     """Return all private names of workpool that a plugin's code uses.
 
     Imports and attributes count.
     """
     tree = ast.parse(source)
-    meanings = {"workpool": "workpool"} | {alias: whole for whole, alias in imported_names(tree)}
-    used = {whole for whole, _ in imported_names(tree)}
+    meanings = {"workpool": "workpool"} | {
+        alias: whole for whole, alias in find_imported_names(tree)
+    }
+    used = {whole for whole, _ in find_imported_names(tree)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             root, _, rest = ast.unparse(node).partition(".")
             used.add(f"{meanings.get(root, '')}.{rest}")
     ours = [each for each in used if each.partition(".")[0] == "workpool"]
-    return {part for each in ours if (part := private_component(each))}
+    return {part for each in ours if (part := find_private_component(each))}
 
 
 @pytest.mark.parametrize("path", PLUGIN_MODULES, ids=lambda path: path.name)
 def test_plugins_use_only_the_public_api(path: Path) -> None:
-    assert private_names_used(path.read_text()) == set()
+    assert find_private_names_used(path.read_text()) == set()
 
 
 @pytest.mark.parametrize(
@@ -272,10 +276,10 @@ def test_plugins_use_only_the_public_api(path: Path) -> None:
     ],
 )
 def test_private_import_in_code_of_plugin_is_found(source: str, found: list[str]) -> None:
-    assert private_names_used(source) == set(found)
+    assert find_private_names_used(source) == set(found)
 
 
-def is_dialect(node: ast.AST) -> bool:
+def is_dialect_expression(node: ast.AST) -> bool:
     """Return whether an expression names a dialect: `QODER`, `protocol.QODER`, `"qoder"`."""
     return ast.unparse(node).rpartition(".")[2].strip("'").lower() in get_args(Dialect)
 
@@ -285,7 +289,8 @@ def test_no_module_compares_a_value_with_a_dialect_name(path: Path) -> None:
     compared = [
         ast.unparse(node)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Compare) and any(map(is_dialect, [node.left, *node.comparators]))
+        if isinstance(node, ast.Compare)
+        and any(map(is_dialect_expression, [node.left, *node.comparators]))
     ]
     assert compared == []
 

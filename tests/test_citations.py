@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_names import SourceNames, missing_names
+from tests.source_names import SourceNames, find_missing_names
 from workpool.pool.completion import TABLE
 from workpool.pool.pool_item import TRANSITIONS
 
@@ -39,7 +39,7 @@ def text_without_line_breaks(text: str) -> str:
     return re.sub(r"\s*\n\s*(?:# ?)?", " ", text)
 
 
-def cited_headings(text: str) -> list[tuple[str, str]]:
+def find_cited_headings(text: str) -> list[tuple[str, str]]:
     """Return the citations in a text, each as a pair of document and heading."""
     return [
         (path, heading)
@@ -48,21 +48,21 @@ def cited_headings(text: str) -> list[tuple[str, str]]:
     ]
 
 
-def document_headings(document: Path) -> set[str]:
+def read_document_headings(document: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     return set(re.findall(r"^#+ (.+)$", text, re.MULTILINE))
 
 
-def unresolved_citations(text: str) -> list[tuple[str, str]]:
+def find_unresolved_citations(text: str) -> list[tuple[str, str]]:
     """Return the citations whose document or heading does not exist."""
     return [
         (path, heading)
-        for path, heading in cited_headings(text)
-        if not (ROOT / path).is_file() or heading not in document_headings(ROOT / path)
+        for path, heading in find_cited_headings(text)
+        if not (ROOT / path).is_file() or heading not in read_document_headings(ROOT / path)
     ]
 
 
-def malformed_mentions(text: str) -> list[str]:
+def find_malformed_mentions(text: str) -> list[str]:
     """Return the mentions of documents that are not valid citations."""
     rest = CITATION.sub("", text_without_line_breaks(text))
     return OUTSIDE.findall(rest) + re.findall(r"[\w./-]+\.md\b", rest)
@@ -74,7 +74,7 @@ def relative_path(path: Path) -> str:
 
 def test_citation_of_every_module_names_an_existing_heading() -> None:
     modules = [*MODULES, *(path for path in TEST_MODULES if path != Path(__file__))]
-    found = {relative_path(path): unresolved_citations(path.read_text()) for path in modules}
+    found = {relative_path(path): find_unresolved_citations(path.read_text()) for path in modules}
     assert {path: each for path, each in found.items() if each} == {}
 
 
@@ -91,7 +91,7 @@ def test_modules_of_subpackage_cite_the_document_about_it(
     part: str, document: str, heading: str
 ) -> None:
     modules = (PACKAGE / part).rglob("*.py")
-    cited = {each for path in modules for each in cited_headings(path.read_text())}
+    cited = {each for path in modules for each in find_cited_headings(path.read_text())}
     assert (f"workpool/docs/{document}.md", heading) in cited
     assert len(cited) > 5
 
@@ -102,7 +102,7 @@ def test_modules_of_subpackage_cite_the_document_about_it(
     ids=relative_path,
 )
 def test_module_cites_only_documents_of_this_repository(path: Path) -> None:
-    assert malformed_mentions(path.read_text()) == []
+    assert find_malformed_mentions(path.read_text()) == []
 
 
 def test_no_file_cites_a_document_outside_repository() -> None:
@@ -129,7 +129,7 @@ def test_no_file_cites_a_document_outside_repository() -> None:
     ],
 )
 def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> None:
-    assert [heading for _, heading in unresolved_citations(text)] == found
+    assert [heading for _, heading in find_unresolved_citations(text)] == found
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> N
     ],
 )
 def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
-    assert malformed_mentions(text) == found
+    assert find_malformed_mentions(text) == found
 
 
-def architecture_table_rows(first_column: str) -> list[list[str]]:
+def read_architecture_table_rows(first_column: str) -> list[list[str]]:
     """Return the rows of one table of the architecture page, chosen by its first column title."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
@@ -165,27 +165,28 @@ def test_every_file_that_document_names_exists(document: Path) -> None:
 def test_link_inside_document_leads_to_heading(document: Path) -> None:
     anchors = {
         re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-")
-        for each in document_headings(document)
+        for each in read_document_headings(document)
     }
     assert set(re.findall(r"\]\(#([^)]+)\)", document.read_text())) <= anchors
 
 
 def test_documented_item_state_transitions_equal_transitions_in_code() -> None:
     documented = {
-        (state, transition): then for state, transition, then, _ in architecture_table_rows("state")
+        (state, transition): then
+        for state, transition, then, _ in read_architecture_table_rows("state")
     }
     assert documented == TRANSITIONS
 
 
 def test_documented_end_reasons_equal_end_reasons_in_code() -> None:
-    documented = [tuple(row) for row in architecture_table_rows("end reason")]
+    documented = [tuple(row) for row in read_architecture_table_rows("end reason")]
     assert documented == [
         (reason.name, row.item, row.metadata, row.outcome) for reason, row in sorted(TABLE.items())
     ]
 
 
 def test_documented_constants_have_values_of_code() -> None:
-    constants = architecture_table_rows("constant")
+    constants = read_architecture_table_rows("constant")
     assert constants
     for name, value in constants:
         module, _, attribute = name.partition(".")
@@ -222,7 +223,7 @@ def source_names() -> SourceNames:
 @pytest.mark.parametrize("page", PAGES_WITH_CHECKED_NAMES)
 def test_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> None:
     text = (PACKAGE / f"docs/{page}.md").read_text()
-    missing = missing_names(text, source_names)
+    missing = find_missing_names(text, source_names)
     assert [name for name in missing if name not in NAMES_OF_OTHERS] == []
 
 
@@ -237,7 +238,7 @@ def test_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> 
     ],
 )
 def test_name_that_source_does_not_define_is_found(name: str, source_names: SourceNames) -> None:
-    assert missing_names(f"The call of `{name}` comes first.", source_names) == [name]
+    assert find_missing_names(f"The call of `{name}` comes first.", source_names) == [name]
 
 
 @pytest.mark.parametrize(
@@ -253,4 +254,4 @@ def test_name_that_source_does_not_define_is_found(name: str, source_names: Sour
     ],
 )
 def test_name_that_source_defines_is_accepted(name: str, source_names: SourceNames) -> None:
-    assert missing_names(f"The call of `{name}` comes first.", source_names) == []
+    assert find_missing_names(f"The call of `{name}` comes first.", source_names) == []

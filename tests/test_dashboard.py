@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from tests.alerts.cause_setup import CauseSetup
+from tests.alerts.cause_setup import AlertCauseSetup
 from tests.alerts.causes import AlertCause, start_idle_worker
 from tests.alerts.prometheus import run_prometheus
 from workpool.metrics.definitions import DEFINITIONS
@@ -37,7 +37,7 @@ VARIABLES = {
 }
 
 
-def panel_queries() -> Iterator[tuple[str, str]]:
+def read_panel_queries() -> Iterator[tuple[str, str]]:
     """Yield the panel title and the text of each query in the dashboard."""
     for panel in PANELS:
         for target in panel["targets"]:
@@ -52,7 +52,7 @@ def test_every_metric_has_a_panel_and_panels_use_no_unknown_metric() -> None:
     known = {row.full_name for row in DEFINITIONS}
     shown = {
         name if name in known else metric_base_name(name)
-        for _, query in panel_queries()
+        for _, query in read_panel_queries()
         for name in re.findall(r"\bworkpool_\w+", query)
     }
     assert shown == known
@@ -60,7 +60,7 @@ def test_every_metric_has_a_panel_and_panels_use_no_unknown_metric() -> None:
 
 def test_every_query_selects_existing_labels_of_its_metric() -> None:
     rows = {row.full_name: row for row in DEFINITIONS}
-    for title, query in panel_queries():
+    for title, query in read_panel_queries():
         for name, matchers in re.findall(r"\b(workpool_\w+)\{([^}]*)\}", query):
             row = rows.get(name) or rows[metric_base_name(name)]
             labels = re.findall(r'(\w+)!?=~?"', matchers)
@@ -93,7 +93,7 @@ async def test_every_dashboard_query_has_a_result_after_drain_kill_and_outage(
     settings = {"STATS_INTERVAL": "1"}
     cause = AlertCause(start_idle_worker, settings=settings)
     async with (
-        CauseSetup("env-of-the-dashboard", cause, tmp_path) as setup,
+        AlertCauseSetup("env-of-the-dashboard", cause, tmp_path) as setup,
         run_prometheus(program, tmp_path, setup.ports, seconds=1) as url,
     ):
         killed, drained = await setup.start_worker(), await setup.start_worker()
@@ -116,7 +116,7 @@ async def test_every_dashboard_query_has_a_result_after_drain_kill_and_outage(
         await wait_for_query_value(url, drains, 1)
         empty = [
             f"{title}: {query}"
-            for title, query in panel_queries()
+            for title, query in read_panel_queries()
             if not await had_recent_value(url, query)
         ]
     assert empty == []

@@ -47,7 +47,7 @@ TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, TOOLS = TOML["project"], TOML["tool"]
 
 
-def page_text(name: str) -> str:
+def read_page_text(name: str) -> str:
     """Return the text of a page under `workpool/docs/`."""
     return (DOCS / name).read_text()
 
@@ -56,42 +56,47 @@ def relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def code_blocks(language: str) -> list[str]:
+def find_code_blocks(language: str) -> list[str]:
     """Return the distinct code blocks of all pages; two pages may show the same block."""
     text = "\n".join(each.read_text() for each in PAGES)
     pattern = rf"^```{language}\n(.*?)^```$"
     return list(dict.fromkeys(re.findall(pattern, text, re.DOTALL | re.MULTILINE)))
 
 
-def code_block_containing(marker: str, language: str = "python") -> str:
+def find_code_block_containing(marker: str, language: str = "python") -> str:
     """Return the one code block that contains `marker`."""
-    [found] = [text for text in code_blocks(language) if marker in text]
+    [found] = [text for text in find_code_blocks(language) if marker in text]
     return found
 
 
 @pytest.mark.parametrize("name", references.PAGES)
 def test_generated_part_of_page_matches_code(name: str) -> None:
     """If this test fails, `python -m tests.references` writes the pages anew."""
-    assert references.with_generated_part(page_text(name), references.PAGES[name]()) == page_text(
-        name
-    )
+    assert references.replace_generated_part(
+        read_page_text(name), references.PAGES[name]()
+    ) == read_page_text(name)
 
 
 def test_every_hook_has_a_heading_in_plugins_page() -> None:
     for name in vars(hookspecs):
         if name.startswith("workpool_"):
-            assert re.search(rf"^## `{name}\(\w+\)`$", page_text("plugins.md"), re.MULTILINE), name
+            assert re.search(
+                rf"^## `{name}\(\w+\)`$", read_page_text("plugins.md"), re.MULTILINE
+            ), name
 
 
 def test_every_exit_status_is_in_documented_table() -> None:
-    section = page_text("cli.md").partition("| exit status |")[2].partition("\n\n")[0]
+    section = read_page_text("cli.md").partition("| exit status |")[2].partition("\n\n")[0]
     assert re.findall(r"^\| (\d)", section, re.MULTILINE) == ["0", "1", "2", "3", "1"]
     assert {exits.OK, exits.FAILED, exits.USAGE, exits.REFUSED} == {0, 1, 2, 3}
 
 
 def test_every_alert_is_in_table_of_operating_page() -> None:
     alerts = re.findall(r"alert: (\w+)", ALERTS)
-    assert re.findall(r"^\| \[`(Workpool\w+)`\]", page_text("operating.md"), re.MULTILINE) == alerts
+    assert (
+        re.findall(r"^\| \[`(Workpool\w+)`\]", read_page_text("operating.md"), re.MULTILINE)
+        == alerts
+    )
 
 
 def test_runbook_url_of_every_alert_links_to_existing_heading() -> None:
@@ -100,7 +105,7 @@ def test_runbook_url_of_every_alert_links_to_existing_heading() -> None:
     assert f"'s#{prefix}#" in ALERTS, "the first lines show how to replace the prefix"
     alerts = re.findall(r"alert: (\w+)", ALERTS)
     assert [address.partition("#")[2] for address in addresses] == [each.lower() for each in alerts]
-    headings = re.findall(r"^### (Workpool\w+)$", page_text("operating.md"), re.MULTILINE)
+    headings = re.findall(r"^### (Workpool\w+)$", read_page_text("operating.md"), re.MULTILINE)
     assert headings == alerts
 
 
@@ -159,7 +164,7 @@ def test_each_test_is_selected_by_exactly_one_tier() -> None:
     assert " -m trial " in trials
 
 
-def heading_anchors(path: Path) -> set[str]:
+def find_heading_anchors(path: Path) -> set[str]:
     """Return the anchors of the headings of a page."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     return {
@@ -176,7 +181,7 @@ def test_link_of_page_leads_to_existing_file_and_heading(path: Path) -> None:
         assert file.is_relative_to(ROOT), link
         assert file.exists(), link
         if anchor:
-            assert anchor in heading_anchors(file), link
+            assert anchor in find_heading_anchors(file), link
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=relative_path)
@@ -189,7 +194,7 @@ async def control_plane_for_examples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> AsyncIterator[ControlPlane]:
     """Open a control plane, set environment variables for its clients, and write `reports.py`."""
-    (tmp_path / "reports.py").write_text(code_block_containing("# reports.py"))
+    (tmp_path / "reports.py").write_text(find_code_block_containing("# reports.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     async with ControlPlane() as plane:
@@ -201,11 +206,11 @@ async def control_plane_for_examples(
 
 def run_example(marker: str, folder: Path) -> dict[str, Any]:
     path = folder / "example.py"
-    path.write_text(code_block_containing(marker))
+    path.write_text(find_code_block_containing(marker))
     return runpy.run_path(str(path))
 
 
-async def metadata_of_finished_item(
+async def wait_for_metadata_of_finished_item(
     metadata: dict[str, str], script: list[dict[str, Any]] | None = None
 ) -> dict[str, str]:
     """Enqueue one item, wait until it is stopped, and return its metadata."""
@@ -220,7 +225,7 @@ async def metadata_of_finished_item(
 
 async def metadata_written_by_plugin(plugin: object, metadata: dict[str, str]) -> dict[str, str]:
     async with Supervisor(Settings(), plugins=[plugin]):
-        return await metadata_of_finished_item(metadata)
+        return await wait_for_metadata_of_finished_item(metadata)
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
@@ -235,7 +240,7 @@ async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
     names = run_example("# service.py", tmp_path)
     async with asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
-        assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
+        assert (await wait_for_metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
         main.cancel()
 
 
@@ -281,7 +286,7 @@ async def test_documented_plugin_with_process_pool_writes_result_and_ends_proces
     tmp_path: Path,
 ) -> None:
     # Each process of the example's process pool imports this module.
-    (tmp_path / "primes.py").write_text(code_block_containing("# primes.py"))
+    (tmp_path / "primes.py").write_text(find_code_block_containing("# primes.py"))
     primes = importlib.import_module("primes").Primes
     done = await metadata_written_by_plugin(primes, {"job": "primes", "below": "100"})
     assert done["workpool.result"] == '{"primes":25}'
@@ -336,11 +341,11 @@ async def test_documented_handler_answers_tool_uses_of_session(
     tmp_path: Path, control_plane_for_examples: ControlPlane
 ) -> None:
     names = run_example("async def talk(", tmp_path)
-    script = json.loads(code_block_containing('"custom": true', "json"))
+    script = json.loads(find_code_block_containing('"custom": true', "json"))
     # The handler of the example reads only entries with these two keys.
     uses = [entry for entry in script if set(entry) == {"name", "input"}]
     async with Supervisor(Settings(), plugins=[names["talk"]]):
-        assert (await metadata_of_finished_item({"job": "talk"}, uses * 3))["done"] == "3"
+        assert (await wait_for_metadata_of_finished_item({"job": "talk"}, uses * 3))["done"] == "3"
     control_plane_for_examples.enqueue(script=script)
 
 
@@ -349,7 +354,7 @@ async def test_documented_plain_program_runs_until_signal(tmp_path: Path) -> Non
     names = run_example("# program.py", tmp_path)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
-        assert "hello, " in (await metadata_of_finished_item({}))["greeting"]
+        assert "hello, " in (await wait_for_metadata_of_finished_item({}))["greeting"]
         os.kill(os.getpid(), signal.SIGTERM)
         await main
 
@@ -358,7 +363,7 @@ async def test_documented_plain_program_runs_until_signal(tmp_path: Path) -> Non
 async def test_documented_pool_in_aiohttp_application_runs_sessions(tmp_path: Path) -> None:
     app: web.Application = run_example("# web_aiohttp.py", tmp_path)["app"]
     async with TestClient(TestServer(app)) as client:
-        assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
+        assert (await wait_for_metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
         for path in ("/ready", "/live"):
             async with client.get(path) as answer:
                 assert answer.status == 200
@@ -385,7 +390,7 @@ async def test_documented_pool_in_fastapi_application_runs_sessions(tmp_path: Pa
 
     app: FastAPI = run_example("# web_fastapi.py", tmp_path)["app"]
     async with app.router.lifespan_context(app):
-        assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
+        assert (await wait_for_metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
         transport = ASGITransport(app=app)
         async with AsyncClient(transport=transport, base_url="http://embedded") as client:
             assert (await client.get("/running")).json() == 0
@@ -404,7 +409,9 @@ async def test_documented_pools_with_shared_rate_limits_run_sessions(
             main = group.create_task(names["main"]())
             for environment in plane.environments:
                 monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", environment)
-                assert (await metadata_of_finished_item({"job": "daily-report"}))["rows"] == "42"
+                assert (await wait_for_metadata_of_finished_item({"job": "daily-report"}))[
+                    "rows"
+                ] == "42"
             main.cancel()
 
 
@@ -423,7 +430,7 @@ async def test_documented_observer_prints_outcome(
 ) -> None:
     audit = run_example("class Audit", tmp_path)["Audit"]
     async with Supervisor(Settings(), plugins=[audit, "reports"]):
-        await metadata_of_finished_item({"job": "daily-report"})
+        await wait_for_metadata_of_finished_item({"job": "daily-report"})
     assert "reports.daily_report completed" in capsys.readouterr().out
 
 
@@ -438,22 +445,24 @@ async def test_documented_routing_sends_items_to_their_handlers(tmp_path: Path) 
             ({"size": "huge"}, "huge_report"),
             ({"weight": "101"}, "move_heavy"),
         ]:
-            assert (await metadata_of_finished_item({"job": "report", **more}))["by"] == by
+            assert (await wait_for_metadata_of_finished_item({"job": "report", **more}))["by"] == by
 
 
 def test_documented_tests_of_handlers_pass(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    pytester.makepyfile(reports=code_block_containing("# reports.py"))
+    pytester.makepyfile(reports=find_code_block_containing("# reports.py"))
     for name in ("test_reports", "test_approval", "test_export", "test_answering", "test_count"):
-        pytester.makepyfile(**{name: code_block_containing(f"# {name}.py")})
+        pytester.makepyfile(**{name: find_code_block_containing(f"# {name}.py")})
     result = pytester.runpytest_inprocess("-p", "pytest_workpool")
     result.assert_outcomes(passed=7)
 
 
-def glossary_entries() -> list[list[str]]:
-    rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", page_text("glossary.md"), re.MULTILINE)
+def read_glossary_entries() -> list[list[str]]:
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \| (.+?) \|$", read_page_text("glossary.md"), re.MULTILINE
+    )
     return [list(row) for row in rows if row[0] != "term"]
 
 
@@ -482,7 +491,7 @@ def code_name_exists(path: str) -> bool:
 
 
 def test_code_name_of_every_glossary_term_exists() -> None:
-    for term, _, code in glossary_entries():
+    for term, _, code in read_glossary_entries():
         [path] = re.findall(r"`([\w.]+)`", code)
         assert code_name_exists(path), (term, path)
 
@@ -493,9 +502,9 @@ def test_missing_code_name_of_glossary_term_is_found() -> None:
 
 
 def test_glossary_term_has_one_sentence_and_one_entry() -> None:
-    terms = [term for term, *_ in glossary_entries()]
+    terms = [term for term, *_ in read_glossary_entries()]
     assert len(terms) == len(set(terms)) > 40
-    assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in glossary_entries())
+    assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in read_glossary_entries())
 
 
 def test_documented_names_of_builtin_tools_are_lower_case() -> None:

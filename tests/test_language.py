@@ -46,12 +46,12 @@ PRONOUN = re.compile(
 CITATION = re.compile(r'(?:See )?[\w./-]+\.md, "[^"]+"(?:(?:, | and |, and )"[^"]+")*\.?')
 
 
-def checked_files() -> list[Path]:
+def list_checked_files() -> list[Path]:
     found = {path for pattern in CHECKED for path in ROOT.glob(pattern)}
     return sorted(found - {Path(__file__)})
 
 
-def checked_pages() -> list[Path]:
+def list_checked_pages() -> list[Path]:
     patterns = ["README.md", "plugins/*/README.md", "workpool/docs/*.md"]
     return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
 
@@ -67,14 +67,14 @@ def docstrings_by_line(text: str) -> list[tuple[int, str]]:
     ]
 
 
-def comments_and_strings(text: str) -> list[tuple[int, str]]:
+def find_comments_and_strings(text: str) -> list[tuple[int, str]]:
     """Return the line and text of each comment and string literal."""
     kinds = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None)}
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
     return [(token.start[0], token.string) for token in tokens if token.type in kinds]
 
 
-def banned_word_problems(text: str) -> list[str]:
+def find_banned_words(text: str) -> list[str]:
     return [
         f"{match[0]!r}: {reason}"
         for pattern, reason in BANNED.items()
@@ -82,12 +82,12 @@ def banned_word_problems(text: str) -> list[str]:
     ]
 
 
-def language_problems(text: str) -> list[str]:
+def find_language_problems(text: str) -> list[str]:
     """Return the language problems of a module, each with its line number."""
     found = [
         f"{line}: {problem}"
-        for line, part in comments_and_strings(text)
-        for problem in banned_word_problems(part)
+        for line, part in find_comments_and_strings(text)
+        for problem in find_banned_words(part)
     ]
     for line, docstring in docstrings_by_line(text):
         flat = " ".join(docstring.split())
@@ -102,15 +102,15 @@ def relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", checked_files(), ids=relative_path)
+@pytest.mark.parametrize("path", list_checked_files(), ids=relative_path)
 def test_module_text_is_plain_english(path: Path) -> None:
-    assert language_problems(path.read_text()) == []
+    assert find_language_problems(path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", checked_pages(), ids=relative_path)
+@pytest.mark.parametrize("path", list_checked_pages(), ids=relative_path)
 def test_page_text_has_no_banned_words(path: Path) -> None:
     """Code blocks are checked too, but not names in backticks."""
-    assert banned_word_problems(path.read_text()) == []
+    assert find_banned_words(path.read_text()) == []
 
 
 def test_test_names_state_subject_situation_and_expectation() -> None:
@@ -150,4 +150,4 @@ def test_every_banned_word_has_a_reason() -> None:
     ],
 )
 def test_problem_in_text_is_reported(text: str, count: int) -> None:
-    assert len(language_problems(text + "\n")) == count
+    assert len(find_language_problems(text + "\n")) == count

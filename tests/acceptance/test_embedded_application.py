@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 
 from tests.acceptance.conftest import ENVIRONMENT, TOKEN, RunningCommand
-from tests.test_docs import code_block_containing
+from tests.test_docs import find_code_block_containing
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -67,7 +67,7 @@ async def start_example(
     """Return a function that starts a process with an example of the page `embedding.md`."""
     (command_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
-        (command_directory / f"{name}.py").write_text(code_block_containing(f"# {name}.py"))
+        (command_directory / f"{name}.py").write_text(find_code_block_containing(f"# {name}.py"))
     commands: list[RunningCommand] = []
 
     async def start_process(module: str, **variables: str) -> RunningApplication:

@@ -53,7 +53,7 @@ def shell_script(found: list[tuple[str, str]], port: int) -> str:
     return "".join(steps)
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
 
@@ -82,7 +82,7 @@ def variables_without_settings() -> dict[str, str]:
 def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
     place = tutorial_checkout(tmp_path / "workpool")
     done = subprocess.run(  # noqa: S603 - the tutorial's commands
-        ["/bin/bash", "-c", shell_script(code_blocks(), free_port())],
+        ["/bin/bash", "-c", shell_script(code_blocks(), find_free_port())],
         cwd=place,
         env=variables_without_settings(),
         capture_output=True,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 
-from tests.alerts.cause_setup import ROOT, CauseSetup
+from tests.alerts.cause_setup import ROOT, AlertCauseSetup
 from tests.alerts.causes import CAUSES
 from tests.alerts.prometheus import run_prometheus
 
@@ -34,10 +34,10 @@ TWO_WORKERS: Final = "env-kill-9-of-one-worker"
 """The environment with two workers; an alert must fire if it has fewer."""
 
 
-class AlertFirings:
+class AlertFiringRecorder:
     """Records the seconds from the start to the first firing of each alert in each environment."""
 
-    def __init__(self, url: str, setups: Mapping[str, CauseSetup]) -> None:
+    def __init__(self, url: str, setups: Mapping[str, AlertCauseSetup]) -> None:
         self.first: dict[tuple[str, str], float] = {}
         self._url = url
         self._environments = {
@@ -83,7 +83,7 @@ async def main() -> int:
     async with AsyncExitStack() as stack:
         setups = {
             name: await stack.enter_async_context(
-                CauseSetup("env-" + re.sub(r"\W+", "-", name), cause, folder)
+                AlertCauseSetup("env-" + re.sub(r"\W+", "-", name), cause, folder)
             )
             for name, cause in chosen.items()
         }
@@ -92,7 +92,7 @@ async def main() -> int:
         url = await stack.enter_async_context(
             run_prometheus(program, folder, ports, seconds=15, rules=[rules])
         )
-        firings = AlertFirings(url, setups)
+        firings = AlertFiringRecorder(url, setups)
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(firings.watch_alerts())
             causes = [
@@ -118,7 +118,7 @@ def _write_rule_files(folder: Path) -> Path:
     return path
 
 
-def _print_report(firings: AlertFirings, environments: Mapping[str, str]) -> int:
+def _print_report(firings: AlertFiringRecorder, environments: Mapping[str, str]) -> int:
     """Print the alerts of each cause, and return 1 if one is missing or unexpected, else 0."""
     wrong = 0
     for name, environment in environments.items():

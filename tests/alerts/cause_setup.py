@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 WORKERS_MAX = 4
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """Return a port of the loopback interface that was free a moment ago."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
@@ -32,7 +32,7 @@ def free_port() -> int:
         return port
 
 
-class CauseSetup:
+class AlertCauseSetup:
     """A control plane and workers in one situation that makes alerts fire.
 
     The class is an async context manager.
@@ -46,7 +46,7 @@ class CauseSetup:
         self.environment = environment
         self.faults = Faults()
         self.plane = ControlPlane(environments=[environment], middlewares=[self.faults.middleware])
-        self.ports = [free_port() for _ in range(WORKERS_MAX)]
+        self.ports = [find_free_port() for _ in range(WORKERS_MAX)]
         self._free_ports: Iterator[int] = iter(self.ports)
         self._cause = cause
         self._logs = logs

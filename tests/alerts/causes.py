@@ -17,7 +17,7 @@ from workpool.testing.fault import silence
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from tests.alerts.cause_setup import CauseSetup
+    from tests.alerts.cause_setup import AlertCauseSetup
 
 PLUGIN = "tests.alerts.worker_handlers:"
 MINUTE = 60.0
@@ -35,23 +35,23 @@ class AlertCause:
         plugins: Further plugins of its workers.
     """
 
-    begin: Callable[[CauseSetup], Coroutine[Any, Any, None]]
+    begin: Callable[[AlertCauseSetup], Coroutine[Any, Any, None]]
     must: frozenset[str] = frozenset()
     may: frozenset[str] = frozenset()
     settings: Mapping[str, str] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
 
 
-async def start_idle_worker(setup: CauseSetup) -> None:
+async def start_idle_worker(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
 
 
-async def enqueue_burst(setup: CauseSetup) -> None:
+async def enqueue_burst(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(count=150)
 
 
-async def kill_one_worker(setup: CauseSetup) -> None:
+async def kill_one_worker(setup: AlertCauseSetup) -> None:
     first = await setup.start_worker()
     await setup.start_worker()
     setup.enqueue_items(count=6, seconds="120")
@@ -59,7 +59,7 @@ async def kill_one_worker(setup: CauseSetup) -> None:
     first.send_signal(signal.SIGKILL)
 
 
-async def cause_outage(setup: CauseSetup) -> None:
+async def cause_outage(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(count=6, seconds="600")
     await setup.wait_for_claims(6)
@@ -67,41 +67,41 @@ async def cause_outage(setup: CauseSetup) -> None:
         await asyncio.sleep(90)
 
 
-async def throttle_requests(setup: CauseSetup) -> None:
+async def throttle_requests(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.faults.add(status(429, retry_after=1), probability=0.5)
 
 
-async def block_event_loop(setup: CauseSetup) -> None:
+async def block_event_loop(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(do="block", seconds="45")
 
 
-async def block_event_loop_often(setup: CauseSetup) -> None:
+async def block_event_loop_often(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(do="block often")
 
 
-async def fail_heartbeats(setup: CauseSetup) -> None:
+async def fail_heartbeats(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(count=6, seconds="600")
     await setup.wait_for_claims(6)
     setup.faults.add(status(503), "heartbeat")
 
 
-async def enqueue_unwanted_items(setup: CauseSetup) -> None:
+async def enqueue_unwanted_items(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(count=40, kind="of another pool")
 
 
-async def stop_items_as_operator(setup: CauseSetup) -> None:
+async def stop_items_as_operator(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     for item in setup.enqueue_items(count=4, seconds="600"):
         await setup.wait_for_claims(4)
         setup.plane.operations.stop_item(setup.environment, item.id, force=False)
 
 
-async def roll_out_update(setup: CauseSetup) -> None:
+async def roll_out_update(setup: AlertCauseSetup) -> None:
     old = [await setup.start_worker() for _ in range(2)]
     setup.enqueue_items(count=40, seconds="8")
     for process in old:
@@ -110,13 +110,13 @@ async def roll_out_update(setup: CauseSetup) -> None:
         process.send_signal(signal.SIGTERM)
 
 
-async def refuse_credential(setup: CauseSetup) -> None:
+async def refuse_credential(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
     setup.faults.add(status(401))
 
 
-async def fail_sessions(setup: CauseSetup) -> None:
+async def fail_sessions(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     for _ in range(60):
         setup.enqueue_items(do="fail")
@@ -124,53 +124,53 @@ async def fail_sessions(setup: CauseSetup) -> None:
         await asyncio.sleep(5)
 
 
-async def stall_sessions(setup: CauseSetup) -> None:
+async def stall_sessions(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
     setup.enqueue_items(seconds="600")
 
 
-async def make_handlers_hang(setup: CauseSetup) -> None:
+async def make_handlers_hang(setup: AlertCauseSetup) -> None:
     process = await setup.start_worker()
     setup.enqueue_items(count=2, do="ignore cancellation")
     await asyncio.sleep(5 * MINUTE)
     process.send_signal(signal.SIGTERM)
 
 
-async def fail_plugin(setup: CauseSetup) -> None:
+async def fail_plugin(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
     setup.enqueue_items()
 
 
-async def crash_poller(setup: CauseSetup) -> None:
+async def crash_poller(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
     setup.enqueue_items()
 
 
-async def enqueue_too_much_work(setup: CauseSetup) -> None:
+async def enqueue_too_much_work(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(count=20, seconds="90")
 
 
-async def fail_statistics(setup: CauseSetup) -> None:
+async def fail_statistics(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
     setup.faults.add(status(500), "stats")
 
 
-async def read_statistics_rarely(setup: CauseSetup) -> None:
+async def read_statistics_rarely(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
 
 
-async def fail_polls(setup: CauseSetup) -> None:
+async def fail_polls(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
     setup.faults.add(status(502, html=True), "poll")
 
 
-async def acknowledge_late(setup: CauseSetup) -> None:
+async def acknowledge_late(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await setup.start_worker()
     setup.faults.add(delay(7.0), "ack", probability=0.5)
@@ -179,7 +179,7 @@ async def acknowledge_late(setup: CauseSetup) -> None:
         await asyncio.sleep(2)
 
 
-async def run_two_pools(setup: CauseSetup) -> None:
+async def run_two_pools(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await setup.start_worker()
     for _ in range(60):
@@ -187,7 +187,7 @@ async def run_two_pools(setup: CauseSetup) -> None:
         await asyncio.sleep(5)
 
 
-def full_alert_names(*names: str) -> frozenset[str]:
+def add_alert_prefix(*names: str) -> frozenset[str]:
     """Return the given alert names with the prefix `Workpool` added to each name."""
     return frozenset(f"Workpool{name}" for name in names)
 
@@ -195,54 +195,54 @@ def full_alert_names(*names: str) -> frozenset[str]:
 CAUSES: Mapping[str, AlertCause] = {
     "idle": AlertCause(start_idle_worker),
     "burst": AlertCause(enqueue_burst),
-    "kill -9 of one worker": AlertCause(kill_one_worker, full_alert_names("FewerWorkers")),
-    "an outage of 90 s": AlertCause(cause_outage, full_alert_names("SessionsLost", "LeaseLate")),
+    "kill -9 of one worker": AlertCause(kill_one_worker, add_alert_prefix("FewerWorkers")),
+    "an outage of 90 s": AlertCause(cause_outage, add_alert_prefix("SessionsLost", "LeaseLate")),
     "throttled with 429": AlertCause(
-        throttle_requests, full_alert_names("Throttled"), full_alert_names("StatsStale")
+        throttle_requests, add_alert_prefix("Throttled"), add_alert_prefix("StatsStale")
     ),
-    "a handler blocks the loop": AlertCause(block_event_loop, full_alert_names("LoopBlocked")),
+    "a handler blocks the loop": AlertCause(block_event_loop, add_alert_prefix("LoopBlocked")),
     "a handler blocks the loop often": AlertCause(
-        block_event_loop_often, full_alert_names("LoopLag"), full_alert_names("LoopBlocked")
+        block_event_loop_often, add_alert_prefix("LoopLag"), add_alert_prefix("LoopBlocked")
     ),
-    "heartbeats fail": AlertCause(fail_heartbeats, full_alert_names("SessionsLost", "LeaseLate")),
+    "heartbeats fail": AlertCause(fail_heartbeats, add_alert_prefix("SessionsLost", "LeaseLate")),
     "unwanted items": AlertCause(
         enqueue_unwanted_items,
-        full_alert_names("QueueNotTaken", "PollsWasted", "ItemsNotAcknowledged"),
+        add_alert_prefix("QueueNotTaken", "PollsWasted", "ItemsNotAcknowledged"),
     ),
     "an operator's stops": AlertCause(stop_items_as_operator),
     "a rolling update": AlertCause(roll_out_update),
     "a refused credential": AlertCause(
         refuse_credential,
-        full_alert_names("Refused"),
-        full_alert_names("NoSuccessfulPoll", "StatsStale"),
+        add_alert_prefix("Refused"),
+        add_alert_prefix("NoSuccessfulPoll", "StatsStale"),
     ),
-    "a handler fails": AlertCause(fail_sessions, full_alert_names("SessionsFail")),
+    "a handler fails": AlertCause(fail_sessions, add_alert_prefix("SessionsFail")),
     "a handler stalls": AlertCause(
-        stall_sessions, full_alert_names("SessionsStall"), settings={"STALL_TIMEOUT": "20"}
+        stall_sessions, add_alert_prefix("SessionsStall"), settings={"STALL_TIMEOUT": "20"}
     ),
     "a handler ignores cancellation": AlertCause(
         make_handlers_hang,
-        full_alert_names("HandlersStuck", "DrainKilled"),
-        full_alert_names("SessionsLost", "SessionsFail"),
+        add_alert_prefix("HandlersStuck", "DrainKilled"),
+        add_alert_prefix("SessionsLost", "SessionsFail"),
         {"SESSION_TIMEOUT": "20", "DRAIN_TIMEOUT": "5"},
     ),
     "a plugin fails": AlertCause(
-        fail_plugin, full_alert_names("PluginErrors"), plugins=(PLUGIN + "FailingObserver",)
+        fail_plugin, add_alert_prefix("PluginErrors"), plugins=(PLUGIN + "FailingObserver",)
     ),
     "a poller crashes": AlertCause(
-        crash_poller, full_alert_names("PollerCrashed"), plugins=(PLUGIN + "CrashingPollerPlugin",)
+        crash_poller, add_alert_prefix("PollerCrashed"), plugins=(PLUGIN + "CrashingPollerPlugin",)
     ),
     "more work than slots": AlertCause(
-        enqueue_too_much_work, full_alert_names("Backlog"), settings={"CONCURRENCY": "1"}
+        enqueue_too_much_work, add_alert_prefix("Backlog"), settings={"CONCURRENCY": "1"}
     ),
-    "statistics fail": AlertCause(fail_statistics, full_alert_names("StatsStale")),
+    "statistics fail": AlertCause(fail_statistics, add_alert_prefix("StatsStale")),
     "statistics every 120 s": AlertCause(
         read_statistics_rarely, settings={"STATS_INTERVAL": "120"}
     ),
     "no statistics": AlertCause(read_statistics_rarely, settings={"STATS_INTERVAL": "0"}),
-    "polls fail": AlertCause(fail_polls, full_alert_names("NoSuccessfulPoll")),
+    "polls fail": AlertCause(fail_polls, add_alert_prefix("NoSuccessfulPoll")),
     "acks are late": AlertCause(
-        acknowledge_late, full_alert_names("AckLate"), full_alert_names("QueueNotTaken", "Backlog")
+        acknowledge_late, add_alert_prefix("AckLate"), add_alert_prefix("QueueNotTaken", "Backlog")
     ),
     "two pools on one environment": AlertCause(run_two_pools),
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import aiohttp
 import orjson
 
-from tests.alerts.cause_setup import free_port
+from tests.alerts.cause_setup import find_free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -35,7 +35,7 @@ async def run_prometheus(
         targets=orjson.dumps([f"127.0.0.1:{port}" for port in ports]).decode(),
     )
     (folder / "prometheus.yml").write_text(config)
-    port = free_port()
+    port = find_free_port()
     with (folder / "prometheus.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             program,

@@ -71,11 +71,11 @@ class CrashingPollerPlugin:
 
         offer = Dispatcher.offer_item
 
-        def crash_once(*_: object) -> object:
+        def crash_poller_once(*_: object) -> object:
             setattr(Dispatcher, "offer_item", offer)  # noqa: B010 - types forbid it
             raise KeyError("ordered by tests.alerts")
 
-        setattr(Dispatcher, "offer_item", crash_once)  # noqa: B010 - types forbid it
+        setattr(Dispatcher, "offer_item", crash_poller_once)  # noqa: B010 - types forbid it
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:

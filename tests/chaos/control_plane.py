@@ -62,7 +62,7 @@ class ControlPlaneConfig:
     faults: str = ""
 
 
-class Journal(History):
+class JournaledHistory(History):
     """A history that writes each line to a file immediately, so that a `kill -9` loses none."""
 
     def __init__(self, path: str, offset: float) -> None:
@@ -128,7 +128,7 @@ def _describe_request_for_journal(request: web.Request) -> dict[str, str | None]
 
 
 def install_faults(
-    config: ControlPlaneConfig, faults: Faults, plane: ControlPlane, journal: Journal
+    config: ControlPlaneConfig, faults: Faults, plane: ControlPlane, journal: JournaledHistory
 ) -> None:
     """Inject the faults that the file lists, and record each injection in the journal."""
     if not config.faults:
@@ -137,10 +137,10 @@ def install_faults(
     for rule, planned in zip(faults.rules, read_fault_plan(Path(config.faults)).fault, strict=True):
         name = f"{planned.kind} {getattr(planned, 'code', '')}".strip()
         assert isinstance(rule.fault, Fault)
-        rule.fault = with_journal_entry(rule.fault, name, journal)
+        rule.fault = add_journal_entry_to_fault(rule.fault, name, journal)
 
 
-def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
+def add_journal_entry_to_fault(fault: Fault, name: str, journal: JournaledHistory) -> Fault:
     """Return a fault that writes an entry to the journal, and then does the same as `fault`."""
 
     def write_fault_to_journal(_environment_id: str, work_id: str | None) -> None:
@@ -149,7 +149,7 @@ def with_journal_entry(fault: Fault, name: str, journal: Journal) -> Fault:
     return nest_faults([Fault(before=write_fault_to_journal), fault])
 
 
-async def record_loop_lag(journal: Journal) -> None:
+async def record_loop_lag(journal: JournaledHistory) -> None:
     """Write a line to the journal after each delay of this event loop.
 
     A delayed event loop reads requests late, so the checker allows requests to arrive late then.
@@ -163,7 +163,7 @@ async def record_loop_lag(journal: Journal) -> None:
 
 
 def build_control_plane(
-    config: ControlPlaneConfig, faults: Faults, journal: Journal
+    config: ControlPlaneConfig, faults: Faults, journal: JournaledHistory
 ) -> ControlPlane:
     """Return the control plane with its store and middlewares."""
     middlewares = [
@@ -192,7 +192,7 @@ def build_control_plane(
 
 
 async def serve_control_plane(config: ControlPlaneConfig) -> None:
-    journal = Journal(config.journal, config.offset)
+    journal = JournaledHistory(config.journal, config.offset)
     faults = Faults(config.seed, remember=False)
     plane = build_control_plane(config, faults, journal)
     install_faults(config, faults, plane, journal)

@@ -58,7 +58,7 @@ class DatabaseStorm(Storm):
         self._restart: asyncio.Task[None] | None = None
         super().__init__(settings, folder)
 
-    def _make_fleet(self, folder: Path) -> StormProcesses:
+    def _make_storm_processes(self, folder: Path) -> StormProcesses:
         return StormProcesses(folder, self.settings.write_rate, store=self._url, planes=PLANES)
 
     async def _start_control_planes(self, faults: str = "") -> None:
@@ -75,7 +75,7 @@ class DatabaseStorm(Storm):
                     return
                 await asyncio.sleep(0.5)
 
-    def _control_plane_faults(self) -> list[Coroutine[Any, Any, None]]:
+    def _list_control_plane_faults(self) -> list[Coroutine[Any, Any, None]]:
         return [self._kill_control_plane(), self._restart_database_repeatedly()]
 
     async def _kill_control_plane(self) -> None:
@@ -153,7 +153,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
     cluster = start_cluster()
     try:
-        verdict = asyncio.run(DatabaseStorm(settings, folder, cluster).run_to_end())
+        verdict = asyncio.run(DatabaseStorm(settings, folder, cluster).run_storm())
     finally:
         (folder / "database.log").write_text(cluster.read_log())
         remove_cluster(cluster)

@@ -92,14 +92,14 @@ class Storm:
     def __init__(self, settings: StormSettings, folder: Path) -> None:
         self.settings = settings
         self._random = random.Random(settings.seed)  # noqa: S311 - a storm must be repeatable
-        self._fleet = self._make_fleet(folder)
+        self._fleet = self._make_storm_processes(folder)
         self._faults = folder / "faults.json"
         self._enqueued: list[str] = []
         self._lags: list[dict[str, Any]] = []
         self._woke = asyncio.Event()
         self._stopped: str | None = None
 
-    async def run_to_end(self) -> StormResult:
+    async def run_storm(self) -> StormResult:
         """Run the storm, check the guarantees, and return the result."""
         faults = [
             {"ops": WORKER_OPS, "probability": self._random.uniform(0.05, 0.1), **kind}
@@ -118,7 +118,7 @@ class Storm:
             await self._finish_without_faults(http, proxy)
         return self._check_guarantees()
 
-    def _make_fleet(self, folder: Path) -> StormProcesses:
+    def _make_storm_processes(self, folder: Path) -> StormProcesses:
         return StormProcesses(folder, self.settings.write_rate)
 
     async def _start_control_planes(self, faults: str = "") -> None:
@@ -135,7 +135,7 @@ class Storm:
                     self._enqueue_items(http),
                     self._kill_workers(proxy),
                     self._suspend_workers(),
-                    *self._control_plane_faults(),
+                    *self._list_control_plane_faults(),
                     self._stop_items(http),
                     self._disturb_network(proxy),
                     self._record_loop_lag(),
@@ -208,7 +208,7 @@ class Storm:
             if busy:
                 return self._random.choice(busy)
 
-    def _control_plane_faults(self) -> list[Coroutine[Any, Any, None]]:
+    def _list_control_plane_faults(self) -> list[Coroutine[Any, Any, None]]:
         return [self._kill_control_plane()]
 
     async def _kill_control_plane(self) -> None:
@@ -339,7 +339,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = parse_settings(__doc__)
     folder = Path(tempfile.mkdtemp(prefix="storm-"))
-    verdict = asyncio.run(Storm(settings, folder).run_to_end())
+    verdict = asyncio.run(Storm(settings, folder).run_storm())
     print(f"{folder}\n{format_report(settings, verdict)}")  # noqa: T201 - what it is for
     sys.exit(1 if verdict.broken else 0)
 

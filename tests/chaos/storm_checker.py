@@ -102,7 +102,7 @@ class StormChecker:
         for line in self._journal:
             what = line["what"]
             if what == "record":
-                self._check_record(line)
+                self._check_history_record(line)
             elif what == "came":
                 self._check_request_arrives_within_lease(line)
             elif what == "durable" and line["worker"] is not None:
@@ -113,14 +113,14 @@ class StormChecker:
             elif what == "fault":
                 self._record_fault(line["kind"], line["work_id"])
         self._check_no_item_is_lost(enqueued)
-        self._check_runs()
+        self._check_handler_runs()
         self.verdict.counts.update(f"action: {action['what']}" for action in self._actions)
         return self.verdict
 
     def _add_violation(self, text: str) -> None:
         self.verdict.broken.append(text)
 
-    def _check_record(self, line: Line) -> None:
+    def _check_history_record(self, line: Line) -> None:
         work_id, worker, kind = line["work_id"], line["worker_id"], line["kind"]
         self.verdict.counts[f"record: {kind}"] += 1
         holder = self._holder.get(work_id)
@@ -191,7 +191,7 @@ class StormChecker:
             if states.get(work_id) != "stopped":
                 self._add_violation(f"{work_id} is lost: {states.get(work_id)}")
 
-    def _check_runs(self) -> None:
+    def _check_handler_runs(self) -> None:
         for work_id, runs in self._group_runs_by_item().items():
             self.verdict.counts["runs"] += len(runs)
             self.verdict.counts["runs again"] += len(runs) - 1
@@ -201,7 +201,7 @@ class StormChecker:
             for number, run in enumerate(runs):
                 for later in runs[number + 1 :]:
                     if later.start < run.end:
-                        self._check_overlap(work_id, run, later)
+                        self._check_overlap_of_runs(work_id, run, later)
 
     def _group_runs_by_item(self) -> dict[str, list[HandlerRun]]:
         gone = {
@@ -242,7 +242,7 @@ class StormChecker:
                 f"{worker} went on with {work_id} for {run.end - until:.2f} s too long"
             )
 
-    def _check_overlap(self, work_id: str, run: HandlerRun, later: HandlerRun) -> None:
+    def _check_overlap_of_runs(self, work_id: str, run: HandlerRun, later: HandlerRun) -> None:
         """Record the overlap of two runs as a violation, or count the reason that excuses it."""
         worker, other = self._workers.get(run.pid, ""), self._workers.get(later.pid, "")
         seconds = min(run.end, later.end) - later.start

@@ -18,21 +18,23 @@ def make_echo_node(
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
     """Return a server callback that answers each line with `name`, a space and the same line."""
 
-    async def answer_lines(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def echo_lines_with_name(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         while line := await reader.readline():
             writer.write(name + b" " + line)
         writer.close()
 
-    return answer_lines
+    return echo_lines_with_name
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
 
 
-async def send_hello(port: int) -> bytes:
+async def exchange_hello(port: int) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"hello\n")
     answer = await reader.readline()
@@ -48,14 +50,14 @@ async def test_balancer_uses_nodes_in_turn_and_skips_dead_node() -> None:
             server = await asyncio.start_server(make_echo_node(name), "127.0.0.1", 0)
             await stack.enter_async_context(server)
             ports.append(server.sockets[0].getsockname()[1])
-        dead, port = free_port(), free_port()
+        dead, port = find_free_port(), find_free_port()
         async with asyncio.timeout(20), Balancer(port, [ports[0], dead, ports[1]]):
-            answers = [await send_hello(port) for _ in range(4)]
+            answers = [await exchange_hello(port) for _ in range(4)]
     assert answers[0] == b"one hello\n"
     assert set(answers) == {b"one hello\n", b"two hello\n"}
 
 
 async def test_balancer_without_running_node_closes_connection() -> None:
-    port = free_port()
-    async with asyncio.timeout(20), Balancer(port, [free_port()]):
-        assert await send_hello(port) == b""
+    port = find_free_port()
+    async with asyncio.timeout(20), Balancer(port, [find_free_port()]):
+        assert await exchange_hello(port) == b""

@@ -34,7 +34,7 @@ SHORT = StormSettings(
 
 
 async def test_storm_of_faults_loses_no_item_and_overlaps_no_runs(tmp_path: Path) -> None:
-    verdict = await Storm(SHORT, tmp_path).run_to_end()
+    verdict = await Storm(SHORT, tmp_path).run_storm()
     assert verdict.broken == [], format_report(SHORT, verdict)
     # Check that the storm caused faults. Even on a slow machine, each kind occurs at least once.
     assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
@@ -49,7 +49,7 @@ async def test_storm_on_three_nodes_and_one_database_loses_no_item_and_overlaps_
     tmp_path: Path, own_postgres: Cluster, seed: int
 ) -> None:
     settings = StormSettings(seed=seed, seconds=60, slack=1.5)
-    verdict = await DatabaseStorm(settings, tmp_path, own_postgres).run_to_end()
+    verdict = await DatabaseStorm(settings, tmp_path, own_postgres).run_storm()
     assert verdict.broken == [], format_report(settings, verdict)
     assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
     assert verdict.counts["boots"] >= 1

@@ -26,7 +26,7 @@ def make_record(t: float, kind: str, worker: str | None, lease_end: float | None
     }
 
 
-def make_arrival(t: float, op: str, worker: str | None) -> Any:
+def make_request_arrival(t: float, op: str, worker: str | None) -> Any:
     return {"t": t, "what": "came", "op": op, "work_id": "w", "worker": worker}
 
 
@@ -48,7 +48,7 @@ def make_lease_records(t: float, worker: str) -> Lines:
 
 
 STOPPED = [
-    make_arrival(8, "stop", A),
+    make_request_arrival(8, "stop", A),
     make_record(8, "stopped", A),
     make_answered_call(8, "stop", A),
 ]
@@ -67,12 +67,12 @@ LEASE_PASSED_TO_B = [
 END = [make_record(15, "stopped", B), make_snapshot(30, "end")]
 
 
-def check_records(journal: Lines, trace: Lines, actions: Lines | None = None) -> StormResult:
+def check_storm_records(journal: Lines, trace: Lines, actions: Lines | None = None) -> StormResult:
     return StormChecker(journal, trace, actions or [], WORKERS, slack=SLACK).check_storm(["w"])
 
 
 def test_checker_finds_no_violation_in_trace_without_faults() -> None:
-    verdict = check_records(CALM, CALM_TRACE)
+    verdict = check_storm_records(CALM, CALM_TRACE)
     assert verdict.broken == []
     assert verdict.counts["runs"] == verdict.counts["enqueued"] == verdict.counts["stopped"] == 1
 
@@ -93,22 +93,22 @@ def test_checker_finds_no_violation_in_trace_without_faults() -> None:
             "answered ['ack'], then forgotten",
         ),
         (
-            [*LEASE_PASSED_TO_B, make_arrival(13, "stop", A), *END],
+            [*LEASE_PASSED_TO_B, make_request_arrival(13, "stop", A), *END],
             [],
             f"{A} sent stop for w 3.00 s after",
         ),
         (
-            [*LEASE_PASSED_TO_B, make_arrival(13, "update", A), *END],
+            [*LEASE_PASSED_TO_B, make_request_arrival(13, "update", A), *END],
             [],
             f"{A} sent update for w 3.00 s after",
         ),
         (
-            [*LEASE_PASSED_TO_B, make_arrival(13, "heartbeat", A), *END],
+            [*LEASE_PASSED_TO_B, make_request_arrival(13, "heartbeat", A), *END],
             [],
             f"{A} sent heartbeat for w 3.00 s",
         ),
         (
-            [*make_lease_records(0, A), make_arrival(1, "stop", B), *CALM],
+            [*make_lease_records(0, A), make_request_arrival(1, "stop", B), *CALM],
             [],
             f"{B} sent stop for w, which it never held",
         ),
@@ -142,20 +142,27 @@ def test_checker_finds_no_violation_in_trace_without_faults() -> None:
 def test_checker_reports_each_kind_of_violation(
     journal: Lines, trace: Lines, violation: str
 ) -> None:
-    found = check_records(journal, trace).broken
+    found = check_storm_records(journal, trace).broken
     assert any(violation in text for text in found), found
 
 
 def test_checker_allows_late_request_if_event_loop_was_delayed() -> None:
-    journal = [*LEASE_PASSED_TO_B, make_arrival(12.5, "update", A), *END]
-    assert check_records(journal, []).broken
-    assert check_records([*journal, {"t": 12.6, "what": "lag", "seconds": 2.0}], []).broken == []
-    assert check_records([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
+    journal = [*LEASE_PASSED_TO_B, make_request_arrival(12.5, "update", A), *END]
+    assert check_storm_records(journal, []).broken
+    assert (
+        check_storm_records([*journal, {"t": 12.6, "what": "lag", "seconds": 2.0}], []).broken == []
+    )
+    assert check_storm_records([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
 
 
 def test_checker_allows_acks_and_operator_stops_without_a_lease() -> None:
-    journal = [*LEASE_PASSED_TO_B, make_arrival(13, "stop", None), make_arrival(14, "ack", A), *END]
-    assert check_records(journal, []).broken == []
+    journal = [
+        *LEASE_PASSED_TO_B,
+        make_request_arrival(13, "stop", None),
+        make_request_arrival(14, "ack", A),
+        *END,
+    ]
+    assert check_storm_records(journal, []).broken == []
 
 
 WOKEN = [
@@ -167,26 +174,28 @@ STOP = [{"t": 2, "what": "stop", "pid": 1}, {"t": 16, "what": "cont", "pid": 1}]
 
 
 def test_checker_allows_resumed_process_to_end_its_run_shortly_afterwards() -> None:
-    verdict = check_records(
+    verdict = check_storm_records(
         [*LEASE_PASSED_TO_B, *END], [*WOKEN, make_trace_line(16.1, 1, "cancelled")], STOP
     )
     assert verdict.broken == []
     assert verdict.counts["runs whose lease ended while stopped"] == 1
     assert verdict.counts["overlaps excused: process was stopped"] == 1
-    late = check_records(
+    late = check_storm_records(
         [*LEASE_PASSED_TO_B, *END],
         [*WOKEN, make_trace_line(16.1 + WAKE_SECONDS, 1, "cancelled")],
         STOP,
     )
     assert any("went on with w" in text for text in late.broken)
-    sent = check_records([*LEASE_PASSED_TO_B, make_arrival(16.1, "update", A), *END], WOKEN, STOP)
+    sent = check_storm_records(
+        [*LEASE_PASSED_TO_B, make_request_arrival(16.1, "update", A), *END], WOKEN, STOP
+    )
     assert any("sent update" in text for text in sent.broken)
 
 
 def test_checker_reports_run_beyond_lease_unless_its_process_was_killed() -> None:
     kill = [{"t": 5, "what": "kill", "pid": 1}]
-    assert check_records([*LEASE_PASSED_TO_B, *END], WOKEN, kill).broken == []
-    assert check_records([*LEASE_PASSED_TO_B, *END], WOKEN, []).broken
+    assert check_storm_records([*LEASE_PASSED_TO_B, *END], WOKEN, kill).broken == []
+    assert check_storm_records([*LEASE_PASSED_TO_B, *END], WOKEN, []).broken
 
 
 def test_checker_ignores_early_end_of_lease_caused_by_fault() -> None:
@@ -203,7 +212,7 @@ def test_checker_ignores_early_end_of_lease_caused_by_fault() -> None:
         make_trace_line(5, 2, "start"),
         make_trace_line(6, 2, "returned"),
     ]
-    verdict = check_records(handed_on, [*trace, make_trace_line(9, 1, "cancelled")])
+    verdict = check_storm_records(handed_on, [*trace, make_trace_line(9, 1, "cancelled")])
     assert verdict.broken == []
     assert verdict.counts["overlaps excused: lease expired by a fault"] == 1
-    assert check_records(handed_on, [*trace, make_trace_line(12, 1, "cancelled")]).broken
+    assert check_storm_records(handed_on, [*trace, make_trace_line(12, 1, "cancelled")]).broken

@@ -126,7 +126,7 @@ class TimeBudget:
         return str(output).strip()
 
 
-def unmount_all(folder: Path) -> None:
+def unmount_file_systems_below(folder: Path) -> None:
     """Unmount all file systems that a killed container engine has left below a folder."""
     mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for mount in reversed(mounts):
@@ -181,7 +181,7 @@ def make_base_image(engine: PodmanEngine, folder: Path) -> None:
     engine.run_build_command("run", "--rm", "--network=none", BASE, "python3", "--version")
 
 
-def make_wheels(engine: PodmanEngine, folder: Path) -> None:
+def build_wheels(engine: PodmanEngine, folder: Path) -> None:
     """Build wheels of this checkout and of all its dependencies."""
     words = ("-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder / "dist"))
     engine.budget.run_program(sys.executable, *words, f"{ROOT}[cli]", str(ROOT / "plugins/command"))
@@ -211,7 +211,7 @@ def podman_engine() -> Iterator[PodmanEngine]:
         try:
             with ThreadPoolExecutor() as both:
                 for each in [
-                    both.submit(make, engine, folder) for make in (make_base_image, make_wheels)
+                    both.submit(make, engine, folder) for make in (make_base_image, build_wheels)
                 ]:
                     each.result()
         except CommandFailed as error:
@@ -223,7 +223,7 @@ def podman_engine() -> Iterator[PodmanEngine]:
         yield engine
         engine.run_command("rm", "--all", "--force", "--time=1")
     finally:
-        unmount_all(folder)
+        unmount_file_systems_below(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -290,7 +290,7 @@ class WorkerStarter:
         )
         return WorkerContainer(self._engine, name, process)
 
-    def item_history_kinds(self, item: Item) -> list[str]:
+    def list_history_kinds_of_item(self, item: Item) -> list[str]:
         return [record.kind for record in self.plane.history.records_of_item(item.id)]
 
 
@@ -336,7 +336,7 @@ async def test_sigterm_during_start_ends_the_container_with_status_0(
     (worker_starter.folder / "go").touch()
     assert await worker.wait_for_end() == 0
     assert "drained result=clean" in worker.err
-    assert worker_starter.item_history_kinds(item) == ["created"]
+    assert worker_starter.list_history_kinds_of_item(item) == ["created"]
 
 
 async def test_sigterm_lets_one_session_complete_and_releases_the_endless_session(
@@ -350,7 +350,7 @@ async def test_sigterm_lets_one_session_complete_and_releases_the_endless_sessio
     await worker.send_signal("TERM")
     assert await worker.wait_for_end() == 0
     assert "drained result=deadline" in worker.err
-    assert worker_starter.item_history_kinds(waiting)[-1] == "stopped"
+    assert worker_starter.list_history_kinds_of_item(waiting)[-1] == "stopped"
     found = worker_starter.plane.operations.get_item(
         worker_starter.plane.environments[0], lingering.id
     )

@@ -70,7 +70,7 @@ def manifest_in_file(path: str) -> Manifest:
     return one
 
 
-def pod_spec(manifest: Manifest) -> Manifest:
+def pod_spec_of_manifest(manifest: Manifest) -> Manifest:
     """Return the spec of the pod template of a Deployment or a ScaledJob."""
     spec = manifest["spec"]
     pod: Manifest = spec.get("jobTargetRef", spec)["template"]["spec"]
@@ -78,7 +78,7 @@ def pod_spec(manifest: Manifest) -> Manifest:
 
 
 def worker_container(manifest: Manifest) -> Manifest:
-    [container] = pod_spec(manifest)["containers"]
+    [container] = pod_spec_of_manifest(manifest)["containers"]
     return dict(container)
 
 
@@ -125,22 +125,22 @@ def rendered_overlay(kubectl: str, request: pytest.FixtureRequest) -> list[Manif
     return render_overlay(kubectl, KUBERNETES / request.param)
 
 
-def builtin_manifests(found: list[Manifest]) -> Iterator[Manifest]:
+def find_builtin_manifests(found: list[Manifest]) -> Iterator[Manifest]:
     """Yield the manifests of kinds built into Kubernetes, and the job in each ScaledJob."""
     for each in found:
         if each["kind"] == "ScaledJob":
             job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": each["metadata"]}
             yield job | {"spec": each["spec"]["jobTargetRef"]}
-        elif not schema_path(each).exists():
+        elif not schema_path_of_manifest(each).exists():
             yield each
 
 
-def schema_path(manifest: Manifest) -> Path:
+def schema_path_of_manifest(manifest: Manifest) -> Path:
     return SCHEMAS / f"{manifest['kind'].lower()}.json"
 
 
 def validate_custom_resource(manifest: Manifest) -> None:
-    schema = json.loads(schema_path(manifest).read_text())
+    schema = json.loads(schema_path_of_manifest(manifest).read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     jsonschema.validate(manifest, schema)
 
@@ -153,19 +153,19 @@ def validate_builtin_resource(manifest: Manifest, version: str = VERSIONS[-1]) -
 def test_overlay_manifests_are_valid_for_kubernetes(
     rendered_overlay: list[Manifest], version: str
 ) -> None:
-    for each in builtin_manifests(rendered_overlay):
+    for each in find_builtin_manifests(rendered_overlay):
         validate_builtin_resource(each, version)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
     """Unlike the check of rendered overlays, this check also runs without kubectl."""
-    for each in builtin_manifests(manifests_in_files()):
+    for each in find_builtin_manifests(manifests_in_files()):
         validate_builtin_resource(each, version)
 
 
 def test_custom_resources_have_no_unknown_fields() -> None:
-    custom = [each for each in manifests_in_files() if schema_path(each).exists()]
+    custom = [each for each in manifests_in_files() if schema_path_of_manifest(each).exists()]
     assert {each["kind"] for each in custom} == {"PodMonitor", "ScaledJob", "ScaledObject"}
     for each in custom:
         validate_custom_resource(each)
@@ -176,7 +176,9 @@ def test_unknown_field_of_a_manifest_is_reported() -> None:
         wrong = copy.deepcopy(each)
         wrong.get("spec", wrong)["limitOfReplicas"] = 1
         check = (
-            validate_custom_resource if schema_path(wrong).exists() else validate_builtin_resource
+            validate_custom_resource
+            if schema_path_of_manifest(wrong).exists()
+            else validate_builtin_resource
         )
         with pytest.raises(jsonschema.ValidationError):
             check(wrong)
@@ -201,7 +203,7 @@ def test_resources_that_an_overlay_refers_to_exist_in_the_overlay(
     names = {(each["kind"], each["metadata"]["name"]) for each in rendered_overlay}
     for each in rendered_overlay:
         if each["kind"] in {"Deployment", "ScaledJob"}:
-            pod = pod_spec(each)
+            pod = pod_spec_of_manifest(each)
             assert ("ServiceAccount", pod["serviceAccountName"]) in names
             volumes = {volume["name"]: volume for volume in pod["volumes"]}
             assert ("ConfigMap", volumes["settings"]["configMap"]["name"]) in names
@@ -251,7 +253,7 @@ def test_documented_kustomization_sets_image_settings_and_namespace(
     )
     assert "reports" in manifest_of_kind(found, "ConfigMap")["data"]["workpool.toml"]
     assert {each["metadata"]["namespace"] for each in found} == {"workers"}
-    for each in builtin_manifests(found):
+    for each in find_builtin_manifests(found):
         validate_builtin_resource(each)
 
 
@@ -272,17 +274,17 @@ def test_deletion_cost_component_mounts_token_sets_pod_name_and_binds_role(
     found = render_overlay(
         kubectl, write_overlay_with_deletion_cost("overlays/autoscaled", tmp_path)
     )
-    for each in builtin_manifests(found):
+    for each in find_builtin_manifests(found):
         validate_builtin_resource(each)
     deployment = manifest_of_kind(found, "Deployment")
-    assert pod_spec(deployment)["automountServiceAccountToken"] is True
+    assert pod_spec_of_manifest(deployment)["automountServiceAccountToken"] is True
     variables = {each["name"]: each for each in worker_container(deployment)["env"]}
     assert variables["POD_NAME"]["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.name"
     assert "WORKPOOL_CONFIG" in variables
     binding = manifest_of_kind(found, "RoleBinding")
     assert binding["roleRef"]["name"] == manifest_of_kind(found, "Role")["metadata"]["name"]
     assert [each["name"] for each in binding["subjects"]] == [
-        pod_spec(deployment)["serviceAccountName"]
+        pod_spec_of_manifest(deployment)["serviceAccountName"]
     ]
 
 
@@ -297,7 +299,9 @@ def test_deletion_cost_role_may_only_patch_pods() -> None:
 
 def test_deletion_cost_policy_applies_to_the_service_account_of_the_workers() -> None:
     policy = manifest_of_kind(manifests_in_files(), "ValidatingAdmissionPolicy")
-    account = pod_spec(manifest_of_kind(manifests_in_files(), "Deployment"))["serviceAccountName"]
+    account = pod_spec_of_manifest(manifest_of_kind(manifests_in_files(), "Deployment"))[
+        "serviceAccountName"
+    ]
     [condition] = policy["spec"]["matchConditions"]
     assert condition["expression"].endswith(f"':{account}'")
     binding = manifest_of_kind(manifests_in_files(), "ValidatingAdmissionPolicyBinding")
@@ -322,7 +326,9 @@ def test_termination_grace_period_exceeds_drain_timeout_by_30_seconds(
     worker_settings: Settings, kind: str
 ) -> None:
     assert worker_settings.drain_timeout is not None
-    grace = pod_spec(manifest_of_kind(manifests_in_files(), kind))["terminationGracePeriodSeconds"]
+    grace = pod_spec_of_manifest(manifest_of_kind(manifests_in_files(), kind))[
+        "terminationGracePeriodSeconds"
+    ]
     assert grace >= worker_settings.drain_timeout + 30
 
 
@@ -387,7 +393,7 @@ def test_token_file_of_the_settings_is_the_mounted_secret() -> None:
 
 def test_job_pods_and_deployment_pods_differ_only_in_exit_limits() -> None:
     deployment, job = (
-        pod_spec(manifest_of_kind(manifests_in_files(), kind))
+        pod_spec_of_manifest(manifest_of_kind(manifests_in_files(), kind))
         for kind in ("Deployment", "ScaledJob")
     )
     assert job.pop("restartPolicy") == "Never"
@@ -413,14 +419,14 @@ def test_autoscaler_target_values_equal_the_slots_of_a_worker(worker_settings: S
     )
 
 
-def keda_query() -> str:
+def read_keda_query() -> str:
     [trigger] = manifest_in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
     query: str = trigger["metadata"]["query"]
     return query
 
 
 def test_queries_of_both_autoscalers_are_equal_and_name_metrics_of_the_worker() -> None:
-    query = keda_query()
+    query = read_keda_query()
     names = set(re.findall(r"workpool_(\w+)", query))
     assert names == {"slots", "remote_queue_items", "remote_stats_timestamp_seconds"}
     assert names <= {each.name for each in DEFINITIONS}
@@ -462,7 +468,7 @@ def test_autoscaler_query_counts_queued_items_once_although_each_worker_reports_
                 "promql_expr_test": [
                     {
                         "eval_time": "4m",
-                        "expr": keda_query(),
+                        "expr": read_keda_query(),
                         "exp_samples": [{"labels": "{}", "value": 3 * 2 + 5 + 1}],
                     }
                 ],

@@ -75,18 +75,18 @@ class EndedItem:
         return dict(self.item.metadata)
 
 
-class WaitForSessionEnd(Protocol):
+class SessionEndWaiter(Protocol):
     def __call__(self, work_id: str) -> Awaitable[EndedItem]: ...
 
 
-class RunOneItem(Protocol):
+class OneItemRunner(Protocol):
     def __call__(self, call: Callable[[Any], Any], **settings: Any) -> Awaitable[EndedItem]: ...
 
 
 @pytest.fixture
 def wait_for_end(
     control_plane: ControlPlane, faults: Faults, recorder: Recorder
-) -> WaitForSessionEnd:
+) -> SessionEndWaiter:
     """Return a function that waits until an item's session ends, and returns an `EndedItem`."""
 
     async def read_final_item(work_id: str) -> EndedItem:
@@ -105,8 +105,8 @@ def wait_for_end(
 
 @pytest.fixture
 def run_one_item(
-    control_plane: ControlPlane, make_pool: PoolFactory, wait_for_end: WaitForSessionEnd
-) -> RunOneItem:
+    control_plane: ControlPlane, make_pool: PoolFactory, wait_for_end: SessionEndWaiter
+) -> OneItemRunner:
     """Return a function that runs a pool with one handler until one item's session has ended."""
 
     async def run_pool_until_end(call: Callable[[Any], Any], **settings: Any) -> EndedItem:

@@ -31,7 +31,7 @@ SECONDS = 20.0
 """Maximum time of each wait."""
 
 
-class RefusingPlugin:
+class ClaimRefusingPlugin:
     """A plugin that refuses claims while `reason` is set, and counts the calls of its hook."""
 
     def __init__(self, reason: Any = None) -> None:
@@ -70,7 +70,7 @@ async def wait_until_no_poll_is_in_flight(supervisor: Supervisor) -> None:
             await asyncio.sleep(0.01)
 
 
-def item_state(plane: ControlPlane, item: Any) -> str:
+def read_item_state(plane: ControlPlane, item: Any) -> str:
     return plane.operations.get_item(plane.environments[0], item.id).state
 
 
@@ -91,7 +91,7 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
         await recorder.wait_for(SessionFinished)
         assert gate.interrupted == [False]
         assert len(faults.of("poll")) == polls
-        assert item_state(control_plane, item) == "queued"
+        assert read_item_state(control_plane, item) == "queued"
         supervisor.resume()
         await recorder.wait_for(SessionFinished, count=2)
         assert supervisor.status().ready
@@ -169,7 +169,7 @@ async def test_items_that_wait_for_slot_stay_queued_when_pool_is_paused(
         gate.may_end.set()
         await recorder.wait_for(SessionFinished)
         assert gate.interrupted == [False]
-        assert [item_state(control_plane, item) for item in waiting] == ["queued", "queued"]
+        assert [read_item_state(control_plane, item) for item in waiting] == ["queued", "queued"]
 
 
 async def test_item_delivered_during_pause_is_not_claimed(
@@ -184,7 +184,7 @@ async def test_item_delivered_during_pause_is_not_claimed(
         hold.release()
         await recorder.wait_for(PollFinished)
         await wait_until_no_poll_is_in_flight(supervisor)
-        assert item_state(control_plane, item) == "queued"
+        assert read_item_state(control_plane, item) == "queued"
         assert not recorder.of(ItemReceived)
 
 
@@ -216,13 +216,13 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    disk, gate = RefusingPlugin(), GatedHandler()
+    disk, gate = ClaimRefusingPlugin(), GatedHandler()
     async with make_pool(gate, disk, block_ms=20) as supervisor:
         await recorder.wait_for(SessionStarted)
         disk.reason = "disk full"
         await disk.wait_for_hook_calls(2)
         await wait_until_no_poll_is_in_flight(supervisor)
-        assert supervisor.status().reasons == ("refused: RefusingPlugin: disk full",)
+        assert supervisor.status().reasons == ("refused: ClaimRefusingPlugin: disk full",)
         assert supervisor._snapshot().paused == {"pause": 0, "plugin": 1, "limit": 0}
         polls = len(faults.of("poll"))
         control_plane.enqueue()
@@ -239,26 +239,26 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
 async def test_repeated_error_of_admission_hook_is_logged_once_per_minute(
     make_pool: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def logged_errors() -> list[str]:
+    def list_logged_errors() -> list[str]:
         texts = [record.getMessage() for record in caplog.records]
         return [text.partition("RuntimeError")[2] for text in texts if "plugin failed" in text]
 
-    disk = RefusingPlugin(RuntimeError("one"))
+    disk = ClaimRefusingPlugin(RuntimeError("one"))
     async with make_pool(return_at_once, disk, pollers=2):
         await disk.wait_for_hook_calls(10)
-        assert logged_errors() == [": one"]
+        assert list_logged_errors() == [": one"]
         disk.reason = RuntimeError("two")
         await disk.wait_for_hook_calls(5)
         # The second error is not logged, because it came within a minute after the first one.
-        assert logged_errors() == [": one"]
+        assert list_logged_errors() == [": one"]
         monkeypatch.setattr(registry, "REFUSAL_LOG_SECONDS", 0.0)
         await disk.wait_for_hook_calls(5)
-        assert logged_errors() == [": one", ": two"]
+        assert list_logged_errors() == [": one", ": two"]
         disk.reason = None
         await disk.wait_for_hook_calls(1)
         disk.reason = RuntimeError("two")
         await disk.wait_for_hook_calls(5)
-        assert logged_errors() == [": one", ": two", ": two"]
+        assert list_logged_errors() == [": one", ": two", ": two"]
 
 
 @pytest.mark.parametrize("wrong", [RuntimeError("no such device"), 7])
@@ -266,11 +266,13 @@ async def test_plugin_whose_admission_hook_fails_counts_as_refusing(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, wrong: Any
 ) -> None:
     control_plane.enqueue()
-    disk = RefusingPlugin(wrong)
+    disk = ClaimRefusingPlugin(wrong)
     async with make_pool(return_at_once, disk) as supervisor:
         await disk.wait_for_hook_calls(3)
         assert not faults.of("poll")
-        assert "refused: RefusingPlugin: workpool_admission failed" in supervisor.status().reasons
+        assert (
+            "refused: ClaimRefusingPlugin: workpool_admission failed" in supervisor.status().reasons
+        )
         disk.reason = None
         await recorder.wait_for(SessionFinished)
     assert {event.hook for event in recorder.of(PluginFailed)} == {"workpool_admission"}

@@ -85,7 +85,7 @@ class ItemTestbed:
     def expire_lease(self) -> None:
         expire_lease(self.plane, self.id)
 
-    def run_and_crash(self, work_id: str = "") -> None:
+    def run_item_and_crash(self, work_id: str = "") -> None:
         """Run an item and lose its lease, as a worker that is killed does."""
         operations, work_id = self.plane.operations, work_id or self.id
         operations.ack_item(self._environment, work_id, "another")
@@ -146,7 +146,7 @@ async def test_new_item_has_attempt_number_one_without_extra_request(
 
 
 async def test_attempt_after_crashed_run_is_counted(item_testbed: ItemTestbed) -> None:
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     await item_testbed.run_one_session(return_at_once)
     assert item_testbed.attempt_numbers == [2]
     assert item_testbed.item_metadata == {"workpool.attempt": "2"}
@@ -198,7 +198,7 @@ async def test_crash_after_drained_run_counts_as_attempt(item_testbed: ItemTestb
 
 
 async def test_drained_run_after_crash_keeps_attempt_number(item_testbed: ItemTestbed) -> None:
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     await item_testbed.drain_during_session(endless_handler)
     assert item_testbed.item_metadata == {"workpool.attempt": "2"} | DRAINED
     await item_testbed.run_one_session(return_at_once)
@@ -212,7 +212,7 @@ async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
     item_testbed: ItemTestbed, op: Any, number: int, *, crashed: bool
 ) -> None:
     if crashed:
-        item_testbed.run_and_crash()
+        item_testbed.run_item_and_crash()
     hold = Hold()
     item_testbed.faults.add(hold, op, times=1)
     async with item_testbed.make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
@@ -232,16 +232,16 @@ async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attemp
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_event(_: Session) -> None:
+    async def wait_for_permission_to_end(_: Session) -> None:
         await may_end.wait()
 
     (second,) = item_testbed.plane.enqueue()
-    async with item_testbed.make_pool(wait_for_event, concurrency=1, prefetch=1):
+    async with item_testbed.make_pool(wait_for_permission_to_end, concurrency=1, prefetch=1):
         await item_testbed.recorder.wait_for(ItemReceived, count=2)
         await item_testbed.recorder.wait_for(SessionStarted)
         clock.advance(6)  # The reclaim window is over, so the next poll receives the item again.
         item_testbed.plane.operations.poll(item_testbed.plane.environments[0], Poll("another"))
-        item_testbed.run_and_crash(second.id)
+        item_testbed.run_item_and_crash(second.id)
         may_end.set()
         await item_testbed.recorder.wait_for(SessionFinished, count=2)
     assert item_testbed.attempt_numbers == [1, 2]
@@ -404,7 +404,7 @@ async def test_item_of_completed_session_is_stopped_although_mark_cannot_be_dele
 async def test_attempt_is_counted_once_although_write_of_number_is_not_answered(
     item_testbed: ItemTestbed,
 ) -> None:
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     item_testbed.faults.add(lost(), "update", times=2)
     await item_testbed.run_one_session(return_at_once)
     assert item_testbed.attempt_numbers == [2]
@@ -424,7 +424,7 @@ async def test_item_whose_attempt_number_cannot_be_written_is_released_and_not_c
     def attempt_write_is_still_retried(_: object) -> bool:
         return "attempt not counted" not in caplog.text
 
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     item_testbed.write_metadata(**notes)
     item_testbed.faults.add(
         status(503, applied=applied), "update", where=attempt_write_is_still_retried
@@ -440,7 +440,7 @@ async def test_item_whose_attempt_number_cannot_be_written_is_released_and_not_c
 async def test_item_whose_attempt_number_cannot_be_written_keeps_release_mark(
     item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     item_testbed.write_metadata(released="earlier")
     item_testbed.faults.add(status(503), "update", where=lambda _: not recovered)
     recovered: list[bool] = []
@@ -456,7 +456,7 @@ async def test_release_mark_of_drain_replaces_error_of_earlier_run(
     item_testbed: ItemTestbed,
 ) -> None:
     """An earlier run wrote its error to the metadata, but could not stop the item."""
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     item_testbed.write_metadata(error="ValueError")
     await item_testbed.drain_during_session(endless_handler)
     assert item_testbed.attempt_numbers == [2]
@@ -471,7 +471,7 @@ async def test_release_mark_of_drain_replaces_error_of_earlier_run(
 async def test_item_beyond_ten_attempts_fails_by_default(
     item_testbed: ItemTestbed, settings: Any, outcome: str
 ) -> None:
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     item_testbed.write_metadata(attempt="10")
     finished = await item_testbed.run_one_session(return_at_once, **settings)
     assert finished.outcome == outcome
@@ -481,7 +481,7 @@ async def test_item_beyond_ten_attempts_fails_by_default(
 async def test_item_beyond_max_attempts_is_failed_without_writing_its_attempt(
     item_testbed: ItemTestbed,
 ) -> None:
-    item_testbed.run_and_crash()
+    item_testbed.run_item_and_crash()
     item_testbed.write_metadata(attempt="5", released="earlier")
     assert (await item_testbed.run_one_session(return_at_once, max_attempts=4)).outcome == "failed"
     assert item_testbed.item_metadata == {

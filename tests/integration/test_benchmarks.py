@@ -21,7 +21,7 @@ def skip_without_postgres() -> None:
         pytest.skip(str(missing))
 
 
-async def printed_rows(
+async def run_benchmark_and_read_rows(
     script: str, *options: str, only: tuple[str, ...] = ("bare", "workpool")
 ) -> list[list[str]]:
     """Run a benchmark and return the cells of its table, without the header lines."""
@@ -39,7 +39,9 @@ async def printed_rows(
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_throughput_benchmark_compares_pool_with_handwritten_loop() -> None:
-    bare, pool = await printed_rows("throughput.py", "--items", "40", "--rounds", "2")
+    bare, pool = await run_benchmark_and_read_rows(
+        "throughput.py", "--items", "40", "--rounds", "2"
+    )
     assert bare[:2] == ["bare", "40"]
     assert pool[:2] == ["workpool", "40"]
     assert bare[3] == bare[5] == "1.00 ×"
@@ -50,7 +52,7 @@ async def test_throughput_benchmark_compares_pool_with_handwritten_loop() -> Non
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_latency_benchmark_counts_every_item_of_pool_and_handwritten_loop() -> None:
-    bare, pool = await printed_rows(
+    bare, pool = await run_benchmark_and_read_rows(
         "latency.py", "--items", "20", "--rounds", "1", "--gaps", "idle"
     )
     assert bare[:3] == ["idle", "bare", "20"]
@@ -63,7 +65,7 @@ async def test_latency_benchmark_counts_every_item_of_pool_and_handwritten_loop(
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_idle_benchmark_counts_requests_of_pool_and_handwritten_loop() -> None:
-    found = await printed_rows("idle.py", "--seconds", "1.5", "--settle", "0")
+    found = await run_benchmark_and_read_rows("idle.py", "--seconds", "1.5", "--settle", "0")
     assert [cells[0] for cells in found] == ["bare", "workpool"]
     for _, requests, cpu, memory in found:
         assert float(requests) > 0
@@ -76,7 +78,7 @@ async def test_idle_benchmark_counts_requests_of_pool_and_handwritten_loop() -> 
 @pytest.mark.parametrize("contender", ["bare", "workpool"])
 async def test_leases_benchmark_reports_no_lost_lease(contender: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
-    [cells] = await printed_rows("leases.py", *options, only=(contender,))
+    [cells] = await run_benchmark_and_read_rows("leases.py", *options, only=(contender,))
     assert cells[:2] == [contender, "3"]
     assert cells[-1] == "0"  # The last cell of a row is the number of lost leases.
 
@@ -84,7 +86,9 @@ async def test_leases_benchmark_reports_no_lost_lease(contender: str) -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_drain_benchmark_reports_no_abandoned_session() -> None:
-    found = await printed_rows("drain.py", "--sessions", "5", "10", "--rounds", "1", only=())
+    found = await run_benchmark_and_read_rows(
+        "drain.py", "--sessions", "5", "10", "--rounds", "1", only=()
+    )
     expected = [[end, number] for end in ("return", "release") for number in ("5", "10")]
     assert [cells[:2] for cells in found] == expected
     assert {cells[-1] for cells in found} == {"0"}
@@ -108,7 +112,9 @@ PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_part_costs_benchmark_prints_one_row_for_each_variant_of_pool() -> None:
-    found = await printed_rows("part_costs.py", "--items", "10", "--rounds", "1", only=PARTS)
+    found = await run_benchmark_and_read_rows(
+        "part_costs.py", "--items", "10", "--rounds", "1", only=PARTS
+    )
     assert sorted(cells[0] for cells in found) == sorted(PARTS)
     assert found[0][0] == "workpool"
     assert all(cells[1] == "10" and float(cells[2]) > 0 for cells in found)
@@ -117,7 +123,9 @@ async def test_part_costs_benchmark_prints_one_row_for_each_variant_of_pool() ->
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_call_path_benchmark_lists_source_files_that_one_item_uses() -> None:
-    bare, pool, *files = await printed_rows("call_path.py", "--items", "20", "--by-file")
+    bare, pool, *files = await run_benchmark_and_read_rows(
+        "call_path.py", "--items", "20", "--by-file"
+    )
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
     counted = files[2:]  # The first two rows are the header of the second table.
@@ -146,7 +154,9 @@ async def test_instructions_benchmark_help_lists_handwritten_loop_and_all_varian
 async def test_start_benchmark_compares_start_of_workpool_with_import_of_aiohttp() -> None:
     found = {
         name: cells
-        for name, *cells in await printed_rows("process_start.py", "--runs", "3", only=())
+        for name, *cells in await run_benchmark_and_read_rows(
+            "process_start.py", "--runs", "3", only=()
+        )
     }
     assert found["import aiohttp"][2] == "1.00 ×"
     ratios = {name: float(cells[2].split()[0]) for name, cells in found.items()}
@@ -165,7 +175,7 @@ async def test_control_plane_benchmark_measures_databases_full_of_stopped_items(
     if store.startswith("postgres"):
         skip_without_postgres()
     options = ("--items", "40", "--stopped-rows", "3", "2000", "--rounds", "1", "--workers", "2")
-    few, many = await printed_rows("control_plane.py", *options, only=(store,))
+    few, many = await run_benchmark_and_read_rows("control_plane.py", *options, only=(store,))
     assert few[1:4] == [nodes, "3", "40"]
     assert many[1:4] == [nodes, "2000", "40"]
     assert all(float(cells[8]) > 0 for cells in (few, many))
@@ -177,7 +187,7 @@ async def test_control_plane_benchmark_measures_databases_full_of_stopped_items(
 async def test_scale_limits_benchmark_prints_one_row_for_each_given_size(store: str) -> None:
     sizes = ("--workers", "2", "--leases", "3", "--streams", "4", "--depths", "10", "50")
     options = ("--items", "30", *sizes, "--seconds", "0.2", "--settle", "0", "--stores", store)
-    found = await printed_rows(
+    found = await run_benchmark_and_read_rows(
         "scale_limits.py", *options, only=("workers", "leases", "streams", "depth")
     )
     tables = [cells[1:] for cells in found if cells[1].isdigit()]

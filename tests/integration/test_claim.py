@@ -71,7 +71,7 @@ async def return_at_once(_: Session) -> None:
     pass
 
 
-def item_body(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
+def make_item_body(plane: ControlPlane, work_id: str, **changes: Any) -> bytes:
     item = DIALECTS["qoder"].item_json(plane.operations.get_item(plane.environments[0], work_id))
     return orjson.dumps({**item, **changes})
 
@@ -130,7 +130,7 @@ async def test_duplicate_delivery_of_waiting_item_is_dropped(
 ) -> None:
     gate = CountingGatedHandler()
     first, second = control_plane.enqueue(2)
-    faults.add(literal(lambda: item_body(control_plane, second.id)), "poll", skip=2, times=1)
+    faults.add(literal(lambda: make_item_body(control_plane, second.id)), "poll", skip=2, times=1)
     async with make_pool(gate, concurrency=1, prefetch=2, block_ms=20):
         copy = await recorder.wait_for(ItemReceived, lambda event: event.origin == "duplicate")
         gate.opened.set()
@@ -224,7 +224,7 @@ async def test_second_item_of_running_session_is_not_acknowledged(
     assert control_plane.summary().stopped == 2
 
 
-class SelectivePlugin:
+class ItemSelectingPlugin:
     """A plugin that accepts some items, declines others and raises an error for the rest."""
 
     @hookimpl
@@ -241,7 +241,7 @@ async def test_unwanted_item_stays_queued_and_is_logged_once(
 ) -> None:  # fmt: skip
     caplog.set_level("INFO", "workpool")
     (item,) = control_plane.enqueue(metadata={"for": whose})
-    async with make_pool(SelectivePlugin(), block_ms=20, reclaim_older_than_ms=100):
+    async with make_pool(ItemSelectingPlugin(), block_ms=20, reclaim_older_than_ms=100):
         declined = await recorder.wait_for(ItemDeclined, count=3)
         control_plane.enqueue(metadata={"for": "us"})
         await recorder.wait_for(SessionFinished)
@@ -262,7 +262,7 @@ async def test_polls_that_return_only_unwanted_items_are_spaced_out(
 ) -> None:
     control_plane.enqueue(metadata={"for": "others"})
     started = time.monotonic()
-    async with make_pool(SelectivePlugin(), block_ms=100, reclaim_older_than_ms=0):
+    async with make_pool(ItemSelectingPlugin(), block_ms=100, reclaim_older_than_ms=0):
         await recorder.wait_for(ItemDeclined, count=4)
         assert time.monotonic() - started > 0.29
 
@@ -339,7 +339,7 @@ async def test_health_check_item_is_stopped_although_plugin_declines_items(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     control_plane.enqueue(work_type="healthcheck")
-    async with make_pool(SelectivePlugin()):
+    async with make_pool(ItemSelectingPlugin()):
         await faults.wait_for("stop", answered=True)
 
 
@@ -365,16 +365,16 @@ async def test_items_of_custom_type_without_session_run_concurrently(
     opened = asyncio.Event()
 
     @handler(type="index")
-    async def wait_for_event(_: Session) -> None:
+    async def wait_for_permission_to_end(_: Session) -> None:
         await opened.wait()
 
     items = control_plane.enqueue(2, work_type="index")
     for number, item in enumerate(items):
-        bare = item_body(control_plane, item.id, data={"type": "index"})
+        bare = make_item_body(control_plane, item.id, data={"type": "index"})
         faults.add(literal(bare), "poll", skip=number, times=1)
-        acked = item_body(control_plane, item.id, data={"type": "index"}, state="starting")
+        acked = make_item_body(control_plane, item.id, data={"type": "index"}, state="starting")
         faults.add(literal(acked, applied=True), "ack", where=is_request_for_item(item.id))
-    async with make_pool(wait_for_event, block_ms=20):
+    async with make_pool(wait_for_permission_to_end, block_ms=20):
         await recorder.wait_for(SessionStarted, count=2)
         assert not recorder.of(ItemDeclined)
         opened.set()
@@ -395,7 +395,7 @@ async def test_malformed_item_does_not_crash_poller(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
 ) -> None:
     (item,) = control_plane.enqueue()
-    faults.add(literal(item_body(control_plane, item.id, **changes)), "poll", times=2)
+    faults.add(literal(make_item_body(control_plane, item.id, **changes)), "poll", times=2)
     async with make_pool(return_at_once, block_ms=20, pollers=1):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
@@ -416,8 +416,10 @@ async def test_item_with_invalid_creation_time_or_metadata_is_run(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, changes: Any
 ) -> None:
     (item,) = control_plane.enqueue()
-    faults.add(literal(item_body(control_plane, item.id, **changes), applied=True), "poll", times=1)
-    acked = item_body(control_plane, item.id, state="starting", **changes)
+    faults.add(
+        literal(make_item_body(control_plane, item.id, **changes), applied=True), "poll", times=1
+    )
+    acked = make_item_body(control_plane, item.id, state="starting", **changes)
     faults.add(literal(acked, applied=True), "ack", where=is_request_for_item(item.id))
     async with make_pool(return_at_once, block_ms=20, pollers=1):
         finished = await recorder.wait_for(SessionFinished)

@@ -51,7 +51,7 @@ def handler_ended_by_cancellation(end: Callable[[], Any]) -> Any:
     return end_when_cancelled
 
 
-def function_raising(error: BaseException) -> Callable[[], Any]:
+def make_function_raising(error: BaseException) -> Callable[[], Any]:
     def raise_error() -> Any:
         raise error
 
@@ -240,12 +240,12 @@ async def test_release_in_task_group_of_handler_releases_session(run_one_item: A
     async def raise_release() -> None:
         raise Release("come back later", delay=45)
 
-    async def release_in_task(session: Session) -> None:
+    async def raise_release_in_task(session: Session) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(raise_release())
             group.create_task(wait_forever(session))
 
-    final = await run_one_item(release_in_task)
+    final = await run_one_item(raise_release_in_task)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": "Release"}
 
@@ -406,8 +406,8 @@ async def test_session_whose_item_is_queued_again_loses_lease(
 HANDLER_ENDS = {
     "returns": lambda: None,
     "returns_a_result": lambda: {"a": "b"},
-    "raises": function_raising(ValueError()),
-    "releases": function_raising(Release("why")),
+    "raises": make_function_raising(ValueError()),
+    "releases": make_function_raising(Release("why")),
 }
 
 
@@ -437,9 +437,12 @@ async def test_lease_is_lost_to_another_worker_however_handler_ends(
     ("end", "expected"),
     [
         (lambda: {"a": "b"}, ("timed_out", "stop", {"workpool.error": "TimeoutError"})),
-        (function_raising(ValueError()), ("timed_out", "stop", {"workpool.error": "ValueError"})),
         (
-            function_raising(Release("why")),
+            make_function_raising(ValueError()),
+            ("timed_out", "stop", {"workpool.error": "ValueError"}),
+        ),
+        (
+            make_function_raising(Release("why")),
             ("released", "heartbeat", {"workpool.released": "Release"}),
         ),
     ],
@@ -460,8 +463,8 @@ async def test_outcome_of_timed_out_session_depends_on_how_handler_ends(
     ("end", "metadata"),
     [
         (lambda: {"a": "b"}, {"workpool.released": "the pool is draining"}),
-        (function_raising(ValueError()), {"workpool.released": "the pool is draining"}),
-        (function_raising(Release("why", delay=60)), {"workpool.released": "Release"}),
+        (make_function_raising(ValueError()), {"workpool.released": "the pool is draining"}),
+        (make_function_raising(Release("why", delay=60)), {"workpool.released": "Release"}),
     ],
     ids=["returned", "raised", "released"],
 )
@@ -482,8 +485,8 @@ async def test_drained_session_is_released_however_its_handler_ends(
     "ending",
     [
         (lambda: {"a": "b"}, {"a": "b"}),
-        (function_raising(ValueError()), {}),
-        (function_raising(Release("why")), {}),
+        (make_function_raising(ValueError()), {}),
+        (make_function_raising(Release("why")), {}),
     ],
     ids=["returned", "raised", "released"],
 )

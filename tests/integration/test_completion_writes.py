@@ -94,11 +94,11 @@ async def test_completion_is_repeated_for_longer_than_request_timeout(
     """The write of a finished session's result is retried as long as the lease is held."""
     failures: list[float] = []
 
-    def must_still_fail(_: object) -> bool:
+    def should_fail_request(_: object) -> bool:
         failures.append(time.monotonic())
         return failures[-1] < failures[0] + 1.5
 
-    faults.add(status(503), "update", where=must_still_fail)
+    faults.add(status(503), "update", where=should_fail_request)
     final = await run_one_item(return_result, request_timeout=1.0)
     assert (final.outcome, final.item.state, final.metadata) == (
         "completed",

@@ -399,7 +399,7 @@ def control_plane_tasks() -> set[Any]:
     return {task for task in asyncio.all_tasks() if "RequestHandler" in repr(task.get_coro())}
 
 
-class HangingPlugin:
+class HangingLifespanPlugin:
     """A plugin whose lifespan never finishes opening or closing."""
 
     def __init__(self, where: str) -> None:
@@ -422,7 +422,7 @@ class HangingPlugin:
 
 
 async def test_start_with_hanging_plugin_can_be_cancelled(make_pool: Any) -> None:
-    slow = HangingPlugin("opening")
+    slow = HangingLifespanPlugin("opening")
     supervisor = make_pool(endless_handler, slow)
     async with asyncio.TaskGroup() as group:
         starting = group.create_task(supervisor.__aenter__())
@@ -436,10 +436,10 @@ async def test_plugin_whose_lifespan_never_closes_is_abandoned(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)
-    async with make_pool(endless_handler, HangingPlugin("closing")):
+    async with make_pool(endless_handler, HangingLifespanPlugin("closing")):
         pass
     [record] = [each for each in caplog.records if each.message == "plugin did not close"]
-    assert vars(record)["plugin"] == "HangingPlugin"
+    assert vars(record)["plugin"] == "HangingLifespanPlugin"
 
 
 async def test_release_mark_of_stuck_session_is_written_before_drain_abandons_it(

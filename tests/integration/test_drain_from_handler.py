@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from workpool.testing import Recorder
 
 
-async def await_drain(drain: Drain) -> None:
+async def await_pool_drain(drain: Drain) -> None:
     await drain()
 
 
-async def drain_in_task(drain: Drain) -> None:
+async def drain_pool_in_task(drain: Drain) -> None:
     """Await the drain in a task that the handler starts, and raise the error of the drain."""
     errors: list[BaseException] = []
 
@@ -38,7 +38,7 @@ async def drain_in_task(drain: Drain) -> None:
     raise errors[0]
 
 
-@pytest.mark.parametrize("call", [await_drain, drain_in_task])
+@pytest.mark.parametrize("call", [await_pool_drain, drain_pool_in_task])
 async def test_drain_called_in_handler_raises_and_suggests_request_drain(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, call: Any
 ) -> None:

@@ -36,12 +36,14 @@ async def return_at_once(_: Session) -> dict[str, str]:
 
 
 @handler
-async def write_at_once(session: Session) -> dict[str, str]:
+async def write_metadata_at_once(session: Session) -> dict[str, str]:
     await session.update_metadata({"done": "yes"})
     return {}
 
 
-@pytest.mark.parametrize("work", [return_at_once, write_at_once], ids=lambda work: work.__name__)
+@pytest.mark.parametrize(
+    "work", [return_at_once, write_metadata_at_once], ids=lambda work: work.__name__
+)
 async def test_session_is_usable_in_first_step_of_eager_handler_task(
     control_plane: ControlPlane, make_pool: Any, work: Any
 ) -> None:

@@ -38,7 +38,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @handler
-async def wait_if_requested(session: Session) -> dict[str, str]:
+async def wait_if_item_requests_it(session: Session) -> dict[str, str]:
     if "wait" in session.item.metadata:
         await session.interrupted()
     return {"done": "yes"}
@@ -70,7 +70,7 @@ async def test_running_pool_changes_no_global_state(
 ) -> None:
     before = global_process_state()
     control_plane.enqueue()
-    async with make_pool(wait_if_requested, metrics_listen="127.0.0.1:0"):
+    async with make_pool(wait_if_item_requests_it, metrics_listen="127.0.0.1:0"):
         await recorder.wait_for(SessionFinished)
         assert global_process_state() == before
     assert global_process_state() == before
@@ -102,7 +102,7 @@ async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
         settings = make_settings(
             metrics_listen="127.0.0.1:0", drain_timeout=dice.choice([0, 5]), stats_interval=0.01
         )
-        supervisor = Supervisor(settings, plugins=[wait_if_requested, recorder])
+        supervisor = Supervisor(settings, plugins=[wait_if_item_requests_it, recorder])
         async with asyncio.TaskGroup() as group:
             task = group.create_task(
                 ignore_lookup_error(end_pool_at(moment, supervisor, recorder, control_plane))
@@ -145,7 +145,9 @@ async def test_several_pools_share_one_loop_and_registry(
     recorders = [Recorder(), Recorder(), Recorder()]
     pools = [
         Supervisor(
-            make_settings(concurrency=1), plugins=[wait_if_requested, recorder], registry=registry
+            make_settings(concurrency=1),
+            plugins=[wait_if_item_requests_it, recorder],
+            registry=registry,
         )
         for recorder in recorders
     ]
@@ -156,7 +158,7 @@ async def test_several_pools_share_one_loop_and_registry(
         text = generate_latest(registry).decode()
         (limit,) = re.findall(r"^workpool_slots_limit{.*} (.*)$", text, re.MULTILINE)
         (active,) = re.findall(
-            r'^workpool_sessions_active{.*wait_if_requested"} (.*)$', text, re.MULTILINE
+            r'^workpool_sessions_active{.*wait_if_item_requests_it"} (.*)$', text, re.MULTILINE
         )
         assert (float(limit), float(active)) == (3, 3)
         workers = {request.worker_id for request in faults.of("ack")}
@@ -167,7 +169,7 @@ async def test_several_pools_share_one_loop_and_registry(
 async def test_each_start_uses_a_new_worker_id(faults: Faults, make_pool: Any) -> None:
     for _ in range(3):
         polls = len(faults.of("poll"))
-        async with make_pool(wait_if_requested, worker_id="me"):
+        async with make_pool(wait_if_item_requests_it, worker_id="me"):
             await faults.wait_for("poll", count=polls + 1)
     names = {request.worker_id for request in faults.seen}
     assert len(names) == 3
@@ -178,7 +180,7 @@ async def test_all_requests_of_pool_have_one_worker_id(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    async with make_pool(wait_if_requested):
+    async with make_pool(wait_if_item_requests_it):
         await recorder.wait_for(SessionFinished)
     assert {request.op for request in faults.seen} == {"poll", "ack", "heartbeat", "update", "stop"}
     assert len({request.worker_id for request in faults.seen}) == 1
@@ -190,7 +192,7 @@ async def test_metrics_registry_of_caller_is_used_and_can_be_reused_afterwards(
     registry = CollectorRegistry()
     Counter("mine", "The caller's own.", registry=registry)
     supervisor = Supervisor(
-        make_settings(), plugins=[wait_if_requested, recorder], registry=registry
+        make_settings(), plugins=[wait_if_item_requests_it, recorder], registry=registry
     )
     assert supervisor.registry is registry
     control_plane.enqueue()
@@ -199,12 +201,12 @@ async def test_metrics_registry_of_caller_is_used_and_can_be_reused_afterwards(
     text = generate_latest(registry).decode()
     assert "mine_total" in text
     assert re.search(r'^workpool_sessions_total{.*outcome="completed"} 1.0$', text, re.MULTILINE)
-    async with Supervisor(make_settings(), plugins=[wait_if_requested], registry=registry):
+    async with Supervisor(make_settings(), plugins=[wait_if_item_requests_it], registry=registry):
         pass
 
 
 async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
-    supervisor = make_pool(wait_if_requested)
+    supervisor = make_pool(wait_if_item_requests_it)
     async with supervisor:
         with pytest.raises(RuntimeError, match="runs once"):
             await supervisor.__aenter__()
@@ -214,7 +216,7 @@ async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
 
 
 async def test_supervisor_before_start_reports_not_started(make_pool: Any) -> None:
-    supervisor = make_pool(wait_if_requested)
+    supervisor = make_pool(wait_if_item_requests_it)
     for call in (supervisor.wait, supervisor.drain):
         with pytest.raises(RuntimeError, match="not started"):
             await call()
@@ -226,17 +228,17 @@ async def test_port_in_use_is_named_by_start_error(make_pool: Any, faults: Fault
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ListenError, match="metrics_listen") as caught:
-            await make_pool(wait_if_requested, metrics_listen=address).__aenter__()
+            await make_pool(wait_if_item_requests_it, metrics_listen=address).__aenter__()
         assert address in str(caught.value)
     assert not faults.seen
     assert not workpool_threads()
 
 
 async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any) -> None:
-    async with make_pool(wait_if_requested, metrics_listen="127.0.0.1:0") as first:
+    async with make_pool(wait_if_item_requests_it, metrics_listen="127.0.0.1:0") as first:
         address = first.metrics_url.removeprefix("http://")
         with pytest.raises(ListenError):
-            await make_pool(wait_if_requested, metrics_listen=address).__aenter__()
+            await make_pool(wait_if_item_requests_it, metrics_listen=address).__aenter__()
         async with aiohttp.ClientSession() as http, http.get(f"{first.metrics_url}/healthz") as ok:
             assert ok.status == 200
 
@@ -277,7 +279,7 @@ async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
 ) -> None:
     plugin = DatabasePlugin()
     control_plane.enqueue(metadata={"wait": "yes"})
-    async with make_pool(wait_if_requested, plugin) as supervisor:
+    async with make_pool(wait_if_item_requests_it, plugin) as supervisor:
         await recorder.wait_for(SessionStarted)
     facts = [fact for fact in plugin.trace if fact != "RequestFinished"]
     assert facts[0] == "opening"
@@ -290,7 +292,7 @@ async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_p
     first = DatabasePlugin()
     with pytest.raises(LookupError, match="no database") as caught:
         await make_pool(
-            plugin_with_same_context(first), wait_if_requested, DatabasePlugin("opening")
+            plugin_with_same_context(first), wait_if_item_requests_it, DatabasePlugin("opening")
         ).__aenter__()
     assert any("'DatabasePlugin'" in note for note in caught.value.__notes__)
     assert first.closed
@@ -313,7 +315,7 @@ async def test_lifespan_that_fails_to_close_raises_after_drain(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(metadata={"wait": "yes"})
-    supervisor = make_pool(wait_if_requested, DatabasePlugin("closing"))
+    supervisor = make_pool(wait_if_item_requests_it, DatabasePlugin("closing"))
     await supervisor.__aenter__()
     await recorder.wait_for(SessionStarted)
     with pytest.raises(LookupError, match="lost the database"):
@@ -325,7 +327,7 @@ async def test_lifespan_that_fails_to_close_raises_after_drain(
 
 async def test_unknown_plugin_is_named_and_prevents_start(faults: Faults, make_pool: Any) -> None:
     with pytest.raises(PluginError, match="no_such_plugin"):
-        await make_pool(wait_if_requested, "no_such_plugin:Anywhere").__aenter__()
+        await make_pool(wait_if_item_requests_it, "no_such_plugin:Anywhere").__aenter__()
     assert not faults.seen
 
 
@@ -338,7 +340,7 @@ async def test_failing_observers_do_not_affect_sessions(
             raise LookupError(event)
 
     control_plane.enqueue(5)
-    async with make_pool(FailingObserver(), wait_if_requested):
+    async with make_pool(FailingObserver(), wait_if_item_requests_it):
         await recorder.wait_for(SessionFinished, count=5)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
@@ -349,7 +351,7 @@ async def test_health_endpoint_and_leases_remain_until_pool_has_closed(
     hold = Hold()
     faults.add(hold, "stop")
     control_plane.enqueue()
-    pool = make_pool(wait_if_requested, metrics_listen="127.0.0.1:0")
+    pool = make_pool(wait_if_item_requests_it, metrics_listen="127.0.0.1:0")
     async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
         running = group.create_task(pool.run())
         await hold.reached()

@@ -85,7 +85,7 @@ def plugin_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
 
 
 @pytest.fixture
-def make_group(
+def make_environment_group(
     control_plane: ControlPlane, plugin_module: Any, tmp_path: Path
 ) -> Callable[..., EnvironmentGroup]:
     """Return a function that makes a group from a settings file with two environments."""
@@ -103,13 +103,13 @@ def make_group(
         token_file = "{tmp_path / "other"}"
         """)
 
-    def make_group_from_file(**settings: Any) -> EnvironmentGroup:
+    def make_environment_group_from_file(**settings: Any) -> EnvironmentGroup:
         process, environments = Settings.of_environments(
             config=path, **{"metrics_listen": "127.0.0.1:0", **settings}
         )
         return EnvironmentGroup(process, environments, CollectorRegistry())
 
-    return make_group_from_file
+    return make_environment_group_from_file
 
 
 def failure_count(group: EnvironmentGroup, environment_id: str) -> float:
@@ -120,7 +120,7 @@ def failure_count(group: EnvironmentGroup, environment_id: str) -> float:
     return value
 
 
-async def use_running_group(group: EnvironmentGroup, use: Running) -> None:
+async def call_with_running_group(group: EnvironmentGroup, use: Running) -> None:
     """Start the group, await `use(group)` while it runs, and drain the group."""
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
@@ -132,7 +132,9 @@ async def use_running_group(group: EnvironmentGroup, use: Running) -> None:
 
 
 async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
-    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, plugin_module: Any
+    make_environment_group: Callable[..., EnvironmentGroup],
+    control_plane: ControlPlane,
+    plugin_module: Any,
 ) -> None:
     async def run_item_in_each_environment(group: EnvironmentGroup) -> None:
         for each in (FIRST, OTHER):
@@ -140,13 +142,13 @@ async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
         await wait_until(lambda: len(plugin_module.ended) == 2)
         assert group.status().ready
 
-    await use_running_group(make_group(), run_item_in_each_environment)
+    await call_with_running_group(make_environment_group(), run_item_in_each_environment)
     assert sorted(plugin_module.opened) == [FIRST, OTHER]
     assert len(set(plugin_module.instances.values())) == 2
 
 
 async def test_failed_environment_that_is_paused_restarts_paused_and_recovers(
-    make_group: Callable[..., EnvironmentGroup],
+    make_environment_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,
     tmp_path: Path,
@@ -173,14 +175,14 @@ async def test_failed_environment_that_is_paused_restarts_paused_and_recovers(
         assert failure_count(group, OTHER) >= 1
         assert failure_count(group, FIRST) == 0
 
-    await use_running_group(make_group(), revoke_and_restore_key)
+    await call_with_running_group(make_environment_group(), revoke_and_restore_key)
     assert plugin_module.ended == [OTHER]
     assert "environment failed: " in caplog.text
     assert "revoked-Zx9" not in caplog.text
 
 
 async def test_environment_whose_plugin_cannot_open_does_not_end_other_environments(
-    make_group: Callable[..., EnvironmentGroup],
+    make_environment_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -198,13 +200,13 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
         plugin_module.broken.clear()
         await wait_until(lambda: group.status().ready)
 
-    await use_running_group(make_group(), run_while_plugin_is_broken)
+    await call_with_running_group(make_environment_group(), run_while_plugin_is_broken)
     assert plugin_module.opened == [FIRST, OTHER]
 
 
 @pytest.mark.parametrize("ignores_cancellation", [False, True])
 async def test_failed_lease_renewer_ends_process_only_if_handler_ignores_cancellation(
-    make_group: Callable[..., EnvironmentGroup],
+    make_environment_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -240,7 +242,7 @@ async def test_failed_lease_renewer_ends_process_only_if_handler_ignores_cancell
             await wait_until(lambda: OTHER in plugin_module.ended)
 
     with pytest.raises(ExceptionGroup) as raised:
-        await use_running_group(make_group(), crash_one_renewer)
+        await call_with_running_group(make_environment_group(), crash_one_renewer)
     assert isinstance(raised.value.exceptions[0], LeaseRenewerError)
 
 
@@ -256,17 +258,19 @@ def crash_renewer(member: GroupMember) -> None:
 
 
 async def test_environment_with_burst_yields_shared_slots_to_waiting_environment(
-    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, plugin_module: Any
+    make_environment_group: Callable[..., EnvironmentGroup],
+    control_plane: ControlPlane,
+    plugin_module: Any,
 ) -> None:
     control_plane.enqueue(10, {"wait": "yes"}, environment_id=FIRST)
 
-    def running_sessions(group: EnvironmentGroup) -> list[int]:
+    def count_running_sessions(group: EnvironmentGroup) -> list[int]:
         return [each.status().running for each in group.environments]
 
     async def fill_first_environment_then_other(group: EnvironmentGroup) -> None:
-        await wait_until(lambda: running_sessions(group) == [5, 0])
+        await wait_until(lambda: count_running_sessions(group) == [5, 0])
         control_plane.enqueue(10, {"wait": "yes"}, environment_id=OTHER)
-        await wait_until(lambda: running_sessions(group) == [5, 1])
+        await wait_until(lambda: count_running_sessions(group) == [5, 1])
         assert group.status().ready
         shown = group.live_status(show_ids=True)
         assert shown["slots"] == {"busy": 6, "reserved": 0, "free": 0, "limit": 6}
@@ -275,12 +279,14 @@ async def test_environment_with_burst_yields_shared_slots_to_waiting_environment
             ended = len(plugin_module.ended)
             plugin_module.may_end.release()
             await wait_until(lambda: len(plugin_module.ended) > ended)  # noqa: B023 - awaited in this turn
-            await wait_until(lambda: running_sessions(group) == now)  # noqa: B023 - awaited in this turn
+            await wait_until(lambda: count_running_sessions(group) == now)  # noqa: B023 - awaited in this turn
         for _ in range(20):
             plugin_module.may_end.release()
         await wait_until(lambda: len(plugin_module.ended) == 20)
 
-    await use_running_group(make_group(concurrency=6), fill_first_environment_then_other)
+    await call_with_running_group(
+        make_environment_group(concurrency=6), fill_first_environment_then_other
+    )
 
 
 async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> None:
@@ -314,10 +320,12 @@ async def test_environments_of_one_account_share_rate_limits(tmp_path: Path) -> 
 
 
 async def test_exit_after_idle_waits_until_every_environment_is_idle(
-    make_group: Callable[..., EnvironmentGroup], control_plane: ControlPlane, plugin_module: Any
+    make_environment_group: Callable[..., EnvironmentGroup],
+    control_plane: ControlPlane,
+    plugin_module: Any,
 ) -> None:
     control_plane.enqueue(1, {"wait": "yes"}, environment_id=OTHER)
-    group = make_group(exit_after_idle=0.5, block_ms=50)
+    group = make_environment_group(exit_after_idle=0.5, block_ms=50)
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
         first = group.members_by_id[FIRST]
@@ -330,19 +338,19 @@ async def test_exit_after_idle_waits_until_every_environment_is_idle(
 
 
 async def test_environment_group_with_address_in_use_fails_to_start(
-    make_group: Callable[..., EnvironmentGroup],
+    make_environment_group: Callable[..., EnvironmentGroup],
 ) -> None:
     async with asyncio.timeout(SECONDS):
         server = await asyncio.start_server(lambda _, __: None, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
             with pytest.raises(ListenError):
-                await make_group(metrics_listen=f"127.0.0.1:{port}").run()
+                await make_environment_group(metrics_listen=f"127.0.0.1:{port}").run()
 
 
 @pytest.mark.trial
 async def test_live_page_in_browser_shows_every_environment(
-    make_group: Callable[..., EnvironmentGroup],
+    make_environment_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,
     tmp_path: Path,
@@ -357,11 +365,13 @@ async def test_live_page_in_browser_shows_every_environment(
             rows = "document.getElementById('environments').textContent"
             shown = await browser.wait_for_text(rows, OTHER)
             assert FIRST in shown
-            assert OTHER in await browser.run_script(
+            assert OTHER in await browser.run_page_script(
                 "document.getElementById('sessions').textContent"
             )
-            assert await browser.run_script("document.getElementById('busy').textContent") == "2"
+            assert (
+                await browser.run_page_script("document.getElementById('busy').textContent") == "2"
+            )
         for _ in range(2):
             plugin_module.may_end.release()
 
-    await use_running_group(make_group(), assert_live_page_shows_environments)
+    await call_with_running_group(make_environment_group(), assert_live_page_shows_environments)

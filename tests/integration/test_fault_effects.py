@@ -61,7 +61,7 @@ class FaultEffect(NamedTuple):
     seen: list[tuple[str, int | None, bool]]
 
 
-async def effect_of_ack_fault(
+async def measure_effect_of_ack_fault(
     plane: ControlPlane, client: WorkClient | LocalClient, faults: Faults, case: str
 ) -> FaultEffect:
     (item,) = plane.enqueue()
@@ -96,8 +96,10 @@ async def test_fault_over_http_and_in_one_process_has_the_same_effect(
         on_answer=local_faults.record_answer_status,
     )
     async with WorkClient(settings) as client, local:
-        over_http = await effect_of_ack_fault(control_plane, client, faults, case)
-        assert await effect_of_ack_fault(control_plane, local, local_faults, case) == over_http
+        over_http = await measure_effect_of_ack_fault(control_plane, client, faults, case)
+        assert (
+            await measure_effect_of_ack_fault(control_plane, local, local_faults, case) == over_http
+        )
 
 
 async def test_expiry_fault_ends_lease_before_call_over_http_and_in_process(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
 
 
-class ItemApi:
+class RawItemClient:
     """Sends HTTP requests for one item without the client of `workpool`."""
 
     def __init__(self, plane: ControlPlane, http: aiohttp.ClientSession) -> None:
@@ -48,7 +48,7 @@ class ItemApi:
         async with self.http.request(method, url, headers=headers, **options) as answer:
             return answer.status, answer.headers, await answer.read()
 
-    async def acknowledge(self) -> Any:
+    async def acknowledge_item(self) -> Any:
         return await self("POST", f"/{self.id}/ack")
 
     @property
@@ -57,9 +57,9 @@ class ItemApi:
 
 
 @pytest.fixture
-async def item_api(control_plane: ControlPlane) -> AsyncIterator[ItemApi]:
+async def raw_item_client(control_plane: ControlPlane) -> AsyncIterator[RawItemClient]:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=40)) as http:
-        yield ItemApi(control_plane, http)
+        yield RawItemClient(control_plane, http)
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
@@ -67,200 +67,210 @@ async def item_api(control_plane: ControlPlane) -> AsyncIterator[ItemApi]:
     (lost, aiohttp.ServerDisconnectedError), (reset, aiohttp.ClientOSError),
 ])  # fmt: skip
 async def test_lost_or_reset_answer_can_be_injected_before_or_after_operation(
-    item_api: ItemApi, faults: Faults, fault: Any, error: Any, state: str, *, applied: bool
+    raw_item_client: RawItemClient,
+    faults: Faults,
+    fault: Any,
+    error: Any,
+    state: str,
+    *,
+    applied: bool,
 ) -> None:
     faults.add(fault(applied=applied), "ack")
     with pytest.raises(error):
-        await item_api.acknowledge()
-    assert item_api.item_state == state
+        await raw_item_client.acknowledge_item()
+    assert raw_item_client.item_state == state
     assert [(request.op, request.status, request.lost) for request in faults.seen] == [
         ("ack", None, True)
     ]
 
 
-async def test_injected_reset_raises_connection_reset(item_api: ItemApi, faults: Faults) -> None:
+async def test_injected_reset_raises_connection_reset(
+    raw_item_client: RawItemClient, faults: Faults
+) -> None:
     faults.add(reset(), "ack")
     with pytest.raises(aiohttp.ClientOSError) as caught:
-        await item_api.acknowledge()
+        await raw_item_client.acknowledge_item()
     assert caught.value.errno == errno.ECONNRESET
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
 async def test_injected_status_has_json_or_html_body_and_retry_after(
-    item_api: ItemApi, faults: Faults, state: str, *, applied: bool
+    raw_item_client: RawItemClient, faults: Faults, state: str, *, applied: bool
 ) -> None:
     faults.add(status(503, retry_after=7, applied=applied), "ack", times=1)
     faults.add(status(502, html=True), "ack", skip=1)
-    code, headers, body = await item_api.acknowledge()
-    assert (code, headers["Retry-After"], item_api.item_state) == (503, "7", state)
+    code, headers, body = await raw_item_client.acknowledge_item()
+    assert (code, headers["Retry-After"], raw_item_client.item_state) == (503, "7", state)
     assert body.startswith(b'{"type":"error"')
-    code, headers, body = await item_api.acknowledge()
+    code, headers, body = await raw_item_client.acknowledge_item()
     assert (code, headers["Content-Type"]) == (502, "text/html")
     assert b"<html>" in body
 
 
 async def test_injected_fault_truncates_replaces_or_slows_down_response_body(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     faults.add(garbled(), "ack")
     faults.add(literal(lambda: b"[]", 201), "get")
     faults.add(trickle(0.0001), "stats")
-    assert (await item_api.acknowledge())[2] == b'{"id": "work_'
-    assert item_api.item_state == "starting"
-    assert (await item_api("GET", f"/{item_api.id}"))[0::2] == (201, b"[]")
-    assert (await item_api("GET", "/stats"))[2].endswith(b"}")
+    assert (await raw_item_client.acknowledge_item())[2] == b'{"id": "work_'
+    assert raw_item_client.item_state == "starting"
+    assert (await raw_item_client("GET", f"/{raw_item_client.id}"))[0::2] == (201, b"[]")
+    assert (await raw_item_client("GET", "/stats"))[2].endswith(b"}")
 
 
 async def test_client_that_disconnects_during_slow_body_leaves_operation_applied(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     faults.add(trickle(10), "ack")
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        acking = group.create_task(item_api.acknowledge())
-        while item_api.item_state != "starting":  # noqa: ASYNC110 - a state has no event
+        acking = group.create_task(raw_item_client.acknowledge_item())
+        while raw_item_client.item_state != "starting":  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0.01)
         acking.cancel()
     assert acking.cancelled()
-    assert item_api.item_state == "starting"
+    assert raw_item_client.item_state == "starting"
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
 async def test_request_held_by_fault_continues_after_release(
-    item_api: ItemApi, faults: Faults, state: str, *, applied: bool
+    raw_item_client: RawItemClient, faults: Faults, state: str, *, applied: bool
 ) -> None:
     hold = Hold(applied=applied)
     faults.add(hold, "ack")
     async with asyncio.TaskGroup() as group:
-        acking = group.create_task(item_api.acknowledge())
+        acking = group.create_task(raw_item_client.acknowledge_item())
         await hold.reached()
-        assert (item_api.item_state, acking.done()) == (state, False)
+        assert (raw_item_client.item_state, acking.done()) == (state, False)
         hold.release()
         assert (await acking)[0] == 200
 
 
-async def test_injected_delays_add_up(item_api: ItemApi, faults: Faults) -> None:
+async def test_injected_delays_add_up(raw_item_client: RawItemClient, faults: Faults) -> None:
     faults.add(delay(0.05), "ack")
     faults.add(delay(0.05, applied=True), "ack")
     loop = asyncio.get_running_loop()
     started = loop.time()
-    assert (await item_api.acknowledge())[0] == 200
+    assert (await raw_item_client.acknowledge_item())[0] == 200
     assert loop.time() - started >= 0.099
 
 
 async def test_injected_expiry_ends_lease_at_once(
-    control_plane: ControlPlane, item_api: ItemApi, faults: Faults, clock: Clock
+    control_plane: ControlPlane, raw_item_client: RawItemClient, faults: Faults, clock: Clock
 ) -> None:
     faults.add(expired(control_plane), "heartbeat", times=1)
-    await item_api.acknowledge()
-    assert (await item_api("POST", f"/{item_api.id}/heartbeat"))[0] == 409
-    assert item_api.item_state == "queued"
-    await item_api.acknowledge()
+    await raw_item_client.acknowledge_item()
+    assert (await raw_item_client("POST", f"/{raw_item_client.id}/heartbeat"))[0] == 409
+    assert raw_item_client.item_state == "queued"
+    await raw_item_client.acknowledge_item()
     clock.advance(61)
-    assert item_api.item_state == "queued"
+    assert raw_item_client.item_state == "queued"
     # The item has no lease, so this call must not record a third expiry.
-    expire_lease(control_plane, item_api.id)
+    expire_lease(control_plane, raw_item_client.id)
     lapsed = [record for record in control_plane.history if record.kind == "lapsed"]
     assert len(lapsed) == 2
     times = [record.time for record in control_plane.history]
     assert times == sorted(times)
 
 
-async def read_status_codes(wire: ItemApi, count: int) -> list[int]:
+async def read_status_codes(wire: RawItemClient, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
 async def test_fault_with_skip_and_times_applies_to_that_range_of_requests(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)
-    assert await read_status_codes(item_api, 5) == [200, 500, 500, 200, 200]
+    assert await read_status_codes(raw_item_client, 5) == [200, 500, 500, 200, 200]
     assert rule.hits == 2
 
 
 async def test_fault_with_named_calls_leaves_other_calls_unchanged(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     faults.add(status(500), "get", "list")
-    assert await read_status_codes(item_api, 1) == [500]
-    assert (await item_api("GET"))[0] == 500
-    assert (await item_api.acknowledge())[0] == 200
+    assert await read_status_codes(raw_item_client, 1) == [500]
+    assert (await raw_item_client("GET"))[0] == 500
+    assert (await raw_item_client.acknowledge_item())[0] == 200
 
 
 async def test_fault_without_named_calls_applies_to_all_calls(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     faults.add(status(500))
-    session = f"{item_api.plane.base_url}/sessions/x"
-    async with item_api.http.get(session) as answer:
+    session = f"{raw_item_client.plane.base_url}/sessions/x"
+    async with raw_item_client.http.get(session) as answer:
         assert answer.status == 500
     for method, suffix in [
         ("GET", "/poll"), ("POST", "/x/ack"), ("POST", "/x/heartbeat"), ("POST", "/x/stop"),
         ("POST", "/x"), ("GET", "/x"), ("GET", ""), ("GET", "/stats"), ("POST", ""),
     ]:  # fmt: skip
-        assert (await item_api(method, suffix))[0] == 500
+        assert (await raw_item_client(method, suffix))[0] == 500
     assert [request.op for request in faults.seen] == [
         "session", "poll", "ack", "heartbeat", "stop", "update", "get", "list", "stats", "enqueue",
     ]  # fmt: skip
-    async with item_api.http.get(item_api.plane.base_url) as answer:
+    async with raw_item_client.http.get(raw_item_client.plane.base_url) as answer:
         assert answer.status == 404
 
 
 async def test_fault_with_predicate_applies_where_it_is_true(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
-    def is_for_this_item(request: Request) -> bool:
-        return request.work_id == item_api.id
+    def is_request_for_this_item(request: Request) -> bool:
+        return request.work_id == raw_item_client.id
 
-    faults.add(status(500), "get", where=is_for_this_item)
-    assert await read_status_codes(item_api, 1) == [500]
-    assert (await item_api("GET", "/work_other"))[0] == 404
+    faults.add(status(500), "get", where=is_request_for_this_item)
+    assert await read_status_codes(raw_item_client, 1) == [500]
+    assert (await raw_item_client("GET", "/work_other"))[0] == 404
 
 
 async def test_fault_with_start_and_end_time_applies_between_them(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     faults.add(status(500), "get", between=(0, 3600))
     faults.add(status(501), "get", between=(3600, 7200))
-    assert await read_status_codes(item_api, 1) == [500]
+    assert await read_status_codes(raw_item_client, 1) == [500]
 
 
 async def test_fault_with_probability_is_repeatable_by_seed(
-    item_api: ItemApi, faults: Faults, monkeypatch: pytest.MonkeyPatch
+    raw_item_client: RawItemClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = faults.add(status(500), "get", probability=0.3)
     statuses = []
     for seed in (1, 1, 2):
         monkeypatch.setattr(faults, "_random", Faults(seed)._random)
-        statuses.append(await read_status_codes(item_api, 60))
+        statuses.append(await read_status_codes(raw_item_client, 60))
     assert statuses[0] == statuses[1] != statuses[2]
     assert 0.1 * 180 < rule.hits < 0.5 * 180
 
 
 async def test_fault_added_by_with_statement_ends_with_the_block(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     with faults.add(status(500), "get") as rule:
-        assert await read_status_codes(item_api, 1) == [500]
-    assert await read_status_codes(item_api, 1) == [200]
+        assert await read_status_codes(raw_item_client, 1) == [500]
+    assert await read_status_codes(raw_item_client, 1) == [200]
     rule.remove()
-    assert await read_status_codes(item_api, 1) == [200]
+    assert await read_status_codes(raw_item_client, 1) == [200]
 
 
-async def test_faults_of_one_call_are_combined(item_api: ItemApi, faults: Faults) -> None:
+async def test_faults_of_one_call_are_combined(
+    raw_item_client: RawItemClient, faults: Faults
+) -> None:
     faults.add(lost(), "ack", skip=1)
     faults.add(status(503, applied=True), "ack")
-    assert (await item_api.acknowledge())[0] == 503
+    assert (await raw_item_client.acknowledge_item())[0] == 503
     with pytest.raises(aiohttp.ServerDisconnectedError):
-        await item_api.acknowledge()
+        await raw_item_client.acknowledge_item()
 
 
 async def test_requests_are_recorded_with_body_and_status(
-    item_api: ItemApi, faults: Faults
+    raw_item_client: RawItemClient, faults: Faults
 ) -> None:
-    await item_api("POST", f"/{item_api.id}", json={"metadata": {"a": "b"}})
-    await item_api("POST", f"/{item_api.id}", data=b"not json")
+    await raw_item_client("POST", f"/{raw_item_client.id}", json={"metadata": {"a": "b"}})
+    await raw_item_client("POST", f"/{raw_item_client.id}", data=b"not json")
     await faults.wait_for("update", count=2, answered=True)
-    first, second = faults.of("update", work_id=item_api.id)
+    first, second = faults.of("update", work_id=raw_item_client.id)
     assert (first.worker_id, first.body, first.status) == ("me", {"metadata": {"a": "b"}}, 200)
     assert (second.body, second.status) == (b"not json", 400)
     with pytest.raises(AssertionError, match="there was"):
@@ -268,18 +278,18 @@ async def test_requests_are_recorded_with_body_and_status(
 
 
 async def test_request_of_client_that_disconnects_while_held_is_logged_without_error(
-    item_api: ItemApi, faults: Faults, caplog: pytest.LogCaptureFixture
+    raw_item_client: RawItemClient, faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
     async with asyncio.TaskGroup() as group:
         sending = group.create_task(
-            item_api("POST", f"/{item_api.id}", json={"metadata": {"a": "b"}})
+            raw_item_client("POST", f"/{raw_item_client.id}", json={"metadata": {"a": "b"}})
         )
         await hold.reached()
         sending.cancel()
     await faults.wait_for("update")
-    await item_api("GET", f"/{item_api.id}")
+    await raw_item_client("GET", f"/{raw_item_client.id}")
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 

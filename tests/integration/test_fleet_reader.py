@@ -38,7 +38,7 @@ def make_client(plane: ControlPlane) -> WorkClient:
     )
 
 
-def make_reader(client: WorkClient) -> FleetReader:
+def make_fleet_reader(client: WorkClient) -> FleetReader:
     return FleetReader(client, interval=NEVER_SECONDS, max_age=NEVER_SECONDS)
 
 
@@ -107,7 +107,7 @@ async def test_load_is_read_from_statistics_that_count_running_items() -> None:
         plane.enqueue(5)
         await claim_items(client, 2)
         assert await client.poll() is not None
-        load = await read_load(make_reader(client))
+        load = await read_load(make_fleet_reader(client))
         assert (load.queued, load.pending, load.running) == (2, 1, 2)
         assert (load.unfinished, load.lower_bound) == (5, False)
         assert 0 <= load.oldest_queued_seconds < 60
@@ -123,7 +123,7 @@ async def test_running_items_are_counted_in_item_list_if_statistics_lack_them(
         items = plane.enqueue(6)
         await claim_items(client, 3)
         stop_items(plane, items[0].id, items[5].id)
-        reader = make_reader(client)
+        reader = make_fleet_reader(client)
         for _ in range(2):
             load = await read_load(reader)
             assert (load.queued + load.pending, load.running) == (2, 2)
@@ -143,7 +143,7 @@ async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
         stop_items(plane, *(item.id for item in plane.enqueue(5 * PAGE_ITEMS)))
         plane.enqueue(5)
         await claim_items(client, 4)
-        reader = make_reader(client)
+        reader = make_fleet_reader(client)
         assert [await reader.read_load() for _ in range(2)] == [None, None]
         for _ in range(2):
             load = await read_load(reader)
@@ -161,7 +161,7 @@ async def test_reader_is_ready_once_long_list_of_stopped_items_is_skipped(
     ):
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
-        reader = make_reader(client)
+        reader = make_fleet_reader(client)
         assert reader.unready_reasons() == ["the queue is not read to its end yet"]
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(reader.read_loads_until_cancelled())
@@ -181,7 +181,7 @@ async def test_load_stays_unknown_if_stopped_items_cannot_be_skipped(
     middlewares = [middleware_without_running_count(after_id="refused")]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
-        reader = make_reader(client)
+        reader = make_fleet_reader(client)
         assert [await reader.read_load() for _ in range(4)] == [None] * 4
 
 
@@ -194,7 +194,7 @@ async def test_load_is_lower_bound_if_long_list_begins_with_newest_item(
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
         await claim_items(client, 2)
-        load = await read_load(make_reader(client))
+        load = await read_load(make_fleet_reader(client))
         assert (load.running, load.lower_bound) == (2, True)
 
 
@@ -277,7 +277,7 @@ async def test_refused_item_list_raises_and_leaves_load_unknown(
     async with ControlPlane() as plane:
         (other := ControlPlane()).port = plane.port
         async with make_client(other) as client:  # `plane` refuses the token of this client
-            reader = make_reader(client)
+            reader = make_fleet_reader(client)
             with pytest.raises(RefusedError):
                 await reader.read_load()
             assert reader.last_load is None
@@ -291,4 +291,4 @@ async def test_reader_waits_as_long_as_the_control_plane_asks(
 ) -> None:
     async with ControlPlane() as plane, make_client(plane) as client:
         error = TransientError("stats", 503, "busy", reason="throttled", retry_after=asked)
-        assert make_reader(client)._record_failure(error) == wait
+        assert make_fleet_reader(client)._record_failure(error) == wait

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MINUTE_SECONDS = 60.0
 
 
-def acked_items(workpool: Kit) -> list[str]:
+def list_acked_items(workpool: Kit) -> list[str]:
     return [each.work_id for each in workpool.server.history if each.kind == "acked"]
 
 
@@ -76,7 +76,7 @@ async def test_item_of_handler_at_limit_is_acknowledged_when_slot_becomes_free(
     async with workpool.pool(counting_handler(3.0, Counter(), most=1)):
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(2.9)
-        assert len(acked_items(workpool)) == 1
+        assert len(list_acked_items(workpool)) == 1
         await workpool.wait_for(SessionFinished, count=2)
     assert len([each for each in workpool.server.history if each.kind == "delivered"]) == 2
 
@@ -93,10 +93,12 @@ async def test_item_of_handler_at_limit_is_declined_one_second_before_redelivery
         assert declined.reason == "busy"
         assert clock() - started == pytest.approx(4.0, abs=0.2)
         await workpool.wait_for(SessionFinished, count=2, timeout=10 * MINUTE_SECONDS)
-    assert len(acked_items(workpool)) == 2
+    assert len(list_acked_items(workpool)) == 2
 
 
-def callback_taking_one_slot(granted: asyncio.Event) -> Callable[[], Callable[[], None] | None]:
+def make_callback_taking_one_slot(
+    granted: asyncio.Event,
+) -> Callable[[], Callable[[], None] | None]:
     """Return a callback for `SlotShare.next_use` that takes one slot and sets `granted`."""
     return lambda: None if granted.is_set() else granted.set
 
@@ -119,9 +121,9 @@ async def test_item_of_handler_at_limit_starts_when_another_environment_frees_sh
         await workpool.wait_for(SessionStarted, count=5)
         while pool.live_status(show_ids=False)["queue"]["set_aside"] == 0:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.1)
-        others.next_use = callback_taking_one_slot(slot_of_poller)
+        others.next_use = make_callback_taking_one_slot(slot_of_poller)
         await slot_of_poller.wait()
-        others.next_use = callback_taking_one_slot(slot_of_session)
+        others.next_use = make_callback_taking_one_slot(slot_of_session)
         await slot_of_session.wait()
         assert len(workpool.recorder.of(SessionStarted)) == 5
         freed_at = clock()
@@ -158,10 +160,10 @@ async def test_paused_or_draining_pool_claims_no_item_of_handler_at_limit(workpo
         await asyncio.sleep(1)
         pool.pause("a test")
         await asyncio.sleep(MINUTE_SECONDS)
-        assert len(acked_items(workpool)) == 1
+        assert len(list_acked_items(workpool)) == 1
         pool.resume()
         await workpool.wait_for(SessionStarted, count=2, timeout=10)
-    assert len(acked_items(workpool)) == 2
+    assert len(list_acked_items(workpool)) == 2
 
 
 @in_virtual_time
@@ -222,4 +224,4 @@ async def test_redelivered_item_of_handler_at_limit_runs_once(workpool: Kit) -> 
         queue.release_reserved_place()
         assert queue.items_set_aside == [aside]
         await workpool.wait_for(SessionFinished, count=2)
-    assert len(acked_items(workpool)) == 2
+    assert len(list_acked_items(workpool)) == 2

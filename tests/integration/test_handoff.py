@@ -121,7 +121,7 @@ class HandoffTestbed:
             await self.send_child_heartbeat()
         return True
 
-    def metric_value(self, name: str, **labels: str) -> float | None:
+    def read_metric_value(self, name: str, **labels: str) -> float | None:
         labels["environment_id"] = ENVIRONMENT
         return self.pool.registry.get_sample_value(f"workpool_{name}", labels)
 
@@ -150,10 +150,10 @@ async def test_first_heartbeat_of_child_ends_session_of_parent_as_detached(after
     async def hand_off_item(session: Session) -> dict[str, str]:
         nonlocal left_at
         async with session.handover() as testbed.lease:
-            assert testbed.metric_value("leases", state="active") == 1
+            assert testbed.read_metric_value("leases", state="active") == 1
             testbed.start_child(after)
         left_at = testbed.loop.time()
-        assert testbed.metric_value("leases", state="active") == 0
+        assert testbed.read_metric_value("leases", state="active") == 0
         with pytest.raises(SessionEnded):
             await session.update_metadata({"a": "b"})
         return {"ignored": "yes"}
@@ -161,7 +161,7 @@ async def test_first_heartbeat_of_child_ends_session_of_parent_as_detached(after
     assert await testbed.run_handler(hand_off_item) == "detached"
     assert after <= left_at <= after + 2
     labels = {"handler": "handler_under_test.handler_under_test", "outcome": "detached"}
-    assert testbed.metric_value("sessions_total", **labels) == 1
+    assert testbed.read_metric_value("sessions_total", **labels) == 1
     assert testbed.lease.work_id == testbed.work_id
     assert testbed.lease.environment_id == ENVIRONMENT
     assert testbed.lease.ttl == 60
@@ -295,13 +295,13 @@ async def test_handoff_longer_than_its_time_limit_loses_no_lease() -> None:
     testbed = HandoffTestbed()
 
     async def hand_off_item(session: Session) -> None:
-        async def hand_off_slowly() -> None:
+        async def hold_handoff_open() -> None:
             async with session.handover() as testbed.lease:
                 await asyncio.sleep(300)
                 assert await testbed.is_child_heartbeat_refused()
 
         with pytest.raises(HandoverError):
-            await hand_off_slowly()
+            await hold_handoff_open()
 
     assert await testbed.run_handler(hand_off_item) == "completed"
 
@@ -514,7 +514,7 @@ async def run_pool_with_child(
     """
 
     @handler
-    async def child_program(session: Session) -> None:
+    async def run_child_session(session: Session) -> None:
         await session.update_metadata({"by": "child"})
 
     recorder = Recorder()
@@ -531,7 +531,7 @@ async def run_pool_with_child(
             settings,
             lease.work_id,
             lease.last_heartbeat,
-            plugins=[child_program, recorder],
+            plugins=[run_child_session, recorder],
             connect=connect,
         )
         children.append(child)

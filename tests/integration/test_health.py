@@ -38,11 +38,13 @@ async def test_full_pool_is_ready_regardless_of_last_poll(
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_event(_: Session) -> None:
+    async def wait_for_permission_to_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(wait_for_event, concurrency=1, metrics_listen="127.0.0.1:0") as supervisor:
+    async with make_pool(
+        wait_for_permission_to_end, concurrency=1, metrics_listen="127.0.0.1:0"
+    ) as supervisor:
         await recorder.wait_for(SessionStarted)
         assert await get_health_report(supervisor, "readyz") == (200, {"status": "ready"})
         may_end.set()

@@ -86,7 +86,7 @@ class HostilePlugin:
 
 
 @handler
-async def good_handler(session: Session) -> dict[str, str]:
+async def well_behaved_handler(session: Session) -> dict[str, str]:
     await session.update_metadata({"half": "done"})
     return {"done": "yes"}
 
@@ -111,7 +111,7 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
     for mischief in mischiefs:
         control_plane.enqueue(metadata={"mischief": mischief})
     control_plane.enqueue(GOOD_ITEMS)
-    pool = make_pool(hostile_plugin, good_handler, concurrency=6, pollers=2, block_ms=50)
+    pool = make_pool(hostile_plugin, well_behaved_handler, concurrency=6, pollers=2, block_ms=50)
     async with pool:
         # The sessions of `never return` and `swallow cancellation` do not end before the drain.
         await recorder.wait_for(SessionFinished, count=GOOD_ITEMS + 5)

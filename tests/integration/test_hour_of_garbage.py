@@ -47,7 +47,7 @@ VALUES: tuple[object, ...] = (
 )
 
 
-class GarbageScript:
+class GarbageAnswerScript:
     """A fault script that replaces seven of ten answers by garbage of every kind, for an hour."""
 
     def __init__(self, seed: int) -> None:
@@ -66,11 +66,11 @@ class GarbageScript:
                 after = self.dice.choice((None, None, 0.0, -5.0, 3.0, 1e12, float("nan")))
                 return Fault(applied=applied, answer=self.dice.choice(STATUSES), retry_after=after)
             case 2:
-                return Fault(rewrite=self._rewrite_answer)
+                return Fault(rewrite=self._replace_answer_by_garbage)
             case _:
                 return Fault(applied=applied, answer=self.dice.choice(("silence", "reset")))
 
-    def _rewrite_answer(self, answer: Any) -> Any:
+    def _replace_answer_by_garbage(self, answer: Any) -> Any:
         if isinstance(answer, dict) and answer:
             name = self.dice.choice(sorted(answer))
             answer[name] = self.dice.choice(VALUES)
@@ -83,7 +83,7 @@ def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) ->
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         operations = Operations([ENVIRONMENT], now=lambda: 1e9 + loop.machine_time())
-        garbage, recorder = GarbageScript(seed), Recorder()
+        garbage, recorder = GarbageAnswerScript(seed), Recorder()
         running: set[str] = set()
 
         @handler

@@ -55,7 +55,7 @@ async def test_cancelled_error_raised_by_plugin_becomes_plugin_error(
     assert entered is (where == "leaving")
 
 
-class SwallowingPlugin(AbstractAsyncContextManager[None]):
+class ExceptionSwallowingPlugin(AbstractAsyncContextManager[None]):
     """A plugin whose context swallows every exception: its `__aexit__` returns True."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class PluginFailingAtStart:
 async def test_failed_start_is_raised_although_outer_lifespan_swallows_it(
     make_pool: Any,
 ) -> None:
-    swallowing = SwallowingPlugin()
+    swallowing = ExceptionSwallowingPlugin()
     pool = make_pool(return_at_once, swallowing, PluginFailingAtStart())
     entered = False
     with pytest.raises(LookupError, match="no database"):
@@ -106,7 +106,7 @@ async def test_pool_crash_is_raised_although_lifespan_swallows_it(
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(Drain, "finish_sessions", raise_error)
-    swallowing = SwallowingPlugin()
+    swallowing = ExceptionSwallowingPlugin()
     pool = make_pool(return_at_once, swallowing)
     async with asyncio.timeout(20):
         with pytest.raises(ZeroDivisionError, match="a bug"):
@@ -128,11 +128,11 @@ class UncancellablePlugin:
 
     @asynccontextmanager
     async def uncancellable_context(self) -> AsyncIterator[None]:
-        await self.stay_open("opening")
+        await self.hold_context_open_at("opening")
         yield
-        await self.stay_open("closing")
+        await self.hold_context_open_at("closing")
 
-    async def stay_open(self, where: str) -> None:
+    async def hold_context_open_at(self, where: str) -> None:
         if where != self.where:
             return
         self.reached.set()
@@ -140,7 +140,7 @@ class UncancellablePlugin:
             with suppress(asyncio.CancelledError):
                 await self.may_end.wait()
 
-    async def let_context_end(self) -> None:
+    async def end_plugin_context(self) -> None:
         """Let the plugin's context end, and wait until the abandoned pool has closed."""
         self.may_end.set()
         [root] = [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
@@ -165,7 +165,7 @@ async def test_cancelled_start_is_abandoned_if_plugin_ignores_cancellation(
         await asyncio.wait({starting}, timeout=20)
     assert starting.cancelled()
     assert "pool did not close" in caplog.text
-    await plugin.let_context_end()
+    await plugin.end_plugin_context()
 
 
 @pytest.mark.usefixtures("short_close_timeouts")
@@ -178,4 +178,4 @@ async def test_pool_whose_plugin_never_closes_is_abandoned(
         running = group.create_task(pool.run(until_empty=True))
         await running
     assert "pool did not close" in caplog.text
-    await plugin.let_context_end()
+    await plugin.end_plugin_context()

@@ -40,7 +40,9 @@ async def fetch_page(url: str, headers: dict[str, str] | None = None) -> tuple[i
         return answer.status, answer.headers, body
 
 
-async def live_status(pool: Supervisor, headers: dict[str, str] | None = None) -> dict[str, Any]:
+async def fetch_live_status(
+    pool: Supervisor, headers: dict[str, str] | None = None
+) -> dict[str, Any]:
     status, _, body = await fetch_page(f"{pool.metrics_url}/live.json", headers)
     assert status == 200
     shown: dict[str, Any] = body
@@ -59,7 +61,7 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
 
     async with make_pool(wait_in_handler, metrics_listen="127.0.0.1:0", concurrency=3) as pool:
         await recorder.wait_for(SessionStarted)
-        shown = await live_status(pool)
+        shown = await fetch_live_status(pool)
         assert shown["slots"]["busy"] == 1
         assert shown["slots"]["limit"] == 3
         assert shown["polls"]["item"] == 1
@@ -74,7 +76,7 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
         await recorder.wait_for(SessionFinished)
         async with asyncio.timeout(20):
             # The session leaves the status shortly after SessionFinished, so wait until then.
-            while (shown := await live_status(pool))["sessions"]:  # noqa: ASYNC110 - no event
+            while (shown := await fetch_live_status(pool))["sessions"]:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         assert shown["outcomes"]["completed"] == 1
 
@@ -105,7 +107,7 @@ async def test_live_page_shows_ids_to_other_hosts_only_if_configured(
         wait_for_interruption, metrics_listen=listen, live_page_ids=setting
     ) as pool:
         await recorder.wait_for(SessionStarted)
-        shown = await live_status(pool, {"Host": host})
+        shown = await fetch_live_status(pool, {"Host": host})
         (session,) = shown["sessions"]
         assert (session.get("work_id") == item.id) == (visible == "ids")
         assert (item.session_id in str(shown)) == (visible == "ids")
@@ -160,7 +162,7 @@ class Browser:
         await self.call_devtools_method("Page.navigate", url=url)
         await self.wait_for_text("document.readyState", "complete")
 
-    async def run_script(self, script: str) -> Any:
+    async def run_page_script(self, script: str) -> Any:
         """Run a script in the page and return its value."""
         message = await self.call_devtools_method(
             "Runtime.evaluate", expression=script, returnByValue=True
@@ -171,7 +173,7 @@ class Browser:
         """Run a script repeatedly until its value contains `part`; return the value."""
         async with asyncio.timeout(30):
             while True:
-                value = str(await self.run_script(script))
+                value = str(await self.run_page_script(script))
                 if part in value:
                     return value
                 await asyncio.sleep(0.1)
@@ -224,10 +226,10 @@ async def test_live_page_in_browser_shows_sessions_and_escapes_markup(
             await browser.wait_for_text(
                 "document.getElementById('sessions').textContent", item.session_id
             )
-            shown = await browser.run_script("document.body.textContent")
+            shown = await browser.run_page_script("document.body.textContent")
             assert "not ready" in shown
             assert "paused: <img src=x onerror=alert(1)> disk full" in shown
-            assert await browser.run_script("document.images.length") == 0
+            assert await browser.run_page_script("document.images.length") == 0
 
 
 async def test_queue_page_is_served_without_token_and_contains_no_item(
@@ -257,12 +259,12 @@ async def test_queue_page_in_browser_shows_items_after_token_is_entered(
     url = control_plane.base_url.partition("/api/")[0] + "/"
     async with driven_browser(tmp_path) as browser:
         await browser.open_page(url)
-        await browser.run_script(
+        await browser.run_page_script(
             f"document.getElementById('environment').value = {control_plane.environments[0]!r};"
             f"document.getElementById('token').value = {control_plane.token!r};"
             "document.querySelector('#opener button').click()"
         )
         shown = await browser.wait_for_text("document.getElementById('items').textContent", item.id)
         assert "<img src=x onerror=alert(1)>" in shown
-        assert await browser.run_script("document.querySelectorAll('#items img').length") == 0
-        assert control_plane.token not in await browser.run_script("document.body.textContent")
+        assert await browser.run_page_script("document.querySelectorAll('#items img').length") == 0
+        assert control_plane.token not in await browser.run_page_script("document.body.textContent")

@@ -49,7 +49,7 @@ def log_output(request: pytest.FixtureRequest) -> Iterator[io.StringIO]:
 
 
 @pytest.fixture
-def hostile_item(control_plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
+def serve_hostile_item(control_plane: ControlPlane, faults: Faults) -> Callable[[str], None]:
     """Return a function that answers one poll with an item of the given type."""
 
     def answer_with_hostile_item(kind: str) -> None:
@@ -73,12 +73,12 @@ async def test_hostile_type_of_declined_item_is_escaped_and_cut(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    hostile_item: Callable[[str], None],
+    serve_hostile_item: Callable[[str], None],
     log_output: io.StringIO,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    hostile_item(control_plane.token + FORGED + "x" * 3_900_000)
+    serve_hostile_item(control_plane.token + FORGED + "x" * 3_900_000)
     async with make_pool(return_at_once, block_ms=20):
         await recorder.wait_for(ItemDeclined)
     check_log_lines(log_output, control_plane.token, 5_000)

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from workpool.testing import Kit, Recorder
 
 
-def metric_value(pool: Supervisor, name: str, **labels: str) -> float | None:
+def read_metric_value(pool: Supervisor, name: str, **labels: str) -> float | None:
     labels["environment_id"] = DEFAULT_ENVIRONMENT
     return pool.registry.get_sample_value(f"workpool_{name}", labels)
 
 
 @handler
-async def run_behaviour_of_metadata(session: Session) -> dict[str, str] | None:
+async def run_behaviour_from_metadata(session: Session) -> dict[str, str] | None:
     match session.item.metadata.get("do"):
         case "raise":
             raise ValueError("no such report")
@@ -48,10 +48,10 @@ async def run_behaviour_of_metadata(session: Session) -> dict[str, str] | None:
 async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> None:
     for do in ("raise", "wait", "finish"):
         workpool.enqueue(metadata={"do": do})
-    async with workpool.pool(run_behaviour_of_metadata, session_timeout=60) as pool:
+    async with workpool.pool(run_behaviour_from_metadata, session_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, count=3, timeout=120)
     counted = {
-        error: metric_value(pool, "session_errors_total", error=error)
+        error: read_metric_value(pool, "session_errors_total", error=error)
         for error in ("exception", "timeout", "attempts_exceeded", "result_refused", "stalled")
     }
     assert counted == {
@@ -62,32 +62,32 @@ async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> No
 @in_virtual_time
 async def test_session_beyond_max_attempts_is_counted_as_attempts_exceeded(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata={"do": "wait"})
-    async with workpool.pool(run_behaviour_of_metadata, max_attempts=1) as pool:
+    async with workpool.pool(run_behaviour_from_metadata, max_attempts=1) as pool:
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         failed = await workpool.wait_for(SessionFailed, timeout=120)
     assert failed.error == "attempts_exceeded"
-    assert metric_value(pool, "session_errors_total", error="attempts_exceeded") == 1
+    assert read_metric_value(pool, "session_errors_total", error="attempts_exceeded") == 1
 
 
 @in_virtual_time
 async def test_lease_taken_by_another_worker_is_counted_as_taken(workpool: Kit) -> None:
     item = workpool.enqueue(metadata={"do": "wait"})[0]
-    async with workpool.pool(run_behaviour_of_metadata) as pool:
+    async with workpool.pool(run_behaviour_from_metadata) as pool:
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         await workpool.wait_for(SessionFinished, timeout=120)
-        assert metric_value(pool, "leases_lost_total", reason="taken") == 1
-        assert metric_value(pool, "leases_lost_total", reason="expired") == 0
+        assert read_metric_value(pool, "leases_lost_total", reason="taken") == 1
+        assert read_metric_value(pool, "leases_lost_total", reason="expired") == 0
 
 
 @in_virtual_time
 async def test_pickup_latency_is_not_measured_for_redelivered_items(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "release"})
-    async with workpool.pool(run_behaviour_of_metadata) as pool:
+    async with workpool.pool(run_behaviour_from_metadata) as pool:
         await workpool.wait_for(ItemReceived, count=2, timeout=120)
-        assert metric_value(pool, "item_pickup_latency_seconds_count") == 1
-        assert metric_value(pool, "lease_ttl_seconds") == pool.settings.lease_ttl
+        assert read_metric_value(pool, "item_pickup_latency_seconds_count") == 1
+        assert read_metric_value(pool, "lease_ttl_seconds") == pool.settings.lease_ttl
 
 
 async def test_metrics_show_blocked_loop_while_it_is_blocked(
@@ -103,10 +103,10 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
 
     def wait_for_blocked_loop_metric(pool: Supervisor) -> None:
         """Read the metrics on another thread, like a scraper, until they show the blocked loop."""
-        while not (metric_value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
+        while not (read_metric_value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
             may_end.wait(0.05)
-        polling = metric_value(pool, "pollers", state="polling")
-        blocked = metric_value(pool, "pollers", state="blocked")
+        polling = read_metric_value(pool, "pollers", state="polling")
+        blocked = read_metric_value(pool, "pollers", state="blocked")
         seen.append((polling, blocked, pool.status().reasons))
         may_end.set()
 
@@ -120,12 +120,12 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
         assert (polling, blocked) == (0, 2)
         assert any("event loop has been blocked for" in reason for reason in reasons)
         await recorder.wait_for(LoopLagMeasured, lambda event: event.seconds > 1)
-        await wait_until(lambda: (metric_value(pool, "event_loop_blocked_seconds") or 0) < 1)
+        await wait_until(lambda: (read_metric_value(pool, "event_loop_blocked_seconds") or 0) < 1)
 
 
 @in_virtual_time
 async def test_stalled_session_is_counted_as_stalled(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "wait"})
-    async with workpool.pool(run_behaviour_of_metadata, stall_timeout=60) as pool:
+    async with workpool.pool(run_behaviour_from_metadata, stall_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, timeout=120)
-    assert metric_value(pool, "session_errors_total", error="stalled") == 1
+    assert read_metric_value(pool, "session_errors_total", error="stalled") == 1

@@ -168,7 +168,7 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
 ) -> None:
     seen: list[str | None] = []
 
-    async def record_header(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def record_worker_token_header(request: web.Request, handler: Any) -> web.StreamResponse:
         seen.append(request.headers.get("x-worker-token"))
         # The pool logs errors. These errors contain the header's value, which the log must redact.
         if len(seen) < 4:
@@ -184,7 +184,7 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
         async with session.events.stream() as events:
             await anext(aiter(events))
 
-    faults.add(record_header, *get_args(Op))
+    faults.add(record_worker_token_header, *get_args(Op))
     with caplog.at_level("DEBUG"):
         final = await run_one_item(
             use_metadata_and_events, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60

@@ -172,12 +172,12 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
             return session_context()
 
     @handler
-    def record_context(session: BlockingSession) -> None:
+    def record_variable_and_state(session: BlockingSession) -> None:
         found.append((seen.get(), session.state["database"]))
 
     seen.set("the embedder's")
     control_plane.enqueue()
-    async with make_pool(record_context, ContextVariablePlugin()):
+    async with make_pool(record_variable_and_state, ContextVariablePlugin()):
         await recorder.wait_for(SessionFinished)
     assert found == [("the embedder's", "open")]
 
@@ -193,7 +193,7 @@ async def test_lost_lease_cancels_plain_handler_and_later_calls_raise(workpool: 
     errors: list[BaseException] = []
 
     @handler
-    def write_after_cancellation(session: BlockingSession) -> None:
+    def write_metadata_after_cancellation(session: BlockingSession) -> None:
         if session.redelivered:
             return
         assert session.cancelled.wait(WAIT_SECONDS)
@@ -204,7 +204,7 @@ async def test_lost_lease_cancels_plain_handler_and_later_calls_raise(workpool: 
             raise
 
     [item] = workpool.enqueue()
-    async with workpool.pool(write_after_cancellation):
+    async with workpool.pool(write_metadata_after_cancellation):
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         lost = await workpool.wait_for(SessionFinished)
@@ -342,7 +342,7 @@ async def test_plain_handler_that_ignores_cancellation_is_logged_with_its_stack(
 
 
 async def test_calls_of_blocking_session_from_many_threads_all_succeed(run_one_item: Any) -> None:
-    def write_from_threads(session: BlockingSession) -> None:
+    def write_metadata_from_threads(session: BlockingSession) -> None:
         threads = [
             threading.Thread(target=session.update_metadata, args=({f"key{n}": "x"},))
             for n in range(20)
@@ -352,7 +352,7 @@ async def test_calls_of_blocking_session_from_many_threads_all_succeed(run_one_i
         for thread in threads:
             thread.join()
 
-    final = await run_one_item(write_from_threads)
+    final = await run_one_item(write_metadata_from_threads)
     assert (final.outcome, len(final.metadata)) == ("completed", 20)
 
 
@@ -462,7 +462,7 @@ async def test_plain_handler_is_retried_in_its_run(workpool: Kit) -> None:
     assert len(workpool.recorder.of(HandlerRetried)) == 2
 
 
-class ChoosingPlugin:
+class HandlerChoosingPlugin:
     """A plugin whose hook chooses the given handler for each item."""
 
     def __init__(self, answer: Any) -> None:
@@ -487,18 +487,18 @@ def decorated_handler(_: BlockingSession) -> str:
     ids=["marked", "handler"],
 )
 async def test_plain_handler_chosen_by_hook_runs_on_thread(workpool: Kit, answer: Any) -> None:
-    result = await workpool.run_session(ChoosingPlugin(answer))
+    result = await workpool.run_session(HandlerChoosingPlugin(answer))
     assert result.metadata == {"workpool.result": '"workpool-handler-1"'}
 
 
-class PluginWithMethod:
+class PluginWithHandlerMethod:
     @handler
     def return_session_id(self, session: BlockingSession) -> str:
         return session.id
 
 
 async def test_plain_method_of_plugin_runs_as_handler(workpool: Kit) -> None:
-    result = await workpool.run_session(PluginWithMethod)
+    result = await workpool.run_session(PluginWithHandlerMethod)
     assert result.metadata["workpool.result"] == f'"{result.item.session_id}"'
 
 

@@ -20,7 +20,7 @@ async def return_at_once(_: Session) -> None:
     return None
 
 
-class OneTypeObserver:
+class SingleEventTypeObserver:
     """A plugin that observes one type of event."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ def count_built_events(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return built
 
 
-async def run_items(
+async def enqueue_and_run_items(
     plane: ControlPlane, make_settings: Any, items: int, *plugins: object
 ) -> Supervisor:
     plane.enqueue(items)
@@ -58,7 +58,7 @@ async def run_items(
     return pool
 
 
-def counter_value(pool: Supervisor, metric: str, **labels: str) -> float:
+def read_counter_value(pool: Supervisor, metric: str, **labels: str) -> float:
     labels = {"environment_id": str(pool.settings.environment_id), **labels}
     return pool.registry.get_sample_value(f"workpool_{metric}", labels) or 0.0
 
@@ -67,24 +67,24 @@ async def test_events_without_observer_are_counted_and_not_built(
     control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = count_built_events(monkeypatch)
-    pool = await run_items(control_plane, make_settings, 3)
+    pool = await enqueue_and_run_items(control_plane, make_settings, 3)
     assert not built
-    assert counter_value(pool, "items_received_total", origin="new", type="session") == 3
-    assert counter_value(pool, "acks_total", result="ok") == 3
-    assert counter_value(pool, "stops_total", mode="force", result="ok") == 3
-    assert counter_value(pool, "http_requests_total", op="ack", code="2xx") == 3
-    assert counter_value(pool, "polls_total", result="item") == 3
-    assert counter_value(pool, "heartbeats_total", result="ok") == 3
+    assert read_counter_value(pool, "items_received_total", origin="new", type="session") == 3
+    assert read_counter_value(pool, "acks_total", result="ok") == 3
+    assert read_counter_value(pool, "stops_total", mode="force", result="ok") == 3
+    assert read_counter_value(pool, "http_requests_total", op="ack", code="2xx") == 3
+    assert read_counter_value(pool, "polls_total", result="item") == 3
+    assert read_counter_value(pool, "heartbeats_total", result="ok") == 3
     label = "return_at_once.return_at_once"
-    assert counter_value(pool, "sessions_total", handler=label, outcome="completed") == 3
+    assert read_counter_value(pool, "sessions_total", handler=label, outcome="completed") == 3
 
 
 async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
     control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished = OneTypeObserver()
+    finished = SingleEventTypeObserver()
     built = count_built_events(monkeypatch)
-    await run_items(control_plane, make_settings, 3, finished)
+    await enqueue_and_run_items(control_plane, make_settings, 3, finished)
     assert built == {"SessionFinished": 3}
     assert [event.outcome for event in finished.events] == ["completed"] * 3
 

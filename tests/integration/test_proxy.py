@@ -21,7 +21,7 @@ WAIT_SECONDS = 30.0
 SILENT_SECONDS = 0.3
 
 
-class ConnectionEnd(NamedTuple):
+class ConnectionEndpoint(NamedTuple):
     """The client's end or the server's end of a connection through the proxy."""
 
     reader: asyncio.StreamReader
@@ -53,16 +53,16 @@ class ConnectionEnd(NamedTuple):
 class ProxyTestbed:
     """A proxy between test clients and a test server."""
 
-    def __init__(self, proxy: Proxy, accepted: asyncio.Queue[ConnectionEnd]) -> None:
+    def __init__(self, proxy: Proxy, accepted: asyncio.Queue[ConnectionEndpoint]) -> None:
         self.proxy = proxy
         self._accepted = accepted
         self._writers: list[asyncio.StreamWriter] = []
 
-    async def connect_through_proxy(self) -> tuple[ConnectionEnd, ConnectionEnd]:
+    async def connect_through_proxy(self) -> tuple[ConnectionEndpoint, ConnectionEndpoint]:
         """Open a connection through the proxy; return the client's end and the server's end."""
         port = int(self.proxy.base_url.rpartition(":")[2])
         async with asyncio.timeout(WAIT_SECONDS):
-            client = ConnectionEnd(*await asyncio.open_connection("127.0.0.1", port))
+            client = ConnectionEndpoint(*await asyncio.open_connection("127.0.0.1", port))
             server = await self._accepted.get()
         self._writers += [client.writer, server.writer]
         return client, server
@@ -74,9 +74,11 @@ class ProxyTestbed:
 
 @pytest.fixture
 async def testbed() -> AsyncIterator[ProxyTestbed]:
-    accepted: asyncio.Queue[ConnectionEnd] = asyncio.Queue()
+    accepted: asyncio.Queue[ConnectionEndpoint] = asyncio.Queue()
     listening = await asyncio.start_server(
-        lambda reader, writer: accepted.put_nowait(ConnectionEnd(reader, writer)), "127.0.0.1", 0
+        lambda reader, writer: accepted.put_nowait(ConnectionEndpoint(reader, writer)),
+        "127.0.0.1",
+        0,
     )
     port = listening.sockets[0].getsockname()[1]
     async with Proxy(f"http://127.0.0.1:{port}") as proxy:
@@ -213,7 +215,7 @@ async def test_exception_inside_async_with_block_of_proxy_is_raised_unchanged(
 async def test_proxy_without_control_plane_closes_connections() -> None:
     async with Proxy("http://127.0.0.1:9") as proxy:
         port = int(proxy.base_url.rpartition(":")[2])
-        client = ConnectionEnd(*await asyncio.open_connection("127.0.0.1", port))
+        client = ConnectionEndpoint(*await asyncio.open_connection("127.0.0.1", port))
         await client.expect_end_of_stream()
         client.writer.transport.abort()
 

@@ -57,7 +57,7 @@ def check_no_renewer_thread_left() -> Iterator[None]:
     assert not [each for each in threading.enumerate() if each.name.startswith("workpool-lease")]
 
 
-async def run_on_thread(supervisor: Supervisor) -> WorkpoolError | None:
+async def run_pool_on_thread(supervisor: Supervisor) -> WorkpoolError | None:
     """Run the pool on its own thread and loop; return the error that ended it."""
     try:
         await asyncio.to_thread(asyncio.run, supervisor.run(until_empty=True))
@@ -102,7 +102,7 @@ async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
     supervisor = Supervisor(make_settings(max_block=raising_log_handler), plugins=[block_loop])
     supervisor.on_blocked = record_pool_error
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(run_on_thread(supervisor))
+        running = group.create_task(run_pool_on_thread(supervisor))
         try:
             assert await asyncio.to_thread(called.wait, 40)
             sent = len(faults.of("heartbeat", work_id=item.id))
@@ -159,7 +159,7 @@ async def test_pool_continues_after_loop_was_blocked_for_max_block(
     supervisor = Supervisor(make_settings(max_block=1), plugins=[block_loop])
     supervisor.on_blocked = called.set
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(run_on_thread(supervisor))
+        running = group.create_task(run_pool_on_thread(supervisor))
         try:
             assert await asyncio.to_thread(called.wait, 40)
         finally:

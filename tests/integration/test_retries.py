@@ -266,10 +266,10 @@ async def test_plugin_context_is_entered_once_around_all_retries(workpool: Kit) 
     class ContextRecordingPlugin:
         @hookimpl
         def workpool_wrap_session(self) -> Any:
-            return self.record_context()
+            return self.record_context_exit()
 
         @asynccontextmanager
-        async def record_context(self) -> AsyncIterator[None]:
+        async def record_context_exit(self) -> AsyncIterator[None]:
             try:
                 yield
             except ConnectionError:

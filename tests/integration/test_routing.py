@@ -45,7 +45,7 @@ async def job_handler(_: Session) -> dict[str, str]:
     return {"by": "job"}
 
 
-class WeightPlugin:
+class WeightSelectingPlugin:
     """A plugin whose hook selects items by weight, because no rule can compare weights."""
 
     @hookimpl
@@ -63,7 +63,7 @@ async def sleep_for_minutes(session: Session, by: str) -> dict[str, str]:
 
 
 ALL_HANDLERS = (
-    WeightPlugin(),
+    WeightSelectingPlugin(),
     any_session_handler,
     report_handler,
     huge_report_handler,
@@ -127,21 +127,21 @@ async def test_handler_at_limit_declines_before_ack_and_delays_no_other_handler(
     assert {each.outcome for each in (first, second, third)} == {"completed"}
 
 
-def declines_per_poll(pool: Supervisor) -> float:
+def compute_declines_per_poll(pool: Supervisor) -> float:
     """Return the declined items per poll, the ratio that the alert WorkpoolPollsWasted uses."""
     named = {"environment_id": DEFAULT_ENVIRONMENT}
 
-    def metric_sum(name: str, label: str, *values: str) -> float:
+    def sum_metric_values(name: str, label: str, *values: str) -> float:
         found = [pool.registry.get_sample_value(name, named | {label: each}) for each in values]
         return sum(each or 0 for each in found)
 
-    declined = metric_sum(
+    declined = sum_metric_values(
         "workpool_items_declined_total", "reason", "unwanted", "busy", "plugin_error"
     )
-    return declined / metric_sum("workpool_polls_total", "result", "item", "null")
+    return declined / sum_metric_values("workpool_polls_total", "result", "item", "null")
 
 
-def alert_threshold() -> float:
+def read_alert_threshold() -> float:
     """Return the ratio above which the alert WorkpoolPollsWasted fires."""
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
     # mypy has no types of `yaml`, so an `import` statement would not pass its check.
@@ -163,7 +163,7 @@ async def test_few_unwanted_items_cost_polls_but_delay_no_other_item(
             workpool.enqueue(metadata={"job": "report"})
             finished = await workpool.wait_for(SessionFinished, count=count, timeout=10)
             assert finished.outcome == "completed"
-        assert 0.1 < declines_per_poll(pool) < alert_threshold()
+        assert 0.1 < compute_declines_per_poll(pool) < read_alert_threshold()
 
 
 @pytest.mark.parametrize("pollers", [1, 2])
@@ -176,7 +176,7 @@ async def test_wanted_item_starves_if_unwanted_items_exceed_polls_per_reclaim_wi
         await asyncio.sleep(60)
         (wanted,) = workpool.enqueue(metadata={"job": "report"})
         await asyncio.sleep(10 * MINUTE_SECONDS)
-        assert declines_per_poll(pool) > alert_threshold()
+        assert compute_declines_per_poll(pool) > read_alert_threshold()
         assert workpool.item(wanted).state == "queued"
         assert workpool.item(wanted).delivered_at is None
         # A second pool with another handler runs the unwanted items, and then the wanted one.

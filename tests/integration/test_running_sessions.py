@@ -371,7 +371,7 @@ async def test_metadata_value_that_is_not_valid_text_raises_in_handler(
     assert len(faults.of("update")) == 1
 
 
-class EntryRecordingPlugin:
+class ContextEntryRecordingPlugin:
     """A plugin whose context records when it is entered and left."""
 
     def __init__(self, name: str, trace: list[str]) -> None:
@@ -394,9 +394,9 @@ class EntryRecordingPlugin:
             self.trace.append(f"leave {self.name}")
 
 
-def make_plugin_with_name(name: str, trace: list[str]) -> EntryRecordingPlugin:
+def make_plugin_with_name(name: str, trace: list[str]) -> ContextEntryRecordingPlugin:
     """Return a plugin whose class has this name, because a plugin is named after its class."""
-    built: EntryRecordingPlugin = type(name, (EntryRecordingPlugin,), {})(name, trace)
+    built: ContextEntryRecordingPlugin = type(name, (ContextEntryRecordingPlugin,), {})(name, trace)
     return built
 
 
@@ -406,12 +406,12 @@ async def test_plugin_contexts_are_entered_in_plugin_order_and_left_in_reverse(
     trace: list[str] = []
 
     @handler
-    async def record_call(_: Session) -> None:
+    async def record_handler_call(_: Session) -> None:
         trace.append("call")
 
     control_plane.enqueue()
     async with make_pool(
-        make_plugin_with_name("A", trace), record_call, make_plugin_with_name("B", trace)
+        make_plugin_with_name("A", trace), record_handler_call, make_plugin_with_name("B", trace)
     ):
         await recorder.wait_for(SessionFinished)
     assert trace == ["enter A", "enter B", "call", "leave B", "leave A"]
@@ -433,7 +433,7 @@ async def test_exception_of_handler_passes_through_plugin_contexts(
     assert trace == ["enter A", "A saw ValueError", "leave A"]
 
 
-class RaisingPlugin:
+class ErrorRaisingPlugin:
     """A plugin that raises an error in its hook, or when its context is entered or left."""
 
     def __init__(self, where: str) -> None:
@@ -461,13 +461,15 @@ async def test_exception_of_plugin_context_fails_session(
     ran: list[bool] = []
 
     @handler
-    async def record_run(_: Session) -> dict[str, str]:
+    async def record_handler_run(_: Session) -> dict[str, str]:
         ran.append(True)
         return {"a": "b"}
 
     trace: list[str] = []
     (item,) = control_plane.enqueue()
-    async with make_pool(make_plugin_with_name("A", trace), RaisingPlugin(where), record_run):
+    async with make_pool(
+        make_plugin_with_name("A", trace), ErrorRaisingPlugin(where), record_handler_run
+    ):
         final = await wait_for_end(item.id)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "LookupError"}

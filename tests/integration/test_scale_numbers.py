@@ -31,11 +31,13 @@ async def test_scale_numbers_of_worker_count_busy_and_idle_slots(
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_event(_: Session) -> None:
+    async def wait_for_permission_to_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue(2)
-    async with make_pool(wait_for_event, concurrency=3, metrics_listen="127.0.0.1:0") as pool:
+    async with make_pool(
+        wait_for_permission_to_end, concurrency=3, metrics_listen="127.0.0.1:0"
+    ) as pool:
         await recorder.wait_for(SessionStarted, count=2)
         assert await fetch_scale_numbers(pool) == {
             "busy": 2,
@@ -65,11 +67,13 @@ async def test_scale_numbers_show_that_paused_or_draining_worker_claims_nothing(
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_event(_: Session) -> None:
+    async def wait_for_permission_to_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(wait_for_event, concurrency=2, metrics_listen="127.0.0.1:0") as pool:
+    async with make_pool(
+        wait_for_permission_to_end, concurrency=2, metrics_listen="127.0.0.1:0"
+    ) as pool:
         await recorder.wait_for(SessionStarted)
         pool.pause("the database is moved")
         numbers = await fetch_scale_numbers(pool)

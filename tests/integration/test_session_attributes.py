@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workpool.testing import Kit, Recorder
 
 
-class ConnectingPlugin:
+class ConnectionOpeningPlugin:
     """A plugin whose context opens a connection and records how the session ends."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ async def test_plugin_context_reads_outcome_after_handler_ended(
         assert session.state["connection"] == f"to {session.id}"
         return await act(session)
 
-    connecting = ConnectingPlugin()
+    connecting = ConnectionOpeningPlugin()
     result = await workpool.run_session(handler_with_connection, connecting, stall_timeout=5)
     assert connecting.outcomes == [outcome] == [result.outcome]
     assert connecting.errors == [error]
@@ -102,7 +102,7 @@ async def test_outcome_in_plugin_context_is_stopped_after_stop_request(
     async def wait_for_interruption(session: Session) -> None:
         await session.interrupted()
 
-    connecting = ConnectingPlugin()
+    connecting = ConnectionOpeningPlugin()
     (item,) = control_plane.enqueue()
     async with make_pool(wait_for_interruption, connecting):
         await recorder.wait_for(SessionStarted)

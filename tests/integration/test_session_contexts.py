@@ -33,36 +33,36 @@ class ContextSettingPlugin:
         self.seen: list[dict[str, str]] = []
         self.first_ended = False
 
-    def set_variable(self, name: str) -> None:
+    def set_context_variable(self, name: str) -> None:
         if not self.first_ended:
             VARIABLES[name].set("set")
 
     @asynccontextmanager
-    async def variable_context(self, name: str) -> AsyncIterator[None]:
-        self.set_variable(name)
+    async def context_with_variable(self, name: str) -> AsyncIterator[None]:
+        self.set_context_variable(name)
         yield
 
     @hookimpl
     def workpool_lifespan(self) -> Any:
-        return self.variable_context("lifespan")
+        return self.context_with_variable("lifespan")
 
     @hookimpl
     def workpool_wrap_session(self) -> Any:
-        return self.variable_context("wrapper")
+        return self.context_with_variable("wrapper")
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
-        self.set_variable("observer")
+        self.set_context_variable("observer")
         self.first_ended |= isinstance(event, SessionFinished)
 
     @hookimpl
     def workpool_session_handler(self) -> Callable[[Session], Any]:
-        self.set_variable("chooser")
-        return self.record_variables
+        self.set_context_variable("chooser")
+        return self.record_context_variables
 
-    async def record_variables(self, _: Session) -> None:
+    async def record_context_variables(self, _: Session) -> None:
         self.seen.append({name: each.get() for name, each in VARIABLES.items()})
-        self.set_variable("handler")
+        self.set_context_variable("handler")
 
 
 async def test_context_variables_set_in_one_session_are_unset_in_the_next(

@@ -240,13 +240,13 @@ async def test_event_send_in_progress_is_cancelled_when_lease_is_lost(
 
     async with asyncio.TaskGroup() as group:
 
-        async def send_in_task(session: Session) -> None:
+        async def send_event_in_task(session: Session) -> None:
             group.create_task(send_event(session))
             await hold.reached()
             lose_lease(control_plane, session)
             await asyncio.Event().wait()
 
-        assert (await run_scripted_session(send_in_task, BASH)).outcome == "lease_lost"
+        assert (await run_scripted_session(send_event_in_task, BASH)).outcome == "lease_lost"
     assert raised == [LeaseLost]
     hold.release()
 
@@ -271,7 +271,7 @@ async def test_events_after_end_of_session_are_neither_sent_nor_read(
     assert not faults.of("send", "events", "stream")
 
 
-class SecretMiddleware:
+class ItemSecretMiddleware:
     """A middleware that adds a secret to every polled item and records the tokens of requests."""
 
     def __init__(self, secret: object) -> None:
@@ -322,7 +322,7 @@ async def test_item_token_is_used_for_event_calls_only_and_never_logged(
         shown.append(f"{session!r} {session.item!r} {session.item}")
         await answer_all_tool_uses(session)
 
-    secrets, faults = SecretMiddleware(secret), Faults()
+    secrets, faults = ItemSecretMiddleware(secret), Faults()
     faults.add(status(500), "send", "stream", times=2)
     tokens = {"environment-key": None, SESSIONS_TOKEN: frozenset({DEFAULT_ENVIRONMENT})}
     async with ControlPlane(

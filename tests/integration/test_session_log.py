@@ -23,7 +23,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @handler
-async def run_behaviour_of_metadata(session: Session) -> None:
+async def run_behaviour_from_metadata(session: Session) -> None:
     session.log.info("at work", extra={"reason": "a report"})
     if session.item.metadata.get("do") == "fail":
         raise RuntimeError("as it was asked to")
@@ -51,7 +51,7 @@ async def test_each_session_ends_with_one_log_line_at_level_info(
     control_plane.enqueue()
     control_plane.enqueue(metadata={"do": "fail"})
     control_plane.enqueue(metadata={"do": "release"})
-    async with make_pool(run_behaviour_of_metadata) as pool:
+    async with make_pool(run_behaviour_from_metadata) as pool:
         await recorder.wait_for(SessionFinished, count=3)
         ids = pool.log_ids
     lines = log_fields_of_message(caplog, "session ended")
@@ -80,7 +80,7 @@ async def test_handler_failure_is_logged_with_item_and_session_ids(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "fail"})
-    async with make_pool(run_behaviour_of_metadata) as pool:
+    async with make_pool(run_behaviour_from_metadata) as pool:
         await recorder.wait_for(SessionFinished)
         ids = pool.log_ids
     (line,) = log_fields_of_message(caplog, "handler failed")
@@ -88,7 +88,7 @@ async def test_handler_failure_is_logged_with_item_and_session_ids(
         "levelname": "ERROR",
         "work_id": item.id,
         "session_id": item.session_id,
-        "handler": "run_behaviour_of_metadata.run_behaviour_of_metadata",
+        "handler": "run_behaviour_from_metadata.run_behaviour_from_metadata",
         **ids,
     }
 
@@ -102,7 +102,7 @@ async def test_every_log_record_of_pool_has_pool_ids(
     """The lease renewer's thread and the tasks of the embedder log the ids of the pool, too."""
     caplog.set_level(logging.DEBUG, "workpool")
     control_plane.enqueue(2)
-    async with make_pool(run_behaviour_of_metadata) as pool:
+    async with make_pool(run_behaviour_from_metadata) as pool:
         await recorder.wait_for(SessionFinished, count=2)
         pool.pause("for lunch")
         pool.resume()
@@ -167,7 +167,7 @@ async def test_log_records_of_session_contain_trace_id_of_item(
     caplog.set_level(logging.INFO, "workpool")
     faults.add(answer_with_traceparent, "poll")
     control_plane.enqueue()
-    async with make_pool(run_behaviour_of_metadata):
+    async with make_pool(run_behaviour_from_metadata):
         await recorder.wait_for(SessionFinished)
     for message in ("at work", "session ended"):
         [line] = log_fields_of_message(caplog, message)
@@ -182,13 +182,13 @@ async def test_log_line_of_session_contains_trace_id_that_handler_sets(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     @handler
-    async def begin_trace(session: Session) -> None:
+    async def set_traceparent_from_metadata(session: Session) -> None:
         session.traceparent = session.item.metadata["trace"]
 
     caplog.set_level(logging.INFO, "workpool")
     control_plane.enqueue(metadata={"trace": TRACE})
     control_plane.enqueue(metadata={"trace": "malformed"})
-    async with make_pool(begin_trace):
+    async with make_pool(set_traceparent_from_metadata):
         await recorder.wait_for(SessionFinished, count=2)
     lines = log_fields_of_message(caplog, "session ended")
     assert sorted(line.get("trace_id", "") for line in lines) == ["", TRACE.split("-")[1]]
@@ -202,7 +202,7 @@ async def test_pool_at_level_info_logs_no_polls(
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
     control_plane.enqueue()
-    async with make_pool(run_behaviour_of_metadata):
+    async with make_pool(run_behaviour_from_metadata):
         await recorder.wait_for(SessionFinished)
     assert not [each for each in caplog.records if each.levelno < logging.INFO]
     assert len(log_fields_of_message(caplog, "session ended")) == 1
@@ -216,7 +216,7 @@ async def test_item_lost_by_another_worker_is_logged_as_reclaimed(
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
     work_id = enqueue_redelivered_item(control_plane)
-    async with make_pool(run_behaviour_of_metadata):
+    async with make_pool(run_behaviour_from_metadata):
         await recorder.wait_for(SessionFinished)
     [line] = log_fields_of_message(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (work_id, "gained", "poll")
@@ -232,7 +232,7 @@ async def test_item_with_ack_conflict_is_logged_as_lost(
     caplog.set_level(logging.INFO, "workpool")
     faults.add(literal(b'{"error": {"type": "conflict"}}', 409), "ack", times=1)
     (item,) = control_plane.enqueue()
-    async with make_pool(run_behaviour_of_metadata, block_ms=20):
+    async with make_pool(run_behaviour_from_metadata, block_ms=20):
         await recorder.wait_for(ItemReclaimed)
     [line] = log_fields_of_message(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (item.id, "lost", "ack")

@@ -191,17 +191,17 @@ async def test_session_that_stalls_during_drain_has_outcome_stalled(workpool: Ki
 async def test_progress_reported_from_thread_prevents_stall(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
-    def report_from_thread(session: Session) -> None:
+    def report_progress_from_thread(session: Session) -> None:
         for _ in range(10):
             time.sleep(0.4)
             session.progress()
 
     @handler
-    async def report_in_thread(session: Session) -> None:
-        await asyncio.to_thread(report_from_thread, session)
+    async def report_progress_in_thread(session: Session) -> None:
+        await asyncio.to_thread(report_progress_from_thread, session)
 
     control_plane.enqueue()
-    async with make_pool(report_in_thread, stall_timeout=3.0):
+    async with make_pool(report_progress_in_thread, stall_timeout=3.0):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
 
@@ -238,23 +238,23 @@ async def test_gauge_shows_longest_time_that_handler_made_no_progress(
     go_on, may_end = asyncio.Event(), asyncio.Event()
 
     @handler
-    async def wait_and_hang(session: Session) -> None:
+    async def hang_after_waiting(session: Session) -> None:
         with session.waiting():
             await go_on.wait()
         await may_end.wait()
 
-    def gauge_value() -> float:
+    def read_gauge_value() -> float:
         ((_, _, _, longest),) = supervisor._snapshot().sessions
         assert isinstance(longest, float)
         return longest
 
     control_plane.enqueue()
-    async with make_pool(wait_and_hang) as supervisor:
+    async with make_pool(hang_after_waiting) as supervisor:
         await recorder.wait_for(SessionStarted)
         await asyncio.sleep(0.1)
-        assert gauge_value() == 0
+        assert read_gauge_value() == 0
         go_on.set()
         async with asyncio.timeout(20):
-            while gauge_value() < 0.1:  # noqa: ASYNC110 - the gauge grows with time
+            while read_gauge_value() < 0.1:  # noqa: ASYNC110 - the gauge grows with time
                 await asyncio.sleep(0.02)
         may_end.set()

@@ -56,13 +56,13 @@ async def test_context_variable_set_by_handler_is_unset_in_next_session(
     before: list[str] = []
 
     @handler
-    async def set_variable(session: Session) -> None:
+    async def set_context_variable(session: Session) -> None:
         before.append(seen.get())
         seen.set(session.id)
 
     control_plane.enqueue(5)
     token = seen.set("the embedder's")
-    async with make_pool(set_variable, concurrency=1):
+    async with make_pool(set_context_variable, concurrency=1):
         await recorder.wait_for(SessionFinished, count=5)
     assert before == ["the embedder's"] * 5
     seen.reset(token)
@@ -78,13 +78,13 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
         clients.append(WorkClient(settings))
         return clients[-1]
 
-    class CloseOrderPlugin:
+    class CloseRecordingPlugin:
         @hookimpl
         def workpool_lifespan(self) -> Any:
-            return self.record_close()
+            return self.record_lifespan_close()
 
         @asynccontextmanager
-        async def record_close(self) -> AsyncIterator[None]:
+        async def record_lifespan_close(self) -> AsyncIterator[None]:
             yield
             closing["threads"] = [
                 thread.name
@@ -94,7 +94,7 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
             closing["stats"] = await clients[0].stats()
 
     control_plane.enqueue()
-    plugins = [return_at_once, CloseOrderPlugin(), recorder]
+    plugins = [return_at_once, CloseRecordingPlugin(), recorder]
     async with Supervisor(make_settings(), plugins=plugins, connect=connect):
         await recorder.wait_for(SessionFinished)
     assert closing["threads"] == []

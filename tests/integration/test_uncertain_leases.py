@@ -49,7 +49,7 @@ def let_other_worker_take_over(
     return take_item_over
 
 
-def heartbeat_results(recorder: Recorder) -> list[str]:
+def list_heartbeat_results(recorder: Recorder) -> list[str]:
     return [event.result for event in recorder.of(HeartbeatFinished)]
 
 
@@ -67,7 +67,7 @@ async def test_lease_survives_first_heartbeat_that_was_applied_but_not_answered(
     async with make_pool(return_at_once):
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert heartbeat_results(recorder)[:3] == ["transient", "recovered", "ok"]
+    assert list_heartbeat_results(recorder)[:3] == ["transient", "recovered", "ok"]
     assert not recorder.of(ItemReclaimed)
     assert len(faults.of("get")) == 1
 
@@ -84,18 +84,18 @@ async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_event(_: Session) -> None:
+    async def wait_for_permission_to_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(wait_for_event):
+    async with make_pool(wait_for_permission_to_end):
         await recorder.wait_for(SessionStarted)
         rule = faults.add(fault, "heartbeat", times=1)
         await recorder.wait_for(HeartbeatFinished, lambda event: event.result == "recovered")
-        seen = len(heartbeat_results(recorder))
+        seen = len(list_heartbeat_results(recorder))
         await recorder.wait_for(HeartbeatFinished, count=seen + 2)
         assert rule.hits == 1
-        assert set(heartbeat_results(recorder)[seen:]) == {"ok"}
+        assert set(list_heartbeat_results(recorder)[seen:]) == {"ok"}
         may_end.set()
         finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "completed"
@@ -113,7 +113,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
     errors: list[BaseException] = []
 
     @handler
-    async def write_when_cancelled(session: Session) -> None:
+    async def write_metadata_when_cancelled(session: Session) -> None:
         try:
             await asyncio.Event().wait()
         finally:
@@ -124,7 +124,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
 
     (item,) = control_plane.enqueue()
     # The pool's only slot is used, so the pool does not poll for the item itself.
-    async with make_pool(write_when_cancelled, concurrency=1):
+    async with make_pool(write_metadata_when_cancelled, concurrency=1):
         await recorder.wait_for(SessionStarted)
         faults.add(hold, "heartbeat", times=1)
         await hold.reached()
@@ -136,7 +136,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
     assert len(errors) == 1
     (lost_to,) = recorder.of(ItemReclaimed)
     assert (lost_to.direction, lost_to.stage) == ("lost", "run")
-    assert heartbeat_results(recorder)[-1] == "precondition"
+    assert list_heartbeat_results(recorder)[-1] == "precondition"
     after = list(control_plane.history)[taken:]
     assert not [record for record in after if record.work_id == item.id]
     assert control_plane.summary().overlapping == 0
@@ -157,7 +157,7 @@ async def test_session_after_sleep_of_machine_beyond_ttl_sends_nothing_for_item(
     woken = asyncio.Event()
 
     @handler
-    async def write_after_wake_up(session: Session) -> None:
+    async def write_metadata_after_wake_up(session: Session) -> None:
         await woken.wait()
         try:
             await session.update_metadata({"too": "late"})
@@ -166,7 +166,7 @@ async def test_session_after_sleep_of_machine_beyond_ttl_sends_nothing_for_item(
         await asyncio.Event().wait()
 
     (item,) = control_plane.enqueue()
-    async with make_pool(write_after_wake_up):
+    async with make_pool(write_metadata_after_wake_up):
         await recorder.wait_for(SessionStarted)
         sent = len(faults.of(work_id=item.id))
         slept = 61.0

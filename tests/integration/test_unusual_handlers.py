@@ -131,13 +131,13 @@ async def test_answer_about_another_item_is_ignored(
         item = control_plane.operations.get_item(control_plane.environments[0], other.id)
         return orjson.dumps(DIALECTS["qoder"].item_json(item) | {"state": "starting"})
 
-    def is_for_our_item(request: Request) -> bool:
+    def is_request_for_our_item(request: Request) -> bool:
         return request.work_id == ours.id
 
     if op == "get":
         # The pool reads the item only if a heartbeat was applied but not answered.
-        faults.add(status(503, applied=True), "heartbeat", times=1, where=is_for_our_item)
-    faults.add(literal(answer_with_other_item), op, times=1, where=is_for_our_item)
+        faults.add(status(503, applied=True), "heartbeat", times=1, where=is_request_for_our_item)
+    faults.add(literal(answer_with_other_item), op, times=1, where=is_request_for_our_item)
     async with make_pool(return_at_once):
         await recorder.wait_for(SessionFinished, count=2)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}

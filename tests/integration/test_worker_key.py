@@ -68,7 +68,7 @@ def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RETRY_PARTS", (6000,))
 
 
-def call_counts(faults: Faults) -> Counter[str]:
+def count_calls_by_operation(faults: Faults) -> Counter[str]:
     return Counter(request.op for request in faults.seen)
 
 
@@ -94,7 +94,9 @@ async def test_each_optional_call_is_refused_and_logged_once(
         control_plane.operations.get_item(item.environment_id, item.id).state
         for item in list_all_items(control_plane)
     } == {"stopped"}
-    assert call_counts(faults)["update"] == call_counts(faults)["stats"] == 1
+    assert (
+        count_calls_by_operation(faults)["update"] == count_calls_by_operation(faults)["stats"] == 1
+    )
     assert len(recorder.of(ResultDropped)) == 5
     assert not recorder.of(QueueStatsRead)
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
@@ -117,7 +119,7 @@ async def test_item_is_found_in_list_after_unanswered_heartbeat_with_worker_key(
     assert final.outcome == "completed"
     results = [event.result for event in recorder.of(HeartbeatFinished)]
     assert results == ["transient", "recovered", "ok"]
-    assert call_counts(faults)["get"] == 1
+    assert count_calls_by_operation(faults)["get"] == 1
     expected = [each.query.get("expected_last_heartbeat") for each in faults.of("heartbeat")]
     assert expected[:2] == ["NO_HEARTBEAT", "NO_HEARTBEAT"]
     assert None not in expected
@@ -153,7 +155,7 @@ async def test_second_heartbeat_conflict_under_worker_key_sends_no_get_request(
         control_plane.enqueue(3)
         ends = await wait_for_finished_sessions(recorder, 3)
     assert {end.outcome for end in ends} == {"lease_lost"}
-    assert call_counts(faults)["get"] == 1
+    assert count_calls_by_operation(faults)["get"] == 1
 
 
 async def test_attempts_under_worker_key_are_counted_without_metadata(
@@ -227,7 +229,7 @@ async def test_metadata_write_under_worker_key_is_refused_without_request(
     assert len(errors) == 3
     assert "may not make this call" in errors[0]
     # Each of the three sessions may send one call before the first refusal arrives.
-    assert call_counts(faults)["update"] <= 3
+    assert count_calls_by_operation(faults)["update"] <= 3
 
 
 async def test_handler_error_under_worker_key_fails_session(
@@ -240,7 +242,7 @@ async def test_handler_error_under_worker_key_fails_session(
     final = await run_one_item(raise_error)
     assert final.outcome == "failed"
     assert final.metadata == {}
-    assert call_counts(faults)["update"] == 1
+    assert count_calls_by_operation(faults)["update"] == 1
 
 
 async def test_api_key_is_used_for_optional_calls_and_token_for_required_calls(
@@ -281,4 +283,4 @@ async def test_refused_optional_calls_are_tried_again_after_a_poll_was_refused(
         await faults.wait_for("poll", count=len(faults.of("poll")) + 3)
         control_plane.enqueue(2)
         await wait_for_finished_sessions(recorder, 3)
-    assert call_counts(faults)["update"] == 2
+    assert count_calls_by_operation(faults)["update"] == 2

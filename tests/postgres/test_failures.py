@@ -63,7 +63,7 @@ class WorkersUnderLoad:
         self._refused.clear()
         await self._refused.wait()
 
-    async def wait_for_stops(self, count: int) -> None:
+    async def wait_for_stopped_items(self, count: int) -> None:
         """Wait until the workers have stopped `count` more items."""
         target = len(self.stopped) + count
         while len(self.stopped) < target:
@@ -177,11 +177,11 @@ async def test_database_that_restarts_under_load_loses_no_item(
 ) -> None:
     async with run_under_load(own_postgres.create_database()) as load:
         for _ in range(2):
-            await load.wait_for_stops(5)
+            await load.wait_for_stopped_items(5)
             await asyncio.to_thread(own_postgres.stop if end == "stop" else own_postgres.kill)
             await load.wait_for_503()
             await asyncio.to_thread(own_postgres.start)
-            await load.wait_for_stops(1)
+            await load.wait_for_stopped_items(1)
     assert load.refusals > 0
 
 
@@ -219,12 +219,12 @@ async def test_failover_to_a_standby_under_load_loses_no_item(
     hosts = f"127.0.0.1:{own_postgres.port},127.0.0.1:{standby.port}"
     url = f"postgresql://workpool@{hosts}/{name}?target_session_attrs=read-write"
     async with run_under_load(url) as load:
-        await load.wait_for_stops(10)
+        await load.wait_for_stopped_items(10)
         await asyncio.to_thread(own_postgres.kill)
         for _ in range(20):
             await load.wait_for_503()
         await asyncio.to_thread(standby.promote)
-        await load.wait_for_stops(10)
+        await load.wait_for_stopped_items(10)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
         "CREATE TABLE regions (name text PRIMARY KEY);",
     )
     async with run_under_load(url) as load:
-        await load.wait_for_stops(20)
+        await load.wait_for_stopped_items(20)
         releases = migrations.load_migrations
         monkeypatch.setattr(migrations, "load_migrations", lambda: (*steps, step))
         async with make_node(url) as newer:  # a node of the next release migrates the schema
@@ -336,7 +336,7 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
             client = NodeClient(load._http, newer.base_url, "newer")
             for _ in range(10):
                 await load._call_until_answered(client.enqueue)
-            await load.wait_for_stops(20)
+            await load.wait_for_stopped_items(20)
         monkeypatch.setattr(migrations, "load_migrations", releases)
         async with make_node(url):  # a node of the older release starts on the newer schema
             pass

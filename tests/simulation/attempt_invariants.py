@@ -114,7 +114,7 @@ def released_items_have_a_release_mark(case: FinishedSimulation) -> Iterator[str
             if not_begun and not any(run.node is node for run in one.runs):
                 continue
             returned = any(run.result == "returned" and run.node is node for run in one.runs)
-            if _was_released(node, lease) and not returned:
+            if _session_was_released(node, lease) and not returned:
                 yield f"{work_id} was released by {node.machine.name} and not marked"
 
 
@@ -125,7 +125,7 @@ def no_item_has_a_release_mark_and_an_error(case: FinishedSimulation) -> Iterato
     """
     for work_id in case.runs:
         calls = list_attempt_writes(case, work_id)
-        if has_late_attempt_write(case, work_id) or calls != sorted(calls, key=_send_time):
+        if has_late_attempt_write(case, work_id) or calls != sorted(calls, key=_call_send_time):
             continue
         standing: set[str] = set()
         for call in calls:
@@ -186,7 +186,7 @@ def has_late_attempt_write(case: FinishedSimulation, work_id: str) -> bool:
     return False
 
 
-def _was_released(node: PoolProcess, lease: GrantedLease) -> bool:
+def _session_was_released(node: PoolProcess, lease: GrantedLease) -> bool:
     return any(
         isinstance(event, SessionFinished)
         and event.session.item.id == lease.work_id
@@ -196,5 +196,5 @@ def _was_released(node: PoolProcess, lease: GrantedLease) -> bool:
     )
 
 
-def _send_time(call: SentCall) -> float:
+def _call_send_time(call: SentCall) -> float:
     return call.at

@@ -36,7 +36,7 @@ class OperationsWithActiveAcks(Operations):
         item = super().poll(environment_id, poll)
         if item is None or not self._poll_leases:
             return item
-        leased = replace(self._with_new_lease(item), state=STARTING)
+        leased = replace(self._copy_with_new_lease(item), state=STARTING)
         return self._replace_item(
             self.get_queue(environment_id), leased, "delivered", poll.worker_id
         )
@@ -50,11 +50,11 @@ class OperationsWithActiveAcks(Operations):
         if item.state != (STARTING if self._poll_leases else QUEUED):
             self._add_record("conflict", item, worker_id, op="ack")
             raise APIError(409, f"the item is {item.state}")
-        leased = item if self._poll_leases else self._with_new_lease(item)
+        leased = item if self._poll_leases else self._copy_with_new_lease(item)
         acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest_time)
         return self._replace_item(queue, acked, "acked", worker_id)
 
-    def _with_new_lease(self, item: Item) -> Item:
+    def _copy_with_new_lease(self, item: Item) -> Item:
         return replace(
             item,
             delivered_at=None,

@@ -277,7 +277,7 @@ def _build_leases(
 def _lease_from_record(record: Record) -> GrantedLease:
     """Return a lease that begins at the time of the given ack or heartbeat."""
     lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
-    lease.ends.append((record.time, _granted_end_of_record(record)))
+    lease.ends.append((record.time, _lease_end_of_record(record)))
     return lease
 
 
@@ -290,7 +290,7 @@ def _replace_by_lease_of_child(lease: GrantedLease, record: Record) -> GrantedLe
 
 def _apply_record_to_lease(lease: GrantedLease, record: Record) -> None:
     if record.kind == "heartbeat":
-        lease.ends.append((record.time, _granted_end_of_record(record)))
+        lease.ends.append((record.time, _lease_end_of_record(record)))
     elif record.kind == "stop_requested":
         lease.stop_requested = min(lease.stop_requested, record.time)
     elif record.kind in {"lapsed", "stopped"}:
@@ -299,5 +299,5 @@ def _apply_record_to_lease(lease: GrantedLease, record: Record) -> None:
         lease.stopped_by = record.worker_id
 
 
-def _granted_end_of_record(record: Record) -> float:
+def _lease_end_of_record(record: Record) -> float:
     return FOREVER if record.lease_end is None else record.lease_end - START

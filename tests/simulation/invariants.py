@@ -110,13 +110,13 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
             if call.answered_at >= lease.began
         ):
             yield f"{_describe_run(run)} started before a heartbeat was answered"
-        if _started_too_late(case, lease, run):
+        if _run_started_too_late(case, lease, run):
             granted = lease.granted_end_at(run.started)
             yield f"{_describe_run(run)} started; granted until {granted:.3f}"
         until = run.ended_or_cancelled_at
         limit = lease.granted_end_at(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
-            _was_halted_shortly_before(run.node, until)
+            _machine_was_halted_shortly_before(run.node, until)
             or case.extended_lease_of_another_worker(run.node, run.work_id)
             or run.node.was_paused_unnoticed(lease.began, until)
         )
@@ -124,7 +124,7 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
             yield f"{_describe_run(run)} ran until {until:.3f}, allowed until {limit:.3f}"
 
 
-def _started_too_late(case: FinishedSimulation, lease: GrantedLease, run: HandlerRun) -> bool:
+def _run_started_too_late(case: FinishedSimulation, lease: GrantedLease, run: HandlerRun) -> bool:
     late = (
         run.started > lease.granted_end_at(run.started) + MARGIN_SECONDS
         and run.behaviour != "alone"
@@ -155,7 +155,7 @@ def _is_allowed_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerR
         ignored
         or broken
         or unseen
-        or _was_halted_shortly_before(one.node, two.started, TIDY_SECONDS)
+        or _machine_was_halted_shortly_before(one.node, two.started, TIDY_SECONDS)
     )
 
 
@@ -305,7 +305,7 @@ def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
         # Invariant 3a reports the stops that were sent without a lease.
         if lease is not None and lease.stop_requested > call.at:
             run = case.last_run_of_lease(call.node, lease)
-            if problem := _unjustified_stop(call, run):
+            if problem := _describe_unjustified_stop(call, run):
                 yield f"{call} was sent {problem}"
         elif lease is not None:
             run = case.last_run_of_lease(call.node, lease)
@@ -313,7 +313,7 @@ def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{call} was sent while its handler ran"
 
 
-def _unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | None:
+def _describe_unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | None:
     """Return why a stop that no operator requested was wrong; None if it was right."""
     if run is None:
         return "for an item that had not run"
@@ -550,7 +550,7 @@ def _has_stopped_claiming(node: PoolProcess, at: float) -> bool:
     return node.error is not None or (node.drain is not None and node.drain[0] <= at)
 
 
-def _was_halted_shortly_before(node: PoolProcess, at: float, more: float = 0.0) -> bool:
+def _machine_was_halted_shortly_before(node: PoolProcess, at: float, more: float = 0.0) -> bool:
     slack = TICK_SECONDS + MARGIN_SECONDS + more
     return any(since <= at <= until + slack for since, until in node.machine.pauses)
 

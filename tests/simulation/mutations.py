@@ -604,7 +604,7 @@ def apply_mutation(edits: list[SourceEdit]) -> Iterator[None]:
     with ExitStack() as stack:
         for edit in edits:
             module_name, _, class_name = edit.where.partition(":")
-            module = importlib.import_module(_full_name(module_name))
+            module = importlib.import_module(_full_module_name(module_name))
             owner = getattr(module, class_name)
             name, original = _find_edited_function(owner, edit)
             setattr(owner, name, _compile_edited_function(module, original, edit))
@@ -612,7 +612,7 @@ def apply_mutation(edits: list[SourceEdit]) -> Iterator[None]:
         yield
 
 
-def _full_name(module: str) -> str:
+def _full_module_name(module: str) -> str:
     if module.startswith("workpool"):
         return module
     return f"workpool.{module}" if "." in module else f"workpool.pool.{module}"

@@ -68,7 +68,7 @@ def _find_claims_before_completion(
     if run.node.was_paused_unnoticed(run.started, stop.at):
         return  # after an unnoticed pause, the stop waits for a heartbeat that verifies the lease
     writes = [call for call in writes if call.at <= stop.at]
-    delayed = _was_delayed(case, run.node, run.work_id, run.ended, stop.at)
+    delayed = _item_was_delayed(case, run.node, run.work_id, run.ended, stop.at)
     if delayed or any(call.fault is not None for call in writes):
         return
     for at in permits:
@@ -97,12 +97,12 @@ def _find_acks_sent_too_late(
     for call in case.sent[node, event.item.id]:
         if call.op == "ack" and began - INSTANT_SECONDS <= call.at <= at:
             late = call.at - began > MARGIN_SECONDS
-            if late and not (call.fault or _was_delayed(case, node, call.work_id, began, at)):
+            if late and not (call.fault or _item_was_delayed(case, node, call.work_id, began, at)):
                 yield f"{call} was sent; its item had a slot since {began:.3f}"
             return
 
 
-def _was_delayed(
+def _item_was_delayed(
     case: FinishedSimulation, node: PoolProcess, work_id: str | None, since: float, until: float
 ) -> bool:
     """Return whether the pool's machine was halted, or a call for the item got no connection."""
@@ -151,9 +151,9 @@ def _find_claims_made_too_early(
             continue
         if isinstance(event, SessionFinished):
             failed, grown = _failures_and_pause_after(event, failed, pause)
-            if grown != pause or _failed_quickly(event):
+            if grown != pause or _session_failed_quickly(event):
                 resume_at, pause = at + grown, grown
-        elif _is_claim(event, at, declined) and at < resume_at - INSTANT_SECONDS:
+        elif _is_claim_event(event, at, declined) and at < resume_at - INSTANT_SECONDS:
             name = node.machine.name
             yield f"{name} claimed an item at {at:.3f}, before {resume_at:.3f}"
 
@@ -170,7 +170,7 @@ def _failures_and_pause_after(
     event: SessionFinished, failed: set[str], pause: float
 ) -> tuple[set[str], float]:
     """Return the items that failed in a row up to `event`, and the pause before the next claim."""
-    if _failed_quickly(event):
+    if _session_failed_quickly(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
     if event.outcome in {"completed", "failed", "timed_out", "stalled"}:
@@ -178,11 +178,11 @@ def _failures_and_pause_after(
     return failed, pause
 
 
-def _failed_quickly(event: SessionFinished) -> bool:
+def _session_failed_quickly(event: SessionFinished) -> bool:
     return event.outcome == "failed" and event.seconds < 1
 
 
-def _is_claim(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
+def _is_claim_event(event: Event, at: float, declined: set[tuple[float, str]]) -> bool:
     return (
         isinstance(event, ItemReceived)
         and event.origin != "duplicate"
@@ -291,12 +291,12 @@ def refused_optional_calls_are_not_repeated(case: FinishedSimulation) -> Iterato
                     and call.op == op
                     and permission_denied_at < call.at < forgotten_at
                     and not _repeats_unanswered_call(case, call, permission_denied_at)
-                    and not _waited_for_connection(case, call, permission_denied_at)
+                    and not _call_waited_for_connection(case, call, permission_denied_at)
                 ):
                     yield f"{call} was sent; it was refused at {permission_denied_at:.3f}"
 
 
-def _waited_for_connection(case: FinishedSimulation, call: SentCall, since: float) -> bool:
+def _call_waited_for_connection(case: FinishedSimulation, call: SentCall, since: float) -> bool:
     """Return whether the call began to wait for a connection at the time `since` or before."""
     return any(
         each.node is call.node

@@ -62,7 +62,7 @@ class ProgressFile:
         self._path = path
         self._source = _hash_source_code()
 
-    def read_finished_parts(self) -> Mapping[range, SimulationReport]:
+    def read_finished_seed_ranges(self) -> Mapping[range, SimulationReport]:
         """Return the file's results for this version of the source code, by range of seeds."""
         found: dict[range, SimulationReport] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
@@ -78,7 +78,7 @@ class ProgressFile:
                 )
         return found
 
-    def append_finished_part(self, seeds: range, report: SimulationReport) -> None:
+    def append_finished_seed_range(self, seeds: range, report: SimulationReport) -> None:
         """Append to the file the result of the simulations of a range of seeds."""
         *numbers, failures = report
         part = {

@@ -80,7 +80,7 @@ def retry_number_is_stored_for_the_next_run(case: FinishedSimulation) -> Iterato
                 yield f"{_describe_run(calls[0])} is the first call, but {left} was left to it"
             expected = calls[-1].retry + (calls[-1].result == "retried")
             if (
-                _was_released(case, node, lease)
+                _session_was_released(case, node, lease)
                 and _stored_retry_number(case, work_id, lease.ended) != expected
             ):
                 yield f"{_describe_run(calls[-1])} was released without {expected} for the next run"
@@ -115,7 +115,7 @@ def _session_may_have_ended_by(
     )
 
 
-def _was_released(case: FinishedSimulation, node: PoolProcess, lease: GrantedLease) -> bool:
+def _session_was_released(case: FinishedSimulation, node: PoolProcess, lease: GrantedLease) -> bool:
     """Return whether the pool released the session and was able to write metadata before that."""
     return (
         lease.stop_requested == FOREVER

@@ -111,7 +111,7 @@ def simulate_in_processes(
         for first in range(seed, seed + schedules, PART)
     ]
     progress = None if file is None else ProgressFile(file)
-    finished = {} if progress is None else progress.read_finished_parts()
+    finished = {} if progress is None else progress.read_finished_seed_ranges()
     report = functools.reduce(
         SimulationReport.merge, (finished[p] for p in parts if p in finished), SimulationReport()
     )
@@ -119,7 +119,7 @@ def simulate_in_processes(
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for part, result in pool.imap_unordered(_simulate_range_of_seeds, missing):
             if progress is not None:
-                progress.append_finished_part(part, result)
+                progress.append_finished_seed_range(part, result)
             report = report.merge(result)
     return report
 

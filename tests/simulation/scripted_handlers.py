@@ -102,7 +102,7 @@ class SimulatedHandlers:
     ) -> None:
         """Create the handlers. Handoffs call `start_child(node, lease, delay)`."""
         self.healed = False
-        self._start_child = start_child
+        self._start_handoff_child = start_child
         self._trace = trace
         self._node = node
         self._now = now
@@ -327,7 +327,7 @@ class SimulatedHandlers:
         self._trace.handoff_blocks.append(block)
         run.ended, run.result = self._now(), "handed"
         if delay is not None:
-            self._start_child(self._node, lease, delay)
+            self._start_handoff_child(self._node, lease, delay)
         try:
             await asyncio.sleep(BLOCK_SECONDS)
             if fails:

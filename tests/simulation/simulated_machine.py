@@ -272,12 +272,12 @@ class MachinesLoop(VirtualLoop):
         """
         future: asyncio.Future[T] = self.create_future()
 
-        def call_function() -> None:
+        def call_function_and_set_result() -> None:
             if not future.done():
                 future.set_result(func(*args))
 
         if executor is not None:
-            self.call_later(THREAD_SECONDS, call_function)
+            self.call_later(THREAD_SECONDS, call_function_and_set_result)
         return future
 
     def push_timer(self, timer: asyncio.TimerHandle) -> None:

@@ -117,7 +117,7 @@ class SimulatedHandoffChild(SimulatedSupervisor, HandoffChild):
 
 def pool_settings(pool: PoolSettings) -> Settings:
     """Return a pool's settings. All pools have one `worker_id`, like restarts of one worker."""
-    return _common_settings().replace(
+    return _make_common_settings().replace(
         concurrency=pool.concurrency,
         prefetch=pool.prefetch,
         pollers=pool.pollers,
@@ -135,7 +135,7 @@ def pool_settings(pool: PoolSettings) -> Settings:
 
 
 @cache
-def _common_settings() -> Settings:
+def _make_common_settings() -> Settings:
     return Settings(
         environment_id=ENVIRONMENT,
         base_url="http://127.0.0.1:1",
@@ -225,12 +225,12 @@ class SimulatedWorld:
         self._spawn_task(node, self._run_pool(node, supervisor))
         return node
 
-    def _start_child(self, parent: PoolProcess, lease: HandedLease, delay: float) -> None:
+    def _start_handoff_child(self, parent: PoolProcess, lease: HandedLease, delay: float) -> None:
         """Start a child process after `delay` seconds, even if the parent's machine halts."""
-        begin = partial(self._run_child, parent, lease)
+        begin = partial(self._run_handoff_child, parent, lease)
         self.loop.call_at(self.loop.now + delay, begin, context=NETWORK)
 
-    def _run_child(self, parent: PoolProcess, lease: HandedLease) -> None:
+    def _run_handoff_child(self, parent: PoolProcess, lease: HandedLease) -> None:
         if self._network.over:
             return
         pool = replace(parent.pool, session_timeout=None, stall_timeout=None, lease_ttl=lease.ttl)
@@ -245,18 +245,18 @@ class SimulatedWorld:
         self._spawn_task(node, self._run_pool(node, child))
 
     def _create_pool_process(self, pool: PoolSettings) -> PoolProcess:
-        machine = self._new_machine(f"{len(self.trace.nodes)}", pool.rate)
+        machine = self._create_machine(f"{len(self.trace.nodes)}", pool.rate)
         node = PoolProcess(machine, pool, self.loop.now)
         node.no_fault = Fault(request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS)
         self.trace.nodes.append(node)
         machine.max_sessions = pool.max_sessions
         machine.handlers = SimulatedHandlers(
-            self.trace, node, lambda: self.loop.now, self._start_child
+            self.trace, node, lambda: self.loop.now, self._start_handoff_child
         )
         self._handlers.append(machine.handlers)
         return node
 
-    def _new_machine(self, name: str, rate: float) -> SimulatedMachine:
+    def _create_machine(self, name: str, rate: float) -> SimulatedMachine:
         return SimulatedMachine(self.loop, name, rate)
 
     def _supervisor_arguments(self, node: PoolProcess) -> dict[str, Any]:

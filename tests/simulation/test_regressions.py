@@ -442,12 +442,12 @@ async def test_unanswered_completion_is_retried_until_one_second_before_lease_en
 async def test_item_polled_by_two_workers_at_once_is_soon_acknowledged_by_one() -> None:
     """Formerly all acks were refused: each worker polled before the other's ack arrived."""
 
-    def latency_of_call(request: Request) -> Fault:
+    def make_latency_fault(request: Request) -> Fault:
         return Fault(request_delay=0.005 if request.op == "ack" else 0.001, answer_delay=0.001)
 
     settings: dict[str, Any] = {"concurrency": 1, "pollers": 1, "reclaim_older_than_ms": 0}
-    one = PoolTestbed(latency_of_call, **settings)
-    two = PoolTestbed(latency_of_call, operations=one.operations, **settings)
+    one = PoolTestbed(make_latency_fault, **settings)
+    two = PoolTestbed(make_latency_fault, operations=one.operations, **settings)
     async with one.supervisor:
         (item,) = one.operations.enqueue(ENVIRONMENT)
         await one.recorder.wait_for(ItemReceived)

@@ -121,22 +121,22 @@ def test_replay_has_lines_for_actions_calls_handlers_and_events() -> None:
 def test_continued_simulation_reads_finished_results_from_progress_file(tmp_path: Path) -> None:
     file = tmp_path / "progress"
     failed = SimulationReport(50, 1, 2, 3, ((7, ("first violation", "second violation")),))
-    ProgressFile(file).append_finished_part(range(50), failed)
+    ProgressFile(file).append_finished_seed_range(range(50), failed)
     with file.open("a") as cut:
         cut.write('\n{"source": "')
     first = simulate_in_processes(0, 60, 1, file)
     assert first.schedules == 60
     assert first.failures == failed.failures
-    assert list(ProgressFile(file).read_finished_parts()) == [range(50), range(50, 60)]
+    assert list(ProgressFile(file).read_finished_seed_ranges()) == [range(50), range(50, 60)]
     assert simulate_in_processes(0, 60, 1, file) == first
 
 
 def test_progress_file_of_another_version_of_the_code_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ProgressFile(tmp_path / "progress").append_finished_part(range(50), SimulationReport(50))
+    ProgressFile(tmp_path / "progress").append_finished_seed_range(range(50), SimulationReport(50))
     monkeypatch.setattr("tests.simulation.results._hash_source_code", lambda: "other")
-    assert ProgressFile(tmp_path / "progress").read_finished_parts() == {}
+    assert ProgressFile(tmp_path / "progress").read_finished_seed_ranges() == {}
 
 
 def read_table_of_promises() -> list[list[str]]:

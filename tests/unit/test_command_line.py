@@ -12,14 +12,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.references import examples_in_help, walk_commands
+from tests.references import examples_in_help, iterate_cli_commands
 from workpool.cli.commands import ENTRIES, app, load_command
 from workpool.cli.flags import WITHOUT_FLAG, flag_name
 from workpool.cli.hold import LAST_HEARTBEAT, WORK_ID
 from workpool.settings import DESCRIPTIONS, PREFIX, Settings
 
 ROOT: Any = typer.main.get_command(app)
-COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(walk_commands(ROOT, "workpool"))}
+COMMANDS: dict[str, Any] = {"workpool": ROOT, **dict(iterate_cli_commands(ROOT, "workpool"))}
 
 
 def run_python(code: str, **variables: str) -> str:

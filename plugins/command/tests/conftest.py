@@ -35,7 +35,7 @@ class ProcfsReader:
     """Reads the states of processes and descriptors from `/proc`."""
 
     @staticmethod
-    def _status_fields(pid: str) -> list[str]:
+    def _read_proc_stat_fields(pid: str) -> list[str]:
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
@@ -43,12 +43,12 @@ class ProcfsReader:
 
     def is_running(self, pid: int | str) -> bool:
         """Return whether a process exists and is no zombie."""
-        return self._status_fields(str(pid))[0] not in {"gone", "Z", "X"}
+        return self._read_proc_stat_fields(str(pid))[0] not in {"gone", "Z", "X"}
 
     def child_processes(self) -> set[str]:
         """Return the child processes of this process, zombies included."""
         pids = [path.name for path in Path("/proc").glob("[0-9]*")]
-        return {pid for pid in pids if self._status_fields(pid)[1] == str(os.getpid())}
+        return {pid for pid in pids if self._read_proc_stat_fields(pid)[1] == str(os.getpid())}
 
     def open_descriptors(self) -> list[str]:
         """Return the targets of this process's descriptors except sockets, which may be closing."""
@@ -59,7 +59,7 @@ class ProcfsReader:
                 targets.append(str(path.readlink()).partition(":")[0])
         return sorted(kind for kind in targets if kind != "socket")
 
-    async def wait_for_lines(self, path: Path, lines: int = 1) -> list[str]:
+    async def wait_for_file_lines(self, path: Path, lines: int = 1) -> list[str]:
         """Wait until a file has at least this many lines, and return all its lines."""
 
         def read_lines() -> list[str]:
@@ -101,7 +101,7 @@ def procfs() -> ProcfsReader:
 
 
 @pytest.fixture
-def run_after_spawn(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
+def install_spawn_callback(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
     """Return a function that installs a callback to run after each spawn of a command.
 
     The callback gets the process id. It runs before the plugin watches the process with
@@ -109,7 +109,7 @@ def run_after_spawn(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
     """
     pidfd_open = os.pidfd_open
 
-    def set_callback(action: Callable[[int], object]) -> None:
+    def set_spawn_callback(action: Callable[[int], object]) -> None:
         def run_callback_and_open(pid: int, *flags: int) -> int:
             # Since Python 3.12, asyncio also calls `pidfd_open`. Do not run the callback for a
             # process that asyncio watches.
@@ -119,7 +119,7 @@ def run_after_spawn(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
 
         monkeypatch.setattr(os, "pidfd_open", run_callback_and_open)
 
-    return set_callback
+    return set_spawn_callback
 
 
 @pytest.fixture

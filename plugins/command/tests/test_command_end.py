@@ -34,7 +34,7 @@ async def test_command_after_stop_request_finishes_and_writes_metadata(
     script = """trap 'echo "{\\"done\\": \\"half\\"}"; exit 0' TERM; echo $$ >$0; sleep 60 & wait"""
     [item] = kit.enqueue()
     async with kit.pool(shell_command(script, tmp_path / "pids", result=True)):
-        await procfs.wait_for_lines(tmp_path / "pids")
+        await procfs.wait_for_file_lines(tmp_path / "pids")
         kit.stop(item)
         end = await kit.wait_for(SessionFinished)
 
@@ -48,7 +48,7 @@ async def test_command_that_ignores_stop_request_is_killed_with_its_children(
 ) -> None:
     [item] = kit.enqueue()
     async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids", grace=0.3)):
-        pids = await procfs.wait_for_lines(tmp_path / "pids", 2)
+        pids = await procfs.wait_for_file_lines(tmp_path / "pids", 2)
         kit.stop(item)
         end = await kit.wait_for(SessionFinished)
 
@@ -67,7 +67,7 @@ async def test_command_beyond_time_limit_is_killed_with_its_children(
     )
 
     assert result.outcome == outcome
-    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids", 0))
+    await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids", 0))
 
 
 async def test_output_after_limit_of_logged_lines_counts_as_progress(
@@ -101,7 +101,7 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
 ) -> None:
     [item] = kit.enqueue()
     async with kit.pool(shell_command(IGNORES_SIGTERM, tmp_path / "pids")):
-        pids = await procfs.wait_for_lines(tmp_path / "pids", 2)
+        pids = await procfs.wait_for_file_lines(tmp_path / "pids", 2)
         # Expire the lease, so that the control plane delivers the item again. The pool then detects
         # that it has lost the lease.
         expire_lease(kit.server, item.id)
@@ -131,7 +131,7 @@ async def test_command_during_drain_ends_with_outcome_of_its_exit_status(
 ) -> None:
     kit.enqueue()
     async with kit.pool(shell_command(script, tmp_path / "pids", grace=0.2)):
-        pids = await procfs.wait_for_lines(tmp_path / "pids")
+        pids = await procfs.wait_for_file_lines(tmp_path / "pids")
 
     assert (await kit.wait_for(SessionFinished)).outcome == outcome
     await procfs.wait_for_process_end(pids)
@@ -143,7 +143,7 @@ async def test_background_process_is_killed_after_exit_of_command(
     result = await kit.run_session(shell_command("sleep 60 & echo $! >$0", tmp_path / "pids"))
 
     assert result.outcome == "completed"
-    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids"))
+    await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids"))
 
 
 async def test_daemon_that_keeps_pipes_open_does_not_block_session(
@@ -160,7 +160,7 @@ async def test_daemon_that_keeps_pipes_open_does_not_block_session(
 
     assert result.outcome == "completed"
     assert "stdout: ok" in caplog.messages
-    [daemon] = await procfs.wait_for_lines(tmp_path / "pids")
+    [daemon] = await procfs.wait_for_file_lines(tmp_path / "pids")
     # Kill the daemon here. The plugin cannot do this, because the daemon has left the process
     # group.
     os.kill(int(daemon), signal.SIGKILL)
@@ -173,7 +173,7 @@ async def test_session_fails_if_other_code_reaped_its_command(
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     async with kit.pool(shell_command("echo $$ >$0/pids; read x <$0/fifo", tmp_path)):
-        await procfs.wait_for_lines(tmp_path / "pids")
+        await procfs.wait_for_file_lines(tmp_path / "pids")
         # Ignore SIGCHLD. The kernel then reaps the command at its exit, and the exit status is
         # lost.
         before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -192,14 +192,14 @@ async def test_session_fails_if_other_code_reaped_command_right_after_spawn(
     shell_command: Shell,
     procfs: Any,
     tmp_path: Path,
-    run_after_spawn: InstallCallback,
+    install_spawn_callback: InstallCallback,
 ) -> None:
-    run_after_spawn(lambda pid: os.waitpid(pid, 0))
+    install_spawn_callback(lambda pid: os.waitpid(pid, 0))
     result = await kit.run_session(shell_command("sleep 60 & echo $! >$0", tmp_path / "pids"))
 
     assert result.outcome == "failed"
     assert "its exit status was taken" in str(result.error)
-    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids"))
+    await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids"))
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
@@ -241,7 +241,7 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
         for end in kit.recorder.of(SessionFinished):
             assert end.outcome == outcomes[end.session.item.metadata["kind"]]
 
-    async def check_for_leaks() -> None:
+    async def check_that_sessions_leak_nothing() -> None:
         async with Kit() as first, Kit() as kit:
             # Run one session of each kind before counting. The event loop opens some descriptors at
             # their first use and keeps them open. The test would count these descriptors as a leak.
@@ -253,4 +253,4 @@ def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
             assert kit.server.summary().overlapping == 0
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(check_for_leaks())
+        runner.run(check_that_sessions_leak_nothing())

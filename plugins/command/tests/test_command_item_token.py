@@ -80,7 +80,7 @@ def find_worker_secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
     return find_secrets_in_dump
 
 
-def dump_command(tmp_path: Path, **options: Any) -> Command:
+def make_dump_command(tmp_path: Path, **options: Any) -> Command:
     command = [sys.executable, "-c", DUMP_PROGRAM, str(tmp_path / "dump")]
     return Command(command=command, item_token=True, root=str(tmp_path / "root"), **options)
 
@@ -91,7 +91,9 @@ async def test_command_with_token_of_item_cannot_read_key_of_worker(
     find_worker_secrets: Callable[[bytes], list[bytes]],
     tmp_path: Path,
 ) -> None:
-    result = await kit.run_session(dump_command(tmp_path), timeout=WAIT_SECONDS, **worker_settings)
+    result = await kit.run_session(
+        make_dump_command(tmp_path), timeout=WAIT_SECONDS, **worker_settings
+    )
     assert result.outcome == "completed"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump
@@ -118,7 +120,7 @@ async def test_detached_command_and_its_hold_process_cannot_read_key_of_worker(
     tmp_path: Path,
 ) -> None:
     before = procfs.child_processes()
-    async with kit.pool(dump_command(tmp_path, detach=True), **worker_settings):
+    async with kit.pool(make_dump_command(tmp_path, detach=True), **worker_settings):
         (item,) = kit.enqueue()
         finished = await kit.recorder.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         assert finished.outcome == "detached"
@@ -137,7 +139,7 @@ async def test_detached_command_for_item_without_token_fails(
 ) -> None:
     qoder = {**worker_settings, "dialect": "qoder", "base_url": kit.server.base_url}
     result = await kit.run_session(
-        dump_command(tmp_path, detach=True), timeout=WAIT_SECONDS, **qoder
+        make_dump_command(tmp_path, detach=True), timeout=WAIT_SECONDS, **qoder
     )
     assert result.outcome == "failed"
     assert isinstance(result.error, WorkpoolError)

@@ -54,10 +54,10 @@ async def work():
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             unique_entry="ENTRY=of this command",
         )
-        guard.announce_group(start.unique_entry)
+        guard.announce_process_group(start.unique_entry)
         process = start.spawn_process()
         if sys.argv[2] == "reported":
-            guard.add_group(process.pid)
+            guard.register_process_group(process.pid)
         print(process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -59,7 +59,7 @@ async def test_commands_of_killed_worker_are_killed(kit: Kit, procfs: Any, tmp_p
     command = ["sh", "-c", script, str(tmp_path / "pids")]
     async with running_worker(kit, tmp_path, command=command) as process:
         kit.enqueue(2)
-        pids = await procfs.wait_for_lines(tmp_path / "pids", 4)
+        pids = await procfs.wait_for_file_lines(tmp_path / "pids", 4)
         process.kill()
         await process.wait()
         await procfs.wait_for_process_end(pids)
@@ -81,12 +81,12 @@ async def test_detached_command_continues_after_its_worker_is_killed(
         kit, tmp_path, command=command, detach=True, root=str(root)
     ) as process:
         [item] = kit.enqueue()
-        await procfs.wait_for_lines(tmp_path / "started")
+        await procfs.wait_for_file_lines(tmp_path / "started")
         process.kill()
         await process.wait()
-    assert item_state(kit, item) == "active"
+    assert read_item_state(kit, item) == "active"
     await asyncio.to_thread((tmp_path / "fifo").write_text, "go\n")
-    await procfs.wait_until(lambda: item_state(kit, item) == "stopped")
+    await procfs.wait_until(lambda: read_item_state(kit, item) == "stopped")
 
     cwd = root / item.session_id
     assert json.loads((cwd / "item").read_text())["id"] == item.id
@@ -102,7 +102,7 @@ async def test_detached_command_of_running_worker_is_reaped(
     [item] = kit.enqueue()
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
-        await procfs.wait_until(lambda: item_state(kit, item) == "stopped")
+        await procfs.wait_until(lambda: read_item_state(kit, item) == "stopped")
         # Wait until the `workpool hold` process is reaped. Only the guard process remains.
         await procfs.wait_until(lambda: len(procfs.child_processes() - children) == 1)
 
@@ -129,5 +129,5 @@ async def test_session_is_released_if_token_of_workpool_hold_is_refused(
     assert "401" in (tmp_path / item.session_id / "output.log").read_text()
 
 
-def item_state(kit: Kit, item: Item) -> str:
+def read_item_state(kit: Kit, item: Item) -> str:
     return kit.server.operations.get_item(item.environment_id, item.id).state

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from plugins.command.tests.conftest import WAIT_SECONDS
-from workpool_command.process_group import CommandArguments, running_group, start_group
+from workpool_command.process_group import CommandArguments, running_process_group, start_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,20 +35,20 @@ class RecordingGroupRegistry:
         self.announced = ""
         self._refusal = refusal
 
-    def announce_group(self, unique_entry: str) -> None:
+    def announce_process_group(self, unique_entry: str) -> None:
         self.announced = unique_entry
 
-    def add_group(self, number: int) -> None:
+    def register_process_group(self, number: int) -> None:
         if self._refusal is not None:
             raise self._refusal
         self.running.add(number)
 
-    def remove_group(self, number: int) -> None:
+    def unregister_process_group(self, number: int) -> None:
         self.running.discard(number)
 
 
 @pytest.fixture(autouse=True)
-def _check_for_leaks(procfs: Any) -> Iterator[None]:
+def _check_for_leaked_processes_and_descriptors(procfs: Any) -> Iterator[None]:
     children, descriptors = procfs.child_processes(), procfs.open_descriptors()
     yield
     # Delete unreachable `Popen` objects now. A `Popen` object whose process was not reaped then
@@ -93,33 +93,33 @@ def sh_arguments(text: str, *arguments: object) -> CommandArguments:
 
 
 async def test_leader_reaped_right_after_spawn_counts_as_exited_with_unknown_status(
-    run_after_spawn: InstallCallback, procfs: Any, tmp_path: Path
+    install_spawn_callback: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
-    run_after_spawn(lambda pid: os.waitpid(pid, 0))
+    install_spawn_callback(lambda pid: os.waitpid(pid, 0))
     guard = RecordingGroupRegistry()
     start = sh_arguments("sleep 60 & echo $! >$0", tmp_path / "pids")
-    async with running_group(start, guard, lambda: 5.0) as group:
+    async with running_process_group(start, guard, lambda: 5.0) as group:
         assert group.exited.is_set()
         assert guard.running == {group.number}
 
     assert group.status is None
     assert guard.running == set()
-    await procfs.wait_for_process_end(await procfs.wait_for_lines(tmp_path / "pids"))
+    await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids"))
 
 
 async def test_reap_on_exit_after_other_code_reaped_leader_leaves_status_unknown(
-    run_after_spawn: InstallCallback,
+    install_spawn_callback: InstallCallback,
 ) -> None:
-    run_after_spawn(lambda pid: os.waitpid(pid, 0))
+    install_spawn_callback(lambda pid: os.waitpid(pid, 0))
     group = start_group(sh_arguments("exit 3"))
-    group.reap_on_exit()
+    group.reap_leader_on_exit()
 
     assert group.exited.is_set()
     assert group.status is None
 
 
 async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
-    run_after_spawn: InstallCallback, procfs: Any, tmp_path: Path
+    install_spawn_callback: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pids")
     pids: list[str] = []
@@ -130,7 +130,7 @@ async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
             pids.extend((tmp_path / "pids").read_text().split())
             stack.enter_context(without_free_descriptors())
 
-        run_after_spawn(exhaust_descriptors)
+        install_spawn_callback(exhaust_descriptors)
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
             start_group(sh_arguments("sleep 60 & echo $$ $! >$0; wait", tmp_path / "pids"))
 
@@ -139,7 +139,7 @@ async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
 
 
 async def test_leader_reaped_while_no_descriptor_is_free_counts_as_exited(
-    run_after_spawn: InstallCallback,
+    install_spawn_callback: InstallCallback,
 ) -> None:
     with ExitStack() as stack:
 
@@ -147,9 +147,9 @@ async def test_leader_reaped_while_no_descriptor_is_free_counts_as_exited(
             os.waitpid(pid, 0)
             stack.enter_context(without_free_descriptors())
 
-        run_after_spawn(reap_leader_and_exhaust_descriptors)
+        install_spawn_callback(reap_leader_and_exhaust_descriptors)
         group = start_group(sh_arguments("exit 3"))
-    group.reap_on_exit()
+    group.reap_leader_on_exit()
 
     assert group.exited.is_set()
     assert group.status is None
@@ -169,7 +169,7 @@ async def test_failed_add_reader_at_start_raises_error_and_closes_pidfd(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its user")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
 async def test_failed_start_without_kill_permission_raises_error_of_start(
-    run_after_spawn: InstallCallback, caplog: pytest.LogCaptureFixture
+    install_spawn_callback: InstallCallback, caplog: pytest.LogCaptureFixture
 ) -> None:
     pids: list[int] = []
     with ExitStack() as stack:
@@ -179,7 +179,7 @@ async def test_failed_start_without_kill_permission_raises_error_of_start(
             stack.enter_context(without_free_descriptors())
             stack.enter_context(without_kill_permission())
 
-        run_after_spawn(exhaust_descriptors)
+        install_spawn_callback(exhaust_descriptors)
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
             start_group(sh_arguments("exec sleep 60"))
     os.kill(pids[0], signal.SIGKILL)
@@ -196,7 +196,7 @@ async def test_start_of_missing_program_withdraws_announcement_to_guard() -> Non
     guard = RecordingGroupRegistry()
     start = replace(sh_arguments(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):
-        async with running_group(start, guard, lambda: 0.0):
+        async with running_process_group(start, guard, lambda: 0.0):
             pytest.fail("the block was entered")
 
     assert guard.announced == ""
@@ -204,7 +204,7 @@ async def test_start_of_missing_program_withdraws_announcement_to_guard() -> Non
 
 async def test_process_group_is_killed_and_reaped_if_registration_at_guard_fails() -> None:
     with pytest.raises(RuntimeError, match="refused"):
-        async with running_group(
+        async with running_process_group(
             sh_arguments("exec sleep 60"),
             RecordingGroupRegistry(RuntimeError("refused")),
             lambda: 0.0,
@@ -218,7 +218,7 @@ async def test_second_cancellation_after_kill_still_reaps_leader_on_exit(
     guard, entered, removed = RecordingGroupRegistry(), asyncio.Event(), asyncio.Event()
 
     async def run_group_until_cancelled() -> None:
-        async with running_group(sh_arguments("exec sleep 60"), guard, lambda: 0.0):
+        async with running_process_group(sh_arguments("exec sleep 60"), guard, lambda: 0.0):
             entered.set()
             await asyncio.Event().wait()
 
@@ -226,7 +226,7 @@ async def test_second_cancellation_after_kill_still_reaps_leader_on_exit(
         guard.running.remove(number)
         removed.set()
 
-    monkeypatch.setattr(guard, "remove_group", record_group_removal)
+    monkeypatch.setattr(guard, "unregister_process_group", record_group_removal)
     task = asyncio.get_running_loop().create_task(run_group_until_cancelled())
     await entered.wait()
     [number] = guard.running

@@ -38,12 +38,12 @@ DEFAULT_VARIABLES: Final = (
 """The variables of the worker's environment that a command gets by default."""
 
 
-def inherited_variables(names: Iterable[str]) -> dict[str, str]:
+def inherited_environment_variables(names: Iterable[str]) -> dict[str, str]:
     """Return the variables of the worker's environment that have one of these names."""
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def id_variables(session: Session) -> dict[str, str]:
+def id_environment_variables(session: Session) -> dict[str, str]:
     """Return the variables with the ids of the item, the session and the environment."""
     return {
         "WORKPOOL_WORK_ID": session.item.id,
@@ -52,17 +52,17 @@ def id_variables(session: Session) -> dict[str, str]:
     }
 
 
-def redelivery_variables(session: Session) -> dict[str, str]:
+def redelivery_environment_variables(session: Session) -> dict[str, str]:
     """Return the variable that says whether the item was delivered before."""
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
-def trace_variables(session: Session) -> dict[str, str]:
+def trace_environment_variables(session: Session) -> dict[str, str]:
     """Return the variable `TRACEPARENT`, or no variable if the session has no trace context."""
     return {} if session.traceparent is None else {"TRACEPARENT": session.traceparent}
 
 
-def item_json(item: WorkItem) -> bytes:
+def encode_item_as_json(item: WorkItem) -> bytes:
     """Return the item as one line of JSON, with the field names of the protocol."""
     return (
         json.dumps(
@@ -72,12 +72,12 @@ def item_json(item: WorkItem) -> bytes:
                 "environment_id": item.environment_id,
                 "data": {"type": item.type, "id": item.session_id},
                 "state": item.state,
-                "created_at": _timestamp_text(item.created_at),
-                "acknowledged_at": _timestamp_text(item.acknowledged_at),
-                "started_at": _timestamp_text(item.started_at),
+                "created_at": _format_timestamp(item.created_at),
+                "acknowledged_at": _format_timestamp(item.acknowledged_at),
+                "started_at": _format_timestamp(item.started_at),
                 "latest_heartbeat_at": item.last_heartbeat,
-                "stop_requested_at": _timestamp_text(item.stop_requested_at),
-                "stopped_at": _timestamp_text(item.stopped_at),
+                "stop_requested_at": _format_timestamp(item.stop_requested_at),
+                "stopped_at": _format_timestamp(item.stopped_at),
                 "metadata": dict(item.metadata),
             }
         ).encode()
@@ -85,11 +85,11 @@ def item_json(item: WorkItem) -> bytes:
     )
 
 
-def _timestamp_text(time: datetime | None) -> str | None:
+def _format_timestamp(time: datetime | None) -> str | None:
     return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 
-def kept_directory(root: Path, name: str) -> Path:
+def create_kept_directory(root: Path, name: str) -> Path:
     """Return the private directory `name` below `root`, and create it if it does not exist.
 
     Raises:

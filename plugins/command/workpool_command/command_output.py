@@ -38,7 +38,7 @@ class OutputLog:
         self._dropped = 0
 
     @property
-    def is_full(self) -> bool:
+    def has_reached_line_limit(self) -> bool:
         """Whether the limit of logged lines is reached."""
         return self._left <= 0
 
@@ -125,7 +125,7 @@ class PipeReader:
             raise
         return self
 
-    def close_writing_end(self) -> None:
+    def close_write_end_of_pipe(self) -> None:
         """Close this process's copy of the writing end, after the command has inherited it."""
         os.close(self.writer)
         self.writer = -1
@@ -134,7 +134,7 @@ class PipeReader:
         """Read the remaining output from the pipe without waiting."""
         self._suspend_reading()
         total = 0
-        while total < MAX_REST_BYTES and (chunk := self._read_chunk()):
+        while total < MAX_REST_BYTES and (chunk := self._read_output_chunk()):
             total += len(chunk)
             self.lines.add_chunk(chunk)
         self.lines.flush_unfinished_line()
@@ -146,26 +146,26 @@ class PipeReader:
             os.close(self.writer)
 
     def _resume_reading(self) -> None:
-        asyncio.get_running_loop().add_reader(self._reader, self._read_available)
+        asyncio.get_running_loop().add_reader(self._reader, self._read_available_output)
 
     def _suspend_reading(self) -> None:
         asyncio.get_running_loop().remove_reader(self._reader)
         if self._pause is not None:
             self._pause.cancel()
 
-    def _read_available(self) -> None:
-        chunk = self._read_chunk()
+    def _read_available_output(self) -> None:
+        chunk = self._read_output_chunk()
         if chunk:
             self.lines.add_chunk(chunk)
         if chunk == b"":
             self._suspend_reading()
-        elif self._log.is_full:
+        elif self._log.has_reached_line_limit:
             self._suspend_reading()
             self._pause = asyncio.get_running_loop().call_later(
                 DROP_PAUSE_SECONDS, self._resume_reading
             )
 
-    def _read_chunk(self) -> bytes | None:
+    def _read_output_chunk(self) -> bytes | None:
         """Return a chunk, empty bytes at the end of the output, or None if no output is waiting."""
         try:
             return os.read(self._reader, CHUNK_BYTES)

@@ -73,20 +73,20 @@ def raise_for_exit_status(session: Session, program: str, status: int | None) ->
     if status == 0:
         return
     if status == os.EX_TEMPFAIL:
-        raise Release(f"{program}: {exit_status_text(status)}")
+        raise Release(f"{program}: {describe_exit_status(status)}")
     if session.stopping:
         session.log.info(
             "command ended: %s",
-            exit_status_text(status),
+            describe_exit_status(status),
             extra={"program": program, "status": status},
         )
     elif session.draining:
         raise Release("the pool is draining")
     else:
-        raise CommandFailed(program, exit_status_text(status), status)
+        raise CommandFailed(program, describe_exit_status(status), status)
 
 
-def exit_status_text(status: int | None) -> str:
+def describe_exit_status(status: int | None) -> str:
     """Return a text such as `exit status 3` or `killed by SIGSEGV`."""
     if status is None:
         return "exit status unknown"

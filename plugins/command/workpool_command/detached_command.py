@@ -19,15 +19,15 @@ from weakref import WeakSet
 from workpool import Release
 from workpool.errors import HandoverError, innermost
 from workpool_command.command_inputs import (
-    inherited_variables,
-    item_json,
-    redelivery_variables,
-    trace_variables,
+    encode_item_as_json,
+    inherited_environment_variables,
+    redelivery_environment_variables,
+    trace_environment_variables,
 )
 from workpool_command.command_result import (
     CommandFailed,
     convert_start_errors,
-    exit_status_text,
+    describe_exit_status,
 )
 from workpool_command.process_group import CommandArguments, ProcessGroup, start_group
 
@@ -66,7 +66,7 @@ class HoldProcessStarter:
     def close(self) -> None:
         """Stop watching the `workpool hold` processes, which outlive the worker."""
         for group in list(self._groups):
-            group.stop_watching()
+            group.stop_watching_leader()
 
     async def hand_off_session(self, session: Session, cwd: Path) -> None:
         """Start the command under `workpool hold`, and wait until `hold` has taken the lease over.
@@ -101,14 +101,14 @@ class HoldProcessStarter:
         finally:
             if group is not None:
                 self._groups.add(group)
-                group.reap_on_exit()
+                group.reap_leader_on_exit()
 
     def _start_hold_process(
         self, session: Session, cwd: Path, lease_variables: Mapping[str, str]
     ) -> ProcessGroup:
         # With -P, Python imports no modules from the directory `cwd`, which the session can write.
         hold = (sys.executable, "-P", "-m", "workpool", "hold", "--")
-        variables = redelivery_variables(session) | trace_variables(session)
+        variables = redelivery_environment_variables(session) | trace_environment_variables(session)
         assignments = [f"{name}={value}" for name, value in variables.items()]
         with (
             convert_start_errors("workpool hold"),
@@ -119,17 +119,17 @@ class HoldProcessStarter:
                     argv=(*hold, "env", *assignments, *self._command.command),
                     cwd=cwd,
                     env={
-                        **inherited_variables(self._command.environment),
-                        **self._hold_process_variables(),
+                        **inherited_environment_variables(self._command.environment),
+                        **self._environment_of_hold_process(),
                         **lease_variables,
                     },
-                    stdin=item_json(session.item),
+                    stdin=encode_item_as_json(session.item),
                     stdout=output.fileno(),
                     stderr=output.fileno(),
                 )
             )
 
-    def _hold_process_variables(self) -> dict[str, str]:
+    def _environment_of_hold_process(self) -> dict[str, str]:
         """Return environment variables with the pool's settings for `workpool hold`.
 
         `workpool hold` removes them from the environment of the command.
@@ -148,13 +148,13 @@ class HoldProcessStarter:
             files: tuple[str, ...] = ("ca_file",)
         else:
             files = ("token_file", "api_key_file", "ca_file", "client_cert_file", "client_key_file")
-            variables |= self._secret_variables()
+            variables |= self._credential_variables()
         for name in files:
             if (path := getattr(settings, name)) is not None:
                 variables[f"WORKPOOL_{name.upper()}"] = str(Path(path).absolute())
         return variables
 
-    def _secret_variables(self) -> dict[str, str]:
+    def _credential_variables(self) -> dict[str, str]:
         """Return variables with those credentials of the worker that are not in files."""
         settings, variables = self._settings, dict[str, str]()
         if settings.token_file is None:
@@ -175,7 +175,7 @@ class HoldProcessStarter:
         """
         await group.exited.wait()
         group.reap_leader()
-        problem = f"{exit_status_text(group.status)}; see {cwd / OUTPUT_FILE}"
+        problem = f"{describe_exit_status(group.status)}; see {cwd / OUTPUT_FILE}"
         if group.status == USAGE_ERROR_STATUS:
             raise CommandFailed("workpool hold", problem, group.status)
         if group.status not in TAKEN_OVER_STATUSES:

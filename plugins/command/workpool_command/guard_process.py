@@ -75,21 +75,21 @@ class GuardProcessPipe:
     def __init__(self, pipe: RawIOBase) -> None:
         self._pipe = pipe
 
-    def announce_group(self, unique_entry: str) -> None:
-        """Announce a process group that will be spawned and then passed to `add_group`.
+    def announce_process_group(self, unique_entry: str) -> None:
+        """Announce a process group that will be spawned and then registered.
 
-        A worker can be killed before it calls `add_group`. The guard process then searches for a
-        process whose environment contains `unique_entry`, which has the form `NAME=value`. The
-        search takes up to a second, because the kernel shows the environment of a program only a
-        moment after its start. An empty `unique_entry` withdraws the announcement.
+        A worker can be killed before it calls `register_process_group`. The guard process then
+        searches for a process whose environment contains `unique_entry`, which has the form
+        `NAME=value`. The search takes up to a second, because the kernel shows the environment of
+        a program only a moment after its start. An empty `unique_entry` withdraws the announcement.
         """
         self._write_line(b"?%s\n" % os.fsencode(unique_entry).hex().encode())
 
-    def add_group(self, number: int) -> None:
+    def register_process_group(self, number: int) -> None:
         """Register a running process group, so that it is killed if the worker is killed."""
         self._write_line(b"%d\n" % number)
 
-    def remove_group(self, number: int) -> None:
+    def unregister_process_group(self, number: int) -> None:
         """Unregister a process group that has ended, because the kernel may reuse its id."""
         self._write_line(b"%d\n" % -number)
 

@@ -31,13 +31,13 @@ from workpool import (
 from workpool.settings import CREDENTIAL_PREFIXES
 from workpool_command.command_inputs import (
     DEFAULT_VARIABLES,
-    id_variables,
-    inherited_variables,
-    item_json,
-    kept_directory,
-    redelivery_variables,
+    create_kept_directory,
+    encode_item_as_json,
+    id_environment_variables,
+    inherited_environment_variables,
+    redelivery_environment_variables,
     temporary_directory,
-    trace_variables,
+    trace_environment_variables,
 )
 from workpool_command.command_output import read_output_into_log
 from workpool_command.command_result import (
@@ -47,7 +47,7 @@ from workpool_command.command_result import (
 )
 from workpool_command.detached_command import HoldProcessStarter
 from workpool_command.guard_process import GuardProcessPipe, running_guard_process
-from workpool_command.process_group import CommandArguments, ProcessGroup, running_group
+from workpool_command.process_group import CommandArguments, ProcessGroup, running_process_group
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -143,8 +143,8 @@ class Command:
                 # Check the machine on a thread of `_threads`, so that this thread is started now.
                 # The thread removes directories later, when the machine may have no free thread
                 # left.
-                await self._threads.run(self._check_machine)
-                env = inherited_variables(("PATH", "LD_LIBRARY_PATH"))
+                await self._threads.run(self._check_machine_requirements)
+                env = inherited_environment_variables(("PATH", "LD_LIBRARY_PATH"))
                 self._guard = await stack.enter_async_context(running_guard_process(env))
             except OSError as error:
                 raise PluginError(NAME, f"cannot be used here: {error}") from error
@@ -157,7 +157,7 @@ class Command:
             finally:
                 self._guard = self._hold_process_starter = None
 
-    def _check_machine(self) -> None:
+    def _check_machine_requirements(self) -> None:
         """Check that this machine can run the program, create directories and watch processes.
 
         Raises:
@@ -166,7 +166,7 @@ class Command:
         """
         program, path = (
             self.command[0],
-            inherited_variables(self.environment).get("PATH", os.defpath),
+            inherited_environment_variables(self.environment).get("PATH", os.defpath),
         )
         if shutil.which(program, path=path) is None:
             raise PluginError(NAME, f"command: {program!r} is not an executable file on the PATH")
@@ -191,7 +191,7 @@ class Command:
             raise PluginError(NAME, "runs in a pool only")
         if self.detach and self._root is not None:
             with convert_start_errors("directory"):
-                cwd = kept_directory(self._root, _session_directory_name(session))
+                cwd = create_kept_directory(self._root, _session_directory_name(session))
             await self._hold_process_starter.hand_off_session(session, cwd)
             return None
         program = Path(self.command[0]).name
@@ -205,10 +205,10 @@ class Command:
                     start = self._command_arguments(session, cwd, stdout.writer, stderr.writer)
                     grace = functools.partial(self._grace_seconds, session)
                     group = await stack.enter_async_context(
-                        running_group(start, self._guard, grace)
+                        running_process_group(start, self._guard, grace)
                     )
-                stdout.close_writing_end()
-                stderr.close_writing_end()
+                stdout.close_write_end_of_pipe()
+                stderr.close_write_end_of_pipe()
                 await self._wait_for_exit(session, group)
         raise_for_exit_status(session, program, group.status)
         return parse_result(program, stdout.lines.last) if self.result else None
@@ -224,7 +224,7 @@ class Command:
 
     async def _end_command_on_interrupt(self, session: Session, group: ProcessGroup) -> None:
         await session.interrupted()
-        await group.end_group(self.grace)
+        await group.end_process_group(self.grace)
 
     def _grace_seconds(self, session: Session) -> float:
         """Return the seconds between SIGTERM and SIGKILL for the command of a cancelled session.
@@ -239,7 +239,7 @@ class Command:
 
     def _working_directory(self, session: Session) -> AbstractAsyncContextManager[Path]:
         if self.keep and self._root is not None:
-            return nullcontext(kept_directory(self._root, _session_directory_name(session)))
+            return nullcontext(create_kept_directory(self._root, _session_directory_name(session)))
         return temporary_directory(self._root, _session_directory_name(session), self._threads)
 
     def _command_arguments(
@@ -248,12 +248,12 @@ class Command:
         return CommandArguments(
             argv=self.command,
             cwd=cwd,
-            env=inherited_variables(self.environment)
-            | id_variables(session)
-            | redelivery_variables(session)
-            | trace_variables(session)
+            env=inherited_environment_variables(self.environment)
+            | id_environment_variables(session)
+            | redelivery_environment_variables(session)
+            | trace_environment_variables(session)
             | self._item_token_variables(session),
-            stdin=item_json(session.item),
+            stdin=encode_item_as_json(session.item),
             stdout=stdout,
             stderr=stderr,
             unique_entry=f"WORKPOOL_WORK_ID={session.item.id}",

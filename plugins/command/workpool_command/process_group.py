@@ -77,7 +77,7 @@ class ProcessGroupRegistry(Protocol):
     The guard process kills the registered groups if the worker is killed.
     """
 
-    def announce_group(self, unique_entry: str) -> None:
+    def announce_process_group(self, unique_entry: str) -> None:
         """Announce a process group that will be spawned.
 
         The environment of its leader will contain `unique_entry`, which has the form `NAME=value`.
@@ -85,10 +85,10 @@ class ProcessGroupRegistry(Protocol):
         An empty entry withdraws the announcement.
         """
 
-    def add_group(self, number: int) -> None:
+    def register_process_group(self, number: int) -> None:
         """Register a running process group, so that it is killed if the worker is killed."""
 
-    def remove_group(self, number: int) -> None:
+    def unregister_process_group(self, number: int) -> None:
         """Unregister a process group that has ended, because the kernel may reuse its id."""
 
 
@@ -111,7 +111,7 @@ class ProcessGroup:
         self._pidfd = -1
         self._before_reaping: Callable[[int], None] | None = None
 
-    def watch_leader(self) -> None:
+    def watch_group_leader(self) -> None:
         """Arrange that `exited` is set when the leader exits. Set it now if the leader was reaped.
 
         Raises:
@@ -132,9 +132,9 @@ class ProcessGroup:
             return True
         return False
 
-    def kill_without_watching(self) -> None:
-        """Kill the group and reap its leader, after `watch_leader` has failed."""
-        self.stop_watching()
+    def kill_unwatched_group(self) -> None:
+        """Kill the group and reap its leader, after `watch_group_leader` has failed."""
+        self.stop_watching_leader()
         self.send_signal(signal.SIGKILL)
         try:
             self._process.wait(KILL_WAIT_SECONDS)
@@ -153,7 +153,7 @@ class ProcessGroup:
         except PermissionError:
             log.warning("command cannot be signalled, it runs as another user")
 
-    async def end_group(self, grace: float) -> None:
+    async def end_process_group(self, grace: float) -> None:
         """Send SIGTERM to the group, wait up to `grace` seconds for its leader, then send SIGKILL.
 
         A cancellation ends the grace at once. A cancellation after the SIGKILL ends the wait for
@@ -190,10 +190,12 @@ class ProcessGroup:
     def _is_reaped(self) -> bool:
         return self._process.returncode is not None
 
-    def reap_on_exit(self, before_reaping: Callable[[int], None] = lambda _number: None) -> None:
+    def reap_leader_on_exit(
+        self, before_reaping: Callable[[int], None] = lambda _number: None
+    ) -> None:
         """Arrange that the leader is reaped when it exits, or reap it now if it has exited.
 
-        No effect after `stop_watching`.
+        No effect after `stop_watching_leader`.
 
         Args:
             before_reaping: Called with the group's number, which the kernel has not reused yet.
@@ -202,7 +204,7 @@ class ProcessGroup:
         if self.exited.is_set():
             self._on_leader_exit()
 
-    def stop_watching(self) -> None:
+    def stop_watching_leader(self) -> None:
         """Stop watching for the exit of the leader, and close the leader's pidfd."""
         if self._pidfd != -1:
             self._loop.remove_reader(self._pidfd)
@@ -218,7 +220,7 @@ class ProcessGroup:
             self._before_reaping(self.number)
         finally:
             self.reap_leader()
-            self.stop_watching()
+            self.stop_watching_leader()
 
 
 def start_group(start: CommandArguments) -> ProcessGroup:
@@ -230,9 +232,9 @@ def start_group(start: CommandArguments) -> ProcessGroup:
     loop = asyncio.get_running_loop()
     group = ProcessGroup(start.spawn_process(), loop)
     try:
-        group.watch_leader()
+        group.watch_group_leader()
     except BaseException:
-        group.kill_without_watching()
+        group.kill_unwatched_group()
         raise
     return group
 
@@ -240,18 +242,18 @@ def start_group(start: CommandArguments) -> ProcessGroup:
 def _announce_and_start_group(
     start: CommandArguments, registry: ProcessGroupRegistry
 ) -> ProcessGroup:
-    registry.announce_group(start.unique_entry)
+    registry.announce_process_group(start.unique_entry)
     try:
         return start_group(start)
     except BaseException:
         # Withdraw the announcement. Otherwise the guard process would search for this command after
         # the worker's end.
-        registry.announce_group("")
+        registry.announce_process_group("")
         raise
 
 
 @asynccontextmanager
-async def running_group(
+async def running_process_group(
     start: CommandArguments, registry: ProcessGroupRegistry, grace: Callable[[], float]
 ) -> AsyncIterator[ProcessGroup]:
     """Run a command in its own process group, and end the group when the `with` block ends.
@@ -266,10 +268,10 @@ async def running_group(
     """
     group = _announce_and_start_group(start, registry)
     try:
-        registry.add_group(group.number)
+        registry.register_process_group(group.number)
         yield group
     finally:
         try:
-            await group.end_group(grace())
+            await group.end_process_group(grace())
         finally:
-            group.reap_on_exit(registry.remove_group)
+            group.reap_leader_on_exit(registry.unregister_process_group)

@@ -214,11 +214,11 @@ class ContainerTestbed:
     async def wait_for_exit(self, container: str) -> None:
         """Wait until this container has exited."""
 
-        async def has_exited() -> bool:
+        async def container_has_exited() -> bool:
             shown = await self.docker_client.containers.container(container).show()
             return bool(shown["State"]["Status"] == "exited")
 
-        await self.poll_until(has_exited)
+        await self.poll_until(container_has_exited)
 
     async def wait_for_removal(self, work_id: str) -> None:
         """Wait until the item has no containers, except containers that were never started.

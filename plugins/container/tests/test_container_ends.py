@@ -28,7 +28,7 @@ def count_container_starts(directory: Path) -> int:
 
 
 @pytest.fixture
-def kept_directory(testbed: ContainerTestbed, tmp_path: Path) -> Path:
+def mounted_directory(testbed: ContainerTestbed, tmp_path: Path) -> Path:
     """Return a directory that is mounted in the containers as /kept."""
     testbed.options["mounts"] = [f"{tmp_path}:/kept:rw"]
     return tmp_path
@@ -72,7 +72,7 @@ async def test_container_without_output_is_stalled_and_removed(testbed: Containe
 
 
 async def test_output_after_limit_of_logged_lines_counts_as_progress(
-    testbed: ContainerTestbed, kept_directory: Path, monkeypatch: pytest.MonkeyPatch
+    testbed: ContainerTestbed, mounted_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report_progress, progress_reported = Session.progress, asyncio.Event()
 
@@ -91,7 +91,7 @@ async def test_output_after_limit_of_logged_lines_counts_as_progress(
             for line in ("first", "second"):
                 await progress_reported.wait()
                 progress_reported.clear()
-                (kept_directory / line).touch()
+                (mounted_directory / line).touch()
         assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert [line for line in testbed.log.lines if line.startswith("stdout")] == ["stdout: first"]
 
@@ -162,7 +162,7 @@ async def test_container_removed_by_another_program_fails_its_session(
 
 
 async def test_container_left_running_by_drain_is_adopted_by_next_run(
-    testbed: ContainerTestbed, kept_directory: Path
+    testbed: ContainerTestbed, mounted_directory: Path
 ) -> None:
     script = RECORD_START + "while [ ! -e /kept/end ]; do sleep 0.05; done"
     (item,) = testbed.plane.enqueue()
@@ -174,21 +174,21 @@ async def test_container_left_running_by_drain_is_adopted_by_next_run(
 
     expire_lease(testbed.plane, item.id)
     async with testbed.make_pool(script):
-        (kept_directory / "end").touch()
+        (mounted_directory / "end").touch()
         assert (await testbed.wait_for_session_end(item.id, count=2)).outcome == "completed"
-    assert count_container_starts(kept_directory) == 1
+    assert count_container_starts(mounted_directory) == 1
     assert await testbed.item_containers(item.id) == []
 
 
 async def test_exit_status_of_container_that_ended_between_runs_is_reported(
-    testbed: ContainerTestbed, kept_directory: Path
+    testbed: ContainerTestbed, mounted_directory: Path
 ) -> None:
     script = RECORD_START + "while [ ! -e /kept/end ]; do sleep 0.05; done; exit 4"
     (item,) = testbed.plane.enqueue()
     async with testbed.make_pool(script, on_drain="leave") as supervisor:
         container = await testbed.running_container(item.id)
         await supervisor.drain(timeout=60)
-    (kept_directory / "end").touch()
+    (mounted_directory / "end").touch()
     await testbed.wait_for_exit(container)
 
     expire_lease(testbed.plane, item.id)
@@ -196,11 +196,11 @@ async def test_exit_status_of_container_that_ended_between_runs_is_reported(
         finished = await testbed.wait_for_session_end(item.id, count=2)
     assert finished.outcome == "failed"
     assert "exit status 4" in str(finished.error)
-    assert count_container_starts(kept_directory) == 1
+    assert count_container_starts(mounted_directory) == 1
 
 
 async def test_container_of_killed_worker_is_adopted(
-    testbed: ContainerTestbed, kept_directory: Path
+    testbed: ContainerTestbed, mounted_directory: Path
 ) -> None:
     script = RECORD_START + "while [ ! -e /kept/end ]; do sleep 0.05; done"
     (item,) = testbed.plane.enqueue()
@@ -217,14 +217,14 @@ async def test_container_of_killed_worker_is_adopted(
     expire_lease(testbed.plane, item.id)
     async with testbed.make_pool(script):
         await testbed.poll_until(was_adopted)
-        (kept_directory / "end").touch()
+        (mounted_directory / "end").touch()
         assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert testbed.stored_item(item.id).metadata[CONTAINER_ID_KEY] == container
-    assert count_container_starts(kept_directory) == 1
+    assert count_container_starts(mounted_directory) == 1
 
 
 async def test_output_and_exit_of_container_are_read_after_restart_of_engine(
-    testbed: ContainerTestbed, podman: PodmanEngine, kept_directory: Path
+    testbed: ContainerTestbed, podman: PodmanEngine, mounted_directory: Path
 ) -> None:
     script = "while [ ! -e /kept/end ]; do echo ready; sleep 0.05; done; echo bye"
     (item,) = testbed.plane.enqueue()
@@ -237,7 +237,7 @@ async def test_output_and_exit_of_container_are_read_after_restart_of_engine(
         testbed.log.lines.clear()
         podman.start_service()
         await testbed.wait_for_output("ready")
-        (kept_directory / "end").touch()
+        (mounted_directory / "end").touch()
         assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert "stdout: bye" in testbed.log.lines
     assert await testbed.item_containers(item.id) == []

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def engine_with_removal_handler(
-    directory: Path, handle_removal: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    directory: Path, answer_removal_request: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> AsyncIterator[EngineClient]:
-    """Yield the client of an engine that answers each removal by calling `handle_removal`."""
+    """Yield the client of an engine that answers each removal with `answer_removal_request`."""
 
-    async def handle_version(_: web.Request) -> web.Response:
+    async def answer_version_request(_: web.Request) -> web.Response:
         return web.json_response({"ApiVersion": "1.41"})
 
     app = web.Application()
-    app.router.add_get("/version", handle_version)
-    app.router.add_delete("/{path:.*/containers/one}", handle_removal)
+    app.router.add_get("/version", answer_version_request)
+    app.router.add_delete("/{path:.*/containers/one}", answer_removal_request)
     runner = web.AppRunner(app)
     await runner.setup()
     try:
@@ -41,10 +41,10 @@ async def test_removal_that_engine_refuses_twice_during_stop_is_repeated(tmp_pat
     problem = {"message": "cannot remove container: container state improper: stopped"}
     responses = [web.json_response(problem, status=500), web.json_response(problem, status=500)]
 
-    async def handle_removal(_: web.Request) -> web.Response:
+    async def answer_removal_request(_: web.Request) -> web.Response:
         return responses.pop() if responses else web.Response(status=204)
 
-    async with engine_with_removal_handler(tmp_path, handle_removal) as engine:
+    async with engine_with_removal_handler(tmp_path, answer_removal_request) as engine:
         await engine.remove_container("one")
     assert not responses
 
@@ -52,9 +52,9 @@ async def test_removal_that_engine_refuses_twice_during_stop_is_repeated(tmp_pat
 async def test_removal_that_engine_always_refuses_raises_error_with_engine_message(
     tmp_path: Path,
 ) -> None:
-    async def handle_removal(_: web.Request) -> web.Response:
+    async def answer_removal_request(_: web.Request) -> web.Response:
         return web.json_response({"message": "no space left on device"}, status=500)
 
-    async with engine_with_removal_handler(tmp_path, handle_removal) as engine:
+    async with engine_with_removal_handler(tmp_path, answer_removal_request) as engine:
         with pytest.raises(EngineError, match="no space left on device"):
             await engine.remove_container("one")

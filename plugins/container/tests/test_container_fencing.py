@@ -117,11 +117,11 @@ async def test_cancellation_at_any_engine_call_leaves_no_running_container(
 ) -> None:
     original = getattr(engine, call)
 
-    async def cancel_soon_and_call(*arguments: Any) -> Any:
+    async def cancel_task_soon_and_call(*arguments: Any) -> Any:
         _call_after_loop_iterations(turns, task.cancel)
         return await original(*arguments)
 
-    monkeypatch.setattr(engine, call, cancel_soon_and_call)
+    monkeypatch.setattr(engine, call, cancel_task_soon_and_call)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(ControlledSessionRun(testbed, engine).run_session())
         await asyncio.wait({task})

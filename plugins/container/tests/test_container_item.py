@@ -15,7 +15,7 @@ from workpool import Release, Settings, WorkItem
 from workpool.errors import exhausted
 from workpool_container import Container
 from workpool_container.container_run import ContainerRun
-from workpool_container.options import container_specification, item_json
+from workpool_container.options import container_specification, encode_item_as_json
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -47,7 +47,7 @@ def test_item_passed_to_container_has_creation_time_or_null(
     time: datetime | None, text: str | None
 ) -> None:
     item = make_item(created_at=time)
-    assert json.loads(item_json(item))["created_at"] == text
+    assert json.loads(encode_item_as_json(item))["created_at"] == text
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)

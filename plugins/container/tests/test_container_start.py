@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from workpool.testing import Kit
 
 
-async def start_error(testbed: ContainerTestbed, **options: Any) -> str:
+async def catch_start_error(testbed: ContainerTestbed, **options: Any) -> str:
     """Return the text of the error with which the plugin refuses to start."""
     with pytest.raises(PluginError) as caught:
         await testbed.make_pool("true", **options).__aenter__()
@@ -77,7 +77,7 @@ async def test_mount_that_exposes_token_file_is_refused(workpool: Kit, tmp_path:
 
 
 async def test_start_without_image_raises_plugin_error(testbed: ContainerTestbed) -> None:
-    text = await start_error(testbed, image="localhost/absent:1")
+    text = await catch_start_error(testbed, image="localhost/absent:1")
     assert "image localhost/absent:1 is not on the engine at " in text
     assert "pull = 'missing'" in text
 
@@ -90,22 +90,22 @@ async def image_registry(podman: PodmanEngine, directory: Path) -> AsyncIterator
     kind = json.loads(manifest)["mediaType"]
     app = web.Application()
 
-    async def handle_version(_: web.Request) -> web.Response:
+    async def answer_version_request(_: web.Request) -> web.Response:
         return web.Response()
 
-    async def handle_manifest(_: web.Request) -> web.Response:
+    async def answer_manifest_request(_: web.Request) -> web.Response:
         return web.Response(body=manifest, content_type=kind)
 
-    async def handle_blob(request: web.Request) -> web.FileResponse:
+    async def answer_blob_request(request: web.Request) -> web.FileResponse:
         return web.FileResponse(directory / request.match_info["digest"])
 
-    async def handle_unknown_image(_: web.Request) -> web.Response:
+    async def answer_unknown_image_request(_: web.Request) -> web.Response:
         return web.json_response({"errors": [{"code": "MANIFEST_UNKNOWN"}]}, status=404)
 
-    app.router.add_get("/v2/", handle_version)
-    app.router.add_get("/v2/given/manifests/{reference}", handle_manifest)
-    app.router.add_get("/v2/given/blobs/sha256:{digest}", handle_blob)
-    app.router.add_get("/v2/withheld/manifests/{reference}", handle_unknown_image)
+    app.router.add_get("/v2/", answer_version_request)
+    app.router.add_get("/v2/given/manifests/{reference}", answer_manifest_request)
+    app.router.add_get("/v2/given/blobs/sha256:{digest}", answer_blob_request)
+    app.router.add_get("/v2/withheld/manifests/{reference}", answer_unknown_image_request)
     runner = web.AppRunner(app)
     await runner.setup()
     try:
@@ -119,11 +119,11 @@ async def test_missing_image_is_pulled_only_with_setting_pull_missing(
     testbed: ContainerTestbed, podman: PodmanEngine, tmp_path: Path
 ) -> None:
     async with image_registry(podman, tmp_path) as image:
-        assert "is not on the engine" in await start_error(testbed, image=image)
+        assert "is not on the engine" in await catch_start_error(testbed, image=image)
         finished = await testbed.run_item("exit 0", image=image, pull="missing")
         assert finished.outcome == "completed"
         other = image.replace("given", "withheld")
-        assert f"image {other} cannot be pulled: " in await start_error(
+        assert f"image {other} cannot be pulled: " in await catch_start_error(
             testbed, image=other, pull="missing"
         )
 
@@ -168,7 +168,7 @@ def test_mount_is_read_only_by_default_and_refused_if_malformed(
         )
 
 
-async def start_leftover(testbed: ContainerTestbed, work_id: str) -> str:
+async def start_leftover_container(testbed: ContainerTestbed, work_id: str) -> str:
     """Start a container of this item without a worker, and return the container's id."""
     labels = {
         "workpool.work_id": work_id,
@@ -192,7 +192,7 @@ async def test_sweep_removes_leftover_containers_but_keeps_adoptable_and_unknown
     stopped, superseded, adoptable = (item.id for item in testbed.plane.enqueue(count=3))
     unknown = "work_" + "0" * 32
     work_ids = (stopped, superseded, adoptable, unknown)
-    container = {work_id: await start_leftover(testbed, work_id) for work_id in work_ids}
+    container = {work_id: await start_leftover_container(testbed, work_id) for work_id in work_ids}
     async with WorkClient(testbed.pool_settings()) as other_worker:
         await other_worker.stop(stopped, force=True)
         await other_worker.ack(superseded)

@@ -116,7 +116,7 @@ class ContainerRun:
                 await self._remove_own_container()
             raise
 
-    def _log_fields(self) -> dict[str, str]:
+    def _container_log_fields(self) -> dict[str, str]:
         return {"container_id": self._id[:12]}
 
     async def _adopt_or_start_container(self) -> bool:
@@ -183,7 +183,7 @@ class ContainerRun:
         await self._session.update_metadata({CONTAINER_ID_KEY: self._id})
         self._check_lease()
         await self._engine.start_container(self._id)
-        self._session.log.info("container started", extra=self._log_fields())
+        self._session.log.info("container started", extra=self._container_log_fields())
 
     async def _wait_for_exit(self, *, adopted: bool) -> int:
         try:
@@ -192,7 +192,7 @@ class ContainerRun:
                     self._log_output(adopted=adopted), name="container-output"
                 )
                 stopper = group.create_task(
-                    self._stop_when_interrupted(), name="container-interrupted"
+                    self._stop_container_when_interrupted(), name="container-interrupted"
                 )
                 status = await self._engine.wait_for_exit_status(self._id)
                 stopper.cancel()
@@ -208,12 +208,12 @@ class ContainerRun:
     async def _log_output(self, *, adopted: bool) -> None:
         output = OutputLog(self._session.log, self._options.log_lines, self._session.progress)
         tail = str(ADOPTED_OUTPUT_LINES) if adopted else "all"
-        while self._reads_all_output or not output.is_full:
+        while self._reads_all_output or not output.has_reached_line_limit:
             try:
                 async with aclosing(self._engine.container_output(self._id, tail)) as chunks:
                     async for stream, chunk in chunks:
                         output.add_chunk(stream, chunk)
-                        if output.is_full and not self._reads_all_output:
+                        if output.has_reached_line_limit and not self._reads_all_output:
                             return
             except EngineError as error:
                 self._session.log.warning(
@@ -227,7 +227,7 @@ class ContainerRun:
                 output.log_unfinished_lines()
                 return
 
-    async def _stop_when_interrupted(self) -> None:
+    async def _stop_container_when_interrupted(self) -> None:
         """Wait for a stop request or a drain. Then stop the container, or leave it for adoption.
 
         Raises:
@@ -236,9 +236,9 @@ class ContainerRun:
         session = self._session
         await session.interrupted()
         if not session.stopping and self._options.on_drain == "leave":
-            session.log.info("container left for adoption", extra=self._log_fields())
+            session.log.info("container left for adoption", extra=self._container_log_fields())
             raise Release("its container runs on, to be adopted")
-        session.log.info("container gets a stop signal", extra=self._log_fields())
+        session.log.info("container gets a stop signal", extra=self._container_log_fields())
         self._stop_signal_sent = True
         try:
             await self._engine.stop_container(self._id, self._options.grace)
@@ -249,7 +249,9 @@ class ContainerRun:
             session.log.warning("container not stopped: %s", error, extra={"error": str(error)})
 
     async def _metadata_from_exit_status(self, status: int) -> dict[str, str]:
-        self._session.log.info("container ended", extra={**self._log_fields(), "status": status})
+        self._session.log.info(
+            "container ended", extra={**self._container_log_fields(), "status": status}
+        )
         if status == 0 or self._session.stopping:
             return {"exit_status": str(status)}
         if status == os.EX_TEMPFAIL or self._stop_signal_sent:
@@ -267,22 +269,24 @@ class ContainerRun:
         """
         second_cancellation: asyncio.CancelledError | None = None
         async with asyncio.TaskGroup() as group:
-            removal = group.create_task(self._rename_and_remove(), name="container-clean-up")
+            removal = group.create_task(
+                self._rename_and_remove_container(), name="container-clean-up"
+            )
             while not removal.done():
                 try:
                     await asyncio.wait({removal})
                 except asyncio.CancelledError as error:
                     second_cancellation = error
-                    self._skip_remaining_grace()
+                    self._skip_remaining_grace_period()
         if second_cancellation is not None:
             raise second_cancellation
 
-    def _skip_remaining_grace(self) -> None:
+    def _skip_remaining_grace_period(self) -> None:
         self._without_grace = True
         if self._grace_timeout is not None and not self._grace_timeout.expired():
             self._grace_timeout.reschedule(asyncio.get_running_loop().time())
 
-    async def _rename_and_remove(self) -> None:
+    async def _rename_and_remove_container(self) -> None:
         """Rename this worker's container so that no worker can adopt it, then stop and remove it.
 
         The time of all calls is limited. The engine may still carry out a cancelled create or
@@ -302,7 +306,7 @@ class ContainerRun:
                     # Nothing to remove: the container was not created, or another worker has
                     # adopted it.
                     return
-                await self._stop_and_remove_renamed(grace)
+                await self._stop_and_remove_renamed_container(grace)
         except (EngineError, TimeoutError) as error:
             self._session.log.critical(
                 "container may still run: %r",
@@ -310,7 +314,7 @@ class ContainerRun:
                 extra={"container": self._name, "error": repr(error)},
             )
 
-    async def _stop_and_remove_renamed(self, grace: float) -> None:
+    async def _stop_and_remove_renamed_container(self, grace: float) -> None:
         given_up_name = self._name + GIVEN_UP_SUFFIX
         try:
             async with asyncio.timeout(0 if self._without_grace else grace) as self._grace_timeout:

@@ -56,20 +56,20 @@ class LeftoverSweeper:
         self._running_item_ids = running_item_ids
         self._containers_of_unknown_items: set[str] = set()
 
-    async def sweep_repeatedly(self, seconds: float) -> None:
+    async def remove_leftover_containers_repeatedly(self, seconds: float) -> None:
         """Remove leftover containers now, at each `sweep_requested`, and every `seconds`.
 
         The loop runs until it is cancelled.
         """
         while True:
-            await self.sweep_once()
+            await self.remove_leftover_containers()
             try:
                 async with asyncio.timeout(seconds):
                     await self.sweep_requested.wait()
             except TimeoutError:
                 pass
 
-    async def sweep_once(self) -> None:
+    async def remove_leftover_containers(self) -> None:
         """Remove all leftover containers. The next sweep tries a failed removal again."""
         self.sweep_requested.clear()
         try:
@@ -85,7 +85,9 @@ class LeftoverSweeper:
             log.warning("leftover containers not examined: %s", error, extra={"error": str(error)})
 
     async def _remove_if_leftover(self, listed: ListedContainer) -> None:
-        reason = "given up" if listed.is_marked_for_removal else await self._leftover_reason(listed)
+        reason = (
+            "given up" if listed.is_marked_for_removal else await self._reason_for_removal(listed)
+        )
         if reason is None:
             return
         try:
@@ -107,7 +109,7 @@ class LeftoverSweeper:
                 },
             )
 
-    async def _leftover_reason(self, listed: ListedContainer) -> str | None:
+    async def _reason_for_removal(self, listed: ListedContainer) -> str | None:
         """Return why the container is a leftover, or None if a worker may still adopt it."""
         try:
             item = await self._client.get(listed.labels[WORK_ID_LABEL])

@@ -137,7 +137,7 @@ def _dotted_setting_path(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 
-def item_json(item: WorkItem) -> str:
+def encode_item_as_json(item: WorkItem) -> str:
     """Return the content of `WORKPOOL_ITEM`: the item as JSON, with the protocol's field names.
 
     Raises:
@@ -149,7 +149,7 @@ def item_json(item: WorkItem) -> str:
             "type": "work",
             "environment_id": item.environment_id,
             "data": {"type": item.type, "id": item.session_id},
-            "created_at": _timestamp_text(item.created_at),
+            "created_at": _format_timestamp(item.created_at),
             "metadata": dict(item.metadata),
         }
     )
@@ -158,7 +158,7 @@ def item_json(item: WorkItem) -> str:
     return text
 
 
-def _timestamp_text(time: datetime | None) -> str | None:
+def _format_timestamp(time: datetime | None) -> str | None:
     return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 
@@ -181,7 +181,7 @@ def container_specification(
         "WORKPOOL_SESSION_ID": item.session_id,
         "WORKPOOL_ENVIRONMENT_ID": item.environment_id,
         "WORKPOOL_REDELIVERED": "1" if session.redelivered else "0",
-        "WORKPOOL_ITEM": item_json(item),
+        "WORKPOOL_ITEM": encode_item_as_json(item),
         **(extra_variables or {}),
     }
     if session.traceparent is not None:

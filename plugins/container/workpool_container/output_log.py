@@ -31,7 +31,7 @@ class OutputLog:
         self._parts: defaultdict[str, bytes] = defaultdict(bytes)
 
     @property
-    def is_full(self) -> bool:
+    def has_reached_line_limit(self) -> bool:
         """Whether the limit of logged lines is reached."""
         return self._left <= 0
 
@@ -39,7 +39,7 @@ class OutputLog:
         """Log each line that this chunk of the stream completes."""
         if b"\n" in chunk:
             self._progress()
-        if self.is_full:
+        if self.has_reached_line_limit:
             return
         *lines, rest = (self._parts[stream] + chunk).split(b"\n")
         # Store only the bytes of an unfinished line that can be logged, or an endless line would
@@ -55,11 +55,11 @@ class OutputLog:
                 self._log_line(stream, line)
 
     def _log_line(self, stream: str, line: bytes) -> None:
-        if self.is_full:
+        if self.has_reached_line_limit:
             return
         self._left -= 1
         self._log.info("%s: %s", stream, escape_line(line))
-        if self.is_full:
+        if self.has_reached_line_limit:
             self._log.info("more of its output is not logged")
 
 

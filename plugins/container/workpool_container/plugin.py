@@ -81,7 +81,8 @@ class Container:
             )
             async with asyncio.TaskGroup() as group:
                 sweeping = group.create_task(
-                    sweeper.sweep_repeatedly(self._options.sweep_seconds), name="container-sweep"
+                    sweeper.remove_leftover_containers_repeatedly(self._options.sweep_seconds),
+                    name="container-sweep",
                 )
                 self._sweeper = sweeper
                 try:
@@ -90,7 +91,7 @@ class Container:
                     self._sweeper = None
                     sweeping.cancel()
             # Sweep once more, because sessions may have ended since the last sweep of the loop.
-            await sweeper.sweep_once()
+            await sweeper.remove_leftover_containers()
 
     @hookimpl
     def workpool_event(self, event: SessionFinished) -> None:

@@ -55,7 +55,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def merge_patch(target: Any, patch: Any) -> Any:
+def apply_merge_patch(target: Any, patch: Any) -> Any:
     """Return a JSON value after a merge patch, as RFC 7396 defines it."""
     if not isinstance(patch, dict):
         return patch
@@ -64,7 +64,7 @@ def merge_patch(target: Any, patch: Any) -> Any:
         if value is None:
             result.pop(name, None)
         else:
-            result[name] = merge_patch(result.get(name), value)
+            result[name] = apply_merge_patch(result.get(name), value)
     return result
 
 
@@ -117,7 +117,7 @@ class PodAPIServer:
             message = f'pods "{POD}": refused with {status}'
             body = {"kind": "Status", "status": "Failure", "message": message, "code": status}
             return web.json_response(body, status=status, headers=headers)
-        self.pod = merge_patch(self.pod, json.loads(await request.text()))
+        self.pod = apply_merge_patch(self.pod, json.loads(await request.text()))
         self.costs.put_nowait(self.pod["metadata"]["annotations"][DELETION_COST])
         return web.json_response(self.pod)
 

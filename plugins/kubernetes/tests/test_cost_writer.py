@@ -26,22 +26,22 @@ class WriterTestbed:
         self.writes: list[tuple[float, int]] = []
         self.failing = False
         self.write_seconds = 0.0
-        self.writer = CostWriter(lambda: self.cost, self._record_write, interval)
+        self.writer = CostWriter(lambda: self.cost, self._record_cost_write, interval)
 
-    async def _record_write(self, cost: int) -> None:
+    async def _record_cost_write(self, cost: int) -> None:
         self.writes.append((asyncio.get_running_loop().time(), cost))
         await asyncio.sleep(self.write_seconds)
         if self.failing:
             raise APIServerError("down")
 
-    def set_cost(self, cost: int) -> None:
+    def set_deletion_cost(self, cost: int) -> None:
         self.cost = cost
-        self.writer.request_update()
+        self.writer.request_cost_update()
 
     @asynccontextmanager
     async def running_writer(self) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(self.writer.write_changes())
+            task = group.create_task(self.writer.write_cost_changes())
             await asyncio.sleep(0.001)
             try:
                 yield
@@ -54,10 +54,10 @@ async def test_cost_is_written_at_start_and_then_only_after_changes() -> None:
     testbed = WriterTestbed()
     async with testbed.running_writer():
         await asyncio.sleep(1000)
-        testbed.set_cost(0)
+        testbed.set_deletion_cost(0)
         await asyncio.sleep(10)
         assert testbed.writes == [(0.0, 0)]
-        testbed.set_cost(2)
+        testbed.set_deletion_cost(2)
         await asyncio.sleep(0.001)
         assert [cost for _, cost in testbed.writes] == [0, 2]
 
@@ -67,7 +67,7 @@ async def test_cost_that_changes_quickly_is_written_once_per_interval() -> None:
     testbed = WriterTestbed(interval=5.0)
     async with testbed.running_writer():
         for cost in range(1, 100):
-            testbed.set_cost(cost)
+            testbed.set_deletion_cost(cost)
             await asyncio.sleep(0.1)
         await asyncio.sleep(10)
     times = [at for at, _ in testbed.writes]
@@ -81,7 +81,7 @@ async def test_cost_that_changes_during_write_is_written_afterwards() -> None:
     testbed = WriterTestbed()
     testbed.write_seconds = 8.0
     async with testbed.running_writer():
-        testbed.set_cost(3)
+        testbed.set_deletion_cost(3)
         await asyncio.sleep(40)
     assert [cost for _, cost in testbed.writes] == [0, 3]
 
@@ -90,8 +90,8 @@ async def test_cost_that_changes_during_write_is_written_afterwards() -> None:
 async def test_cost_that_changes_and_changes_back_within_interval_is_not_written() -> None:
     testbed = WriterTestbed()
     async with testbed.running_writer():
-        testbed.set_cost(1)
-        testbed.set_cost(0)
+        testbed.set_deletion_cost(1)
+        testbed.set_deletion_cost(0)
         await asyncio.sleep(20)
     assert testbed.writes == [(0.0, 0)]
 
@@ -136,9 +136,9 @@ async def test_last_written_cost_is_written_again_after_failed_write() -> None:
     async with testbed.running_writer():
         await asyncio.sleep(10)
         testbed.failing = True
-        testbed.set_cost(1)
+        testbed.set_deletion_cost(1)
         await asyncio.sleep(1)
         testbed.failing = False
-        testbed.set_cost(0)
+        testbed.set_deletion_cost(0)
         await asyncio.sleep(60)
     assert [cost for _, cost in testbed.writes] == [0, 1, 0]

@@ -171,7 +171,7 @@ async def test_malformed_token_file_is_logged_without_its_content(
     assert text.endswith("token holds no token")
 
 
-async def start_error(kit: Kit, plugin: Kubernetes) -> str:
+async def catch_start_error(kit: Kit, plugin: Kubernetes) -> str:
     with pytest.raises(PluginError) as caught:
         async with kit.pool(plugin, return_at_once):
             pass
@@ -182,7 +182,7 @@ async def test_pool_outside_of_cluster_does_not_start(
     workpool: Kit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    assert "not in a pod of Kubernetes" in await start_error(workpool, Kubernetes())
+    assert "not in a pod of Kubernetes" in await catch_start_error(workpool, Kubernetes())
 
 
 @pytest.mark.parametrize("file", ["token", "ca.crt", "namespace"])
@@ -190,7 +190,7 @@ async def test_pod_without_mounted_token_does_not_start(
     workpool: Kit, api_server: PodAPIServer, file: str
 ) -> None:
     (api_server.service_account / file).unlink()
-    text = await start_error(workpool, api_server.make_plugin())
+    text = await catch_start_error(workpool, api_server.make_plugin())
     assert f"has no {file}" in text
     assert "automountServiceAccountToken: true" in text
 
@@ -199,7 +199,7 @@ async def test_pod_without_mounted_token_does_not_start(
 async def test_malformed_pod_name_is_refused_at_start(
     workpool: Kit, api_server: PodAPIServer, name: str
 ) -> None:
-    assert "is not the name of a pod" in await start_error(
+    assert "is not the name of a pod" in await catch_start_error(
         workpool, api_server.make_plugin(pod=name)
     )
 
@@ -208,14 +208,16 @@ async def test_ca_file_without_certificate_is_refused_at_start(
     workpool: Kit, api_server: PodAPIServer
 ) -> None:
     (api_server.service_account / "ca.crt").write_text("no certificate")
-    assert "holds no certificate" in await start_error(workpool, api_server.make_plugin())
+    assert "holds no certificate" in await catch_start_error(workpool, api_server.make_plugin())
 
 
 async def test_malformed_namespace_file_is_refused_at_start(
     workpool: Kit, api_server: PodAPIServer
 ) -> None:
     (api_server.service_account / "namespace").write_text("a/b")
-    assert "holds no name of a namespace" in await start_error(workpool, api_server.make_plugin())
+    assert "holds no name of a namespace" in await catch_start_error(
+        workpool, api_server.make_plugin()
+    )
 
 
 @pytest.mark.parametrize("interval", [0.5, float("inf"), float("nan"), "5", True])

@@ -22,7 +22,7 @@ MAX_BACKOFF_SECONDS: Final = 300.0
 
 
 class CostWriter:
-    """Computes the deletion cost after each `request_update`, and writes it if it has changed.
+    """Computes the deletion cost after each `request_cost_update`, and writes it if it has changed.
 
     Args:
         cost: Computes the cost; returns None if this writer must not write now.
@@ -43,11 +43,11 @@ class CostWriter:
         self._written: int | None = None
         self._failures = 0
 
-    def request_update(self) -> None:
-        """Make `write_changes` compute the cost now, and write it if it has changed."""
+    def request_cost_update(self) -> None:
+        """Make `write_cost_changes` compute the cost now, and write it if it has changed."""
         self._changed.set()
 
-    async def write_changes(self) -> None:
+    async def write_cost_changes(self) -> None:
         """Write the cost at once and after each change, until cancelled."""
         while True:
             self._changed.clear()
@@ -57,14 +57,14 @@ class CostWriter:
                 # process may now write a different cost.
                 self._written = None
             if cost is not None and cost != self._written:
-                await self._try_write(cost)
-                await asyncio.sleep(self._pause_seconds())
+                await self._try_to_write_cost(cost)
+                await asyncio.sleep(self._seconds_until_next_write())
             else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(RECHECK_SECONDS):
                         await self._changed.wait()
 
-    async def _try_write(self, cost: int) -> None:
+    async def _try_to_write_cost(self, cost: int) -> None:
         # The stored cost is unknown until a write succeeds, because the API server may have applied
         # a write whose answer was lost.
         self._written = None
@@ -83,7 +83,7 @@ class CostWriter:
                 log.info("deletion cost written again", extra={"in_a_row": self._failures})
             self._failures = 0
 
-    def _pause_seconds(self) -> float:
+    def _seconds_until_next_write(self) -> float:
         """Return the pause after a write: `interval`, or longer and random after failed writes."""
         if not self._failures:
             return self._interval
@@ -93,9 +93,9 @@ class CostWriter:
 
 @asynccontextmanager
 async def running_writer(writer: CostWriter) -> AsyncIterator[CostWriter]:
-    """Run `writer.write_changes` in a task during the `with` block."""
+    """Run `writer.write_cost_changes` in a task during the `with` block."""
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(writer.write_changes(), name="deletion-cost")
+        task = group.create_task(writer.write_cost_changes(), name="deletion-cost")
         try:
             yield writer
         finally:

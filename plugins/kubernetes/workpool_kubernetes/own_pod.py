@@ -58,7 +58,7 @@ def find_own_pod(environment: Mapping[str, str], directory: Path, name: str | No
     pod = name or environment.get(POD_NAME) or socket.gethostname()
     if not _NAME_PATTERN.fullmatch(pod):
         raise NoPodError(f"{pod!r} is not the name of a pod: set {POD_NAME} from metadata.name")
-    server = _server_url(environment)
+    server = _api_server_url(environment)
     missing = [file for file in ("token", "ca.crt", "namespace") if not (directory / file).exists()]
     if missing:
         raise NoPodError(
@@ -69,7 +69,7 @@ def find_own_pod(environment: Mapping[str, str], directory: Path, name: str | No
     return OwnPod(namespace, pod, server, directory / "token", directory / "ca.crt")
 
 
-def _server_url(environment: Mapping[str, str]) -> str:
+def _api_server_url(environment: Mapping[str, str]) -> str:
     host = environment.get("KUBERNETES_SERVICE_HOST", "")
     port = environment.get("KUBERNETES_SERVICE_PORT", "")
     if not host or not port.isdecimal():

@@ -85,7 +85,7 @@ class Kubernetes:
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         """Request an update of the cost, because the number of sessions may have changed."""
         if self._writer is not None:
-            _request_update()
+            _request_cost_update()
 
 
 def deletion_cost(supervisor: Supervisor) -> int | None:
@@ -109,16 +109,16 @@ def running_sessions(supervisor: Supervisor) -> int:
 def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
     """Include the sessions of this pool in the deletion cost during the `with` block."""
     loop = asyncio.get_running_loop()
-    _UPDATE_REQUESTS[supervisor] = partial(loop.call_soon_threadsafe, writer.request_update)
-    _request_update()
+    _UPDATE_REQUESTS[supervisor] = partial(loop.call_soon_threadsafe, writer.request_cost_update)
+    _request_cost_update()
     try:
         yield
     finally:
         del _UPDATE_REQUESTS[supervisor]
-        _request_update()
+        _request_cost_update()
 
 
-def _request_update() -> None:
+def _request_cost_update() -> None:
     """Request an update from the first pool's plugin. That plugin writes the cost of all pools."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
         # Ignore the RuntimeError of a closed event loop: the first pool may have ended.

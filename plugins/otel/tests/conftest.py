@@ -24,7 +24,7 @@ class SpanRecorder:
         self.provider = TracerProvider()
         self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
 
-    def spans_named(self, name: str) -> list[ReadableSpan]:
+    def find_spans_by_name(self, name: str) -> list[ReadableSpan]:
         return [each for each in self.exporter.get_finished_spans() if each.name == name]
 
     def make_plugin(self, **settings: Any) -> Otel:

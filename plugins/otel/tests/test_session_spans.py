@@ -35,7 +35,7 @@ async def run_item(kit: Kit, plugins: list[object], **metadata: str) -> SessionF
 
 
 @handler
-async def write_phase(session: Session) -> dict[str, str]:
+async def write_phase_metadata(session: Session) -> dict[str, str]:
     await session.update_metadata({"phase": "half"})
     return {"seen": session.traceparent or ""}
 
@@ -44,7 +44,7 @@ def span_attributes(span: ReadableSpan) -> dict[str, Any]:
     return dict(span.attributes or {})
 
 
-def parent_id(span: ReadableSpan) -> int:
+def parent_span_id(span: ReadableSpan) -> int:
     assert span.parent is not None
     return int(span.parent.span_id)
 
@@ -54,7 +54,7 @@ def span_id(span: ReadableSpan) -> int:
     return int(span.context.span_id)
 
 
-def traceparent_of(span: ReadableSpan) -> str:
+def make_traceparent_of_span(span: ReadableSpan) -> str:
     assert span.context is not None
     flags = int(span.context.trace_flags)
     return f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-{flags:02x}"
@@ -63,9 +63,9 @@ def traceparent_of(span: ReadableSpan) -> str:
 async def test_session_has_one_span_with_its_requests_as_children(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
-    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase])
+    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase_metadata])
     item, environment = finished.session.item, finished.session.item.environment_id
-    [span] = span_recorder.spans_named(f"process {environment}")
+    [span] = span_recorder.find_spans_by_name(f"process {environment}")
     assert span.kind is SpanKind.CONSUMER
     assert span.parent is None
     assert span.status.status_code is StatusCode.UNSET
@@ -91,7 +91,7 @@ async def test_session_has_one_span_with_its_requests_as_children(
     # One update writes the trace context, one the key "phase", and one the handler's result.
     assert without_heartbeats == ["ack", "update", "update", "update", "stop"]
     for call in calls:
-        assert parent_id(call) == span_id(span)
+        assert parent_span_id(call) == span_id(span)
         assert call.kind is SpanKind.CLIENT
         assert span_attributes(call)["messaging.message.id"] == item.id
         settles = "settle" if not call.name.startswith("update") else None
@@ -111,9 +111,9 @@ async def test_trace_context_in_metadata_is_parent_of_session_span(
     metadata: dict[str, str] = {}
     with tracer.start_as_current_span("create work") as creating:
         propagate.inject(metadata)
-    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase], **metadata)
-    [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
-    assert parent_id(span) == creating.get_span_context().span_id
+    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase_metadata], **metadata)
+    [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
+    assert parent_span_id(span) == creating.get_span_context().span_id
 
 
 async def test_span_of_second_run_links_to_span_of_first_run(
@@ -131,7 +131,7 @@ async def test_span_of_second_run_links_to_span_of_first_run(
             (await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)).outcome for _ in range(2)
         ]
     assert outcomes == ["lease_lost", "completed"]
-    first, second = span_recorder.spans_named(f"process {item.environment_id}")
+    first, second = span_recorder.find_spans_by_name(f"process {item.environment_id}")
     assert not first.links
     [link] = second.links
     assert link.context.span_id == span_id(first)
@@ -147,7 +147,7 @@ async def test_span_of_failed_session_has_error_class_without_message(
         raise RuntimeError("a secret")
 
     finished = await run_item(kit, [span_recorder.make_plugin(), raise_runtime_error])
-    [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
+    [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
     assert span.status.status_code is StatusCode.ERROR
     assert span_attributes(span)["error.type"] == "RuntimeError"
     assert "a secret" not in span.to_json()
@@ -163,7 +163,7 @@ async def test_retry_of_handler_is_recorded_as_event_of_session_span(
             raise RuntimeError("a secret")
 
     finished = await run_item(kit, [span_recorder.make_plugin(), fail_first_call])
-    [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
+    [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
     [event] = span.events
     assert (event.name, dict(event.attributes or {})) == (
         "retry",
@@ -180,7 +180,7 @@ async def test_span_of_released_session_has_no_error_status(
         raise Release("later")
 
     finished = await run_item(kit, [span_recorder.make_plugin(), release_item])
-    [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
+    [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
     assert span_attributes(span)["workpool.outcome"] == "released"
     assert span.status.status_code is StatusCode.UNSET
 
@@ -189,8 +189,8 @@ async def test_span_of_failed_request_has_error_status(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     kit.faults.add(status(503), "stop", times=1)
-    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase])
-    stops = span_recorder.spans_named(f"stop {finished.session.item.environment_id}")
+    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase_metadata])
+    stops = span_recorder.find_spans_by_name(f"stop {finished.session.item.environment_id}")
     # The pool's events contain "5xx" for every status from 500 to 599.
     assert span_attributes(stops[0])["error.type"] == "5xx"
     assert "error.type" not in span_attributes(stops[1])
@@ -201,15 +201,17 @@ async def test_trace_context_is_written_to_metadata_unless_write_context_is_fals
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     written = kit.enqueue()[0]
-    async with kit.pool(span_recorder.make_plugin(), write_phase):
+    async with kit.pool(span_recorder.make_plugin(), write_phase_metadata):
         finished = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
-    [span] = span_recorder.spans_named(f"process {written.environment_id}")
-    assert item_metadata(kit, written)["workpool.traceparent"] == traceparent_of(span)
+    [span] = span_recorder.find_spans_by_name(f"process {written.environment_id}")
+    assert item_metadata(kit, written)["workpool.traceparent"] == make_traceparent_of_span(span)
     assert (
-        item_metadata(kit, written)["seen"] == traceparent_of(span) == finished.session.traceparent
+        item_metadata(kit, written)["seen"]
+        == make_traceparent_of_span(span)
+        == finished.session.traceparent
     )
     [unwritten] = kit.enqueue()
-    async with kit.pool(span_recorder.make_plugin(write_context=False), write_phase):
+    async with kit.pool(span_recorder.make_plugin(write_context=False), write_phase_metadata):
         await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
     assert "workpool.traceparent" not in item_metadata(kit, unwritten)
 
@@ -229,9 +231,9 @@ async def test_span_that_handler_creates_is_child_of_session_span(
             await asyncio.sleep(0)
 
     finished = await run_item(kit, [span_recorder.make_plugin(), create_render_span])
-    [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
-    [child] = span_recorder.spans_named("render")
-    assert parent_id(child) == span_id(span)
+    [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
+    [child] = span_recorder.find_spans_by_name("render")
+    assert parent_span_id(child) == span_id(span)
 
 
 async def test_command_gets_trace_context_of_its_session(
@@ -240,9 +242,9 @@ async def test_command_gets_trace_context_of_its_session(
     command = Command(command=["sh", "-c", f"echo $TRACEPARENT >{tmp_path}/seen"])
     finished = await run_item(kit, [span_recorder.make_plugin(), command], traceparent=TRACEPARENT)
     assert finished.outcome == "completed"
-    [span] = span_recorder.spans_named(f"process {finished.session.item.environment_id}")
-    assert (tmp_path / "seen").read_text().strip() == traceparent_of(span)
-    assert traceparent_of(span).split("-")[1] == TRACEPARENT.split("-")[1]
+    [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
+    assert (tmp_path / "seen").read_text().strip() == make_traceparent_of_span(span)
+    assert make_traceparent_of_span(span).split("-")[1] == TRACEPARENT.split("-")[1]
 
 
 async def test_item_whose_ack_is_refused_leaves_no_span(
@@ -250,8 +252,11 @@ async def test_item_whose_ack_is_refused_leaves_no_span(
 ) -> None:
     plugin = span_recorder.make_plugin()
     kit.faults.add(status(409), "ack", times=1)
-    finished = await run_item(kit, [plugin, write_phase])
-    assert len(span_recorder.spans_named(f"process {finished.session.item.environment_id}")) == 1
+    finished = await run_item(kit, [plugin, write_phase_metadata])
+    assert (
+        len(span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}"))
+        == 1
+    )
     assert plugin._spans is None
 
 
@@ -259,9 +264,9 @@ async def test_plugin_object_in_two_running_pools_raises_plugin_error(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     plugin = span_recorder.make_plugin()
-    async with kit.pool(plugin, write_phase):
+    async with kit.pool(plugin, write_phase_metadata):
         with pytest.raises(PluginError, match="one object serves one pool"):
-            async with kit.pool(plugin, write_phase):
+            async with kit.pool(plugin, write_phase_metadata):
                 pass
 
 

@@ -65,7 +65,7 @@ class Otel:
         """Create the tracer, and export the last spans at the end of the pool."""
         if self._spans is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
-        provider, created = self._choose_provider()
+        provider, created = self._choose_tracer_provider()
         settings = supervisor.settings
         self._spans = SessionSpans(
             provider.get_tracer("workpool"),
@@ -81,7 +81,7 @@ class Otel:
                 _POOL_COUNTS[created] -= 1
                 if not _POOL_COUNTS[created]:
                     del _POOL_COUNTS[created]
-                    await _shut_down_provider(created)
+                    await _shut_down_tracer_provider(created)
 
     @hookimpl(tryfirst=True)
     @asynccontextmanager
@@ -102,7 +102,7 @@ class Otel:
         if self._spans is not None:
             self._spans.record_event(event)
 
-    def _choose_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
+    def _choose_tracer_provider(self) -> tuple[trace.TracerProvider, TracerProvider | None]:
         """Return the provider to use, and the provider to shut down at the end of the pool.
 
         The second is the same provider if this plugin class has created it, else None.
@@ -138,7 +138,7 @@ async def _write_trace_context(session: Session, context: dict[str, str]) -> Non
         session.log.debug("%s not written: %s", RUN_CONTEXT, error, extra={"error": str(error)})
 
 
-async def _shut_down_provider(provider: TracerProvider) -> None:
+async def _shut_down_tracer_provider(provider: TracerProvider) -> None:
     """Export the remaining spans, for at most `FLUSH_SECONDS`: a collector may never answer."""
     try:
         async with asyncio.timeout(FLUSH_SECONDS):

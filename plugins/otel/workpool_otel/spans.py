@@ -172,7 +172,7 @@ class SessionSpans:
             }
             run.span = self._tracer.start_span(
                 f"process {item.environment_id}",
-                context=_trace_context_of_creator(item),
+                context=_trace_context_of_item_creator(item),
                 kind=SpanKind.CONSUMER,
                 attributes=run.attributes | process,
                 links=_link_to_last_run(item),
@@ -204,7 +204,7 @@ class SessionSpans:
         span.end(request.end)
 
 
-def _trace_context_of_creator(item: WorkItem) -> Context:
+def _trace_context_of_item_creator(item: WorkItem) -> Context:
     """Return the trace context of the item's creator from the item's metadata or `traceparent`."""
     context = propagate.extract(dict(item.metadata))
     if not trace.get_current_span(context).get_span_context().is_valid and item.traceparent:

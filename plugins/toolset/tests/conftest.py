@@ -55,13 +55,13 @@ class ToolCaller:
         call = ToolCall(id="evt_1", name=name, input=fields, custom=custom, session=SESSION)
         return await self.toolbox.run_call(call)
 
-    async def call_successfully(self, name: str, **fields: Any) -> str:
+    async def expect_tool_success(self, name: str, **fields: Any) -> str:
         """Call a tool, check that it succeeds, and return the text of its result."""
         result = await self.call_tool(name, **fields)
         assert not result.is_error, result
         return result_text(result)
 
-    async def call_with_error(self, name: str, **fields: Any) -> str:
+    async def expect_tool_error(self, name: str, **fields: Any) -> str:
         """Call a tool, check that it fails, and return the text of its error."""
         result = await self.call_tool(name, **fields)
         assert result.is_error, result

@@ -49,41 +49,43 @@ async def shout(call):
 """
 
 
-def counted_bash_call(number: int, before: str = "", permission: str = "allow") -> dict[str, Any]:
+def make_counted_bash_call(
+    number: int, before: str = "", permission: str = "allow"
+) -> dict[str, Any]:
     """Return a Bash call whose command appends the number of the call to a file."""
     command = f"{before}echo {number} >> log; sleep 0.05; echo said {number}"
     return {"name": "Bash", "input": {"command": command}, "permission": permission}
 
 
-def scripted_call(name: str, **fields: Any) -> dict[str, Any]:
+def make_scripted_call(name: str, **fields: Any) -> dict[str, Any]:
     return {"name": name, "input": fields}
 
 
 SCRIPT: list[dict[str, Any]] = [
-    counted_bash_call(1),
-    scripted_call("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
-    scripted_call("Read", file_path="notes/plan.txt"),
-    scripted_call("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
-    scripted_call("Glob", pattern="**/*.txt"),
-    scripted_call("Grep", pattern="2nd|log"),
-    counted_bash_call(7, "cat notes/plan.txt; "),
-    scripted_call("Read", file_path="missing.txt"),
-    scripted_call("Bash", command="echo to stderr >&2; (exit 3)"),
-    scripted_call("Bash", command="echo begun; sleep 60", timeout_ms=300),
-    scripted_call("Bash", restart=True),
-    counted_bash_call(12, permission="ask"),
-    counted_bash_call(13, permission="deny"),
-    counted_bash_call(14, permission="ask"),
+    make_counted_bash_call(1),
+    make_scripted_call("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
+    make_scripted_call("Read", file_path="notes/plan.txt"),
+    make_scripted_call("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
+    make_scripted_call("Glob", pattern="**/*.txt"),
+    make_scripted_call("Grep", pattern="2nd|log"),
+    make_counted_bash_call(7, "cat notes/plan.txt; "),
+    make_scripted_call("Read", file_path="missing.txt"),
+    make_scripted_call("Bash", command="echo to stderr >&2; (exit 3)"),
+    make_scripted_call("Bash", command="echo begun; sleep 60", timeout_ms=300),
+    make_scripted_call("Bash", restart=True),
+    make_counted_bash_call(12, permission="ask"),
+    make_counted_bash_call(13, permission="deny"),
+    make_counted_bash_call(14, permission="ask"),
     {"name": "shout", "input": {"line": "15"}, "custom": True},
-    scripted_call(
+    make_scripted_call(
         "Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True
     ),
-    scripted_call("Read", file_path="/proc/self/environ"),
-    *(counted_bash_call(number) for number in range(18, 24)),
+    make_scripted_call("Read", file_path="/proc/self/environ"),
+    *(make_counted_bash_call(number) for number in range(18, 24)),
     {"name": "shout", "input": {"line": "24"}, "custom": True},
-    scripted_call("Read", file_path="notes/plan.txt", view_range=[2, 2]),
-    scripted_call("Write", file_path="notes/done.txt", content="done\n"),
-    *(counted_bash_call(number) for number in range(27, 31)),
+    make_scripted_call("Read", file_path="notes/plan.txt", view_range=[2, 2]),
+    make_scripted_call("Write", file_path="notes/done.txt", content="done\n"),
+    *(make_counted_bash_call(number) for number in range(27, 31)),
 ]
 VERDICTS = {12: "allow", 14: "deny"}
 DENIED = {13, 14}
@@ -166,7 +168,7 @@ class ScriptedSession:
                 process.kill()
                 await process.wait()
 
-    async def answer_confirmations(self) -> None:
+    async def answer_confirmation_requests(self) -> None:
         """Allow or deny each tool call for which the session requests confirmation."""
         waiting = list(VERDICTS.values())
         async with WorkClient(self.settings) as client:
@@ -217,7 +219,7 @@ class ScriptedSession:
         """Run the session to its end, and return how often workers were killed or suspended."""
         killed = 0
         async with asyncio.timeout(BOUND_SECONDS), asyncio.TaskGroup() as group:
-            group.create_task(self.answer_confirmations(), name="person")
+            group.create_task(self.answer_confirmation_requests(), name="person")
             while killed < kills and not self.session_has_ended():
                 async with self.running_worker():
                     # The worker is killed during the call that follows this answer.

@@ -48,10 +48,10 @@ async def wait_for_process_end(*processes: int) -> None:
 
 
 async def test_shell_keeps_directory_variables_and_functions_between_calls(agent: Any) -> None:
-    await agent.call_successfully(
+    await agent.expect_tool_success(
         "Bash", command="mkdir sub && cd sub; export A=1; f() { echo f $A; }"
     )
-    assert await agent.call_successfully("bash", command="f; pwd") == f"f 1\n{agent.shown}/sub\n"
+    assert await agent.expect_tool_success("bash", command="f; pwd") == f"f 1\n{agent.shown}/sub\n"
 
 
 @pytest.mark.parametrize(
@@ -71,38 +71,38 @@ async def test_shell_keeps_directory_variables_and_functions_between_calls(agent
 async def test_shell_output_is_returned_without_control_sequences(
     agent: Any, command: str, output: str
 ) -> None:
-    assert await agent.call_successfully("bash", command=command) == output
+    assert await agent.expect_tool_success("bash", command=command) == output
 
 
 async def test_output_of_shell_that_echoes_its_input_is_complete(agent: Any) -> None:
-    shown_output = await agent.call_successfully("bash", command="set -vx; echo 1")
+    shown_output = await agent.expect_tool_success("bash", command="set -vx; echo 1")
     assert "\n1\n" in shown_output
-    assert "2\n" in await agent.call_successfully("bash", command="set +vx; echo 2")
+    assert "2\n" in await agent.expect_tool_success("bash", command="set +vx; echo 2")
 
 
 async def test_failed_command_returns_its_output_and_exit_status(agent: Any) -> None:
-    assert await agent.call_with_error(
+    assert await agent.expect_tool_error(
         "bash", command="echo x; exit_code() { return 3; }; exit_code"
     ) == ("x\n\nexit status 3")
-    assert "syntax error" in await agent.call_with_error("bash", command="if; then")
-    assert "unexpected EOF" in await agent.call_with_error("bash", command="echo 'open")
-    assert await agent.call_successfully("bash", command="echo still here") == "still here\n"
+    assert "syntax error" in await agent.expect_tool_error("bash", command="if; then")
+    assert "unexpected EOF" in await agent.expect_tool_error("bash", command="echo 'open")
+    assert await agent.expect_tool_success("bash", command="echo still here") == "still here\n"
 
 
 async def test_long_shell_output_is_cut_at_its_beginning(agent: Any) -> None:
-    shown_output = await agent.call_successfully("bash", command="seq 1 200000")
+    shown_output = await agent.expect_tool_success("bash", command="seq 1 200000")
     assert shown_output.startswith("[output truncated]\n")
     assert shown_output.endswith("\n199999\n200000\n")
     assert 102_400 <= len(shown_output) <= 102_400 + 19
 
 
 async def test_command_beyond_timeout_is_killed_with_its_shell(agent: Any) -> None:
-    failed = await agent.call_with_error("bash", command="sleep 600", timeout_ms=300)
+    failed = await agent.expect_tool_error("bash", command="sleep 600", timeout_ms=300)
     assert failed.startswith("killed after 0.3 s")
     assert "restart=true" in failed
-    assert "restart=true" in await agent.call_with_error("bash", command="echo x")
-    assert await agent.call_successfully("bash", restart=True) == "bash session restarted"
-    assert await agent.call_successfully("bash", command="echo x") == "x\n"
+    assert "restart=true" in await agent.expect_tool_error("bash", command="echo x")
+    assert await agent.expect_tool_success("bash", restart=True) == "bash session restarted"
+    assert await agent.expect_tool_success("bash", command="echo x") == "x\n"
 
 
 async def test_output_of_running_command_is_available_before_its_end(
@@ -117,13 +117,13 @@ async def test_output_of_running_command_is_available_before_its_end(
 
 
 async def test_command_that_exits_shell_reports_status_and_restart_option(agent: Any) -> None:
-    failed = await agent.call_with_error("bash", command="echo bye; exit 7")
+    failed = await agent.expect_tool_error("bash", command="echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
-    assert await agent.call_successfully("bash", command="echo new", restart=True) == "new\n"
+    assert await agent.expect_tool_success("bash", command="echo new", restart=True) == "new\n"
 
 
 async def test_exit_of_shell_does_not_wait_for_background_job(agent: Any) -> None:
-    failed = await agent.call_with_error("bash", command="sleep 60.253 & echo bye; exit 7")
+    failed = await agent.expect_tool_error("bash", command="sleep 60.253 & echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
     await wait_for_process_end(*process_descriptors("60.253"))
 
@@ -131,12 +131,14 @@ async def test_exit_of_shell_does_not_wait_for_background_job(agent: Any) -> Non
 async def test_exit_of_shell_does_not_wait_for_background_job_that_prints_endlessly(
     agent_without_sandbox: Any,
 ) -> None:
-    failed = await agent_without_sandbox.call_with_error("bash", command="yes & sleep 0.1; exit 7")
+    failed = await agent_without_sandbox.expect_tool_error(
+        "bash", command="yes & sleep 0.1; exit 7"
+    )
     assert failed.endswith("the shell ended with status 7; use restart=true for a new one")
 
 
 async def test_shell_output_before_exit_is_returned_completely(agent: Any) -> None:
-    failed = await agent.call_with_error("bash", command="seq 1 15000; sleep 60 & exit 7")
+    failed = await agent.expect_tool_error("bash", command="seq 1 15000; sleep 60 & exit 7")
     assert failed.startswith("1\n2\n")
     assert "\n15000\n\nthe shell ended with status 7" in failed
 
@@ -145,13 +147,13 @@ async def test_shell_output_before_exit_is_returned_completely(agent: Any) -> No
 async def test_redirection_of_shell_output_does_not_affect_later_commands(
     agent: Any, redirection: str
 ) -> None:
-    assert await agent.call_successfully("bash", command=f"exec {redirection}") == "(no output)"
-    assert await agent.call_with_error("bash", command="(exit 3)") == "exit status 3"
-    assert await agent.call_successfully("bash", command="echo later >&2") == "later\n"
+    assert await agent.expect_tool_success("bash", command=f"exec {redirection}") == "(no output)"
+    assert await agent.expect_tool_error("bash", command="(exit 3)") == "exit status 3"
+    assert await agent.expect_tool_success("bash", command="echo later >&2") == "later\n"
 
 
 async def test_command_inherits_only_standard_streams(agent: Any) -> None:
-    shown_output = await agent.call_successfully("bash", command="ls -1 /proc/self/fd")
+    shown_output = await agent.expect_tool_success("bash", command="ls -1 /proc/self/fd")
     # Accept descriptor 3, which is not inherited: `ls` has opened it to list the directory.
     assert shown_output == "0\n1\n2\n3\n"
 
@@ -172,7 +174,7 @@ def two_process_command(program: str) -> str:
 
 async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox: Any) -> None:
     start_two = two_process_command("sh")
-    await agent_without_sandbox.call_successfully(
+    await agent_without_sandbox.expect_tool_success(
         "bash", command=f"trap '' TERM; {start_two}; trap - TERM; {start_two}"
     )
     processes = process_descriptors(PROCESS_WORD)
@@ -184,7 +186,7 @@ async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox
 async def test_closing_sandboxed_shell_ends_its_processes_in_every_process_group(
     agent_with_sandbox: Any,
 ) -> None:
-    await agent_with_sandbox.call_successfully("bash", command=two_process_command("setsid sh"))
+    await agent_with_sandbox.expect_tool_success("bash", command=two_process_command("setsid sh"))
     processes = process_descriptors(PROCESS_WORD)
     assert len(processes) == 2
     await agent_with_sandbox.toolbox.close_shell()
@@ -200,7 +202,7 @@ async def test_cancelled_command_kills_its_shell(agent: Any, workspace_directory
         await asyncio.to_thread((workspace_directory / "ready").read_text)
         calling.cancel()
     await wait_for_process_end(*process_descriptors("60.127"))
-    assert "restart" in await agent.call_with_error("bash", command="echo x")
+    assert "restart" in await agent.expect_tool_error("bash", command="echo x")
 
 
 async def test_shell_close_that_is_cancelled_leaves_no_process(
@@ -208,7 +210,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
 ) -> None:
     wait = asyncio.subprocess.Process.wait
 
-    async def cancel_close_at_exit(process: asyncio.subprocess.Process) -> int:
+    async def cancel_close_at_process_exit(process: asyncio.subprocess.Process) -> int:
         status = await wait(process)
         closing.cancel()
         await asyncio.sleep(0)
@@ -220,7 +222,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
         processes = process_descriptors(PROCESS_WORD)
         assert len(processes) == 2
         with monkeypatch.context() as patch:
-            patch.setattr(asyncio.subprocess.Process, "wait", cancel_close_at_exit)
+            patch.setattr(asyncio.subprocess.Process, "wait", cancel_close_at_process_exit)
             closing = group.create_task(shell.close())
             await asyncio.wait({closing})
     await wait_for_process_end(*processes)
@@ -264,15 +266,17 @@ async def test_sandbox_enforces_limits_of_memory_files_and_processes(
     agent_with_sandbox: Any,
 ) -> None:
     memory = "python3 -c 'bytearray(3 << 30)'"
-    assert "MemoryError" in await agent_with_sandbox.call_with_error("bash", command=memory)
-    assert "File size limit" in await agent_with_sandbox.call_with_error(
+    assert "MemoryError" in await agent_with_sandbox.expect_tool_error("bash", command=memory)
+    assert "File size limit" in await agent_with_sandbox.expect_tool_error(
         "bash", command="head -c 80M /dev/zero > f"
     )
     many = "import os, time\nfor n in range(99): os.fork() or time.sleep(60)"
-    shown_output = await agent_with_sandbox.call_with_error("bash", command=f"python3 -c '{many}'")
+    shown_output = await agent_with_sandbox.expect_tool_error(
+        "bash", command=f"python3 -c '{many}'"
+    )
     assert "Resource temporarily unavailable" in shown_output
-    await agent_with_sandbox.call_successfully("bash", restart=True)
-    shown_output = await agent_with_sandbox.call_successfully(
+    await agent_with_sandbox.expect_tool_success("bash", restart=True)
+    shown_output = await agent_with_sandbox.expect_tool_success(
         "bash", command="ulimit -H -t -u -d -f -c"
     )
     assert re.findall(r"\d+$", shown_output, re.MULTILINE) == ["20", "64", "1048576", "65536", "0"]

@@ -17,10 +17,12 @@ class ConversationTestbed:
 
     def __init__(self) -> None:
         self.denied: list[str] = []
-        self.now = Conversation("sess_1", self.owns_call, lambda call: self.denied.append(call.id))
+        self.now = Conversation(
+            "sess_1", self.is_call_for_this_worker, lambda call: self.denied.append(call.id)
+        )
 
     @staticmethod
-    def owns_call(call: ToolCall) -> bool:
+    def is_call_for_this_worker(call: ToolCall) -> bool:
         return call.name == ("weather" if call.custom else "bash")
 
     def add_tool_use(
@@ -37,8 +39,8 @@ class ConversationTestbed:
         return self.apply_event("session.status_idle", stop_reason={"type": reason})
 
     @property
-    def next_call(self) -> str | None:
-        call = self.now.next_call()
+    def next_tool_call(self) -> str | None:
+        call = self.now.next_tool_call()
         return call.id if call else None
 
 
@@ -49,13 +51,13 @@ def test_next_call_is_oldest_call_without_answer() -> None:
         .add_tool_use("b", "weather", custom=True)
         .add_tool_use("c")
     )
-    assert uses.next_call == "a"
-    assert [call.id for call in uses.now.runnable_calls()] == ["a", "b", "c"]
+    assert uses.next_tool_call == "a"
+    assert [call.id for call in uses.now.runnable_tool_calls()] == ["a", "b", "c"]
     uses.now.mark_call_answered("a")
-    assert uses.next_call == "b"
+    assert uses.next_tool_call == "b"
     uses.apply_event("user.custom_tool_result", custom_tool_use_id="b")
     uses.apply_event("agent.tool_result", tool_use_id="c")
-    assert uses.next_call is None
+    assert uses.next_tool_call is None
 
 
 def test_conversation_waits_for_person_who_must_confirm_or_send_message() -> None:
@@ -79,7 +81,7 @@ def test_result_that_arrives_before_its_call_answers_call() -> None:
         ConversationTestbed()
         .apply_event("user.tool_result", tool_use_id="a")
         .add_tool_use("a")
-        .next_call
+        .next_tool_call
         is None
     )
 
@@ -87,7 +89,7 @@ def test_result_that_arrives_before_its_call_answers_call() -> None:
 def test_answered_call_whose_event_is_repeated_is_not_next_call() -> None:
     uses = ConversationTestbed().add_tool_use("a")
     uses.now.mark_call_answered("a")
-    assert uses.add_tool_use("a").next_call is None
+    assert uses.add_tool_use("a").next_tool_call is None
 
 
 def test_calls_of_unknown_tools_are_left_to_other_clients() -> None:
@@ -97,10 +99,10 @@ def test_calls_of_unknown_tools_are_left_to_other_clients() -> None:
         .add_tool_use("b", "bash", custom=True)
         .add_tool_use("c", "weather")
     )
-    assert uses.next_call is None
+    assert uses.next_tool_call is None
     assert uses.end_turn().now.is_idle
     assert uses.denied == []
-    assert uses.apply_event("agent.mcp_tool_use", id="d", name="bash").next_call is None
+    assert uses.apply_event("agent.mcp_tool_use", id="d", name="bash").next_tool_call is None
 
 
 @pytest.mark.parametrize("permission", ["ask", "unknown", 1, {}])
@@ -108,11 +110,12 @@ def test_call_without_permission_is_not_next_call_until_confirmed(permission: ob
     uses = (
         ConversationTestbed().add_tool_use("a", evaluated_permission=permission).add_tool_use("b")
     )
-    assert uses.next_call == "b"
+    assert uses.next_tool_call == "b"
     uses.now.mark_call_answered("b")
     assert not uses.end_turn().now.is_idle
     assert (
-        uses.apply_event("user.tool_confirmation", tool_use_id="a", result="allow").next_call == "a"
+        uses.apply_event("user.tool_confirmation", tool_use_id="a", result="allow").next_tool_call
+        == "a"
     )
 
 
@@ -120,9 +123,9 @@ def test_call_without_permission_is_not_next_call_until_confirmed(permission: ob
 def test_denied_call_is_never_run(verdict: object) -> None:
     uses = ConversationTestbed().add_tool_use("a", evaluated_permission="ask")
     uses.apply_event("user.tool_confirmation", tool_use_id="a", result=verdict)
-    assert (uses.next_call, uses.denied) == (None, ["a"])
+    assert (uses.next_tool_call, uses.denied) == (None, ["a"])
     uses.apply_event("user.tool_confirmation", tool_use_id="a", result="allow")
-    assert uses.add_tool_use("a").next_call is None
+    assert uses.add_tool_use("a").next_tool_call is None
     assert uses.end_turn().now.is_idle
     assert ConversationTestbed().add_tool_use("a", evaluated_permission="deny").denied == ["a"]
 
@@ -134,7 +137,7 @@ def test_early_confirmation_is_applied_when_its_call_arrives(
     uses = ConversationTestbed().apply_event(
         "user.tool_confirmation", tool_use_id="a", result=verdict
     )
-    assert uses.add_tool_use("a", evaluated_permission="ask").next_call == follows
+    assert uses.add_tool_use("a", evaluated_permission="ask").next_tool_call == follows
 
 
 def test_denial_after_automatic_permission_prevents_run_of_call() -> None:
@@ -143,7 +146,7 @@ def test_denial_after_automatic_permission_prevents_run_of_call() -> None:
         .add_tool_use("a")
         .apply_event("user.tool_confirmation", tool_use_id="a", result="deny")
     )
-    assert uses.next_call is None
+    assert uses.next_tool_call is None
 
 
 @pytest.mark.parametrize(
@@ -176,9 +179,9 @@ def test_interrupt_affects_open_calls_but_not_calls_that_follow() -> None:
     assert uses.now.is_interrupted("a")
     assert uses.now.is_interrupted("b")
     assert not uses.now.is_interrupted("c")
-    assert [call.id for call in uses.now.runnable_calls()] == ["c"]
+    assert [call.id for call in uses.now.runnable_tool_calls()] == ["c"]
     # The worker must still answer the interrupted call "a", with an error.
-    assert uses.next_call == "a"
+    assert uses.next_tool_call == "a"
 
 
 def test_termination_of_agent_thread_closes_calls_of_thread() -> None:
@@ -189,7 +192,8 @@ def test_termination_of_agent_thread_closes_calls_of_thread() -> None:
         .add_tool_use("c")
     )
     assert (
-        uses.apply_event("session.thread_status_terminated", session_thread_id="t").next_call == "b"
+        uses.apply_event("session.thread_status_terminated", session_thread_id="t").next_tool_call
+        == "b"
     )
 
 
@@ -217,4 +221,4 @@ def test_termination_or_deletion_event_ends_conversation(kind: str) -> None:
 def test_malformed_event_leaves_calls_unchanged(event: dict[str, Any]) -> None:
     uses = ConversationTestbed().add_tool_use("z", session_thread_id="t")
     uses.now.apply_event(event)
-    assert uses.next_call == "z"
+    assert uses.next_tool_call == "z"

@@ -24,16 +24,17 @@ async def test_written_file_is_read_back_unchanged(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     content = "one\r\ntwo\n\n  é✓\n"
-    output = await agent_without_sandbox.call_successfully(
+    output = await agent_without_sandbox.expect_tool_success(
         "Write", file_path="new/deep/a.txt", content=content
     )
     assert output == f"wrote {len(content.encode())} bytes to new/deep/a.txt"
     assert (workspace_directory / "new/deep/a.txt").read_bytes() == content.encode()
     assert (
-        await agent_without_sandbox.call_successfully("Read", file_path="new/deep/a.txt") == content
+        await agent_without_sandbox.expect_tool_success("Read", file_path="new/deep/a.txt")
+        == content
     )
     assert (
-        await agent_without_sandbox.call_successfully(
+        await agent_without_sandbox.expect_tool_success(
             "read", path=f"{workspace_directory}/./new/../new/deep/a.txt"
         )
         == content
@@ -46,7 +47,7 @@ async def test_overwritten_file_keeps_mode_without_setuid(
 ) -> None:
     (workspace_directory / "run.sh").write_text("old")
     (workspace_directory / "run.sh").chmod(0o4750)
-    await agent_without_sandbox.call_successfully("write", file_path="run.sh", content="new")
+    await agent_without_sandbox.expect_tool_success("write", file_path="run.sh", content="new")
     assert stat.S_IMODE((workspace_directory / "run.sh").stat().st_mode) == 0o750
 
 
@@ -57,19 +58,21 @@ async def test_links_inside_workspace_are_followed(
     (workspace_directory / "link").symlink_to("real")
     (workspace_directory / "absolute").symlink_to(workspace_directory / "link")
     (workspace_directory / "dangling").symlink_to("absolute/later.txt")
-    await agent_without_sandbox.call_successfully("write", file_path="dangling", content="here")
+    await agent_without_sandbox.expect_tool_success("write", file_path="dangling", content="here")
     assert (workspace_directory / "real/later.txt").read_text() == "here"
     assert (workspace_directory / "dangling").is_symlink()
     assert (
-        await agent_without_sandbox.call_successfully("read", file_path="absolute/later.txt")
+        await agent_without_sandbox.expect_tool_success("read", file_path="absolute/later.txt")
         == "here"
     )
     for number in range(40):
         (workspace_directory / f"hop{number}").symlink_to(f"hop{number + 1}")
     (workspace_directory / "hop40").write_text("end")
-    assert await agent_without_sandbox.call_successfully("read", file_path="hop0") == "end"
+    assert await agent_without_sandbox.expect_tool_success("read", file_path="hop0") == "end"
     (workspace_directory / "hop").symlink_to("hop0")
-    assert "too many levels" in await agent_without_sandbox.call_with_error("read", file_path="hop")
+    assert "too many levels" in await agent_without_sandbox.expect_tool_error(
+        "read", file_path="hop"
+    )
 
 
 LINES = "one\ntwo\nthree\nfour"
@@ -102,7 +105,7 @@ async def test_read_with_range_returns_selected_lines(
 ) -> None:
     (workspace_directory / "lines").write_text(LINES)
     assert (
-        await agent_without_sandbox.call_successfully("read", file_path="lines", **fields)
+        await agent_without_sandbox.expect_tool_success("read", file_path="lines", **fields)
         == selected
     )
 
@@ -114,7 +117,7 @@ async def test_offset_or_limit_that_is_no_number_is_refused(
     (workspace_directory / "lines").write_text(LINES)
     [name] = fields
     assert (
-        await agent_without_sandbox.call_with_error("read", file_path="lines", **fields)
+        await agent_without_sandbox.expect_tool_error("read", file_path="lines", **fields)
         == f"{name} must be a number"
     )
 
@@ -139,7 +142,7 @@ async def test_malformed_range_of_lines_is_refused(
     agent_without_sandbox: Any, workspace_directory: Path, view_range: object
 ) -> None:
     (workspace_directory / "lines").write_text(LINES)
-    await agent_without_sandbox.call_with_error("read", file_path="lines", view_range=view_range)
+    await agent_without_sandbox.expect_tool_error("read", file_path="lines", view_range=view_range)
 
 
 async def test_large_file_is_readable_only_by_range(
@@ -147,19 +150,19 @@ async def test_large_file_is_readable_only_by_range(
 ) -> None:
     line = "é" * 49 + "\n"
     (workspace_directory / "large").write_text(line * 10_000)
-    assert "view_range" in await agent_without_sandbox.call_with_error("read", file_path="large")
+    assert "view_range" in await agent_without_sandbox.expect_tool_error("read", file_path="large")
     assert (
-        await agent_without_sandbox.call_successfully(
+        await agent_without_sandbox.expect_tool_success(
             "read", file_path="large", view_range=[9_999, 0]
         )
         == line * 2
     )
-    cut = await agent_without_sandbox.call_successfully(
+    cut = await agent_without_sandbox.expect_tool_success(
         "read", file_path="large", view_range=[2, 0]
     )
     assert cut.endswith("[cut after 262144 bytes]")
     assert "\ufffd" not in cut
-    assert "larger" in await agent_without_sandbox.call_with_error(
+    assert "larger" in await agent_without_sandbox.expect_tool_error(
         "edit", file_path="large", old_string="é", new_string="e", replace_all=True
     )
 
@@ -178,7 +181,7 @@ async def test_other_sessions_can_read_files_after_reads_of_huge_file_time_out(
         for _ in range(6):
             group.create_task(hostile.call_tool("read", file_path="large", view_range=[9, 9]))
     assert (
-        await make_tool_callers(threads=threads).call_successfully("read", file_path="small")
+        await make_tool_callers(threads=threads).expect_tool_success("read", file_path="small")
         == "here"
     )
     await threads.files.close()
@@ -190,26 +193,26 @@ async def test_read_of_line_range_stops_at_limits_of_bytes_and_time(
     (workspace_directory / "lines").write_text("line\n" * 100_000)
     output = "lines: the lines begin or end beyond the first 131072 bytes, which is as far"
     monkeypatch.setattr(file_tools, "MAX_SCANNED_BYTES", 100_000)
-    far = await agent_without_sandbox.call_with_error(
+    far = await agent_without_sandbox.expect_tool_error(
         "read", file_path="lines", view_range=[90_000, 90_001]
     )
     assert far.startswith(output)
     assert far.endswith("use bash, for example tail -c or dd")
     assert (
-        await agent_without_sandbox.call_successfully(
+        await agent_without_sandbox.expect_tool_success(
             "read", file_path="lines", view_range=[20_000, 20_001]
         )
         == "line\n" * 2
     )
     monkeypatch.undo()
     assert (
-        await agent_without_sandbox.call_successfully(
+        await agent_without_sandbox.expect_tool_success(
             "read", file_path="lines", view_range=[90_000, 90_000]
         )
         == "line\n"
     )
     monkeypatch.setattr(file_tools, "SCAN_SECONDS", 0.0)
-    await agent_without_sandbox.call_with_error(
+    await agent_without_sandbox.expect_tool_error(
         "read", file_path="lines", view_range=[90_000, 90_001]
     )
 
@@ -225,7 +228,7 @@ async def test_file_tools_still_run_while_custom_tools_block_their_threads(
         async with asyncio.TaskGroup() as group:
             for _ in range(2 * THREAD_COUNT):
                 group.create_task(agent.call_tool("hang", custom=True))
-        assert await make_tool_callers().call_successfully("read", file_path="small") == "here"
+        assert await make_tool_callers().expect_tool_success("read", file_path="small") == "here"
     finally:
         release.set()
 
@@ -241,7 +244,7 @@ async def test_configured_size_limits_apply_to_each_type_of_file(
         (workspace_directory / name).write_bytes(b"x" * limit)
         assert not (await agent.call_tool("read", file_path=name)).is_error
         (workspace_directory / name).write_bytes(b"x" * (limit + 1))
-        assert (await agent.call_with_error("read", file_path=name)).startswith(
+        assert (await agent.expect_tool_error("read", file_path=name)).startswith(
             f"{name}: larger than {limit} bytes"
         )
 
@@ -251,7 +254,7 @@ async def test_error_of_edit_above_size_limit_suggests_bash(
 ) -> None:
     (workspace_directory / "large").write_text("a" * 300_000)
     fields = {"file_path": "large", "old_string": "a", "new_string": "b"}
-    assert await agent_without_sandbox.call_with_error("edit", **fields) == (
+    assert await agent_without_sandbox.expect_tool_error("edit", **fields) == (
         "large: larger than 262144 bytes; change it with bash, for example with sed"
     )
 
@@ -266,9 +269,9 @@ async def test_images_and_pdfs_are_returned_as_blocks(
     assert base64.b64decode(image["source"]["data"]) == b"\x89PNG"
     [document] = (await agent_without_sandbox.call_tool("read", file_path="b.pdf")).content
     assert (document["type"], document["source"]["media_type"]) == ("document", "application/pdf")
-    await agent_without_sandbox.call_with_error("read", file_path="a.PNG", view_range=[1, 2])
+    await agent_without_sandbox.expect_tool_error("read", file_path="a.PNG", view_range=[1, 2])
     (workspace_directory / "huge.jpg").write_bytes(b"x" * (4 * 1024 * 1024))
-    assert "larger" in await agent_without_sandbox.call_with_error("read", file_path="huge.jpg")
+    assert "larger" in await agent_without_sandbox.expect_tool_error("read", file_path="huge.jpg")
 
 
 async def test_read_or_write_of_non_text_file_is_refused(
@@ -278,30 +281,32 @@ async def test_read_or_write_of_non_text_file_is_refused(
     (workspace_directory / "empty").touch()
     (workspace_directory / "directory").mkdir()
     os.mkfifo(workspace_directory / "pipe")
-    assert "UTF-8" in await agent_without_sandbox.call_with_error("read", file_path="binary")
-    assert "is a directory" in await agent_without_sandbox.call_with_error(
+    assert "UTF-8" in await agent_without_sandbox.expect_tool_error("read", file_path="binary")
+    assert "is a directory" in await agent_without_sandbox.expect_tool_error(
         "read", file_path="directory"
     )
-    assert "is a directory" in await agent_without_sandbox.call_with_error(
+    assert "is a directory" in await agent_without_sandbox.expect_tool_error(
         "write", file_path=".", content="x"
     )
-    assert "is a directory" in await agent_without_sandbox.call_with_error(
+    assert "is a directory" in await agent_without_sandbox.expect_tool_error(
         "write", file_path="directory", content="x"
     )
-    assert "regular" in await agent_without_sandbox.call_with_error("read", file_path="pipe")
-    assert "regular" in await agent_without_sandbox.call_with_error(
+    assert "regular" in await agent_without_sandbox.expect_tool_error("read", file_path="pipe")
+    assert "regular" in await agent_without_sandbox.expect_tool_error(
         "write", file_path="pipe", content="x"
     )
-    assert "no such file" in await agent_without_sandbox.call_with_error(
+    assert "no such file" in await agent_without_sandbox.expect_tool_error(
         "read", file_path="missing"
     )
-    assert "not a directory" in await agent_without_sandbox.call_with_error(
+    assert "not a directory" in await agent_without_sandbox.expect_tool_error(
         "write", file_path="empty/x", content="x"
     )
-    assert "surrogates" in await agent_without_sandbox.call_with_error(
+    assert "surrogates" in await agent_without_sandbox.expect_tool_error(
         "write", file_path="x", content="\ud800"
     )
-    assert await agent_without_sandbox.call_successfully("read", file_path="empty") == "(no output)"
+    assert (
+        await agent_without_sandbox.expect_tool_success("read", file_path="empty") == "(no output)"
+    )
 
 
 async def test_edit_with_result_above_limit_is_refused(
@@ -309,11 +314,11 @@ async def test_edit_with_result_above_limit_is_refused(
 ) -> None:
     (workspace_directory / "small").write_text("a" * 250_000)
     fields = {"file_path": "small", "old_string": "a", "new_string": "b" * 4_000_000}
-    failed = await agent_without_sandbox.call_with_error("edit", **fields, replace_all=True)
+    failed = await agent_without_sandbox.expect_tool_error("edit", **fields, replace_all=True)
     assert failed == "small: would be larger than 33554432 characters"
     assert (workspace_directory / "small").stat().st_size == 250_000
     fields["new_string"] = "bb"
-    assert "replaced 250000" in await agent_without_sandbox.call_successfully(
+    assert "replaced 250000" in await agent_without_sandbox.expect_tool_success(
         "edit", **fields, replace_all=True
     )
 
@@ -323,26 +328,26 @@ async def test_edit_replaces_one_occurrence_but_several_need_replace_all(
 ) -> None:
     path = workspace_directory / "code.py"
     path.write_text("a = 1\nb = 1\n")
-    assert await agent_without_sandbox.call_successfully(
+    assert await agent_without_sandbox.expect_tool_success(
         "edit", file_path="code.py", old_string="a = 1", new_string="a = 2"
     ) == ("replaced 1 occurrence in code.py")
-    failed = await agent_without_sandbox.call_with_error(
+    failed = await agent_without_sandbox.expect_tool_error(
         "edit", file_path="code.py", old_string=" = ", new_string=": "
     )
     assert "2 times" in failed
-    assert "not found" in await agent_without_sandbox.call_with_error(
+    assert "not found" in await agent_without_sandbox.expect_tool_error(
         "edit", file_path="code.py", old_string="c", new_string="d"
     )
-    output = await agent_without_sandbox.call_successfully(
+    output = await agent_without_sandbox.expect_tool_success(
         "edit", file_path="code.py", old_string=" = ", new_string=": ", replace_all=True
     )
     assert output == "replaced 2 occurrences in code.py"
     assert path.read_text() == "a: 2\nb: 1\n"
     for old, new in [("", "x"), ("a", "a")]:
-        await agent_without_sandbox.call_with_error(
+        await agent_without_sandbox.expect_tool_error(
             "edit", file_path="code.py", old_string=old, new_string=new
         )
-    await agent_without_sandbox.call_with_error(
+    await agent_without_sandbox.expect_tool_error(
         "edit", file_path="gone/code.py", old_string="a", new_string="b"
     )
     assert not (workspace_directory / "gone").exists()
@@ -361,16 +366,18 @@ async def test_additional_roots_are_writable_or_read_only_as_configured(
         *(WorkspaceRoot(str(r), r, writable=False) for r in (frozen, nested)),
     ]
     agent = make_tool_callers(roots=roots)
-    await agent.call_successfully("write", file_path=f"{shared}/b", content="new")
-    assert await agent.call_successfully("read", file_path="to/b") == "new"
-    assert await agent.call_successfully("read", file_path=f"{frozen}/a") == "kept"
+    await agent.expect_tool_success("write", file_path=f"{shared}/b", content="new")
+    assert await agent.expect_tool_success("read", file_path="to/b") == "new"
+    assert await agent.expect_tool_success("read", file_path=f"{frozen}/a") == "kept"
     for path in (f"{frozen}/a", f"{nested}/a", "to/frozen/a", f"{frozen}/made/a"):
-        assert "read-only" in await agent.call_with_error("write", file_path=path, content="x")
-    assert "read-only" in await agent.call_with_error(
+        assert "read-only" in await agent.expect_tool_error("write", file_path=path, content="x")
+    assert "read-only" in await agent.expect_tool_error(
         "edit", file_path=f"{frozen}/a", old_string="kept", new_string="x"
     )
-    assert await agent.call_successfully("glob", pattern="*", path=str(frozen)) == f"{frozen}/a\n"
-    assert await agent.call_successfully("grep", pattern="new", path="to") == f"{shared}/b:1:new\n"
+    assert await agent.expect_tool_success("glob", pattern="*", path=str(frozen)) == f"{frozen}/a\n"
+    assert (
+        await agent.expect_tool_success("grep", pattern="new", path="to") == f"{shared}/b:1:new\n"
+    )
     assert not (frozen / "made").exists()
 
 
@@ -381,7 +388,7 @@ async def test_file_tools_reach_every_path_if_slash_is_allowed_root(
     (workspace_directory / "link").symlink_to("/")
     agent = make_tool_callers(roots=[WorkspaceRoot("/", Path("/"))])
     for path in (f"{tmp_path}/outside", "../outside", f"link{tmp_path}/outside"):
-        assert await agent.call_successfully("read", file_path=path) == "seen"
+        assert await agent.expect_tool_success("read", file_path=path) == "seen"
 
 
 async def test_sandboxed_shell_writes_allowed_root_but_not_read_only_root(
@@ -395,36 +402,39 @@ async def test_sandboxed_shell_writes_allowed_root_but_not_read_only_root(
     roots = (WorkspaceRoot(str(shared), shared), WorkspaceRoot(str(frozen), frozen, writable=False))
     agent = make_tool_callers(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
     assert (
-        await agent.call_successfully("bash", command=f"cat {shared}/a {frozen}/a")
+        await agent.expect_tool_success("bash", command=f"cat {shared}/a {frozen}/a")
         == "here\nhere\n"
     )
-    await agent.call_successfully("bash", command=f"echo b > {shared}/b")
-    assert await agent.call_successfully("read", file_path=f"{shared}/b") == "b\n"
-    failed = await agent.call_with_error("bash", command=f"echo b > {frozen}/b")
+    await agent.expect_tool_success("bash", command=f"echo b > {shared}/b")
+    assert await agent.expect_tool_success("read", file_path=f"{shared}/b") == "b\n"
+    failed = await agent.expect_tool_error("bash", command=f"echo b > {frozen}/b")
     assert "Read-only file system" in failed
     assert (
-        await agent.call_successfully("grep", pattern="here", path=str(frozen))
+        await agent.expect_tool_success("grep", pattern="here", path=str(frozen))
         == f"{frozen}/a:1:here\n"
     )
-    assert "No such file" in await agent.call_with_error("bash", command=f"cat {tmp_path}/outside")
+    assert "No such file" in await agent.expect_tool_error(
+        "bash", command=f"cat {tmp_path}/outside"
+    )
 
 
 async def test_file_tools_and_sandboxed_shell_see_same_files(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
-    await agent_with_sandbox.call_successfully(
+    await agent_with_sandbox.expect_tool_success(
         "write", file_path="/workspace/made/by-tool", content="one\n"
     )
-    await agent_with_sandbox.call_successfully(
+    await agent_with_sandbox.expect_tool_success(
         "bash", command="echo two >> made/by-tool; mkdir sub; echo three > sub/by-bash"
     )
     assert (
-        await agent_with_sandbox.call_successfully("read", file_path="made/by-tool") == "one\ntwo\n"
+        await agent_with_sandbox.expect_tool_success("read", file_path="made/by-tool")
+        == "one\ntwo\n"
     )
-    await agent_with_sandbox.call_successfully(
+    await agent_with_sandbox.expect_tool_success(
         "edit", file_path="sub/by-bash", old_string="three", new_string="four"
     )
-    await agent_with_sandbox.call_successfully(
+    await agent_with_sandbox.expect_tool_success(
         "bash", command="rm -r made && echo five >> /workspace/sub/by-bash"
     )
     assert (workspace_directory / "sub/by-bash").read_text() == "four\nfive\n"

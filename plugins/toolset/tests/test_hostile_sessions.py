@@ -39,12 +39,12 @@ def files_outside_workspace(
     (other / "deep").mkdir(parents=True)
     (other / "secret.txt").write_text(TOKEN)
     (other / "deep/secret.txt").write_text(TOKEN)
-    before = file_snapshot(outside)
+    before = hash_outside_files(outside)
     yield outside
-    assert file_snapshot(outside) == before
+    assert hash_outside_files(outside) == before
 
 
-def file_snapshot(outside: Path) -> dict[str, str]:
+def hash_outside_files(outside: Path) -> dict[str, str]:
     """Return a hash of the content of each file outside the workspace, by path."""
     return {
         str(path.relative_to(outside)): hashlib.sha256(
@@ -55,7 +55,7 @@ def file_snapshot(outside: Path) -> dict[str, str]:
     }
 
 
-def output_text(result: ToolResult) -> str:
+def join_result_text(result: ToolResult) -> str:
     return str(result.content)
 
 
@@ -172,7 +172,7 @@ async def check_hostile_paths(agent: Any, folder: Path, tool: str) -> None:
     for path in hostile_paths(folder):
         for fields in INPUTS[tool]:
             result = await agent.call_tool(tool, **{FIELD.get(tool, "file_path"): path}, **fields)
-            answer = output_text(result)
+            answer = join_result_text(result)
             assert TOKEN not in answer, path
             assert "secret.txt" not in answer or "secret.txt" in path, path
             assert str(folder.parent) not in answer.replace(path, ""), path
@@ -190,7 +190,7 @@ async def test_hostile_glob_pattern_finds_no_file_outside_workspace(
 ) -> None:
     create_outward_links(workspace_directory)
     for pattern in PATTERNS:
-        answer = output_text(await agent_with_sandbox.call_tool("glob", pattern=pattern))
+        answer = join_result_text(await agent_with_sandbox.call_tool("glob", pattern=pattern))
         assert "secret.txt" not in answer or "secret.txt" in pattern, pattern
         assert "token" not in answer or "token" in pattern, pattern
 
@@ -206,11 +206,11 @@ async def test_hostile_grep_pattern_is_not_taken_for_an_option(
 ) -> None:
     create_outward_links(workspace_directory)
     for pattern in GREPS:
-        assert TOKEN not in output_text(
+        assert TOKEN not in join_result_text(
             await agent_with_sandbox.call_tool("grep", pattern=pattern)
         ), pattern
         include = await agent_with_sandbox.call_tool("grep", pattern="pat", include=pattern)
-        assert TOKEN not in output_text(include), pattern
+        assert TOKEN not in join_result_text(include), pattern
 
 
 def hostile_shell_commands(outside: Path, port: int) -> list[str]:
@@ -289,11 +289,11 @@ async def test_hostile_command_reaches_nothing_outside_sandbox(
         listener.settimeout(0)
         for command in hostile_shell_commands(files_outside_workspace, listener.getsockname()[1]):
             if agent_with_sandbox.toolbox._shell.ended:
-                await agent_with_sandbox.call_successfully("bash", restart=True)
+                await agent_with_sandbox.expect_tool_success("bash", restart=True)
             result = await agent_with_sandbox.call_tool("bash", command=command, timeout_ms=800)
-            assert TOKEN not in output_text(result), command
+            assert TOKEN not in join_result_text(result), command
             # No line of /etc/passwd or /etc/shadow may be in the result.
-            assert not re.search("root:[x*!$]", output_text(result)), command
+            assert not re.search("root:[x*!$]", join_result_text(result)), command
         with pytest.raises(BlockingIOError):
             listener.accept()
     os.kill(os.getpid(), 0)
@@ -322,7 +322,7 @@ while True:
 
 
 @pytest.fixture
-def exchange_with_links(workspace_directory: Path) -> Iterator[None]:
+def exchange_files_with_links(workspace_directory: Path) -> Iterator[None]:
     """Run a process that keeps exchanging a directory and a file with links to the outside."""
     (workspace_directory / "place").mkdir()
     (workspace_directory / "place/secret.txt").write_text("own")
@@ -342,7 +342,7 @@ def exchange_with_links(workspace_directory: Path) -> Iterator[None]:
         process.kill()
 
 
-@pytest.mark.usefixtures("exchange_with_links")
+@pytest.mark.usefixtures("exchange_files_with_links")
 async def test_file_tools_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:
@@ -362,24 +362,24 @@ async def test_file_tools_stay_in_workspace_while_files_become_links(
             ("edit", {"file_path": "place/secret.txt", "old_string": "own2", "new_string": "own"}),
         ]:
             result = await agent_without_sandbox.call_tool(tool, **fields)
-            assert TOKEN not in output_text(result)
+            assert TOKEN not in join_result_text(result)
             outcomes.add((tool, result.is_error))
 
 
-@pytest.mark.usefixtures("exchange_with_links")
+@pytest.mark.usefixtures("exchange_files_with_links")
 async def test_searches_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:
     for _ in range(8):
-        assert TOKEN not in output_text(
+        assert TOKEN not in join_result_text(
             await agent_without_sandbox.call_tool("grep", pattern="Zx9|own")
         )
-        assert TOKEN not in output_text(
+        assert TOKEN not in join_result_text(
             await agent_without_sandbox.call_tool("grep", pattern="Zx9|own", path="place")
         )
-        assert "deep" not in output_text(
+        assert "deep" not in join_result_text(
             await agent_without_sandbox.call_tool("glob", pattern="**")
         )
-        assert "deep" not in output_text(
+        assert "deep" not in join_result_text(
             await agent_without_sandbox.call_tool("glob", pattern="**", path="place")
         )

@@ -39,7 +39,7 @@ def test_sandbox_check_whose_process_other_code_reaped_reports_problem(
 
     async def start_and_reap_process(*words: str, **options: Any) -> asyncio.subprocess.Process:
         process = await start_process(*words, **options)
-        kill_and_reap(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
+        kill_and_reap_process(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
         return process
 
     async def check_sandbox() -> str | None:
@@ -50,13 +50,13 @@ def test_sandbox_check_whose_process_other_code_reaped_reports_problem(
         assert runner.run(check_sandbox()) == "bwrap did not answer"
 
 
-def kill_and_reap(pid: int) -> None:
+def kill_and_reap_process(pid: int) -> None:
     """Kill and reap a process before the event loop, which is blocked meanwhile, can reap it."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
-def seccomp_decision(machine: str, architecture: int, number: int) -> int:
+def run_seccomp_filter(machine: str, architecture: int, number: int) -> int:
     """Run the seccomp filter for a system call, and return its decision."""
     program = list(struct.iter_unpack("=HBBI", sandbox_launcher.seccomp_filter(machine)))
     call, accumulator, place = struct.pack("=II", number, architecture), 0, 0
@@ -91,18 +91,18 @@ def test_seccomp_filter_refuses_key_calls_in_every_instruction_set(
     refused = {
         one
         for one in calls
-        if seccomp_decision(machine, architecture, one) == sandbox_launcher.REFUSE
+        if run_seccomp_filter(machine, architecture, one) == sandbox_launcher.REFUSE
     }
     assert {number & ~X32 for number in refused} == {number & ~X32 for number in numbers}
     assert numbers <= refused
-    assert {seccomp_decision(machine, architecture, one) for one in calls - refused} == {
+    assert {run_seccomp_filter(machine, architecture, one) for one in calls - refused} == {
         sandbox_launcher.ALLOW
     }
 
 
 def test_seccomp_filter_refuses_all_calls_of_unknown_instruction_set() -> None:
     for machine in sandbox_launcher.CALLS:
-        assert seccomp_decision(machine, 0xC0000016, 1) == sandbox_launcher.REFUSE
+        assert run_seccomp_filter(machine, 0xC0000016, 1) == sandbox_launcher.REFUSE
 
 
 def test_sandbox_launcher_gives_program_a_new_session_keyring(tmp_path: Path) -> None:
@@ -173,11 +173,11 @@ for number, *given in zip(calls, (b"user", b"user", 0), (b"workpool-test", b"x",
 
 
 async def test_sandboxed_session_cannot_use_kernel_keyrings(agent_with_sandbox: Any) -> None:
-    output = await agent_with_sandbox.call_successfully(
+    output = await agent_with_sandbox.expect_tool_success(
         "bash", command=f"python3 -c {shlex.quote(KEY_CALLS_PROGRAM)}"
     )
     assert output == "-1 ENOSYS\n" * 3
-    assert "Permission denied" in await agent_with_sandbox.call_with_error(
+    assert "Permission denied" in await agent_with_sandbox.expect_tool_error(
         "bash", command="cat /proc/keys"
     )
 
@@ -201,7 +201,7 @@ async def test_sandboxed_session_cannot_use_keyrings_by_32_bit_calls(
     if await here.wait():
         pytest.skip("this kernel runs no 32-bit programs")
     assert (
-        await agent_with_sandbox.call_successfully(
+        await agent_with_sandbox.expect_tool_success(
             "bash", command=f"python3 -c {shlex.quote(CALL_32_BIT_PROGRAM)}"
         )
         == "-38\n"
@@ -214,10 +214,10 @@ async def test_in_memory_directories_share_one_size_limit(
     agent = make_tool_callers(
         isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64))
     )
-    await agent.call_successfully("bash", command="head -c 40M /dev/zero > /tmp/a")
-    failed = await agent.call_with_error("bash", command="head -c 40M /dev/zero > /dev/shm/a")
+    await agent.expect_tool_success("bash", command="head -c 40M /dev/zero > /tmp/a")
+    failed = await agent.expect_tool_error("bash", command="head -c 40M /dev/zero > /dev/shm/a")
     assert "No space left on device" in failed
-    await agent.call_successfully(
+    await agent.expect_tool_success(
         "bash", command="rm /dev/shm/a; head -c 10M /dev/zero > /dev/shm/a"
     )
 
@@ -230,8 +230,12 @@ async def test_number_of_files_in_in_memory_directories_is_limited(
         isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64))
     )
     script = "cd /dev/shm && for n in {1..5000}; do : > $n || break; done; ls | wc -l"
-    assert await agent.call_successfully("bash", command=f"{{ {script}; }} 2>/dev/null") == "4094\n"
-    assert "No space left on device" in await agent.call_with_error("bash", command="touch /tmp/a")
-    assert "superuser" in await agent.call_with_error(
+    assert (
+        await agent.expect_tool_success("bash", command=f"{{ {script}; }} 2>/dev/null") == "4094\n"
+    )
+    assert "No space left on device" in await agent.expect_tool_error(
+        "bash", command="touch /tmp/a"
+    )
+    assert "superuser" in await agent.expect_tool_error(
         "bash", command="mount -o remount,nr_inodes=0 /tmp"
     )

@@ -44,7 +44,7 @@ async def test_glob_pattern_finds_matching_files_newest_first(
     agent_without_sandbox: Any, workspace_directory: Path, pattern: str, found: list[str]
 ) -> None:
     create_files(workspace_directory)
-    output = (await agent_without_sandbox.call_successfully("Glob", pattern=pattern)).splitlines()
+    output = (await agent_without_sandbox.expect_tool_success("Glob", pattern=pattern)).splitlines()
     assert [path for path in output if path != "src/link.py"] == found
 
 
@@ -71,7 +71,7 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
     }
     for name, target in links.items():
         (workspace_directory / "src" / name).symlink_to(target)
-    found = set((await agent.call_successfully("glob", pattern="src/**")).splitlines())
+    found = set((await agent.expect_tool_success("glob", pattern="src/**")).splitlines())
     assert {
         *("src/deep", "src/deep/file", "src/to-file", "src/to-directory", "src/chain", "src/up"),
         *("src/absolute", "src/up/src/deep/file"),
@@ -82,13 +82,14 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
     shown = str(found)
     assert not any(name in shown for name in ("pipe", "self", "dangling", "leaves", "device"))
     assert (
-        await agent.call_successfully("glob", pattern="*", path="src/to-directory")
+        await agent.expect_tool_success("glob", pattern="*", path="src/to-directory")
         == "src/deep/file\n"
     )
     assert (
-        await agent.call_successfully("glob", pattern="**/chain") == "src/chain\nsrc/up/src/chain\n"
+        await agent.expect_tool_success("glob", pattern="**/chain")
+        == "src/chain\nsrc/up/src/chain\n"
     )
-    assert (await agent.call_successfully("glob", pattern="*")).splitlines() == ["src"]
+    assert (await agent.expect_tool_success("glob", pattern="*")).splitlines() == ["src"]
 
 
 async def test_glob_follows_only_links_that_lead_to_roots(
@@ -98,9 +99,9 @@ async def test_glob_follows_only_links_that_lead_to_roots(
     (shared / "inner").mkdir(parents=True)
     (shared / "inner/file").touch()
     (workspace_directory / "link").symlink_to(shared / "inner")
-    assert await make_tool_callers().call_successfully("glob", pattern="**") == "no matches"
+    assert await make_tool_callers().expect_tool_success("glob", pattern="**") == "no matches"
     agent = make_tool_callers(roots=[WorkspaceRoot(str(shared), shared)])
-    assert set((await agent.call_successfully("glob", pattern="**")).splitlines()) == {
+    assert set((await agent.expect_tool_success("glob", pattern="**")).splitlines()) == {
         "link",
         "link/file",
     }
@@ -111,15 +112,15 @@ async def test_glob_below_directory_returns_at_most_200_newest_paths(
 ) -> None:
     create_files(workspace_directory)
     assert (
-        await agent_without_sandbox.call_successfully("glob", pattern="*.py", path="src/deep")
+        await agent_without_sandbox.expect_tool_success("glob", pattern="*.py", path="src/deep")
         == "src/deep/d.py\n"
     )
     for number in range(250):
         (workspace_directory / f"n{number}.log").touch()
         os.utime(workspace_directory / f"n{number}.log", (number, number))
-    output = (await agent_without_sandbox.call_successfully("glob", pattern="*.log")).splitlines()
+    output = (await agent_without_sandbox.expect_tool_success("glob", pattern="*.log")).splitlines()
     assert output == [f"n{number}.log" for number in range(249, 49, -1)]
-    assert "not a directory" in await agent_without_sandbox.call_with_error(
+    assert "not a directory" in await agent_without_sandbox.expect_tool_error(
         "glob", pattern="*", path="a.py"
     )
 
@@ -128,17 +129,17 @@ async def test_grep_without_ripgrep_finds_matching_lines(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     create_files(workspace_directory)
-    output = await agent_without_sandbox.call_successfully("Grep", pattern=r"import x\d")
+    output = await agent_without_sandbox.expect_tool_success("Grep", pattern=r"import x\d")
     assert output.splitlines() == [
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
     assert (
-        await agent_without_sandbox.call_successfully("grep", pattern="import n")
+        await agent_without_sandbox.expect_tool_success("grep", pattern="import n")
         == "wide:2:import narrow\n"
     )
     await check_matches_of_both_searches(agent_without_sandbox)
-    assert "not a regular expression" in await agent_without_sandbox.call_with_error(
+    assert "not a regular expression" in await agent_without_sandbox.expect_tool_error(
         "grep", pattern="("
     )
 
@@ -148,32 +149,32 @@ async def test_grep_with_ripgrep_finds_matching_lines(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
     create_files(workspace_directory)
-    output = await agent_with_sandbox.call_successfully("Grep", pattern=r"import x\d")
+    output = await agent_with_sandbox.expect_tool_success("Grep", pattern=r"import x\d")
     assert output.splitlines() == [
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
     await check_matches_of_both_searches(agent_with_sandbox)
-    assert "not a regular expression" in await agent_with_sandbox.call_with_error(
+    assert "not a regular expression" in await agent_with_sandbox.expect_tool_error(
         "grep", pattern="("
     )
 
 
 async def check_matches_of_both_searches(agent: Any) -> None:
-    assert await agent.call_successfully("grep", pattern="last", path="src/deep") == (
+    assert await agent.expect_tool_success("grep", pattern="last", path="src/deep") == (
         "src/deep/d.py:2:last line of src/deep/d.py\n"
     )
     assert (
-        await agent.call_successfully("grep", pattern="last", path="a.py")
+        await agent.expect_tool_success("grep", pattern="last", path="a.py")
         == "a.py:2:last line of a.py\n"
     )
     assert (
-        await agent.call_successfully("grep", pattern="import", include="*.txt")
+        await agent.expect_tool_success("grep", pattern="import", include="*.txt")
         == "b.txt:1:import x1\n"
     )
-    assert await agent.call_successfully("grep", pattern="nowhere to be found") == "no matches"
-    assert "latin:1:import caf" in await agent.call_successfully("grep", pattern="import caf")
-    assert "no such file" in await agent.call_with_error("grep", pattern="x", path="missing")
+    assert await agent.expect_tool_success("grep", pattern="nowhere to be found") == "no matches"
+    assert "latin:1:import caf" in await agent.expect_tool_success("grep", pattern="import caf")
+    assert "no such file" in await agent.expect_tool_error("grep", pattern="x", path="missing")
 
 
 EXPECTED_LINES: list[tuple[dict[str, str], list[str]]] = [
@@ -233,7 +234,7 @@ async def test_grep_with_and_without_sandbox_finds_the_same_lines(
     for name, content in contents.items():
         (workspace_directory / name).parent.mkdir(parents=True, exist_ok=True)
         (workspace_directory / name).write_bytes(content)
-    output = await agent.call_successfully("grep", **fields)
+    output = await agent.expect_tool_success("grep", **fields)
     lines = [] if output == "no matches" else output.splitlines()
     assert [":".join(line.split(":")[:2]) for line in lines] == found
     assert not any(line.endswith("\r") for line in output.split("\n"))
@@ -243,7 +244,7 @@ async def test_grep_with_and_without_sandbox_finds_the_same_lines(
 async def test_grep_error_for_invalid_expression_names_no_ripgrep_option(
     agent: Any, pattern: str
 ) -> None:
-    output = await agent.call_with_error("grep", pattern=pattern)
+    output = await agent.expect_tool_error("grep", pattern=pattern)
     assert output.startswith("not a regular expression: ")
     assert not re.search("rg|ripgrep|--|pcre|-U", output, re.IGNORECASE)
 
@@ -252,8 +253,8 @@ async def test_grep_without_searched_files_reports_no_matches(
     agent: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "a").write_text("word")
-    assert await agent.call_successfully("grep", pattern="word", include="*.none") == "no matches"
-    assert await agent.call_with_error("grep", pattern="a\0b") == "the pattern holds a NUL"
+    assert await agent.expect_tool_success("grep", pattern="word", include="*.none") == "no matches"
+    assert await agent.expect_tool_error("grep", pattern="a\0b") == "the pattern holds a NUL"
 
 
 async def test_grep_whose_sandbox_does_not_start_fails(
@@ -262,12 +263,12 @@ async def test_grep_whose_sandbox_does_not_start_fails(
     (workspace_directory / "a").write_text("word")
     tools = agent_with_sandbox.toolbox._search
     tools._sandboxed = search_tools.SandboxCommand(["/bin/false"], {})
-    assert await agent_with_sandbox.call_with_error("grep", pattern="word") == "the search failed"
+    assert await agent_with_sandbox.expect_tool_error("grep", pattern="word") == "the search failed"
 
 
 async def test_grep_output_is_cut_after_100_kib(agent: Any, workspace_directory: Path) -> None:
     (workspace_directory / "many").write_text("the same line again\n" * 50_000)
-    output = await agent.call_successfully("grep", pattern="same")
+    output = await agent.expect_tool_success("grep", pattern="same")
     assert 90_000 < len(output) < 103_000
     assert output.endswith("the same line again\n[output truncated]\n")
 
@@ -277,7 +278,9 @@ async def test_grep_with_endless_expression_ends_at_time_limit(
 ) -> None:
     monkeypatch.setattr(search_tools, "SEARCH_SECONDS", 0.5)
     (workspace_directory / "a").write_text("a" * 40 + "b")
-    assert "took more than" in await agent_without_sandbox.call_with_error("grep", pattern="(a+)+$")
+    assert "took more than" in await agent_without_sandbox.expect_tool_error(
+        "grep", pattern="(a+)+$"
+    )
 
 
 def test_directory_walk_stops_at_limits_of_entries_and_depth(
@@ -292,9 +295,9 @@ def test_directory_walk_stops_at_limits_of_entries_and_depth(
     directory = os.open(workspace_directory, os.O_RDONLY)
     try:
         start = walker.SearchedDirectory(directory, (), "/")
-        assert len(list(walker.DirectoryWalk(set()).entries_below(start))) <= 7
+        assert len(list(walker.DirectoryWalk(set()).list_entries_below(start))) <= 7
         monkeypatch.setattr(walker, "MAX_ENTRIES", 1000)
-        names = {found.name for found in walker.DirectoryWalk(set()).entries_below(start)}
+        names = {found.name for found in walker.DirectoryWalk(set()).list_entries_below(start)}
         assert names == {"d"} | {f"f{number}" for number in range(20)}
     finally:
         os.close(directory)

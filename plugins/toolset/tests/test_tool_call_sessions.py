@@ -45,7 +45,7 @@ def long_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_toolset(tmp_path: Path) -> Make:
     """Return a function that makes a `Toolset` without isolation, with its state in `tmp_path`."""
 
-    def make_with_test_defaults(**settings: Any) -> Toolset:
+    def make_toolset_with_test_defaults(**settings: Any) -> Toolset:
         defaults: dict[str, Any] = {
             "isolation": "none",
             "state": str(tmp_path / "state"),
@@ -53,14 +53,14 @@ def make_toolset(tmp_path: Path) -> Make:
         }
         return Toolset(**defaults | settings)
 
-    return make_with_test_defaults
+    return make_toolset_with_test_defaults
 
 
 WAIT_FOR_GO = "until [ -e go ]; do sleep 0.02; done"
 """A script that waits until the file `go` exists."""
 
 
-def bash_call(command: str, **more: Any) -> dict[str, Any]:
+def make_bash_call(command: str, **more: Any) -> dict[str, Any]:
     return {"name": "Bash", "input": {"command": command}} | more
 
 
@@ -98,7 +98,7 @@ async def test_session_that_calls_every_tool_gets_expected_results(
             {"name": "read", "input": {"file_path": "a.txt"}},
             {"name": "GLOB", "input": {"pattern": "*"}},
             {"name": "Grep", "input": {"pattern": "ne"}},
-            bash_call("cat a.txt; exit_now() { return 2; }; exit_now"),
+            make_bash_call("cat a.txt; exit_now() { return 2; }; exit_now"),
             {"name": "Read", "input": {"file_path": "../journal/x"}},
             {"name": "Read", "input": {}},
             {"name": "weather", "input": {"place": "Oslo"}, "custom": True},
@@ -130,7 +130,7 @@ async def test_session_of_worker_that_may_not_write_metadata_is_completed(
 ) -> None:
     workpool.faults.add(status(403), "get", "update", "stats")
     toolset = make_toolset()
-    result = await workpool.run_session(toolset, script=[bash_call("echo one")])
+    result = await workpool.run_session(toolset, script=[make_bash_call("echo one")])
     assert result.outcome == "completed"
     assert answers_in_call_order(result.events) == [("one\n", False)]
     assert (session_directory(tmp_path, result.item.session_id) / "journal" / "name").exists()
@@ -138,7 +138,7 @@ async def test_session_of_worker_that_may_not_write_metadata_is_completed(
 
 
 @contextlib.asynccontextmanager
-async def answering_confirmations(
+async def running_confirmation_answerer(
     workpool: Kit, session: str, *verdicts: str
 ) -> AsyncIterator[None]:
     """Answer each confirmation request with the next of `verdicts` during the `with` block."""
@@ -164,15 +164,15 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     workpool: Kit, make_toolset: Make
 ) -> None:
     script = [
-        bash_call("echo allowed >> log", permission="ask"),
-        bash_call("echo refused >> log", permission="ask"),
-        bash_call("echo denied >> log", permission="deny"),
-        bash_call("cat log"),
+        make_bash_call("echo allowed >> log", permission="ask"),
+        make_bash_call("echo refused >> log", permission="ask"),
+        make_bash_call("echo denied >> log", permission="deny"),
+        make_bash_call("cat log"),
     ]
     [item] = workpool.enqueue(script=script)
     async with (
         workpool.pool(make_toolset()),
-        answering_confirmations(workpool, item.session_id, "allow", "deny"),
+        running_confirmation_answerer(workpool, item.session_id, "allow", "deny"),
     ):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
@@ -201,11 +201,11 @@ async def test_waiting_for_confirmation_does_not_count_as_stall(
                 waiting.clear()
 
     monkeypatch.setattr(Session, "waiting", record_waiting_state)
-    [item] = workpool.enqueue(script=[bash_call("echo one", permission="ask")])
+    [item] = workpool.enqueue(script=[make_bash_call("echo one", permission="ask")])
     async with workpool.pool(make_toolset(), stall_timeout=600.0):
         async with asyncio.timeout(WAIT_SECONDS):
             await waiting.wait()
-        async with answering_confirmations(workpool, item.session_id, "allow"):
+        async with running_confirmation_answerer(workpool, item.session_id, "allow"):
             finished = await workpool.wait_for(SessionFinished)
     assert not waiting.is_set()
     assert finished.outcome == "completed"
@@ -216,7 +216,7 @@ async def test_session_whose_command_does_not_end_is_stalled(
     workpool: Kit, make_toolset: Make
 ) -> None:
     result = await workpool.run_session(
-        make_toolset(), script=[bash_call("sleep 600")], stall_timeout=1.0
+        make_toolset(), script=[make_bash_call("sleep 600")], stall_timeout=1.0
     )
     assert result.outcome == "stalled"
     assert answers_in_call_order(result.events) == []
@@ -225,7 +225,7 @@ async def test_session_whose_command_does_not_end_is_stalled(
 async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
     workpool: Kit, make_toolset: Make
 ) -> None:
-    script = [{"name": "browse", "input": {}, "custom": True}, bash_call("echo after")]
+    script = [{"name": "browse", "input": {}, "custom": True}, make_bash_call("echo after")]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         events = client.events(item.session_id)
@@ -248,7 +248,7 @@ async def test_lost_answers_cause_no_second_execution_or_result_of_call(
     workpool.faults.add(fault, "send", times=2)
     workpool.faults.add(lost(), "stream", "events", times=2)
     result = await workpool.run_session(
-        make_toolset(), script=[bash_call(f"echo {n} >> log") for n in range(3)]
+        make_toolset(), script=[make_bash_call(f"echo {n} >> log") for n in range(3)]
     )
     assert result.outcome == "completed"
     assert answers_in_call_order(result.events) == [("(no output)", False)] * 3
@@ -262,7 +262,7 @@ async def test_result_refused_by_control_plane_is_replaced_by_error(
     monkeypatch.setattr(tool_call_answerer, "REFUSED_SECONDS", 0.0)
     workpool.faults.add(status(400), "send", times=1)
     result = await workpool.run_session(
-        make_toolset(), script=[bash_call("echo 1"), bash_call("echo 2")]
+        make_toolset(), script=[make_bash_call("echo 1"), make_bash_call("echo 2")]
     )
     assert answers_in_call_order(result.events) == [
         (tool_call_answerer.RESULT_REFUSED, True),
@@ -274,7 +274,7 @@ async def test_result_refused_once_with_status_400_is_sent_again(
     workpool: Kit, make_toolset: Make
 ) -> None:
     workpool.faults.add(status(400), "send", times=1)
-    result = await workpool.run_session(make_toolset(), script=[bash_call("echo 1")])
+    result = await workpool.run_session(make_toolset(), script=[make_bash_call("echo 1")])
     assert answers_in_call_order(result.events) == [("1\n", False)]
 
 
@@ -285,7 +285,7 @@ async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     monkeypatch.setattr("workpool.pool.session_runner.EVENTS_SECONDS", 0.2)
     toolset = make_toolset()
     with workpool.faults.add(status(500), "send"):
-        result = await workpool.run_session(toolset, script=[bash_call("echo 1 | tee -a log")])
+        result = await workpool.run_session(toolset, script=[make_bash_call("echo 1 | tee -a log")])
     assert result.outcome == "released"
     expire_lease(workpool.server, result.item.id)
     async with workpool.pool(toolset):
@@ -295,7 +295,7 @@ async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     assert log.read_text() == "1\n"
 
 
-async def open_earlier_journal(folder: Path) -> CallJournal:
+async def create_journal_of_earlier_worker(folder: Path) -> CallJournal:
     """Create the journal that an earlier worker would have left."""
     await asyncio.to_thread(folder.mkdir, parents=True)
     journal = CallJournal(folder / "journal", DaemonThreads("test", 2))
@@ -318,7 +318,9 @@ async def wait_for_file(file: Path) -> None:
 async def test_user_interrupt_ends_running_command_with_error_result(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_call("touch ready; sleep 600"), bash_call("echo never")])
+    [item] = workpool.enqueue(
+        script=[make_bash_call("touch ready; sleep 600"), make_bash_call("echo never")]
+    )
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
         await wait_for_command(tmp_path, item.session_id)
         await client.events(item.session_id).send({"type": "user.interrupt"})
@@ -332,7 +334,10 @@ async def test_user_interrupt_ends_running_command_with_error_result(
 async def test_forced_stop_ends_session_without_further_results(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash_call("echo $$ > pid; touch ready; sleep 600"), bash_call("echo never >> log")]
+    script = [
+        make_bash_call("echo $$ > pid; touch ready; sleep 600"),
+        make_bash_call("echo never >> log"),
+    ]
     [item] = workpool.enqueue(script=script)
     workspace = session_directory(tmp_path, item.session_id) / "workspace"
     async with workpool.pool(make_toolset()):
@@ -353,8 +358,8 @@ async def test_two_workers_with_one_session_run_no_call_twice(
 ) -> None:
     lines = [str(number) for number in range(8)]
     script = [
-        bash_call("touch ready; sleep 600"),
-        *(bash_call(f"echo {line} >> log") for line in lines),
+        make_bash_call("touch ready; sleep 600"),
+        *(make_bash_call(f"echo {line} >> log") for line in lines),
     ]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset(), concurrency=1):
@@ -376,7 +381,10 @@ async def test_two_workers_with_one_session_run_no_call_twice(
 async def test_stop_request_ends_session_after_its_running_call(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    script = [bash_call(f"touch ready; {WAIT_FOR_GO}; echo done"), bash_call("echo never")]
+    script = [
+        make_bash_call(f"touch ready; {WAIT_FOR_GO}; echo done"),
+        make_bash_call("echo never"),
+    ]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset()):
         await wait_for_command(tmp_path, item.session_id)
@@ -392,8 +400,8 @@ async def test_drain_lets_running_call_end_and_releases_remaining_calls(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     script = [
-        bash_call(f"touch ready; {WAIT_FOR_GO}; echo 1 | tee -a log"),
-        bash_call("echo 2 | tee -a log"),
+        make_bash_call(f"touch ready; {WAIT_FOR_GO}; echo 1 | tee -a log"),
+        make_bash_call("echo 2 | tee -a log"),
     ]
     [item] = workpool.enqueue(script=script)
     toolset = make_toolset()
@@ -418,10 +426,12 @@ async def test_drain_lets_running_call_end_and_releases_remaining_calls(
 async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_call("echo 1 >> log"), bash_call("echo 2 >> log")])
+    [item] = workpool.enqueue(
+        script=[make_bash_call("echo 1 >> log"), make_bash_call("echo 2 >> log")]
+    )
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = session_directory(tmp_path, item.session_id)
-    journal = await open_earlier_journal(folder)
+    journal = await create_journal_of_earlier_worker(folder)
     # Prepare the journal of a worker that has crashed during this call.
     await journal.begin_call(call)
     async with workpool.pool(make_toolset()):
@@ -434,10 +444,10 @@ async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
 async def test_result_computed_before_crash_is_sent_without_second_run(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_call("echo 1 >> log")])
+    [item] = workpool.enqueue(script=[make_bash_call("echo 1 >> log")])
     [call] = [e["id"] for e in workpool.server.events(item.session_id) if "name" in e]
     folder = session_directory(tmp_path, item.session_id)
-    journal = await open_earlier_journal(folder)
+    journal = await create_journal_of_earlier_worker(folder)
     await journal.begin_call(call)
     await journal.store_result(call, ToolResult.from_value("computed before"))
     async with workpool.pool(make_toolset()):
@@ -456,7 +466,7 @@ async def test_result_computed_before_interrupt_is_sent(
     idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
     calls = workpool.server.emit(item.session_id, use, use)
     folder = session_directory(tmp_path, item.session_id)
-    journal = await open_earlier_journal(folder)
+    journal = await create_journal_of_earlier_worker(folder)
     for call in calls:
         await journal.begin_call(str(call["id"]))
     await journal.store_result(str(calls[1]["id"]), ToolResult.from_value("computed before"))
@@ -471,7 +481,9 @@ async def test_result_computed_before_interrupt_is_sent(
 async def test_call_possibly_begun_on_another_machine_is_not_executed(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
-    [item] = workpool.enqueue(script=[bash_call("touch ready; sleep 600"), bash_call("echo 2")])
+    [item] = workpool.enqueue(
+        script=[make_bash_call("touch ready; sleep 600"), make_bash_call("echo 2")]
+    )
     async with workpool.pool(make_toolset()) as pool:
         await wait_for_command(tmp_path, item.session_id)
         await pool.drain(timeout=0)
@@ -489,9 +501,9 @@ async def test_call_begun_in_run_on_other_machine_is_not_executed_again(
     side = tmp_path / "side"
     ready = [tmp_path / "ready1", tmp_path / "ready2"]
     script = [
-        bash_call(f"touch {ready[0]}; sleep 600"),
-        bash_call(f"echo 2 >> {side}; touch {ready[1]}; sleep 600"),
-        bash_call("echo 3"),
+        make_bash_call(f"touch {ready[0]}; sleep 600"),
+        make_bash_call(f"echo 2 >> {side}; touch {ready[1]}; sleep 600"),
+        make_bash_call("echo 3"),
     ]
     [item] = workpool.enqueue(script=script)
     for state, begun in zip(("here", "elsewhere"), ready, strict=True):
@@ -519,7 +531,7 @@ async def test_call_is_not_executed_until_metadata_contain_journal_name(
     toolset = make_toolset()
     with monkeypatch.context() as patch:
         patch.setattr(Session, "update_metadata", raise_transient_error)
-        result = await workpool.run_session(toolset, script=[bash_call("echo 1 | tee -a log")])
+        result = await workpool.run_session(toolset, script=[make_bash_call("echo 1 | tee -a log")])
     assert result.outcome == "released"
     folder = session_directory(tmp_path, result.item.session_id)
     assert not (folder / "workspace/log").exists()
@@ -537,8 +549,8 @@ async def test_result_computed_on_full_disk_is_sent_nevertheless(
     def raise_disk_full(*_: object) -> None:
         raise full
 
-    monkeypatch.setattr(CallJournal, "_temporary_file", raise_disk_full)
-    result = await workpool.run_session(make_toolset(), script=[bash_call("echo 1")])
+    monkeypatch.setattr(CallJournal, "_write_temporary_file", raise_disk_full)
+    result = await workpool.run_session(make_toolset(), script=[make_bash_call("echo 1")])
     assert result.outcome == "released"
     assert answers_in_call_order(result.events) == []
     monkeypatch.undo()

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 async def test_invalid_tool_input_is_answered_with_error_to_agent(
     agent_without_sandbox: Any, tool: str, fields: dict[str, Any], expected: str
 ) -> None:
-    assert await agent_without_sandbox.call_with_error(tool, **fields) == expected
+    assert await agent_without_sandbox.expect_tool_error(tool, **fields) == expected
 
 
 async def test_unknown_input_fields_are_ignored(
@@ -53,7 +53,7 @@ async def test_unknown_input_fields_are_ignored(
 ) -> None:
     (workspace_directory / "a").write_text("x")
     assert (
-        await agent_without_sandbox.call_successfully(
+        await agent_without_sandbox.expect_tool_success(
             "read", file_path="a", pages="1-2", limit=None
         )
         == "x"
@@ -113,16 +113,16 @@ async def test_async_custom_tools_run_on_loop_and_sync_tools_in_threads(
     agent = make_tool_callers(
         custom={"later": answer_on_event_loop, "plain": answer_in_thread, "broken": broken_tool}
     )
-    assert await agent.call_successfully("later", custom=True) == '["sess_1", true]'
-    output = await agent.call_successfully("plain", custom=True, a=1)
+    assert await agent.expect_tool_success("later", custom=True) == '["sess_1", true]'
+    output = await agent.expect_tool_success("plain", custom=True, a=1)
     assert output == '{"input": {"a": 1}, "thread": false}'
     assert (
-        await agent.call_with_error("broken", custom=True)
+        await agent.expect_tool_error("broken", custom=True)
         == "broken: ZeroDivisionError: division by zero"
     )
-    assert "class" in await agent.call_successfully("broken", custom=True, a=1)
+    assert "class" in await agent.expect_tool_success("broken", custom=True, a=1)
     call = ToolCall(id="e", name="LATER", input={}, custom=True, session="s")
-    assert not agent.toolbox.owns_call(call)
+    assert not agent.toolbox.is_call_for_this_worker(call)
 
 
 async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
@@ -133,7 +133,7 @@ async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
 
     monkeypatch.setattr("workpool_toolset.file_tools.write_file", raise_error)
     assert (
-        await agent_without_sandbox.call_with_error("write", file_path="a", content="b")
+        await agent_without_sandbox.expect_tool_error("write", file_path="a", content="b")
         == "write: LookupError"
     )
     assert "/secret/place" in caplog.text
@@ -146,12 +146,12 @@ async def test_custom_tool_beyond_time_limit_fails(make_tool_callers: Any) -> No
     agent = make_tool_callers(
         custom={"sleep": never_return}, bounds=CallLimits(bash_seconds=20, tool_seconds=0.1)
     )
-    assert await agent.call_with_error("sleep", custom=True) == "sleep: took more than 0.1 s"
+    assert await agent.expect_tool_error("sleep", custom=True) == "sleep: took more than 0.1 s"
 
 
 async def test_command_timeout_above_limit_is_reduced_to_limit(make_tool_callers: Any) -> None:
     agent = make_tool_callers(bounds=CallLimits(bash_seconds=20, tool_seconds=10.2))
-    output = await agent.call_with_error("bash", command="sleep 600", timeout_ms=3_600_000)
+    output = await agent.expect_tool_error("bash", command="sleep 600", timeout_ms=3_600_000)
     assert output.startswith("killed after 0.2 s")
 
 
@@ -160,7 +160,7 @@ async def test_command_with_timeout_of_zero_or_less_uses_default(
     make_tool_callers: Any, timeout: object
 ) -> None:
     agent = make_tool_callers(bounds=CallLimits(bash_seconds=0.3, tool_seconds=30))
-    output = await agent.call_with_error("bash", command="sleep 600", timeout_ms=timeout)
+    output = await agent.expect_tool_error("bash", command="sleep 600", timeout_ms=timeout)
     assert output.startswith("killed after 0.3 s")
 
 

@@ -71,7 +71,9 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
     if left in {0, 12}:
         assert outcomes == {left == 0}
     # If the shell could not start, the next command starts the shell without `restart`.
-    assert await agent_without_sandbox.call_successfully("bash", command="echo later") == "later\n"
+    assert (
+        await agent_without_sandbox.expect_tool_success("bash", command="echo later") == "later\n"
+    )
 
 
 @pytest.mark.parametrize("left", range(3))
@@ -90,7 +92,7 @@ async def test_call_whose_record_was_not_written_can_begin_again(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
-@pytest.mark.parametrize("step", ["_make_directory", "_write_begin_record"])
+@pytest.mark.parametrize("step", ["_make_journal_directory", "_write_begin_record"])
 async def test_session_whose_journal_cannot_be_written_is_released(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:

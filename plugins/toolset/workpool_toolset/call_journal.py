@@ -45,7 +45,7 @@ class CallJournal:
 
     async def open_directory(self) -> None:
         """Create the journal's directory and the file that stores `name`, unless they exist."""
-        await self._threads.run(self._make_directory)
+        await self._threads.run(self._make_journal_directory)
 
     async def begin_call(self, call: str) -> ToolResult | Literal["new", "begun"]:
         """Record on disk that a call begins. The caller executes the call if "new" is returned.
@@ -64,42 +64,42 @@ class CallJournal:
 
         The record that the call has begun remains.
         """
-        path = self._path_of_record(call, "result")
+        path = self._call_record_path(call, "result")
         await self._threads.run(path.unlink, missing_ok=True)
 
-    def _path_of_record(self, call: str, kind: str) -> Path:
+    def _call_record_path(self, call: str, kind: str) -> Path:
         # Name the file by a hash of the call's id. The id comes from outside and could contain `/`.
         return self._directory / f"{hashlib.sha256(_encode_call_id(call)).hexdigest()[:40]}.{kind}"
 
-    def _make_directory(self) -> None:
+    def _make_journal_directory(self) -> None:
         with contextlib.suppress(FileExistsError):
             self._directory.mkdir(mode=0o700)
             self.is_new = True
-            _sync_directory(self._directory.parent)
+            _fsync_directory(self._directory.parent)
         path = self._directory / "name"
         if not path.exists():
-            written = self._temporary_file(secrets.token_hex(8))
+            written = self._write_temporary_file(secrets.token_hex(8))
             # Another process may create the file first. This journal then reads its name from that
             # file.
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(written)
             written.unlink()
-            _sync_directory(self._directory)
+            _fsync_directory(self._directory)
         self.name = path.read_text()
 
     def _write_begin_record(self, call: str) -> ToolResult | Literal["new", "begun"]:
-        path = self._path_of_record(call, "begun")
+        path = self._call_record_path(call, "begun")
         try:
             record = path.open("xb")
         except FileExistsError:
             try:
-                return ToolResult(**json.loads(self._path_of_record(call, "result").read_text()))
+                return ToolResult(**json.loads(self._call_record_path(call, "result").read_text()))
             except FileNotFoundError:
                 return "begun"
         try:
             with record:
                 record.write(_encode_call_id(call))
-            _sync_directory(self._directory)
+            _fsync_directory(self._directory)
         except OSError:
             # Remove the record that says that the call has begun: this call is not executed.
             path.unlink()
@@ -108,10 +108,10 @@ class CallJournal:
 
     def _write_result(self, call: str, result: ToolResult) -> None:
         text = json.dumps({"content": result.content, "is_error": result.is_error})
-        self._temporary_file(text).rename(self._path_of_record(call, "result"))
-        _sync_directory(self._directory)
+        self._write_temporary_file(text).rename(self._call_record_path(call, "result"))
+        _fsync_directory(self._directory)
 
-    def _temporary_file(self, text: str) -> Path:
+    def _write_temporary_file(self, text: str) -> Path:
         """Write a temporary file to disk. Return its path, which the caller renames or links."""
         path = self._directory / f"{secrets.token_hex(8)}.tmp"
         try:
@@ -130,7 +130,7 @@ def _encode_call_id(call: str) -> bytes:
     return call.encode(errors="backslashreplace")
 
 
-def _sync_directory(directory: Path) -> None:
+def _fsync_directory(directory: Path) -> None:
     """Write a directory's entries to disk, so that a power failure does not lose new files."""
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

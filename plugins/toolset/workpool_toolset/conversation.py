@@ -29,7 +29,7 @@ _KEEPS_CLOCK: Final = frozenset({_CONFIRMATION, _THREAD_ENDED})
 
 
 @dataclass(slots=True)
-class _OpenCall:
+class _OpenToolCall:
     """A tool call that has no result yet. `allowed` is None until it is allowed or denied."""
 
     call: ToolCall
@@ -44,7 +44,7 @@ class Conversation:
 
     Attributes:
         session: The id of the session.
-        owns_call: Returns whether a call is for this worker. Other calls are ignored.
+        is_call_for_this_worker: Returns whether a call is for this worker. Other calls are ignored.
         on_denied: Called for each call of this worker that is denied.
         ended: Whether the session was terminated or deleted.
         turn_over: Whether the agent's turn has ended and needs no action.
@@ -53,13 +53,13 @@ class Conversation:
     """
 
     session: str
-    owns_call: Callable[[ToolCall], bool]
+    is_call_for_this_worker: Callable[[ToolCall], bool]
     on_denied: Callable[[ToolCall], None]
     ended: bool = False
     turn_over: bool = False
     agent_idle: bool = False
     answered: set[str] = field(default_factory=set)
-    _open: dict[str, _OpenCall] = field(default_factory=dict)
+    _open: dict[str, _OpenToolCall] = field(default_factory=dict)
     _decisions: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -74,13 +74,13 @@ class Conversation:
         They must confirm a call, answer a call of their own tools, or begin the next turn.
         """
         undecided = any(one.allowed is None for one in self._open.values())
-        return self.next_call() is None and (undecided or self.agent_idle)
+        return self.next_tool_call() is None and (undecided or self.agent_idle)
 
-    def next_call(self) -> ToolCall | None:
+    def next_tool_call(self) -> ToolCall | None:
         """Return the oldest open call that is allowed or interrupted, or None if there is none."""
         return next((o.call for o in self._open.values() if o.allowed or o.interrupted), None)
 
-    def runnable_calls(self) -> list[ToolCall]:
+    def runnable_tool_calls(self) -> list[ToolCall]:
         """Return all open calls that are allowed and not interrupted, oldest first."""
         return [o.call for o in self._open.values() if o.allowed and not o.interrupted]
 
@@ -104,7 +104,7 @@ class Conversation:
             self.agent_idle = kind == "session.status_idle"
             self.turn_over = self.agent_idle and _stop_reason_type(event) != _NEEDS_ACTION
         if kind in _CALLS:
-            self._add_call(event, custom=_CALLS[kind])
+            self._add_tool_call(event, custom=_CALLS[kind])
         elif answered := answered_call_id(event):
             self.mark_call_answered(answered)
         elif kind == _CONFIRMATION:
@@ -123,7 +123,7 @@ class Conversation:
             elif thread is not None and one.thread == thread:
                 self.mark_call_answered(name)
 
-    def _add_call(self, event: Event, *, custom: bool) -> None:
+    def _add_tool_call(self, event: Event, *, custom: bool) -> None:
         id_, name, fields = event.get("id"), event.get("name"), event.get("input")
         call = ToolCall(
             id=id_ if isinstance(id_, str) else "",
@@ -136,12 +136,12 @@ class Conversation:
             not call.id
             or call.id in self.answered
             or call.id in self._open
-            or not self.owns_call(call)
+            or not self.is_call_for_this_worker(call)
         ):
             return
         permission = event.get("evaluated_permission", "allow")
         allowed = permission == "allow" if permission in ("allow", "deny") else None
-        self._open[call.id] = _OpenCall(call, _session_thread_id(event), allowed)
+        self._open[call.id] = _OpenToolCall(call, _session_thread_id(event), allowed)
         if allowed is None:
             allowed = self._decisions.get(call.id)
         if allowed is not None:

@@ -78,7 +78,10 @@ def read_file(
     Raises:
         ToolError: The file cannot be read. The text is for the agent.
     """
-    with workspace.open_parent(path) as spot, _open_regular_file(spot, path) as (file, size):
+    with (
+        workspace.open_parent_directory(path) as spot,
+        _open_regular_file(spot, path) as (file, size),
+    ):
         suffix = posixpath.splitext(spot.name)[1].lower()
         if suffix in IMAGES or suffix == ".pdf":
             if view_range:
@@ -94,7 +97,7 @@ def read_file(
 def write_file(workspace: Workspace, path: str, content: str) -> str:
     """Create or replace a file, and create missing directories. Newlines are not converted."""
     encoded = _encode_text(content)
-    with workspace.open_parent(path, write=True, make=True) as spot:
+    with workspace.open_parent_directory(path, write=True, make=True) as spot:
         _replace_file(spot, path, encoded)
     return f"wrote {len(encoded)} bytes to {path}"
 
@@ -114,7 +117,7 @@ def edit_file(
     old, new = change
     if not old or old == new:
         raise ToolError("old_string must not be empty, nor equal to new_string")
-    with workspace.open_parent(path, write=True) as spot:
+    with workspace.open_parent_directory(path, write=True) as spot:
         with _open_regular_file(spot, path) as (file, size):
             hint = "; change it with bash, for example with sed"
             text = _decode_text(_read_whole_file(file, path, size, sizes.text, hint), path)
@@ -165,10 +168,10 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
     if end < start:
         raise ToolError("view_range is [start, end], from 1; an end of 0 is the end of the file")
     kept, line, last = bytearray(), 1, b""
-    for chunk in _read_chunks(file, path):
+    for chunk in _read_file_chunks(file, path):
         last, newlines = chunk[-1:], chunk.count(b"\n")
         if line + newlines >= start:
-            kept += _lines_of_chunk(chunk, start - line, end - line)
+            kept += _select_lines_of_chunk(chunk, start - line, end - line)
         line += newlines
         if line > end or len(kept) > limit:
             break
@@ -180,14 +183,14 @@ def _read_lines(file: BinaryIO, path: str, view_range: tuple[int, int], limit: i
     return _decode_text(bytes(kept[:limit]), path, final=False) + f"\n[cut after {limit} bytes]"
 
 
-def _lines_of_chunk(chunk: bytes, first: int, last: int) -> bytes:
+def _select_lines_of_chunk(chunk: bytes, first: int, last: int) -> bytes:
     """Return the chunk's lines `first` to `last`, counted from 0, as far as they exist."""
     lines = chunk.split(b"\n")
     ended = last + 1 < len(lines)
     return b"\n".join(lines[max(first, 0) : last + 1]) + (b"\n" if ended else b"")
 
 
-def _read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
+def _read_file_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
     """Yield the chunks of a file. Raise `ToolError` after too many bytes or too much time."""
     deadline, read = time.monotonic() + SCAN_SECONDS, 0
     while chunk := file.read(CHUNK_BYTES):

@@ -84,7 +84,7 @@ class ProcessLimits:
     processes: int = 512
     file_mb: int = 4096
 
-    def setup_script(self) -> str:
+    def process_setup_script(self) -> str:
         """Return a script that enters the workspace, sets the limits and runs its arguments."""
         # Enter the workspace here and not with `--chdir`: the `bwrap` of a root worker may not
         # enter it. Limit the data size (`-d`) and not the address space (`-v`), because programs
@@ -186,7 +186,7 @@ class Bubblewrap:
                 *(SETPRIV, f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups"),
                 *("--inh-caps=-all", "--no-new-privs", "--"),
             ]
-        limited = [*BASH, "-c", self.limits.setup_script(), "limited", *words]
+        limited = [*BASH, "-c", self.limits.process_setup_script(), "limited", *words]
         bwrap = [sys.executable, "-I", "-S", _LAUNCHER, self.program, *_NAMESPACES, *rights]
         return [*bwrap, *self._mount_options(workspace), "--", *user, *limited]
 

@@ -26,17 +26,19 @@ RIPGREP_OPTIONS: Final = (
 _CHUNK: Final = 64 * 1024
 
 
-def glob_options(where: str, include: str | None) -> Iterator[str]:
+def ripgrep_glob_options(where: str, include: str | None) -> Iterator[str]:
     """Yield `--glob` options with which ripgrep searches the same files as the module `walker`.
 
     Args:
         where: The directory that is searched, as ripgrep gets it.
-        include: The pattern, as for `walker.matches_include`.
+        include: The pattern, as for `walker.file_matches_include_pattern`.
     """
     wanted = (include or "").removeprefix("!")
     way = "/" + _escaped_path_pattern(f"{where}/").lstrip("/")
-    start = ("!" if wanted != include else "") + (way if walker.matches_whole_path(wanted) else "")
-    for pattern in walker.split_pattern(wanted) if include else ():
+    start = ("!" if wanted != include else "") + (
+        way if walker.include_matches_whole_path(wanted) else ""
+    )
+    for pattern in walker.split_glob_pattern(wanted) if include else ():
         if pattern:
             yield f"--glob={start}{'/'.join(map(_translate_path_component, pattern))}"
     yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED_DIRECTORIES))
@@ -88,11 +90,11 @@ class RipgrepMatches:
         self._size = 0
         self._file_size = 0
 
-    def matching_text(self) -> str:
+    def format_matches(self) -> str:
         """Return the matching lines, each as `path:line:text`."""
         return "".join(self._lines)
 
-    async def read_messages(
+    async def read_ripgrep_messages(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
         """Read all messages. Call `enough` once the matches exceed the limit of bytes."""
@@ -101,7 +103,7 @@ class RipgrepMatches:
             *messages, part = (part + chunk).split(b"\n")
             for message in messages:
                 if not (dropped or self.cut or len(message) > MAX_MESSAGE_BYTES):
-                    self._process_message(json.loads(message))
+                    self._process_ripgrep_message(json.loads(message))
                 dropped = False
             # Drop a message of this length, because the line in it exceeds the limit for a line.
             if len(part) > MAX_MESSAGE_BYTES:
@@ -109,12 +111,12 @@ class RipgrepMatches:
             if self.cut:
                 enough()
 
-    def _process_message(self, message: dict[str, Any]) -> None:
+    def _process_ripgrep_message(self, message: dict[str, Any]) -> None:
         kind, data = message["type"], message.get("data", {})
         if kind == "match":
             self._add_matching_line(data)
         elif kind == "end":
-            self._finish_file(searched=data["binary_offset"] is None)
+            self._finish_matches_of_file(searched=data["binary_offset"] is None)
         elif kind == "summary":
             self.complete = True
 
@@ -123,15 +125,15 @@ class RipgrepMatches:
         if len(line.removesuffix(b"\n")) > walker.MAX_LINE_BYTES:
             return
         path = _bytes_of_json_field(data["path"]).decode(errors="replace").removeprefix("./")
-        text = f"{path}:{data['line_number']}:{walker.line_text(line)}\n"
+        text = f"{path}:{data['line_number']}:{walker.decode_line(line)}\n"
         self._file_size += len(text.encode())
         if self._size + self._file_size > self._limit:
-            self._finish_file(searched=True)
+            self._finish_matches_of_file(searched=True)
             self.cut = self.complete = True
         else:
             self._file.append(text)
 
-    def _finish_file(self, *, searched: bool) -> None:
+    def _finish_matches_of_file(self, *, searched: bool) -> None:
         if searched:
             self._lines += self._file
             self._size += self._file_size

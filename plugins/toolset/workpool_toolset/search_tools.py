@@ -73,18 +73,24 @@ class SearchTools:
         """Return the matching lines, as `path:line:text`."""
         if "\0" in pattern or "\0" in (include or ""):
             raise ToolError("the pattern holds a NUL")
-        with self._workspace.open_parent(path) as spot:
+        with self._workspace.open_parent_directory(path) as spot:
             mode = os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False).st_mode
             # Refuse other types of file, because opening a pipe would block the search.
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise ToolError(f"{path}: neither a file nor a directory")
             is_file = stat.S_ISREG(mode)
-            if is_file and include and not walker.matches_include((spot.name,), include):
+            if (
+                is_file
+                and include
+                and not walker.file_matches_include_pattern((spot.name,), include)
+            ):
                 return "no matches"
             inside = spot.root is self._workspace.session_root
             if self._sandboxed and inside and RIPGREP.exists():
                 where = self._workspace.relative_path(spot.shown)
-                globs = () if is_file else tuple(ripgrep_search.glob_options(where, include))
+                globs = (
+                    () if is_file else tuple(ripgrep_search.ripgrep_glob_options(where, include))
+                )
                 found = await self._run_ripgrep(self._sandboxed, spot, pattern, globs)
             elif is_file:
                 found = await self._run_walker(
@@ -110,11 +116,11 @@ class SearchTools:
         ]
         matches = ripgrep_search.RipgrepMatches(GREP_BYTES)
         _, error_text = await _run_search_process(
-            [*words, where or "./"], sandboxed.environment, matches.read_messages
+            [*words, where or "./"], sandboxed.environment, matches.read_ripgrep_messages
         )
         if not matches.complete:
             raise ToolError(ripgrep_search.regex_error_text(error_text))
-        return matches.matching_text() + (CUT if matches.cut else "")
+        return matches.format_matches() + (CUT if matches.cut else "")
 
     async def _run_walker(self, spot: PathTarget, request: dict[str, Any]) -> str:
         where = self._workspace.relative_path(spot.shown)
@@ -125,7 +131,7 @@ class SearchTools:
             place = {"directory": directory, "shown": spot.shown, "prefix": prefix}
             words = [sys.executable, "-I", "-S", _WALKER, json.dumps(request | place)]
             status, error_text = await _run_search_process(
-                words, {}, output.read_output, (directory,)
+                words, {}, output.read_walker_output, (directory,)
             )
         finally:
             os.close(directory)
@@ -149,7 +155,7 @@ class _WalkerOutput:
 
     text = ""
 
-    async def read_output(
+    async def read_walker_output(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
         """Read all output of the walker. Call `enough` when the output exceeds `GREP_BYTES`."""
@@ -175,7 +181,9 @@ async def _run_search_process(
     )
     try:
         async with asyncio.timeout(SEARCH_SECONDS), asyncio.TaskGroup() as group:
-            group.create_task(read(process.stdout, partial(_kill_process, process)), name="found")
+            group.create_task(
+                read(process.stdout, partial(_kill_search_process, process)), name="found"
+            )
             error_text = group.create_task(
                 _read_first_lines(process.stderr, MAX_ERROR_CHARACTERS), name="errors"
             )
@@ -183,7 +191,7 @@ async def _run_search_process(
     except TimeoutError:
         raise ToolError(f"the search took more than {SEARCH_SECONDS:.0f} s") from None
     finally:
-        _kill_process(process)
+        _kill_search_process(process)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(REAP_SECONDS):
                 # Do not call `wait`, which does not return while the pipe has unread output.
@@ -211,7 +219,7 @@ async def _read_first_lines(
     return kept.decode(errors="replace"), cut
 
 
-def _kill_process(process: asyncio.subprocess.Process) -> None:
+def _kill_search_process(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

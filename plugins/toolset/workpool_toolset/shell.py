@@ -91,8 +91,8 @@ class BashShell:
                 # Send the first command only after the shell has answered. If the worker is killed
                 # while the sandbox starts, the sandbox may survive. A surviving sandbox must not
                 # run a command.
-                await self._run_in_started_shell(":", self._started)
-            return await self._run_in_started_shell(command, self._started)
+                await self._run_command_in_started_shell(":", self._started)
+            return await self._run_command_in_started_shell(command, self._started)
         except BaseException:
             # Require `restart` only if the shell had started. After a failed start, the next
             # command tries to start the shell again.
@@ -151,7 +151,9 @@ class BashShell:
             raise
         return process
 
-    async def _run_in_started_shell(self, command: str, started: _ShellProcess) -> CommandOutput:
+    async def _run_command_in_started_shell(
+        self, command: str, started: _ShellProcess
+    ) -> CommandOutput:
         first, second = secrets.token_hex(8), secrets.token_hex(8)
         script = (
             f"eval {shlex.quote(command)} </dev/null 2>&{_MARKER_FD} {_MARKER_FD}>&-\n"
@@ -163,7 +165,7 @@ class BashShell:
             await started.stdin.drain()
         end_marker = re.compile(rb"\n" + (first + second).encode() + rb" (-?\d+)?[^\n]*\n")
         while True:
-            chunk = await started.output.read_chunk()
+            chunk = await started.output.read_output_chunk()
             if not chunk:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(REAP_SECONDS):
@@ -205,10 +207,10 @@ class _ShellOutput:
         except ProcessLookupError:
             self._on_shell_exit()
 
-    async def read_chunk(self) -> bytes:
+    async def read_output_chunk(self) -> bytes:
         """Return the next chunk of output, or empty bytes at the end of the shell's output."""
         while self._rest is None:
-            await self._wait_until_readable()
+            await self._wait_until_output_is_readable()
             with contextlib.suppress(BlockingIOError):
                 return os.read(self._reader, _CHUNK)
         self._rest -= _CHUNK
@@ -224,7 +226,7 @@ class _ShellOutput:
             os.close(self._reader)
             self._reader = -1
 
-    async def _wait_until_readable(self) -> None:
+    async def _wait_until_output_is_readable(self) -> None:
         # Wait in the event loop even if the pipe has output. Otherwise a command that prints
         # endlessly would block the loop.
         loop = asyncio.get_running_loop()

@@ -70,7 +70,9 @@ class ToolCallAnswerer:
         self._toolbox = toolbox
         self._journal = journal
         self._max_idle = max_idle
-        self._conversation = Conversation(session.id, toolbox.owns_call, self._log_denied_call)
+        self._conversation = Conversation(
+            session.id, toolbox.is_call_for_this_worker, self._log_denied_call
+        )
         self._changed = asyncio.Event()
         self._caught_up = False
         self._journal_named = False
@@ -87,10 +89,10 @@ class ToolCallAnswerer:
         try:
             async with asyncio.TaskGroup() as group:
                 others = [
-                    group.create_task(self._read_events(), name="toolset-reader"),
+                    group.create_task(self._read_session_events(), name="toolset-reader"),
                     group.create_task(self._wake_answerer_on_interrupt(), name="toolset-watch"),
                 ]
-                ending = await self._answer_calls()
+                ending = await self._answer_tool_calls()
                 for other in others:
                     other.cancel()
         except BaseExceptionGroup as group_error:
@@ -100,25 +102,25 @@ class ToolCallAnswerer:
         if ending == "interrupted" and not self._session.stopping:
             raise Release("the pool is draining")
 
-    async def _read_events(self) -> None:
+    async def _read_session_events(self) -> None:
         async with self._session.events.stream() as stream:
             async for event in stream:
                 self._conversation.apply_event(event)
                 self._session.progress()
                 self._caught_up = stream.caught_up
-                self._update_state_and_wake()
+                self._react_to_conversation_change()
                 if answered := answered_call_id(event):
                     with release_on_journal_error():
                         await self._journal.delete_result(answered)
         self._conversation.ended = self._caught_up = True
-        self._update_state_and_wake()
+        self._react_to_conversation_change()
 
     async def _wake_answerer_on_interrupt(self) -> None:
         await self._session.interrupted()
         self._changed.set()
 
-    def _update_state_and_wake(self) -> None:
-        """React to a change of the conversation, and wake `_answer_calls`.
+    def _react_to_conversation_change(self) -> None:
+        """React to a change of the conversation, and wake `_answer_tool_calls`.
 
         The time since which the session is idle is updated. A running call that needs no result
         anymore is cancelled.
@@ -136,27 +138,27 @@ class ToolCallAnswerer:
                 self._running = None
         self._changed.set()
 
-    async def _answer_calls(self) -> Ending:
+    async def _answer_tool_calls(self) -> Ending:
         while True:
             self._changed.clear()
             if self._session.stopping or self._session.draining:
                 return "interrupted"
             if self._conversation.ended and self._caught_up:
                 return "ended"
-            call = await self._next_call()
+            call = await self._next_tool_call()
             if call:
-                await self._answer_call(call)
-            elif not await self._wait_for_change():
+                await self._answer_tool_call(call)
+            elif not await self._wait_for_conversation_change():
                 return "idle"
 
-    async def _next_call(self) -> ToolCall | None:
+    async def _next_tool_call(self) -> ToolCall | None:
         # Wait until the whole history is read, because unread events may contain results of calls.
         if not self._caught_up:
             return None
         if not self._journal_named:
             self._journal_named = True
             await self._write_journal_name_to_item()
-        return self._conversation.next_call()
+        return self._conversation.next_tool_call()
 
     async def _write_journal_name_to_item(self) -> None:
         """Record calls of another machine as begun. Then write the journal's name to the metadata.
@@ -170,7 +172,7 @@ class ToolCallAnswerer:
         elsewhere = self._journal.is_new if stored_name is None else stored_name != name
         if self._session.redelivered and elsewhere:
             with release_on_journal_error():
-                for call in self._conversation.runnable_calls():
+                for call in self._conversation.runnable_tool_calls():
                     await self._journal.begin_call(call.id)
         if stored_name == name:
             return
@@ -183,7 +185,7 @@ class ToolCallAnswerer:
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
 
-    async def _wait_for_change(self) -> bool:
+    async def _wait_for_conversation_change(self) -> bool:
         """Wait for a change, and return True. Return False after `max_idle` idle seconds."""
         since = self._idle_since if self._caught_up and math.isfinite(self._max_idle) else None
         others_next = self._caught_up and self._conversation.waits_for_person_or_application
@@ -195,7 +197,7 @@ class ToolCallAnswerer:
             return False
         return True
 
-    async def _answer_call(self, call: ToolCall) -> None:
+    async def _answer_tool_call(self, call: ToolCall) -> None:
         self._check_lease()
         with release_on_journal_error():
             known = await self._journal.begin_call(call.id)
@@ -213,13 +215,13 @@ class ToolCallAnswerer:
             # Check the lease again, because it may have expired while the journal was written.
             self._check_lease()
             with tool_span(call) as record:
-                result = await self._execute_call(call)
+                result = await self._execute_tool_call(call)
                 record(result)
             await self._store_result(call, result)
         if call.id not in self._conversation.answered:
             await self._send_result_or_error(call, result)
         self._conversation.mark_call_answered(call.id)
-        self._update_state_and_wake()
+        self._react_to_conversation_change()
 
     async def _store_result(self, call: ToolCall, result: ToolResult) -> None:
         try:
@@ -233,14 +235,14 @@ class ToolCallAnswerer:
         if self._session.lease_remaining <= 0:
             raise LeaseLost(self._session.item.id)
 
-    async def _execute_call(self, call: ToolCall) -> ToolResult:
+    async def _execute_tool_call(self, call: ToolCall) -> ToolResult:
         clock = asyncio.get_running_loop().time
         started = clock()
         try:
             async with asyncio.timeout(None) as scope:
                 self._running = call, scope
                 # Cancel the call at once if an interrupt arrived while the journal was written.
-                self._update_state_and_wake()
+                self._react_to_conversation_change()
                 result = await self._toolbox.run_call(call)
         except TimeoutError:
             result = ToolResult.from_error(INTERRUPTED_BY_USER)
@@ -279,7 +281,7 @@ class ToolCallAnswerer:
         while True:
             limit = POST_SECONDS
             try:
-                await self._session.events.send(_result_event(call, result))
+                await self._session.events.send(_make_result_event(call, result))
             except TransientError as error:
                 failure: TransientError | RefusedError = error
             except RefusedError as error:
@@ -314,7 +316,7 @@ def release_on_journal_error() -> Iterator[None]:
         raise Release(f"the journal cannot be kept: {error.strerror}") from error
 
 
-def _result_event(call: ToolCall, result: ToolResult) -> dict[str, Any]:
+def _make_result_event(call: ToolCall, result: ToolResult) -> dict[str, Any]:
     kind, name = "user.tool_result", "tool_use_id"
     if call.custom:
         kind, name = "user.custom_tool_result", "custom_tool_use_id"

@@ -138,15 +138,15 @@ class Toolbox:
         self._bounds = bounds
         self._threads = threads
         self._tools: Mapping[str, Callable[[Fields], Awaitable[object]]] = {
-            "bash": self._run_bash,
-            "read": self._run_read,
-            "write": self._run_write,
-            "edit": self._run_edit,
-            "glob": self._run_glob,
-            "grep": self._run_grep,
+            "bash": self._run_bash_tool,
+            "read": self._run_read_tool,
+            "write": self._run_write_tool,
+            "edit": self._run_edit_tool,
+            "glob": self._run_glob_tool,
+            "grep": self._run_grep_tool,
         }
 
-    def owns_call(self, call: ToolCall) -> bool:
+    def is_call_for_this_worker(self, call: ToolCall) -> bool:
         """Return whether the call is for a tool of this worker."""
         return call.name in self._custom if call.custom else call.name.lower() in self._tools
 
@@ -183,8 +183,8 @@ class Toolbox:
             return await tool(call)
         return await self._threads.custom.run(tool, call)
 
-    async def _run_bash(self, fields: Fields) -> object:
-        restarts = _read_flag_field(fields, "restart")
+    async def _run_bash_tool(self, fields: Fields) -> object:
+        restarts = _read_boolean_field(fields, "restart")
         if restarts:
             await self._shell.restart()
         command = _read_text_field(fields, "command", default="" if restarts else None)
@@ -222,7 +222,7 @@ class Toolbox:
         )
         return min(seconds, longest)
 
-    async def _run_read(self, fields: Fields) -> object:
+    async def _run_read_tool(self, fields: Fields) -> object:
         path = _read_text_field(fields, "file_path", "path")
         return await self._threads.files.run(
             file_tools.read_file,
@@ -232,12 +232,12 @@ class Toolbox:
             self._bounds.sizes,
         )
 
-    async def _run_write(self, fields: Fields) -> object:
+    async def _run_write_tool(self, fields: Fields) -> object:
         path = _read_text_field(fields, "file_path", "path")
         content = _read_text_field(fields, "content")
         return await self._threads.files.run(file_tools.write_file, self._workspace, path, content)
 
-    async def _run_edit(self, fields: Fields) -> object:
+    async def _run_edit_tool(self, fields: Fields) -> object:
         path = _read_text_field(fields, "file_path", "path")
         change = _read_text_field(fields, "old_string"), _read_text_field(fields, "new_string")
         return await self._threads.files.run(
@@ -245,16 +245,16 @@ class Toolbox:
             self._workspace,
             path,
             change,
-            replace_all=_read_flag_field(fields, "replace_all"),
+            replace_all=_read_boolean_field(fields, "replace_all"),
             sizes=self._bounds.sizes,
         )
 
-    async def _run_glob(self, fields: Fields) -> object:
+    async def _run_glob_tool(self, fields: Fields) -> object:
         return await self._search.glob(
             _read_text_field(fields, "pattern"), _read_text_field(fields, "path", default=".")
         )
 
-    async def _run_grep(self, fields: Fields) -> object:
+    async def _run_grep_tool(self, fields: Fields) -> object:
         include = _read_text_field(fields, "include", "glob", default="")
         path = _read_text_field(fields, "path", default=".")
         return await self._search.grep(_read_text_field(fields, "pattern"), path, include or None)
@@ -276,7 +276,7 @@ def _read_text_field(fields: Fields, *names: str, default: str | None = None) ->
     return value
 
 
-def _read_flag_field(fields: Fields, name: str) -> bool:
+def _read_boolean_field(fields: Fields, name: str) -> bool:
     value = _first_present_field(fields, name)
     if value is None or isinstance(value, bool):
         return bool(value)

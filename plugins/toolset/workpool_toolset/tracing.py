@@ -45,9 +45,9 @@ def tool_span(call: ToolCall) -> Iterator[Callable[[ToolResult], None]]:
         f"execute_tool {call.name}", attributes=attributes, record_exception=False
     ) as span:
 
-        def record_result(result: ToolResult) -> None:
+        def record_tool_result(result: ToolResult) -> None:
             if result.is_error:
                 span.set_attribute("error.type", TOOL_ERROR)
                 span.set_status(trace.StatusCode.ERROR)
 
-        yield record_result
+        yield record_tool_result

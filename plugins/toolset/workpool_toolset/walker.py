@@ -88,7 +88,7 @@ class DirectoryWalk:
         self._budget = iter(range(MAX_ENTRIES))
         self._linked: set[tuple[int, int]] = set()
 
-    def entries_below(self, place: SearchedDirectory) -> Iterator[DirectoryEntry]:
+    def list_entries_below(self, place: SearchedDirectory) -> Iterator[DirectoryEntry]:
         """Yield all directories and regular files at any depth below `place`.
 
         The descriptor of an entry is valid until the next entry is requested.
@@ -101,7 +101,7 @@ class DirectoryWalk:
             try:
                 state = os.lstat(name, dir_fd=place.opened)
                 if stat.S_ISLNK(state.st_mode):
-                    yield from self._entries_of_link(place, name)
+                    yield from self._list_entries_of_link(place, name)
                 elif stat.S_ISDIR(state.st_mode):
                     opened = os.open(name, _LISTED, dir_fd=place.opened)
                     yield from self._directory_with_entries(
@@ -113,7 +113,9 @@ class DirectoryWalk:
                 # Skip the entry, which was replaced after it was listed, or which cannot be read.
                 continue
 
-    def _entries_of_link(self, place: SearchedDirectory, name: str) -> Iterator[DirectoryEntry]:
+    def _list_entries_of_link(
+        self, place: SearchedDirectory, name: str
+    ) -> Iterator[DirectoryEntry]:
         target = (
             open_path_in_roots(self._roots, posixpath.join(place.shown, name))
             if self._roots
@@ -148,7 +150,7 @@ class DirectoryWalk:
         try:
             yield DirectoryEntry(place.opened, name, parts, os.fstat(opened))
             if listed and name not in self._skipped and len(place.parts) < MAX_DEPTH:
-                yield from self.entries_below(SearchedDirectory(opened, parts, shown))
+                yield from self.list_entries_below(SearchedDirectory(opened, parts, shown))
         finally:
             os.close(opened)
 
@@ -160,23 +162,23 @@ def open_path_in_roots(roots: Sequence[tuple[str, str]], path: str) -> tuple[int
         A descriptor for `fstat` and the path without links; None for a path outside of the roots.
     """
     for _ in range(MAX_LINKS + 1):
-        inside = [(shown, host) for shown, host in roots if _is_in_root(path, shown)]
+        inside = [(shown, host) for shown, host in roots if _is_path_in_root(path, shown)]
         if not inside:
             return None
         # One root may contain another. Use the innermost root that contains the path.
         shown, host = max(inside, key=lambda root: len(root[0]))
-        found = _open_below_root(shown, host, path)
+        found = _open_path_below_root(shown, host, path)
         if isinstance(found, int):
             return found, path
         path = found
     return None
 
 
-def _is_in_root(path: str, root: str) -> bool:
+def _is_path_in_root(path: str, root: str) -> bool:
     return root in {"/", path} or path.startswith(root + "/")
 
 
-def _open_below_root(shown: str, host: str, path: str) -> int | str:
+def _open_path_below_root(shown: str, host: str, path: str) -> int | str:
     """Open a path below a root. If a component is a link, return the link's target path instead."""
     parts = [part for part in path[len(shown) :].split("/") if part]
     opened, here = os.open(host, _PASSED), shown
@@ -201,7 +203,7 @@ def _open_below_root(shown: str, host: str, path: str) -> int | str:
     return opened
 
 
-def split_pattern(glob: str) -> list[list[str]]:
+def split_glob_pattern(glob: str) -> list[list[str]]:
     """Expand the braces of a glob pattern, and return each alternative as a list of components.
 
     `*`, `?` and `[…]` mean the same as in a shell, `**` any number of directories, `{a,b}` either.
@@ -222,7 +224,7 @@ def split_pattern(glob: str) -> list[list[str]]:
     ]
 
 
-def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
+def path_matches_pattern(parts: Sequence[str], patterns: list[str]) -> bool:
     """Return whether the components of a path match a pattern. `**` matches any number of them.
 
     At the end of a pattern, `**` is one or more: `src/**` is everything below `src`.
@@ -231,17 +233,17 @@ def path_matches(parts: Sequence[str], patterns: list[str]) -> bool:
         patterns = [*patterns, "*"]
     reached = {0}
     for part in parts:
-        reached = _add_positions_after_wildcards(reached, patterns)
+        reached = _add_pattern_positions_after_wildcards(reached, patterns)
         reached = {
             place if patterns[place] == "**" else place + 1
             for place in reached
             if place < len(patterns)
             and (patterns[place] == "**" or fnmatch.fnmatchcase(part, patterns[place]))
         }
-    return len(patterns) in _add_positions_after_wildcards(reached, patterns)
+    return len(patterns) in _add_pattern_positions_after_wildcards(reached, patterns)
 
 
-def _add_positions_after_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
+def _add_pattern_positions_after_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
     """Return the reached positions of a pattern, and the position after each reached `**`.
 
     A `**` may match no component, so the component after it is reached at the same time.
@@ -252,22 +254,24 @@ def _add_positions_after_wildcards(reached: set[int], patterns: list[str]) -> se
     return reached
 
 
-def matches_include(parts: Sequence[str], include: str) -> bool:
+def file_matches_include_pattern(parts: Sequence[str], include: str) -> bool:
     """Return whether a file matches the `include` pattern of `grep`.
 
     A pattern without `/` is compared with the file's name, any other with the path below the
     searched directory. A pattern that begins with `!` excludes files and directories.
     """
-    wanted, patterns = include.removeprefix("!"), split_pattern(include.removeprefix("!"))
-    anchored = matches_whole_path(wanted)
+    wanted, patterns = include.removeprefix("!"), split_glob_pattern(include.removeprefix("!"))
+    anchored = include_matches_whole_path(wanted)
     if wanted == include:
-        return any(path_matches(parts if anchored else parts[-1:], each) for each in patterns)
+        return any(
+            path_matches_pattern(parts if anchored else parts[-1:], each) for each in patterns
+        )
     last = range(1, len(parts) + 1)
     left_out = [parts[:end] if anchored else parts[end - 1 : end] for end in last]
-    return not any(path_matches(part, each) for part in left_out for each in patterns)
+    return not any(path_matches_pattern(part, each) for part in left_out for each in patterns)
 
 
-def matches_whole_path(include: str) -> bool:
+def include_matches_whole_path(include: str) -> bool:
     """Return whether an `include` pattern is compared with the whole path of a file.
 
     Otherwise the pattern is compared only with the name of the file.
@@ -275,46 +279,46 @@ def matches_whole_path(include: str) -> bool:
     return "/" in include.strip("/")
 
 
-def glob_paths(
+def find_matching_paths(
     start: SearchedDirectory, pattern: str, roots: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
     """Yield the paths that match a glob pattern, the last modified path first."""
-    patterns = split_pattern(pattern)
+    patterns = split_glob_pattern(pattern)
     found = [
         (-entry.state.st_mtime_ns, "/".join(entry.parts))
-        for entry in DirectoryWalk(set(), roots).entries_below(start)
-        if any(path_matches(entry.parts, each) for each in patterns)
+        for entry in DirectoryWalk(set(), roots).list_entries_below(start)
+        if any(path_matches_pattern(entry.parts, each) for each in patterns)
     ]
     for _, path in sorted(found)[:MAX_GLOB_PATHS]:
         yield path
 
 
-def grep_lines(
+def find_matching_lines(
     start: SearchedDirectory, pattern: str, name: str | None, include: str | None
 ) -> Iterator[str]:
     """Yield each matching line of the file `name`, or of all files, as `path:line:text`."""
     wanted = re.compile(pattern)
-    entries = DirectoryWalk(SKIPPED_DIRECTORIES).entries_below(start)
+    entries = DirectoryWalk(SKIPPED_DIRECTORIES).list_entries_below(start)
     if name:
         entries = iter(
             [DirectoryEntry(start.opened, name, (), os.lstat(name, dir_fd=start.opened))]
         )
     for entry in entries:
         if not entry.is_directory and (
-            not include or matches_include(entry.parts or (entry.name,), include)
+            not include or file_matches_include_pattern(entry.parts or (entry.name,), include)
         ):
             path = "/".join(entry.parts)
-            for number, line in matching_lines(entry, wanted):
+            for number, line in matching_lines_of_file(entry, wanted):
                 yield f"{path}:{number}:{line}"
 
 
-def matching_lines(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
+def matching_lines_of_file(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple[int, str]]:
     """Return the matching lines of a file with their numbers, or none for a binary file."""
     found, size = list[tuple[int, str]](), 0
-    for number, piece, whole in file_lines(entry):
+    for number, piece, whole in read_lines_of_file(entry):
         if b"\0" in piece:
             return []
-        line = line_text(piece) if whole else ""
+        line = decode_line(piece) if whole else ""
         if whole and wanted.search(line):
             found.append((number, line))
             size += len(line)
@@ -323,12 +327,12 @@ def matching_lines(entry: DirectoryEntry, wanted: re.Pattern[str]) -> list[tuple
     return found
 
 
-def line_text(line: bytes) -> str:
+def decode_line(line: bytes) -> str:
     """Return the text of a line without the line end."""
     return line.removesuffix(b"\n").removesuffix(b"\r").decode(errors="replace")
 
 
-def file_lines(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
+def read_lines_of_file(entry: DirectoryEntry) -> Iterator[tuple[int, bytes, bool]]:
     """Yield each line's number, its bytes, and whether these bytes are the whole line.
 
     A line that is longer than the limit is yielded in pieces, each with the line's number. Nothing
@@ -359,9 +363,9 @@ def main() -> int:
     )
     try:
         if request["tool"] == "glob":
-            found = glob_paths(start, pattern, request["roots"])
+            found = find_matching_paths(start, pattern, request["roots"])
         else:
-            found = grep_lines(start, pattern, request.get("name"), request["include"])
+            found = find_matching_lines(start, pattern, request.get("name"), request["include"])
         for line in found:
             sys.stdout.buffer.write(request["prefix"].encode() + os.fsencode(line) + b"\n")
     except (re.error, RecursionError, OverflowError) as error:

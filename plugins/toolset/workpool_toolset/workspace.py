@@ -99,7 +99,7 @@ class Workspace:
         return self._roots[0]
 
     @contextlib.contextmanager
-    def open_parent(
+    def open_parent_directory(
         self, path: str, *, write: bool = False, make: bool = False
     ) -> Iterator[PathTarget]:
         """Follow the links of `path`, and open the directory that contains the target.
@@ -119,7 +119,7 @@ class Workspace:
     @contextlib.contextmanager
     def open_directory(self, path: str) -> Iterator[PathTarget]:
         """Open the directory `path`, and yield it as a `PathTarget` with the name `.`."""
-        with self.open_parent(path) as spot:
+        with self.open_parent_directory(path) as spot:
             opened = os.open(spot.name, _ENTER & ~os.O_PATH, dir_fd=spot.directory)
             try:
                 yield PathTarget(opened, ".", spot.shown, spot.root)
@@ -128,7 +128,7 @@ class Workspace:
 
     def relative_path(self, shown: str) -> str:
         """Return a path for messages. A path in the session's own directory becomes relative."""
-        inside = _components_below(shown, self.session_root.shown)
+        inside = _path_components_below(shown, self.session_root.shown)
         return shown if inside is None else "/".join(inside)
 
     def _resolve_path(
@@ -137,18 +137,18 @@ class Workspace:
         _check_path_characters(path)
         wanted = _normalized_path(posixpath.join(self.session_root.shown, path))
         for _ in range(MAX_LINKS + 1):
-            root, parts = self._innermost_root_of(wanted, path)
+            root, parts = self._find_innermost_root(wanted, path)
             if write and not root.writable:
                 raise ToolError(f"{path}: read-only")
-            found = _follow_components(root, parts, make=make)
+            found = _follow_path_components(root, parts, make=make)
             if isinstance(found, PathTarget):
                 stack.callback(os.close, found.directory)
                 return found
             wanted = found
         raise ToolError(f"{path}: too many levels of symbolic links")
 
-    def _innermost_root_of(self, wanted: str, path: str) -> tuple[WorkspaceRoot, list[str]]:
-        found = [(root, _components_below(wanted, root.shown)) for root in self._roots]
+    def _find_innermost_root(self, wanted: str, path: str) -> tuple[WorkspaceRoot, list[str]]:
+        found = [(root, _path_components_below(wanted, root.shown)) for root in self._roots]
         inside = [(root, parts) for root, parts in found if parts is not None]
         if not inside:
             raise ToolError(f"{path}: outside the session's working directory")
@@ -173,7 +173,9 @@ def convert_os_errors(path: str) -> Iterator[None]:
         raise ToolError(f"{path}: {words or 'cannot be used'}") from None
 
 
-def _follow_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> PathTarget | str:
+def _follow_path_components(
+    root: WorkspaceRoot, parts: list[str], *, make: bool
+) -> PathTarget | str:
     """Follow `parts` from the root to a file, and return the file as a `PathTarget`.
 
     If a component is a link, the path of the link's target is returned instead.
@@ -182,7 +184,7 @@ def _follow_components(root: WorkspaceRoot, parts: list[str], *, make: bool) -> 
     directory = os.open(root.host, _ENTER)
     try:
         for index, name in enumerate(parts):
-            target = _link_target(directory, name)
+            target = _read_link_target(directory, name)
             if target is not None:
                 os.close(directory)
                 return _normalized_path(posixpath.join(here, target, *parts[index + 1 :]))
@@ -213,7 +215,7 @@ def _open_or_make_directory(spot: PathTarget, *, make: bool) -> int:
     return os.open(spot.name, _ENTER, dir_fd=spot.directory)
 
 
-def _link_target(directory: int, name: str) -> str | None:
+def _read_link_target(directory: int, name: str) -> str | None:
     try:
         return os.readlink(name, dir_fd=directory)
     except OSError as error:
@@ -223,7 +225,7 @@ def _link_target(directory: int, name: str) -> str | None:
         raise
 
 
-def _components_below(path: str, root: str) -> list[str] | None:
+def _path_components_below(path: str, root: str) -> list[str] | None:
     """Return the components of `path` below `root`, or None if the path is not below it."""
     if root not in {"/", path} and not path.startswith(root + "/"):
         return None

@@ -91,7 +91,7 @@ class DeletionCostPlugin:
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         machine = current_machine()
         if isinstance(machine, PodMachine) and machine.writer is not None:
-            machine.writer.request_update()
+            machine.writer.request_cost_update()
 
 
 FLEET_PLUGINS: Final = (*PLUGINS, DeletionCostPlugin())
@@ -120,7 +120,7 @@ class FleetWorld(SimulatedWorld):
     async def _run_actions(self) -> None:
         context = self._reader_node.machine.context_of_callbacks()
         services = [
-            self._group.create_task(self._read_queue(), context=context),
+            self._group.create_task(self._read_queue_repeatedly(), context=context),
             *(
                 self._group.create_task(service, context=NETWORK)
                 for service in (
@@ -131,14 +131,14 @@ class FleetWorld(SimulatedWorld):
             ),
         ]
         self.cluster.set_replicas(self._fleet.settings.pods_without_work)
-        await self._perform_events()
+        await self._perform_scheduled_events()
         await self._wait_for_scale_down()
         self.cluster.close()
         for service in services:
             service.cancel()
         await self._end_schedule()
 
-    async def _perform_events(self) -> None:
+    async def _perform_scheduled_events(self) -> None:
         """Create the work and cause the incidents of the schedule, at their times."""
         events: list[Action | Incident] = [*self.schedule.actions, *self._fleet.incidents]
         for event in sorted(events, key=lambda each: each.at):
@@ -174,7 +174,7 @@ class FleetWorld(SimulatedWorld):
                 return
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _read_queue(self) -> None:
+    async def _read_queue_repeatedly(self) -> None:
         """Read the queue repeatedly, as `workpool scale` does."""
         connect: Any = SimulatedClient(
             self._reader_network, self._reader_node, pool_settings(PoolSettings())
@@ -188,7 +188,7 @@ class FleetWorld(SimulatedWorld):
             )
             await self._reader.read_loads_until_cancelled()
 
-    def _read_metric(self) -> float | None:
+    def _read_scaling_metric(self) -> float | None:
         """Return the metric that the autoscaler reads from `/scale`; None if the answer is 503."""
         load = None if self._reader is None else self._reader.last_load
         if load is None:
@@ -211,7 +211,7 @@ class FleetWorld(SimulatedWorld):
             await asyncio.sleep(SYNC_SECONDS)
             if self.cluster.replicas > 0:
                 pods = len(self.cluster.active_pods)
-                now, metric = self.loop.now, self._read_metric()
+                now, metric = self.loop.now, self._read_scaling_metric()
                 self._scale_cluster(
                     scaler.sync_target_size(now, self.cluster.replicas, pods, metric)
                 )
@@ -222,7 +222,9 @@ class FleetWorld(SimulatedWorld):
         while True:
             await asyncio.sleep(settings.polling)
             self._scale_cluster(
-                keda.poll_target_size(self.loop.now, self.cluster.replicas, self._read_metric())
+                keda.poll_target_size(
+                    self.loop.now, self.cluster.replicas, self._read_scaling_metric()
+                )
             )
 
     def _scale_cluster(self, replicas: int) -> None:
@@ -245,7 +247,7 @@ class FleetWorld(SimulatedWorld):
         self._pod = pod
         return self._start_pool(self._fleet.settings.pool)
 
-    def _new_machine(self, name: str, rate: float) -> SimulatedMachine:
+    def _create_machine(self, name: str, rate: float) -> SimulatedMachine:
         machine = PodMachine(self.loop, name, rate)
         if self._fleet.settings.deletion_cost and not self.cluster.closed:
             machine.pod, machine.cluster = self._pod, self.cluster

@@ -115,13 +115,17 @@ class HorizontalAutoscaler:
         if desired > replicas:
             allowed = max(
                 replicas,
-                self._largest_change_by_policies(now, replicas, rules.up, _increase_by_policy),
+                self._largest_change_by_policies(
+                    now, replicas, rules.up, _increase_replicas_by_policy
+                ),
             )
             return min(desired, allowed, rules.maximum)
         if desired < replicas:
             allowed = min(
                 replicas,
-                self._largest_change_by_policies(now, replicas, rules.down, _decrease_by_policy),
+                self._largest_change_by_policies(
+                    now, replicas, rules.down, _decrease_replicas_by_policy
+                ),
             )
             return max(desired, allowed, rules.minimum)
         return desired
@@ -136,13 +140,13 @@ class HorizontalAutoscaler:
         if rules.select == "Disabled":
             return replicas
         proposals = [
-            changed(replicas - self._change_within_period(now, policy.period), policy)
+            changed(replicas - self._replica_change_within_period(now, policy.period), policy)
             for policy in rules.policies
         ]
-        largest_number = (rules.select == "Max") == (changed is _increase_by_policy)
+        largest_number = (rules.select == "Max") == (changed is _increase_replicas_by_policy)
         return max(proposals) if largest_number else min(proposals)
 
-    def _change_within_period(self, now: float, period: float) -> int:
+    def _replica_change_within_period(self, now: float, period: float) -> int:
         return sum(change for at, change in self._changes if at > now - period)
 
 
@@ -154,13 +158,13 @@ def _pods_for_metric(metric: float, pods: int, rules: AutoscalerSpec) -> int:
     return math.ceil(metric / rules.target)
 
 
-def _increase_by_policy(replicas: int, policy: ScalingPolicy) -> int:
+def _increase_replicas_by_policy(replicas: int, policy: ScalingPolicy) -> int:
     if policy.kind == "Pods":
         return replicas + policy.value
     return math.ceil(replicas * (100 + policy.value) / 100)
 
 
-def _decrease_by_policy(replicas: int, policy: ScalingPolicy) -> int:
+def _decrease_replicas_by_policy(replicas: int, policy: ScalingPolicy) -> int:
     if policy.kind == "Pods":
         return replicas - policy.value
     return replicas * (100 - policy.value) // 100

@@ -72,7 +72,7 @@ class Pod:
     restarts: int = 0
     deletion: PodDeletion | None = None
 
-    def as_pod_state(self) -> PodState:
+    def to_pod_state(self) -> PodState:
         """Return the pod's state as the ReplicaSet's controller sees it."""
         return PodState(
             self.uid,
@@ -152,7 +152,7 @@ class SimulatedCluster:
     def set_replicas(self, replicas: int) -> None:
         """Set the wanted number of pods, and create or delete pods accordingly."""
         self.replicas = replicas
-        self._reconcile()
+        self._reconcile_pods()
 
     async def probe_pods(self) -> None:
         """Repeatedly probe the readiness of all pods, and restart containers that have ended."""
@@ -160,8 +160,8 @@ class SimulatedCluster:
             await asyncio.sleep(PROBE_SECONDS)
             for pod in self.active_pods:
                 self._probe_pod(pod)
-            self._pods = [pod for pod in self._pods if not self._is_gone(pod)]
-            self._reconcile()
+            self._pods = [pod for pod in self._pods if not self._pod_is_gone(pod)]
+            self._reconcile_pods()
 
     def evict_pod(self, pod: Pod) -> None:
         """Evict a pod whose node ends in two minutes."""
@@ -182,7 +182,7 @@ class SimulatedCluster:
             pod.cost_failed = self.now
             raise APIServerError("on purpose")
 
-    def _reconcile(self) -> None:
+    def _reconcile_pods(self) -> None:
         if self.closed:
             return
         active = self.active_pods
@@ -191,7 +191,7 @@ class SimulatedCluster:
         superfluous = len(active) - self.replicas
         if superfluous > 0:
             by_uid = {pod.uid: pod for pod in active}
-            states = [pod.as_pod_state() for pod in active]
+            states = [pod.to_pod_state() for pod in active]
             chosen = [by_uid[each.uid] for each in pods_to_delete(states, superfluous, self.now)]
             self._record_busy_removals(chosen, [pod for pod in active if pod not in chosen])
             for pod in chosen:
@@ -230,7 +230,7 @@ class SimulatedCluster:
         process = pod.process
         if process is None:
             return
-        if _has_ended(process):
+        if _process_has_ended(process):
             self._restart_container(pod)
         elif self._world.is_ready(process):
             pod.failed_probes = 0
@@ -249,7 +249,9 @@ class SimulatedCluster:
         pod.restarts += 1
 
     def _delete_pod(self, pod: Pod, kind: Literal["scale-down", "eviction"], grace: float) -> None:
-        process = pod.process if pod.process is None or not _has_ended(pod.process) else None
+        process = (
+            pod.process if pod.process is None or not _process_has_ended(pod.process) else None
+        )
         busy = 0 if process is None else self._world.count_running_handlers(process)
         deletion = PodDeletion(kind, self.now, process, busy)
         pod.deletion = deletion
@@ -259,17 +261,19 @@ class SimulatedCluster:
         self._world.terminate_process(process)
 
         def kill_process_if_running() -> None:
-            if not self.closed and not _has_ended(process):
+            if not self.closed and not _process_has_ended(process):
                 deletion.killed = self.now
                 self._world.kill_process(process)
 
         self._world.loop.call_at(self.now + grace, kill_process_if_running, context=NETWORK)
 
     @staticmethod
-    def _is_gone(pod: Pod) -> bool:
+    def _pod_is_gone(pod: Pod) -> bool:
         deletion = pod.deletion
-        return deletion is not None and (deletion.process is None or _has_ended(deletion.process))
+        return deletion is not None and (
+            deletion.process is None or _process_has_ended(deletion.process)
+        )
 
 
-def _has_ended(process: PoolProcess) -> bool:
+def _process_has_ended(process: PoolProcess) -> bool:
     return min(process.closed, process.crashed) < FOREVER
