@@ -240,18 +240,12 @@ def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
 @pytest.mark.usefixtures("allow_polls_of_one_minute")
 async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
     waiting = api.plane.operations.get_queue(ENV).waiting
-    async with asyncio.TaskGroup() as group:
+    # Half of the poll's waiting time: a poll that is not woken fails the test.
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         poll = group.create_task(api.poll(params={"block_ms": "60000"}))
         await wait_until(lambda: len(waiting) == 1)
         created = (await api("POST", api.work_url())).body["data"][0]
     assert poll.result().body["id"] == created["id"]
-    delivered, made = (
-        next(record for record in api.plane.history if record.kind == kind)
-        for kind in ("delivered", "created")
-    )
-    # Equal times show that the new item woke the poll. A timeout of the poll could not have
-    # delivered the item, because the control plane's clock stands still.
-    assert delivered.time == made.time
 
 
 @pytest.mark.usefixtures("allow_polls_of_one_minute")
