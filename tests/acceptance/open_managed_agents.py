@@ -44,29 +44,29 @@ uvicorn.run(app, fd=int(sys.argv[1]), log_level="warning")
 """
 
 
-class UnavailableError(Exception):
+class InstallationError(Exception):
     """Raised if the control plane cannot be installed; the message is the reason."""
 
 
-def python_interpreter() -> str:
+def find_python_interpreter() -> str:
     """Return the path of a Python that can run the control plane.
 
     Raises:
-        UnavailableError: None of the versions is installed.
+        InstallationError: None of the versions is installed.
     """
     if sys.version_info >= (3, 12):
         return sys.executable
     for version in PYTHONS:
         # The pyenv shim `python3.12` fails unless pyenv has selected that version.
-        for variables in ({}, {"PYENV_VERSION": command_output("pyenv", "latest", version)}):
+        for variables in ({}, {"PYENV_VERSION": run_and_return_output("pyenv", "latest", version)}):
             code = "import sys; print(sys.executable)"
-            path = command_output(f"python{version}", "-c", code, **variables)
+            path = run_and_return_output(f"python{version}", "-c", code, **variables)
             if path:
                 return path
-    raise UnavailableError(f"none of Python {', '.join(PYTHONS)} is installed")
+    raise InstallationError(f"none of Python {', '.join(PYTHONS)} is installed")
 
 
-def command_output(*command: str, **variables: str) -> str:
+def run_and_return_output(*command: str, **variables: str) -> str:
     """Return the output of a command; empty if the command fails or does not exist."""
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.check_output(  # noqa: S603 - our own words
@@ -79,11 +79,11 @@ def install_control_plane(folder: Path) -> str:
     """Install the control plane into a virtual environment; return the path of its Python.
 
     Raises:
-        UnavailableError: There is no suitable Python, or the package cannot be installed.
+        InstallationError: There is no suitable Python, or the package cannot be installed.
     """
     python = str(folder / "bin" / "python")
     for command in (
-        [python_interpreter(), "-m", "venv", str(folder)],
+        [find_python_interpreter(), "-m", "venv", str(folder)],
         [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", PACKAGE],
     ):
         try:
@@ -91,10 +91,10 @@ def install_control_plane(folder: Path) -> str:
                 command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            raise UnavailableError(f"not installed within {INSTALL_SECONDS} s") from None
+            raise InstallationError(f"not installed within {INSTALL_SECONDS} s") from None
         if done.returncode:
             problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UnavailableError(f"{PACKAGE} cannot be installed: {problem}")
+            raise InstallationError(f"{PACKAGE} cannot be installed: {problem}")
     return python
 
 

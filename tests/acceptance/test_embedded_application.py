@@ -56,14 +56,14 @@ class RunningApplication(NamedTuple):
     url: str
 
 
-class ExampleStarter(Protocol):
+class ExampleApplicationStarter(Protocol):
     async def __call__(self, module: str, **variables: str) -> RunningApplication: ...
 
 
 @pytest.fixture
-async def start_example(
+async def start_example_application(
     command_directory: Path, control_plane: ControlPlane
-) -> AsyncIterator[ExampleStarter]:
+) -> AsyncIterator[ExampleApplicationStarter]:
     """Return a function that starts a process with an example of the page `embedding.md`."""
     (command_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
@@ -101,11 +101,11 @@ async def start_example(
         await command.kill()
 
 
-def stored_item(plane: ControlPlane, item: Item) -> Item:
+def read_stored_item(plane: ControlPlane, item: Item) -> Item:
     return plane.operations.get_queue(ENVIRONMENT).get_item(item.id)
 
 
-async def http_status(url: str) -> tuple[int, str]:
+async def get_status_and_text(url: str) -> tuple[int, str]:
     async with aiohttp.ClientSession() as session, session.get(url) as answer:
         return answer.status, await answer.text()
 
@@ -128,7 +128,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     ],
 )
 async def test_application_under_sigterm_lets_its_session_end(
-    start_example: ExampleStarter,
+    start_example_application: ExampleApplicationStarter,
     control_plane: ControlPlane,
     command_directory: Path,
     module: str,
@@ -139,12 +139,12 @@ async def test_application_under_sigterm_lets_its_session_end(
         path = command_directory / "program.py"
         path.write_text(path.read_text().replace("[greet]", '["reports"]'))
     [item] = control_plane.enqueue()
-    application, _ = await start_example(module)
+    application, _ = await start_example_application(module)
     await application.wait_for_output("session runs")
     application.send_signal(signal.SIGTERM)
     assert await application.wait_for_end() == status
-    assert stored_item(control_plane, item).state == "stopped"
-    assert stored_item(control_plane, item).metadata["done"] == "when asked"
+    assert read_stored_item(control_plane, item).state == "stopped"
+    assert read_stored_item(control_plane, item).metadata["done"] == "when asked"
 
 
 @pytest.mark.parametrize(
@@ -156,24 +156,24 @@ async def test_application_under_sigterm_lets_its_session_end(
     ],
 )
 async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
-    start_example: ExampleStarter, module: str, status: int
+    start_example_application: ExampleApplicationStarter, module: str, status: int
 ) -> None:
-    application, _ = await start_example(module, QODER_PAT="wrong")
+    application, _ = await start_example_application(module, QODER_PAT="wrong")
     assert await application.wait_for_end() == status
     assert "RefusedError: poll: 401" in application.err
 
 
 @pytest.mark.parametrize("module", ["web_aiohttp", pytest.param("web_fastapi", marks=TRIAL)])
 async def test_application_whose_pool_failed_with_wrong_token_is_not_ready(
-    start_example: ExampleStarter, module: str
+    start_example_application: ExampleApplicationStarter, module: str
 ) -> None:
-    application, url = await start_example(module, QODER_PAT="wrong")
+    application, url = await start_example_application(module, QODER_PAT="wrong")
 
-    async def pool_has_failed() -> bool:
-        return (await http_status(f"{url}/live"))[0] == 503
+    async def live_route_reports_failed_pool() -> bool:
+        return (await get_status_and_text(f"{url}/live"))[0] == 503
 
-    await wait_until(pool_has_failed)
-    status, body = await http_status(f"{url}/ready")
+    await wait_until(live_route_reports_failed_pool)
+    status, body = await get_status_and_text(f"{url}/ready")
     assert status == 503
     assert "failed: RefusedError" in body
     application.send_signal(signal.SIGTERM)
@@ -184,9 +184,9 @@ async def test_application_whose_pool_failed_with_wrong_token_is_not_ready(
     "module", ["program", "vital_aiohttp", pytest.param("vital_fastapi", marks=TRIAL)]
 )
 async def test_application_with_wrong_settings_does_not_start(
-    start_example: ExampleStarter, module: str
+    start_example_application: ExampleApplicationStarter, module: str
 ) -> None:
-    application, _ = await start_example(module, WORKPOOL_CONCURRENCY="many")
+    application, _ = await start_example_application(module, WORKPOOL_CONCURRENCY="many")
     assert await application.wait_for_end() in {1, 3}
     assert "concurrency: must be a whole number, 1 or more (from WORKPOOL_CONCURRENCY)" in (
         application.err

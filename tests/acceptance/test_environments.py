@@ -83,7 +83,7 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 
 @pytest.fixture
-def config_file(command_directory: Path, control_plane: ControlPlane) -> Path:
+def two_environments_config_file(command_directory: Path, control_plane: ControlPlane) -> Path:
     """Write a configuration file with both environments, and their token files; return its path."""
     for name, token in zip("ab", KEYS, strict=True):
         (command_directory / f"{name}.token").write_text(token)
@@ -102,11 +102,11 @@ def config_file(command_directory: Path, control_plane: ControlPlane) -> Path:
     return path
 
 
-def replace_text(file: Path, old: str, new: str) -> None:
+def replace_text_in_file(file: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
-def append_line(file: Path, line: str) -> None:
+def append_line_to_file(file: Path, line: str) -> None:
     file.write_text(f"{file.read_text()}\n{line}\n")
 
 
@@ -114,27 +114,29 @@ def remove_file(file: Path) -> None:
     file.unlink()
 
 
-async def exporter_url(worker: RunningCommand) -> str:
+async def wait_for_exporter_url(worker: RunningCommand) -> str:
     line = await worker.wait_for_log("metrics served url=")
     return line.partition("url=")[2].split()[0].removesuffix("/metrics")
 
 
-async def get_text(worker: RunningCommand, path: str) -> tuple[int, str]:
+async def get_status_and_text_from_exporter(worker: RunningCommand, path: str) -> tuple[int, str]:
     async with (
         aiohttp.ClientSession() as http,
-        http.get(await exporter_url(worker) + path) as answer,
+        http.get(await wait_for_exporter_url(worker) + path) as answer,
     ):
         return answer.status, await answer.text()
 
 
-async def get_live_status(worker: RunningCommand) -> Any:
-    return json.loads((await get_text(worker, "/live.json"))[1])
+async def get_live_json_of_worker(worker: RunningCommand) -> Any:
+    return json.loads((await get_status_and_text_from_exporter(worker, "/live.json"))[1])
 
 
 async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
-    del config_file
+    del two_environments_config_file
     items = [
         control_plane.enqueue(metadata={"do": "wait"}, environment_id=each)[0]
         for each in (ENVIRONMENT, OTHER)
@@ -144,18 +146,18 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
         line = await worker.wait_for_log(item.id)
         assert f"environment_id={each}" in line
         assert "wait runs" in line
-    _, metrics = await get_text(worker, "/metrics")
+    _, metrics = await get_status_and_text_from_exporter(worker, "/metrics")
     for each in (ENVIRONMENT, OTHER):
         assert f'workpool_slots{{environment_id="{each}",state="busy"}} 1.0' in metrics
         assert f'workpool_slots{{environment_id="{each}",state="free"}} ' in metrics
-    status, body = await get_text(worker, "/readyz")
+    status, body = await get_status_and_text_from_exporter(worker, "/readyz")
     assert (status, json.loads(body)) == (200, {"status": "ready"})
-    assert json.loads((await get_text(worker, "/scale"))[1])["busy"] == 2
-    shown = await get_live_status(worker)
+    assert json.loads((await get_status_and_text_from_exporter(worker, "/scale"))[1])["busy"] == 2
+    shown = await get_live_json_of_worker(worker)
     assert (shown["slots"]["busy"], shown["slots"]["limit"]) == (2, 4)
     assert [each["environment_id"] for each in shown["environments"]] == [ENVIRONMENT, OTHER]
     assert {each["environment_id"] for each in shown["sessions"]} == {ENVIRONMENT, OTHER}
-    top = await start_without_settings("top", "--once", await exporter_url(worker))
+    top = await start_without_settings("top", "--once", await wait_for_exporter_url(worker))
     assert await top.wait_for_end() == 0
     rows = [line.split("\t")[:3] for line in top.out.splitlines()]
     for each in (ENVIRONMENT, OTHER):
@@ -164,7 +166,7 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
     for each in (ENVIRONMENT, OTHER):
         await worker.wait_for_log(f"last scrape wait_seconds=20.0 environment_id={each}")
     # The drains of both environments wait for a scrape of the metrics; one scrape ends both waits.
-    await get_text(worker, "/metrics")
+    await get_status_and_text_from_exporter(worker, "/metrics")
     assert await worker.wait_for_end() == 0
     assert worker.err.count("result=clean") == 2
     found = [control_plane.operations.get_item(each.environment_id, each.id) for each in items]
@@ -172,9 +174,13 @@ async def test_sessions_of_both_environments_run_and_sigterm_drains_both(
 
 
 async def test_refused_environment_is_reported_while_other_environment_continues(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
-    replace_text(config_file.parent / "b.token", "key-of-the-other", "revoked")
+    replace_text_in_file(
+        two_environments_config_file.parent / "b.token", "key-of-the-other", "revoked"
+    )
     worker = await start_without_settings("run", "--config", "pool.toml")
     failed = await worker.wait_for_log("environment failed: ")
     assert f"environment_id={OTHER}" in failed
@@ -182,53 +188,57 @@ async def test_refused_environment_is_reported_while_other_environment_continues
     assert f"token_file from pool.toml [workpool.environments.{OTHER}]" in failed
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
     await worker.wait_for_log("finish runs")
-    status, body = await get_text(worker, "/readyz")
+    status, body = await get_status_and_text_from_exporter(worker, "/readyz")
     assert (status, json.loads(body)["reasons"]) == (503, [f"{OTHER}: failed: RefusedError"])
-    assert (await get_live_status(worker))["slots"]["limit"] == 4
+    assert (await get_live_json_of_worker(worker))["slots"]["limit"] == 4
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 3
     assert "revoked-Zx9" not in worker.out + worker.err
 
 
 async def test_process_ends_with_3_if_every_environment_is_refused(
-    start_without_settings: CommandStarter, config_file: Path
+    start_without_settings: CommandStarter, two_environments_config_file: Path
 ) -> None:
     for name in "ab":
-        replace_text(config_file.parent / f"{name}.token", "key", "revoked")
+        replace_text_in_file(
+            two_environments_config_file.parent / f"{name}.token", "key", "revoked"
+        )
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 3
     assert worker.err.count("environment failed: ") == 2
 
 
 async def test_process_ends_with_2_if_an_environment_cannot_start(
-    start_without_settings: CommandStarter, config_file: Path
+    start_without_settings: CommandStarter, two_environments_config_file: Path
 ) -> None:
-    append_line(config_file, 'plugins = ["handlers", "nowhere"]')
+    append_line_to_file(two_environments_config_file, 'plugins = ["handlers", "nowhere"]')
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert "no module named 'nowhere'" in worker.err
 
 
 async def test_invalid_environment_tables_end_run_with_status_2(
-    start_without_settings: CommandStarter, config_file: Path
+    start_without_settings: CommandStarter, two_environments_config_file: Path
 ) -> None:
-    remove_file(config_file.parent / "a.token")
-    append_line(config_file, 'log_level = "debug"')
+    remove_file(two_environments_config_file.parent / "a.token")
+    append_line_to_file(two_environments_config_file, 'log_level = "debug"')
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert (
         "log_level: is for all environments; move it to [workpool] (from pool.toml " in worker.err
     )
-    replace_text(config_file, "log_level", "# log_level")
+    replace_text_in_file(two_environments_config_file, "log_level", "# log_level")
     worker = await start_without_settings("run", "--config", "pool.toml")
     assert await worker.wait_for_end() == 2
     assert f"(from pool.toml [workpool.environments.{ENVIRONMENT}])" in worker.err
 
 
 async def test_run_with_drain_flag_ends_once_queues_of_both_environments_are_empty(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
-    del config_file
+    del two_environments_config_file
     items = [
         item
         for each in (ENVIRONMENT, OTHER)
@@ -243,9 +253,11 @@ async def test_run_with_drain_flag_ends_once_queues_of_both_environments_are_emp
 
 
 async def test_environment_id_flag_runs_only_that_environment_of_the_file(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
-    del config_file
+    del two_environments_config_file
     [item] = control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
     worker = await start_without_settings(
         "run", "--config", "pool.toml", "--environment-id", OTHER, "--drain"
@@ -256,9 +268,11 @@ async def test_environment_id_flag_runs_only_that_environment_of_the_file(
 
 
 async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
-    del config_file
+    del two_environments_config_file
     for each in (ENVIRONMENT, OTHER):
         control_plane.enqueue(3, metadata={"do": "finish"}, environment_id=each)
     worker = await start_without_settings(
@@ -269,9 +283,11 @@ async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
 
 
 async def test_burst_of_one_environment_does_not_delay_the_other(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
-    del config_file
+    del two_environments_config_file
     items = control_plane.enqueue(10, metadata={"do": "linger"}, environment_id=ENVIRONMENT)
     worker = await start_without_settings(
         "run", "--config", "pool.toml", WORKPOOL_DRAIN_TIMEOUT="0"
@@ -281,16 +297,20 @@ async def test_burst_of_one_environment_does_not_delay_the_other(
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=OTHER)
     assert f"environment_id={OTHER}" in await worker.wait_for_log("session ended")
     # `ENVIRONMENT` has queued items, but uses three slots only: the fourth is reserved for `OTHER`.
-    assert (await get_live_status(worker))["slots"]["busy"] == 3
+    assert (await get_live_json_of_worker(worker))["slots"]["busy"] == 3
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0
 
 
 async def test_check_reports_each_environment(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
     del control_plane
-    replace_text(config_file.parent / "b.token", "key-of-the-other", "revoked")
+    replace_text_in_file(
+        two_environments_config_file.parent / "b.token", "key-of-the-other", "revoked"
+    )
     check = await start_without_settings("check", "--config", "pool.toml", "--json")
     assert await check.wait_for_end() == 3
     found = {
@@ -308,9 +328,11 @@ async def test_check_reports_each_environment(
 
 
 async def test_commands_pause_and_drain_one_environment_while_other_continues(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, config_file: Path
+    start_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    two_environments_config_file: Path,
 ) -> None:
-    socket = config_file.parent / "s"
+    socket = two_environments_config_file.parent / "s"
     worker = await start_without_settings(
         "run", "--config", "pool.toml", WORKPOOL_CONTROL_SOCKET=str(socket)
     )
@@ -324,7 +346,7 @@ async def test_commands_pause_and_drain_one_environment_while_other_continues(
 
     asked = await run_command_until_end("pause", "moved", "--environment-id", OTHER)
     assert asked.startswith(f"paused pid={worker.pid} environment_id={OTHER} running=0")
-    _, body = await get_text(worker, "/readyz")
+    _, body = await get_status_and_text_from_exporter(worker, "/readyz")
     assert json.loads(body)["reasons"] == [f"{OTHER}: paused: moved"]
     assert f"environment_id={ENVIRONMENT},{OTHER} running=0" in await run_command_until_end(
         "resume"
@@ -337,15 +359,15 @@ async def test_commands_pause_and_drain_one_environment_while_other_continues(
     assert f"environment_id={OTHER}" in await worker.wait_for_log("drained")
     control_plane.enqueue(metadata={"do": "finish"}, environment_id=ENVIRONMENT)
     await worker.wait_for_log("finish runs")
-    assert (await get_text(worker, "/readyz"))[0] == 200
+    assert (await get_status_and_text_from_exporter(worker, "/readyz"))[0] == 200
     await run_command_until_end("drain")
     assert await worker.wait_for_end() == 0
 
 
 async def test_service_manager_receives_ready_only_after_every_environment_started(
-    start_without_settings: CommandStarter, config_file: Path
+    start_without_settings: CommandStarter, two_environments_config_file: Path
 ) -> None:
-    append_line(config_file.parent / "handlers.py", f"import sys\n{SLOW}")
+    append_line_to_file(two_environments_config_file.parent / "handlers.py", f"import sys\n{SLOW}")
     with ServiceManagerSocket() as manager:
         worker = await start_without_settings(
             "run", "--config", "pool.toml", NOTIFY_SOCKET=manager.address
@@ -353,7 +375,7 @@ async def test_service_manager_receives_ready_only_after_every_environment_start
         await worker.wait_for_log("metrics served url=")
         await worker.wait_for_log("opens slowly")
         assert manager.receive_new_datagrams() == ""
-        (config_file.parent / "open").touch()
+        (two_environments_config_file.parent / "open").touch()
         received = ""
         while "READY=1" not in received:
             await asyncio.sleep(0.05)

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 WRONG = re.compile(r"  # type: ignore\[([a-z-]+)\] # .*")
 
 
-def expected_error_lines() -> dict[int, str]:
+def read_expected_error_codes_by_line() -> dict[int, str]:
     """Return the numbers of the lines that mypy must reject, each with mypy's error code."""
     lines = enumerate(PAGE.read_text().splitlines(), 1)
     return {number: found[1] for number, line in lines if (found := WRONG.search(line))}
 
 
-def type_checker_output(tmp_path: Path, *command: str) -> str:
+def run_type_checker_on_handlers(tmp_path: Path, *command: str) -> str:
     """Return the output of a type checker for a copy of `typed_handlers.py`.
 
     The copy has no `type: ignore`, so that the checker reports every wrong handler.
@@ -40,17 +40,19 @@ def type_checker_output(tmp_path: Path, *command: str) -> str:
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 def test_mypy_strict_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
-    output = type_checker_output(tmp_path, "mypy", "--strict", "--show-error-codes", "--no-pretty")
+    output = run_type_checker_on_handlers(
+        tmp_path, "mypy", "--strict", "--show-error-codes", "--no-pretty"
+    )
     errors = re.findall(r"^page\.py:(\d+): error: .*\[([a-z-]+)\]$", output, re.MULTILINE)
-    assert {int(line): code for line, code in errors} == expected_error_lines()
-    assert len(errors) == len(expected_error_lines()) > 10
+    assert {int(line): code for line, code in errors} == read_expected_error_codes_by_line()
+    assert len(errors) == len(read_expected_error_codes_by_line()) > 10
 
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not importlib.util.find_spec("pyright"), reason="pyright is not installed")
 def test_pyright_rejects_exactly_the_wrong_handlers(tmp_path: Path) -> None:
-    output = type_checker_output(tmp_path, "pyright", "--pythonpath", sys.executable)
+    output = run_type_checker_on_handlers(tmp_path, "pyright", "--pythonpath", sys.executable)
     assert {int(line) for line in re.findall(r"page\.py:(\d+):\d+ - error", output)} == set(
-        expected_error_lines()
+        read_expected_error_codes_by_line()
     )

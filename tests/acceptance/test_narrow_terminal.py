@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN
-from tests.acceptance.test_demo import read_terminal
+from tests.acceptance.test_demo_command import read_terminal_until_closed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 WIDTHS = pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 
 
-async def lines_on_terminal(
+async def run_command_and_read_terminal_lines(
     plane: ControlPlane, folder: Path, width: int, *arguments: str
 ) -> list[str]:
     """Return the lines that a command prints on a real terminal of this width."""
@@ -48,7 +48,7 @@ async def lines_on_terminal(
     os.close(terminal)
     with os.fdopen(master, "rb", buffering=0) as screen:
         async with asyncio.timeout(SECONDS):
-            printed = await asyncio.to_thread(read_terminal, screen.fileno())
+            printed = await asyncio.to_thread(read_terminal_until_closed, screen.fileno())
             assert await process.wait() == 0, printed
     return re.sub(r"\x1b\[[0-9;]*m", "", printed.decode()).splitlines()
 
@@ -58,7 +58,9 @@ async def test_work_list_on_narrow_terminal_shows_whole_ids(
     control_plane: ControlPlane, command_directory: Path, width: int
 ) -> None:
     items = control_plane.enqueue(count=3, metadata={"job": "a job with a long description" * 3})
-    lines = await lines_on_terminal(control_plane, command_directory, width, "work", "list")
+    lines = await run_command_and_read_terminal_lines(
+        control_plane, command_directory, width, "work", "list"
+    )
     for item in items:
         assert sum(item.id in line for line in lines) == 1
     columns = lines[1].split()
@@ -81,7 +83,9 @@ async def test_work_get_on_narrow_terminal_shows_whole_ids(
     control_plane: ControlPlane, command_directory: Path, width: int
 ) -> None:
     [item] = control_plane.enqueue(metadata={"job": "a job with a long description" * 3})
-    lines = await lines_on_terminal(control_plane, command_directory, width, "work", "get", item.id)
+    lines = await run_command_and_read_terminal_lines(
+        control_plane, command_directory, width, "work", "get", item.id
+    )
     for text in (item.id, item.session_id, ENVIRONMENT):
         assert any(text in line for line in lines), text
     assert any("metadata" in line for line in lines)
@@ -90,5 +94,7 @@ async def test_work_get_on_narrow_terminal_shows_whole_ids(
 async def test_plugins_command_on_narrow_terminal_shows_whole_names(
     control_plane: ControlPlane, command_directory: Path
 ) -> None:
-    lines = await lines_on_terminal(control_plane, command_directory, 40, "plugins", "handlers")
+    lines = await run_command_and_read_terminal_lines(
+        control_plane, command_directory, 40, "plugins", "handlers"
+    )
     assert any("handlers.finish" in line for line in lines)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.acceptance.open_managed_agents import (
-    UnavailableError,
+    InstallationError,
     install_control_plane,
     running_control_plane,
 )
@@ -36,18 +36,20 @@ async def run(session: Session) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def control_plane_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+def python_with_installed_control_plane(tmp_path_factory: pytest.TempPathFactory) -> str:
     try:
         return install_control_plane(tmp_path_factory.mktemp("open-managed-agents"))
-    except UnavailableError as error:
+    except InstallationError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture
 async def control_plane(
-    control_plane_python: str, tmp_path: Path
+    python_with_installed_control_plane: str, tmp_path: Path
 ) -> AsyncIterator[OpenManagedAgents]:
-    async with running_control_plane(control_plane_python, tmp_path) as control_plane:
+    async with running_control_plane(
+        python_with_installed_control_plane, tmp_path
+    ) as control_plane:
         yield control_plane
 
 
@@ -97,7 +99,7 @@ async def test_check_list_and_drain_commands_succeed_with_open_managed_agents(
     assert ran == {session_id: session_id for session_id in sessions}
 
 
-def verdicts_documented_as_different() -> dict[str, str]:
+def read_documented_verdicts_of_clauses() -> dict[str, str]:
     """Return the documented verdict of each clause that does not hold for this control plane."""
     table = PAGE.read_text().partition("What `open-managed-agents` does instead:")[2]
     rows = re.findall(r"^\| (`.*?`) \| ([a-z ]+) \|", table, re.MULTILINE)
@@ -116,4 +118,4 @@ async def test_conform_of_open_managed_agents_finds_documented_differences(
     assert await command.wait_for_end(320) == 1
     clauses = json.loads(command.out)["clauses"]
     found = {each["clause"]: each["verdict"] for each in clauses if each["verdict"] != "holds"}
-    assert found == verdicts_documented_as_different()
+    assert found == read_documented_verdicts_of_clauses()

@@ -44,15 +44,15 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
-ContinueStart: TypeAlias = "Callable[[], object]"
+UnblockImport: TypeAlias = "Callable[[], object]"
 
 
-class BlockedCommandStarter(Protocol):
+class StarterOfCommandBlockedAtImport(Protocol):
     async def __call__(self, module: str, *arguments: str, **variables: str) -> RunningCommand: ...
 
 
 @pytest.fixture
-def continue_start(command_directory: Path) -> Iterator[ContinueStart]:
+def unblock_import(command_directory: Path) -> Iterator[UnblockImport]:
     """Return a function that lets a command with a blocked import continue."""
     os.mkfifo(command_directory / "go")
     # O_RDWR avoids a wait: with O_WRONLY, `open` waits until a process opens the fifo for reading.
@@ -62,11 +62,11 @@ def continue_start(command_directory: Path) -> Iterator[ContinueStart]:
 
 
 @pytest.fixture
-def start_blocked(
-    start_command: CommandStarter, command_directory: Path, continue_start: object
-) -> BlockedCommandStarter:
+def start_command_blocked_at_import(
+    start_command: CommandStarter, command_directory: Path, unblock_import: object
+) -> StarterOfCommandBlockedAtImport:
     """Return a function that starts a command and waits until it is about to import a module."""
-    del continue_start
+    del unblock_import
     site = command_directory / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(BLOCKED_IMPORT)
@@ -80,7 +80,7 @@ def start_blocked(
     return start_process
 
 
-def history_kinds(plane: ControlPlane, item: Item) -> list[str]:
+def history_record_kinds_of_item(plane: ControlPlane, item: Item) -> list[str]:
     return [record.kind for record in plane.history.records_of_item(item.id)]
 
 
@@ -90,47 +90,49 @@ ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @ENDING
 @pytest.mark.parametrize("module", ["typer", "aiohttp", "handlers"])
 async def test_run_signalled_during_start_ends_with_0_and_never_polls(
-    start_blocked: BlockedCommandStarter,
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
     control_plane: ControlPlane,
-    continue_start: ContinueStart,
+    unblock_import: UnblockImport,
     module: str,
     number: signal.Signals,
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "finish"})
-    command = await start_blocked(module, "run", "handlers")
+    command = await start_command_blocked_at_import(module, "run", "handlers")
     command.send_signal(number)
-    continue_start()
+    unblock_import()
     assert await command.wait_for_end() == 0
     assert "drained result=clean" in command.err
-    assert history_kinds(control_plane, item) == ["created"]
+    assert history_record_kinds_of_item(control_plane, item) == ["created"]
 
 
 @ENDING
 async def test_serve_signalled_during_start_ends_with_0(
-    start_blocked: BlockedCommandStarter, continue_start: ContinueStart, number: signal.Signals
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
+    unblock_import: UnblockImport,
+    number: signal.Signals,
 ) -> None:
-    command = await start_blocked("aiohttp", "serve", "--port", "0")
+    command = await start_command_blocked_at_import("aiohttp", "serve", "--port", "0")
     command.send_signal(number)
-    continue_start()
+    unblock_import()
     assert await command.wait_for_end() == 0
     assert f"serve ends signal={signal.Signals(number).name}" in command.err
 
 
 async def test_demo_signalled_during_start_ends_with_128_plus_signal_number(
-    start_blocked: BlockedCommandStarter, continue_start: ContinueStart
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport, unblock_import: UnblockImport
 ) -> None:
-    command = await start_blocked("aiohttp", "demo", "--count", "4")
+    command = await start_command_blocked_at_import("aiohttp", "demo", "--count", "4")
     command.send_signal(signal.SIGTERM)
-    continue_start()
+    unblock_import()
     assert await command.wait_for_end() == 128 + signal.SIGTERM
     assert "ended early: 0 of 4 sessions done" in command.out
 
 
 async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent(
-    start_blocked: BlockedCommandStarter,
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
     control_plane: ControlPlane,
     command_directory: Path,
-    continue_start: ContinueStart,
+    unblock_import: UnblockImport,
 ) -> None:
     settings = Settings(base_url=control_plane.base_url, token=TOKEN, environment_id=ENVIRONMENT)
     async with WorkClient(settings) as parent:
@@ -138,22 +140,27 @@ async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent
         await parent.poll()
         await parent.ack(item.id)
         heartbeat = await parent.heartbeat(item.id, NO_HEARTBEAT, 60)
-    command = await start_blocked(
+    command = await start_command_blocked_at_import(
         *("aiohttp", "hold", "--work-id", item.id),
         *("--last-heartbeat", heartbeat.last_heartbeat, "--", "touch", "ran"),
     )
     command.send_signal(signal.SIGTERM)
-    continue_start()
+    unblock_import()
     assert await command.wait_for_end() == 0
-    assert history_kinds(control_plane, item) == ["created", "delivered", "acked", "heartbeat"]
+    assert history_record_kinds_of_item(control_plane, item) == [
+        "created",
+        "delivered",
+        "acked",
+        "heartbeat",
+    ]
     assert not (command_directory / "ran").exists()
 
 
 @pytest.mark.parametrize("module", ["aiohttp", "handlers"])
 async def test_run_signalled_twice_during_start_ends_at_once(
-    start_blocked: BlockedCommandStarter, module: str
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport, module: str
 ) -> None:
-    command = await start_blocked(module, "run", "handlers")
+    command = await start_command_blocked_at_import(module, "run", "handlers")
     command.send_signal(signal.SIGTERM)
     command.send_signal(signal.SIGINT)
     # Two pending signals are delivered in either order, so either signal can decide the exit
@@ -162,37 +169,41 @@ async def test_run_signalled_twice_during_start_ends_at_once(
 
 
 async def test_sighup_during_start_of_run_is_logged_once_and_ignored(
-    start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
+    control_plane: ControlPlane,
+    unblock_import: UnblockImport,
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "finish"})
-    command = await start_blocked("aiohttp", "run", "handlers", "--drain")
+    command = await start_command_blocked_at_import("aiohttp", "run", "handlers", "--drain")
     command.send_signal(signal.SIGHUP)
-    continue_start()
+    unblock_import()
     assert await command.wait_for_end() == 0
     assert command.err.count("signal has no effect signal=SIGHUP") == 1
-    assert history_kinds(control_plane, item)[-1] == "stopped"
+    assert history_record_kinds_of_item(control_plane, item)[-1] == "stopped"
 
 
 async def test_run_with_sigusr1_during_start_starts_paused(
-    start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
+    control_plane: ControlPlane,
+    unblock_import: UnblockImport,
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "finish"})
-    command = await start_blocked("aiohttp", "run", "handlers", "--drain")
+    command = await start_command_blocked_at_import("aiohttp", "run", "handlers", "--drain")
     command.send_signal(signal.SIGUSR1)
-    continue_start()
+    unblock_import()
     await command.wait_for_log("paused reason=SIGUSR1")
     await command.wait_for_log("pool started")
-    assert history_kinds(control_plane, item) == ["created"]
+    assert history_record_kinds_of_item(control_plane, item) == ["created"]
     command.send_signal(signal.SIGUSR2)
     assert await command.wait_for_end() == 0
-    assert history_kinds(control_plane, item)[-1] == "stopped"
+    assert history_record_kinds_of_item(control_plane, item)[-1] == "stopped"
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v", "check")])
 async def test_short_command_interrupted_by_ctrl_c_during_start_ends(
-    start_blocked: BlockedCommandStarter, arguments: tuple[str, ...]
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport, arguments: tuple[str, ...]
 ) -> None:
-    command = await start_blocked("aiohttp", *arguments)
+    command = await start_command_blocked_at_import("aiohttp", *arguments)
     command.send_signal(signal.SIGINT)
     assert await command.wait_for_end() in {-signal.SIGINT, 130}
 
@@ -201,7 +212,7 @@ NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 
 @pytest.fixture
-def run_as_process_1(command_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def commands_run_as_process_1(command_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run each command as process 1 of a PID namespace of its own."""
     if shutil.which("unshare") is None:
         pytest.skip("unshare is not installed")
@@ -217,17 +228,19 @@ def only_child_process(pid: int) -> int:
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
 
 
-@pytest.mark.usefixtures("run_as_process_1")
+@pytest.mark.usefixtures("commands_run_as_process_1")
 async def test_run_as_process_1_with_sigterm_during_start_ends(
-    start_blocked: BlockedCommandStarter, control_plane: ControlPlane, continue_start: ContinueStart
+    start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
+    control_plane: ControlPlane,
+    unblock_import: UnblockImport,
 ) -> None:
     """The kernel drops a signal for which process 1 of a PID namespace has no handler."""
     [item] = control_plane.enqueue(metadata={"do": "finish"})
-    command = await start_blocked("aiohttp", "run", "handlers")
+    command = await start_command_blocked_at_import("aiohttp", "run", "handlers")
     os.kill(only_child_process(command.pid), signal.SIGTERM)
-    continue_start()
+    unblock_import()
     assert await command.wait_for_end() == 0
-    assert history_kinds(control_plane, item) == ["created"]
+    assert history_record_kinds_of_item(control_plane, item) == ["created"]
 
 
 async def test_sighup_to_running_pool_without_terminal_is_logged_and_ignored(
@@ -297,7 +310,7 @@ async def test_closing_terminal_of_running_pool_drains_the_pool(
     os.close(terminal)
     assert await command.wait_for_end() == 0
     assert "drained result=clean" in command.err
-    assert history_kinds(control_plane, item)[-1] == "stopped"
+    assert history_record_kinds_of_item(control_plane, item)[-1] == "stopped"
 
 
 async def test_closing_terminal_of_shell_drains_the_pool_started_there(
@@ -312,7 +325,7 @@ async def test_closing_terminal_of_shell_drains_the_pool_started_there(
     os.close(terminal)
     await command.wait_for_log("drained result=clean")
     assert await command.wait_for_end() == -signal.SIGHUP, "the exit status is that of the shell"
-    assert history_kinds(control_plane, item)[-1] == "stopped"
+    assert history_record_kinds_of_item(control_plane, item)[-1] == "stopped"
 
 
 async def test_serve_command_ends_when_its_terminal_closes(
@@ -348,4 +361,4 @@ async def test_running_pool_under_nohup_continues_after_terminal_closes(
     await command.wait_for_log("finish runs")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert history_kinds(control_plane, item)[-1] == "stopped"
+    assert history_record_kinds_of_item(control_plane, item)[-1] == "stopped"

@@ -58,7 +58,7 @@ FILES = {
 
 
 @dataclass(frozen=True)
-class FailingStart:
+class FailingCommandCase:
     """A command that fails at its start because of a user's mistake, and the expected error.
 
     Attributes:
@@ -77,7 +77,7 @@ class FailingStart:
     status: int = 2
     trace: bool = False
 
-    def error_line_is_in(self, text: str) -> bool:
+    def is_expected_error_line_in(self, text: str) -> bool:
         pattern = ".*".join(map(re.escape, self.line.split("…")))
         return (
             re.search(rf"^(workpool: |Error: |.* ended: ){pattern}", text, re.MULTILINE) is not None
@@ -86,367 +86,369 @@ class FailingStart:
 
 # These commands fail before they create a pool, so they can run in pytest's process.
 SETTINGS = [
-    FailingStart(
+    FailingCommandCase(
         "no environment",
         "run handlers",
         "environment_id: not set (set WORKPOOL_ENVIRONMENT_ID)",
         {"WORKPOOL_ENVIRONMENT_ID": ""},
     ),
-    FailingStart(
+    FailingCommandCase(
         "no token",
         "run handlers",
         "token: not set (set WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE or QODER_PAT)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    FailingStart(
+    FailingCommandCase(
         "no key",
         "run handlers --dialect anthropic",
         "token: not set (set WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE or ANTHROPIC_ENVIRONMENT_KEY)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    FailingStart(
+    FailingCommandCase(
         "empty address",
         "run handlers",
         "base_url: empty; give an address, or remove it (from WORKPOOL_BASE_URL)",
         {"WORKPOOL_BASE_URL": ""},
     ),
-    FailingStart(
+    FailingCommandCase(
         "empty address flag",
         "run handlers --base-url ''",
         "base_url: empty; give an address, or remove it (from --base-url)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "address without scheme",
         "run handlers",
         "base_url: not an http:// or https:// URL (from WORKPOOL_BASE_URL)",
         {"WORKPOOL_BASE_URL": "localhost:8484"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "address with a user",
         "run handlers --base-url http://me@h/api",
         "base_url: must have no user, password, query or fragment (from --base-url)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "address with a query",
         "run handlers --base-url http://h/api?x=1",
         "base_url: must have no user, password, query or fragment (from --base-url)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "environment with a space",
         "run handlers --environment-id 'env 1'",
         "environment_id: must be 1 to 128 letters, digits, _ or - (from --environment-id)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "number as a word",
         "run handlers",
         "concurrency: must be a whole number, 1 or more (from WORKPOOL_CONCURRENCY)",
         {"WORKPOOL_CONCURRENCY": "many"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "number too small",
         "run handlers --concurrency 0",
         "concurrency: must be a whole number, 1 or more (from --concurrency)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "number with a fraction",
         "run handlers --pollers 1.5",
         "pollers: must be a whole number, 1 or more (from --pollers)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "number too large",
         "run handlers --block-ms 2000",
         "block_ms: must be a whole number from 1 to 999 (from --block-ms)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "lease too short",
         "run handlers --lease-ttl 5",
         "lease_ttl: must be a whole number from 10 to 600 (from --lease-ttl)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "negative time",
         "run handlers --stop-grace -1",
         "stop_grace: must be a number, 0 or more (from --stop-grace)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "time as a word",
         "run handlers --drain-timeout forever",
         "drain_timeout: must be a number, 0 or more, or unlimited (from --drain-timeout)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "limit of no sessions",
         "run handlers --exit-after-sessions 0",
         "exit_after_sessions: must be a whole number, 1 or more (from --exit-after-sessions)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "unknown dialect",
         "run handlers",
         "dialect: must be qoder or anthropic (from WORKPOOL_DIALECT)",
         {"WORKPOOL_DIALECT": "openai"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "unknown level",
         "run handlers --log-level loud",
         "log_level: must be debug, info, warning, error or critical (from --log-level)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "unknown format",
         "run handlers",
         "log_format: must be text or json (from WORKPOOL_LOG_FORMAT)",
         {"WORKPOOL_LOG_FORMAT": "xml"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "port alone",
         "run handlers --metrics-listen 9464",
         "metrics_listen: not HOST:PORT, [IPV6]:PORT, :PORT or off (from --metrics-listen)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "two tokens",
         "run handlers",
         "token, token_file: set one of the two (from WORKPOOL_TOKEN, WORKPOOL_TOKEN_FILE)",
         {"WORKPOOL_TOKEN_FILE": "empty.token"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "no token file",
         "run handlers --token-file nowhere.token",
         "token_file: nowhere.token: No such file or directory (from --token-file)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    FailingStart(
+    FailingCommandCase(
         "folder as token file",
         "run handlers",
         "token_file: .: not a file (from WORKPOOL_TOKEN_FILE)",
         {"WORKPOOL_TOKEN": "", "WORKPOOL_TOKEN_FILE": "."},
     ),
-    FailingStart(
+    FailingCommandCase(
         "empty token file",
         "run handlers --token-file empty.token",
         "token_file: empty.token: empty (from --token-file)",
         {"WORKPOOL_TOKEN": ""},
     ),
-    FailingStart(
+    FailingCommandCase(
         "token with a space",
         "run handlers",
         "token: holds characters that no token has (from WORKPOOL_TOKEN)",
         {"WORKPOOL_TOKEN": "Bearer x"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "no CA file",
         "run handlers",
         "ca_file: nowhere.pem: No such file or directory (from WORKPOOL_CA_FILE)",
         {"WORKPOOL_CA_FILE": "nowhere.pem"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "CA file of text",
         "run handlers --ca-file text.pem",
         "ca_file: text.pem: holds no certificate in PEM (from --ca-file)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "key without certificate",
         "run handlers --client-key-file text.pem",
         "client_key_file: set without client_cert_file (from --client-key-file)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "certificate of text",
         "run handlers --client-cert-file text.pem",
         "client_cert_file: text.pem: no certificate and key in PEM (from --client-cert-file)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "headers that are no JSON",
         "run handlers",
         'extra_headers: not a JSON object, as in {"x-worker-token": "..."} (from '
         "WORKPOOL_EXTRA_HEADERS)",
         {"WORKPOOL_EXTRA_HEADERS": "x-a: b"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "header of the client",
         "run handlers",
         "extra_headers: authorization: cannot be set (from WORKPOOL_EXTRA_HEADERS)",
         {"WORKPOOL_EXTRA_HEADERS": '{"Authorization": "x"}'},
     ),
-    FailingStart(
+    FailingCommandCase(
         "no configuration",
         "run handlers --config nowhere.toml",
         "config: nowhere.toml: No such file or directory (from --config)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "no configuration of a variable",
         "run handlers",
         "config: nowhere.toml: No such file or directory (from WORKPOOL_CONFIG)",
         {"WORKPOOL_CONFIG": "nowhere.toml"},
     ),
-    FailingStart(
+    FailingCommandCase(
         "configuration that is no TOML",
         "run handlers --config broken.toml",
         "config: broken.toml: not TOML (at line 2, column 15) (from --config)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "configuration without its table",
         "run handlers --config empty.toml",
         "config: empty.toml: has no table [workpool] (from --config)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "mistyped setting",
         "run handlers --config typo.toml",
         "concurency: no such setting, did you mean concurrency? (from typo.toml)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "wrong value in a file",
         "run handlers --config value.toml",
         "lease_ttl: must be a whole number from 10 to 600 (from value.toml)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "mistyped table of plugins",
         "run handlers --config table.toml",
         "config: table.toml: the tables of plugins are [workpool.plugin.NAME], without "
         "an s (from --config)",
     ),
-    FailingStart("mistyped flag", "run handlers --concurency 8", "No such option: --concurency …"),
-    FailingStart("flag of the token", "run handlers --token x", "No such option: --token…"),
-    FailingStart(
+    FailingCommandCase(
+        "mistyped flag", "run handlers --concurency 8", "No such option: --concurency …"
+    ),
+    FailingCommandCase("flag of the token", "run handlers --token x", "No such option: --token…"),
+    FailingCommandCase(
         "flag without its value",
         "run handlers --concurrency",
         "Option '--concurrency' requires an argument.",
     ),
-    FailingStart("mistyped command", "rnu handlers", "No such command 'rnu'."),
-    FailingStart(
+    FailingCommandCase("mistyped command", "rnu handlers", "No such command 'rnu'."),
+    FailingCommandCase(
         "program of hold",
         "hold --work-id w --last-heartbeat t -- no-such-program",
         "Invalid value for COMMAND: no-such-program: no such program",
     ),
-    FailingStart(
+    FailingCommandCase(
         "hold without its item",
         "hold true",
         "Missing option '--work-id' (env var: 'WORKPOOL_HOLD_WORK_ID').",
     ),
-    FailingStart(
+    FailingCommandCase(
         "name of a project",
         "new 'My Plugin'",
         "Invalid value: 'My Plugin' cannot be a plugin's name: at most 64 small letters "
         "and digits, with single dashes between them, and a letter first",
     ),
-    FailingStart(
+    FailingCommandCase(
         "wrong metadata", "work enqueue --metadata job", "Invalid value: 'job' is not KEY=VALUE"
     ),
 ]
 
 PROCESSES = [
-    FailingStart(
+    FailingCommandCase(
         "public address without a token",
         "serve --host 0.0.0.0",
         "0.0.0.0 is not a loopback address: set WORKPOOL_SERVE_TOKEN or give --token-file",
     ),
-    FailingStart(
+    FailingCommandCase(
         "no token file of serve",
         "serve --token-file nowhere.token",
         "token file: nowhere.token: No such file or directory (from --token-file)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "no faults file",
         "serve --faults nowhere.toml",
         "faults file: nowhere.toml: No such file or directory",
     ),
-    FailingStart(
+    FailingCommandCase(
         "no plugin",
         "run",
         "plugin '(none)': no plugin handles anything; name one in `plugins` or pass a handler",
     ),
-    FailingStart(
+    FailingCommandCase(
         "no such module",
         "run report",
         "plugin 'report': no module named 'report'; installed plugins: …",
     ),
-    FailingStart(
+    FailingCommandCase(
         "mistyped plugin", "run ecko", "plugin 'ecko': no module named 'ecko'; did you mean 'echo'?"
     ),
-    FailingStart(
+    FailingCommandCase(
         "name that is no module",
         "run my-plugin",
         "plugin 'my-plugin': is not installed, nor a module or module:Name; installed plugins: …",
     ),
-    FailingStart(
+    FailingCommandCase(
         "plugin without its dependency",
         "run missing_import",
         "plugin 'missing_import': importing missing_import raised ModuleNotFoundError: "
         "No module named 'nothing_of_that_name'",
         trace=True,
     ),
-    FailingStart(
+    FailingCommandCase(
         "plugin with a wrong syntax",
         "run broken",
         "plugin 'broken': importing broken raised SyntaxError: …",
         trace=True,
     ),
-    FailingStart(
+    FailingCommandCase(
         "plugin that fails",
         "run failing",
         "plugin 'failing': importing failing raised ConnectionError: no database",
         trace=True,
     ),
-    FailingStart(
+    FailingCommandCase(
         "mistyped handler",
         "run handlers:finsh",
         "plugin 'handlers:finsh': module handlers has no 'finsh'; did you mean 'finish'?",
     ),
-    FailingStart(
+    FailingCommandCase(
         "module without handlers",
         "run nothing",
         "plugin 'nothing': has no hook marked @hookimpl and no function with @handler",
     ),
-    FailingStart(
+    FailingCommandCase(
         "handler with two parameters",
         "run two",
         "plugin 'two': work must be callable with one argument, the session: missing a "
         "required argument: 'more'",
     ),
-    FailingStart(
+    FailingCommandCase(
         "two handlers of one rule",
         "run same",
         "plugin 'same': same.two and same.one have the same rule (type=session); one of "
         "them would never run",
     ),
-    FailingStart(
+    FailingCommandCase(
         "mistyped hook",
         "run hook",
         "plugin 'hook': workpool_evnt is not a hook; did you mean 'workpool_event'?",
     ),
-    FailingStart(
+    FailingCommandCase(
         "hook without its mark",
         "run unmarked",
         "plugin 'unmarked': workpool_event is not marked with @hookimpl",
     ),
-    FailingStart(
+    FailingCommandCase(
         "plugin twice",
         "run handlers handlers",
         "plugin 'handlers': is given twice: handlers, handlers",
     ),
-    FailingStart(
+    FailingCommandCase(
         "mistyped table of a plugin",
         "run handlers --config plugin.toml",
         "plugin 'ecko': plugin.toml: [workpool.plugin.ecko] is for no active plugin; did "
         "you mean 'echo'?",
     ),
-    FailingStart(
+    FailingCommandCase(
         "mistyped option of a plugin",
         "run named:Named --config option.toml",
         "plugin 'Named': option.toml: [workpool.plugin.Named]: greting: no such option; "
         "did you mean 'greeting'?",
     ),
-    FailingStart(
+    FailingCommandCase(
         "option of a plugin missing",
         "run named:Named",
         "plugin 'Named': [workpool.plugin.Named]: missing a required argument: 'greeting'",
     ),
-    FailingStart(
+    FailingCommandCase(
         "socket in no folder",
         "run handlers --control-socket nowhere/x.sock",
         "control_socket: nowhere/x.sock: No such file or directory (from --control-socket)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "socket in the place of a file",
         "run handlers --control-socket good.toml",
         "control_socket: good.toml: exists and is no socket (from --control-socket)",
     ),
-    FailingStart(
+    FailingCommandCase(
         "host of metrics",
         "run handlers --metrics-listen no-such-host.invalid:0",
         "cannot listen on no-such-host.invalid:0 (…); set metrics_listen to an address "
@@ -454,7 +456,7 @@ PROCESSES = [
     ),
 ]
 REFUSALS = [
-    FailingStart(
+    FailingCommandCase(
         "wrong token",
         "run handlers",
         "poll: 401 …; the token is wrong or has expired: make a new one (token from "
@@ -462,14 +464,14 @@ REFUSALS = [
         {"WORKPOOL_TOKEN": "token-of-nobody-Zx9"},
         3,
     ),
-    FailingStart(
+    FailingCommandCase(
         "token of others",
         "run handlers",
         "poll: 403 …",
         {"WORKPOOL_TOKEN": LIMITED, "WORKPOOL_ENVIRONMENT_ID": FORBIDDEN},
         3,
     ),
-    FailingStart(
+    FailingCommandCase(
         "unknown environment",
         "run handlers --environment-id env_x",
         "poll: 404 no such environment; check environment_id and base_url "
@@ -477,7 +479,7 @@ REFUSALS = [
         {},
         3,
     ),
-    FailingStart(
+    FailingCommandCase(
         "environment of the cloud", f"run handlers --environment-id {CLOUD}", "poll: 400 …", {}, 3
     ),
 ]
@@ -491,21 +493,21 @@ def files_in_working_directory(command_directory: Path) -> None:
 
 @pytest.mark.parametrize("mistake", SETTINGS, ids=lambda mistake: mistake.name)
 async def test_wrong_setting_is_reported_with_its_source(
-    mistake: FailingStart, run_in_process: CommandRunner
+    mistake: FailingCommandCase, run_in_process: CommandRunner
 ) -> None:
     ended = await run_in_process(*shlex.split(mistake.command), **mistake.variables)
-    assert mistake.error_line_is_in(ended.err), ended.err
+    assert mistake.is_expected_error_line_in(ended.err), ended.err
     assert ended.status == mistake.status
     assert ended.out == ""
 
 
 @pytest.mark.parametrize("mistake", [*PROCESSES, *REFUSALS], ids=lambda mistake: mistake.name)
 async def test_failed_start_reports_its_reason(
-    mistake: FailingStart, start_command: CommandStarter
+    mistake: FailingCommandCase, start_command: CommandStarter
 ) -> None:
     command = await start_command(*shlex.split(mistake.command), **mistake.variables)
     assert await command.wait_for_end() == mistake.status
-    assert mistake.error_line_is_in(command.err), command.err
+    assert mistake.is_expected_error_line_in(command.err), command.err
     assert ('File "' in command.err) == mistake.trace
     assert "backoff" not in command.err
     # The error ends the command, so no log line may announce a retry.
@@ -520,8 +522,8 @@ async def test_port_in_use_is_reported_with_its_setting(start_command: CommandSt
         address = f"127.0.0.1:{other.getsockname()[1]}"
         command = await start_command("run", "handlers", WORKPOOL_METRICS_LISTEN=address)
         assert await command.wait_for_end() == 2
-    mistake = FailingStart("", "", f"cannot listen on {address} (Address already in use); …")
-    assert mistake.error_line_is_in(command.err)
+    mistake = FailingCommandCase("", "", f"cannot listen on {address} (Address already in use); …")
+    assert mistake.is_expected_error_line_in(command.err)
     assert "(metrics_listen from WORKPOOL_METRICS_LISTEN)" in command.err
 
 
@@ -531,7 +533,7 @@ async def test_address_without_the_prefix_of_the_dialect_is_refused(
     address = control_plane.base_url.removesuffix("/api/v1/cloud")
     command = await start_command("run", "handlers", WORKPOOL_BASE_URL=address)
     assert await command.wait_for_end() == 3
-    assert FailingStart("", "", "poll: 404 …").error_line_is_in(command.err)
+    assert FailingCommandCase("", "", "poll: 404 …").is_expected_error_line_in(command.err)
 
 
 TLS_ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
@@ -552,12 +554,14 @@ PLAIN_AT_TLS = {
 async def test_http_on_an_https_port_is_reported(
     start_command: CommandStarter, answer: bytes, expected_text: str
 ) -> None:
-    async def send_reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def send_http_answer_and_close(
+        reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         await reader.read(1000)
         writer.write(answer)
         writer.close()
 
-    server = await asyncio.start_server(send_reply, "127.0.0.1", 0)
+    server = await asyncio.start_server(send_http_answer_and_close, "127.0.0.1", 0)
     async with server:
         port = server.sockets[0].getsockname()[1]
         url = f"http://127.0.0.1:{port}/api"

@@ -112,7 +112,7 @@ async def service_manager() -> AsyncIterator[ServiceManagerSocket]:
 
 
 @pytest.fixture
-def start_supervised(
+def start_command_under_systemd(
     start_command: CommandStarter, command_directory: Path, service_manager: ServiceManagerSocket
 ) -> CommandStarter:
     """Return a function that starts a command with the variables that systemd sets.
@@ -132,9 +132,9 @@ def start_supervised(
 
 
 async def test_systemd_receives_ready_then_watchdog_messages_until_process_ends(
-    start_supervised: CommandStarter, service_manager: ServiceManagerSocket
+    start_command_under_systemd: CommandStarter, service_manager: ServiceManagerSocket
 ) -> None:
-    command = await start_supervised("run", "handlers")
+    command = await start_command_under_systemd("run", "handlers")
     await service_manager.wait_for_line("READY=1")
     assert service_manager.lines[0] == "READY=1"
     for _ in range(5):
@@ -148,12 +148,12 @@ async def test_systemd_receives_ready_then_watchdog_messages_until_process_ends(
 
 
 async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
-    start_supervised: CommandStarter,
+    start_command_under_systemd: CommandStarter,
     service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue(metadata={"do": "linger"})
-    command = await start_supervised("run", "handlers", "--drain-timeout", "unlimited")
+    command = await start_command_under_systemd("run", "handlers", "--drain-timeout", "unlimited")
     await command.wait_for_log("linger runs")
     command.send_signal(signal.SIGTERM)
     await service_manager.wait_for_line("STOPPING=1")
@@ -173,13 +173,13 @@ async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
     ],
 )
 async def test_watchdog_messages_stop_while_renewer_thread_is_blocked(
-    start_supervised: CommandStarter,
+    start_command_under_systemd: CommandStarter,
     service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
     work: str,
     line: str,
 ) -> None:
-    command = await start_supervised("run", "blocking")
+    command = await start_command_under_systemd("run", "blocking")
     await service_manager.wait_for_line("WATCHDOG=1")
     control_plane.enqueue(metadata={"do": work})
     await command.wait_for_log(line)
@@ -188,7 +188,7 @@ async def test_watchdog_messages_stop_while_renewer_thread_is_blocked(
 
 
 async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
-    start_supervised: CommandStarter,
+    start_command_under_systemd: CommandStarter,
     service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
     command_directory: Path,
@@ -198,7 +198,7 @@ async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
     The setting `max_block` limits the time of the block.
     """
     control_plane.enqueue(metadata={"do": "block"})
-    command = await start_supervised("run", "handlers")
+    command = await start_command_under_systemd("run", "handlers")
     await command.wait_for_log("block runs")
     assert not await service_manager.receives_nothing_for(SECONDS)
     for _ in range(10):
@@ -209,9 +209,9 @@ async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
 
 
 async def test_watchdog_of_another_process_gets_no_message(
-    start_supervised: CommandStarter, service_manager: ServiceManagerSocket
+    start_command_under_systemd: CommandStarter, service_manager: ServiceManagerSocket
 ) -> None:
-    command = await start_supervised("run", "handlers", WATCHDOG_PID="1")
+    command = await start_command_under_systemd("run", "handlers", WATCHDOG_PID="1")
     await service_manager.wait_for_line("STATUS=ready")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
@@ -220,13 +220,13 @@ async def test_watchdog_of_another_process_gets_no_message(
 
 
 async def test_children_do_not_inherit_the_socket_of_the_service_manager(
-    start_supervised: CommandStarter,
+    start_command_under_systemd: CommandStarter,
     service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
     command_directory: Path,
 ) -> None:
     control_plane.enqueue(metadata={"do": "print variables"})
-    command = await start_supervised("run", "blocking", "--drain", WATCHDOG_PID="1")
+    command = await start_command_under_systemd("run", "blocking", "--drain", WATCHDOG_PID="1")
     assert await command.wait_for_end() == 0
     await service_manager.wait_for_line("READY=1")
     names = re.findall(r"^\w+(?==)", (command_directory / "variables").read_text(), re.MULTILINE)
@@ -235,11 +235,11 @@ async def test_children_do_not_inherit_the_socket_of_the_service_manager(
 
 
 async def test_failed_message_to_service_manager_is_logged_only_once(
-    start_supervised: CommandStarter,
+    start_command_under_systemd: CommandStarter,
     service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
 ) -> None:
-    command = await start_supervised("run", "handlers")
+    command = await start_command_under_systemd("run", "handlers")
     await service_manager.wait_for_line("READY=1")
     service_manager.socket.close()
     await command.wait_for_log("service manager was not notified")
@@ -296,28 +296,31 @@ def test_unit_file_passes_exposure_threshold_of_systemd_analyze_security(
     assert "Overall exposure level" in run_command(systemd_analyze_program, *words, str(UNIT))
 
 
-def unit_setting(name: str) -> str:
+def read_setting_of_unit_file(name: str) -> str:
     [value] = re.findall(rf"^{name}=(.*)$", UNIT.read_text(), re.MULTILINE)
     return str(value)
 
 
-def unit_setting_seconds(name: str) -> int:
+def read_seconds_setting_of_unit_file(name: str) -> int:
     """Return the value of a setting in the unit file, as a number of seconds."""
-    return int(unit_setting(name))
+    return int(read_setting_of_unit_file(name))
 
 
 def test_unit_file_stops_only_main_process_and_allows_drain_timeout() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
-    assert unit_setting_seconds("TimeoutStopSec") >= timeout + 30
+    assert read_seconds_setting_of_unit_file("TimeoutStopSec") >= timeout + 30
     # With the default `KillMode=control-group`, systemd would also send SIGTERM to the child
     # processes of running sessions.
-    assert unit_setting("KillMode") == "mixed"
+    assert read_setting_of_unit_file("KillMode") == "mixed"
 
 
 def test_unit_file_accepts_notifications_only_of_main_process() -> None:
-    assert (unit_setting("Type"), unit_setting("NotifyAccess")) == ("notify", "main")
-    assert unit_setting_seconds("WatchdogSec") >= 10, (
+    assert (read_setting_of_unit_file("Type"), read_setting_of_unit_file("NotifyAccess")) == (
+        "notify",
+        "main",
+    )
+    assert read_seconds_setting_of_unit_file("WatchdogSec") >= 10, (
         "reports are sent every second and may be late"
     )
 
@@ -326,12 +329,12 @@ def test_watchdog_timeout_of_unit_file_is_shorter_than_remaining_lease() -> None
     ttl = Settings().lease_ttl
     # The seconds from the time at which a heartbeat is due until the lease ends.
     left = ttl - ttl / RENEW_PART
-    assert unit_setting_seconds("WatchdogSec") < left - lease_margin(ttl)
+    assert read_seconds_setting_of_unit_file("WatchdogSec") < left - lease_margin(ttl)
 
 
 def test_unit_file_restarts_worker_except_after_status_for_wrong_settings() -> None:
     # A worker that an exit limit has ended has the status 0. With `Restart=on-failure`, systemd
     # would not restart this worker.
-    assert unit_setting("Restart") == "always"
-    assert unit_setting("RestartPreventExitStatus") == "2"
-    assert unit_setting_seconds("StartLimitIntervalSec") == 0
+    assert read_setting_of_unit_file("Restart") == "always"
+    assert read_setting_of_unit_file("RestartPreventExitStatus") == "2"
+    assert read_seconds_setting_of_unit_file("StartLimitIntervalSec") == 0

@@ -58,7 +58,7 @@ def find_free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def tutorial_checkout(place: Path) -> Path:
+def copy_repository_files_for_tutorial(place: Path) -> Path:
     """Copy the files of the repository that the tutorial needs."""
     place.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -80,7 +80,7 @@ def variables_without_settings() -> dict[str, str]:
 
 
 def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
-    place = tutorial_checkout(tmp_path / "workpool")
+    place = copy_repository_files_for_tutorial(tmp_path / "workpool")
     done = subprocess.run(  # noqa: S603 - the tutorial's commands
         ["/bin/bash", "-c", shell_script(code_blocks(), find_free_port())],
         cwd=place,

@@ -41,7 +41,7 @@ def tracked_files() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def working_copy(tracked_files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def copy_of_repository(tracked_files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a copy of all tracked files, together with some untracked files."""
     copy = tmp_path_factory.mktemp("copy")
     for name in tracked_files:
@@ -73,9 +73,9 @@ def names_in_sdist(path: Path) -> set[str]:
 
 
 def test_wheel_contains_every_tracked_file_except_documents_and_deployment(
-    working_copy: Path, tracked_files: set[str], tmp_path: Path
+    copy_of_repository: Path, tracked_files: set[str], tmp_path: Path
 ) -> None:
-    path = built_distribution(working_copy, "wheel", tmp_path)
+    path = built_distribution(copy_of_repository, "wheel", tmp_path)
     package = {
         name
         for name in tracked_files
@@ -90,20 +90,20 @@ def test_wheel_contains_every_tracked_file_except_documents_and_deployment(
 
 
 def test_source_distribution_contains_every_tracked_file_except_hidden_ones(
-    working_copy: Path, tracked_files: set[str], tmp_path: Path
+    copy_of_repository: Path, tracked_files: set[str], tmp_path: Path
 ) -> None:
     left_out = {name for name in tracked_files if name.startswith(".") and name != ".gitignore"}
     assert (
-        names_in_sdist(built_distribution(working_copy, "sdist", tmp_path))
+        names_in_sdist(built_distribution(copy_of_repository, "sdist", tmp_path))
         == tracked_files - left_out
     )
 
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_distributions_of_plugin_contain_its_tracked_files(
-    working_copy: Path, tracked_files: set[str], tmp_path: Path, name: str
+    copy_of_repository: Path, tracked_files: set[str], tmp_path: Path, name: str
 ) -> None:
-    project, folder = working_copy / "plugins" / name, f"plugins/{name}/"
+    project, folder = copy_of_repository / "plugins" / name, f"plugins/{name}/"
     files = {each.removeprefix(folder) for each in tracked_files if each.startswith(folder)}
     package = {each for each in files if each.startswith("workpool_")}
     for target in ("wheel", "sdist"):

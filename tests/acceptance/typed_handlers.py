@@ -12,83 +12,85 @@ from typing import Any, NoReturn, TypedDict
 from workpool import JSON, BlockingSession, Release, Retry, Session, handler
 
 
-class Report(TypedDict):
+class ReportTypedDict(TypedDict):
     rows: int
     pages: list[str]
 
 
 @dataclass
-class Order:
+class OrderDataclass:
     amount: int
 
 
 @handler
-async def returns_nothing(session: Session) -> None:
+async def handler_returning_nothing(session: Session) -> None:
     session.log.info("done")
 
 
 @handler(metadata={"job": "a"})
-async def returns_strings(session: Session) -> dict[str, str]:
+async def handler_returning_strings(session: Session) -> dict[str, str]:
     return {"id": session.id}
 
 
 @handler
-async def returns_a_mapping_or_nothing(session: Session) -> Mapping[str, str] | None:
+async def handler_returning_a_mapping_or_nothing(session: Session) -> Mapping[str, str] | None:
     return None if session.redelivered else {}
 
 
 @handler(timeout=60)
-async def returns_json(session: Session) -> JSON:
+async def handler_returning_json(session: Session) -> JSON:
     return {"rows": [1, 2.5, "three", {"four": None}], "id": session.id}
 
 
 @handler
-async def returns_a_list_of_mappings(session: Session) -> list[dict[str, str]]:
+async def handler_returning_a_list_of_mappings(session: Session) -> list[dict[str, str]]:
     return [{"id": session.id}]
 
 
 @handler
-async def returns_a_tuple(session: Session) -> tuple[int, str]:
+async def handler_returning_a_tuple(session: Session) -> tuple[int, str]:
     return session.attempt, session.id
 
 
 @handler
-async def returns_a_sequence(session: Session) -> Sequence[int | None]:
+async def handler_returning_a_sequence(session: Session) -> Sequence[int | None]:
     return [session.attempt, None]
 
 
 @handler
-async def returns_a_number_or_a_text(session: Session) -> int | str:
+async def handler_returning_a_number_or_a_text(session: Session) -> int | str:
     return session.attempt or session.id
 
 
 @handler
-async def returns_a_typed_dict(session: Session) -> Report:
+async def handler_returning_a_typed_dict(session: Session) -> ReportTypedDict:
     return {"rows": session.attempt, "pages": []}
 
 
 @handler
-async def returns_typed_dicts(_: Session) -> list[Report]:
+async def handler_returning_typed_dicts(_: Session) -> list[ReportTypedDict]:
     return []
 
 
 @handler
-async def returns_a_dataclass_as_a_dict(_: Session) -> dict[str, Any]:
-    return asdict(Order(7))
+async def handler_returning_a_dataclass_as_a_dict(_: Session) -> dict[str, Any]:
+    return asdict(OrderDataclass(7))
 
 
 @handler
-async def always_releases(session: Session) -> NoReturn:
+async def handler_always_releasing(session: Session) -> NoReturn:
     raise Release("not yet", delay=60 * session.attempt)
 
 
 @handler(retry=Retry(on=(ConnectionError, TimeoutError), times=5))
-async def retries_after_errors(session: Session) -> int:
+async def handler_retried_after_errors(session: Session) -> int:
     return session.retry
 
 
 @handler
-async def has_an_optional_parameter(session: Session, scale: float = 1.0) -> dict[str, float]:
+async def handler_with_an_optional_parameter(
+    session: Session, scale: float = 1.0
+) -> dict[str, float]:
     return {session.id: scale}
 
 
@@ -103,7 +105,7 @@ def plain_handler_with_timeout(session: BlockingSession) -> JSON:
 
 
 @handler
-def plain_handler_returns_nothing(session: BlockingSession) -> None:
+def plain_handler_returning_nothing(session: BlockingSession) -> None:
     session.cancelled.wait(1)
 
 
@@ -132,60 +134,60 @@ class ClassWithHandlers:
 
 
 @handler  # type: ignore[type-var] # bytes
-async def wrong_returns_bytes(_: Session) -> bytes:
+async def wrong_handler_returning_bytes(_: Session) -> bytes:
     return b""
 
 
 @handler(timeout=1)  # type: ignore[type-var] # bytes in a mapping
-async def wrong_returns_a_mapping_of_bytes(_: Session) -> dict[str, bytes]:
+async def wrong_handler_returning_a_mapping_of_bytes(_: Session) -> dict[str, bytes]:
     return {}
 
 
 @handler  # type: ignore[type-var] # bytes in a list
-async def wrong_returns_a_list_of_bytes(_: Session) -> list[bytes]:
+async def wrong_handler_returning_a_list_of_bytes(_: Session) -> list[bytes]:
     return []
 
 
 @handler  # type: ignore[type-var] # a set
-async def wrong_returns_a_set(_: Session) -> set[str]:
+async def wrong_handler_returning_a_set(_: Session) -> set[str]:
     return set()
 
 
 @handler  # type: ignore[type-var] # keys that are no strings
-async def wrong_returns_a_mapping_of_numbers(_: Session) -> dict[int, str]:
+async def wrong_handler_returning_a_mapping_of_numbers(_: Session) -> dict[int, str]:
     return {}
 
 
 @handler  # type: ignore[type-var] # a dataclass
-async def wrong_returns_a_dataclass(_: Session) -> Order:
-    return Order(7)
+async def wrong_handler_returning_a_dataclass(_: Session) -> OrderDataclass:
+    return OrderDataclass(7)
 
 
 @handler  # type: ignore[type-var] # a time
-async def wrong_returns_a_time(session: Session) -> datetime | None:
+async def wrong_handler_returning_a_time(session: Session) -> datetime | None:
     return session.item.created_at
 
 
 @handler  # type: ignore[type-var] # anything
-async def wrong_returns_an_object(session: Session) -> object:
+async def wrong_handler_returning_an_object(session: Session) -> object:
     return session
 
 
 @handler  # type: ignore[type-var] # an async generator
-async def wrong_yields_strings(session: Session) -> AsyncIterator[str]:
+async def wrong_handler_yielding_strings(session: Session) -> AsyncIterator[str]:
     yield session.id
 
 
 @handler  # type: ignore[type-var] # not the session
-async def wrong_takes_a_text(_: str) -> None: ...
+async def wrong_handler_taking_a_text(_: str) -> None: ...
 
 
 @handler  # type: ignore[type-var] # no parameter
-async def wrong_without_parameter() -> None: ...
+async def wrong_handler_without_parameter() -> None: ...
 
 
 @handler  # type: ignore[type-var] # a second parameter without a default
-async def wrong_takes_a_second_argument(_: Session, rows: int) -> dict[str, int]:
+async def wrong_handler_taking_a_second_argument(_: Session, rows: int) -> dict[str, int]:
     return {"rows": rows}
 
 
@@ -198,12 +200,12 @@ async def wrong_async_handler_with_blocking_session(_: BlockingSession) -> None:
 
 
 @handler  # type: ignore[type-var] # bytes
-def wrong_plain_handler_returns_bytes(_: BlockingSession) -> bytes:
+def wrong_plain_handler_returning_bytes(_: BlockingSession) -> bytes:
     return b""
 
 
 @handler  # type: ignore[type-var] # a generator
-def wrong_plain_handler_yields(session: BlockingSession) -> Iterator[str]:
+def wrong_plain_handler_yielding(session: BlockingSession) -> Iterator[str]:
     yield session.id
 
 
@@ -218,13 +220,13 @@ class ClassWithWrongHandlers:
     async def wrong_method_without_session(self) -> None: ...
 
     @handler(timeout=1)  # type: ignore[type-var] # a dataclass
-    async def wrong_method_returns_a_dataclass(self, _: Session) -> Order:
-        return Order(7)
+    async def wrong_method_returning_a_dataclass(self, _: Session) -> OrderDataclass:
+        return OrderDataclass(7)
 
 
 async def function_that_calls_a_handler(session: Session) -> list[dict[str, str]]:
-    return [await returns_strings(session)]
+    return [await handler_returning_strings(session)]
 
 
 async def function_with_wrong_type_for_handler_result(session: Session) -> int:
-    return await returns_strings(session)  # type: ignore[return-value] # a mapping of strings
+    return await handler_returning_strings(session)  # type: ignore[return-value] # a mapping of strings

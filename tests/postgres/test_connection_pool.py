@@ -239,11 +239,11 @@ async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPo
 
     assert await pool.retry_colliding_call(fail_in_first_two_calls) == 3
 
-    async def always_fail() -> None:
+    async def fail_transaction_in_every_call() -> None:
         await pool.execute("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")
 
     with pytest.raises(RetryableError):
-        await pool.retry_colliding_call(always_fail)
+        await pool.retry_colliding_call(fail_transaction_in_every_call)
 
 
 async def test_wrong_statement_raises_the_error_of_the_driver(pool: ConnectionPool) -> None:

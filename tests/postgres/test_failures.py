@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 import pytest
 
-from tests.postgres.nodes import (
+from tests.postgres.control_plane_nodes import (
     SECONDS,
     NodeAnswer,
     NodeClient,

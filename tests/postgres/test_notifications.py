@@ -42,17 +42,17 @@ async def run_notification_hubs(*hubs: NotificationHub) -> AsyncIterator[None]:
             task.cancel()
 
 
-class WaitingCalls:
+class TasksWaitingForChange:
     """Tasks that wait for a change of one topic, and the results of their waits."""
 
     def __init__(self, group: asyncio.TaskGroup, hub: NotificationHub, topic: str, n: int) -> None:
         self.ended: list[bool] = []
-        self.tasks = [group.create_task(self._wait_for_one_change(hub, topic)) for _ in range(n)]
+        self.tasks = [group.create_task(self._wait_for_topic_change(hub, topic)) for _ in range(n)]
 
-    async def _wait_for_one_change(self, hub: NotificationHub, topic: str) -> None:
+    async def _wait_for_topic_change(self, hub: NotificationHub, topic: str) -> None:
         self.ended.append(await hub.wait_for_change(topic, hub.change_count(), LONG))
 
-    def cancel_waits(self) -> None:
+    def cancel_all_tasks(self) -> None:
         for task in self.tasks:
             task.cancel()
 
@@ -78,8 +78,8 @@ async def test_announced_items_wake_one_poll_per_item_on_each_node(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
-        here, there = (WaitingCalls(group, hub, WORK, 20) for hub in hubs)
-        other = WaitingCalls(group, hubs[1], make_work_topic("env_2"), 1)
+        here, there = (TasksWaitingForChange(group, hub, WORK, 20) for hub in hubs)
+        other = TasksWaitingForChange(group, hubs[1], make_work_topic("env_2"), 1)
         await asyncio.sleep(0)
         hubs[0].announce_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
@@ -89,8 +89,8 @@ async def test_announced_items_wake_one_poll_per_item_on_each_node(
         hubs[0].announce_changes(make_work_topic("env_2"))
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
-        here.cancel_waits()
-        there.cancel_waits()
+        here.cancel_all_tasks()
+        there.cancel_all_tasks()
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
@@ -98,7 +98,7 @@ async def test_announced_event_wakes_all_streams_of_its_session(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
-        waits = [WaitingCalls(group, hub, SESSION, 3) for hub in hubs]
+        waits = [TasksWaitingForChange(group, hub, SESSION, 3) for hub in hubs]
         await asyncio.sleep(0)
         hubs[0].announce_changes(SESSION)
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
@@ -146,7 +146,7 @@ async def test_poll_that_was_reading_ignores_item_that_woke_another_poll(
 ) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        waiting = WaitingCalls(group, hub, WORK, 1)
+        waiting = TasksWaitingForChange(group, hub, WORK, 1)
         await asyncio.sleep(0)
         seen = hub.change_count()
         hub.announce_changes(WORK)
@@ -160,8 +160,8 @@ async def test_calls_without_notification_read_again_after_the_fallback_interval
     monkeypatch.setattr(notifications, "FALLBACK_SECONDS", 0.3)
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         polls, streams = (
-            WaitingCalls(group, hubs[0], WORK, 3),
-            WaitingCalls(group, hubs[0], SESSION, 3),
+            TasksWaitingForChange(group, hubs[0], WORK, 3),
+            TasksWaitingForChange(group, hubs[0], SESSION, 3),
         )
         await wait_until(lambda: len(polls.ended) == 1)
         await wait_until(lambda: len(streams.ended) == 3)
@@ -179,7 +179,10 @@ async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
 ) -> None:
     here, there = hubs
     async with run_notification_hubs(here, there), asyncio.TaskGroup() as group:
-        polls, streams = WaitingCalls(group, there, WORK, 3), WaitingCalls(group, there, SESSION, 3)
+        polls, streams = (
+            TasksWaitingForChange(group, there, WORK, 3),
+            TasksWaitingForChange(group, there, SESSION, 3),
+        )
         await asyncio.sleep(0)
         before = there.change_count()
         name = database_url.rpartition("/")[2]
@@ -210,7 +213,7 @@ async def test_connection_without_answer_to_a_ping_is_replaced(
     monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
     hub = hubs[0]
     async with run_notification_hubs(hub), asyncio.TaskGroup() as group:
-        streams = WaitingCalls(group, hub, SESSION, 1)
+        streams = TasksWaitingForChange(group, hub, SESSION, 1)
         process = int(await asyncio.to_thread(postgres.execute, LISTENER, database_url))
         os.kill(process, signal.SIGSTOP)  # the server is now silent, like behind a broken network
         try:
@@ -225,7 +228,7 @@ async def test_topics_too_long_for_one_notification_are_sent_in_several(
 ) -> None:
     topics = [make_work_topic(f"env_{number:064}") for number in range(500)]
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
-        waits = [WaitingCalls(group, hubs[1], topic, 1) for topic in topics]
+        waits = [TasksWaitingForChange(group, hubs[1], topic, 1) for topic in topics]
         await asyncio.sleep(0)
         for topic in topics:
             hubs[0].announce_changes(topic)
@@ -238,7 +241,7 @@ async def test_more_unsent_topics_than_the_limit_wake_all_waiting_calls(
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 10)
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
-        waits = WaitingCalls(group, hubs[1], WORK, 1)
+        waits = TasksWaitingForChange(group, hubs[1], WORK, 1)
         await asyncio.sleep(0)
         for number in range(11):
             hubs[0].announce_changes(make_session_topic(f"sess_{number}"))
@@ -251,7 +254,7 @@ async def test_unreadable_notification_makes_waiting_calls_read_again(
     hubs: tuple[NotificationHub, NotificationHub], database_url: str, payload: str
 ) -> None:
     async with run_notification_hubs(hubs[0]), asyncio.TaskGroup() as group:
-        waits = WaitingCalls(group, hubs[0], WORK, 1)
+        waits = TasksWaitingForChange(group, hubs[0], WORK, 1)
         await asyncio.sleep(0)
         connection = await open_connection(database_url)
         await connection.execute("SELECT pg_notify($1, $2)", notifications.CHANNEL, payload)
@@ -262,10 +265,10 @@ async def test_unreadable_notification_makes_waiting_calls_read_again(
 async def test_poll_cancelled_after_its_wake_up_wakes_the_next_poll(database_url: str) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        first, second = (WaitingCalls(group, hub, WORK, 1) for _ in range(2))
+        first, second = (TasksWaitingForChange(group, hub, WORK, 1) for _ in range(2))
         await asyncio.sleep(0)
         hub.announce_changes(WORK)
-        first.cancel_waits()
+        first.cancel_all_tasks()
         await wait_until(lambda: second.ended)
     assert first.ended == []
 
@@ -275,7 +278,7 @@ async def test_current_and_later_waits_end_at_once_after_end_waits(
 ) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-        waits = [WaitingCalls(group, hub, topic, 3) for topic in (WORK, SESSION)]
+        waits = [TasksWaitingForChange(group, hub, topic, 3) for topic in (WORK, SESSION)]
         await asyncio.sleep(0)
         hub.end_waits()
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))

@@ -31,7 +31,7 @@ async def connection_pools(
         await pool.close()
 
 
-class ControlledBatch:
+class FakeSweepBatch:
     """A fake batch with `left` rows to change. A call of it waits until `go_on` is set."""
 
     def __init__(self, left: int = 0) -> None:
@@ -53,7 +53,7 @@ class ControlledBatch:
 async def test_sweep_repeats_each_batch_until_nothing_is_left(
     connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
-    lapses, deletions = ControlledBatch(25), ControlledBatch()
+    lapses, deletions = FakeSweepBatch(25), FakeSweepBatch()
     assert await Sweeper(connection_pools[0], lapses, deletions).sweep()
     assert (lapses.left, lapses.calls, deletions.calls) == (0, 4, 1)
 
@@ -62,7 +62,7 @@ async def test_sweep_over_its_time_limit_runs_each_batch_only_once(
     connection_pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "_SWEEP_MAX_SECONDS", 0.0)
-    lapses, deletions = ControlledBatch(25), ControlledBatch(25)
+    lapses, deletions = FakeSweepBatch(25), FakeSweepBatch(25)
     assert await Sweeper(connection_pools[0], lapses, deletions).sweep()
     assert (lapses.left, deletions.left) == (15, 15)
 
@@ -70,7 +70,7 @@ async def test_sweep_over_its_time_limit_runs_each_batch_only_once(
 async def test_second_node_does_not_sweep_until_the_first_has_ended(
     connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
-    slow, other = ControlledBatch(5), ControlledBatch()
+    slow, other = FakeSweepBatch(5), FakeSweepBatch()
     slow.go_on.clear()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         first = group.create_task(Sweeper(connection_pools[0], slow).sweep())
@@ -85,14 +85,14 @@ async def test_second_node_does_not_sweep_until_the_first_has_ended(
 async def test_node_sweeps_after_sweep_of_another_node_was_cancelled(
     connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
-    slow = ControlledBatch(5)
+    slow = FakeSweepBatch(5)
     slow.go_on.clear()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         first = group.create_task(Sweeper(connection_pools[0], slow).sweep())
         await slow.begun.wait()
         first.cancel()
         await asyncio.wait([first])
-        assert await Sweeper(connection_pools[1], ControlledBatch()).sweep()
+        assert await Sweeper(connection_pools[1], FakeSweepBatch()).sweep()
 
 
 async def test_sweeper_continues_after_a_restart_of_the_database(
@@ -101,7 +101,7 @@ async def test_sweeper_continues_after_a_restart_of_the_database(
     monkeypatch.setattr(sweeper, "SWEEP_SECONDS", 0.02)
     pool = ConnectionPool(own_postgres.create_database())
     await pool.open()
-    batches = ControlledBatch()
+    batches = FakeSweepBatch()
     try:
         async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
             task = group.create_task(Sweeper(pool, batches).run())
@@ -119,9 +119,9 @@ async def test_unexpected_error_in_a_batch_ends_the_sweeper(
 ) -> None:
     monkeypatch.setattr(sweeper, "SWEEP_SECONDS", 0.02)
 
-    async def fail_batch() -> int:
+    async def raise_error_in_batch() -> int:
         raise LookupError("a defect")
 
     async with asyncio.timeout(SECONDS):
         with pytest.raises(LookupError):
-            await Sweeper(connection_pools[0], fail_batch).run()
+            await Sweeper(connection_pools[0], raise_error_in_batch).run()

@@ -25,7 +25,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 SECONDS = 60
 
 
-def is_never_disconnected() -> bool:
+def client_is_never_disconnected() -> bool:
     return False
 
 
@@ -43,7 +43,7 @@ async def nodes(database_url: str) -> AsyncIterator[list[Engine]]:
             await node.close()
 
 
-async def gather_outcomes(*calls: Any) -> list[Any]:
+async def gather_results_and_error_statuses(*calls: Any) -> list[Any]:
     """Run calls concurrently, and return the result of each, or the status of its APIError."""
     found = await asyncio.gather(*calls, return_exceptions=True)
     for each in found:
@@ -63,7 +63,7 @@ async def test_nodes_share_signing_key_and_environments(nodes: list[Engine]) -> 
 async def test_concurrent_polls_of_two_nodes_deliver_each_item_once(nodes: list[Engine]) -> None:
     items = await nodes[0].enqueue(ENV, count=60)
     polls = [
-        node.long_poll(ENV, Poll("w", 20_000), is_never_disconnected)
+        node.long_poll(ENV, Poll("w", 20_000), client_is_never_disconnected)
         for node in nodes
         for _ in range(30)
     ]
@@ -74,7 +74,9 @@ async def test_concurrent_polls_of_two_nodes_deliver_each_item_once(nodes: list[
 async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine]) -> None:
     one, other = nodes
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(one.long_poll(ENV, Poll("w", 999_000), is_never_disconnected))
+        poll = group.create_task(
+            one.long_poll(ENV, Poll("w", 999_000), client_is_never_disconnected)
+        )
         # Give the poll time to begin its wait. If it begins later, it must also get the item.
         await asyncio.sleep(0.1)
         (item,) = await other.enqueue(ENV)
@@ -97,7 +99,9 @@ async def test_cancelled_poll_leaves_its_item_undelivered(nodes: list[Engine]) -
     for _ in range(20):
         await nodes[0].enqueue(ENV)
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(nodes[0].long_poll(ENV, Poll("w"), is_never_disconnected))
+            poll = group.create_task(
+                nodes[0].long_poll(ENV, Poll("w"), client_is_never_disconnected)
+            )
             await asyncio.sleep(0.002)  # now the poll is usually claiming the item
             poll.cancel()
         stats = await nodes[1].queue_stats(ENV)
@@ -111,13 +115,13 @@ async def test_concurrent_heartbeats_to_two_nodes_extend_the_lease_once(
     nodes: list[Engine],
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
-    await nodes[0].long_poll(ENV, Poll("w"), is_never_disconnected)
+    await nodes[0].long_poll(ENV, Poll("w"), client_is_never_disconnected)
     await nodes[1].ack_item(ENV, item.id, "w")
     first = await nodes[0].heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
     for _ in range(10):
         expected = last_heartbeat(first)
         calls = [node.heartbeat(ENV, item.id, expected, 60, "w") for node in nodes]
-        found = await gather_outcomes(*calls)
+        found = await gather_results_and_error_statuses(*calls)
         assert found.count(412) == 1
         (first,) = [each for each in found if each != 412]
 
@@ -128,7 +132,7 @@ async def test_node_with_outdated_cached_row_applies_calls_to_current_row(
     one, other = nodes
     (item,) = await one.enqueue(ENV)
     await one.long_poll(
-        ENV, Poll("w"), is_never_disconnected
+        ENV, Poll("w"), client_is_never_disconnected
     )  # The node now has the row in its cache.
     await other.ack_item(ENV, item.id, "w")
     beaten = await other.heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
@@ -149,23 +153,23 @@ async def test_node_with_outdated_cached_row_after_failover_does_not_overwrite_c
 ) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
-    await one.long_poll(ENV, Poll("a"), is_never_disconnected)
+    await one.long_poll(ENV, Poll("a"), client_is_never_disconnected)
     # Undo the delivery, as a failover to a standby without the last commit would.
     postgres.execute(
         "UPDATE items SET version = 1, delivered_at = NULL, holder = NULL", database_url
     )
-    await other.long_poll(ENV, Poll("b"), is_never_disconnected)
-    assert await gather_outcomes(one.ack_item(ENV, item.id, "a")) == [409]
+    await other.long_poll(ENV, Poll("b"), client_is_never_disconnected)
+    assert await gather_results_and_error_statuses(one.ack_item(ENV, item.id, "a")) == [409]
     assert (await other.ack_item(ENV, item.id, "b")).holder == "b"
 
 
 async def test_concurrent_acks_and_stops_give_each_item_one_holder(nodes: list[Engine]) -> None:
     for item in await nodes[0].enqueue(ENV, count=10):
-        await nodes[0].long_poll(ENV, Poll("a", 0, 0), is_never_disconnected)
-        await gather_outcomes(
+        await nodes[0].long_poll(ENV, Poll("a", 0, 0), client_is_never_disconnected)
+        await gather_results_and_error_statuses(
             nodes[0].ack_item(ENV, item.id, "a"),
             nodes[1].ack_item(ENV, item.id, "b"),
-            nodes[1].long_poll(ENV, Poll("b", 0, 0), is_never_disconnected),
+            nodes[1].long_poll(ENV, Poll("b", 0, 0), client_is_never_disconnected),
             nodes[0].stop_item(ENV, item.id, force=True),  # an operator's stop has no worker id
         )
         await nodes[1].stop_item(ENV, item.id, force=True)
@@ -203,7 +207,7 @@ async def test_termination_is_last_event_of_session_archived_during_concurrent_s
     nodes: list[Engine],
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
-    await gather_outcomes(
+    await gather_results_and_error_statuses(
         *(node.send_events(item.session_id, [MESSAGE]) for node in nodes for _ in range(4)),
         nodes[1].archive_session(item.session_id),
         nodes[0].archive_session(item.session_id),
@@ -222,7 +226,7 @@ async def test_session_with_new_message_is_not_deleted_with_ended_sessions(
     for item in items:
         await nodes[0].stop_item(ENV, item.id, force=True)
     engine: Any = nodes[1]
-    found = await gather_outcomes(
+    found = await gather_results_and_error_statuses(
         engine.delete_ended_sessions(0),
         *(
             nodes[0].send_events(item.session_id, [MESSAGE], messages_bring_work=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MEGABYTE = 1_000_000
 
 
-def metadata_of_size(size: int) -> dict[str, str]:
+def make_metadata_of_size(size: int) -> dict[str, str]:
     """Return metadata of `size` bytes as compact JSON."""
     frame = len(orjson.dumps({"k": ""}))
     return {"k": "x" * (size - frame)}
@@ -47,11 +47,11 @@ def open_work_client(plane: ControlPlane) -> WorkClient:
 
 async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: ApiClient) -> None:
     created = await post_json(
-        qoder_api, qoder_api.work_url(), {"metadata": metadata_of_size(4_000_000)}
+        qoder_api, qoder_api.work_url(), {"metadata": make_metadata_of_size(4_000_000)}
     )
     assert created.status == 200
     work_id = created.body["data"][0]["id"]
-    grown = metadata_of_size(METADATA_LIMIT_BYTES)
+    grown = make_metadata_of_size(METADATA_LIMIT_BYTES)
     async with open_work_client(qoder_api.plane) as client:
         item = await client.poll()
         assert item is not None
@@ -71,17 +71,17 @@ async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: Ap
 async def test_enqueue_with_metadata_above_limit_is_refused_with_limit_in_message(
     api: ApiClient,
 ) -> None:
-    too_large = metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)
+    too_large = make_metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)
     with pytest.raises(APIError, match=str(NEW_METADATA_LIMIT_BYTES)) as caught:
         api.plane.enqueue(metadata=too_large)
     assert (caught.value.status, caught.value.param) == (400, "metadata")
     assert len(api.plane.operations.get_queue(ENV)) == 0
-    assert len(api.plane.enqueue(metadata=metadata_of_size(NEW_METADATA_LIMIT_BYTES))) == 1
+    assert len(api.plane.enqueue(metadata=make_metadata_of_size(NEW_METADATA_LIMIT_BYTES))) == 1
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_update_above_metadata_limit_is_refused_and_not_applied(api: ApiClient) -> None:
-    (item,) = api.plane.enqueue(metadata=metadata_of_size(NEW_METADATA_LIMIT_BYTES))
+    (item,) = api.plane.enqueue(metadata=make_metadata_of_size(NEW_METADATA_LIMIT_BYTES))
     patches = [{f"more {number}": "y" * 30_000} for number in range(3)]
     answers = [await api.update(item.id, json={"metadata": patch}) for patch in patches]
     assert [answer.status for answer in answers] == [200, 200, 400]
@@ -121,13 +121,13 @@ async def test_metadata_with_too_many_entries_are_refused(api: ApiClient) -> Non
 async def test_environment_or_session_with_metadata_above_limit_is_refused(
     anthropic_api: ApiClient, suffix: str, body: dict[str, Any]
 ) -> None:
-    content = {**body, "metadata": metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)}
+    content = {**body, "metadata": make_metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)}
     answer = await post_json(anthropic_api, anthropic_api.base_path + suffix, content)
     assert (answer.status, answer.error["param"]) == (400, "metadata")
 
 
 async def test_enqueue_with_response_above_limit_is_refused(api: ApiClient) -> None:
-    content = {"count": 1000, "metadata": metadata_of_size(4_000_000)}
+    content = {"count": 1000, "metadata": make_metadata_of_size(4_000_000)}
     answer = await post_json(api, api.work_url(), content)
     assert (answer.status, answer.error["param"]) == (400, "count")
     assert str(ANSWER_LIMIT_BYTES) in answer.error["message"]
@@ -137,13 +137,15 @@ async def test_enqueue_with_response_above_limit_is_refused(api: ApiClient) -> N
 async def test_largest_enqueue_response_is_readable_by_worker(qoder_api: ApiClient) -> None:
     size = ANSWER_LIMIT_BYTES // 1000 - 1024
     async with open_work_client(qoder_api.plane) as client:
-        items = await client.enqueue(count=1000, metadata=metadata_of_size(size))
+        items = await client.enqueue(count=1000, metadata=make_metadata_of_size(size))
         assert len(items) == 1000
-    content = {"count": 1000, "metadata": metadata_of_size(size + 1)}
+    content = {"count": 1000, "metadata": make_metadata_of_size(size + 1)}
     assert (await post_json(qoder_api, qoder_api.work_url(), content)).status == 400
 
 
-async def read_all_pages(api: ApiClient, url: str, **query: str) -> tuple[list[str], int]:
+async def read_ids_and_largest_page_size(
+    api: ApiClient, url: str, **query: str
+) -> tuple[list[str], int]:
     """Return the ids on all pages of a list, and the size of the largest page in bytes."""
     ids: list[str] = []
     largest = 0
@@ -165,11 +167,11 @@ async def read_all_pages(api: ApiClient, url: str, **query: str) -> tuple[list[s
 
 
 async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> None:
-    items = [api.plane.enqueue(metadata=metadata_of_size(MEGABYTE))[0].id for _ in range(11)]
-    ids, largest = await read_all_pages(api, api.work_url())
+    items = [api.plane.enqueue(metadata=make_metadata_of_size(MEGABYTE))[0].id for _ in range(11)]
+    ids, largest = await read_ids_and_largest_page_size(api, api.work_url())
     assert ids == items
     assert 3 * MEGABYTE < largest <= ANSWER_LIMIT_BYTES
-    ids, largest = await read_all_pages(api, api.work_url(), before_id=items[-1])
+    ids, largest = await read_ids_and_largest_page_size(api, api.work_url(), before_id=items[-1])
     assert sorted(ids) == items[:-1]
     assert ids[:3] == items[-5:-2] or ids[:3] == items[-4:-1]
     assert largest <= ANSWER_LIMIT_BYTES
@@ -178,8 +180,10 @@ async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> Non
 async def test_item_page_with_largest_items_has_one_item(api: ApiClient) -> None:
     for _ in range(3):
         (item,) = api.plane.enqueue()
-        api.plane.operations.update_metadata(ENV, item.id, metadata_of_size(METADATA_LIMIT_BYTES))
-    ids, largest = await read_all_pages(api, api.work_url())
+        api.plane.operations.update_metadata(
+            ENV, item.id, make_metadata_of_size(METADATA_LIMIT_BYTES)
+        )
+    ids, largest = await read_ids_and_largest_page_size(api, api.work_url())
     assert len(ids) == 3
     assert largest <= ANSWER_LIMIT_BYTES
 
@@ -189,8 +193,8 @@ async def test_session_pages_are_shortened_to_response_limit(
     anthropic_api: ApiClient, order: str
 ) -> None:
     for _ in range(7):
-        anthropic_api.plane.enqueue(metadata=metadata_of_size(MEGABYTE))
-    ids, largest = await read_all_pages(
+        anthropic_api.plane.enqueue(metadata=make_metadata_of_size(MEGABYTE))
+    ids, largest = await read_ids_and_largest_page_size(
         anthropic_api, anthropic_api.base_path + "/sessions", order=order
     )
     assert len(set(ids)) == 7
@@ -202,14 +206,16 @@ async def test_session_pages_are_shortened_to_response_limit(
 async def test_event_pages_are_shortened_to_response_limit(api: ApiClient, order: str) -> None:
     session_id = create_scripted_session(api)
     for _ in range(9):
-        assert (await send_events(api, session_id, message_of_size(MEGABYTE))).status == 200
-    ids, largest = await read_all_pages(api, events_path(api, session_id, "/events"), order=order)
+        assert (await send_events(api, session_id, make_message_of_size(MEGABYTE))).status == 200
+    ids, largest = await read_ids_and_largest_page_size(
+        api, events_path(api, session_id, "/events"), order=order
+    )
     assert sorted(ids) == [event["id"] for event in api.plane.events(session_id)]
     assert ids == sorted(ids, reverse=order == "desc")
     assert largest <= ANSWER_LIMIT_BYTES
 
 
-def message_of_size(size: int) -> dict[str, Any]:
+def make_message_of_size(size: int) -> dict[str, Any]:
     return {"type": "user.message", "content": [{"type": "text", "text": "x" * size}]}
 
 
@@ -218,12 +224,14 @@ async def test_streams_to_clients_that_do_not_read_use_limited_memory(
 ) -> None:
     session_id = create_scripted_session(qoder_api)
     for _ in range(20):
-        assert (await send_events(qoder_api, session_id, message_of_size(MEGABYTE))).status == 200
+        assert (
+            await send_events(qoder_api, session_id, make_message_of_size(MEGABYTE))
+        ).status == 200
     whole = sum(len(orjson.dumps(event)) for event in qoder_api.plane.events(session_id))
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        writers = [await open_unread_stream(qoder_api, session_id) for _ in range(10)]
+        writers = [await open_stream_and_stop_reading(qoder_api, session_id) for _ in range(10)]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -232,7 +240,7 @@ async def test_streams_to_clients_that_do_not_read_use_limited_memory(
     assert peak - before < 2 * whole
 
 
-async def open_unread_stream(api: ApiClient, session_id: str) -> asyncio.StreamWriter:
+async def open_stream_and_stop_reading(api: ApiClient, session_id: str) -> asyncio.StreamWriter:
     """Open a stream that replays all events, and read only its beginning."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.plane.port, limit=1024)
     url = events_path(api, session_id, "/events/stream")

@@ -309,14 +309,14 @@ async def test_list_of_many_sessions_does_not_delay_other_calls(
         assert (answer.status, answer.body["data"]) == (200, [])
         ended.append("list")
 
-    async def receive_three_items() -> None:
+    async def poll_three_items() -> None:
         for _ in range(3):
             assert (await anthropic_api.poll()).body is not None
         ended.append("poll")
 
     async with asyncio.TaskGroup() as group:
         group.create_task(list_sessions())
-        group.create_task(receive_three_items())
+        group.create_task(poll_three_items())
     assert ended == ["poll", "list"]
 
 

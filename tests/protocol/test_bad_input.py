@@ -56,12 +56,12 @@ def is_complete_response(answer: bytes) -> bool:
     return bool(separator) and length is not None and len(body) >= int(length[1])
 
 
-def http_status_of(answer: bytes) -> int | None:
+def parse_http_status(answer: bytes) -> int | None:
     match = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
     return int(match[1]) if match else None
 
 
-def request_head(method: str, path: str, *headers: str) -> bytes:
+def make_request_head(method: str, path: str, *headers: str) -> bytes:
     lines = [
         f"{method} /api/v1/cloud/environments/{ENV}/work{path} HTTP/1.1",
         "Host: localhost",
@@ -71,19 +71,19 @@ def request_head(method: str, path: str, *headers: str) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-async def expect_server_to_answer(plane: ControlPlane) -> None:
-    assert http_status_of(await send_raw_bytes(plane, request_head("GET", "/stats"))) == 200
+async def assert_server_still_answers(plane: ControlPlane) -> None:
+    assert parse_http_status(await send_raw_bytes(plane, make_request_head("GET", "/stats"))) == 200
 
 
-def body_of_size(size: int) -> bytes:
+def make_body_of_size(size: int) -> bytes:
     return b'{"metadata":{}}'.ljust(size)
 
 
 async def test_body_at_size_limit_is_accepted_and_one_byte_more_is_400(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
-    answer = await api.update(item.id, data=BytesIO(body_of_size(BODY_LIMIT_BYTES)))
+    answer = await api.update(item.id, data=BytesIO(make_body_of_size(BODY_LIMIT_BYTES)))
     assert answer.status == 200
-    answer = await api.update(item.id, data=BytesIO(body_of_size(BODY_LIMIT_BYTES + 1)))
+    answer = await api.update(item.id, data=BytesIO(make_body_of_size(BODY_LIMIT_BYTES + 1)))
     assert answer.status == 400
     assert answer.error["type"] == "invalid_request_error"
 
@@ -103,13 +103,13 @@ async def test_body_with_too_many_values_is_400(
     (item,) = api.plane.enqueue()
     url = path_of(api, item.session_id, "/events")
 
-    def body_with_values(count: int) -> bytes:
+    def make_body_with_values(count: int) -> bytes:
         return orjson.dumps(
             {"events": [{"type": "user.message", "content": BODIES_WITH_VALUES[name](count)}]}
         )
 
-    assert (await api("POST", url, data=body_with_values(1000))).status == 200
-    answer = await api("POST", url, data=body_with_values(1020))
+    assert (await api("POST", url, data=make_body_with_values(1000))).status == 200
+    answer = await api("POST", url, data=make_body_with_values(1020))
     assert answer.status == 400
     assert "1000 JSON values" in answer.error["message"]
     script = {"script": [{"name": "Bash", "input": {"a": BODIES_WITH_VALUES[name](1020)}}]}
@@ -159,9 +159,9 @@ async def test_compressed_body_above_size_limit_is_400(qoder_api: ApiClient) -> 
 async def test_endless_chunked_body_is_400(control_plane: ControlPlane) -> None:
     chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
     answer = await send_raw_bytes(
-        control_plane, request_head("POST", "", "Transfer-Encoding: chunked"), *([chunk] * 80)
+        control_plane, make_request_head("POST", "", "Transfer-Encoding: chunked"), *([chunk] * 80)
     )
-    assert http_status_of(answer) == 400
+    assert parse_http_status(answer) == 400
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -170,45 +170,47 @@ async def test_small_body_of_call_without_body_is_ignored(
 ) -> None:
     control_plane.enqueue()
     path = {"GET": "/poll", "POST": ""}[method]
-    request = request_head(method, path, "Content-Length: 2")
-    assert http_status_of(await send_raw_bytes(control_plane, request + b"{}")) == 200
+    request = make_request_head(method, path, "Content-Length: 2")
+    assert parse_http_status(await send_raw_bytes(control_plane, request + b"{}")) == 200
 
 
 MALFORMED_REQUESTS = {
-    "a space after the name": request_head("GET", "/poll").replace(b": Bearer", b" : Bearer"),
-    "a NUL before the token": request_head("GET", "/poll").replace(b"Bearer ", b"Bearer\x00"),
+    "a space after the name": make_request_head("GET", "/poll").replace(b": Bearer", b" : Bearer"),
+    "a NUL before the token": make_request_head("GET", "/poll").replace(b"Bearer ", b"Bearer\x00"),
     "not HTTP": b"\x00\x01\x02\x03\r\n\r\n",
     "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 64,
-    "two lengths": request_head("POST", "", "Content-Length: 2", "Content-Length: 3") + b"{}",
-    "a length that is none": request_head("POST", "", "Content-Length: -1"),
-    "length and chunks": request_head(
+    "two lengths": make_request_head("POST", "", "Content-Length: 2", "Content-Length: 3") + b"{}",
+    "a length that is none": make_request_head("POST", "", "Content-Length: -1"),
+    "length and chunks": make_request_head(
         "POST", "", "Content-Length: 2", "Transfer-Encoding: chunked"
     ),
-    "a bad chunk": request_head("POST", "", "Transfer-Encoding: chunked")
+    "a bad chunk": make_request_head("POST", "", "Transfer-Encoding: chunked")
     + b"zz\r\n{}\r\n0\r\n\r\n",
-    "an endless chunk size": request_head("POST", "", "Transfer-Encoding: chunked")
+    "an endless chunk size": make_request_head("POST", "", "Transfer-Encoding: chunked")
     + b"f" * 100
     + b"\r\n",
-    "an unknown coding": request_head("POST", "", "Transfer-Encoding: gzip, nonsense") + b"{}",
-    "no compression": request_head("POST", "", "Content-Encoding: gzip", "Content-Length: 2")
+    "an unknown coding": make_request_head("POST", "", "Transfer-Encoding: gzip, nonsense") + b"{}",
+    "no compression": make_request_head("POST", "", "Content-Encoding: gzip", "Content-Length: 2")
     + b"{}",
-    "a huge header": request_head("GET", "/poll", "X: " + "x" * 100_000),
-    "many headers": request_head("GET", "/poll", *[f"X-{n}: 1" for n in range(40_000)]),
-    "a NUL in a header": request_head("GET", "/poll", "Worker-ID: a\x00b"),
-    "a folded header": request_head("GET", "/poll", "X: a\r\n b"),
-    "a NUL in the path": request_head("GET", "/poll\x00"),
-    "raw bytes in the path": request_head("GET", "/w\xff\xfe"),
-    "raw bytes in the query": request_head("GET", "/poll?block_ms=\xff"),
-    "a bad escape": request_head("GET", "/poll?block_ms=%zz"),
-    "bad UTF-8 in the query": request_head("GET", "/poll?block_ms=%ff%fe"),
-    "bad UTF-8 in a header": request_head("GET", "/poll", "Worker-ID: \xff\xfe"),
-    "a long path": request_head("GET", "/" + "x" * 100_000),
-    "an odd expectation": request_head("POST", "", "Expect: the-unexpected", "Content-Length: 2")
+    "a huge header": make_request_head("GET", "/poll", "X: " + "x" * 100_000),
+    "many headers": make_request_head("GET", "/poll", *[f"X-{n}: 1" for n in range(40_000)]),
+    "a NUL in a header": make_request_head("GET", "/poll", "Worker-ID: a\x00b"),
+    "a folded header": make_request_head("GET", "/poll", "X: a\r\n b"),
+    "a NUL in the path": make_request_head("GET", "/poll\x00"),
+    "raw bytes in the path": make_request_head("GET", "/w\xff\xfe"),
+    "raw bytes in the query": make_request_head("GET", "/poll?block_ms=\xff"),
+    "a bad escape": make_request_head("GET", "/poll?block_ms=%zz"),
+    "bad UTF-8 in the query": make_request_head("GET", "/poll?block_ms=%ff%fe"),
+    "bad UTF-8 in a header": make_request_head("GET", "/poll", "Worker-ID: \xff\xfe"),
+    "a long path": make_request_head("GET", "/" + "x" * 100_000),
+    "an odd expectation": make_request_head(
+        "POST", "", "Expect: the-unexpected", "Content-Length: 2"
+    )
     + b"{}",
-    "an unknown method": request_head("BREW", "/poll"),
-    "a tunnel": request_head("CONNECT", "/poll"),
-    "HTTP/3.0": request_head("GET", "/poll").replace(b"HTTP/1.1", b"HTTP/3.0"),
-    "an upgrade": request_head(
+    "an unknown method": make_request_head("BREW", "/poll"),
+    "a tunnel": make_request_head("CONNECT", "/poll"),
+    "HTTP/3.0": make_request_head("GET", "/poll").replace(b"HTTP/1.1", b"HTTP/3.0"),
+    "an upgrade": make_request_head(
         "POST", "", "Connection: Upgrade", "Upgrade: h2c", "Content-Length: 1"
     )
     + b"{",
@@ -218,8 +220,8 @@ MALFORMED_REQUESTS = {
 @pytest.mark.parametrize("name", MALFORMED_REQUESTS)
 async def test_malformed_http_request_is_4xx(control_plane: ControlPlane, name: str) -> None:
     answer = await send_raw_bytes(control_plane, MALFORMED_REQUESTS[name])
-    assert http_status_of(answer) in range(400, 500), answer
-    await expect_server_to_answer(control_plane)
+    assert parse_http_status(answer) in range(400, 500), answer
+    await assert_server_still_answers(control_plane)
 
 
 MALFORMED_BODIES = {
@@ -237,14 +239,14 @@ async def test_malformed_body_after_valid_headers_is_4xx(
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.5)
     headers, body = MALFORMED_BODIES[name]
     reader, writer = await asyncio.open_connection("127.0.0.1", control_plane.port)
-    writer.write(request_head("POST", "", headers, "Expect: 100-continue"))
+    writer.write(make_request_head("POST", "", headers, "Expect: 100-continue"))
     assert (await reader.readline()).startswith(b"HTTP/1.1 100")
     await reader.readline()
     writer.write(body)
     async with asyncio.timeout(20):
-        assert http_status_of(await reader.readline()) in range(400, 500)
+        assert parse_http_status(await reader.readline()) in range(400, 500)
     writer.close()
-    await expect_server_to_answer(control_plane)
+    await assert_server_still_answers(control_plane)
 
 
 async def test_body_that_does_not_arrive_is_408(
@@ -252,9 +254,9 @@ async def test_body_that_does_not_arrive_is_408(
 ) -> None:
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.05)
     answer = await send_raw_bytes(
-        control_plane, request_head("POST", "", "Content-Length: 10"), b"{"
+        control_plane, make_request_head("POST", "", "Content-Length: 10"), b"{"
     )
-    assert http_status_of(answer) == 408
+    assert parse_http_status(answer) == 408
     assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
 
@@ -265,7 +267,7 @@ async def test_large_bodies_are_read_a_few_at_a_time(
     now, most = 0, 0
     read = web.Request.read
 
-    async def count_reads(request: web.Request) -> bytes:
+    async def read_body_and_count_concurrent_reads(request: web.Request) -> bytes:
         nonlocal now, most
         now += 1
         most = max(most, now)
@@ -274,20 +276,22 @@ async def test_large_bodies_are_read_a_few_at_a_time(
         finally:
             now -= 1
 
-    monkeypatch.setattr(web.Request, "read", count_reads)
+    monkeypatch.setattr(web.Request, "read", read_body_and_count_concurrent_reads)
     size = 2 * request_values.LARGE_BODY_BYTES
     connections = [
         await asyncio.open_connection("127.0.0.1", control_plane.port)
         for _ in range(3 * request_values.LARGE_BODIES_MAX)
     ]
     for _, writer in connections:
-        writer.write(request_head("POST", "", f"Content-Length: {size}") + b"{}".ljust(size - 1))
+        writer.write(
+            make_request_head("POST", "", f"Content-Length: {size}") + b"{}".ljust(size - 1)
+        )
     await wait_until(lambda: now == request_values.LARGE_BODIES_MAX)
     for _, writer in connections:
         writer.write(b" ")
     async with asyncio.timeout(20):
         for reader, writer in connections:
-            assert http_status_of(await reader.readline()) == 200
+            assert parse_http_status(await reader.readline()) == 200
             writer.close()
     assert most == request_values.LARGE_BODIES_MAX
 
@@ -296,12 +300,12 @@ async def test_small_body_does_not_wait_for_large_bodies(control_plane: ControlP
     writers = []
     for _ in range(request_values.LARGE_BODIES_MAX):
         writers.append((await asyncio.open_connection("127.0.0.1", control_plane.port))[1])
-        writers[-1].write(request_head("POST", "", f"Content-Length: {BODY_LIMIT_BYTES}"))
+        writers[-1].write(make_request_head("POST", "", f"Content-Length: {BODY_LIMIT_BYTES}"))
         await writers[-1].drain()
     assert (
-        http_status_of(
+        parse_http_status(
             await send_raw_bytes(
-                control_plane, request_head("POST", "", "Content-Length: 2"), b"{}"
+                control_plane, make_request_head("POST", "", "Content-Length: 2"), b"{}"
             )
         )
         == 200
@@ -314,9 +318,9 @@ async def test_client_that_disconnects_during_body_creates_nothing(
     control_plane: ControlPlane,
 ) -> None:
     await send_raw_bytes(
-        control_plane, request_head("POST", "", "Content-Length: 10"), b"{", eof=True
+        control_plane, make_request_head("POST", "", "Content-Length: 10"), b"{", eof=True
     )
-    await expect_server_to_answer(control_plane)
+    await assert_server_still_answers(control_plane)
     assert len(control_plane.operations.get_queue(ENV)) == 0
 
 
@@ -326,7 +330,7 @@ async def test_token_of_malformed_request_is_not_logged(
     caplog.set_level(0)
     for request in MALFORMED_REQUESTS.values():
         await send_raw_bytes(control_plane, request)
-    await send_raw_bytes(control_plane, request_head("GET", "/poll"))
+    await send_raw_bytes(control_plane, make_request_head("GET", "/poll"))
     assert caplog.records
     formatter: logging.Formatter = caplog.handler.formatter or pytest.fail("no formatter")
     assert TOKEN not in "".join(formatter.format(record) for record in caplog.records)
@@ -390,7 +394,7 @@ def test_arbitrary_json_and_query_are_answered_without_500(
             bodies,
             queries,
         )
-        def request_has_documented_status(
+        def assert_request_has_documented_status(
             api: ApiClient, method: str, suffix: str, body: bytes, query: list[tuple[str, str]]
         ) -> None:
             async def send_request_and_assert_status() -> None:
@@ -403,7 +407,7 @@ def test_arbitrary_json_and_query_are_answered_without_500(
             runner.run(send_request_and_assert_status())
 
         try:
-            request_has_documented_status()
+            assert_request_has_documented_status()
         finally:
             runner.run(http.close())
             runner.run(plane.__aexit__(None, None, None))

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).parents[2] / "workpool/docs/protocol.md"
 
 
-def suite_that_advances_clock(
+def make_suite_that_advances_clock(
     plane: ControlPlane,
     http: aiohttp.ClientSession,
     clock: MovableClock,
@@ -69,7 +69,7 @@ async def test_embedded_control_plane_fulfils_clause(
     clock: MovableClock,
     dialect: Dialect,
 ) -> None:
-    finding = await suite_that_advances_clock(
+    finding = await make_suite_that_advances_clock(
         control_plane, http_session, clock, dialect
     ).check_clause(clause)
     assert (finding.verdict, finding.seen) == (Verdict.HOLDS, "")
@@ -85,7 +85,7 @@ class ClockOfConcurrentClauses:
         self._clock = clock
         self._waiting: list[tuple[float, asyncio.Future[None]]] = []
 
-    async def wait_for_clock(self, seconds: float) -> None:
+    async def wait_until_clock_has_advanced(self, seconds: float) -> None:
         wake = asyncio.get_running_loop().create_future()
         self._waiting.append((self._clock() + seconds, wake))
         await wake
@@ -109,8 +109,8 @@ async def test_every_clause_holds_when_suite_runs_clauses_concurrently(
     dialect: Dialect,
 ) -> None:
     sleepers = ClockOfConcurrentClauses(clock)
-    suite = suite_that_advances_clock(
-        control_plane, http_session, clock, dialect, sleep=sleepers.wait_for_clock
+    suite = make_suite_that_advances_clock(
+        control_plane, http_session, clock, dialect, sleep=sleepers.wait_until_clock_has_advanced
     )
     started = clock()
     async with asyncio.TaskGroup() as group:
@@ -132,7 +132,7 @@ def test_protocol_page_states_that_serve_fulfils_every_clause() -> None:
     assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
 
-async def check_clause_with_fault(
+async def check_clause_against_faulty_control_plane(
     name: str, http: aiohttp.ClientSession, fault: Handler
 ) -> Finding:
     """Check one clause against a control plane with a fault; return the finding."""
@@ -141,28 +141,38 @@ async def check_clause_with_fault(
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
     ) as plane:
-        return await suite_that_advances_clock(plane, http, clock, "qoder").check_clause(clause)
+        return await make_suite_that_advances_clock(plane, http, clock, "qoder").check_clause(
+            clause
+        )
 
 
-def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
+def make_fault_that_replaces_answers(
+    path: str, change: Callable[[web.Request], web.Response | None]
+) -> Any:
     """Return a fault that replaces the answers to requests whose path ends with `path`."""
 
     @web.middleware
-    async def inject_replacement(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def replace_answer_in_middleware(
+        request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         changed = change(request) if request.path.endswith(path) else None
         return await handler(request) if changed is None else changed
 
-    return inject_replacement
+    return replace_answer_in_middleware
 
 
-def rewrite_answers(path: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+def make_fault_that_rewrites_answers(
+    path: str, change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Any:
     """Return a fault that changes the JSON objects in answers.
 
     The fault applies to requests whose path ends with `path`.
     """
 
     @web.middleware
-    async def inject_rewrite(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def rewrite_answer_in_middleware(
+        request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         response = await handler(request)
         if not request.path.endswith(path) or not isinstance(response, web.Response):
             return response
@@ -172,10 +182,10 @@ def rewrite_answers(path: str, change: Callable[[dict[str, Any]], dict[str, Any]
             return web.json_response(change(value))
         return response
 
-    return inject_rewrite
+    return rewrite_answer_in_middleware
 
 
-def drop_query_parameter(name: str) -> Any:
+def make_fault_that_drops_query_parameter(name: str) -> Any:
     """Return a fault that drops a query parameter of every request."""
 
     @web.middleware
@@ -191,62 +201,66 @@ def drop_query_parameter(name: str) -> Any:
     [
         (
             "poll-empty",
-            replace_answers("/poll", lambda _: web.Response(status=204)),
+            make_fault_that_replaces_answers("/poll", lambda _: web.Response(status=204)),
             Verdict.DIFFERS,
             "HTTP 204 with no body",
         ),
         (
             "poll-empty",
-            replace_answers("/poll", lambda _: web.json_response({})),
+            make_fault_that_replaces_answers("/poll", lambda _: web.json_response({})),
             Verdict.DIFFERS,
             "HTTP 200 with {}",
         ),
         (
             "poll-empty",
-            replace_answers("/poll", lambda _: web.Response(text="<p>\x1b[2J")),
+            make_fault_that_replaces_answers("/poll", lambda _: web.Response(text="<p>\x1b[2J")),
             Verdict.BREAKS,
             r"HTTP 200 with <p>\x1b[2J",
         ),
         (
             "poll-item",
-            rewrite_answers("/poll", lambda item: {**item, "state": "sleeping"}),
+            make_fault_that_rewrites_answers("/poll", lambda item: {**item, "state": "sleeping"}),
             Verdict.BREAKS,
             "a worker cannot read the item: state: not one of the protocol's five",
         ),
         (
             "poll-item",
-            rewrite_answers("/poll", lambda item: {**item, "created_at": "2026-03-01T12:00:00"}),
+            make_fault_that_rewrites_answers(
+                "/poll", lambda item: {**item, "created_at": "2026-03-01T12:00:00"}
+            ),
             Verdict.DIFFERS,
             "a time without a zone: created_at",
         ),
         (
             "ack-starts",
-            rewrite_answers("/ack", lambda item: {**item, "state": "active"}),
+            make_fault_that_rewrites_answers("/ack", lambda item: {**item, "state": "active"}),
             Verdict.DIFFERS,
             "the item is active",
         ),
         (
             "heartbeat-mismatch",
-            drop_query_parameter("expected_last_heartbeat"),
+            make_fault_that_drops_query_parameter("expected_last_heartbeat"),
             Verdict.BREAKS,
             "two workers can hold one item",
         ),
         (
             "heartbeat-ttl",
-            rewrite_answers("/heartbeat", lambda heartbeat: {**heartbeat, "ttl_seconds": 45}),
+            make_fault_that_rewrites_answers(
+                "/heartbeat", lambda heartbeat: {**heartbeat, "ttl_seconds": 45}
+            ),
             Verdict.DIFFERS,
             "30 s: 45 s instead of 30 s; 10 s: 45 s instead of 10 s; "
             "1 s: 45 s instead of 10 s; 100000 s: 45 s instead of 600 s",
         ),
         (
             "lease-shortened",
-            drop_query_parameter("desired_ttl_seconds"),
+            make_fault_that_drops_query_parameter("desired_ttl_seconds"),
             Verdict.DIFFERS,
             "the item comes back only when the longer lease ends",
         ),
         (
             "lease-history",
-            rewrite_answers(
+            make_fault_that_rewrites_answers(
                 "/poll", lambda item: {**item, "acknowledged_at": None, "latest_heartbeat_at": None}
             ),
             Verdict.DIFFERS,
@@ -254,13 +268,13 @@ def drop_query_parameter(name: str) -> Any:
         ),
         (
             "poll-redelivers",
-            drop_query_parameter("block_ms"),
+            make_fault_that_drops_query_parameter("block_ms"),
             Verdict.HOLDS,
             "",
         ),
         (
             "update-merges",
-            replace_answers(
+            make_fault_that_replaces_answers(
                 "", lambda request: web.Response(status=403) if request.method == "POST" else None
             ),
             Verdict.UNTRIED,
@@ -271,7 +285,7 @@ def drop_query_parameter(name: str) -> Any:
 async def test_clause_on_faulty_control_plane_has_expected_verdict_and_text(
     http_session: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
 ) -> None:
-    finding = await check_clause_with_fault(name, http_session, fault)
+    finding = await check_clause_against_faulty_control_plane(name, http_session, fault)
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
@@ -282,12 +296,12 @@ async def test_refused_item_reads_give_clause_a_harmless_verdict(
         single = request.method == "GET" and "/work/work_" in request.path
         return web.Response(status=403) if single else None
 
-    finding = await check_clause_with_fault(
-        "get-item", http_session, replace_answers("", refuse_item_reads)
+    finding = await check_clause_against_faulty_control_plane(
+        "get-item", http_session, make_fault_that_replaces_answers("", refuse_item_reads)
     )
     assert finding.verdict is Verdict.DIFFERS
-    finding = await check_clause_with_fault(
-        "stop-graceful", http_session, replace_answers("", refuse_item_reads)
+    finding = await check_clause_against_faulty_control_plane(
+        "stop-graceful", http_session, make_fault_that_replaces_answers("", refuse_item_reads)
     )
     assert finding.verdict is Verdict.HOLDS
 
@@ -302,8 +316,10 @@ async def test_clause_finds_that_missing_redelivery_breaks_workers(
         polls += 1
         return None if polls == 1 else web.json_response(None)
 
-    finding = await check_clause_with_fault(
-        "lease-lapses", http_session, replace_answers("/poll", answer_later_polls_with_null)
+    finding = await check_clause_against_faulty_control_plane(
+        "lease-lapses",
+        http_session,
+        make_fault_that_replaces_answers("/poll", answer_later_polls_with_null),
     )
     assert finding.verdict is Verdict.BREAKS
     assert finding.seen == "never: an item is lost when its worker dies"
@@ -314,7 +330,9 @@ async def test_suite_refuses_environment_with_item_of_another_client(
 ) -> None:
     (item,) = control_plane.enqueue()
     with pytest.raises(ForeignItemsError, match=f"item {item.id} was not created by the suite"):
-        await suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(CLAUSES)
+        await make_suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(
+            CLAUSES
+        )
     assert control_plane.operations.get_item(ENV, item.id).state == "queued"
 
 
@@ -322,27 +340,27 @@ async def test_suite_accepts_environment_with_its_own_items_of_earlier_run(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     for _ in range(2):
-        [finding] = await suite_that_advances_clock(
+        [finding] = await make_suite_that_advances_clock(
             control_plane, http_session, clock, "qoder"
-        ).run(clauses_by_name("ack-starts"))
+        ).run(select_clauses_by_name("ack-starts"))
         assert finding.verdict is Verdict.HOLDS
 
 
 async def test_item_created_by_another_client_during_run_ends_suite(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    suite = suite_that_advances_clock(
+    suite = make_suite_that_advances_clock(
         control_plane,
         http_session,
         clock,
         "qoder",
-        source=SourceWithItemsOfAnotherClient(control_plane),
+        source=ItemSourceWithItemsOfAnotherClient(control_plane),
     )
     with pytest.raises(ForeignItemsError, match="not created by the suite, came"):
-        await suite.run(clauses_by_name("ack-starts", "lease-held"))
+        await suite.run(select_clauses_by_name("ack-starts", "lease-held"))
 
 
-class SourceWithItemsOfAnotherClient(EnqueueSource):
+class ItemSourceWithItemsOfAnotherClient(EnqueueSource):
     """A source that creates an item of another client before each item of the suite."""
 
     def __init__(self, plane: ControlPlane) -> None:
@@ -360,10 +378,10 @@ async def test_suite_with_test_environment_option_stops_items_of_other_clients(
     # Items that two nodes on PostgreSQL create within one millisecond are delivered in any order.
     # At the same time, the suite's own item could be delivered before these items.
     clock.advance(1)
-    suite = suite_that_advances_clock(
+    suite = make_suite_that_advances_clock(
         control_plane, http_session, clock, "qoder", test_environment=True
     )
-    [finding] = await suite.run(clauses_by_name("ack-starts"))
+    [finding] = await suite.run(select_clauses_by_name("ack-starts"))
     assert finding.verdict is Verdict.HOLDS
     assert {control_plane.operations.get_item(ENV, item.id).state for item in items} == {"stopped"}
 
@@ -371,8 +389,8 @@ async def test_suite_with_test_environment_option_stops_items_of_other_clients(
 async def test_suite_stops_items_of_each_clause(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
-    await suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(
-        clauses_by_name("list-pages", "ack-lease")
+    await make_suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(
+        select_clauses_by_name("list-pages", "ack-lease")
     )
     items = control_plane.operations.list_items(ENV).items
     assert [item.state for item in items] == ["stopped"] * 3
@@ -382,15 +400,15 @@ async def test_clause_for_which_no_given_item_is_left_has_verdict_untried(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
-    suite = suite_that_advances_clock(
+    suite = make_suite_that_advances_clock(
         control_plane, http_session, clock, "qoder", source=GivenSource(given), given=given
     )
-    findings = await suite.run(clauses_by_name("ack-starts", "stop-force", "lease-held"))
+    findings = await suite.run(select_clauses_by_name("ack-starts", "stop-force", "lease-held"))
     assert [each.verdict for each in findings] == [Verdict.HOLDS, Verdict.HOLDS, Verdict.UNTRIED]
     assert findings[-1].seen == "all given items are used"
 
 
-def clauses_by_name(*names: str) -> list[Clause]:
+def select_clauses_by_name(*names: str) -> list[Clause]:
     return [clause for name in names for clause in CLAUSES if clause.name == name]
 
 
@@ -426,7 +444,7 @@ async def test_malformed_response_gives_clause_a_verdict_without_exception(
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[send_malformed_answer]
     ) as plane:
-        suite = suite_that_advances_clock(
+        suite = make_suite_that_advances_clock(
             plane, http_session, clock, "qoder", test_environment=True
         )
         for clause in CLAUSES:
@@ -470,7 +488,7 @@ async def test_cancelled_suite_stops_its_items(
     )
     suite = Suite(api, EnqueueSource())
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(suite.run(clauses_by_name("lease-held", "ack-lease")))
+        running = group.create_task(suite.run(select_clauses_by_name("lease-held", "ack-lease")))
         await wait_until(
             lambda: (
                 [item.state for item in control_plane.operations.list_items(ENV).items]
@@ -485,11 +503,11 @@ async def test_suite_with_session_source_creates_its_items_through_sessions(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
-    suite = suite_that_advances_clock(
+    suite = make_suite_that_advances_clock(
         control_plane, http_session, clock, "anthropic", source=source
     )
     names = ("ack-starts", "lease-lapses", "session-object", "result-once")
-    findings = await suite.run(clauses_by_name(*names))
+    findings = await suite.run(select_clauses_by_name(*names))
     assert [(each.verdict, each.seen) for each in findings] == [
         (Verdict.HOLDS, ""),
         (Verdict.HOLDS, ""),
@@ -515,7 +533,7 @@ async def test_worker_key_fails_only_clauses_whose_calls_it_may_not_make(
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, worker_keys=(WORKER_KEY,), now=clock
     ) as plane:
-        suite = suite_that_advances_clock(
+        suite = make_suite_that_advances_clock(
             plane, http_session, clock, dialect, token=WORKER_KEY, api_key=TOKEN
         )
         for clause in CLAUSES:
@@ -531,8 +549,8 @@ async def test_token_repeated_in_response_is_hidden_in_finding(
         authorization = request.headers["Authorization"]
         return web.json_response({"error": {"message": f"no: {authorization}"}}, status=404)
 
-    finding = await check_clause_with_fault(
-        "stop-body", http_session, replace_answers("/stop", answer_with_sent_token)
+    finding = await check_clause_against_faulty_control_plane(
+        "stop-body", http_session, make_fault_that_replaces_answers("/stop", answer_with_sent_token)
     )
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
@@ -543,8 +561,10 @@ async def test_response_above_size_limit_gives_clause_verdict_untried(
     def send_oversized_answer(_: web.Request) -> web.Response:
         return web.Response(body=b" " * (ANSWER_LIMIT_BYTES + 1))
 
-    finding = await check_clause_with_fault(
-        "get-unknown", http_session, replace_answers("/work_" + "0" * 32, send_oversized_answer)
+    finding = await check_clause_against_faulty_control_plane(
+        "get-unknown",
+        http_session,
+        make_fault_that_replaces_answers("/work_" + "0" * 32, send_oversized_answer),
     )
     assert finding.verdict is Verdict.UNTRIED
     assert finding.seen == f"an answer of more than {ANSWER_LIMIT_BYTES} bytes"

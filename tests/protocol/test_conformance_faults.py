@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from tests.protocol.conftest import ENV, START, TOKEN, MovableClock
-from tests.protocol.test_conformance import suite_that_advances_clock
+from tests.protocol.test_conformance import make_suite_that_advances_clock
 from workpool.conformance import CLAUSES, Clause, Verdict
 from workpool.server import ControlPlane
 
@@ -46,50 +46,58 @@ class FaultyControlPlane(NamedTuple):
     mixed: bool = False
 
 
-def replace_answers(path: str, change: Callable[[web.Request], web.Response | None]) -> Any:
+def make_fault_that_replaces_answers(
+    path: str, change: Callable[[web.Request], web.Response | None]
+) -> Any:
     """Return a fault that replaces the answers to requests whose path ends with `path`."""
 
     @web.middleware
-    async def inject_replacement(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def replace_answer_in_middleware(
+        request: web.Request, handler: Any
+    ) -> web.StreamResponse:
         changed = change(request) if request.path.endswith(path) else None
         response: web.StreamResponse = changed or await handler(request)
         return response
 
-    return inject_replacement
+    return replace_answer_in_middleware
 
 
-def rewrite_answers(path: str, change: Callable[[Any], Any]) -> Any:
+def make_fault_that_rewrites_answers(path: str, change: Callable[[Any], Any]) -> Any:
     """Return a fault that changes the JSON of successful answers.
 
     The fault applies to requests whose path ends with `path`.
     """
 
     @web.middleware
-    async def inject_rewrite(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def rewrite_answer_in_middleware(
+        request: web.Request, handler: Any
+    ) -> web.StreamResponse:
         response: web.Response = await handler(request)
         if not request.path.endswith(path) or response.status != 200:
             return response
         value = json.loads(response.text or "null")
         return web.json_response(change(value) if isinstance(value, dict) else value)
 
-    return inject_rewrite
+    return rewrite_answer_in_middleware
 
 
-def replace_errors(answer: Callable[[int], web.Response]) -> Any:
+def make_fault_that_replaces_errors(answer: Callable[[int], web.Response]) -> Any:
     """Return a fault that replaces each response with an error status.
 
     `answer` returns the replacement for a status.
     """
 
     @web.middleware
-    async def inject_replacement(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def replace_answer_in_middleware(
+        request: web.Request, handler: Any
+    ) -> web.StreamResponse:
         response: web.Response = await handler(request)
         return answer(response.status) if response.status >= 400 else response
 
-    return inject_replacement
+    return replace_answer_in_middleware
 
 
-def change_query(path: str, **values: str | None) -> Any:
+def make_fault_that_changes_query(path: str, **values: str | None) -> Any:
     """Return a fault that sets query parameters of requests whose path ends with `path`.
 
     The value None removes a parameter.
@@ -107,7 +115,7 @@ def change_query(path: str, **values: str | None) -> Any:
     return change_query_parameters
 
 
-def swap_first_two_deliveries() -> Any:
+def make_fault_that_swaps_first_two_deliveries() -> Any:
     swapped = False
 
     @web.middleware
@@ -122,7 +130,7 @@ def swap_first_two_deliveries() -> Any:
     return skip_first_delivered_item
 
 
-def change_item_id_at_redelivery() -> Any:
+def make_fault_that_changes_item_id_at_redelivery() -> Any:
     known: set[str] = set()
 
     def change_id_if_delivered_before(item: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def change_item_id_at_redelivery() -> Any:
         known.add(item["id"])
         return {**item, "id": f"{item['id']}-again"} if again else item
 
-    return rewrite_answers("/poll", change_id_if_delivered_before)
+    return make_fault_that_rewrites_answers("/poll", change_id_if_delivered_before)
 
 
 def deliver_stopped_items_again() -> Any:
@@ -159,7 +167,7 @@ def refuse_repeated_first_heartbeats() -> Any:
         begun.add(request.path)
         return web.Response(status=412) if again else None
 
-    return replace_answers("/heartbeat", refuse_first_heartbeat_sent_again)
+    return make_fault_that_replaces_answers("/heartbeat", refuse_first_heartbeat_sent_again)
 
 
 def refuse_item_reads_and_stats(request: web.Request) -> web.Response | None:
@@ -168,7 +176,7 @@ def refuse_item_reads_and_stats(request: web.Request) -> web.Response | None:
     return web.Response(status=403) if item or path == "/stats" else None
 
 
-def set_times_to_none(value: dict[str, Any]) -> dict[str, Any]:
+def set_time_fields_to_none(value: dict[str, Any]) -> dict[str, Any]:
     return {name: None if name.endswith("_at") else each for name, each in value.items()}
 
 
@@ -179,64 +187,81 @@ def make_faulty_control_planes() -> list[FaultyControlPlane]:
         FaultyControlPlane(
             "auth-missing auth-wrong environment-unknown heartbeat-queued heartbeat-stopped"
             " ack-other-worker ack-stopped ack-unknown result-once result-unknown",
-            replace_errors(lambda _: web.json_response({})),
+            make_fault_that_replaces_errors(lambda _: web.json_response({})),
         ),
         FaultyControlPlane(
-            "error-envelope", replace_errors(lambda status: web.Response(status=status))
+            "error-envelope",
+            make_fault_that_replaces_errors(lambda status: web.Response(status=status)),
         ),
         FaultyControlPlane(
-            "poll-delivers", rewrite_answers("/poll", lambda item: {**item, "state": "starting"})
+            "poll-delivers",
+            make_fault_that_rewrites_answers("/poll", lambda item: {**item, "state": "starting"}),
         ),
-        FaultyControlPlane("poll-once", change_query("/poll", reclaim_older_than_ms="0")),
         FaultyControlPlane(
-            "poll-redelivers poll-reclaim", change_query("/poll", reclaim_older_than_ms="99999999")
+            "poll-once", make_fault_that_changes_query("/poll", reclaim_older_than_ms="0")
         ),
-        FaultyControlPlane("poll-blocks poll-block-range", change_query("/poll", block_ms=None)),
         FaultyControlPlane(
-            "poll-empty", replace_answers("/poll", lambda _: web.Response(status=204))
+            "poll-redelivers poll-reclaim",
+            make_fault_that_changes_query("/poll", reclaim_older_than_ms="99999999"),
+        ),
+        FaultyControlPlane(
+            "poll-blocks poll-block-range", make_fault_that_changes_query("/poll", block_ms=None)
+        ),
+        FaultyControlPlane(
+            "poll-empty",
+            make_fault_that_replaces_answers("/poll", lambda _: web.Response(status=204)),
         ),
         FaultyControlPlane(
             "poll-item",
-            rewrite_answers(
+            make_fault_that_rewrites_answers(
                 "/poll", lambda item: {k: v for k, v in item.items() if k != "metadata"}
             ),
         ),
-        FaultyControlPlane("poll-oldest-first", swap_first_two_deliveries()),
+        FaultyControlPlane("poll-oldest-first", make_fault_that_swaps_first_two_deliveries()),
         FaultyControlPlane(
-            "ack-starts", rewrite_answers("/ack", lambda item: {**item, "state": "active"})
+            "ack-starts",
+            make_fault_that_rewrites_answers("/ack", lambda item: {**item, "state": "active"}),
         ),
         FaultyControlPlane(
             "ack-repeat",
-            rewrite_answers("/ack", lambda it: {**it, "acknowledged_at": str(next(acked))}),
+            make_fault_that_rewrites_answers(
+                "/ack", lambda it: {**it, "acknowledged_at": str(next(acked))}
+            ),
         ),
         FaultyControlPlane("ack-lease lease-held lease-lapses", speed=3),
         FaultyControlPlane("poll-reclaim-lease", speed=60),
         FaultyControlPlane("lease-stopping", speed=0.01),
         FaultyControlPlane(
-            "lease-shortened heartbeat-ttl", change_query("/heartbeat", desired_ttl_seconds="600")
+            "lease-shortened heartbeat-ttl",
+            make_fault_that_changes_query("/heartbeat", desired_ttl_seconds="600"),
         ),
         FaultyControlPlane(
-            "heartbeat-ttl-zero", change_query("/heartbeat", desired_ttl_seconds=None)
+            "heartbeat-ttl-zero",
+            make_fault_that_changes_query("/heartbeat", desired_ttl_seconds=None),
         ),
         FaultyControlPlane("lease-first-heartbeat", refuse_repeated_first_heartbeats()),
         FaultyControlPlane(
             "lease-former-holder heartbeat-mismatch heartbeat-first-again heartbeat-malformed",
-            change_query("/heartbeat", expected_last_heartbeat=None),
+            make_fault_that_changes_query("/heartbeat", expected_last_heartbeat=None),
         ),
         FaultyControlPlane(
-            "lease-history heartbeat-read-back", rewrite_answers("", set_times_to_none)
+            "lease-history heartbeat-read-back",
+            make_fault_that_rewrites_answers("", set_time_fields_to_none),
         ),
-        FaultyControlPlane("lease-same-id", change_item_id_at_redelivery()),
+        FaultyControlPlane("lease-same-id", make_fault_that_changes_item_id_at_redelivery()),
         FaultyControlPlane(
-            "heartbeat-first", replace_answers("/heartbeat", lambda _: web.Response(status=412))
+            "heartbeat-first",
+            make_fault_that_replaces_answers("/heartbeat", lambda _: web.Response(status=412)),
         ),
         FaultyControlPlane(
             "heartbeat-next",
-            rewrite_answers("/heartbeat", lambda beat: {**beat, "last_heartbeat": "x"}),
+            make_fault_that_rewrites_answers(
+                "/heartbeat", lambda beat: {**beat, "last_heartbeat": "x"}
+            ),
         ),
         FaultyControlPlane(
             "heartbeat-unconditional",
-            replace_answers(
+            make_fault_that_replaces_answers(
                 "/heartbeat",
                 lambda request: (
                     None if "expected_last_heartbeat" in request.query else web.Response(status=400)
@@ -245,34 +270,36 @@ def make_faulty_control_planes() -> list[FaultyControlPlane]:
         ),
         FaultyControlPlane(
             "heartbeat-stopping stop-force stop-graceful stop-confirm stop-queued",
-            replace_answers("/stop", lambda _: empty({})),
+            make_fault_that_replaces_answers("/stop", lambda _: empty({})),
         ),
         FaultyControlPlane("stop-repeat", mixed=True),
         FaultyControlPlane(
             "stop-body",
-            replace_answers(
+            make_fault_that_replaces_answers(
                 "/stop", lambda r: None if r.can_read_body else web.Response(status=400)
             ),
         ),
         FaultyControlPlane("stop-final", deliver_stopped_items_again()),
         FaultyControlPlane(
             "update-merges update-stopped update-invalid get-item get-unknown stats-counts",
-            replace_answers("", refuse_item_reads_and_stats),
+            make_fault_that_replaces_answers("", refuse_item_reads_and_stats),
         ),
-        FaultyControlPlane("list-pages", change_query("/work", page=None)),
+        FaultyControlPlane("list-pages", make_fault_that_changes_query("/work", page=None)),
         FaultyControlPlane(
             "list-order",
-            rewrite_answers("/work", lambda page: {**page, "data": page["data"][::-1]}),
+            make_fault_that_rewrites_answers(
+                "/work", lambda page: {**page, "data": page["data"][::-1]}
+            ),
         ),
         FaultyControlPlane(
             "session-object events-list events-stream",
-            replace_answers(
+            make_fault_that_replaces_answers(
                 "", lambda r: web.Response(status=404) if "/sessions/" in r.path else None
             ),
         ),
         FaultyControlPlane(
             "item-secret",
-            rewrite_answers("/poll", lambda item: {**item, "secret": None}),
+            make_fault_that_rewrites_answers("/poll", lambda item: {**item, "secret": None}),
             dialect="anthropic",
         ),
     ]
@@ -294,7 +321,7 @@ async def test_clause_detects_fault_of_faulty_control_plane(
         now=lambda: START + (clock() - START) * faulty.speed,
         middlewares=[] if faulty.fault is None else [faulty.fault],
     ) as plane:
-        suite = suite_that_advances_clock(plane, http_session, clock, faulty.dialect)
+        suite = make_suite_that_advances_clock(plane, http_session, clock, faulty.dialect)
         if faulty.mixed:
             suite.api.base_url = plane.anthropic_base_url
         finding = await suite.check_clause(clause)

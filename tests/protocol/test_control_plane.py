@@ -155,13 +155,13 @@ async def test_error_about_port_in_use_names_port_and_remedy() -> None:
 
 async def test_middlewares_apply_to_every_response(http_session: aiohttp.ClientSession) -> None:
     @web.middleware
-    async def inject_fault(
+    async def replace_404_by_503(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         response = await handler(request)
         return web.Response(status=503) if response.status == 404 else response
 
-    async with ControlPlane(middlewares=[inject_fault]) as plane:
+    async with ControlPlane(middlewares=[replace_404_by_503]) as plane:
         api = ApiClient(plane, http_session, "qoder", token=plane.token)
         assert (await api("GET", api.base_path)).status == 503
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200

@@ -32,7 +32,7 @@ USES = {"agent.tool_use", "agent.custom_tool_use"}
 RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
-def answered_tool_use_id(event: StoredEvent) -> str:
+def get_id_of_answered_tool_use(event: StoredEvent) -> str:
     """Return the id of the tool use that this event answers, allows or denies."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
@@ -45,9 +45,9 @@ class ConversationStateMachine(RuleBasedStateMachine):
     def start_session(self, script: list[dict[str, Any]] | None) -> None:
         self.script = None if script is None else parse_script(script)
         self.conversation = Conversation(self.script)
-        self.advance_script()
+        self.emit_script_events_until_wait()
 
-    def advance_script(self) -> None:
+    def emit_script_events_until_wait(self) -> None:
         for _ in range(50):
             if (fields := self.conversation.next_server_event()) is None:
                 return
@@ -58,20 +58,20 @@ class ConversationStateMachine(RuleBasedStateMachine):
         event_id = f"evt_{len(self.conversation.events):03}"
         self.conversation.append_event(StoredEvent(event_id, "sess_1", {"id": event_id, **fields}))
 
-    def apply_events(self, *events: dict[str, Any]) -> bool:
+    def append_client_events_if_accepted(self, *events: dict[str, Any]) -> bool:
         try:
             self.conversation.check_client_events(events)
         except APIError:
             return False
         for fields in events:
             self.append_event(fields)
-        self.advance_script()
+        self.emit_script_events_until_wait()
         return True
 
     def tool_uses(self) -> list[StoredEvent]:
         return [event for event in self.conversation.events if event.type in USES]
 
-    def make_result(self, pick: int, *, custom: bool) -> dict[str, Any]:
+    def make_tool_result_event(self, pick: int, *, custom: bool) -> dict[str, Any]:
         uses = self.tool_uses()
         use_id = uses[pick % len(uses)].id if uses else "evt_none"
         if custom:
@@ -80,27 +80,31 @@ class ConversationStateMachine(RuleBasedStateMachine):
 
     @rule(picks=st.lists(st.integers(0, 9), min_size=1, max_size=2), custom=st.booleans())
     def send_answer(self, picks: list[int], *, custom: bool) -> None:
-        self.apply_events(*[self.make_result(pick, custom=custom) for pick in picks])
+        self.append_client_events_if_accepted(
+            *[self.make_tool_result_event(pick, custom=custom) for pick in picks]
+        )
 
     @rule(pick=st.integers(0, 9), verdict=st.sampled_from(["allow", "deny"]), at_once=st.booleans())
     def send_confirmation(self, pick: int, verdict: str, *, at_once: bool) -> None:
-        use_id = self.make_result(pick, custom=False)["tool_use_id"]
+        use_id = self.make_tool_result_event(pick, custom=False)["tool_use_id"]
         said = [{"type": "user.tool_confirmation", "tool_use_id": use_id, "result": verdict}]
         if at_once:
-            said.append(self.make_result(pick, custom=False))
-        self.apply_events(*said)
+            said.append(self.make_tool_result_event(pick, custom=False))
+        self.append_client_events_if_accepted(*said)
 
     @rule(first=st.booleans())
     def send_message(self, *, first: bool) -> None:
         message = {"type": "user.message", "content": []}
-        self.apply_events(message, {"type": "user.interrupt"}) if first else self.apply_events(
-            message
-        )
+        self.append_client_events_if_accepted(
+            message, {"type": "user.interrupt"}
+        ) if first else self.append_client_events_if_accepted(message)
 
     @rule(more=st.booleans())
     def send_interrupt(self, *, more: bool) -> None:
         said = ({"type": "user.interrupt"}, {"type": "user.message", "content": []})
-        self.apply_events(*said) if more else self.apply_events(said[0])
+        self.append_client_events_if_accepted(
+            *said
+        ) if more else self.append_client_events_if_accepted(said[0])
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
     def emit_tool_use(self, permission: str, *, custom: bool) -> None:
@@ -113,12 +117,12 @@ class ConversationStateMachine(RuleBasedStateMachine):
             assert self.script is not None
             return
         self.append_event(event)
-        self.advance_script()
+        self.emit_script_events_until_wait()
 
     @invariant()
     def every_tool_use_is_answered_at_most_once(self) -> None:
         answers = [
-            answered_tool_use_id(event)
+            get_id_of_answered_tool_use(event)
             for event in self.conversation.events
             if event.type in RESULTS
         ]
@@ -131,7 +135,7 @@ class ConversationStateMachine(RuleBasedStateMachine):
             uses = self.tool_uses()
             assert len(uses) <= len(self.script)
             answers = {
-                answered_tool_use_id(event)
+                get_id_of_answered_tool_use(event)
                 for event in self.conversation.events
                 if event.type in RESULTS
             }
@@ -140,12 +144,12 @@ class ConversationStateMachine(RuleBasedStateMachine):
     @invariant()
     def idle_event_lists_waiting_tool_uses(self) -> None:
         answers = {
-            answered_tool_use_id(event)
+            get_id_of_answered_tool_use(event)
             for event in self.conversation.events
             if event.type in RESULTS
         }
         allowed = {
-            answered_tool_use_id(event)
+            get_id_of_answered_tool_use(event)
             for event in self.conversation.events
             if event.type == "user.tool_confirmation" and event.value["result"] == "allow"
         }
@@ -175,14 +179,16 @@ class ConversationStateMachine(RuleBasedStateMachine):
         """Answer every tool use of the script, and check that the script then ends."""
         if getattr(self, "script", None) is None:
             return
-        self.apply_events({"type": "user.message", "content": []})
+        self.append_client_events_if_accepted({"type": "user.message", "content": []})
         for _ in range(len(self.script or ())):
             use = self.tool_uses()[-1]
-            self.apply_events(
+            self.append_client_events_if_accepted(
                 {"type": "user.tool_confirmation", "tool_use_id": use.id, "result": "allow"}
             )
             at = len(self.tool_uses()) - 1
-            self.apply_events(self.make_result(at, custom=use.type == "agent.custom_tool_use"))
+            self.append_client_events_if_accepted(
+                self.make_tool_result_event(at, custom=use.type == "agent.custom_tool_use")
+            )
         assert self.conversation.events[-1].value.get("stop_reason") == {"type": "end_turn"}
         assert len(self.tool_uses()) == len(self.script or ())
 
@@ -193,7 +199,7 @@ ConversationStateMachine.TestCase.settings = settings(
 TestConversation = ConversationStateMachine.TestCase
 
 
-class ScriptAnsweringClient:
+class ToolUseAnsweringClient:
     """A client that answers the tool uses of a scripted session and records all events."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
@@ -252,10 +258,12 @@ async def test_control_plane_killed_during_conversation_keeps_events_of_answered
 ) -> None:
     async with aiohttp.ClientSession() as http:
         async with start_server(tmp_path / "work.db") as (process, port):
-            clients = [ScriptAnsweringClient(http, port) for _ in range(4)]
+            clients = [ToolUseAnsweringClient(http, port) for _ in range(4)]
             enough = asyncio.Event()
 
-            async def run_client(client: ScriptAnsweringClient) -> None:
+            async def answer_tool_uses_until_server_is_killed(
+                client: ToolUseAnsweringClient,
+            ) -> None:
                 await client.start_session()
                 try:
                     while True:
@@ -267,12 +275,12 @@ async def test_control_plane_killed_during_conversation_keeps_events_of_answered
 
             async with asyncio.TaskGroup() as group:
                 for client in clients:
-                    group.create_task(run_client(client))
+                    group.create_task(answer_tool_uses_until_server_is_killed(client))
                 await enough.wait()
                 process.send_signal(signal.SIGKILL)
         async with start_server(tmp_path / "work.db") as (_, port):
             for client in clients:
-                again = ScriptAnsweringClient(http, port)
+                again = ToolUseAnsweringClient(http, port)
                 again.session_id = client.session_id
                 events = {event["id"]: event for event in await again.read_history()}
                 assert client.known.items() <= events.items()
@@ -291,7 +299,7 @@ async def test_control_plane_killed_during_conversation_keeps_events_of_answered
                 assert len(await again.read_history()) > before
 
 
-class EventsWithReadCounter(list[StoredEvent]):
+class EventListWithReadCounter(list[StoredEvent]):
     """A list of events that counts how often an element is read."""
 
     reads = 0
@@ -329,7 +337,7 @@ def test_page_filtered_by_rare_event_type_reads_few_events(
         if event.type in types and after < event.id and (before is None or event.id < before)
     ]
     nearest = wanted[-4:] if newest_first or before is not None else wanted[:4]
-    counted = conversation.events = EventsWithReadCounter(conversation.events)
+    counted = conversation.events = EventListWithReadCounter(conversation.events)
     found = conversation.list_events(
         4,
         after=after,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("allow_polls_of_one_minute")
 
 
-class BlockingStore(MemoryStore):
+class StoreWithBlockedCommits(MemoryStore):
     """A store whose commits wait until the test lets them continue."""
 
     def __init__(self) -> None:
@@ -38,18 +38,20 @@ class BlockingStore(MemoryStore):
 
 
 @pytest.fixture
-def blocking_store() -> BlockingStore:
-    return BlockingStore()
+def store_with_blocked_commits() -> StoreWithBlockedCommits:
+    return StoreWithBlockedCommits()
 
 
 @pytest.fixture
-async def blocked_api(
-    blocking_store: BlockingStore, http_session: aiohttp.ClientSession
+async def api_with_blocked_commits(
+    store_with_blocked_commits: StoreWithBlockedCommits, http_session: aiohttp.ClientSession
 ) -> AsyncIterator[ApiClient]:
-    plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=blocking_store)
+    plane = ControlPlane(
+        environments=(ENV,), tokens={TOKEN: None}, store=store_with_blocked_commits
+    )
     async with plane:
         yield ApiClient(plane, http_session, "qoder")
-        blocking_store.may_store.set()
+        store_with_blocked_commits.may_store.set()
 
 
 async def send_poll(api: ApiClient, query: str = "block_ms=60000") -> socket.socket:
@@ -64,7 +66,7 @@ async def send_poll(api: ApiClient, query: str = "block_ms=60000") -> socket.soc
     return connection
 
 
-def history_kinds(api: ApiClient) -> list[str]:
+def list_history_record_kinds(api: ApiClient) -> list[str]:
     return [record.kind for record in api.plane.history]
 
 
@@ -75,7 +77,7 @@ async def test_client_disconnected_during_wait_receives_no_item(api: ApiClient) 
     connection.close()
     await wait_until(lambda: len(waiting) == 0)
     api.plane.enqueue()
-    assert history_kinds(api) == ["created"]
+    assert list_history_record_kinds(api) == ["created"]
     assert (await api.claim_item())["id"]
 
 
@@ -90,7 +92,7 @@ async def test_client_that_disconnects_in_same_loop_iteration_as_enqueue_receive
     api.plane.enqueue()
     await wait_until(lambda: len(waiting) == 0)
     assert (await api.claim_item())["id"]
-    assert history_kinds(api) == ["created", "delivered"]
+    assert list_history_record_kinds(api) == ["created", "delivered"]
 
 
 async def test_item_for_disconnected_client_goes_to_next_waiting_poll(api: ApiClient) -> None:
@@ -103,7 +105,7 @@ async def test_item_for_disconnected_client_goes_to_next_waiting_poll(api: ApiCl
         connection.close()
         (item,) = api.plane.enqueue()
     assert poll.result().body["id"] == item.id
-    assert history_kinds(api) == ["created", "delivered"]
+    assert list_history_record_kinds(api) == ["created", "delivered"]
 
 
 async def test_client_that_disconnects_after_sending_poll_receives_no_item(api: ApiClient) -> None:
@@ -111,64 +113,69 @@ async def test_client_that_disconnects_after_sending_poll_receives_no_item(api: 
     for _ in range(20):
         (await send_poll(api, "")).close()
     assert (await api.claim_item())["id"]
-    assert history_kinds(api) == ["created", "delivered"]
+    assert list_history_record_kinds(api) == ["created", "delivered"]
 
 
 async def test_delivery_is_withdrawn_if_client_disconnects_while_delivery_is_stored(
-    blocked_api: ApiClient, blocking_store: BlockingStore
+    api_with_blocked_commits: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
-    (item,) = blocked_api.plane.enqueue()
-    connection = await send_poll(blocked_api)
-    await wait_until(lambda: blocking_store.waiting == 1)
-    assert history_kinds(blocked_api) == ["created", "delivered"]
+    (item,) = api_with_blocked_commits.plane.enqueue()
+    connection = await send_poll(api_with_blocked_commits)
+    await wait_until(lambda: store_with_blocked_commits.waiting == 1)
+    assert list_history_record_kinds(api_with_blocked_commits) == ["created", "delivered"]
     connection.close()
-    await wait_until(lambda: blocking_store.waiting == 0)
-    await wait_until(lambda: history_kinds(blocked_api) == ["created", "delivered", "withdrawn"])
-    blocking_store.may_store.set()
-    assert (await blocked_api.claim_item(worker="b"))["id"] == item.id
-    assert (await blocked_api.ack(item.id, worker="b")).status == 200
+    await wait_until(lambda: store_with_blocked_commits.waiting == 0)
+    await wait_until(
+        lambda: (
+            list_history_record_kinds(api_with_blocked_commits)
+            == ["created", "delivered", "withdrawn"]
+        )
+    )
+    store_with_blocked_commits.may_store.set()
+    assert (await api_with_blocked_commits.claim_item(worker="b"))["id"] == item.id
+    assert (await api_with_blocked_commits.ack(item.id, worker="b")).status == 200
 
 
 async def test_delivery_is_withdrawn_if_client_disconnects_in_same_loop_iteration_as_commit(
-    blocked_api: ApiClient, blocking_store: BlockingStore
+    api_with_blocked_commits: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
-    blocked_api.plane.enqueue()
-    connection = await send_poll(blocked_api)
-    await wait_until(lambda: blocking_store.waiting == 1)
+    api_with_blocked_commits.plane.enqueue()
+    connection = await send_poll(api_with_blocked_commits)
+    await wait_until(lambda: store_with_blocked_commits.waiting == 1)
     connection.close()
-    blocking_store.may_store.set()
-    await wait_until(lambda: history_kinds(blocked_api)[-1] == "withdrawn")
-    assert (await blocked_api.claim_item())["id"]
+    store_with_blocked_commits.may_store.set()
+    await wait_until(lambda: list_history_record_kinds(api_with_blocked_commits)[-1] == "withdrawn")
+    assert (await api_with_blocked_commits.claim_item())["id"]
 
 
 async def test_withdrawn_delivery_wakes_next_poll(
-    blocked_api: ApiClient, blocking_store: BlockingStore
+    api_with_blocked_commits: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
-    waiting = blocked_api.plane.operations.get_queue(ENV).waiting
-    (item,) = blocked_api.plane.enqueue()
-    connection = await send_poll(blocked_api)
-    await wait_until(lambda: blocking_store.waiting == 1)
+    waiting = api_with_blocked_commits.plane.operations.get_queue(ENV).waiting
+    (item,) = api_with_blocked_commits.plane.enqueue()
+    connection = await send_poll(api_with_blocked_commits)
+    await wait_until(lambda: store_with_blocked_commits.waiting == 1)
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(blocked_api.poll(params={"block_ms": "60000"}))
+        poll = group.create_task(api_with_blocked_commits.poll(params={"block_ms": "60000"}))
         await wait_until(lambda: len(waiting) == 1)
         connection.close()
         await wait_until(lambda: len(waiting) == 0)
-        blocking_store.may_store.set()
+        store_with_blocked_commits.may_store.set()
     assert poll.result().body["id"] == item.id
 
 
 async def test_delivery_of_item_acknowledged_meanwhile_is_not_withdrawn(
-    blocked_api: ApiClient, blocking_store: BlockingStore
+    api_with_blocked_commits: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
-    (item,) = blocked_api.plane.enqueue()
-    connection = await send_poll(blocked_api)
-    await wait_until(lambda: blocking_store.waiting == 1)
-    blocked_api.plane.operations.ack_item(ENV, item.id, "ghost")
+    (item,) = api_with_blocked_commits.plane.enqueue()
+    connection = await send_poll(api_with_blocked_commits)
+    await wait_until(lambda: store_with_blocked_commits.waiting == 1)
+    api_with_blocked_commits.plane.operations.ack_item(ENV, item.id, "ghost")
     connection.close()
-    await wait_until(lambda: blocking_store.waiting == 0)
-    blocking_store.may_store.set()
-    assert await blocked_api.item_state(item.id) == "starting"
-    assert "withdrawn" not in history_kinds(blocked_api)
+    await wait_until(lambda: store_with_blocked_commits.waiting == 0)
+    store_with_blocked_commits.may_store.set()
+    assert await api_with_blocked_commits.item_state(item.id) == "starting"
+    assert "withdrawn" not in list_history_record_kinds(api_with_blocked_commits)
 
 
 async def test_closing_control_plane_answers_waiting_polls(

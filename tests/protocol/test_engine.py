@@ -29,7 +29,7 @@ SCRIPT = [{"name": "bash", "input": {"command": "true"}}]
 WAIT_SECONDS = 40
 
 
-def client_is_disconnected() -> bool:
+def client_is_never_disconnected() -> bool:
     return False
 
 
@@ -59,7 +59,7 @@ async def open_engine(
 
 
 async def claim_item(engine: Engine, worker: str = "a", **poll: Any) -> Item:
-    item = await engine.long_poll(ENV, Poll(worker, **poll), client_is_disconnected)
+    item = await engine.long_poll(ENV, Poll(worker, **poll), client_is_never_disconnected)
     assert item is not None
     return item
 
@@ -72,7 +72,7 @@ async def create_active_item(engine: Engine, worker: str = "a") -> Item:
     return await engine.heartbeat(ENV, item.id, "NO_HEARTBEAT", 30, worker)
 
 
-async def status_of_refused_call(call: Any) -> int:
+async def get_error_status_of_call(call: Any) -> int:
     with pytest.raises(APIError) as caught:
         await call
     return caught.value.status
@@ -85,7 +85,7 @@ async def test_item_goes_through_every_state_from_creation_to_stop(
     assert created.state == "queued"
     delivered = await claim_item(engine)
     assert (delivered.id, delivered.holder, delivered.metadata) == (created.id, "a", {"k": "v\0"})
-    assert await engine.long_poll(ENV, Poll("b"), client_is_disconnected) is None
+    assert await engine.long_poll(ENV, Poll("b"), client_is_never_disconnected) is None
     clock.advance(1)
     acked = await engine.ack_item(ENV, created.id, "a")
     assert (acked.state, acked.holder) == ("starting", "a")
@@ -108,7 +108,7 @@ async def test_item_goes_through_every_state_from_creation_to_stop(
 async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
     item = await create_active_item(engine)
     await engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")
-    assert await status_of_refused_call(engine.ack_item(ENV, item.id, "b")) == 409
+    assert await get_error_status_of_call(engine.ack_item(ENV, item.id, "b")) == 409
     await engine.stop_item(ENV, item.id, "a", force=True)
     records = await engine.read_history()
     assert [record.kind for record in records] == [
@@ -158,14 +158,14 @@ async def test_heartbeat_has_same_result_as_state_machine(
     except APIError as error:
         wanted = error.status
     call = engine.heartbeat(ENV, item.id, expected, 45, "a", compare_on_stop=compare_on_stop)
-    found = await status_of_refused_call(call) if isinstance(wanted, int) else await call
+    found = await get_error_status_of_call(call) if isinstance(wanted, int) else await call
     assert found == wanted
 
 
 async def test_items_are_delivered_oldest_first(engine: Engine) -> None:
     items = [*await engine.enqueue(ENV, count=3), *await engine.enqueue(ENV, count=2)]
     assert [(await claim_item(engine)).id for _ in items] == [item.id for item in items]
-    assert await engine.long_poll(ENV, Poll("a"), client_is_disconnected) is None
+    assert await engine.long_poll(ENV, Poll("a"), client_is_never_disconnected) is None
 
 
 async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: MovableClock) -> None:
@@ -174,7 +174,9 @@ async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: Movabl
     clock.advance(30)
     assert (await engine.get_item(ENV, item.id)).state == "queued"
     assert (
-        await status_of_refused_call(engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a"))
+        await get_error_status_of_call(
+            engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")
+        )
         == 409
     )
     assert (await claim_item(engine, "b")).id == item.id
@@ -201,9 +203,9 @@ async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
     (item,) = await engine.enqueue(ENV)
     await claim_item(engine, "a")
     clock.advance(2)
-    assert await engine.long_poll(ENV, Poll("b", 0, 3000), client_is_disconnected) is None
+    assert await engine.long_poll(ENV, Poll("b", 0, 3000), client_is_never_disconnected) is None
     assert (await claim_item(engine, "b", reclaim_older_than_ms=2000)).holder == "b"
-    assert await status_of_refused_call(engine.ack_item(ENV, item.id, "a")) == 409
+    assert await get_error_status_of_call(engine.ack_item(ENV, item.id, "a")) == 409
 
 
 async def test_poll_of_disconnected_client_leaves_item_in_queue(engine: Engine) -> None:
@@ -217,7 +219,9 @@ async def test_poll_of_disconnected_client_leaves_item_in_queue(engine: Engine) 
 async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
     async with asyncio.TaskGroup() as group:
         polls = [
-            group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_is_disconnected))
+            group.create_task(
+                engine.long_poll(ENV, Poll("a", 999_000), client_is_never_disconnected)
+            )
             for _ in "ab"
         ]
         # Let the polls wait for an item. The test also passes if they start after the enqueue.
@@ -229,7 +233,9 @@ async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
 async def test_end_waits_call_ends_waiting_polls_and_streams(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     async with asyncio.TaskGroup() as group:
-        poll = group.create_task(engine.long_poll(ENV, Poll("a", 999_000), client_is_disconnected))
+        poll = group.create_task(
+            engine.long_poll(ENV, Poll("a", 999_000), client_is_never_disconnected)
+        )
         stream = group.create_task(engine.wait_for_events(item.session_id, 0, 999.0))
         # Let both calls wait. The test also passes if they start after `end_waits`.
         await asyncio.sleep(0.05)
@@ -241,12 +247,12 @@ async def test_end_waits_call_ends_waiting_polls_and_streams(engine: Engine) -> 
 @pytest.mark.parametrize("name", ["ack_item", "heartbeat", "stop_item", "get_item"])
 @pytest.mark.parametrize("work_id", ["work_" + 32 * "0", "\0", "\udc80", 200 * "x"])
 async def test_call_for_unknown_item_is_404(engine: Engine, name: str, work_id: str) -> None:
-    assert await status_of_refused_call(getattr(engine, name)(ENV, work_id)) == 404
+    assert await get_error_status_of_call(getattr(engine, name)(ENV, work_id)) == 404
 
 
 async def test_item_read_through_other_environment_is_404(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
-    assert await status_of_refused_call(engine.get_item(ENV, item.id)) == 404
+    assert await get_error_status_of_call(engine.get_item(ENV, item.id)) == 404
 
 
 async def test_concurrent_stops_and_updates_are_all_applied(engine: Engine) -> None:
@@ -263,12 +269,14 @@ async def test_concurrent_stops_and_updates_are_all_applied(engine: Engine) -> N
 async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
     items = await engine.enqueue(ENV, count=20)
     found = await asyncio.gather(
-        *(engine.long_poll(ENV, Poll("a"), client_is_disconnected) for _ in range(25))
+        *(engine.long_poll(ENV, Poll("a"), client_is_never_disconnected) for _ in range(25))
     )
     # Two concurrent polls can choose the same item, and only one poll receives it. The other poll
     # may return None although items are left, so the remaining items are polled below.
     ids = [item.id for item in found if item is not None]
-    while (item := await engine.long_poll(ENV, Poll("a"), client_is_disconnected)) is not None:
+    while (
+        item := await engine.long_poll(ENV, Poll("a"), client_is_never_disconnected)
+    ) is not None:
         ids.append(item.id)
     assert sorted(ids) == [item.id for item in items]
 
@@ -316,9 +324,9 @@ async def test_item_search_filters_and_orders_items(engine: Engine) -> None:
 
 
 async def test_environments_are_created_and_listed(engine: Engine) -> None:
-    assert await status_of_refused_call(engine.check_environment("env_unknown")) == 404
-    assert await status_of_refused_call(engine.check_environment("\0")) == 404
-    assert await status_of_refused_call(engine.check_environment(CLOUD)) == 400
+    assert await get_error_status_of_call(engine.check_environment("env_unknown")) == 404
+    assert await get_error_status_of_call(engine.check_environment("\0")) == 404
+    assert await get_error_status_of_call(engine.check_environment(CLOUD)) == 400
     created = await engine.create_environment(NewEnvironment("a\0b", None, {"k": "v"}))
     await engine.check_environment(created.id)
     assert await engine.get_environment(created.id) == created
@@ -329,7 +337,7 @@ async def test_environments_are_created_and_listed(engine: Engine) -> None:
     assert page.has_more
 
 
-def new_session(**fields: Any) -> NewSession:
+def make_new_session(**fields: Any) -> NewSession:
     values: dict[str, Any] = {
         "environment_id": ENV,
         "agent": {"id": "agent_1"},
@@ -343,7 +351,7 @@ def new_session(**fields: Any) -> NewSession:
 
 async def test_session_is_created_read_and_archived(engine: Engine) -> None:
     created = await engine.create_session(
-        new_session(title="t\0", metadata={"k": "v"}, initial_events=[MESSAGE])
+        make_new_session(title="t\0", metadata={"k": "v"}, initial_events=[MESSAGE])
     )
     assert await engine.get_session(created.id) == created
     page = await engine.list_events(created.id, FIRST_PAGE, EVERY_EVENT)
@@ -354,14 +362,14 @@ async def test_session_is_created_read_and_archived(engine: Engine) -> None:
     assert (await engine.get_item(ENV, created.item.id)).state == "stopped"
     assert (await engine.queue_stats(ENV)).stopped == 1
     assert await engine.archive_session(created.id) == archived
-    assert await status_of_refused_call(engine.send_events(created.id, [MESSAGE])) == 409
+    assert await get_error_status_of_call(engine.send_events(created.id, [MESSAGE])) == 409
 
 
 @pytest.mark.parametrize("session_id", ["sess_" + 32 * "0", "", "\0"])
 async def test_unknown_session_is_not_found(engine: Engine, session_id: str) -> None:
-    assert await status_of_refused_call(engine.get_session(session_id)) == 404
-    assert await status_of_refused_call(engine.send_events(session_id, [MESSAGE])) == 404
-    assert await status_of_refused_call(engine.archive_session(session_id)) == 404
+    assert await get_error_status_of_call(engine.get_session(session_id)) == 404
+    assert await get_error_status_of_call(engine.send_events(session_id, [MESSAGE])) == 404
+    assert await get_error_status_of_call(engine.archive_session(session_id)) == 404
 
 
 async def test_scripted_session_continues_after_each_result(engine: Engine) -> None:
@@ -370,7 +378,7 @@ async def test_scripted_session_continues_after_each_result(engine: Engine) -> N
     (use,) = [event for event in page.items if event.type == "agent.tool_use"]
     result = {"type": "user.tool_result", "tool_use_id": use.id}
     assert len(await engine.send_events(item.session_id, [result])) == 1
-    assert await status_of_refused_call(engine.send_events(item.session_id, [result])) == 409
+    assert await get_error_status_of_call(engine.send_events(item.session_id, [result])) == 409
     types = [
         event.type
         for event in (await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)).items
@@ -431,7 +439,7 @@ async def test_message_to_session_with_stopped_item_creates_item(engine: Engine)
 
 async def test_session_list_is_filtered_and_ordered(engine: Engine) -> None:
     first, second, third = [
-        await engine.create_session(new_session(agent={"id": f"agent_{number}"}))
+        await engine.create_session(make_new_session(agent={"id": f"agent_{number}"}))
         for number in range(3)
     ]
     await engine.archive_session(second.id)

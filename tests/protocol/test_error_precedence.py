@@ -45,24 +45,24 @@ BAD_REQUEST = {
 async def test_error_statuses_have_documented_precedence(api: ApiClient, call: str) -> None:
     method, suffix = CALLS[call]
 
-    async def status_of_bad_request(token: str | None, environment: str) -> int:
+    async def send_bad_request_and_get_status(token: str | None, environment: str) -> int:
         api.token = token
         url = api.work_url(suffix.format(id=UNKNOWN_ITEM), environment)
         answer = await api(method, url, **BAD_REQUEST)
         assert answer.error["type"]
         return answer.status
 
-    assert await status_of_bad_request(None, UNKNOWN_ENV) == 401
-    assert await status_of_bad_request("wrong", CLOUD) == 401
-    assert await status_of_bad_request(LIMITED, UNKNOWN_ENV) == 403
-    assert await status_of_bad_request(LIMITED, OTHER) == 403
-    assert await status_of_bad_request(LIMITED, CLOUD) == 403
-    assert await status_of_bad_request(TOKEN, UNKNOWN_ENV) == 404
-    assert await status_of_bad_request(TOKEN, CLOUD) == 400
+    assert await send_bad_request_and_get_status(None, UNKNOWN_ENV) == 401
+    assert await send_bad_request_and_get_status("wrong", CLOUD) == 401
+    assert await send_bad_request_and_get_status(LIMITED, UNKNOWN_ENV) == 403
+    assert await send_bad_request_and_get_status(LIMITED, OTHER) == 403
+    assert await send_bad_request_and_get_status(LIMITED, CLOUD) == 403
+    assert await send_bad_request_and_get_status(TOKEN, UNKNOWN_ENV) == 404
+    assert await send_bad_request_and_get_status(TOKEN, CLOUD) == 400
     expected = {"get": 404, "stats": 200}.get(call, 404 if call in ON_ITEMS else 400)
     if expected != 200:
-        assert await status_of_bad_request(TOKEN, ENV) == expected
-        assert await status_of_bad_request(LIMITED, ENV) == expected
+        assert await send_bad_request_and_get_status(TOKEN, ENV) == expected
+        assert await send_bad_request_and_get_status(LIMITED, ENV) == expected
 
 
 @pytest.mark.parametrize("call", ["ack", "heartbeat", "stop", "update"])

@@ -41,7 +41,7 @@ async def event_history(api: ApiClient, session_id: str) -> list[dict[str, Any]]
     return events
 
 
-async def event_types(api: ApiClient, session_id: str) -> list[str]:
+async def list_event_types(api: ApiClient, session_id: str) -> list[str]:
     return [event["type"] for event in await event_history(api, session_id)]
 
 
@@ -136,7 +136,7 @@ async def test_scripted_session_emits_events_from_first_to_last(api: ApiClient) 
 
 
 async def test_empty_script_ends_turn_at_once(api: ApiClient) -> None:
-    assert await event_types(api, create_scripted_session(api)) == [
+    assert await list_event_types(api, create_scripted_session(api)) == [
         "user.message",
         "session.status_running",
         "agent.message",
@@ -149,8 +149,8 @@ async def test_each_session_of_one_enqueue_runs_script_separately(api: ApiClient
     await send_events(
         api, first, tool_result(await last_event_of_type(api, first, "agent.tool_use"))
     )
-    assert (await event_types(api, first))[-1] == "session.status_idle"
-    assert (await event_types(api, second))[-1] == "agent.tool_use"
+    assert (await list_event_types(api, first))[-1] == "session.status_idle"
+    assert (await list_event_types(api, second))[-1] == "agent.tool_use"
 
 
 async def test_script_waits_for_result_of_custom_tool_use(api: ApiClient) -> None:
@@ -163,7 +163,7 @@ async def test_script_waits_for_result_of_custom_tool_use(api: ApiClient) -> Non
     wrong = {"type": "user.tool_result", "tool_use_id": use["id"]}
     assert (await send_events(api, session_id, wrong)).status == 400
     assert (await send_events(api, session_id, tool_result(use))).status == 200
-    assert (await event_types(api, session_id))[4:] == [
+    assert (await list_event_types(api, session_id))[4:] == [
         "user.custom_tool_result",
         "session.status_running",
         "agent.tool_use",
@@ -183,9 +183,12 @@ async def test_script_waits_for_confirmation_of_tool_use_with_permission_ask(
     assert (await send_events(api, session_id, allow)).status == 200
     again = await send_events(api, session_id, allow)
     assert (again.status, again.error["type"]) == (409, "conflict_error")
-    assert (await event_types(api, session_id))[-1] == "session.status_running"
+    assert (await list_event_types(api, session_id))[-1] == "session.status_running"
     assert (await send_events(api, session_id, tool_result(use))).status == 200
-    assert (await event_types(api, session_id))[-2:] == ["agent.message", "session.status_idle"]
+    assert (await list_event_types(api, session_id))[-2:] == [
+        "agent.message",
+        "session.status_idle",
+    ]
 
 
 @pytest.mark.parametrize("verdicts", [("allow", "deny"), ("deny", "allow"), ("allow", "allow")])
@@ -251,16 +254,19 @@ async def test_interrupt_ends_turn_and_message_continues_script(api: ApiClient) 
     assert events[-1]["stop_reason"] == {"type": "end_turn"}
     assert (await send_events(api, session_id, tool_result(use))).status == 409
     assert (await send_events(api, session_id, {"type": "user.interrupt"})).status == 200
-    assert (await event_types(api, session_id))[-1] == "user.interrupt"
+    assert (await list_event_types(api, session_id))[-1] == "user.interrupt"
     await send_events(api, session_id, {"type": "user.message", "content": TEXT})
-    assert (await event_types(api, session_id))[-2:] == ["session.status_running", "agent.tool_use"]
+    assert (await list_event_types(api, session_id))[-2:] == [
+        "session.status_running",
+        "agent.tool_use",
+    ]
 
 
 async def test_interrupt_with_message_begins_new_turn(api: ApiClient) -> None:
     session_id = create_scripted_session(api, {**BASH, "permission": "ask"}, BASH)
     message = {"type": "user.message", "content": TEXT}
     assert (await send_events(api, session_id, {"type": "user.interrupt"}, message)).status == 200
-    assert (await event_types(api, session_id))[4:] == [
+    assert (await list_event_types(api, session_id))[4:] == [
         "user.interrupt",
         "user.message",
         "agent.tool_result",
@@ -273,7 +279,7 @@ async def test_interrupt_with_message_begins_new_turn(api: ApiClient) -> None:
 async def test_message_after_end_of_script_is_answered(api: ApiClient) -> None:
     session_id = create_scripted_session(api)
     await send_events(api, session_id, {"type": "user.message", "content": TEXT})
-    assert (await event_types(api, session_id))[4:] == [
+    assert (await list_event_types(api, session_id))[4:] == [
         "user.message",
         "session.status_running",
         "agent.message",
@@ -456,7 +462,7 @@ async def list_event_texts(api: ApiClient, session_id: str, *params: tuple[str, 
 
 
 @pytest.fixture
-def session_with_five_events(api: ApiClient, clock: MovableClock) -> str:
+def id_of_session_with_five_events(api: ApiClient, clock: MovableClock) -> str:
     """Return the id of a session with five events, whose texts are "0" to "4".
 
     Their times are one second apart.
@@ -471,16 +477,16 @@ def session_with_five_events(api: ApiClient, clock: MovableClock) -> str:
 
 
 async def test_events_in_descending_order_are_listed_newest_first(
-    api: ApiClient, session_with_five_events: str
+    api: ApiClient, id_of_session_with_five_events: str
 ) -> None:
-    assert await list_event_texts(api, session_with_five_events, ("order", "desc")) == [
+    assert await list_event_texts(api, id_of_session_with_five_events, ("order", "desc")) == [
         "4",
         "3",
         "2",
         "1",
         "0",
     ]
-    assert await list_event_texts(api, session_with_five_events, ("order", "asc")) == [
+    assert await list_event_texts(api, id_of_session_with_five_events, ("order", "asc")) == [
         "0",
         "1",
         "2",
@@ -491,19 +497,27 @@ async def test_events_in_descending_order_are_listed_newest_first(
 
 @pytest.mark.parametrize("name", ["types", "types[]"])
 async def test_events_are_filtered_by_type(
-    api: ApiClient, session_with_five_events: str, name: str
+    api: ApiClient, id_of_session_with_five_events: str, name: str
 ) -> None:
-    assert await list_event_texts(api, session_with_five_events, (name, "agent.message")) == [
+    assert await list_event_texts(api, id_of_session_with_five_events, (name, "agent.message")) == [
         "0",
         "2",
         "4",
     ]
     assert await list_event_texts(
-        api, session_with_five_events, (name, "agent.message"), ("order", "desc")
+        api, id_of_session_with_five_events, (name, "agent.message"), ("order", "desc")
     ) == ["4", "2", "0"]
     both = [(name, "agent.message"), (name, "agent.thinking")]
-    assert await list_event_texts(api, session_with_five_events, *both) == ["0", "1", "2", "3", "4"]
-    assert await list_event_texts(api, session_with_five_events, (name, "agent.unknown")) == []
+    assert await list_event_texts(api, id_of_session_with_five_events, *both) == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
+    assert (
+        await list_event_texts(api, id_of_session_with_five_events, (name, "agent.unknown")) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -522,7 +536,7 @@ async def test_events_are_filtered_by_type(
 @pytest.mark.parametrize("order", ["asc", "desc"])
 async def test_events_are_filtered_by_time(
     api: ApiClient,
-    session_with_five_events: str,
+    id_of_session_with_five_events: str,
     bounds: dict[str, str],
     texts: list[str],
     order: str,
@@ -530,16 +544,17 @@ async def test_events_are_filtered_by_time(
     params = [(f"created_at[{name}]", value) for name, value in bounds.items()]
     expected = texts if order == "asc" else texts[::-1]
     assert (
-        await list_event_texts(api, session_with_five_events, *params, ("order", order)) == expected
+        await list_event_texts(api, id_of_session_with_five_events, *params, ("order", order))
+        == expected
     )
 
 
 async def test_before_id_with_filter_returns_nearest_events_in_ascending_order(
-    api: ApiClient, session_with_five_events: str
+    api: ApiClient, id_of_session_with_five_events: str
 ) -> None:
-    last_id = (await event_history(api, session_with_five_events))[-1]["id"]
+    last_id = (await event_history(api, id_of_session_with_five_events))[-1]["id"]
     params = {"before_id": last_id, "types": "agent.message", "limit": "1"}
-    answer = await api("GET", events_path(api, session_with_five_events), params=params)
+    answer = await api("GET", events_path(api, id_of_session_with_five_events), params=params)
     assert [event["content"][0]["text"] for event in answer.body["data"]] == ["2"]
     assert answer.body["has_more"] is True
 
@@ -563,12 +578,12 @@ async def test_malformed_event_filter_is_400_and_names_parameter(
 
 
 async def test_after_id_in_descending_order_is_400(
-    api: ApiClient, session_with_five_events: str
+    api: ApiClient, id_of_session_with_five_events: str
 ) -> None:
-    first_id = (await event_history(api, session_with_five_events))[0]["id"]
+    first_id = (await event_history(api, id_of_session_with_five_events))[0]["id"]
     params = {"after_id": first_id, "order": "desc"}
     assert (
-        await api("GET", events_path(api, session_with_five_events), params=params)
+        await api("GET", events_path(api, id_of_session_with_five_events), params=params)
     ).status == 400
 
 
@@ -597,7 +612,7 @@ async def test_idle_event_lists_tool_use_that_still_needs_a_result(
     assert idle["stop_reason"] == {"type": "requires_action", "event_ids": [two["id"]]}
     allow = {"type": "user.tool_confirmation", "tool_use_id": two["id"], "result": "allow"}
     await send_events(api, item.session_id, allow, tool_result(dict(two)))
-    assert (await event_types(api, item.session_id))[-3:] == [
+    assert (await list_event_types(api, item.session_id))[-3:] == [
         "user.tool_confirmation",
         "user.tool_result",
         "session.status_running",

@@ -110,7 +110,7 @@ async def test_stats_count_running_and_stopped_items(
     assert (stats["running"], stats["stopped"]) == (2, 3)
 
 
-class SearchSupportMiddleware:
+class ItemSearchMiddleware:
     """Middleware that makes a control plane support, ignore or refuse the parameters of a search.
 
     Attributes:
@@ -142,13 +142,13 @@ class SearchSupportMiddleware:
 
 
 @pytest.fixture
-def search_middleware() -> SearchSupportMiddleware:
-    return SearchSupportMiddleware()
+def search_middleware() -> ItemSearchMiddleware:
+    return ItemSearchMiddleware()
 
 
 @pytest.fixture
 async def control_plane(
-    clock: MovableClock, search_middleware: SearchSupportMiddleware
+    clock: MovableClock, search_middleware: ItemSearchMiddleware
 ) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
         environments=(ENV,),
@@ -167,8 +167,8 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 
 @pytest.fixture(params=["helps", "ignores", "refuses"])
-def search_support(
-    request: pytest.FixtureRequest, search_middleware: SearchSupportMiddleware
+def item_search_support(
+    request: pytest.FixtureRequest, search_middleware: ItemSearchMiddleware
 ) -> str:
     search_middleware.helps = request.param == "helps"
     search_middleware.refuses = request.param == "refuses"
@@ -176,12 +176,12 @@ def search_support(
 
 
 async def test_client_search_has_same_result_without_search_by_control_plane(
-    client: WorkClient, item_ids: dict[str, str], clock: MovableClock, search_support: str
+    client: WorkClient, item_ids: dict[str, str], clock: MovableClock, item_search_support: str
 ) -> None:
     failed = await client.find(ItemSearch(20, failed=True))
     assert [item.id for item in failed.items] == [item_ids["failed"]]
     assert failed.complete
-    assert failed.read == (1 if search_support == "helps" else 6)
+    assert failed.read == (1 if item_search_support == "helps" else 6)
     clock.advance(1)
     (newer,) = await client.enqueue()
     newest = await client.find(ItemSearch(1, newest=True))
@@ -194,7 +194,7 @@ async def test_client_search_has_same_result_without_search_by_control_plane(
 async def test_client_search_reads_limited_number_of_pages(
     client: WorkClient,
     control_plane: ControlPlane,
-    search_middleware: SearchSupportMiddleware,
+    search_middleware: ItemSearchMiddleware,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     search_middleware.helps = False
@@ -217,7 +217,7 @@ async def test_client_without_search_reads_limited_number_of_items(
 
 
 async def test_client_without_search_raises_error_when_item_list_is_refused(
-    client: WorkClient, search_middleware: SearchSupportMiddleware
+    client: WorkClient, search_middleware: ItemSearchMiddleware
 ) -> None:
     search_middleware.helps, search_middleware.refuses = False, True
     with pytest.raises(RefusedError):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from workpool.server import Item
 
 
-class VirtualLoop(asyncio.SelectorEventLoop):
+class VirtualTimeEventLoop(asyncio.SelectorEventLoop):
     """An event loop whose time jumps to the next timer, so that waits take no real time."""
 
     def __init__(self) -> None:
@@ -41,26 +41,30 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 def run_in_virtual_time(check: Callable[[Operations], Awaitable[Any]]) -> Any:
     """Run an async function in virtual time. Its `Operations` use the event loop's clock."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+    with asyncio.Runner(loop_factory=VirtualTimeEventLoop) as runner:
 
-        async def run_with_operations() -> Any:
+        async def run_check_with_new_operations() -> Any:
             loop = asyncio.get_running_loop()
             return await check(Operations([ENV], now=lambda: START + loop.time()))
 
-        return runner.run(run_with_operations())
+        return runner.run(run_check_with_new_operations())
 
 
-def client_is_disconnected() -> bool:
+def client_is_never_disconnected() -> bool:
     return False
 
 
-async def poll_and_note_time(operations: Operations, **poll: Any) -> tuple[float, Item | None]:
-    item = await operations.long_poll(ENV, Poll(**poll), client_is_disconnected)
+async def poll_and_return_time_and_item(
+    operations: Operations, **poll: Any
+) -> tuple[float, Item | None]:
+    item = await operations.long_poll(ENV, Poll(**poll), client_is_never_disconnected)
     return round(asyncio.get_running_loop().time(), 3), item
 
 
 def test_poll_of_empty_queue_waits_for_block_ms() -> None:
-    assert run_in_virtual_time(lambda operations: poll_and_note_time(operations, block_ms=250)) == (
+    assert run_in_virtual_time(
+        lambda operations: poll_and_return_time_and_item(operations, block_ms=250)
+    ) == (
         0.25,
         None,
     )
@@ -69,7 +73,7 @@ def test_poll_of_empty_queue_waits_for_block_ms() -> None:
 def test_waiting_poll_returns_at_once_when_item_arrives() -> None:
     async def enqueue_during_poll(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(poll_and_note_time(operations, block_ms=999))
+            poll = group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.enqueue(ENV)
         at, item = poll.result()
@@ -84,7 +88,9 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
         await asyncio.sleep(0.1)
-        at, item = await poll_and_note_time(operations, block_ms=999, reclaim_older_than_ms=reclaim)
+        at, item = await poll_and_return_time_and_item(
+            operations, block_ms=999, reclaim_older_than_ms=reclaim
+        )
         assert item is not None
         assert at == max(0.1, reclaim / 1000)
 
@@ -94,9 +100,9 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
 def test_poll_receives_item_of_earlier_poll_after_its_reclaim_window() -> None:
     async def deliver_item_twice(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(poll_and_note_time(operations, block_ms=999))
+            first = group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
             second = group.create_task(
-                poll_and_note_time(operations, block_ms=999, reclaim_older_than_ms=200)
+                poll_and_return_time_and_item(operations, block_ms=999, reclaim_older_than_ms=200)
             )
             await asyncio.sleep(0.1)
             operations.enqueue(ENV)
@@ -110,7 +116,7 @@ def test_waiting_poll_ends_without_item_if_redelivery_is_due_later() -> None:
     async def poll_without_due_item(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
-        assert await poll_and_note_time(operations, block_ms=999) == (0.999, None)
+        assert await poll_and_return_time_and_item(operations, block_ms=999) == (0.999, None)
 
     run_in_virtual_time(poll_without_due_item)
 
@@ -125,7 +131,7 @@ def test_waiting_poll_returns_when_lease_expires(state: str) -> None:
             operations.heartbeat(ENV, item.id, ttl_seconds=10)
             lease = 10.0
         await asyncio.sleep(lease - 0.5)
-        at, again = await poll_and_note_time(operations, block_ms=999)
+        at, again = await poll_and_return_time_and_item(operations, block_ms=999)
         assert again is not None
         assert (at, again.id) == (lease, item.id)
 
@@ -137,7 +143,9 @@ def test_waiting_polls_receive_one_item_each_in_order() -> None:
         async with asyncio.TaskGroup() as group:
             polls = []
             for _ in range(5):
-                polls.append(group.create_task(poll_and_note_time(operations, block_ms=999)))
+                polls.append(
+                    group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
+                )
                 await asyncio.sleep(0.01)
             created = operations.enqueue(ENV, count=3)
         items = [poll.result()[1] for poll in polls]
@@ -150,7 +158,8 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
     async def enqueue_for_thousand_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [
-                group.create_task(poll_and_note_time(operations, block_ms=999)) for _ in range(1000)
+                group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
+                for _ in range(1000)
             ]
             await asyncio.sleep(0.1)
             for _ in range(1000):
@@ -166,12 +175,13 @@ def test_end_waits_call_answers_all_waiting_polls() -> None:
     async def end_waits_during_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [
-                group.create_task(poll_and_note_time(operations, block_ms=999)) for _ in range(3)
+                group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
+                for _ in range(3)
             ]
             await asyncio.sleep(0.1)
             operations.end_waits()
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
-        assert await poll_and_note_time(operations, block_ms=999) == (0.1, None)
+        assert await poll_and_return_time_and_item(operations, block_ms=999) == (0.1, None)
 
     run_in_virtual_time(end_waits_during_polls)
 
@@ -196,7 +206,7 @@ def test_next_poll_is_woken_if_client_of_woken_poll_has_disconnected() -> None:
             poll = Poll(block_ms=999)
             first = group.create_task(operations.long_poll(ENV, poll, lambda: left))
             await asyncio.sleep(0.1)
-            second = group.create_task(poll_and_note_time(operations, block_ms=999))
+            second = group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
             await asyncio.sleep(0.1)
             left = True
             operations.enqueue(ENV)
@@ -213,7 +223,7 @@ def test_withdrawn_delivery_wakes_next_poll() -> None:
         delivered = operations.poll(ENV, Poll("gone"))
         assert delivered is not None
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(poll_and_note_time(operations, block_ms=999))
+            poll = group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
             await asyncio.sleep(0.3)
             operations.withdraw_delivery(delivered)
         at, item = poll.result()
@@ -228,7 +238,7 @@ def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
         operations.ack_item(ENV, item.id)
         await asyncio.sleep(59.5)
         async with asyncio.TaskGroup() as group:
-            poll = group.create_task(poll_and_note_time(operations, block_ms=999))
+            poll = group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
             await asyncio.sleep(0.5)
             operations.queue_stats(ENV)
         at, again = poll.result()

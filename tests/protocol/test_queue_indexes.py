@@ -168,18 +168,18 @@ class QueueStateMachine(RuleBasedStateMachine):
         self.clock = MovableClock()
         self.operations = Operations([ENV], now=self.clock, retention=self.retention)
 
-    def all_items(self) -> Sequence[Item]:
+    def list_all_items(self) -> Sequence[Item]:
         return self.operations.list_items(ENV, 1000).items
 
-    def item_at_number(self, number: int) -> Item:
-        items = self.all_items()
+    def pick_item_by_number(self, number: int) -> Item:
+        items = self.list_all_items()
         return items[number % len(items)]
 
     def claimable_items(self, reclaim_ms: int) -> list[str]:
         cutoff = int(self.clock.seconds * 1_000_000) - reclaim_ms * 1000
         return [
             item.id
-            for item in self.all_items()
+            for item in self.list_all_items()
             if item.state == "queued" and (item.delivered_at is None or item.delivered_at <= cutoff)
         ]
 
@@ -197,14 +197,14 @@ class QueueStateMachine(RuleBasedStateMachine):
         item = self.operations.poll(ENV, Poll(worker, 0, reclaim_ms))
         assert (item and item.id) == expected
 
-    @precondition(lambda self: self.all_items())
+    @precondition(lambda self: self.list_all_items())
     @rule(
         number=st.integers(0, 50),
         call=st.sampled_from(["ack", "heartbeat", "stop", "force", "withdraw", "update"]),
         worker=WORKERS,
     )
-    def call_operation(self, number: int, call: str, worker: str | None) -> None:
-        item = self.item_at_number(number)
+    def call_operation_on_item(self, number: int, call: str, worker: str | None) -> None:
+        item = self.pick_item_by_number(number)
         try:
             if call == "ack":
                 self.operations.ack_item(ENV, item.id, worker)
@@ -222,7 +222,7 @@ class QueueStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def stats_equal_counts_of_full_scan(self) -> None:
-        queued = [item for item in self.all_items() if item.state == "queued"]
+        queued = [item for item in self.list_all_items() if item.state == "queued"]
         claimable = self.claimable_items(5000)
         stats = self.operations.queue_stats(ENV)
         assert stats.depth == len(claimable)
@@ -232,7 +232,7 @@ class QueueStateMachine(RuleBasedStateMachine):
     @invariant()
     def leases_exist_in_leased_states_only_and_are_unexpired(self) -> None:
         now = int(self.clock.seconds * 1_000_000)
-        for item in self.all_items():
+        for item in self.list_all_items():
             held = item.state in {"starting", "active", "stopping"}
             assert held is (item.lease_end is not None)
             assert item.lease_end is None or item.lease_end > now
@@ -248,7 +248,7 @@ class QueueStateMachineWithRetention(QueueStateMachine):
     def poll_and_check_deletion_of_old_items(self) -> None:
         self.operations.poll(ENV, Poll("a"))
         until = self.clock.seconds - self.retention
-        for item in self.all_items():
+        for item in self.list_all_items():
             assert item.stopped_at is None or item.stopped_at / 1_000_000 > until
             assert self.operations.get_session(item.session_id)[1] == item
 

@@ -252,21 +252,21 @@ async def test_session_updated_at_changes_with_item_and_events(
     own = api.plane.operations.get_item(ENV, work_id).session_id
     session_id = (await api.get(work_id)).body["data"]["id"]
 
-    async def read_updated_at() -> str:
+    async def read_item_update_time() -> str:
         body = (await api("GET", f"{api.base_path}/sessions/{session_id}")).body
         updated: str = body["updated_at"]
         return updated
 
-    assert await read_updated_at() == "2026-03-01T12:00:00.000000Z"
+    assert await read_item_update_time() == "2026-03-01T12:00:00.000000Z"
     clock.advance(1)
     await api.heartbeat(work_id, "NO_HEARTBEAT")
-    assert await read_updated_at() == "2026-03-01T12:00:01.000000Z"
+    assert await read_item_update_time() == "2026-03-01T12:00:01.000000Z"
     clock.advance(1)
     api.plane.emit(own, {"type": "session.status_running"})
-    assert await read_updated_at() == "2026-03-01T12:00:02.000000Z"
+    assert await read_item_update_time() == "2026-03-01T12:00:02.000000Z"
     clock.advance(1)
     await api.stop(work_id)
-    assert await read_updated_at() == "2026-03-01T12:00:03.000000Z"
+    assert await read_item_update_time() == "2026-03-01T12:00:03.000000Z"
 
 
 @pytest.mark.parametrize("prefix", ["session_", "sesn_"])

@@ -33,7 +33,7 @@ ANSWERS = [
 WORK_CALLS = ("poll", "ack", "heartbeat", "stop", "update", "list")
 
 
-def item_id_for_request(answer: dict[str, Any]) -> str:
+def choose_item_id_for_request(answer: dict[str, Any]) -> str:
     """Return the id in the recorded answer, or an arbitrary id if the answer has none."""
     body = answer["body"]
     return str(body["id"]) if isinstance(body, dict) and "id" in body else "work_1"
@@ -55,7 +55,7 @@ CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
 }
 
 
-def result_attribute_as_json(value: object, name: str) -> object:
+def read_result_attribute_as_json(value: object, name: str) -> object:
     """Return an attribute of an object that the client returned, as a JSON value."""
     found = getattr(value, name)
     if isinstance(found, Secret):
@@ -84,7 +84,7 @@ async def test_client_reads_recorded_response_as_expected(answer: dict[str, Any]
             token=cast("Any", "token"),
         )
         async with WorkClient(settings) as client:
-            call = CALLS[answer["call"]](client, item_id_for_request(answer))
+            call = CALLS[answer["call"]](client, choose_item_id_for_request(answer))
             if "raises" in expected:
                 with pytest.raises(ControlPlaneError) as raised:
                     await call
@@ -94,7 +94,9 @@ async def test_client_reads_recorded_response_as_expected(answer: dict[str, Any]
                 return
             returned = await call
     if isinstance(expected["returns"], dict):
-        found = {name: result_attribute_as_json(returned, name) for name in expected["returns"]}
+        found = {
+            name: read_result_attribute_as_json(returned, name) for name in expected["returns"]
+        }
         assert found == expected["returns"]
     else:
         assert returned == expected["returns"]

@@ -61,7 +61,7 @@ def create_stopped_item(plane: ControlPlane) -> Item:
     return plane.operations.stop_item(item.environment_id, item.id)
 
 
-def count_rows(file: Path) -> list[int]:
+def count_database_rows(file: Path) -> list[int]:
     """Return the numbers of items, sessions and events in a database file."""
     with closing(sqlite3.connect(file)) as connection:
         return [
@@ -98,7 +98,7 @@ async def test_deleted_items_are_removed_from_database_file(
         plane.enqueue()
         clock.advance(RETENTION_SECONDS)
         await ApiClient(plane, http_session, "qoder").poll()
-    assert count_rows(file) == [1, 1, 0]
+    assert count_database_rows(file) == [1, 1, 0]
 
 
 async def test_items_expired_while_server_was_down_are_deleted_at_start(
@@ -126,7 +126,7 @@ async def test_items_expired_while_server_was_down_are_deleted_at_start(
         assert len(plane.operations.get_queue(ENV)) == 0
         (new,) = plane.enqueue()
         assert new.id > young.id
-    assert count_rows(file) == [1, 1, 0]
+    assert count_database_rows(file) == [1, 1, 0]
 
 
 async def test_session_is_deleted_when_retention_of_its_last_item_ends(

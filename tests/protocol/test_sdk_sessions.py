@@ -117,7 +117,7 @@ async def test_refused_events_become_exceptions_of_anthropic_sdk(
         await events.send(session_id, events=[{"type": "user.tool_result", "tool_use_id": "evt_1"}])
 
 
-async def allow_first_and_deny_second(
+async def confirm_first_and_deny_second_tool_use(
     sdk: AsyncAnthropic,
     session_id: str,
     stream: AsyncStream[BetaManagedAgentsStreamSessionEvents],
@@ -173,7 +173,7 @@ async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
     runner = SessionToolRunner(sdk_client, session_id, tools=[bash, weather], max_idle=0.05)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         stream = await sdk_client.beta.sessions.events.stream(session_id)
-        group.create_task(allow_first_and_deny_second(sdk_client, session_id, stream))
+        group.create_task(confirm_first_and_deny_second_tool_use(sdk_client, session_id, stream))
         calls = [
             (call.name, call.is_error, call.posted, call.confirmation) async for call in runner
         ]

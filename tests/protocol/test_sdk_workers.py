@@ -44,7 +44,7 @@ SCRIPT: list[dict[str, Any]] = [
 ]
 
 
-class CallRecorder:
+class WorkerCallRecorder:
     """Middleware that records the calls of a worker, and the kind of credential of each call.
 
     The kind is "key" for the environment's key, and "item" for the token of an item.
@@ -69,12 +69,12 @@ class CallRecorder:
 
 
 @pytest.fixture
-def call_recorder() -> CallRecorder:
-    return CallRecorder()
+def call_recorder() -> WorkerCallRecorder:
+    return WorkerCallRecorder()
 
 
 @pytest.fixture
-async def control_plane(call_recorder: CallRecorder) -> AsyncIterator[ControlPlane]:
+async def control_plane(call_recorder: WorkerCallRecorder) -> AsyncIterator[ControlPlane]:
     tokens = {APPLICATION: None, KEY: None}
     async with ControlPlane(tokens=tokens, middlewares=[call_recorder.handle_request]) as plane:
         yield plane
@@ -90,7 +90,9 @@ async def application_client(control_plane: ControlPlane) -> AsyncIterator[Async
         yield client
 
 
-async def allow_first_and_deny_second(application_client: AsyncAnthropic, session_id: str) -> None:
+async def confirm_first_and_deny_second_tool_use(
+    application_client: AsyncAnthropic, session_id: str
+) -> None:
     """Allow the first tool use that asks for confirmation, deny the second one, and return.
 
     The function returns when the turn of the agent ends.
@@ -99,7 +101,7 @@ async def allow_first_and_deny_second(application_client: AsyncAnthropic, sessio
     events = application_client.beta.sessions.events
     seen: set[str] = set()
 
-    async def answer_event_and_detect_end(event: Any) -> bool:
+    async def answer_event_and_return_whether_turn_ended(event: Any) -> bool:
         if event.type == "agent.tool_use" and event.evaluated_permission == "ask":
             await events.send(
                 session_id,
@@ -119,12 +121,12 @@ async def allow_first_and_deny_second(application_client: AsyncAnthropic, sessio
 
     async with aclosing(all_events_in_order()) as events_in_order:
         async for event in events_in_order:
-            if event.id not in seen and await answer_event_and_detect_end(event):
+            if event.id not in seen and await answer_event_and_return_whether_turn_ended(event):
                 return
             seen.add(event.id)
 
 
-def content_text_of(event: dict[str, Any]) -> str:
+def get_text_of_event_content(event: dict[str, Any]) -> str:
     text: str = event["content"][0]["text"]
     return text.strip()
 
@@ -141,7 +143,7 @@ async def weather(city: str) -> str:
 
 @pytest.fixture
 def python_worker(control_plane: ControlPlane, tmp_path: Path) -> Worker:
-    def make_tools(context: AgentToolContext) -> list[Any]:
+    def make_agent_tools(context: AgentToolContext) -> list[Any]:
         return [*beta_agent_toolset_20260401(context), weather]
 
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
@@ -157,7 +159,7 @@ def python_worker(control_plane: ControlPlane, tmp_path: Path) -> Worker:
                 environment_key=KEY,
                 workdir=tmp_path,
                 max_idle=0.05,
-                tools=make_tools,
+                tools=make_agent_tools,
             )
             running = group.create_task(work.run())
             yield
@@ -167,7 +169,7 @@ def python_worker(control_plane: ControlPlane, tmp_path: Path) -> Worker:
 
 
 @pytest.fixture(scope="session")
-def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def typescript_worker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with the TypeScript worker and the SDK that it imports."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
@@ -191,14 +193,16 @@ def node_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def typescript_worker(control_plane: ControlPlane, tmp_path: Path, node_project: Path) -> Worker:
+def typescript_worker(
+    control_plane: ControlPlane, tmp_path: Path, typescript_worker_folder: Path
+) -> Worker:
     base_url = control_plane.anthropic_base_url.removesuffix("/v1")
 
     @asynccontextmanager
     async def run_worker(environment_id: str) -> AsyncIterator[None]:
         process = await asyncio.create_subprocess_exec(
             "node", "environment_worker.mjs", base_url, environment_id, KEY, str(tmp_path),
-            cwd=node_project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=typescript_worker_folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
             yield
@@ -238,7 +242,7 @@ async def test_sdk_worker_completes_a_conversation(
     application_client: AsyncAnthropic,
     start_worker: Worker,
     environment_id: str,
-    call_recorder: CallRecorder,
+    call_recorder: WorkerCallRecorder,
     tmp_path: Path,
 ) -> None:
     async with start_worker(environment_id), asyncio.timeout(120):
@@ -248,7 +252,7 @@ async def test_sdk_worker_completes_a_conversation(
             metadata={"job": "report"},
             extra_body={"script": SCRIPT},
         )
-        await allow_first_and_deny_second(application_client, session.id)
+        await confirm_first_and_deny_second_tool_use(application_client, session.id)
         await wait_until(lambda: control_plane.summary().stopped == 1)
         # The session has no unfinished item now, so the next message creates an item.
         await application_client.beta.sessions.events.send(
@@ -272,9 +276,12 @@ async def test_sdk_worker_completes_a_conversation(
         *["user.tool_result"] * 3, "agent.tool_result", "user.tool_result"
     ]  # fmt: skip
     assert [event["is_error"] for event in results_in_order] == [False, False, False, True, False]
-    assert [content_text_of(event) for event in results_in_order[1:3]] == ["hello", "hello\nworld"]
+    assert [get_text_of_event_content(event) for event in results_in_order[1:3]] == [
+        "hello",
+        "hello\nworld",
+    ]
     (custom,) = [event for event in stored if event["type"] == "user.custom_tool_result"]
-    assert content_text_of(custom) == "rain in Ulm"
+    assert get_text_of_event_content(custom) == "rain in Ulm"
 
     assert control_plane.summary()[:3] == (2, 2, 0)
     assert control_plane.summary().overlapping == 0
@@ -305,12 +312,12 @@ class SessionAwaitingConfirmation:
 
 
 @pytest.fixture
-async def waiting_session(
+async def session_awaiting_confirmation(
     control_plane: ControlPlane,
     application_client: AsyncAnthropic,
     start_worker: Worker,
     environment_id: str,
-    call_recorder: CallRecorder,
+    call_recorder: WorkerCallRecorder,
 ) -> AsyncIterator[SessionAwaitingConfirmation]:
     ask = {"name": "bash", "input": {"command": "ls"}, "permission": "ask"}
     async with start_worker(environment_id), asyncio.timeout(120):
@@ -329,32 +336,33 @@ async def waiting_session(
 
 async def test_sdk_worker_stops_item_of_archived_session_at_once(
     application_client: AsyncAnthropic,
-    waiting_session: SessionAwaitingConfirmation,
+    session_awaiting_confirmation: SessionAwaitingConfirmation,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert (
-        await application_client.beta.sessions.archive(waiting_session.session_id)
+        await application_client.beta.sessions.archive(session_awaiting_confirmation.session_id)
     ).status == "terminated"
     # The worker stops the item before its next heartbeat is due, so a heartbeat's answer cannot be
     # the reason for the stop.
     async with asyncio.timeout(20):
-        await wait_until(lambda: waiting_session.state() == "stopped")
+        await wait_until(lambda: session_awaiting_confirmation.state() == "stopped")
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_sdk_worker_stops_item_after_heartbeat_reports_stop_request(
     control_plane: ControlPlane,
-    waiting_session: SessionAwaitingConfirmation,
+    session_awaiting_confirmation: SessionAwaitingConfirmation,
     environment_id: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The answer to the next heartbeat, at most 30 s later, reports the stop to the worker."""
-    control_plane.operations.stop_item(environment_id, waiting_session.work_id)
-    assert waiting_session.state() == "stopping"
+    control_plane.operations.stop_item(environment_id, session_awaiting_confirmation.work_id)
+    assert session_awaiting_confirmation.state() == "stopping"
     async with asyncio.timeout(90):
-        await wait_until(lambda: waiting_session.state() == "stopped")
+        await wait_until(lambda: session_awaiting_confirmation.state() == "stopped")
     kinds = [
-        record.kind for record in control_plane.history.records_of_item(waiting_session.work_id)
+        record.kind
+        for record in control_plane.history.records_of_item(session_awaiting_confirmation.work_id)
     ]
     # The record `stopped` shows that the worker stopped the item. If the lease had ended instead,
     # the last record would be `lapsed`.
@@ -366,7 +374,7 @@ async def test_sdk_worker_with_item_secret_instead_of_key_runs_item(
     control_plane: ControlPlane,
     application_client: AsyncAnthropic,
     environment_id: str,
-    call_recorder: CallRecorder,
+    call_recorder: WorkerCallRecorder,
     tmp_path: Path,
 ) -> None:
     """A parent polls with the environment's key. Its child runs the item with the item's secret."""

@@ -248,7 +248,7 @@ ROW_CHANGES = {
 }
 
 
-async def fill_database(path: Path, clock: MovableClock) -> None:
+async def create_item_with_event_in_database(path: Path, clock: MovableClock) -> None:
     async with control_plane_with_database(path, clock) as plane:
         (item,) = plane.enqueue(script=[{"name": "Bash"}])
         plane.emit(item.session_id, {"type": "agent.message", "content": []})
@@ -258,7 +258,7 @@ async def fill_database(path: Path, clock: MovableClock) -> None:
 async def test_malformed_row_prevents_start_and_is_named_in_error(
     database_path: Path, clock: MovableClock, name: str
 ) -> None:
-    await fill_database(database_path, clock)
+    await create_item_with_event_in_database(database_path, clock)
     with closing(sqlite3.connect(database_path)) as connection:
         connection.execute(ROW_CHANGES[name])
         connection.commit()
@@ -279,7 +279,7 @@ async def test_malformed_row_prevents_start_and_is_named_in_error(
 async def test_inconsistent_rows_prevent_start(
     database_path: Path, clock: MovableClock, change: str
 ) -> None:
-    await fill_database(database_path, clock)
+    await create_item_with_event_in_database(database_path, clock)
     with closing(sqlite3.connect(database_path)) as connection:
         connection.execute(change)
         connection.commit()
@@ -308,13 +308,15 @@ async def test_closing_store_ends_read_in_progress(
     reading = threading.Event()
     rows: list[object] = []
 
-    def read_until_closing(_: object, row: object) -> None:
+    def read_until_connection_closes(_: object, row: object) -> None:
         rows.append(row)
         reading.set()
         while not store._closing:
             time.sleep(0.001)
 
-    monkeypatch.setattr("workpool.server.stores.sqlite_rows.RowTable.from_row", read_until_closing)
+    monkeypatch.setattr(
+        "workpool.server.stores.sqlite_rows.RowTable.from_row", read_until_connection_closes
+    )
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         opening = group.create_task(store.open())
         await asyncio.to_thread(reading.wait)
@@ -336,13 +338,13 @@ async def test_failed_store_answers_500_to_every_later_call(
     http_session: aiohttp.ClientSession,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def raise_disk_full(*_: object) -> None:
+    def raise_disk_full_error(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
         (kept,) = (await api("POST", api.work_url())).body["data"]
-        monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
+        monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full_error)
         answer = await api("POST", api.work_url())
         assert answer.status == 500
         assert answer.error["type"] == "api_error"
@@ -373,7 +375,7 @@ async def start_server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Pro
         await process.communicate()
 
 
-class LoadGenerator:
+class AnswerRecordingWorkers:
     """Workers that claim, update and stop items, and record every answer."""
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
@@ -394,15 +396,15 @@ class LoadGenerator:
             self.enough.set()
         return body
 
-    async def run_items(self) -> None:
+    async def run_items_until_server_is_killed(self) -> None:
         """Create and run one item after another until the server is killed."""
         while True:
             try:
-                await self.run_one_item()
+                await self.create_and_run_one_item()
             except (aiohttp.ClientError, ConnectionError):
                 return
 
-    async def run_one_item(self) -> None:
+    async def create_and_run_one_item(self) -> None:
         (item,) = (await self.send_request("POST", "", json={"count": 1}))["data"]
         self.known[item["id"]] = item
         polled = await self.send_request("GET", "/poll")
@@ -418,15 +420,15 @@ async def test_server_killed_under_load_loses_no_change_of_answered_request(
     database_path: Path, http_session: aiohttp.ClientSession
 ) -> None:
     async with start_server(database_path) as (process, port):
-        load = LoadGenerator(http_session, port)
+        load = AnswerRecordingWorkers(http_session, port)
         async with asyncio.TaskGroup() as group:
             for _ in range(8):
-                group.create_task(load.run_items())
+                group.create_task(load.run_items_until_server_is_killed())
             await load.enough.wait()
             process.send_signal(signal.SIGKILL)
     assert len(load.known) >= 60
     async with start_server(database_path) as (_, port):
-        load_after = LoadGenerator(http_session, port)
+        load_after = AnswerRecordingWorkers(http_session, port)
         for work_id, item in load.known.items():
             after = await load_after.send_request("GET", f"/{work_id}")
             assert STATE_ORDER.index(after["state"]) >= STATE_ORDER.index(item["state"])
@@ -441,7 +443,7 @@ async def test_process_killed_between_item_and_first_event_stores_neither(
     database_path: Path,
 ) -> None:
     """A worker that gets an item without its first message would wait for that message forever."""
-    program = Path(__file__).with_name("crashing_creation.py")
+    program = Path(__file__).with_name("store_crashing_in_creation.py")
     root = Path(__file__).parents[2]
     process = await asyncio.create_subprocess_exec(
         sys.executable,

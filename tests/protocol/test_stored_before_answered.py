@@ -47,13 +47,13 @@ async def api(
         yield ApiClient(plane, http_session, dialect)
 
 
-async def expect_answer_after_commit(
+async def assert_answer_comes_after_commit(
     store: StoreWithBlockedCommits, answer: Awaitable[HttpAnswer]
 ) -> HttpAnswer:
     """Check that `answer` does not arrive before the store has committed, and return it."""
     store.gate.clear()
     async with asyncio.TaskGroup() as group:
-        asking = group.create_task(receive_answer_in_task(answer))
+        asking = group.create_task(await_answer(answer))
         async with asyncio.timeout(20):
             await wait_until(lambda: store.waiting or asking.done())
         assert not asking.done()
@@ -61,7 +61,7 @@ async def expect_answer_after_commit(
     return asking.result()
 
 
-async def receive_answer_in_task(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
+async def await_answer(answer: Awaitable[HttpAnswer]) -> HttpAnswer:
     return await answer
 
 
@@ -86,7 +86,7 @@ async def test_call_is_answered_only_after_its_change_is_stored(
     state, ask = CALLS[call]
     work_id = await api.create_item_in_state(state)
     assert (
-        await expect_answer_after_commit(store_with_blocked_commits, ask(api, work_id))
+        await assert_answer_comes_after_commit(store_with_blocked_commits, ask(api, work_id))
     ).status in {200, 204}
 
 
@@ -97,9 +97,9 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
     [item] = (await api("GET", api.work_url())).body["data"]
     session = f"{api.base_path}/sessions/{item['data']['id']}"
     assert (
-        await expect_answer_after_commit(store_with_blocked_commits, api("GET", session))
+        await assert_answer_comes_after_commit(store_with_blocked_commits, api("GET", session))
     ).status == 200
-    listed = await expect_answer_after_commit(
+    listed = await assert_answer_comes_after_commit(
         store_with_blocked_commits, api("GET", f"{session}/events")
     )
     [use] = [event for event in listed.body["data"] if event["type"] == "agent.tool_use"]
@@ -107,14 +107,14 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
         "events": [{"type": "user.tool_result", "tool_use_id": use["id"], "content": []}]
     }
     assert (
-        await expect_answer_after_commit(
+        await assert_answer_comes_after_commit(
             store_with_blocked_commits, api("POST", f"{session}/events", json=result_body)
         )
     ).status == 200
     # A client that lost the first answer repeats the call. The client takes the status 409 as proof
     # that the first call was stored, so the 409 must not be sent earlier.
     assert (
-        await expect_answer_after_commit(
+        await assert_answer_comes_after_commit(
             store_with_blocked_commits, api("POST", f"{session}/events", json=result_body)
         )
     ).status == 409
@@ -125,13 +125,13 @@ async def test_409_is_answered_only_after_earlier_change_is_stored(
 ) -> None:
     stopped = await api.create_item_in_state("stopped")
     answers = [
-        await expect_answer_after_commit(store_with_blocked_commits, api.ack(stopped)),
-        await expect_answer_after_commit(store_with_blocked_commits, api.heartbeat(stopped)),
+        await assert_answer_comes_after_commit(store_with_blocked_commits, api.ack(stopped)),
+        await assert_answer_comes_after_commit(store_with_blocked_commits, api.heartbeat(stopped)),
     ]
     # The qoder dialect answers a second stop with 200, and not with the conflict 409.
     if api.dialect == "anthropic":
         answers.append(
-            await expect_answer_after_commit(
+            await assert_answer_comes_after_commit(
                 store_with_blocked_commits, api.stop(stopped, json={"force": True})
             )
         )

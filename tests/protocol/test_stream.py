@@ -41,13 +41,13 @@ class StreamReader:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response
 
-    async def read_block(self) -> str:
+    async def read_sse_block(self) -> str:
         async with asyncio.timeout(20):
             return (await self.response.content.readuntil(b"\n\n")).decode()
 
     async def read_event(self) -> dict[str, Any]:
         """Return the next event; check that its `id:` and `event:` lines agree with its data."""
-        while (text := await self.read_block()).startswith(":"):
+        while (text := await self.read_sse_block()).startswith(":"):
             pass
         first, second, third = text.removesuffix("\n\n").split("\n")
         event: dict[str, Any] = json.loads(third.removeprefix("data: "))
@@ -70,7 +70,7 @@ async def open_stream(
         assert response.headers["Cache-Control"] == "no-store"
         reader = StreamReader(response)
         # A server-sent comment shows that the stream is open before the first event.
-        assert (await reader.read_block()).startswith(":")
+        assert (await reader.read_sse_block()).startswith(":")
         yield reader
 
 
@@ -129,7 +129,7 @@ async def test_idle_stream_sends_keep_alives(
     monkeypatch.setattr(session_routes, "KEEP_ALIVE_SECONDS", 0.02)
     async with open_stream(api, create_scripted_session(api)) as reader:
         for _ in range(3):
-            assert await reader.read_block() == ": keep-alive\n\n"
+            assert await reader.read_sse_block() == ": keep-alive\n\n"
 
 
 async def test_stream_ends_when_control_plane_closes(qoder_api: ApiClient) -> None:
@@ -172,7 +172,7 @@ async def test_server_closes_stream_to_client_that_stops_reading(
 async def test_event_that_could_not_be_stored_is_not_streamed(
     tmp_path: Path, http_session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raise_disk_full(*_: object) -> None:
+    def raise_disk_full_error(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
     store = SqliteStore(tmp_path / "work.db")
@@ -180,7 +180,7 @@ async def test_event_that_could_not_be_stored_is_not_streamed(
         api = ApiClient(plane, http_session, "qoder")
         session_id = create_scripted_session(api, BASH)
         async with open_stream(api, session_id) as reader:
-            monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full)
+            monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", raise_disk_full_error)
             use = plane.events(session_id)[-1]
             assert (await send_events(api, session_id, tool_result(dict(use)))).status == 500
             assert await reader.response.content.read() == b""

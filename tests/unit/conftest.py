@@ -92,7 +92,7 @@ class RecordingClient(LocalClient):
         self._bench.sent.append(SentCall(self._bench.clock(), op))
 
 
-class TickingRenewer(LoopRenewer):
+class LeaseRenewerOnTestLoop(LoopRenewer):
     """A lease renewer that runs on the loop of the test and ticks every second."""
 
     tick_seconds = 1.0
@@ -143,7 +143,7 @@ class LeaseTestbed:
         )
         self.client = self.open_client()
         self.rival = LocalClient(self.operations, self.settings, worker_id="rival")
-        self.renewer = TickingRenewer(
+        self.renewer = LeaseRenewerOnTestLoop(
             self.settings,
             self.clock,
             self.wall_clock,

@@ -28,6 +28,6 @@ def load_plugins(
     return Plugins.load(objects, names, options)
 
 
-def chosen_handler_name(plugins: Plugins, item: WorkItem) -> str | None:
+def get_chosen_handler_name(plugins: Plugins, item: WorkItem) -> str | None:
     answer = plugins.handler_for(item)
     return answer.name if answer else None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from workpool.backoff import Backoff
 
 
-def largest_float_below_one() -> float:
+def get_largest_float_below_one() -> float:
     return 1 - 2**-53
 
 
@@ -42,7 +42,7 @@ def test_backoff_after_a_million_failures_stays_at_its_cap() -> None:
     st.floats(0.001, 10),
     st.floats(0.001, 600),
     st.integers(0, 100),
-    st.floats(0, largest_float_below_one()),
+    st.floats(0, get_largest_float_below_one()),
 )
 def test_backoff_is_never_negative_and_never_above_cap(
     initial: float, cap: float, failures: int, drawn: float

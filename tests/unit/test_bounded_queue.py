@@ -11,7 +11,7 @@ from tests.unit.event_loops import run_ready_tasks
 from workpool.pool.bounded_queue import BoundedQueue
 
 
-async def put_items(queue: BoundedQueue[str], *items: str) -> None:
+async def reserve_places_and_put_items(queue: BoundedQueue[str], *items: str) -> None:
     for item in items:
         await queue.reserve_place()
         queue.put_item(item)
@@ -19,7 +19,7 @@ async def put_items(queue: BoundedQueue[str], *items: str) -> None:
 
 async def test_queue_returns_items_in_order_of_arrival() -> None:
     queue: BoundedQueue[str] = BoundedQueue(3, 0)
-    await put_items(queue, "a", "b", "c")
+    await reserve_places_and_put_items(queue, "a", "b", "c")
     assert [
         queue.take_item_for_slot(),
         queue.take_item_for_slot(),
@@ -35,7 +35,7 @@ async def test_queue_returns_items_in_order_of_arrival() -> None:
 
 async def test_queue_runs_no_more_items_than_slots() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
-    await put_items(queue, "a", "b", "c")
+    await reserve_places_and_put_items(queue, "a", "b", "c")
     assert queue.take_item_for_slot() == "a"
     assert queue.take_item_for_slot() is None
     assert (queue.running, queue.waiting_item_count) == (1, 2)
@@ -46,7 +46,7 @@ async def test_queue_runs_no_more_items_than_slots() -> None:
 
 async def test_reservation_of_queue_place_waits_until_one_is_free() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
-    await put_items(queue, "a", "b")
+    await reserve_places_and_put_items(queue, "a", "b")
     assert queue.take_item_for_slot() == "a"
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(queue.reserve_place())
@@ -62,13 +62,13 @@ async def test_released_queue_place_goes_to_first_waiting_task() -> None:
     await queue.reserve_place()
     order: list[str] = []
 
-    async def record_reservation(name: str) -> None:
+    async def reserve_place_and_record_name(name: str) -> None:
         await queue.reserve_place()
         order.append(name)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(record_reservation("first"))
-        group.create_task(record_reservation("second"))
+        group.create_task(reserve_place_and_record_name("first"))
+        group.create_task(reserve_place_and_record_name("second"))
         await run_ready_tasks()
         queue.release_reserved_place()
         await run_ready_tasks()
@@ -124,7 +124,7 @@ async def test_queue_place_granted_to_task_cancelled_at_once_goes_to_next_waiter
 
 async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
-    await put_items(queue, "a", "b", "c")
+    await reserve_places_and_put_items(queue, "a", "b", "c")
     queue.take_item_for_slot()
     async with asyncio.TaskGroup() as group:
         group.create_task(queue.reserve_place())
@@ -141,7 +141,7 @@ async def test_queue_flags_is_full_and_is_idle_ignore_reserved_places(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
-    await put_items(queue, *("ab"[:items]))
+    await reserve_places_and_put_items(queue, *("ab"[:items]))
     for _ in range(taken):
         queue.take_item_for_slot()
     assert (queue.is_full, queue.is_idle) == (full, idle)
@@ -190,21 +190,21 @@ async def test_slot_discarded_after_its_last_use_stays_unavailable() -> None:
         waiting.cancel()
 
 
-class RandomQueueUsers:
+class RandomUsersOfBoundedQueue:
     """Tasks that reserve and release places of the same queue at random times."""
 
     def __init__(self, dice: random.Random, queue: BoundedQueue[int]) -> None:
         self.dice = dice
         self.queue = queue
 
-    async def random_pause(self) -> None:
+    async def yield_to_loop_random_times(self) -> None:
         for _ in range(self.dice.randrange(4)):
             await asyncio.sleep(0)
 
     async def reserve_and_use_place(self, number: int) -> None:
         await self.queue.reserve_place()
         try:
-            await self.random_pause()
+            await self.yield_to_loop_random_times()
         except asyncio.CancelledError:
             self.queue.release_reserved_place()
             raise
@@ -214,7 +214,7 @@ class RandomQueueUsers:
         self.queue.put_item(number)
         if self.queue.take_item_for_slot() is not None:
             try:
-                await self.random_pause()
+                await self.yield_to_loop_random_times()
             finally:
                 self.queue.release_slot()
                 self.queue.give_free_places_to_pollers()
@@ -224,11 +224,11 @@ class RandomQueueUsers:
 async def test_queue_under_random_use_and_cancellation_loses_no_queue_place(seed: int) -> None:
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
-    users, tasks = RandomQueueUsers(dice, queue), list[asyncio.Task[None]]()
+    users, tasks = RandomUsersOfBoundedQueue(dice, queue), list[asyncio.Task[None]]()
     async with asyncio.TaskGroup() as group:
         for number in range(200):
             tasks.append(group.create_task(users.reserve_and_use_place(number)))
-            await users.random_pause()
+            await users.yield_to_loop_random_times()
             if dice.random() < 0.4:
                 dice.choice(tasks).cancel()
             assert queue.reserved + queue.running + queue.waiting_item_count <= queue.capacity
@@ -266,7 +266,7 @@ async def test_item_set_aside_that_may_start_precedes_items_in_queue_places() ->
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     queue.set_item_aside("b")
-    await put_items(queue, "c")
+    await reserve_places_and_put_items(queue, "c")
     queue.may_start = lambda item: item != "a"
     assert queue.take_item_for_slot() == "b"
     assert (queue.items_set_aside, queue.waiting_item_count, queue.running) == (["a"], 1, 1)
@@ -274,7 +274,7 @@ async def test_item_set_aside_that_may_start_precedes_items_in_queue_places() ->
 
 async def test_released_queue_place_goes_to_item_set_aside_before_waiting_poller() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
-    await put_items(queue, "a")
+    await reserve_places_and_put_items(queue, "a")
     assert queue.take_item_for_slot() == "a"
     queue.set_item_aside("b")
     async with asyncio.TaskGroup() as group:

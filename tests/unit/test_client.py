@@ -90,7 +90,9 @@ async def control_plane(middleware: RecordingMiddleware) -> AsyncIterator[Contro
         yield plane
 
 
-def settings_for_plane(plane: ControlPlane, dialect: Dialect = "qoder", **values: Any) -> Settings:
+def make_settings_for_control_plane(
+    plane: ControlPlane, dialect: Dialect = "qoder", **values: Any
+) -> Settings:
     base_url = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
     common = {"token": plane.token, "environment_id": DEFAULT_ENVIRONMENT, "worker_id": "me"}
     return Settings(base_url=base_url, dialect=dialect, **{**common, **values})
@@ -100,17 +102,17 @@ def settings_for_plane(plane: ControlPlane, dialect: Dialect = "qoder", **values
 async def client(
     control_plane: ControlPlane, request: pytest.FixtureRequest
 ) -> AsyncIterator[WorkClient]:
-    async with WorkClient(settings_for_plane(control_plane, request.param)) as client:
+    async with WorkClient(make_settings_for_control_plane(control_plane, request.param)) as client:
         yield client
 
 
 @pytest.fixture
 async def qoder_client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
-    async with WorkClient(settings_for_plane(control_plane)) as client:
+    async with WorkClient(make_settings_for_control_plane(control_plane)) as client:
         yield client
 
 
-async def polled_item(client: WorkClient) -> WorkItem:
+async def poll_existing_item(client: WorkClient) -> WorkItem:
     item = await client.poll()
     assert item is not None
     return item
@@ -120,7 +122,7 @@ async def test_item_goes_through_all_client_calls_from_poll_to_stop(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     control_plane.enqueue(metadata={"job": "a"})
-    delivered = await polled_item(client)
+    delivered = await poll_existing_item(client)
     assert (delivered.state, delivered.type, delivered.metadata) == (
         "queued",
         "session",
@@ -167,7 +169,7 @@ async def test_first_stop_without_force_requests_stop_and_second_confirms_it(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     control_plane.enqueue()
-    item = await polled_item(qoder_client)
+    item = await poll_existing_item(qoder_client)
     await qoder_client.ack(item.id)
     asked = await qoder_client.stop(item.id)
     assert asked is not None
@@ -183,8 +185,8 @@ async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
     control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue()
-    async with WorkClient(settings_for_plane(control_plane, "anthropic")) as client:
-        item = await polled_item(client)
+    async with WorkClient(make_settings_for_control_plane(control_plane, "anthropic")) as client:
+        item = await poll_existing_item(client)
         assert await client.stop(item.id, force=True) is None
         with pytest.raises(ConflictError):
             await client.stop(item.id, force=True)
@@ -193,7 +195,7 @@ async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
 async def test_anthropic_work_calls_send_beta_query(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
-    async with WorkClient(settings_for_plane(control_plane, "anthropic")) as client:
+    async with WorkClient(make_settings_for_control_plane(control_plane, "anthropic")) as client:
         await client.poll(1)
         await client.stats()
         (item,) = await client.enqueue()
@@ -220,7 +222,7 @@ async def test_client_reads_session_of_polled_item(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     control_plane.enqueue()
-    item = await polled_item(client)
+    item = await poll_existing_item(client)
     session = await client.session(item.session_id)
     assert session["id"] == item.session_id
     assert session["type"] == "session"
@@ -243,7 +245,7 @@ async def test_each_error_status_raises_its_own_exception_class(
     assert unknown.value.error_type == "not_found_error"
 
     control_plane.enqueue()
-    item = await polled_item(client)
+    item = await poll_existing_item(client)
     with pytest.raises(ConflictError):
         await client.heartbeat(item.id)  # A queued item has no lease that a heartbeat could extend.
     await client.ack(item.id)
@@ -253,9 +255,11 @@ async def test_each_error_status_raises_its_own_exception_class(
         await client.poll(0)
     assert (refused.value.status, refused.value.param) == (400, "block_ms")
 
-    async with WorkClient(settings_for_plane(control_plane), worker_id="other") as other:
+    async with WorkClient(
+        make_settings_for_control_plane(control_plane), worker_id="other"
+    ) as other:
         control_plane.enqueue()
-        await polled_item(other)
+        await poll_existing_item(other)
     await client.stop(item.id, force=True)
     with pytest.raises(ConflictError):
         await client.ack(item.id)
@@ -265,14 +269,16 @@ async def test_ack_by_second_worker_id_raises_conflict(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     control_plane.enqueue()
-    item = await polled_item(qoder_client)
-    async with WorkClient(settings_for_plane(control_plane), worker_id="other") as other:
+    item = await poll_existing_item(qoder_client)
+    async with WorkClient(
+        make_settings_for_control_plane(control_plane), worker_id="other"
+    ) as other:
         with pytest.raises(ConflictError):
             await other.ack(item.id)
 
 
 async def test_wrong_token_raises_refused_error(control_plane: ControlPlane) -> None:
-    async with WorkClient(settings_for_plane(control_plane, token=UNKNOWN)) as client:
+    async with WorkClient(make_settings_for_control_plane(control_plane, token=UNKNOWN)) as client:
         with pytest.raises(RefusedError) as refused:
             await client.poll()
     assert (refused.value.status, refused.value.error_type) == (401, "authentication_error")
@@ -282,7 +288,7 @@ async def test_expected_last_heartbeat_is_sent_unchanged_as_query_parameter(
     control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     control_plane.enqueue()
-    item = await polled_item(qoder_client)
+    item = await poll_existing_item(qoder_client)
     for expected in ("2026-01-01T00:00:00.5+02:00", "a&b=c#d e%/", None):
         with pytest.raises(ControlPlaneError):
             await qoder_client.heartbeat(item.id, expected, 10)
@@ -434,7 +440,7 @@ async def test_metadata_other_than_text_raise_type_error_before_any_request(
 
 
 async def test_client_used_before_opening_raises_runtime_error(control_plane: ControlPlane) -> None:
-    client = WorkClient(settings_for_plane(control_plane))
+    client = WorkClient(make_settings_for_control_plane(control_plane))
     with pytest.raises(RuntimeError, match="async with"):
         await client.poll()
     for _ in range(2):  # A closed client may be opened again.
@@ -470,7 +476,9 @@ async def test_callers_aiohttp_session_stays_open_after_client_closes(
     control_plane: ControlPlane,
 ) -> None:
     async with aiohttp.ClientSession() as session:
-        async with WorkClient(settings_for_plane(control_plane), session=session) as client:
+        async with WorkClient(
+            make_settings_for_control_plane(control_plane), session=session
+        ) as client:
             assert await client.poll() is None
         assert not session.closed
 
@@ -479,7 +487,7 @@ async def test_request_in_callers_aiohttp_session_times_out_after_client_closes(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     middleware.hold = asyncio.Event()
-    settings = settings_for_plane(control_plane, request_timeout=1.0)
+    settings = make_settings_for_control_plane(control_plane, request_timeout=1.0)
 
     async def poll_until_timeout(client: WorkClient) -> None:
         with pytest.raises(TransientError) as raised:
@@ -500,7 +508,7 @@ async def test_request_in_callers_aiohttp_session_times_out_after_client_closes(
 async def test_worker_id_set_before_opening_is_sent_as_header(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
-    client = WorkClient(settings_for_plane(control_plane))
+    client = WorkClient(make_settings_for_control_plane(control_plane))
     client.worker_id = "me-0a1b2c3d"
     async with client:
         await client.poll()
@@ -515,7 +523,7 @@ async def test_client_callbacks_receive_requests_and_credential_refreshes(
 ) -> None:
     reported: list[tuple[str, str]] = []
     refreshes: list[str] = []
-    client = WorkClient(settings_for_plane(control_plane))
+    client = WorkClient(make_settings_for_control_plane(control_plane))
     client.on_request = lambda *each: reported.append(each[:2])
     client.on_credential_refresh = refreshes.append
     async with client:
@@ -531,7 +539,9 @@ async def test_call_ends_after_its_timeout_or_configured_timeout(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     middleware.hold = asyncio.Event()
-    async with WorkClient(settings_for_plane(control_plane, request_timeout=0.05)) as client:
+    async with WorkClient(
+        make_settings_for_control_plane(control_plane, request_timeout=0.05)
+    ) as client:
         for call in (client.stats(), client.get(UNKNOWN, timeout=0.01), client.poll()):
             with pytest.raises(TransientError) as raised:
                 await call
@@ -542,12 +552,16 @@ async def test_call_ends_after_its_timeout_or_configured_timeout(
 async def test_poll_waits_for_block_ms_unless_its_timeout_is_shorter(
     control_plane: ControlPlane,
 ) -> None:
-    async with WorkClient(settings_for_plane(control_plane, request_timeout=5)) as client:
+    async with WorkClient(
+        make_settings_for_control_plane(control_plane, request_timeout=5)
+    ) as client:
         started = time.monotonic()
         assert await client.poll(150) is None
         assert time.monotonic() - started >= 0.15
     # The timeout ends the poll, although the control plane would answer only after 999 ms.
-    async with WorkClient(settings_for_plane(control_plane, request_timeout=0.3)) as client:
+    async with WorkClient(
+        make_settings_for_control_plane(control_plane, request_timeout=0.3)
+    ) as client:
         with pytest.raises(TransientError):
             await client.poll(999, timeout=0.3)
 
@@ -593,10 +607,10 @@ async def test_read_and_write_requests_have_separate_rate_limits(
 ) -> None:
     control_plane.enqueue()
     async with WorkClient(
-        settings_for_plane(control_plane, read_rate=0.004, write_rate=0.004)
+        make_settings_for_control_plane(control_plane, read_rate=0.004, write_rate=0.004)
     ) as client:
         # This poll uses the only read request that the rate limit allows in four minutes.
-        item = await polled_item(client)
+        item = await poll_existing_item(client)
         with pytest.raises(TransientError, match="our own rate limit") as raised:
             await client.stats(timeout=0.01)
         assert raised.value.reason == "timeout"
@@ -617,7 +631,9 @@ async def test_wait_for_rate_limit_is_reported_with_its_seconds(
     control_plane: ControlPlane,
 ) -> None:
     waits: list[tuple[str, float]] = []
-    client = WorkClient(settings_for_plane(control_plane, read_rate=20, write_rate=0.004))
+    client = WorkClient(
+        make_settings_for_control_plane(control_plane, read_rate=20, write_rate=0.004)
+    )
     client.on_rate_limit_wait = lambda kind, seconds: waits.append((kind, seconds))
     async with client:
         acquire_all_tokens(client.rate_limits.read)
@@ -636,11 +652,11 @@ async def test_ack_with_permit_acquired_before_poll_does_not_wait(
 ) -> None:
     control_plane.enqueue()
     async with WorkClient(
-        settings_for_plane(control_plane, write_rate=0.004, request_timeout=5)
+        make_settings_for_control_plane(control_plane, write_rate=0.004, request_timeout=5)
     ) as client:
         await client.acquire_ack_permit()
         assert acquire_all_tokens(client.rate_limits.write) == 0
-        item = await polled_item(client)
+        item = await poll_existing_item(client)
         await client.ack(item.id, permit=True)
         client.release_ack_permit()
         await client.acquire_ack_permit()
@@ -651,7 +667,9 @@ async def test_ack_with_permit_acquired_before_poll_does_not_wait(
 async def test_ack_permit_cancelled_while_waiting_uses_no_token(
     control_plane: ControlPlane,
 ) -> None:
-    async with WorkClient(settings_for_plane(control_plane, write_rate=0.004)) as client:
+    async with WorkClient(
+        make_settings_for_control_plane(control_plane, write_rate=0.004)
+    ) as client:
         await client.acquire_ack_permit()
         async with asyncio.TaskGroup() as group:
             waiting = group.create_task(client.acquire_ack_permit())
@@ -669,11 +687,11 @@ async def test_client_without_limits_never_uses_its_rate_limiters(
     limits = RateLimits(0, 0)
     # These limiters have no methods, so the use of a limiter would raise AttributeError.
     limits.read = limits.write = cast("Any", SimpleNamespace(limited=False))
-    client = WorkClient(settings_for_plane(control_plane), rate_limits=limits)
+    client = WorkClient(make_settings_for_control_plane(control_plane), rate_limits=limits)
     async with client:
         await client.acquire_ack_permit()
         client.release_ack_permit()
-        item = await polled_item(client)
+        item = await poll_existing_item(client)
         await client.ack(item.id, permit=True)
         await client.heartbeat(item.id)
         await client.stop(item.id, force=True)
@@ -684,7 +702,8 @@ async def test_two_clients_with_shared_rate_limits_share_their_rate(
 ) -> None:
     limits = RateLimits(0, 0.004)
     first, second = (
-        WorkClient(settings_for_plane(control_plane), rate_limits=limits) for _ in range(2)
+        WorkClient(make_settings_for_control_plane(control_plane), rate_limits=limits)
+        for _ in range(2)
     )
     async with first, second:
         await first.acquire_ack_permit()
@@ -697,7 +716,7 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
 ) -> None:
     """Completions precede claims, and calls of handlers alternate with claims."""
     sent: asyncio.Queue[str] = asyncio.Queue()
-    client = WorkClient(settings_for_plane(control_plane, write_rate=0.004))
+    client = WorkClient(make_settings_for_control_plane(control_plane, write_rate=0.004))
     client.on_request = lambda op, *_: sent.put_nowait(op)
     limiter = client.rate_limits.write
     async with client:

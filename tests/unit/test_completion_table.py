@@ -38,7 +38,7 @@ COPY = [
 ]
 
 
-class ItemOrLeaseStandIn:
+class StandInWithGivenAttributes:
     """A stand-in for an ended item, or for its lease, with only the given attributes."""
 
     def __init__(self, **attributes: Any) -> None:
@@ -63,12 +63,12 @@ def test_end_reason_in_later_row_of_completion_table_is_greater(
 
 @pytest.mark.parametrize("reason", list(EndReason))
 def test_each_end_reason_selects_its_own_completion_row(reason: EndReason) -> None:
-    item: Any = ItemOrLeaseStandIn(reason=reason)
+    item: Any = StandInWithGivenAttributes(reason=reason)
     assert find_completion_row(item) is TABLE[reason]
 
 
 def test_session_without_end_reason_has_no_completion_row() -> None:
-    item: Any = ItemOrLeaseStandIn(reason=None)
+    item: Any = StandInWithGivenAttributes(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
         find_completion_row(item)
 
@@ -89,7 +89,7 @@ def test_session_without_end_reason_has_no_completion_row() -> None:
 def test_session_outcome_depends_on_lease_status_and_stop_request(
     status: str, outcome: str, *, stop_requested: bool
 ) -> None:
-    lease: Any = ItemOrLeaseStandIn(status=status, stop_requested=stop_requested)
+    lease: Any = StandInWithGivenAttributes(status=status, stop_requested=stop_requested)
     assert find_outcome_of_expired_lease(lease) == outcome
 
 

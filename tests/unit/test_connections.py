@@ -96,7 +96,7 @@ async def running_server(
 
 
 @pytest.fixture
-async def occupied_executor() -> AsyncIterator[None]:
+async def block_all_threads_of_default_executor() -> AsyncIterator[None]:
     """Block every thread of the event loop's default executor, as code in handlers could."""
     release = threading.Event()
     loop = asyncio.get_running_loop()
@@ -106,7 +106,7 @@ async def occupied_executor() -> AsyncIterator[None]:
     await asyncio.gather(*blocked)
 
 
-@pytest.mark.usefixtures("occupied_executor")
+@pytest.mark.usefixtures("block_all_threads_of_default_executor")
 async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) -> None:
     """The client looks up a host name and reads a renewed token; each of the two needs a thread."""
     path = tmp_path / "token"
@@ -126,11 +126,11 @@ async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) 
 
 
 async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
-    def hold_update_requests(head: str, _: int) -> bytes | None:
+    def answer_stop_requests_only(head: str, _: int) -> bytes | None:
         return ANSWER if "/stop" in head else None
 
     async with (
-        running_server(hold_update_requests) as server,
+        running_server(answer_stop_requests_only) as server,
         WorkClient(server.settings_for_url(concurrency=1, request_timeout=30)) as client,
         asyncio.TaskGroup() as group,
     ):
@@ -181,11 +181,11 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
     """After a network failure, connections that nobody closed stay open but receive no answers."""
     silent = False
 
-    def answer_unless_silent(_: str, connection: int) -> bytes | None:
+    def answer_unless_server_is_silent(_: str, connection: int) -> bytes | None:
         return None if silent and connection <= 2 else ANSWER
 
     async with (
-        running_server(answer_unless_silent) as server,
+        running_server(answer_unless_server_is_silent) as server,
         WorkClient(server.settings_for_url()) as client,
     ):
         # Two concurrent calls open two connections, which stay in the client's connection pool.
@@ -199,7 +199,7 @@ async def test_retry_after_silent_connection_uses_new_connection() -> None:
         await client.stop(WORK, timeout=20, options=STOP._replace(new_connection=True))
 
 
-class HangingReader:
+class HangingCredentialReader:
     """A reader of credentials that hangs until `release` is set, as if the disk did not answer.
 
     Attributes:
@@ -217,14 +217,16 @@ class HangingReader:
 
 
 @pytest.fixture
-def hanging_reader() -> Iterator[HangingReader]:
-    disk = HangingReader()
+def hanging_credential_reader() -> Iterator[HangingCredentialReader]:
+    disk = HangingCredentialReader()
     yield disk
     disk.release.set()
 
 
 async def test_token_file_that_hangs_is_read_once_for_all_waiting_calls(
-    hanging_reader: HangingReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hanging_credential_reader: HangingCredentialReader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "token"
     path.write_text("old")
@@ -236,19 +238,21 @@ async def test_token_file_that_hangs_is_read_once_for_all_waiting_calls(
         running_server(deny_old_token) as server,
         WorkClient(server.settings_for_url(token_file=path)) as client,
     ):
-        monkeypatch.setattr("workpool.settings.read_credential", hanging_reader)
+        monkeypatch.setattr("workpool.settings.read_credential", hanging_credential_reader)
         asked = [client.stop(WORK, timeout=0.3) for _ in range(40)]
         results = await asyncio.gather(*asked, return_exceptions=True)
         assert all(isinstance(each, RefusedError) for each in results)
-        assert hanging_reader.reads == 1
-        hanging_reader.release.set()
+        assert hanging_credential_reader.reads == 1
+        hanging_credential_reader.release.set()
         await client.stop(WORK, timeout=20)
 
 
 async def test_client_opening_with_token_file_that_hangs_fails_in_bounded_time(
-    hanging_reader: HangingReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hanging_credential_reader: HangingCredentialReader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("workpool.settings.read_credential", hanging_reader)
+    monkeypatch.setattr("workpool.settings.read_credential", hanging_credential_reader)
     settings = Settings(
         base_url="http://127.0.0.1:1",
         environment_id="env_1",
@@ -409,10 +413,10 @@ with socket.create_server(("127.0.0.1", 0)) as listener:
 def test_endless_informational_responses_do_not_block_event_loop() -> None:
     """uvloop, which workers use, reads as long as bytes arrive and runs nothing else meanwhile."""
 
-    async def loop_turn_times(port: int) -> list[float]:
+    async def measure_loop_turn_times(port: int) -> list[float]:
         times: list[float] = []
 
-        async def record_loop_turns() -> None:
+        async def record_time_of_each_loop_turn() -> None:
             while True:
                 times.append(time.thread_time())
                 await asyncio.sleep(0)
@@ -420,7 +424,7 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
         server = ConnectionServer(port=port)
         client = WorkClient(server.settings_for_url(request_timeout=30))
         async with client, asyncio.TaskGroup() as group:
-            noting = group.create_task(record_loop_turns())
+            noting = group.create_task(record_time_of_each_loop_turn())
             with pytest.raises(TransientError, match="InformationalFlood"):
                 await client.stop(WORK)
             noting.cancel()
@@ -430,7 +434,7 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
     assert flood.stdout is not None
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            times = runner.run(loop_turn_times(int(flood.stdout.readline())))
+            times = runner.run(measure_loop_turn_times(int(flood.stdout.readline())))
     finally:
         flood.kill()
         flood.wait()

@@ -19,12 +19,12 @@ FILE = Path("token")
 
 
 @pytest.fixture
-def thread_executor() -> Iterator[ThreadPoolExecutor]:
+def executor_with_four_threads() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as executor:
         yield executor
 
 
-class SlowFile:
+class SlowCredentialFile:
     """A credential file whose readings block until `may_end` is set."""
 
     def __init__(self) -> None:
@@ -38,25 +38,27 @@ class SlowFile:
 
 
 async def test_concurrent_readers_of_a_file_share_one_reading(
-    thread_executor: ThreadPoolExecutor,
+    executor_with_four_threads: ThreadPoolExecutor,
 ) -> None:
-    file = SlowFile()
+    file = SlowCredentialFile()
     source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
-        readers = [group.create_task(source.read(thread_executor)) for _ in range(3)]
+        readers = [group.create_task(source.read(executor_with_four_threads)) for _ in range(3)]
         await asyncio.sleep(0)
         file.may_end.set()
     assert [reader.result() for reader in readers] == ["token 1"] * 3
-    assert await source.read(thread_executor) == "token 2"
+    assert await source.read(executor_with_four_threads) == "token 2"
 
 
 async def test_credential_reading_shared_by_two_callers_continues_after_one_is_cancelled(
-    thread_executor: ThreadPoolExecutor,
+    executor_with_four_threads: ThreadPoolExecutor,
 ) -> None:
-    file = SlowFile()
+    file = SlowCredentialFile()
     source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
-        first, second = (group.create_task(source.read(thread_executor)) for _ in range(2))
+        first, second = (
+            group.create_task(source.read(executor_with_four_threads)) for _ in range(2)
+        )
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.wait({first})
@@ -65,8 +67,8 @@ async def test_credential_reading_shared_by_two_callers_continues_after_one_is_c
 
 
 async def test_credential_source_in_memory_is_read_without_a_thread(
-    thread_executor: ThreadPoolExecutor,
+    executor_with_four_threads: ThreadPoolExecutor,
 ) -> None:
     thread = threading.get_ident()
     source = CredentialSource(lambda: str(threading.get_ident() == thread), None)
-    assert await source.read(thread_executor) == "True"
+    assert await source.read(executor_with_four_threads) == "True"

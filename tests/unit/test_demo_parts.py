@@ -37,7 +37,7 @@ ITEM = {
 }
 
 
-def sample_session() -> Session:
+def make_sample_session() -> Session:
     return Session(parse_item(ITEM), cast("Any", None), redelivered=False)
 
 
@@ -123,7 +123,7 @@ async def daily_report(_: Session) -> None:
 
 
 @handler(type="import")
-async def import_rows(_: Session) -> None:
+async def handle_import_session(_: Session) -> None:
     pass
 
 
@@ -135,7 +135,7 @@ def workpool_session_handler() -> None:
 @pytest.fixture
 def reports_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("demo_reports")
-    module.__dict__.update(daily_report=daily_report, import_rows=import_rows)
+    module.__dict__.update(daily_report=daily_report, handle_import_session=handle_import_session)
     monkeypatch.setitem(sys.modules, "demo_reports", module)
     return module
 
@@ -289,4 +289,4 @@ def test_table_cells_with_markup_are_printed_literally(capsys: pytest.CaptureFix
 
 
 async def test_sample_handler_returns_text_of_session() -> None:
-    assert await sample.sample(sample_session()) == {"sample": "hi"}
+    assert await sample.sample(make_sample_session()) == {"sample": "hi"}

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def waiting_threads() -> Iterator[Callable[[int, Callable[[], object]], list[threading.Thread]]]:
+def start_waiting_threads() -> Iterator[
+    Callable[[int, Callable[[], object]], list[threading.Thread]]
+]:
     """Return a function that starts threads, which end once `release` is set."""
     threads: list[threading.Thread] = []
 
@@ -74,7 +76,7 @@ def test_thread_stacks_are_returned_without_a_temporary_directory(
 
 
 def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_thread(
-    waiting_threads: Callable[[int, Callable[[], object]], list[threading.Thread]],
+    start_waiting_threads: Callable[[int, Callable[[], object]], list[threading.Thread]],
 ) -> None:
     count = THREADS_MAX + 5
     all_deep, release = threading.Barrier(count + 1), threading.Event()
@@ -86,7 +88,7 @@ def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_th
         release.wait()
         return None
 
-    threads = waiting_threads(count, recurse_deeply)
+    threads = start_waiting_threads(count, recurse_deeply)
     try:
         all_deep.wait(20)
         first = threads[-1]
@@ -103,18 +105,18 @@ def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_th
 async def test_stack_of_task_has_one_frame_for_each_awaited_coroutine() -> None:
     released = asyncio.Event()
 
-    async def await_event() -> None:
+    async def wait_for_release_event() -> None:
         await released.wait()
 
-    async def await_inner() -> None:
-        await await_event()
+    async def await_inner_coroutine() -> None:
+        await wait_for_release_event()
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(await_inner(), name="waiting")
+        task = group.create_task(await_inner_coroutine(), name="waiting")
         await asyncio.sleep(0)
         lines = format_stack_of_task(task).splitlines()
         released.set()
     assert lines[0] == "Task waiting (most recent call last):"
     functions = [line.rpartition(" in ")[2] for line in lines if line.startswith("  File ")]
-    assert functions == ["await_inner", "await_event", "wait"]
+    assert functions == ["await_inner_coroutine", "wait_for_release_event", "wait"]
     assert format_stack_of_task(task) == "Task waiting (most recent call last):\n"

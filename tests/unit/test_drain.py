@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workpool.events import Event
 
 
-class SessionsStandIn:
+class DispatcherStandIn:
     """A stand-in for the dispatcher of a pool, with simulated sessions.
 
     Attributes:
@@ -43,19 +43,19 @@ class SessionsStandIn:
     async def wait_for_attempt_exclusions(self, seconds: float) -> None:
         """Return at once, because the simulated sessions write no metadata."""
 
-    def end_sessions(self, count: int = 1) -> None:
+    def simulate_end_of_sessions(self, count: int = 1) -> None:
         self.running -= count
         if self.on_closed is not None:
             self.on_closed()
 
-    def mark_stuck(self) -> None:
+    def simulate_stuck_session(self) -> None:
         self.stuck += 1
         self.executor.on_stuck()
 
     def release_all_items(self) -> None:
         self.cancelled_at = self.loop.time()
         if self.ends_when_cancelled:
-            self.loop.call_later(1, self.end_sessions, self.running)
+            self.loop.call_later(1, self.simulate_end_of_sessions, self.running)
 
     def abandon_items(self) -> int:
         return self.running
@@ -69,7 +69,7 @@ class SessionsStandIn:
         return await drain.finish_sessions(context, dispatcher)
 
     @property
-    def drain_result(self) -> str:
+    def result_of_finished_drain(self) -> str:
         started, finished = self.events
         assert isinstance(started, DrainStarted)
         assert isinstance(finished, DrainFinished)
@@ -78,30 +78,30 @@ class SessionsStandIn:
 
 @in_virtual_time
 async def test_drain_without_sessions_ends_as_clean_even_with_timeout_zero() -> None:
-    drain, sessions = Drain(), SessionsStandIn()
+    drain, sessions = Drain(), DispatcherStandIn()
     drain.request(0)
     assert await sessions.run_drain(drain) == 0
-    assert (sessions.drain_result, sessions.loop.time()) == ("clean", 0)
+    assert (sessions.result_of_finished_drain, sessions.loop.time()) == ("clean", 0)
 
 
 @in_virtual_time
 async def test_drain_without_a_deadline_waits_for_every_session() -> None:
-    drain, sessions = Drain(), SessionsStandIn(3)
+    drain, sessions = Drain(), DispatcherStandIn(3)
     drain.request(None)
     for seconds in (10, 1_000, 100_000):
-        sessions.loop.call_later(seconds, sessions.end_sessions)
+        sessions.loop.call_later(seconds, sessions.simulate_end_of_sessions)
     assert await sessions.run_drain(drain) == 0
-    assert (sessions.drain_result, sessions.cancelled_at) == ("clean", None)
+    assert (sessions.result_of_finished_drain, sessions.cancelled_at) == ("clean", None)
     assert sessions.loop.time() == pytest.approx(100_000)
 
 
 @in_virtual_time
 async def test_drain_at_its_deadline_cancels_handlers() -> None:
-    drain, sessions = Drain(), SessionsStandIn(3)
+    drain, sessions = Drain(), DispatcherStandIn(3)
     drain.request(30)
     assert await sessions.run_drain(drain) == 0
     assert sessions.cancelled_at == pytest.approx(30)
-    assert sessions.drain_result == "deadline"
+    assert sessions.result_of_finished_drain == "deadline"
     assert sessions.loop.time() == pytest.approx(31)
 
 
@@ -109,57 +109,57 @@ async def test_drain_at_its_deadline_cancels_handlers() -> None:
 @pytest.mark.parametrize("second", [0, 20.0])
 def test_second_drain_shortens_deadline(first: float | None, second: float) -> None:
     @in_virtual_time
-    async def drain_twice() -> None:
-        drain, sessions = Drain(), SessionsStandIn(1)
+    async def run_drain_requested_twice() -> None:
+        drain, sessions = Drain(), DispatcherStandIn(1)
         drain.request(first)
         sessions.loop.call_later(5, drain.request, second)
         await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(5 + second)
         assert drain.timeout == first
 
-    drain_twice()
+    run_drain_requested_twice()
 
 
 @pytest.mark.parametrize("second", [None, 1000.0, 30.0])
 def test_second_drain_never_extends_deadline(second: float | None) -> None:
     @in_virtual_time
-    async def drain_again_later() -> None:
-        drain, sessions = Drain(), SessionsStandIn(1)
+    async def run_drain_requested_again_later() -> None:
+        drain, sessions = Drain(), DispatcherStandIn(1)
         drain.request(20)
         sessions.loop.call_later(5, drain.request, second)
         await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(20)
 
-    drain_again_later()
+    run_drain_requested_again_later()
 
 
 @in_virtual_time
 async def test_drain_does_not_wait_for_session_that_becomes_stuck() -> None:
-    drain, sessions = Drain(), SessionsStandIn(1)
+    drain, sessions = Drain(), DispatcherStandIn(1)
     drain.request(None)
-    sessions.loop.call_later(7, sessions.mark_stuck)
+    sessions.loop.call_later(7, sessions.simulate_stuck_session)
     assert await sessions.run_drain(drain) == 1
     assert sessions.loop.time() == pytest.approx(7)
-    assert (sessions.drain_result, sessions.cancelled_at) == ("killed", None)
+    assert (sessions.result_of_finished_drain, sessions.cancelled_at) == ("killed", None)
 
 
 @in_virtual_time
 async def test_sessions_that_ignore_deadline_are_abandoned(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    drain, sessions = Drain(), SessionsStandIn(2)
+    drain, sessions = Drain(), DispatcherStandIn(2)
     sessions.ends_when_cancelled = False
     drain.request(10)
     assert await sessions.run_drain(drain) == 2
     assert sessions.loop.time() == pytest.approx(10 + AFTER_DEADLINE_SECONDS)
-    assert sessions.drain_result == "killed"
+    assert sessions.result_of_finished_drain == "killed"
     [record] = [each for each in caplog.records if each.message == "drained"]
     assert (record.levelname, vars(record)["abandoned"]) == ("ERROR", 2)
 
 
 @in_virtual_time
 async def test_cancelled_drain_leaves_no_task() -> None:
-    drain, sessions = Drain(), SessionsStandIn(1)
+    drain, sessions = Drain(), DispatcherStandIn(1)
     drain.request(None)
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(sessions.run_drain(drain))
@@ -187,13 +187,13 @@ async def test_second_drain_request_leaves_start_time_and_timeout_unchanged() ->
 async def test_end_of_pool_completes_despite_cancellations_and_raises_last_cancellation() -> None:
     drain, ended = Drain(), list[str]()
 
-    async def end_pool() -> None:
+    async def end_pool_after_drain_request() -> None:
         await drain.requested.wait()
         await asyncio.sleep(10)
         ended.append("ended")
 
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(await_despite_cancellation(end_pool, drain))
+        task = group.create_task(await_despite_cancellation(end_pool_after_drain_request, drain))
         for _ in range(3):
             await asyncio.sleep(1)
             task.cancel()

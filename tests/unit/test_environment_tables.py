@@ -33,7 +33,9 @@ plugins = ["chat"]
 """
 
 
-def problems_of_refused_settings(read: Callable[..., object], **values: Any) -> tuple[str, ...]:
+def read_problems_of_refused_settings(
+    read: Callable[..., object], **values: Any
+) -> tuple[str, ...]:
     with pytest.raises(SettingsError) as raised:
         read(**values)
     assert HIDDEN not in str(raised.value)
@@ -98,7 +100,7 @@ def test_concurrency_of_environment_is_limited_to_that_of_process(
 def test_concurrency_below_number_of_environments_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
-    problems = problems_of_refused_settings(
+    problems = read_problems_of_refused_settings(
         Settings.of_environments, config=write_config(TWO), concurrency=1
     )
     assert problems == ("concurrency: must be 2 or more, one for each environment",)
@@ -117,7 +119,9 @@ def test_error_in_environment_table_names_file_table_and_key(
         token = "x"
         token_file = "y"
         """)
-    assert problems_of_refused_settings(Settings.of_environments, config=path, block_ms=10) == (
+    assert read_problems_of_refused_settings(
+        Settings.of_environments, config=path, block_ms=10
+    ) == (
         "concurrency: must be a whole number, 1 or more "
         f"(from {path} [workpool.environments.env_a])",
         f"token, token_file: set one of the two (from {path} [workpool.environments.env_b])",
@@ -135,7 +139,7 @@ def test_setting_of_whole_process_in_environment_table_is_refused(
         Settings.of_environments,
         lambda **given: Settings(environment_id="env_a", **given),
     ):
-        problems = problems_of_refused_settings(read, config=path)
+        problems = read_problems_of_refused_settings(read, config=path)
         assert problems[0].startswith(f"{name}: ")
         assert problems[0].endswith(f"(from {path} [workpool.environments.env_a])")
 
@@ -158,7 +162,7 @@ def test_malformed_environment_tables_are_refused_with_file_name(
     write_config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     path = write_config(f"[workpool]\n{text}")
-    [found] = problems_of_refused_settings(Settings, config=path)
+    [found] = read_problems_of_refused_settings(Settings, config=path)
     assert str(path) in found
     assert problem in found
 
@@ -167,7 +171,7 @@ def test_environment_table_named_by_invalid_id_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
     path = write_config('[workpool.environments."a b"]')
-    [problem] = problems_of_refused_settings(Settings.of_environments, config=path)
+    [problem] = read_problems_of_refused_settings(Settings.of_environments, config=path)
     assert problem.startswith("environment_id: must be 1 to 128 letters, digits, _ or - (from ")
 
 
@@ -175,7 +179,7 @@ def test_setting_environment_id_in_file_with_environment_tables_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
     path = write_config(TWO.replace("[workpool]", '[workpool]\nenvironment_id = "env_a"'))
-    [problem] = problems_of_refused_settings(Settings.of_environments, config=path)
+    [problem] = read_problems_of_refused_settings(Settings.of_environments, config=path)
     assert "the tables [workpool.environments.ID] name the environments" in problem
     assert str(path) in problem
 
@@ -185,7 +189,7 @@ def test_environment_id_without_table_in_file_is_refused(
 ) -> None:
     monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", HIDDEN)
     path = write_config(TWO)
-    assert problems_of_refused_settings(Settings, config=path) == (
+    assert read_problems_of_refused_settings(Settings, config=path) == (
         f"environment_id: {path} has tables of env_a, env_b, and none of this one "
         "(from WORKPOOL_ENVIRONMENT_ID)",
     )
@@ -196,7 +200,7 @@ def test_error_without_environment_id_lists_environments_of_file(
 ) -> None:
     settings = Settings(config=write_config(TWO))
     assert settings.environment_ids == ("env_a", "env_b")
-    assert problems_of_refused_settings(settings.require_connection)[0] == (
+    assert read_problems_of_refused_settings(settings.require_connection)[0] == (
         "environment_id: not set (set WORKPOOL_ENVIRONMENT_ID to one of env_a, env_b)"
     )
 

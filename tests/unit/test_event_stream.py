@@ -33,7 +33,7 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
 
 
-class EventsTestbed:
+class SessionEventsTestbed:
     """A control plane on the running loop with one session."""
 
     def __init__(self, **faults: list[Fault | None]) -> None:
@@ -51,31 +51,31 @@ class EventsTestbed:
         self.operations.emit_events(self.session_id, [{"type": "agent.thinking", "number": number}])
 
     @property
-    def emitted_ids(self) -> list[str]:
+    def ids_of_emitted_events(self) -> list[str]:
         return [
             event.id for event in self.operations.sessions.get_conversation(self.session_id).events
         ]
 
     @property
-    def opened_stream_count(self) -> int:
+    def number_of_opened_streams(self) -> int:
         return [op for op, _ in self.script.sent].count("stream")
 
 
 @in_virtual_time
 async def test_event_stream_with_keep_alives_stays_open_for_a_day() -> None:
-    bench = EventsTestbed()
+    bench = SessionEventsTestbed()
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(86_400):
                 await anext(stream)
-        assert bench.opened_stream_count == 1
+        assert bench.number_of_opened_streams == 1
         bench.emit_event(1)
         assert (await anext(stream))["number"] == 1
 
 
 @in_virtual_time
 async def test_event_stream_without_keep_alives_is_reopened() -> None:
-    bench = EventsTestbed()
+    bench = SessionEventsTestbed()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_events, "KEEP_ALIVE_SECONDS", 1e6)
         async with bench.client as client, client.events(bench.session_id).stream() as stream:
@@ -83,13 +83,13 @@ async def test_event_stream_without_keep_alives_is_reopened() -> None:
                 async with asyncio.timeout(450):
                     await anext(stream)
     # Without keep-alives, the client reopens the stream every 45 s plus backoff.
-    assert 9 <= bench.opened_stream_count <= 11
+    assert 9 <= bench.number_of_opened_streams <= 11
 
 
 @in_virtual_time
 async def test_event_stream_with_a_slow_reader_keeps_events_without_reopening() -> None:
     """An hour in which the reader does not read must not count as an hour without keep-alives."""
-    bench = EventsTestbed()
+    bench = SessionEventsTestbed()
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         bench.emit_event(0)
         await anext(stream)
@@ -97,12 +97,12 @@ async def test_event_stream_with_a_slow_reader_keeps_events_without_reopening() 
             await asyncio.sleep(3600)
             bench.emit_event(number)
             assert (await anext(stream))["number"] == number
-    assert bench.opened_stream_count == 1
+    assert bench.number_of_opened_streams == 1
 
 
 @in_virtual_time
 async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_event() -> None:
-    bench = EventsTestbed(stream=[Fault(answer=503)] * 200)
+    bench = SessionEventsTestbed(stream=[Fault(answer=503)] * 200)
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
@@ -113,7 +113,7 @@ async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_even
 
 @in_virtual_time
 async def test_event_stream_waits_for_retry_after() -> None:
-    bench = EventsTestbed(stream=[Fault(answer=429, retry_after=100)])
+    bench = SessionEventsTestbed(stream=[Fault(answer=429, retry_after=100)])
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         await anext(stream)
@@ -122,17 +122,17 @@ async def test_event_stream_waits_for_retry_after() -> None:
 
 @in_virtual_time
 async def test_event_stream_without_timely_answer_is_requested_again() -> None:
-    bench = EventsTestbed(
+    bench = SessionEventsTestbed(
         stream=[Fault(answer="silence"), Fault(answer="reset")],
         events=[Fault(answer="silence"), Fault(answer_delay=60), Fault(answer=b"[]")],
     )
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
-    assert bench.opened_stream_count == 6
+    assert bench.number_of_opened_streams == 6
 
 
-class EndlessHistory:
+class EndlessEventHistory:
     """An event history without a last page; `make` maps the number of a page to its event ids."""
 
     resumes = False
@@ -173,7 +173,7 @@ class StreamWithoutEvents:
 
 @in_virtual_time
 async def test_event_history_is_read_at_no_more_than_twenty_pages_a_second() -> None:
-    endless = EndlessHistory(lambda number: [f"evt_{number}"])
+    endless = EndlessEventHistory(lambda number: [f"evt_{number}"])
     clock = asyncio.get_running_loop().time
     async for _ in SessionEvents(endless, "sess_1").list():
         if clock() >= 60:
@@ -190,7 +190,7 @@ async def test_event_history_is_read_at_no_more_than_twenty_pages_a_second() -> 
 async def test_event_history_whose_pages_bring_nothing_new_raises_transient_error(
     make: Callable[[int], list[str]],
 ) -> None:
-    endless = EndlessHistory(make)
+    endless = EndlessEventHistory(make)
     with pytest.raises(TransientError, match="without anything new"):
         [event async for event in SessionEvents(endless, "sess_1").list()]
     assert len(endless.asked) <= STALE_PAGES + 51
@@ -198,7 +198,7 @@ async def test_event_history_whose_pages_bring_nothing_new_raises_transient_erro
 
 @in_virtual_time
 async def test_event_stream_with_endless_history_requests_pages_slowly() -> None:
-    endless = EndlessHistory(lambda _: [])
+    endless = EndlessEventHistory(lambda _: [])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
@@ -212,7 +212,7 @@ async def test_event_stream_remembers_limited_number_of_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(event_stream, "REMEMBERED_EVENTS", 10)
-    bench = EventsTestbed()
+    bench = SessionEventsTestbed()
     for number in range(50):
         bench.emit_event(number)
     async with bench.client as client:
@@ -228,8 +228,8 @@ async def test_event_stream_remembers_limited_number_of_ids(
                     bench.emit_event(number)
             received += [await anext(stream) for _ in range(3)]
             assert len(stream._seen._ids) == 10
-    assert [event["id"] for event in received] == bench.emitted_ids
-    assert bench.opened_stream_count > 1
+    assert [event["id"] for event in received] == bench.ids_of_emitted_events
+    assert bench.number_of_opened_streams > 1
 
 
 def test_page_token_too_long_for_url_is_malformed() -> None:
@@ -251,7 +251,7 @@ class FailingEventCalls:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        await self.apply_next_condition()
+        await self.apply_next_scripted_condition()
         return await self._calls.list_page(min(limit, 3), after_id=after_id, page=page)
 
     async def append_events(
@@ -260,11 +260,11 @@ class FailingEventCalls:
         return await self._calls.append_events(body, options=options)
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
-        await self.apply_next_condition()
+        await self.apply_next_scripted_condition()
         stream = await self._calls.open_stream(last_id if self._replays else None)
         return FailingEventStream(stream, self)
 
-    async def apply_next_condition(self) -> str:
+    async def apply_next_scripted_condition(self) -> str:
         condition = next(self.conditions, "fine")
         if condition == "slow":
             await asyncio.sleep(2.5)
@@ -284,7 +284,7 @@ class FailingEventStream:
     async def read(self) -> bytes:
         if self._cut:
             return b""
-        condition = await self._way.apply_next_condition()
+        condition = await self._way.apply_next_scripted_condition()
         self._silent = self._silent or condition == "silent"
         if self._silent:
             await asyncio.Event().wait()
@@ -340,7 +340,7 @@ def test_events_after_any_failure_arrive_once_and_in_order(
     replays: bool,
 ) -> None:
     async def follow_events() -> None:
-        bench = EventsTestbed()
+        bench = SessionEventsTestbed()
         received: list[SessionEvent] = []
         flags: list[bool] = []
         async with bench.client as client:
@@ -357,13 +357,13 @@ def test_events_after_any_failure_arrive_once_and_in_order(
                     except TimeoutError:
                         # Fail instead of waiting forever for an event that the stream has lost.
                         assert bench.loop.time() < 100_000
-        assert [event["id"] for event in received] == bench.emitted_ids
+        assert [event["id"] for event in received] == bench.ids_of_emitted_events
         assert flags[-1:] in ([], [True])
 
     run_virtual(follow_events())
 
 
-async def emit_events(bench: EventsTestbed, pauses: Sequence[float]) -> None:
+async def emit_events(bench: SessionEventsTestbed, pauses: Sequence[float]) -> None:
     for number, pause in enumerate(pauses):
         bench.emit_event(number)
         await asyncio.sleep(pause)

@@ -31,7 +31,7 @@ FDS = Path("/proc/self/fd")
 COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in /proc")
 
 
-class HealthReasons:
+class HealthFailureReasons:
     """The reasons for which `/healthz` and `/readyz` report failure; a test changes them."""
 
     def __init__(self) -> None:
@@ -59,7 +59,9 @@ class FailingCollector(Collector):
         raise ValueError("sess_secret")
 
 
-def make_exporter(registry: CollectorRegistry, verdicts: HealthReasons, port: int = 0) -> Exporter:
+def make_exporter(
+    registry: CollectorRegistry, verdicts: HealthFailureReasons, port: int = 0
+) -> Exporter:
     return Exporter(
         "127.0.0.1", port, registry,
         health=lambda: verdicts.health, readiness=lambda: verdicts.readiness,
@@ -74,15 +76,15 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def health_reasons() -> HealthReasons:
-    return HealthReasons()
+def health_failure_reasons() -> HealthFailureReasons:
+    return HealthFailureReasons()
 
 
 @pytest.fixture
 async def exporter(
-    registry: CollectorRegistry, health_reasons: HealthReasons
+    registry: CollectorRegistry, health_failure_reasons: HealthFailureReasons
 ) -> AsyncIterator[Exporter]:
-    async with make_exporter(registry, health_reasons) as exporter:
+    async with make_exporter(registry, health_failure_reasons) as exporter:
         yield exporter
 
 
@@ -146,13 +148,15 @@ async def test_metrics_are_compressed_on_request(
     ("path", "good", "bad"), [("healthz", "healthy", "unhealthy"), ("readyz", "ready", "unready")]
 )
 async def test_failing_health_response_states_its_reasons(
-    exporter: Exporter, http_client: aiohttp.ClientSession, health_reasons: HealthReasons,
-    path: str, good: str, bad: str,
+    exporter: Exporter, http_client: aiohttp.ClientSession,
+    health_failure_reasons: HealthFailureReasons, path: str, good: str, bad: str,
 ) -> None:  # fmt: skip
     async with http_client.get(f"{exporter.url}/{path}") as response:
         assert (response.status, await response.json()) == (200, {"status": good})
     reasons = ["draining", "no poll succeeded in the last 30 s"]
-    (health_reasons.health if path == "healthz" else health_reasons.readiness)[:] = reasons
+    (health_failure_reasons.health if path == "healthz" else health_failure_reasons.readiness)[
+        :
+    ] = reasons
     async with http_client.get(f"{exporter.url}/{path}") as response:
         assert response.status == 503
         assert await response.json() == {"status": bad, "reasons": reasons}
@@ -227,11 +231,11 @@ async def test_scrapes_beyond_limit_are_refused_while_health_is_answered(
 
 
 async def test_exporters_on_port_0_get_different_free_ports(
-    registry: CollectorRegistry, health_reasons: HealthReasons
+    registry: CollectorRegistry, health_failure_reasons: HealthFailureReasons
 ) -> None:
     async with (
-        make_exporter(registry, health_reasons) as one,
-        make_exporter(registry, health_reasons) as two,
+        make_exporter(registry, health_failure_reasons) as one,
+        make_exporter(registry, health_failure_reasons) as two,
     ):
         assert one.port != two.port
         assert one.url == f"http://127.0.0.1:{one.port}"
@@ -273,10 +277,10 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
 
 
 async def test_port_in_use_raises_error_that_suggests_solutions(
-    exporter: Exporter, registry: CollectorRegistry, health_reasons: HealthReasons
+    exporter: Exporter, registry: CollectorRegistry, health_failure_reasons: HealthFailureReasons
 ) -> None:
     with pytest.raises(ListenError) as caught:
-        async with make_exporter(registry, health_reasons, exporter.port):
+        async with make_exporter(registry, health_failure_reasons, exporter.port):
             pass
     for part in (f"127.0.0.1:{exporter.port}", "metrics_listen", "second pool", "port 0", "off"):
         assert part in str(caught.value)
@@ -294,13 +298,13 @@ async def test_listen_address_of_another_host_raises_listen_error(
 def count_open_resources() -> tuple[Multiset[str], set[str], int]:
     """Return the open sockets, the exporter threads and the task count of this process."""
     sockets = Multiset(
-        link for fd in FDS.iterdir() if (link := link_target(fd)).startswith("socket:")
+        link for fd in FDS.iterdir() if (link := read_link_target(fd)).startswith("socket:")
     )
     threads = {t.name for t in threading.enumerate() if t.name.startswith("workpool-metrics")}
     return sockets, threads, len(asyncio.all_tasks())
 
 
-def link_target(path: Path) -> str:
+def read_link_target(path: Path) -> str:
     try:
         return str(path.readlink())
     except OSError:
@@ -360,7 +364,7 @@ def test_connected_clients_do_not_delay_closing_of_exporter(
         runner.run(close_exporter_within_time_limit())
 
 
-class ExporterStages:
+class ExporterLifeWithStages:
     """Opens, uses and closes an exporter; a test can wait for each of these stages."""
 
     STAGES = ("starting", "serving", "closing")
@@ -370,45 +374,45 @@ class ExporterStages:
         self.ended_in = ""
         self._last = last
 
-    async def run_stages(self) -> None:
-        self._begin_stage("starting")
+    async def run_exporter_through_stages(self) -> None:
+        self._mark_stage_as_begun("starting")
         async with Exporter("127.0.0.1", 0, CollectorRegistry(), health=list, readiness=list):
-            self._begin_stage("serving")
+            self._mark_stage_as_begun("serving")
             if self._last == "serving":
                 await asyncio.Event().wait()
-            self._begin_stage("closing")
+            self._mark_stage_as_begun("closing")
         self.ended_in = "nothing"
 
-    def _begin_stage(self, stage: str) -> None:
+    def _mark_stage_as_begun(self, stage: str) -> None:
         self.ended_in = stage
         self.begun[stage].set()
 
 
 @COUNTS_FILES
-@pytest.mark.parametrize("stage", ExporterStages.STAGES)
+@pytest.mark.parametrize("stage", ExporterLifeWithStages.STAGES)
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_exporter_cancelled_at_any_stage_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop], stage: str
 ) -> None:
-    async def cancel_at_stage(turns: int) -> str:
-        life = ExporterStages(stage)
+    async def cancel_exporter_in_stage(turns: int) -> str:
+        life = ExporterLifeWithStages(stage)
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-            task = group.create_task(life.run_stages())
+            task = group.create_task(life.run_exporter_through_stages())
             await life.begun[stage].wait()
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
         return life.ended_in
 
-    async def cancel_at_each_stage() -> None:
+    async def cancel_exporter_after_each_loop_turn() -> None:
         before = count_open_resources()
         for turns in range(20):
-            ended_in = await cancel_at_stage(turns)
+            ended_in = await cancel_exporter_in_stage(turns)
             assert count_open_resources() == before, turns
             assert turns or ended_in == stage
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(cancel_at_each_stage())
+        runner.run(cancel_exporter_after_each_loop_turn())
 
 
 @COUNTS_FILES
@@ -423,13 +427,15 @@ async def test_exporter_opened_fifty_times_leaves_nothing_open(registry: Collect
 
 
 async def test_hanging_collector_does_not_delay_closing_of_exporter(
-    registry: CollectorRegistry, health_reasons: HealthReasons, caplog: pytest.LogCaptureFixture
+    registry: CollectorRegistry,
+    health_failure_reasons: HealthFailureReasons,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     stuck = HangingCollector()
     registry.register(stuck)
     # Closing must not wait for the collector, which hangs for 20 s.
     async with asyncio.timeout(15):
-        async with make_exporter(registry, health_reasons) as exporter:
+        async with make_exporter(registry, health_failure_reasons) as exporter:
             client = await connect_without_reading(
                 exporter.port, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
             )

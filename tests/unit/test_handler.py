@@ -13,11 +13,11 @@ from workpool.session import Session
 Signature = Callable[[Session], Coroutine[Any, Any, dict[str, str]]]
 
 
-async def unlimited_handler(session: Session) -> dict[str, str]:
+async def handler_without_limits(session: Session) -> dict[str, str]:
     return {"id": session.id}
 
 
-def new_handler_function() -> Signature:
+def make_handler_function() -> Signature:
     async def handler_function(session: Session) -> dict[str, str]:
         return {"id": session.id}
 
@@ -31,7 +31,7 @@ class CallableHandler:
 
 
 def test_handler_without_arguments_takes_every_session() -> None:
-    function = new_handler_function()
+    function = make_handler_function()
     # This annotation makes mypy check that the decorator keeps the signature.
     marked: Signature = handler(function)
     assert marked is function
@@ -42,7 +42,7 @@ def test_handler_without_arguments_takes_every_session() -> None:
 
 
 def test_arguments_of_handler_decorator_become_fields_of_its_rule() -> None:
-    function = new_handler_function()
+    function = make_handler_function()
     mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
     marked: Signature = mark(function)
     assert marked is function
@@ -54,7 +54,7 @@ def test_arguments_of_handler_decorator_become_fields_of_its_rule() -> None:
 
 def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
     metadata = {"job": "a"}
-    function = handler(metadata=metadata)(new_handler_function())
+    function = handler(metadata=metadata)(make_handler_function())
     metadata["job"] = "b"
     rule = rule_of(function)
     assert rule is not None
@@ -62,20 +62,20 @@ def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
 
 
 def test_rule_of_decorated_method_is_found_through_bound_method() -> None:
-    class ReportMethods:
+    class ClassWithHandlerMethod:
         @handler(max_sessions=3)
         async def daily_report(self, session: Session) -> None: ...
 
-    rule = rule_of(ReportMethods().daily_report)
+    rule = rule_of(ClassWithHandlerMethod().daily_report)
     assert rule is not None
     assert rule.max_sessions == 3
 
 
 def test_partial_of_decorated_function_has_rule_of_that_function() -> None:
     assert (
-        rule_of(functools.partial(functools.partial(handler(new_handler_function())))) is not None
+        rule_of(functools.partial(functools.partial(handler(make_handler_function())))) is not None
     )
-    assert rule_of(functools.partial(new_handler_function())) is None
+    assert rule_of(functools.partial(make_handler_function())) is None
 
 
 def test_object_that_has_every_attribute_is_no_decorated_handler() -> None:
@@ -93,9 +93,9 @@ def generator_function(session: Session) -> Any:
     yield session
 
 
-@functools.wraps(unlimited_handler)
+@functools.wraps(handler_without_limits)
 def sync_wrapper_of_async(session: Session) -> Any:
-    return unlimited_handler(session)
+    return handler_without_limits(session)
 
 
 async def async_generator_function(session: Session) -> Any:
@@ -107,12 +107,12 @@ async def async_generator_function(session: Session) -> Any:
     [
         (generator_function, "generator_function is a generator"),
         (async_generator_function, "async_generator_function is a generator"),
-        (sync_wrapper_of_async, "unlimited_handler is a plain `def` around an `async def`"),
+        (sync_wrapper_of_async, "handler_without_limits is a plain `def` around an `async def`"),
         (CallableHandler, "CallableHandler is a class"),
         (CallableHandler(), "is not a function"),
         (CallableHandler().method_handler, r"CallableHandler.method_handler is not a function"),
-        (staticmethod(unlimited_handler), "unlimited_handler is not a function"),
-        (functools.partial(unlimited_handler), "is not a function"),
+        (staticmethod(handler_without_limits), "handler_without_limits is not a function"),
+        (functools.partial(handler_without_limits), "is not a function"),
         ("session", "'session' is not a function; .* by keyword"),
     ],
 )
@@ -124,7 +124,7 @@ def test_decorating_anything_but_an_async_function_is_refused(function: Any, sen
 
 
 def test_second_decoration_of_function_is_refused() -> None:
-    function = handler(metadata={"job": "a"})(new_handler_function())
+    function = handler(metadata={"job": "a"})(make_handler_function())
     with pytest.raises(TypeError, match="handler_function is marked twice"):
         handler(metadata={"job": "b"})(function)
 
@@ -173,7 +173,7 @@ def test_second_decoration_of_function_is_refused() -> None:
 def test_invalid_handler_argument_is_refused_by_name(
     arguments: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
-    function = new_handler_function()
+    function = make_handler_function()
     with pytest.raises(error, match=sentence):
         handler(**arguments)(function)
     assert rule_of(function) is None
@@ -182,8 +182,8 @@ def test_invalid_handler_argument_is_refused_by_name(
 @pytest.mark.parametrize(
     ("call", "name", "is_async"),
     [
-        (unlimited_handler, "unlimited_handler", True),
-        (functools.partial(unlimited_handler), "unlimited_handler", True),
+        (handler_without_limits, "handler_without_limits", True),
+        (functools.partial(handler_without_limits), "handler_without_limits", True),
         (CallableHandler().method_handler, "method_handler", True),
         (functools.partial(CallableHandler().method_handler), "method_handler", True),
         (CallableHandler(), "CallableHandler", True),
@@ -206,10 +206,12 @@ def test_handlers_with_equal_names_and_limits_are_equal() -> None:
     def make_handler(call: Any, **limits: Any) -> Handler:
         return Handler(name="reports.daily_report", plugin="reports", call=call, **limits)
 
-    one = make_handler(new_handler_function(), max_sessions=2)
-    assert one == make_handler(new_handler_function(), max_sessions=2)
-    assert hash(one) == hash(make_handler(functools.partial(unlimited_handler), max_sessions=2))
-    assert one != make_handler(new_handler_function(), max_sessions=3)
+    one = make_handler(make_handler_function(), max_sessions=2)
+    assert one == make_handler(make_handler_function(), max_sessions=2)
+    assert hash(one) == hash(
+        make_handler(functools.partial(handler_without_limits), max_sessions=2)
+    )
+    assert one != make_handler(make_handler_function(), max_sessions=3)
 
 
 def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
@@ -250,6 +252,6 @@ def test_wrong_argument_of_retry_is_refused_by_name(
 
 def test_rule_of_handler_contains_its_retry_settings() -> None:
     retry = Retry(on=(ConnectionError, TimeoutError), times=5)
-    rule = rule_of(handler(retry=retry)(new_handler_function()))
+    rule = rule_of(handler(retry=retry)(make_handler_function()))
     assert rule is not None
     assert rule.retry == retry

@@ -17,12 +17,12 @@ async def test_handler_group_cancelled_at_any_point_of_its_start_leaves_no_task(
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
 
-    async def enter_group() -> None:
+    async def enter_handler_group_and_wait() -> None:
         async with open_handler_task_group():
             await asyncio.Event().wait()
 
     async with asyncio.TaskGroup() as group:
-        entering = group.create_task(enter_group())
+        entering = group.create_task(enter_handler_group_and_wait())
         for _ in range(turns):
             await asyncio.sleep(0)
         entering.cancel()

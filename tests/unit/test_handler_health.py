@@ -34,7 +34,7 @@ BROKEN, OTHER = (
 )
 
 
-class EndedItem:
+class ItemWithEndedSession:
     """An item whose session has ended."""
 
     def __init__(self, number: int, handler: Handler | None, error: BaseException | None) -> None:
@@ -43,7 +43,7 @@ class EndedItem:
         self.error = error
 
 
-class HealthTestbed:
+class HandlerHealthTestbed:
     """The health of two handlers, and the number of items that each of them has claimed."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class HealthTestbed:
     ) -> None:
         """End a session of the item with this `number`, or of a new item if `number` is None."""
         self.number += number is None
-        item: Any = EndedItem(self.number if number is None else number, handler, error)
+        item: Any = ItemWithEndedSession(self.number if number is None else number, handler, error)
         self.health.record_session_end(item, outcome, seconds)
 
     def fail_sessions(self, times: int = FAILURES) -> None:
@@ -77,7 +77,7 @@ class HealthTestbed:
 
 @in_virtual_time
 async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     assert FAILURES == 5
     bench.fail_sessions(4)
     assert bench.health.failing_handlers() == []
@@ -90,7 +90,7 @@ async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
 
 @in_virtual_time
 async def test_repeated_failures_of_one_item_count_as_one_failure() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     for _ in range(100):
         bench.end_session(number=1)
     assert not bench.is_failing
@@ -98,7 +98,7 @@ async def test_repeated_failures_of_one_item_count_as_one_failure() -> None:
 
 @in_virtual_time
 async def test_failed_health_checks_do_not_count_as_handler_failures() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     for _ in range(100):
         bench.end_session(handler=None)
     assert bench.health.failing_handlers() == []
@@ -130,7 +130,7 @@ def test_session_that_fails_at_once_or_exhausts_a_resource_counts_as_failure(
 ) -> None:
     @in_virtual_time
     async def assert_failures_are_counted() -> None:
-        bench = HealthTestbed()
+        bench = HandlerHealthTestbed()
         for _ in range(FAILURES):
             bench.end_session(outcome, seconds, error)
         assert bench.is_failing == counts
@@ -156,12 +156,12 @@ def test_completed_session_or_failure_after_some_seconds_resets_failing_handler(
 ) -> None:
     @in_virtual_time
     async def assert_failures_are_reset() -> None:
-        bench = HealthTestbed()
+        bench = HandlerHealthTestbed()
         bench.fail_sessions()
         bench.end_session(outcome, seconds)
         assert bench.is_failing != resets
         assert bench.health.may_claim(BROKEN) == resets
-        again = HealthTestbed()
+        again = HandlerHealthTestbed()
         again.fail_sessions(4)
         again.end_session(outcome, seconds)
         again.end_session()
@@ -172,7 +172,7 @@ def test_completed_session_or_failure_after_some_seconds_resets_failing_handler(
 
 @in_virtual_time
 async def test_failing_handler_claims_one_item_at_a_time_after_its_pause() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     bench.fail_sessions()
     await asyncio.sleep(0.9)
     assert not bench.health.may_claim(BROKEN)
@@ -184,7 +184,7 @@ async def test_failing_handler_claims_one_item_at_a_time_after_its_pause() -> No
 
 @in_virtual_time
 async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     bench.fail_sessions()
     pauses = []
     for _ in range(8):
@@ -205,7 +205,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
 
 @in_virtual_time
 async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == 0
     bench.end_session("completed", handler=OTHER)
@@ -220,16 +220,16 @@ async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() ->
 
 @in_virtual_time
 async def test_admission_waits_for_running_session_of_failing_handler() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     bench.fail_sessions()
     await asyncio.sleep(2)
     bench.owned[BROKEN] = 1
 
-    def complete_session() -> None:
+    def end_session_as_completed() -> None:
         bench.owned[BROKEN] = 0
         bench.end_session("completed")
 
-    bench.loop.call_later(100, complete_session)
+    bench.loop.call_later(100, end_session_as_completed)
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(102)
     assert not bench.is_failing
@@ -237,7 +237,7 @@ async def test_admission_waits_for_running_session_of_failing_handler() -> None:
 
 @in_virtual_time
 async def test_wait_for_admission_with_two_paused_handlers_ends_after_shorter_pause() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
     await asyncio.sleep(1)
     for _ in range(FAILURES):
@@ -251,7 +251,7 @@ async def test_wait_for_admission_with_two_paused_handlers_ends_after_shorter_pa
 @in_virtual_time
 async def test_wait_for_admission_with_running_and_paused_handler_ends_after_pause() -> None:
     """The handler OTHER runs the one session that a failing handler may run; BROKEN pauses."""
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
     bench.owned[OTHER] = 1
@@ -263,7 +263,7 @@ async def test_wait_for_admission_with_running_and_paused_handler_ends_after_pau
 
 @in_virtual_time
 async def test_handler_health_forgets_work_ids_of_successful_sessions() -> None:
-    bench = HealthTestbed()
+    bench = HandlerHealthTestbed()
     for number in range(100_000):
         bench.end_session(number=number, outcome="completed")
     assert not bench.health.failures

@@ -61,7 +61,7 @@ async def enter_all_contexts(contexts: Any, seen: list[str]) -> None:
 async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_reverse() -> None:
     seen: list[str] = []
 
-    class FirstWrapperPlugin:
+    class FirstSessionWrapperPlugin:
         @hookimpl
         @asynccontextmanager
         async def workpool_wrap_session(self, session: Session) -> AsyncIterator[None]:
@@ -74,7 +74,7 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
         def workpool_wrap_session(self, session: Session) -> None:
             seen.append(f"asked {session.id}")
 
-    class SecondWrapperPlugin:
+    class SecondSessionWrapperPlugin:
         @hookimpl
         @asynccontextmanager
         async def workpool_wrap_session(self) -> AsyncIterator[None]:
@@ -83,10 +83,13 @@ async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_rever
             seen.append("second out")
 
     plugins = Plugins.load(
-        [FirstWrapperPlugin(), PluginWithoutContext(), SecondWrapperPlugin()], [], {}
+        [FirstSessionWrapperPlugin(), PluginWithoutContext(), SecondSessionWrapperPlugin()], [], {}
     )
     contexts = plugins.session_contexts(Session(ITEM, cast("Any", None), redelivered=False))
-    assert [name for name, _ in contexts] == ["FirstWrapperPlugin", "SecondWrapperPlugin"]
+    assert [name for name, _ in contexts] == [
+        "FirstSessionWrapperPlugin",
+        "SecondSessionWrapperPlugin",
+    ]
     await enter_all_contexts(contexts, seen)
 
     assert seen == [

@@ -33,7 +33,7 @@ OK = b"HTTP/1.1 200"
 MEGABYTE = 1_000_000
 
 
-class LimitedServer:
+class ServerWithConnectionLimit:
     """An HTTP server whose connections `InboundConnections` limits."""
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -54,7 +54,7 @@ class LimitedServer:
         return web.Response(text="ok")
 
     @asynccontextmanager
-    async def open_server(self) -> AsyncIterator[LimitedServer]:
+    async def open_server(self) -> AsyncIterator[ServerWithConnectionLimit]:
         application = web.Application(middlewares=[self.connections.middleware])
         application.router.add_get("/", self.send_small_response)
         application.router.add_get("/big", self.send_big_response)
@@ -78,10 +78,10 @@ class LimitedServer:
             await asyncio.sleep(0)
 
 
-class RawClient:
+class SlowlyReadingClient:
     """A TCP client that reads only on request and has a small receive buffer."""
 
-    open: ClassVar[list[RawClient]] = []
+    open: ClassVar[list[SlowlyReadingClient]] = []
 
     def __init__(self) -> None:
         self.open.append(self)
@@ -90,7 +90,7 @@ class RawClient:
         self.socket.settimeout(0)
 
     @classmethod
-    async def connect(cls, port: int, request: bytes) -> RawClient:
+    async def connect(cls, port: int, request: bytes) -> SlowlyReadingClient:
         client = cls()
         loop = asyncio.get_running_loop()
         await loop.sock_connect(client.socket, ("127.0.0.1", port))
@@ -119,8 +119,8 @@ class RawClient:
         return total
 
 
-async def send_and_read(port: int, request: bytes = WHOLE) -> bytes:
-    client = await RawClient.connect(port, request)
+async def send_request_and_read_answer(port: int, request: bytes = WHOLE) -> bytes:
+    client = await SlowlyReadingClient.connect(port, request)
     answer = await client.read_bytes()
     client.socket.close()
     return answer
@@ -134,11 +134,11 @@ async def wait_until(condition: Callable[[], object]) -> None:
     pytest.fail("it never came")
 
 
-def has_clients_with_unread_bytes(site: LimitedServer, clients: int) -> bool:
+def server_has_clients_with_unread_bytes(site: ServerWithConnectionLimit, clients: int) -> bool:
     return len(site.connections._unread) == clients
 
 
-def run_on_new_loop(
+def run_coroutine_on_new_loop(
     new_loop: Callable[[], asyncio.AbstractEventLoop], main: Coroutine[None, None, None]
 ) -> None:
     async def run_with_time_limit() -> None:
@@ -153,7 +153,7 @@ def run_on_new_loop(
 def shorten_check_interval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
     yield
-    RawClient.close_all_clients()
+    SlowlyReadingClient.close_all_clients()
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
@@ -161,14 +161,14 @@ def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def assert_oldest_connection_is_closed() -> None:
-        async with LimitedServer().open_server() as site:
-            clients = [await RawClient.connect(site.port, HALF) for _ in range(3 * LIMIT)]
+        async with ServerWithConnectionLimit().open_server() as site:
+            clients = [await SlowlyReadingClient.connect(site.port, HALF) for _ in range(3 * LIMIT)]
             for _ in range(2 * LIMIT):
-                assert (await send_and_read(site.port)).startswith(OK)
+                assert (await send_request_and_read_answer(site.port)).startswith(OK)
                 assert len(site.connections) <= LIMIT
             assert await clients[0].read_bytes() == b""
 
-    run_on_new_loop(new_loop, assert_oldest_connection_is_closed())
+    run_coroutine_on_new_loop(new_loop, assert_oldest_connection_is_closed())
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
@@ -176,29 +176,29 @@ def test_active_requests_at_connection_limit_refuse_new_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def refuse_connection_beyond_limit() -> None:
-        async with LimitedServer().open_server() as site:
-            clients = [await RawClient.connect(site.port, WAIT) for _ in range(LIMIT)]
+        async with ServerWithConnectionLimit().open_server() as site:
+            clients = [await SlowlyReadingClient.connect(site.port, WAIT) for _ in range(LIMIT)]
             await wait_until(lambda: site.waiting == LIMIT)
-            assert await send_and_read(site.port) == b""
+            assert await send_request_and_read_answer(site.port) == b""
             site.released.set()
             for client in clients:
                 assert (await client.read_bytes()).startswith(OK)
             # The server closes an idle connection in order to accept a new one.
-            assert (await send_and_read(site.port)).startswith(OK)
-            RawClient.close_all_clients()
+            assert (await send_request_and_read_answer(site.port)).startswith(OK)
+            SlowlyReadingClient.close_all_clients()
             await wait_until(lambda: not len(site.connections))
 
-    run_on_new_loop(new_loop, refuse_connection_beyond_limit())
+    run_coroutine_on_new_loop(new_loop, refuse_connection_beyond_limit())
 
 
 async def test_long_requests_at_connection_limit_are_ended_oldest_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "SERVE_SECONDS", 0.0)
-    async with asyncio.timeout(20), LimitedServer().open_server() as site:
-        clients = [await RawClient.connect(site.port, WAIT) for _ in range(LIMIT)]
+    async with asyncio.timeout(20), ServerWithConnectionLimit().open_server() as site:
+        clients = [await SlowlyReadingClient.connect(site.port, WAIT) for _ in range(LIMIT)]
         await wait_until(lambda: site.waiting == LIMIT)
-        assert (await send_and_read(site.port)).startswith(OK)
+        assert (await send_request_and_read_answer(site.port)).startswith(OK)
         assert await clients[0].read_bytes() == b""
         site.released.set()
         for client in clients[1:]:
@@ -210,8 +210,10 @@ async def test_exporter_answers_healthz_while_incomplete_requests_use_all_connec
     registry = CollectorRegistry()
     async with Exporter("127.0.0.1", 0, registry, health=list, readiness=list) as exporter:
         for _ in range(exporter_module.CONNECTIONS_MAX + 20):
-            await RawClient.connect(exporter.port, HALF)
-        answer = await send_and_read(exporter.port, WHOLE.replace(b"/", b"/healthz", 1))
+            await SlowlyReadingClient.connect(exporter.port, HALF)
+        answer = await send_request_and_read_answer(
+            exporter.port, WHOLE.replace(b"/", b"/healthz", 1)
+        )
         assert answer.startswith(OK)
         assert len(exporter._connections) <= exporter_module.CONNECTIONS_MAX
 
@@ -221,8 +223,8 @@ async def test_control_plane_answers_while_incomplete_requests_use_all_connectio
 ) -> None:
     monkeypatch.setattr(control_plane, "_compute_max_connections", lambda: LIMIT)
     async with ControlPlane() as plane:
-        clients = [await RawClient.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
-        assert (await send_and_read(plane.port)).startswith(b"HTTP/1.1 200")
+        clients = [await SlowlyReadingClient.connect(plane.port, HALF) for _ in range(3 * LIMIT)]
+        assert (await send_request_and_read_answer(plane.port)).startswith(b"HTTP/1.1 200")
         assert await clients[0].read_bytes() == b""
 
 
@@ -244,19 +246,19 @@ def test_connection_without_complete_headers_in_time_is_closed(
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
 
     async def wait_for_connection_close() -> None:
-        async with LimitedServer().open_server() as site:
-            client = await RawClient.connect(site.port, request_so_far)
+        async with ServerWithConnectionLimit().open_server() as site:
+            client = await SlowlyReadingClient.connect(site.port, request_so_far)
             assert await client.read_bytes() == b""
 
-    run_on_new_loop(new_loop, wait_for_connection_close())
+    run_coroutine_on_new_loop(new_loop, wait_for_connection_close())
 
 
 async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    async with asyncio.timeout(20), LimitedServer().open_server() as site:
-        client = await RawClient.connect(site.port, HALF)
+    async with asyncio.timeout(20), ServerWithConnectionLimit().open_server() as site:
+        client = await SlowlyReadingClient.connect(site.port, HALF)
         with suppress(ConnectionError):
             while len(site.connections):
                 await client.send_request(b"x")
@@ -268,10 +270,10 @@ async def test_idle_connection_is_kept_longer_than_header_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    async with asyncio.timeout(20), LimitedServer().open_server() as site:
-        idle = await RawClient.connect(site.port, WHOLE)
+    async with asyncio.timeout(20), ServerWithConnectionLimit().open_server() as site:
+        idle = await SlowlyReadingClient.connect(site.port, WHOLE)
         assert (await idle.read_bytes()).startswith(OK)
-        other = await RawClient.connect(site.port, b"")
+        other = await SlowlyReadingClient.connect(site.port, b"")
         # The server closes this connection after HEADER_SECONDS.
         assert await other.read_bytes() == b""
         await idle.send_request(WHOLE)
@@ -285,10 +287,10 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
 ) -> None:
     monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
     monkeypatch.setattr(inbound_connections, "IDLE_SECONDS", 0.05)
-    async with asyncio.timeout(20), LimitedServer().open_server() as site:
-        waiting = await RawClient.connect(site.port, WAIT)
+    async with asyncio.timeout(20), ServerWithConnectionLimit().open_server() as site:
+        waiting = await SlowlyReadingClient.connect(site.port, WAIT)
         await wait_until(lambda: site.waiting)
-        idle = await RawClient.connect(site.port, WHOLE)
+        idle = await SlowlyReadingClient.connect(site.port, WHOLE)
         assert (await idle.read_bytes()).startswith(OK)
         # The server closes this connection after IDLE_SECONDS.
         assert await idle.read_bytes() == b""
@@ -303,14 +305,14 @@ def test_client_that_reads_nothing_is_disconnected(
     monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.05)
 
     async def assert_client_is_disconnected() -> None:
-        async with LimitedServer().open_server() as site:
-            client = await RawClient.connect(site.port, BIG)
+        async with ServerWithConnectionLimit().open_server() as site:
+            client = await SlowlyReadingClient.connect(site.port, BIG)
             await wait_until(lambda: len(site.connections))
             await wait_until(lambda: not len(site.connections))
             assert site.connections._unread_bytes == 0
             assert await client.read_until_closed() < 20 * MEGABYTE
 
-    run_on_new_loop(new_loop, assert_client_is_disconnected())
+    run_coroutine_on_new_loop(new_loop, assert_client_is_disconnected())
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
@@ -322,8 +324,8 @@ def test_client_that_reads_slowly_gets_whole_response(
 
     async def read_whole_response_slowly() -> None:
         loop = asyncio.get_running_loop()
-        async with LimitedServer().open_server() as site:
-            client = await RawClient.connect(site.port, BIG)
+        async with ServerWithConnectionLimit().open_server() as site:
+            client = await SlowlyReadingClient.connect(site.port, BIG)
             total, started = 0, loop.time()
             while total < 20 * MEGABYTE and (chunk := await client.read_bytes(MEGABYTE)):
                 total += len(chunk)
@@ -331,7 +333,7 @@ def test_client_that_reads_slowly_gets_whole_response(
                     await asyncio.sleep(0.01)
             assert total > 20 * MEGABYTE
 
-    run_on_new_loop(new_loop, read_whole_response_slowly())
+    run_coroutine_on_new_loop(new_loop, read_whole_response_slowly())
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
@@ -341,22 +343,22 @@ def test_unread_bytes_above_limit_disconnect_slowest_reader(
     monkeypatch.setattr(inbound_connections, "UNREAD_BYTES_MAX", 50 * MEGABYTE)
 
     async def assert_slowest_reader_is_disconnected() -> None:
-        async with LimitedServer(limit=100).open_server() as site:
+        async with ServerWithConnectionLimit(limit=100).open_server() as site:
             clients = []
             for count in range(1, 11):
-                clients.append(await RawClient.connect(site.port, BIG))
+                clients.append(await SlowlyReadingClient.connect(site.port, BIG))
                 # Each client leaves almost 20 MB unread. The third client exceeds the limit of
                 # 50 MB, so the server disconnects the first client.
-                await wait_until(partial(has_clients_with_unread_bytes, site, min(count, 2)))
+                await wait_until(partial(server_has_clients_with_unread_bytes, site, min(count, 2)))
                 assert site.connections._unread_bytes <= 50 * MEGABYTE
-            assert (await send_and_read(site.port)).startswith(OK)
+            assert (await send_request_and_read_answer(site.port)).startswith(OK)
             assert await clients[0].read_until_closed() < 20 * MEGABYTE
             assert await clients[-1].read_bytes(1)
-            RawClient.close_all_clients()
+            SlowlyReadingClient.close_all_clients()
             await wait_until(lambda: not len(site.connections))
             assert site.connections._unread_bytes == 0
 
-    run_on_new_loop(new_loop, assert_slowest_reader_is_disconnected())
+    run_coroutine_on_new_loop(new_loop, assert_slowest_reader_is_disconnected())
 
 
 async def test_malformed_request_to_exporter_is_one_debug_line_without_its_content(
@@ -366,7 +368,7 @@ async def test_malformed_request_to_exporter_is_one_debug_line_without_its_conte
     async with Exporter(
         "127.0.0.1", 0, CollectorRegistry(), health=list, readiness=list
     ) as exporter:
-        answer = await send_and_read(
+        answer = await send_request_and_read_answer(
             exporter.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n"
         )
     assert answer.startswith(b"HTTP/1.0 400")
@@ -380,7 +382,9 @@ async def test_malformed_request_to_control_plane_is_one_debug_line(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     async with ControlPlane() as plane:
-        await send_and_read(plane.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n")
+        await send_request_and_read_answer(
+            plane.port, b"GET / HTTP/1.1\r\nAuthorization : secret\r\n\r\n"
+        )
     assert "secret" not in caplog.text
     [record] = [each for each in caplog.records if each.name == "workpool.server.http"]
     assert record.levelno == logging.DEBUG

@@ -39,7 +39,7 @@ CALL = SendOptions(Priority.HANDLER, by_handler=True)
 
 
 @asynccontextmanager
-async def renewed_item(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
+async def item_with_renewed_lease(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
     """Yield an item with a renewed lease and a running handler."""
     async with one.open_clients():
         item = await one.claim_item()
@@ -65,7 +65,7 @@ async def send_update(
     return await one.sender.send_with_retries(item, update_metadata, request, before_bytes)
 
 
-def update_attempts(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
+def list_update_attempts(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
     return [each for each in one.tries if each[0] == "update"]
 
 
@@ -121,7 +121,7 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
     @in_virtual_time
     async def assert_nothing_is_sent() -> None:
         one = testbed(update=[Fault(wait=5.0)] if wait == "connection" else [])
-        async with renewed_item(one) as item:
+        async with item_with_renewed_lease(one) as item:
             one.permit_seconds = 5.0 if wait == "rate limit" else 0.0
             request = CALL if by_handler else WRITE
             if wait == "before":
@@ -130,7 +130,9 @@ def test_lease_is_checked_right_before_the_bytes_of_a_request(
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await send_update(one, item, request)
-            assert len(update_attempts(one)) <= 1  # A call that the check refuses is not retried.
+            assert (
+                len(list_update_attempts(one)) <= 1
+            )  # A call that the check refuses is not retried.
         assert not one.get_send_times("update")
 
     assert_nothing_is_sent()
@@ -141,7 +143,7 @@ async def test_call_of_pool_is_allowed_after_handler_was_cancelled(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         item.cancelled_for = EndReason.TIMED_OUT
         await send_update(one, item, WRITE)
         with pytest.raises(SessionEnded):
@@ -154,7 +156,7 @@ async def test_call_waiting_during_long_machine_sleep_is_not_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         one.loop.call_later(4.9, one.loop.suspend, 300)
         with pytest.raises(LeaseLost):
             await send_update(one, item)
@@ -166,7 +168,7 @@ async def test_call_waiting_during_machine_pause_is_sent_after_lease_is_verified
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
         await send_update(one, item)
         (sent,) = one.get_send_times("update")
@@ -179,7 +181,7 @@ async def test_undetected_short_machine_pause_still_uses_up_lease_time(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         item.lease.deadline = one.clock() + 1.0
         one.sender.check_may_write(item, by_handler=False)
         one.ahead = 1.5
@@ -192,7 +194,7 @@ async def test_call_waiting_during_machine_pause_is_not_sent_if_another_worker_c
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
 
         def simulate_machine_pause() -> None:
             one.ahead = 300.0
@@ -210,16 +212,16 @@ async def test_callback_before_sending_is_called_only_if_bytes_are_sent(
 ) -> None:
     called: list[float] = []
     one = testbed(update=[Fault(wait=5.0)])
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
 
-        def record_send_time() -> None:
+        def record_time_of_send() -> None:
             called.append(one.clock())
 
-        await send_update(one, item, before_bytes=record_send_time)
+        await send_update(one, item, before_bytes=record_time_of_send)
         assert called == pytest.approx([5.0])
         lose_lease(item)
         with pytest.raises(LeaseLost):
-            await send_update(one, item, before_bytes=record_send_time)
+            await send_update(one, item, before_bytes=record_time_of_send)
     assert len(called) == 1
 
 
@@ -250,7 +252,7 @@ def test_call_refused_by_control_plane_is_never_retried(
     async def assert_single_request() -> None:
         assert error.status is not None
         one = testbed(update=[Fault(answer=error.status, applied=False)])
-        async with renewed_item(one) as item:
+        async with item_with_renewed_lease(one) as item:
             with pytest.raises(type(error)):
                 await send_update(one, item)
         assert len(one.get_send_times("update")) == 1
@@ -263,7 +265,7 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(request_timeout=300.0, update=[SILENCE] * 99)
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         lease = item.lease
         one.renewer.remove_lease(lease)
         # `remove_lease` also marks the session as closed, which this test does not need.
@@ -274,18 +276,18 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
         assert len(sent) > 5
         assert all(
             seconds is not None and seconds <= (60 - at) / TRY_PART + 1e-6
-            for at, (_, seconds, _) in zip(sent, update_attempts(one), strict=True)
+            for at, (_, seconds, _) in zip(sent, list_update_attempts(one), strict=True)
         )
-        assert update_attempts(one)[0][1] == pytest.approx(20)
+        assert list_update_attempts(one)[0][1] == pytest.approx(20)
         assert one.clock() <= lease.deadline
 
 
 @in_virtual_time
 async def test_attempt_of_call_takes_at_most_request_timeout(testbed: type[LeaseTestbed]) -> None:
     one = testbed(request_timeout=2.0, update=[SILENCE])
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         await send_update(one, item)
-    assert [seconds for _, seconds, _ in update_attempts(one)] == [2.0, 2.0]
+    assert [seconds for _, seconds, _ in list_update_attempts(one)] == [2.0, 2.0]
     first, second = one.get_send_times("update")
     assert 2.0 <= second - first <= 2.0 + 0.2
 
@@ -295,13 +297,13 @@ async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[SILENCE] * 99)
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         with pytest.raises(TransientError) as caught:
             await send_update(one, item, WRITE._replace(seconds=3.0))
         assert caught.value.reason == "timeout"
         assert 1.0 < one.clock() <= 3.0
-    assert update_attempts(one)[0][1] == pytest.approx(1.0)
-    assert len(update_attempts(one)) > 1
+    assert list_update_attempts(one)[0][1] == pytest.approx(1.0)
+    assert len(list_update_attempts(one)) > 1
 
 
 @pytest.mark.parametrize(
@@ -321,10 +323,10 @@ def test_retry_after_attempt_without_answer_uses_new_connection(
     @in_virtual_time
     async def send_two_updates() -> None:
         one = testbed(update=[failure])
-        async with renewed_item(one) as item:
+        async with item_with_renewed_lease(one) as item:
             await send_update(one, item)
             await send_update(one, item)
-        assert [options.new_connection for *_, options in update_attempts(one)] == [
+        assert [options.new_connection for *_, options in list_update_attempts(one)] == [
             False,
             new,
             False,
@@ -338,15 +340,15 @@ async def test_every_attempt_of_a_call_has_priority_and_permit_of_that_call(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[SILENCE])
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         await send_update(one, item, WRITE)
         await send_update(one, item, CALL)
-    assert [options.priority for *_, options in update_attempts(one)] == [
+    assert [options.priority for *_, options in list_update_attempts(one)] == [
         Priority.COMPLETION,
         Priority.COMPLETION,
         Priority.HANDLER,
     ]
-    assert all(options.permit for *_, options in update_attempts(one))
+    assert all(options.permit for *_, options in list_update_attempts(one))
 
 
 @in_virtual_time
@@ -354,7 +356,7 @@ async def test_completion_is_retried_as_long_as_its_lease_is_renewed(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False)] * 200)
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         await send_update(one, item)
         assert one.clock() > 200
         between = [later - earlier for earlier, later in pairwise(one.get_send_times("update"))]
@@ -366,12 +368,12 @@ async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         await send_update(one, item)
         assert one.clock() == pytest.approx(5)
     two = testbed(update=[Fault(answer=429, applied=False, retry_after=300)])
     begun_at = two.clock()
-    async with renewed_item(two) as item:
+    async with item_with_renewed_lease(two) as item:
         await send_update(two, item, WRITE._replace(seconds=20.0))
         assert two.clock() == pytest.approx(begun_at + 10)
 
@@ -387,7 +389,7 @@ def test_lease_lost_during_call_ends_call_at_once(
     @in_virtual_time
     async def lose_lease_during_update() -> None:
         one = testbed(update=[fault])
-        async with renewed_item(one) as item:
+        async with item_with_renewed_lease(one) as item:
             one.loop.call_later(1, report_lost_lease, one, item)
             with pytest.raises(LeaseLost):
                 await send_update(one, item)
@@ -402,7 +404,7 @@ async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
 ) -> None:
     """A loop that was blocked may handle the timeout and the loss of the lease in one turn."""
     one = testbed(update=[SILENCE] * 9)
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         # The lease ends so soon after the timeout that both happen in one turn of the loop.
         one.loop.call_at(10 + 1e-7, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
@@ -413,7 +415,7 @@ async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
 @in_virtual_time
 async def test_cancellation_of_calling_task_is_not_swallowed(testbed: type[LeaseTestbed]) -> None:
     one = testbed(update=[SILENCE])
-    async with renewed_item(one) as item, asyncio.TaskGroup() as group:
+    async with item_with_renewed_lease(one) as item, asyncio.TaskGroup() as group:
         task = group.create_task(send_update(one, item))
         await asyncio.sleep(1)
         task.cancel()
@@ -426,7 +428,7 @@ async def test_cancellation_of_calling_task_is_not_swallowed(testbed: type[Lease
 async def test_session_read_continues_across_lease_renewals(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
     answered = asyncio.Event()
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
 
         async def read_session() -> str:
             await answered.wait()
@@ -441,7 +443,7 @@ async def test_session_read_ends_at_its_time_limit_or_when_lease_is_lost(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         with pytest.raises(TimeoutError):
             await one.sender.read_while_leased(item, asyncio.Event().wait, 7.0)
         assert one.clock() == pytest.approx(7)
@@ -456,7 +458,7 @@ async def test_calls_of_one_handler_are_limited_without_delaying_other_handlers(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         other = await one.claim_item()
         await one.send_first_heartbeat(other)
         async with one.running_handler(other), asyncio.TaskGroup() as group:
@@ -479,7 +481,7 @@ async def test_call_made_by_handler_is_retried_until_time_limit_of_call(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False)] * 999)
-    async with renewed_item(one) as item:
+    async with item_with_renewed_lease(one) as item:
         context: Any = one
         with pytest.raises(TransientError):
             await SessionCalls(item, context, one.sender).update_metadata({"a": "b"})

@@ -77,7 +77,7 @@ def make_lease(
     )
 
 
-def make_answer(number: int = 1, **changes: Any) -> Heartbeat:
+def make_heartbeat(number: int = 1, **changes: Any) -> Heartbeat:
     fields: dict[str, Any] = {
         "last_heartbeat": f"hb_{number}",
         "lease_extended": True,
@@ -87,20 +87,22 @@ def make_answer(number: int = 1, **changes: Any) -> Heartbeat:
     return Heartbeat(**{**fields, **changes})
 
 
-def transient_error(reason: Any = "timeout", retry_after: float | None = None) -> TransientError:
+def make_transient_error(
+    reason: Any = "timeout", retry_after: float | None = None
+) -> TransientError:
     return TransientError("heartbeat", None, "x", reason=reason, retry_after=retry_after)
 
 
-def refused_error(status: int) -> RefusedError:
+def make_refused_error(status: int) -> RefusedError:
     return RefusedError("heartbeat", status, "x")
 
 
 CONFLICT = ConflictError("heartbeat", 409, "x")
 PRECONDITION = PreconditionError("heartbeat", 412, "x")
-THROTTLED = transient_error("throttled")
+THROTTLED = make_transient_error("throttled")
 
 
-def exchange_heartbeat(
+def begin_heartbeat_and_apply_answer(
     lease: Lease, sent: float, answered: float, outcome: Heartbeat | ControlPlaneError
 ) -> HeartbeatDecision:
     return lease.apply_answer(answered, lease.begin_heartbeat(sent, sent), outcome)
@@ -119,42 +121,44 @@ def lease_active_at_ack() -> Lease:
 def lease_active_at_ack_without_answer() -> Lease:
     """Return a lease of an item `active` at its ack; the first heartbeat got no answer."""
     lease = lease_active_at_ack()
-    exchange_heartbeat(lease, 5.0, 6.0, transient_error())
+    begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, make_transient_error())
     return lease
 
 
 def lease_active_at_ack_after_heartbeat() -> Lease:
     """Return a lease of an item `active` at its ack; the first heartbeat succeeded."""
     lease = lease_active_at_ack()
-    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, make_answer())
+    begin_heartbeat_and_apply_answer(lease, BEGUN_AT, BEGUN_AT, make_heartbeat())
     return lease
 
 
 def renewed_lease(**values: Any) -> Lease:
     """Return a lease whose first heartbeat was sent at time 0 and succeeded."""
     lease = make_lease(**values)
-    exchange_heartbeat(lease, BEGUN_AT, BEGUN_AT, make_answer(ttl_seconds=values.get("ttl", TTL)))
+    begin_heartbeat_and_apply_answer(
+        lease, BEGUN_AT, BEGUN_AT, make_heartbeat(ttl_seconds=values.get("ttl", TTL))
+    )
     return lease
 
 
 def lease_with_unanswered_heartbeat() -> Lease:
     """Return a lease whose second heartbeat was not answered, so it may have been applied."""
     lease = renewed_lease()
-    exchange_heartbeat(lease, 5.0, 6.0, transient_error())
+    begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, make_transient_error())
     return lease
 
 
 def lease_with_throttled_heartbeat() -> Lease:
     """Return a lease whose second heartbeat was answered with 429, so it was not applied."""
     lease = renewed_lease()
-    exchange_heartbeat(lease, 5.0, 6.0, THROTTLED)
+    begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, THROTTLED)
     return lease
 
 
 def lease_after_read() -> Lease:
     """Return a lease that a read of the item has confirmed after a heartbeat got a 409."""
     lease = renewed_lease()
-    exchange_heartbeat(lease, 5.0, 6.0, CONFLICT)
+    begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, CONFLICT)
     lease.apply_read_item(7.0, "conflict", item_of_this_worker())
     return lease
 
@@ -217,65 +221,65 @@ GONE = ExpectedLease("over", "precondition", "lost", confirmed=True, due=LOST)
 
 ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, ExpectedLease]] = [
     # A successful heartbeat sets a new deadline.
-    (fresh_lease, make_answer(), HELD),
-    (renewed_lease, make_answer(2), HELD),
-    (lease_with_unanswered_heartbeat, make_answer(2), HELD),
-    (lease_in_handoff, make_answer(2), HELD),
-    (renewed_lease, make_answer(2, ttl_seconds=30),
+    (fresh_lease, make_heartbeat(), HELD),
+    (renewed_lease, make_heartbeat(2), HELD),
+    (lease_with_unanswered_heartbeat, make_heartbeat(2), HELD),
+    (lease_in_handoff, make_heartbeat(2), HELD),
+    (renewed_lease, make_heartbeat(2, ttl_seconds=30),
      ExpectedLease("held", "ok", deadline=SENT + 30)),
-    (renewed_lease, make_answer(2, ttl_seconds=600),
+    (renewed_lease, make_heartbeat(2, ttl_seconds=600),
      ExpectedLease("held", "ok", deadline=SENT + 600)),
-    (renewed_lease, make_answer(2, state="stopping"), HELD),
-    (lease_active_at_ack, make_answer(), HELD),
-    (lease_active_at_ack_without_answer, make_answer(), HELD),
+    (renewed_lease, make_heartbeat(2, state="stopping"), HELD),
+    (lease_active_at_ack, make_heartbeat(), HELD),
+    (lease_active_at_ack_without_answer, make_heartbeat(), HELD),
     # The state `stopped` ends the lease at once, whether or not the answer extends the lease.
-    (renewed_lease, make_answer(2, state="stopped"),
+    (renewed_lease, make_heartbeat(2, state="stopped"),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
-    (stopped_lease, make_answer(2, state="stopped"),
+    (stopped_lease, make_heartbeat(2, state="stopped"),
      ExpectedLease("over", "ok", "finished", due=LOST)),
-    (renewed_lease, make_answer(2, state="stopped", lease_extended=False),
+    (renewed_lease, make_heartbeat(2, state="stopped", lease_extended=False),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
-    (stopped_lease, make_answer(2, state="stopped", lease_extended=False),
+    (stopped_lease, make_heartbeat(2, state="stopped", lease_extended=False),
      ExpectedLease("over", "ok", "finished", due=LOST)),
-    (renewed_lease, make_answer(2, state="stopped", lease_extended=False, last_heartbeat=""),
+    (renewed_lease, make_heartbeat(2, state="stopped", lease_extended=False, last_heartbeat=""),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
-    (releasing_lease, make_answer(2, ttl_seconds=12),
+    (releasing_lease, make_heartbeat(2, ttl_seconds=12),
      ExpectedLease("over", "ok", "released", deadline=SENT + 12, due=LOST)),
     # An answer that does not extend the lease leaves its deadline unchanged.
-    (renewed_lease, make_answer(2, lease_extended=False, state="stopping"),
+    (renewed_lease, make_heartbeat(2, lease_extended=False, state="stopping"),
      ExpectedLease("held", "ok")),
-    (renewed_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
-    (stopped_lease, make_answer(2, lease_extended=False), READ_CONFLICT),
+    (renewed_lease, make_heartbeat(2, lease_extended=False), READ_CONFLICT),
+    (stopped_lease, make_heartbeat(2, lease_extended=False), READ_CONFLICT),
     # An answer without extension and without a last heartbeat means that the lease is lost.
-    (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
-    (lease_with_unanswered_heartbeat, make_answer(2, lease_extended=False, last_heartbeat=""),
+    (renewed_lease, make_heartbeat(2, lease_extended=False, last_heartbeat=""), NOT_OURS),
+    (lease_with_unanswered_heartbeat, make_heartbeat(2, lease_extended=False, last_heartbeat=""),
      NOT_OURS),
-    (renewed_lease, make_answer(2, lease_extended=False, last_heartbeat="", state="stopping"),
+    (renewed_lease, make_heartbeat(2, lease_extended=False, last_heartbeat="", state="stopping"),
      NOT_OURS),
     # If the item was `active` at its ack, only a heartbeat that extends the lease shows that this
     # worker holds the item. A read of the item cannot show it.
-    (lease_active_at_ack, make_answer(lease_extended=False), NOT_OURS),
-    (lease_active_at_ack, make_answer(state="stopping"),
+    (lease_active_at_ack, make_heartbeat(lease_extended=False), NOT_OURS),
+    (lease_active_at_ack, make_heartbeat(state="stopping"),
      ExpectedLease("over", "conflict", "lost", due=LOST)),
     (lease_active_at_ack, CONFLICT, NOT_OURS),
     (lease_active_at_ack, PRECONDITION, GONE),
     (lease_active_at_ack_without_answer, PRECONDITION, GONE),
     (lease_active_at_ack_without_answer, CONFLICT, NOT_OURS),
     # After a transient error, another heartbeat is due after a short delay.
-    (renewed_lease, transient_error("timeout"),
+    (renewed_lease, make_transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
-    (renewed_lease, transient_error("network"),
+    (renewed_lease, make_transient_error("network"),
      ExpectedLease("again", "transient", due=FIRST_REPEAT)),
-    (renewed_lease, transient_error("server_error"),
+    (renewed_lease, make_transient_error("server_error"),
      ExpectedLease("again", "transient", due=FIRST_REPEAT)),
-    (renewed_lease, transient_error("bad_body"),
+    (renewed_lease, make_transient_error("bad_body"),
      ExpectedLease("again", "transient", due=FIRST_REPEAT)),
     (renewed_lease, THROTTLED, ExpectedLease("again", "transient", due=FIRST_REPEAT)),
-    (lease_with_unanswered_heartbeat, transient_error("network"),
+    (lease_with_unanswered_heartbeat, make_transient_error("network"),
      ExpectedLease("again", "transient", due=SECOND_REPEAT)),
-    (renewed_lease, transient_error("throttled", 7.0),
+    (renewed_lease, make_transient_error("throttled", 7.0),
      ExpectedLease("again", "transient", due=7.0)),
-    (renewed_lease, transient_error("server_error", 300.0),
+    (renewed_lease, make_transient_error("server_error", 300.0),
      ExpectedLease("again", "transient", due=(54.0 - ANSWERED) / 2)),
     # After 412 the item is read only if an unanswered heartbeat of this process, or one of its
     # child process, may have been applied.
@@ -291,21 +295,23 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (stopped_lease, CONFLICT, READ_CONFLICT),
     # A heartbeat with a refused credential is repeated, because the credential may be renewed.
     # The lease of an item that the control plane does not know is lost.
-    (renewed_lease, refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
-    (renewed_lease, refused_error(403), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
-    (renewed_lease, refused_error(405), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
-    (renewed_lease, refused_error(404),
+    (renewed_lease, make_refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, make_refused_error(403), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, make_refused_error(405), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, make_refused_error(404),
      ExpectedLease("over", "rejected", "lost", confirmed=True, due=LOST)),
-    (renewed_lease, refused_error(400), ExpectedLease("over", "rejected", "lost", due=LOST)),
+    (renewed_lease, make_refused_error(400), ExpectedLease("over", "rejected", "lost", due=LOST)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), ANSWERS)
 def test_heartbeat_answer_determines_decision_status_and_deadline(
-    state: Callable[[], Lease], outcome: Heartbeat | ControlPlaneError, expected: ExpectedLease
+    state: Callable[[], Lease],
+    outcome: Heartbeat | ControlPlaneError,
+    expected: ExpectedLease,
 ) -> None:
     lease = state()
-    decision = exchange_heartbeat(lease, SENT, ANSWERED, outcome)
+    decision = begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, outcome)
     assert decision == (expected.then, expected.result)
     assert (lease.status, lease.loss_confirmed) == (expected.status, expected.confirmed)
     assert lease.deadline == expected.deadline
@@ -339,7 +345,7 @@ def test_deadline_of_item_active_at_ack_counts_from_poll_until_first_heartbeat()
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
-    exchange_heartbeat(lease, 1.0, 2.0, make_answer(ttl_seconds=30))
+    begin_heartbeat_and_apply_answer(lease, 1.0, 2.0, make_heartbeat(ttl_seconds=30))
     assert lease.deadline == 31
     assert not lease.unsettled
 
@@ -351,7 +357,7 @@ def test_deadline_of_lease_begun_by_ack_counts_from_ack_not_poll() -> None:
 
 def test_granted_ttl_replaces_requested_ttl() -> None:
     lease = make_lease(ttl=600)
-    exchange_heartbeat(lease, 0.0, 1.0, make_answer(ttl_seconds=30))
+    begin_heartbeat_and_apply_answer(lease, 0.0, 1.0, make_heartbeat(ttl_seconds=30))
     assert lease.deadline == 30
     assert lease.due_at <= 10
 
@@ -385,37 +391,40 @@ def test_heartbeat_sent_after_its_due_time_reports_lag_in_seconds() -> None:
 def test_failed_heartbeats_are_repeated_with_growing_delay() -> None:
     lease, now, delays = renewed_lease(), 20.0, []
     for _ in range(5):
-        exchange_heartbeat(lease, now, now, THROTTLED)
+        begin_heartbeat_and_apply_answer(lease, now, now, THROTTLED)
         delays.append(lease.due_at - now)
         now = lease.due_at
     assert delays == [pytest.approx(seconds) for seconds in (1, 2, 4, 4, 4)]
-    exchange_heartbeat(lease, now, now, make_answer(2))
-    exchange_heartbeat(lease, now + 20, now + 20, THROTTLED)
+    begin_heartbeat_and_apply_answer(lease, now, now, make_heartbeat(2))
+    begin_heartbeat_and_apply_answer(lease, now + 20, now + 20, THROTTLED)
     assert lease.due_at - (now + 20) == pytest.approx(1)
 
 
 def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
     lease = renewed_lease()
-    assert exchange_heartbeat(lease, 20.0, 59.9, make_answer(2)).then == "held"
+    assert begin_heartbeat_and_apply_answer(lease, 20.0, 59.9, make_heartbeat(2)).then == "held"
     lease = renewed_lease()
-    assert exchange_heartbeat(lease, 20.0, 60.0, make_answer(2)) == ("over", "timeout")
+    assert begin_heartbeat_and_apply_answer(lease, 20.0, 60.0, make_heartbeat(2)) == (
+        "over",
+        "timeout",
+    )
     assert (lease.status, lease.loss_confirmed, lease.deadline) == ("lost", False, 60)
 
 
 def test_unanswered_heartbeat_shortens_lease_to_its_requested_ttl() -> None:
     lease = make_lease(ttl=10)
-    exchange_heartbeat(lease, 1.0, 2.0, transient_error())
+    begin_heartbeat_and_apply_answer(lease, 1.0, 2.0, make_transient_error())
     assert (lease.deadline, lease.give_up_at) == (11, 10)
 
 
 @pytest.mark.parametrize(
-    "outcome", [THROTTLED, refused_error(401), CONFLICT, PRECONDITION], ids=repr
+    "outcome", [THROTTLED, make_refused_error(401), CONFLICT, PRECONDITION], ids=repr
 )
 def test_refused_heartbeat_does_not_shorten_lease(
     outcome: ControlPlaneError,
 ) -> None:
     lease = make_lease(ttl=10)
-    exchange_heartbeat(lease, 1.0, 2.0, outcome)
+    begin_heartbeat_and_apply_answer(lease, 1.0, 2.0, outcome)
     assert lease.deadline == 60
 
 
@@ -430,11 +439,16 @@ def test_abandoned_heartbeat_counts_as_unanswered() -> None:
     lease.begin_heartbeat(5.0, 5.0)
     lease.record_unanswered_heartbeat()
     assert not lease.in_flight
-    assert exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION) == READ_PRECONDITION[:2]
+    assert (
+        begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, PRECONDITION)
+        == READ_PRECONDITION[:2]
+    )
 
 
 @pytest.mark.parametrize(
-    "outcome", [make_answer(2), transient_error(), PRECONDITION, refused_error(404)], ids=repr
+    "outcome",
+    [make_heartbeat(2), make_transient_error(), PRECONDITION, make_refused_error(404)],
+    ids=repr,
 )
 def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     outcome: Heartbeat | ControlPlaneError,
@@ -452,9 +466,9 @@ def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
     assert lease.begin_heartbeat(0.0, 0.0).expected == "NO_HEARTBEAT"
     lease = renewed_lease()
     assert lease.expected == "hb_1"
-    exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
+    begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, make_transient_error())
     assert lease.expected == "hb_1"
-    exchange_heartbeat(lease, SENT + 5, SENT + 5, make_answer(2))
+    begin_heartbeat_and_apply_answer(lease, SENT + 5, SENT + 5, make_heartbeat(2))
     assert lease.expected == "hb_2"
 
 
@@ -473,7 +487,7 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
 )
 def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
     lease = lease_with_unanswered_heartbeat()
-    exchange_heartbeat(lease, SENT, ANSWERED, PRECONDITION)
+    begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, PRECONDITION)
     lease.apply_read_item(23.0, "precondition", item)
     assert lease.expected == expected
 
@@ -518,12 +532,12 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
     (lease_in_handoff, item_of_another_worker(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     # The error of a failed read determines the delay of the next heartbeat.
-    (renewed_lease, transient_error("timeout"),
+    (renewed_lease, make_transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
-    (renewed_lease, transient_error("server_error", 9.0),
+    (renewed_lease, make_transient_error("server_error", 9.0),
      ExpectedLease("again", "transient", due=9.0)),
-    (renewed_lease, refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
-    (renewed_lease, refused_error(404),
+    (renewed_lease, make_refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
+    (renewed_lease, make_refused_error(404),
      ExpectedLease("over", "rejected", "lost", confirmed=True, due=LOST)),
     (renewed_lease, CONFLICT, ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
     (renewed_lease, PRECONDITION, ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
@@ -538,7 +552,7 @@ def test_answer_to_item_read_determines_decision_status_and_deadline(
     expected: ExpectedLease,
 ) -> None:
     lease = state()
-    exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
+    begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     assert lease.in_flight
     decision = lease.apply_read_item(READ_AT, "conflict", outcome)
     assert decision == (expected.then, expected.result)
@@ -549,16 +563,19 @@ def test_answer_to_item_read_determines_decision_status_and_deadline(
 
 def test_item_is_read_after_412_only_while_its_holder_is_unknown() -> None:
     lease = renewed_lease()
-    exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
-    lease.apply_read_item(READ_AT, "conflict", transient_error())
-    assert exchange_heartbeat(lease, 25.0, 25.0, PRECONDITION).then == "read"
+    begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
+    lease.apply_read_item(READ_AT, "conflict", make_transient_error())
+    assert begin_heartbeat_and_apply_answer(lease, 25.0, 25.0, PRECONDITION).then == "read"
     lease.apply_read_item(26.0, "precondition", item_of_this_worker())
-    assert exchange_heartbeat(lease, 26.0, 26.0, PRECONDITION) == ("over", "precondition")
+    assert begin_heartbeat_and_apply_answer(lease, 26.0, 26.0, PRECONDITION) == (
+        "over",
+        "precondition",
+    )
 
 
 def test_answer_to_item_read_after_end_of_lease_changes_nothing() -> None:
     lease = renewed_lease()
-    exchange_heartbeat(lease, SENT, ANSWERED, CONFLICT)
+    begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     lease.end_lease("released")
     assert lease.apply_read_item(READ_AT, "conflict", item_of_another_worker()) == ("over", None)
     assert (lease.status, lease.loss_confirmed, lease.in_flight) == ("released", False, False)
@@ -569,15 +586,15 @@ def test_answer_stopping_is_a_stop_request_unless_pool_itself_stopped_item(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
-    exchange_heartbeat(lease, SENT, ANSWERED, make_answer(2, state="stopping"))
+    begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, make_heartbeat(2, state="stopping"))
     assert lease.stop_requested == requested
-    exchange_heartbeat(lease, 40.0, 41.0, make_answer(3))
+    begin_heartbeat_and_apply_answer(lease, 40.0, 41.0, make_heartbeat(3))
     assert lease.stop_requested == requested  # A stop request is never withdrawn.
 
 
 def test_first_heartbeat_answered_stopping_begins_lease() -> None:
     lease = fresh_lease()
-    exchange_heartbeat(lease, 0.0, 1.0, make_answer(state="stopping"))
+    begin_heartbeat_and_apply_answer(lease, 0.0, 1.0, make_heartbeat(state="stopping"))
     assert lease.begun
     assert lease.stop_requested
     assert lease.is_held(1.0)
@@ -598,17 +615,20 @@ def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT)
     lease.schedule_last_heartbeat(SENT + 1, 10.0)
-    assert lease.apply_answer(ANSWERED, attempt, make_answer(2)).then == "held"
+    assert lease.apply_answer(ANSWERED, attempt, make_heartbeat(2)).then == "held"
     assert (lease.status, lease.due_at) == ("held", SENT + 1)
     assert (
-        exchange_heartbeat(lease, ANSWERED, ANSWERED, make_answer(3, ttl_seconds=10)).then == "over"
+        begin_heartbeat_and_apply_answer(
+            lease, ANSWERED, ANSWERED, make_heartbeat(3, ttl_seconds=10)
+        ).then
+        == "over"
     )
     assert lease.status == "released"
 
 
 def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> None:
     lease = releasing_lease()
-    exchange_heartbeat(lease, SENT, ANSWERED, transient_error())
+    begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, make_transient_error())
     # If the unanswered heartbeat was applied, the lease ends after the requested ttl of 12 s.
     assert lease.deadline == SENT + 12
     attempt = lease.begin_heartbeat(23.0, 23.0)
@@ -618,8 +638,8 @@ def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> Non
 
 def test_last_heartbeat_answered_stopping_releases_lease_even_without_extension() -> None:
     lease = releasing_lease()
-    exchange_heartbeat(
-        lease, SENT, ANSWERED, make_answer(2, lease_extended=False, state="stopping")
+    begin_heartbeat_and_apply_answer(
+        lease, SENT, ANSWERED, make_heartbeat(2, lease_extended=False, state="stopping")
     )
     assert lease.status == "released"
 
@@ -647,7 +667,7 @@ def test_machine_pause_makes_heartbeat_of_lease_due_at_once() -> None:
 def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
     lease = renewed_lease()
     lease.verify_after_pause(5.0)
-    exchange_heartbeat(lease, 5.0, 5.1, THROTTLED)
+    begin_heartbeat_and_apply_answer(lease, 5.0, 5.1, THROTTLED)
     due_at = lease.due_at
     assert due_at > 5.1
     assert not lease.verify_after_pause(5.2)
@@ -657,7 +677,7 @@ def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
 def test_machine_pause_after_successful_heartbeat_puts_lease_in_doubt_again() -> None:
     lease = renewed_lease()
     lease.verify_after_pause(5.0)
-    exchange_heartbeat(lease, 5.0, 5.1, make_answer(2))
+    begin_heartbeat_and_apply_answer(lease, 5.0, 5.1, make_heartbeat(2))
     assert lease.verify_after_pause(7.0)
 
 
@@ -665,7 +685,7 @@ def test_successful_heartbeat_records_clock_offset_at_its_send_time() -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
-    lease.apply_answer(ANSWERED, attempt, make_answer(2))
+    lease.apply_answer(ANSWERED, attempt, make_heartbeat(2))
     assert lease.clock_offset == 30.0
 
 
@@ -674,14 +694,14 @@ def test_heartbeat_answered_stopping_after_machine_pause_loses_lease(*, extended
     lease = renewed_lease()
     lease.verify_after_pause(SENT)
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
-    answer = make_answer(2, lease_extended=extended, state="stopping")
+    answer = make_heartbeat(2, lease_extended=extended, state="stopping")
     assert lease.apply_answer(ANSWERED, attempt, answer) == HeartbeatDecision("over", "conflict")
     assert (lease.status, lease.loss_confirmed) == ("lost", False)
 
 
 def test_failed_heartbeat_records_no_clock_offset() -> None:
     lease = renewed_lease()
-    lease.apply_answer(ANSWERED, lease.begin_heartbeat(SENT, SENT, 30.0), transient_error())
+    lease.apply_answer(ANSWERED, lease.begin_heartbeat(SENT, SENT, 30.0), make_transient_error())
     assert lease.clock_offset == 0.0
 
 
@@ -739,7 +759,7 @@ seconds = st.floats(0.0, 40.0, allow_nan=False, allow_subnormal=False)
 statuses = st.sampled_from([400, 401, 403, 404, 409, 412, 429, 500, 503])
 
 
-class SimulatedControlPlane:
+class ControlPlaneWithManualClock:
     """The operations of the embedded control plane with a clock that the test moves."""
 
     def __init__(self) -> None:
@@ -760,7 +780,7 @@ class SimulatedControlPlane:
         try:
             item = self.operations.heartbeat(ENVIRONMENT, self.work_id, expected, ttl)
         except APIError as refusal:
-            return error_for_status(refusal.status)
+            return make_error_for_status(refusal.status)
         return parse_heartbeat({"type": WORK_HEARTBEAT, **heartbeat_answer(item, extended=True)})
 
     def read_item(self) -> WorkItem:
@@ -774,7 +794,7 @@ class SimulatedControlPlane:
         self.operations.stop_item(ENVIRONMENT, self.work_id, worker, force=force)
 
 
-def error_for_status(status: int) -> ControlPlaneError:
+def make_error_for_status(status: int) -> ControlPlaneError:
     match status:
         case 409:
             return CONFLICT
@@ -783,9 +803,9 @@ def error_for_status(status: int) -> ControlPlaneError:
         case 429:
             return THROTTLED
         case 500 | 503:
-            return transient_error("server_error", 3.0)
+            return make_transient_error("server_error", 3.0)
         case _:
-            return refused_error(status)
+            return make_refused_error(status)
 
 
 class LeaseStateMachine(RuleBasedStateMachine):
@@ -793,7 +813,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plane = SimulatedControlPlane()
+        self.plane = ControlPlaneWithManualClock()
         self.rival_has_it = False
         self.attempt: HeartbeatAttempt | None = None
         self.reading = False
@@ -879,12 +899,12 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @rule()
     def deliver_heartbeat_answer(self) -> None:
         assert self.answer is not None
-        self._apply_answer(self.answer)
+        self._apply_heartbeat_answer(self.answer)
 
     @precondition(lambda self: self.attempt is not None)
     @rule(reason=st.sampled_from(["timeout", "network", "bad_body"]))
     def lose_heartbeat_answer(self, reason: str) -> None:
-        self._apply_answer(transient_error(reason))
+        self._apply_heartbeat_answer(make_transient_error(reason))
 
     @precondition(lambda self: self.attempt in self.under_way)
     @rule(status=statuses)
@@ -892,7 +912,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
         """Let a proxy refuse the request, which then does not reach the control plane."""
         assert self.attempt is not None
         self.under_way.remove(self.attempt)
-        self._apply_answer(error_for_status(status))
+        self._apply_heartbeat_answer(make_error_for_status(status))
 
     @precondition(lambda self: self.attempt in self.under_way)
     @rule()
@@ -908,7 +928,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.lease.record_unanswered_heartbeat()
         self.attempt = self.answer = None
 
-    def _apply_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:
+    def _apply_heartbeat_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:
         assert self.attempt is not None
         decision = self.lease.apply_answer(self.current_time, self.attempt, outcome)
         self.reading = decision.then == "read"
@@ -926,14 +946,16 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @rule()
     def deliver_read_answer(self) -> None:
         assert self.item is not None
-        self._apply_read(self.item)
+        self._apply_read_answer(self.item)
 
     @precondition(lambda self: self.reading)
     @rule(status=statuses | st.none())
     def fail_read_request(self, status: int | None) -> None:
-        self._apply_read(transient_error() if status is None else error_for_status(status))
+        self._apply_read_answer(
+            make_transient_error() if status is None else make_error_for_status(status)
+        )
 
-    def _apply_read(self, outcome: WorkItem | ControlPlaneError) -> None:
+    def _apply_read_answer(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
         self._assert_decision_fits_lease(
             self.lease.apply_read_item(self.current_time, "conflict", outcome)
@@ -995,7 +1017,7 @@ def test_lease_deadline_never_exceeds_send_time_plus_granted_ttl(
     attempt = lease.begin_heartbeat(sent, sent)
     assert lease.deadline <= sent + ttl
     assume(sent + latency < 60)
-    lease.apply_answer(sent + latency, attempt, make_answer(ttl_seconds=granted))
+    lease.apply_answer(sent + latency, attempt, make_heartbeat(ttl_seconds=granted))
     assert lease.deadline == sent + granted
     assert lease.due_at <= sent + granted / 3
 
@@ -1009,7 +1031,7 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
     order: list[str], lost: list[bool], pauses: list[float]
 ) -> None:
     """Parent and child expect the same last heartbeat, so only one of them can extend the lease."""
-    plane = SimulatedControlPlane()
+    plane = ControlPlaneWithManualClock()
     plane.poll_item("ours")
     parent = Lease(plane.ack_item("ours"), 0.0, ttl=60, request_timeout=10.0)
     attempt = parent.begin_heartbeat(0.0, 0.0)
@@ -1032,7 +1054,7 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
         lease = parent if who == "parent" else child
         if lease.end_if_expired(plane.now):
             continue
-        decision = send_one_heartbeat(plane, lease, lost=is_lost)
+        decision = send_heartbeat_and_follow_decision(plane, lease, lost=is_lost)
         if who == "parent" and decision == "held":
             taken_back = True
         assert not (
@@ -1040,18 +1062,20 @@ def test_handoff_never_leaves_item_to_both_parent_and_child(
         )
         assert not (rival and child.begun and child.is_held(plane.now))
     if child.begun:
-        assert send_one_heartbeat(plane, parent) == "over" or parent.is_over
+        assert send_heartbeat_and_follow_decision(plane, parent) == "over" or parent.is_over
         assert parent.status in {"handed_off", "lost"}
 
 
-def send_one_heartbeat(plane: SimulatedControlPlane, lease: Lease, *, lost: bool = False) -> str:
+def send_heartbeat_and_follow_decision(
+    plane: ControlPlaneWithManualClock, lease: Lease, *, lost: bool = False
+) -> str:
     """Send a heartbeat, read the item if the decision requires it, and return the last decision."""
     if lease.is_over:
         return "over"
     attempt = lease.begin_heartbeat(plane.now, plane.now)
     plane.now += LATENCY
     answer = plane.extend_lease(attempt.expected, attempt.ttl)
-    decision = lease.apply_answer(plane.now, attempt, transient_error() if lost else answer)
+    decision = lease.apply_answer(plane.now, attempt, make_transient_error() if lost else answer)
     if decision.then == "read":
         decision = lease.apply_read_item(plane.now, decision.result, plane.read_item())
     return decision.then

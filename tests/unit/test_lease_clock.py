@@ -49,7 +49,7 @@ def test_lease_clock_of_other_platforms_is_the_monotonic_clock(
     assert before <= clock_including_sleep()() <= time.monotonic()
 
 
-class MovableClocks:
+class MovableLeaseAndWallClocks:
     """A lease clock and a wall clock that the test moves."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class MovableClocks:
         self.wall = 1_772_366_400.0
         self.detector = PauseDetector(lambda: self.lease, lambda: self.wall)
 
-    def pause_reported_after(self, lease: float, wall: float) -> bool:
+    def move_clocks_and_detect_pause(self, lease: float, wall: float) -> bool:
         """Move both clocks, and return whether the detector reports a pause."""
         before = self.detector.wall_clock_offset()
         self.lease += lease
@@ -83,4 +83,4 @@ class MovableClocks:
 def test_wall_clock_jump_relative_to_lease_clock_counts_as_machine_pause(
     lease: float, wall: float, *, paused: bool
 ) -> None:
-    assert MovableClocks().pause_reported_after(lease, wall) == paused
+    assert MovableLeaseAndWallClocks().move_clocks_and_detect_pause(lease, wall) == paused

@@ -31,11 +31,11 @@ LOOK = 0.1
 """A little more than the shortest time between two ticks of the renewer."""
 
 
-def refused_answer(status: int) -> Fault:
+def make_refusal_fault(status: int) -> Fault:
     return Fault(answer=status, applied=False)
 
 
-def seconds_between(times: list[float]) -> list[float]:
+def compute_seconds_between_times(times: list[float]) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
@@ -84,7 +84,7 @@ async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[Lea
     async with one.renewed_lease() as lease:
         await asyncio.sleep(3_600)
         assert lease.is_held(one.clock())
-    between = seconds_between(one.get_send_times("heartbeat"))
+    between = compute_seconds_between_times(one.get_send_times("heartbeat"))
     assert len(between) > 3_600 / 20.1
     assert all(18 <= gap <= 20 + LOOK for gap in between)
     assert set(one.heartbeat_results()) == {"ok"}
@@ -100,7 +100,7 @@ async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) 
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(100)
         assert lease.is_held(one.clock())
-    assert max(seconds_between(one.get_send_times("heartbeat"))) < 10 / 3 + LOOK
+    assert max(compute_seconds_between_times(one.get_send_times("heartbeat"))) < 10 / 3 + LOOK
 
 
 @in_virtual_time
@@ -131,7 +131,7 @@ async def test_failed_heartbeat_is_repeated_with_growing_delay(testbed: type[Lea
     async with one.renewed_lease() as lease:
         await asyncio.sleep(50)
         assert lease.is_held(one.clock())
-    assert seconds_between(one.get_send_times("heartbeat"))[1:7] == pytest.approx(
+    assert compute_seconds_between_times(one.get_send_times("heartbeat"))[1:7] == pytest.approx(
         [1, 2, 4, 4, 4, 4], abs=LOOK
     )
     assert one.heartbeat_results() == ["ok", *["transient"] * 6, "ok"]
@@ -167,7 +167,7 @@ async def test_lost_answer_of_heartbeat_is_recovered_by_reading_item(
 async def test_contradictory_answers_of_control_plane_cause_few_requests(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[None, LOST, *[refused_answer(412)] * 999])
+    one = testbed(heartbeat=[None, LOST, *[make_refusal_fault(412)] * 999])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(600)
         assert lease.status == "lost"
@@ -399,7 +399,7 @@ async def test_heartbeat_concurrency_limit_shrinks_after_disuse(
         assert one.renewer._width == WIDTH_MIN
 
 
-class SlowClient(LocalClient):
+class ClientWithSlowHeartbeats(LocalClient):
     """A client whose heartbeats succeed after half a second.
 
     Simulated control planes are too slow.
@@ -429,7 +429,7 @@ async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
 ) -> None:
     """6,000 leases need 300 heartbeats a second. Each takes half a second, so 150 run at once."""
     one = testbed()
-    client = SlowClient(one)
+    client = ClientWithSlowHeartbeats(one)
     one.renewer._connect = lambda: client
     async with one.open_clients():
         item = await one.claim_item()

@@ -35,7 +35,7 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 TICK_SECONDS = 0.02
 
 
-class RenewerTestbed:
+class LeaseRenewerTestbed:
     """Makes renewers, records their reports, and has a clock that the test can move forward."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class RenewerTestbed:
         if self.fault is not None:
             raise self.fault
         self.events.append(event)
-        self._notify_loop()
+        self._notify_state_changes_on_loop()
 
     def record_lease_change(self, item: PoolItem) -> None:
         assert item.lease is not None
@@ -84,9 +84,9 @@ class RenewerTestbed:
         """Record the end of renewal; called on the renewer thread."""
         self.ended.append(error)
         self.blocked.set()
-        self._notify_loop()
+        self._notify_state_changes_on_loop()
 
-    def _notify_loop(self) -> None:
+    def _notify_state_changes_on_loop(self) -> None:
         with contextlib.suppress(RuntimeError):  # The test has closed the loop.
             self.loop.call_soon_threadsafe(self.changes.notify)
 
@@ -130,7 +130,9 @@ class RenewerTestbed:
         assert ours.lease.begun
         return ours
 
-    async def renew_leases(self, renewer: LeaseRenewer, *items: PoolItem) -> list[Lease]:
+    async def add_leases_and_wait_for_heartbeats(
+        self, renewer: LeaseRenewer, *items: PoolItem
+    ) -> list[Lease]:
         """Give the leases to the renewer and wait for one heartbeat of each lease."""
         leases = []
         for item in items:
@@ -169,21 +171,21 @@ def join_all_threads() -> Iterator[None]:
 
 
 @pytest.fixture
-async def testbed() -> RenewerTestbed:
-    return RenewerTestbed()
+async def testbed() -> LeaseRenewerTestbed:
+    return LeaseRenewerTestbed()
 
 
 def renewer_threads() -> list[threading.Thread]:
     return [each for each in threading.enumerate() if each.name == "workpool-lease-renewer"]
 
 
-async def test_heartbeats_are_sent_on_renewer_thread(testbed: RenewerTestbed) -> None:
+async def test_heartbeats_are_sent_on_renewer_thread(testbed: LeaseRenewerTestbed) -> None:
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
         (thread,) = renewer_threads()
         assert thread.daemon
-        [lease] = await testbed.renew_leases(renewer, item)
+        [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         assert testbed.threads == {thread.name}
         assert renewer.held_leases() == [lease]
         renewer.remove_lease(lease)
@@ -191,12 +193,12 @@ async def test_heartbeats_are_sent_on_renewer_thread(testbed: RenewerTestbed) ->
 
 
 async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
-    testbed: RenewerTestbed,
+    testbed: LeaseRenewerTestbed,
 ) -> None:
     opened: list[str] = []
 
     @contextlib.asynccontextmanager
-    async def first_service() -> AsyncIterator[None]:
+    async def service_recording_open_and_close() -> AsyncIterator[None]:
         opened.append("first")
         try:
             yield
@@ -204,17 +206,19 @@ async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
             opened.append("closed")
 
     @contextlib.asynccontextmanager
-    async def service_on_taken_port() -> AsyncIterator[None]:
+    async def service_failing_to_listen() -> AsyncIterator[None]:
         raise ListenError("metrics_listen: taken")
         yield
 
     with pytest.raises(ListenError):
-        await testbed.make_renewer(first_service(), service_on_taken_port()).__aenter__()
+        await testbed.make_renewer(
+            service_recording_open_and_close(), service_failing_to_listen()
+        ).__aenter__()
     assert opened == ["first", "closed"]
     assert not testbed.failures
 
 
-async def test_cancelled_start_of_renewer_leaves_no_thread(testbed: RenewerTestbed) -> None:
+async def test_cancelled_start_of_renewer_leaves_no_thread(testbed: LeaseRenewerTestbed) -> None:
     hanging = threading.Event()
 
     @contextlib.asynccontextmanager
@@ -231,7 +235,7 @@ async def test_cancelled_start_of_renewer_leaves_no_thread(testbed: RenewerTestb
 
 
 async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
-    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     release = threading.Event()
 
@@ -250,7 +254,7 @@ async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
 
 
 async def test_error_while_closing_service_is_logged_and_not_fatal(
-    testbed: RenewerTestbed, caplog: pytest.LogCaptureFixture
+    testbed: LeaseRenewerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     @contextlib.asynccontextmanager
     async def service_that_fails_on_close() -> AsyncIterator[None]:
@@ -263,11 +267,13 @@ async def test_error_while_closing_service_is_logged_and_not_fatal(
     assert not testbed.failures
 
 
-async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: RenewerTestbed) -> None:
+async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(
+    testbed: LeaseRenewerTestbed,
+) -> None:
     item, later = await testbed.claim_item(), await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
+        [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         testbed.fault = ZeroDivisionError("in the tick")
         await testbed.wait_until(lambda: testbed.failures)
         assert testbed.failures[0].__cause__ is testbed.fault
@@ -284,7 +290,7 @@ async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(testbed: Rene
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), SystemExit(), KeyboardInterrupt()])
 async def test_exception_in_call_on_renewer_thread_is_fatal(
-    testbed: RenewerTestbed, error: BaseException
+    testbed: LeaseRenewerTestbed, error: BaseException
 ) -> None:
     def raise_error() -> None:
         raise error
@@ -292,7 +298,7 @@ async def test_exception_in_call_on_renewer_thread_is_fatal(
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
+        [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         renewer.call_on_loop(raise_error)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.failures[0].__cause__ is error
@@ -303,7 +309,7 @@ async def test_exception_in_call_on_renewer_thread_is_fatal(
 
 @pytest.mark.parametrize("error", [SystemExit(), GeneratorExit()])
 async def test_heartbeat_that_raises_base_exception_is_fatal(
-    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     async def crash_heartbeat(*_: object) -> bool:
         raise error
@@ -311,7 +317,7 @@ async def test_heartbeat_that_raises_base_exception_is_fatal(
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
+        [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         monkeypatch.setattr(HeartbeatSender, "send_heartbeat", crash_heartbeat)
         renewer.send_heartbeat_soon(lease)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
@@ -320,7 +326,7 @@ async def test_heartbeat_that_raises_base_exception_is_fatal(
 
 
 async def test_failure_of_renewer_is_reported_before_services_have_closed(
-    testbed: RenewerTestbed,
+    testbed: LeaseRenewerTestbed,
 ) -> None:
     release = threading.Event()
 
@@ -338,7 +344,9 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(
         release.set()
 
 
-async def test_lag_of_blocked_handlers_loop_is_reported_as_event(testbed: RenewerTestbed) -> None:
+async def test_lag_of_blocked_handlers_loop_is_reported_as_event(
+    testbed: LeaseRenewerTestbed,
+) -> None:
     async with testbed.make_renewer():
         await testbed.wait_until(
             lambda: [e for e in testbed.events if isinstance(e, LoopLagMeasured)]
@@ -352,7 +360,7 @@ async def test_lag_of_blocked_handlers_loop_is_reported_as_event(testbed: Renewe
 
 
 async def test_blocked_loop_warning_names_the_handler(
-    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(diagnostics, "LAG_WARNING_SECONDS", 0.1)
 
@@ -369,12 +377,12 @@ async def test_blocked_loop_warning_names_the_handler(
 
 
 async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
-    testbed: RenewerTestbed, caplog: pytest.LogCaptureFixture
+    testbed: LeaseRenewerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     item = await testbed.claim_item()
     renewer = testbed.make_renewer(max_block=0.3)
     async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
+        [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
         assert not renewer.renewing
         assert testbed.ended == [None]
@@ -386,12 +394,12 @@ async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
 
 
 async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
-    testbed: RenewerTestbed,
+    testbed: LeaseRenewerTestbed,
 ) -> None:
     item = await testbed.claim_item()
     renewer = testbed.make_renewer(max_block=0.3)
     async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
+        [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
         renewer.send_heartbeat_soon(lease)
         time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
@@ -400,7 +408,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
 
 
 async def test_logged_seconds_of_blocked_loop_are_exact_despite_rare_renewer_ticks(
-    testbed: RenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A clock measures the seconds: the monitor counts at most a third of each renewer tick."""
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
@@ -425,7 +433,7 @@ async def test_suspended_process_does_not_count_as_blocked_loop() -> None:
     assert not monitor.add_unanswered_seconds(3_600.0)
 
 
-class LogWatcher(logging.Handler):
+class LogMessageWatcher(logging.Handler):
     """A log handler that sets an event when a message containing `text` is logged on any thread."""
 
     def __init__(self, text: str) -> None:
@@ -439,9 +447,9 @@ class LogWatcher(logging.Handler):
 
 
 @pytest.fixture
-def loop_stop_logged() -> Iterator[threading.Event]:
+def event_set_when_loop_stop_is_logged() -> Iterator[threading.Event]:
     """Return an event that is set when the renewer logs that the handlers' loop has stopped."""
-    logged = LogWatcher("the handlers' event loop does not run")
+    logged = LogMessageWatcher("the handlers' event loop does not run")
     log = logging.getLogger("workpool.pool.lease_renewer")
     log.addHandler(logged)
     yield logged.seen
@@ -449,60 +457,62 @@ def loop_stop_logged() -> Iterator[threading.Event]:
 
 
 def test_stopped_loop_suspends_renewal_until_it_runs_again(
-    loop_stop_logged: threading.Event,
+    event_set_when_loop_stop_is_logged: threading.Event,
 ) -> None:
     loop = asyncio.new_event_loop()
 
-    async def start_renewer() -> tuple[RenewerTestbed, LeaseRenewer, Lease]:
-        bench = RenewerTestbed()
+    async def start_renewer() -> tuple[LeaseRenewerTestbed, LeaseRenewer, Lease]:
+        bench = LeaseRenewerTestbed()
         item = await bench.claim_item()
         renewer = await bench.make_renewer().__aenter__()
-        [lease] = await bench.renew_leases(renewer, item)
+        [lease] = await bench.add_leases_and_wait_for_heartbeats(renewer, item)
         return bench, renewer, lease
 
     bench, renewer, lease = loop.run_until_complete(start_renewer())
-    assert loop_stop_logged.wait(10)
+    assert event_set_when_loop_stop_is_logged.wait(10)
     assert not renewer.renewing
     renewer.send_heartbeat_soon(lease)
     time.sleep(5 * TICK_SECONDS)
     assert bench.heartbeat_results() == ["ok"]
 
-    async def run_loop_again() -> None:
+    async def wait_for_heartbeats_on_new_loop() -> None:
         await bench.wait_until(lambda: renewer.renewing)
         await bench.wait_for_heartbeats(2)
         await renewer.__aexit__()
 
-    loop.run_until_complete(run_loop_again())
+    loop.run_until_complete(wait_for_heartbeats_on_new_loop())
     loop.close()
 
 
-def test_closed_loop_ends_renewer_thread(loop_stop_logged: threading.Event) -> None:
+def test_closed_loop_ends_renewer_thread(
+    event_set_when_loop_stop_is_logged: threading.Event,
+) -> None:
     loop = asyncio.new_event_loop()
 
     async def start_renewer() -> LeaseRenewer:
-        bench = RenewerTestbed()
+        bench = LeaseRenewerTestbed()
         item = await bench.claim_item()
         renewer = await bench.make_renewer().__aenter__()
-        await bench.renew_leases(renewer, item)
+        await bench.add_leases_and_wait_for_heartbeats(renewer, item)
         return renewer
 
     renewer = loop.run_until_complete(start_renewer())
     (thread,) = renewer_threads()
     loop.close()
-    assert loop_stop_logged.wait(10)
+    assert event_set_when_loop_stop_is_logged.wait(10)
     thread.join(10)
     assert not thread.is_alive()
     assert not renewer.renewing
 
 
 async def test_renewer_thread_ends_lease_with_hanging_heartbeat_before_its_deadline(
-    testbed: RenewerTestbed,
+    testbed: LeaseRenewerTestbed,
 ) -> None:
     """Timers stood still while the machine slept, so no timeout ends the heartbeat."""
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
-        [lease] = await testbed.renew_leases(renewer, item)
+        [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         testbed.sent.acquire()
         testbed.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
         renewer.send_heartbeat_soon(lease)

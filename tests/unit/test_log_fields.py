@@ -22,7 +22,7 @@ PACKAGE = Path(workpool.__file__).parent
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 
 
-def log_calls() -> Iterator[tuple[str, ast.Call, ast.AST]]:
+def find_logging_calls() -> Iterator[tuple[str, ast.Call, ast.AST]]:
     """Yield the location, the AST node and the enclosing function of each logging call."""
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -30,11 +30,11 @@ def log_calls() -> Iterator[tuple[str, ast.Call, ast.AST]]:
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             for call in ast.walk(function):
-                if isinstance(call, ast.Call) and is_log_call(call):
+                if isinstance(call, ast.Call) and is_logging_call(call):
                     yield f"{path.relative_to(PACKAGE)}:{call.lineno}", call, function
 
 
-def is_log_call(call: ast.Call) -> bool:
+def is_logging_call(call: ast.Call) -> bool:
     called = call.func
     if isinstance(called, ast.Name):
         return called.id in {"log_stacks", "_warn"}
@@ -43,12 +43,12 @@ def is_log_call(call: ast.Call) -> bool:
     return isinstance(called, ast.Attribute) and called.attr in LEVELS and name in {"log", "_log"}
 
 
-def message_argument(call: ast.Call) -> str:
+def get_message_of_logging_call(call: ast.Call) -> str:
     texts = [each.value for each in call.args if isinstance(each, ast.Constant)]
     return str(texts[0]) if texts else ""
 
 
-def field_names(call: ast.Call, function: ast.AST) -> set[str]:
+def get_field_names_of_logging_call(call: ast.Call, function: ast.AST) -> set[str]:
     """Return the names of the fields that a logging call sets."""
     if isinstance(call.func, ast.Name):
         return {each.arg for each in call.keywords if each.arg is not None}
@@ -65,7 +65,10 @@ def field_names(call: ast.Call, function: ast.AST) -> set[str]:
 
 
 def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
-    found = {place: field_names(call, function) for place, call, function in log_calls()}
+    found = {
+        place: get_field_names_of_logging_call(call, function)
+        for place, call, function in find_logging_calls()
+    }
     assert len(found) > 40
     unknown = {place: names - set(FIELDS) for place, names in found.items() if names - set(FIELDS)}
     assert not unknown
@@ -74,7 +77,7 @@ def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
 
 
 def test_no_log_message_contains_key_value_text() -> None:
-    messages = {place: message_argument(call) for place, call, _ in log_calls()}
+    messages = {place: get_message_of_logging_call(call) for place, call, _ in find_logging_calls()}
     wrong = {place: text for place, text in messages.items() if re.search(r"=[%{]", text)}
     assert not wrong
 
@@ -90,15 +93,15 @@ def test_documented_schema_equals_schema_of_the_code() -> None:
 
 
 @pytest.fixture
-def captured_records() -> Iterator[list[logging.LogRecord]]:
+def capture_log_records() -> Iterator[list[logging.LogRecord]]:
     """Return the records of the logger `workpool.test`."""
     found: list[logging.LogRecord] = []
 
-    class CollectingHandler(logging.Handler):
+    class RecordCollectingLogHandler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             found.append(record)
 
-    handler, logger = CollectingHandler(), pool_logger("workpool.test")
+    handler, logger = RecordCollectingLogHandler(), pool_logger("workpool.test")
     logger.addHandler(handler)
     yield found
     logger.removeHandler(handler)
@@ -108,13 +111,13 @@ IDS = {"environment_id": "env_1", "worker_id": "host-1"}
 
 
 def test_record_in_the_context_of_a_pool_has_the_pools_ids(
-    captured_records: list[logging.LogRecord],
+    capture_log_records: list[logging.LogRecord],
 ) -> None:
     log = pool_logger("workpool.test")
     with logging_with_ids(IDS):
         log.warning("inside", extra={"worker_id": "given"})
     log.warning("outside")
-    inside, outside = map(vars, captured_records)
+    inside, outside = map(vars, capture_log_records)
     assert (inside["environment_id"], inside["worker_id"]) == ("env_1", "given")
     assert not set(IDS) & set(outside)
 
@@ -125,7 +128,7 @@ def test_log_record_outside_of_pools_gets_default_ids_from_filter() -> None:
     assert record.worker_id == "host-1"
 
 
-def module_with_span(trace_id: int, *, valid: bool) -> ModuleType:
+def make_opentelemetry_module_with_span(trace_id: int, *, valid: bool) -> ModuleType:
     """Return a stand-in for the module `opentelemetry.trace`, whose import would be slow."""
     module = ModuleType("opentelemetry.trace")
     span = SimpleNamespace(trace_id=trace_id, is_valid=valid)
@@ -135,18 +138,18 @@ def module_with_span(trace_id: int, *, valid: bool) -> ModuleType:
 
 @pytest.mark.parametrize("valid", [True, False])
 def test_record_has_the_trace_of_a_valid_span(
-    captured_records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, *, valid: bool
+    capture_log_records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, *, valid: bool
 ) -> None:
-    module = module_with_span(0xAB, valid=valid)
+    module = make_opentelemetry_module_with_span(0xAB, valid=valid)
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)
     pool_logger("workpool.test").warning("hello")
-    [record] = captured_records
+    [record] = capture_log_records
     assert vars(record).get("trace_id") == ("ab".rjust(32, "0") if valid else None)
 
 
 @pytest.mark.parametrize("found", [None, ModuleType("opentelemetry.trace")])
 def test_record_without_opentelemetry_or_during_its_import_has_no_trace(
-    captured_records: list[logging.LogRecord],
+    capture_log_records: list[logging.LogRecord],
     monkeypatch: pytest.MonkeyPatch,
     found: ModuleType | None,
 ) -> None:
@@ -154,17 +157,17 @@ def test_record_without_opentelemetry_or_during_its_import_has_no_trace(
     if found is not None:
         monkeypatch.setitem(sys.modules, "opentelemetry.trace", found)
     pool_logger("workpool.test").warning("hello")
-    [record] = captured_records
+    [record] = capture_log_records
     assert "trace_id" not in vars(record)
     assert found is not None or "opentelemetry.trace" not in sys.modules
 
 
 def test_record_has_the_trace_of_the_real_opentelemetry_library(
-    captured_records: list[logging.LogRecord],
+    capture_log_records: list[logging.LogRecord],
 ) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
     span = trace.NonRecordingSpan(trace.SpanContext(0xCD, 1, is_remote=False))
     with trace.use_span(span):
         pool_logger("workpool.test").warning("hello")
-    [record] = captured_records
+    [record] = capture_log_records
     assert vars(record)["trace_id"] == "cd".rjust(32, "0")

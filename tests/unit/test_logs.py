@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def make_record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
+def make_log_record(message: str, *arguments: object, **more: object) -> logging.LogRecord:
     made = logging.LogRecord("workpool.x", logging.INFO, __file__, 1, message, arguments, None)
     made.created = 1_772_366_400.25
     vars(made).update(more)
     return made
 
 
-def raised_error() -> object:
+def make_exc_info_of_raised_error() -> object:
     def raise_value_error() -> NoReturn:
         raise ValueError("two\nlines")
 
@@ -51,14 +51,16 @@ def raised_error() -> object:
 
 
 def test_text_log_line_has_time_level_logger_message_and_extras() -> None:
-    line = TextFormatter().format(make_record("claimed n=%d", 3, work_id="work_1", why="a b\n"))
+    line = TextFormatter().format(make_log_record("claimed n=%d", 3, work_id="work_1", why="a b\n"))
     expected = "2026-03-01T12:00:00.250Z INFO    workpool.x claimed n=3 work_id=work_1 why='a b\\n'"
     assert line == expected
 
 
 def test_text_log_line_has_stack_on_following_lines() -> None:
     line = TextFormatter().format(
-        make_record("failed", exc_info=raised_error(), stack_info="Stack: here")
+        make_log_record(
+            "failed", exc_info=make_exc_info_of_raised_error(), stack_info="Stack: here"
+        )
     )
     head, *stack = line.splitlines()
     assert head.endswith("failed")
@@ -67,7 +69,14 @@ def test_text_log_line_has_stack_on_following_lines() -> None:
 
 
 def test_json_log_line_has_all_fields_and_error() -> None:
-    made = make_record("failed %s", "x", exc_info=raised_error(), work_id="work_1", n=1, odd=object)
+    made = make_log_record(
+        "failed %s",
+        "x",
+        exc_info=make_exc_info_of_raised_error(),
+        work_id="work_1",
+        n=1,
+        odd=object,
+    )
     made.stack_info = "Stack: here"
     text = JsonFormatter().format(made)
     assert "\n" not in text
@@ -84,12 +93,12 @@ def test_json_log_line_has_all_fields_and_error() -> None:
         "error": "two\\nlines",
         "error_type": "ValueError",
     }
-    assert "in raised" in stack
+    assert "in make_exc_info_of_raised_error" in stack
     assert stack.endswith("Stack: here")
 
 
 def test_extra_log_field_of_plugin_cannot_replace_standard_field() -> None:
-    fields = json.loads(JsonFormatter().format(make_record("true", time="never", level="none")))
+    fields = json.loads(JsonFormatter().format(make_log_record("true", time="never", level="none")))
     assert fields["level"] == "info"
     assert fields["time"].startswith("2026")
 
@@ -104,12 +113,14 @@ HOSTILE = {
 FORGED = "2026-03-01T12:00:00.250Z ERROR   workpool.x forged"
 
 
-def hostile_record(text: str) -> logging.LogRecord:
+def make_hostile_log_record(text: str) -> logging.LogRecord:
     """Return a record with `text` in every field that can contain text."""
     error = ValueError(text)
     error.add_note(text)
     exc_info = (ValueError, error, None)
-    made = make_record("item %s", text, exc_info=exc_info, stack_info=text, why=text, odd=[text])
+    made = make_log_record(
+        "item %s", text, exc_info=exc_info, stack_info=text, why=text, odd=[text]
+    )
     made.name = made.levelname = text
     vars(made)[f"extra {text}"] = text
     return made
@@ -131,19 +142,19 @@ def assert_output_is_escaped(made: logging.LogRecord) -> None:
 
 @pytest.mark.parametrize("char", HOSTILE.values(), ids=HOSTILE)
 def test_control_character_in_log_record_is_escaped(char: str) -> None:
-    made = hostile_record(f"a{char}{FORGED}{char}b")
+    made = make_hostile_log_record(f"a{char}{FORGED}{char}b")
     assert_output_is_escaped(made)
     assert ascii(char)[1:-1] in TextFormatter().format(made)
 
 
 @given(st.text())
 def test_arbitrary_text_in_record_keeps_log_lines_valid(text: str) -> None:
-    assert_output_is_escaped(hostile_record(text))
+    assert_output_is_escaped(make_hostile_log_record(text))
 
 
 @pytest.mark.parametrize("char", ["x", "\n", "\x1b", "\U000e0041", "\\", '"'])
 def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
-    made = hostile_record(char * 1_000_000)
+    made = make_hostile_log_record(char * 1_000_000)
     limit = LINE_CHARACTERS + 2 * ERROR_CHARACTERS + STACK_CHARACTERS
     for form in (TextFormatter(), JsonFormatter()):
         # Line breaks and indentation are added to the stack after its text was cut to the limit.
@@ -153,7 +164,7 @@ def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
 
 
 def test_cut_log_message_keeps_both_ends_and_ids() -> None:
-    made = make_record("declined type=%s reason=unwanted", "x" * 3_900_000, work_id="work_1")
+    made = make_log_record("declined type=%s reason=unwanted", "x" * 3_900_000, work_id="work_1")
     line = TextFormatter().format(made)
     assert "declined type=xxx" in line
     assert f"… {3_900_000 + 30} characters …" in line
@@ -164,7 +175,7 @@ def test_cut_log_message_keeps_both_ends_and_ids() -> None:
 
 
 def test_log_record_with_many_extras_is_cut_to_limit() -> None:
-    made = make_record("hello", **{f"name{number}": "x" * 5000 for number in range(1000)})
+    made = make_log_record("hello", **{f"name{number}": "x" * 5000 for number in range(1000)})
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
     assert len(JsonFormatter().format(made)) < 200_000
 
@@ -177,47 +188,47 @@ class UnprintableObject(Exception):
 @pytest.mark.parametrize("form", [TextFormatter(), JsonFormatter()])
 def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Formatter) -> None:
     """After an error of a formatter, `logging` would print the unescaped arguments itself."""
-    assert "cannot be formatted: n=%d" in form.format(make_record("n=%d", "x" * 1_000_000))
+    assert "cannot be formatted: n=%d" in form.format(make_log_record("n=%d", "x" * 1_000_000))
     assert "UnprintableObject that has no text" in form.format(
-        make_record("hello", odd=UnprintableObject())
+        make_log_record("hello", odd=UnprintableObject())
     )
     assert "hello" in form.format(
-        make_record("hello", exc_info=(UnprintableObject, UnprintableObject(), None))
+        make_log_record("hello", exc_info=(UnprintableObject, UnprintableObject(), None))
     )
 
 
 @pytest.fixture
-def forget_remembered_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_tokens_hidden_in_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_tokens", {})
     monkeypatch.setattr(logs, "_item_tokens", {})
 
 
-@pytest.mark.usefixtures("forget_remembered_tokens")
+@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
 @pytest.mark.parametrize("hiding", [hide_token, hide_item_token])
 def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None]) -> None:
     token = "pat-" + "\"hunter2\\hunter2+/'"
     hiding(token)
-    made = hostile_record(f"a{token}b {quote(token, safe='')}")
+    made = make_hostile_log_record(f"a{token}b {quote(token, safe='')}")
     for form in (TextFormatter(), JsonFormatter()):
         text = form.format(made)
         assert "hunter2" not in text
         assert "a[token]b" in text
 
 
-@pytest.mark.usefixtures("forget_remembered_tokens")
+@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
 def test_token_of_three_characters_leaves_words_readable() -> None:
     hide_token("and")
     assert readable("workers and handlers") == "workers and handlers"
 
 
-@pytest.mark.usefixtures("forget_remembered_tokens")
+@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
 def test_text_redacted_twice_stays_the_same() -> None:
     hide_token("token")
     hide_token("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
-@pytest.mark.usefixtures("forget_remembered_tokens")
+@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
 def test_token_where_long_message_is_cut_is_redacted_whole() -> None:
     hide_token("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
@@ -225,7 +236,7 @@ def test_token_where_long_message_is_cut_is_redacted_whole() -> None:
         assert "hunter2" not in readable(text)
 
 
-@pytest.mark.usefixtures("forget_remembered_tokens")
+@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
 def test_number_of_remembered_tokens_is_limited() -> None:
     for number in range(1000):
         hide_token(f"token-{number:04}")
@@ -235,7 +246,7 @@ def test_number_of_remembered_tokens_is_limited() -> None:
 
 
 @pytest.fixture
-def restored_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+def restore_logging_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """Restore the logging configuration of the process after the test."""
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
@@ -243,7 +254,7 @@ def restored_logging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
-@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.usefixtures("restore_logging_configuration")
 def test_configured_logging_writes_records_and_uncaught_errors_to_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

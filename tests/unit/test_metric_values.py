@@ -28,7 +28,7 @@ AMOUNTS = st.lists(
 LABELS = ("env_1", "ok"), ('quote"\\d\n', "error")
 
 
-def exposition_lines(collector: Collector) -> list[str]:
+def expose_collector_as_lines(collector: Collector) -> list[str]:
     """Return the lines that the collector exposes to Prometheus, without creation times."""
     registry = CollectorRegistry()
     registry.register(collector)
@@ -36,43 +36,43 @@ def exposition_lines(collector: Collector) -> list[str]:
     return [line for line in lines if "_created" not in line]
 
 
-def library_metric(row: MetricDefinition) -> Counter | Histogram:
+def make_prometheus_client_metric(row: MetricDefinition) -> Counter | Histogram:
     labels = tuple(row.labels)
     if row.kind == "counter":
         return Counter(row.full_name, row.help, labels, registry=None)
     return Histogram(row.full_name, row.help, labels, registry=None, buckets=row.buckets)
 
 
-def exposition_of_store(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
+def add_amounts_and_expose_store(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
     """Add the amounts to a new store under each label set, and return the store's exposed text."""
     store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
         series = store.series(labels)
         for amount in amounts:
             series.add(amount)
-    return exposition_lines(store)
+    return expose_collector_as_lines(store)
 
 
 @given(AMOUNTS)
 def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
-    theirs = library_metric(HISTOGRAM)
+    theirs = make_prometheus_client_metric(HISTOGRAM)
     assert isinstance(theirs, Histogram)
     for labels in LABELS:
         child = theirs.labels(*labels)
         for amount in amounts:
             child.observe(amount)
-    assert exposition_of_store(HISTOGRAM, amounts) == exposition_lines(theirs)
+    assert add_amounts_and_expose_store(HISTOGRAM, amounts) == expose_collector_as_lines(theirs)
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30))
 def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[float]) -> None:
-    theirs = library_metric(COUNTER)
+    theirs = make_prometheus_client_metric(COUNTER)
     assert isinstance(theirs, Counter)
     for labels in LABELS:
         child = theirs.labels(*labels)
         for amount in amounts:
             child.inc(amount)
-    assert exposition_of_store(COUNTER, amounts) == exposition_lines(theirs)
+    assert add_amounts_and_expose_store(COUNTER, amounts) == expose_collector_as_lines(theirs)
 
 
 @pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)
@@ -80,13 +80,13 @@ def test_increments_from_four_threads_to_one_series_are_all_counted(row: MetricD
     lock, begin = threading.RLock(), threading.Barrier(4)
     store = new_metric_store(row, lock)
 
-    def add_increments() -> None:
+    def increment_series_repeatedly() -> None:
         begin.wait()
         for _ in range(2000):
             with lock:
                 store.series(("a", "b")).add(1)
 
-    threads = [threading.Thread(target=add_increments) for _ in range(4)]
+    threads = [threading.Thread(target=increment_series_repeatedly) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -155,7 +155,7 @@ BUSY = PoolSnapshot(
 SESSION = Session(ITEM, cast("Any", None), redelivered=False)
 
 
-class PoolStandIn:
+class PoolMetricsTestbed:
     """The metrics of one pool with a clock and a snapshot that the test can change."""
 
     def __init__(
@@ -175,14 +175,14 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def pool(registry: CollectorRegistry) -> Iterator[PoolStandIn]:
-    pool = PoolStandIn(registry)
+def pool(registry: CollectorRegistry) -> Iterator[PoolMetricsTestbed]:
+    pool = PoolMetricsTestbed(registry)
     pool.metrics.open()
     yield pool
     pool.metrics.close()
 
 
-def scraped_samples(registry: CollectorRegistry) -> dict[str, float]:
+def scrape_samples(registry: CollectorRegistry) -> dict[str, float]:
     """Return all values except buckets and creation times, keyed by metric name and labels."""
     samples = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
@@ -194,11 +194,13 @@ def scraped_samples(registry: CollectorRegistry) -> dict[str, float]:
     return samples
 
 
-def increases_of_samples(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+def compute_increases_of_samples(
+    before: dict[str, float], after: dict[str, float]
+) -> dict[str, float]:
     return {k: v - before.get(k, 0) for k, v in after.items() if v != before.get(k, 0)}
 
 
-def label_values(labels: str) -> dict[str, tuple[str, ...]]:
+def parse_label_values(labels: str) -> dict[str, tuple[str, ...]]:
     pairs = (label.partition("=") for label in labels.split(", ") if label)
     return {name: tuple(values.split("|")) if values else () for name, _, values in pairs}
 
@@ -213,7 +215,7 @@ def test_metric_definitions_equal_documented_table() -> None:
         name: (
             kinds[kind] if isinstance(kind, str) else "histogram",
             () if isinstance(kind, str) else kind,
-            {label: set(values) for label, values in label_values(labels).items()},
+            {label: set(values) for label, values in parse_label_values(labels).items()},
         )
         for name, kind, labels in TABLE
     }
@@ -230,7 +232,7 @@ def test_every_metric_family_is_exposed_with_its_type_labels_and_buckets(
     }
     for name, kind, labels in TABLE:
         family = exposed[f"workpool_{name}".removesuffix("_total")]
-        wanted = label_values(labels)
+        wanted = parse_label_values(labels)
         names = set(wanted) | ({"le"} if isinstance(kind, tuple) else set())
         if isinstance(kind, tuple):
             assert family.type == "histogram"
@@ -244,13 +246,13 @@ def test_every_metric_family_is_exposed_with_its_type_labels_and_buckets(
 
 
 def test_metric_series_with_fixed_label_values_start_at_zero(registry: CollectorRegistry) -> None:
-    pool = PoolStandIn(registry, handlers=["echo.run"])
+    pool = PoolMetricsTestbed(registry, handlers=["echo.run"])
     pool.metrics.open()
-    samples = scraped_samples(registry)
+    samples = scrape_samples(registry)
     for name, kind, labels in TABLE:
         if kind == "G" or name == "plugin_errors_total":
             continue
-        values = label_values(labels)
+        values = parse_label_values(labels)
         known = {"environment_id": ("env_1",), "handler": ("echo.run",)}
         suffix = "" if kind == "C" else "_count"
         for combination in itertools.product(*(v or known[k] for k, v in values.items())):
@@ -353,11 +355,14 @@ FED: tuple[tuple[ev.Event, Mapping[str, float]], ...] = (
 
 @pytest.mark.parametrize(("event", "adds"), FED, ids=lambda v: type(v).__name__)
 def test_each_event_increases_exactly_the_metrics_listed_for_it(
-    pool: PoolStandIn, registry: CollectorRegistry, event: ev.Event, adds: Mapping[str, float]
+    pool: PoolMetricsTestbed,
+    registry: CollectorRegistry,
+    event: ev.Event,
+    adds: Mapping[str, float],
 ) -> None:
-    before = scraped_samples(registry)
+    before = scrape_samples(registry)
     pool.metrics.observe(event)
-    assert increases_of_samples(before, scraped_samples(registry)) == adds
+    assert compute_increases_of_samples(before, scrape_samples(registry)) == adds
 
 
 def test_increases_of_metrics_are_listed_for_every_event_type() -> None:
@@ -365,7 +370,7 @@ def test_increases_of_metrics_are_listed_for_every_event_type() -> None:
 
 
 def test_error_in_metrics_is_logged_and_not_raised(
-    pool: PoolStandIn, caplog: pytest.LogCaptureFixture
+    pool: PoolMetricsTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     pool.metrics.count(ev.AckFinished, ITEM, "ok", "not a number", 1.0)
     assert "metrics failed" in caplog.text
@@ -375,24 +380,25 @@ def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
     registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [f"many.handler_{number}" for number in range(150)]
-    pool = PoolStandIn(registry, handlers=names[:20], snapshot=replace(IDLE, sessions=tuple(
+    pool = PoolMetricsTestbed(registry, handlers=names[:20], snapshot=replace(IDLE, sessions=tuple(
         (name, 1, float(age), 0.0) for age, name in enumerate(names)
     )))  # fmt: skip
     pool.metrics.open()
     for name in names:
         pool.metrics.observe(ev.SessionStarted(SESSION, name))
         pool.metrics.observe(ev.SessionFinished(SESSION, name, "completed", 1.0))
-    samples = scraped_samples(registry)
+    samples = scrape_samples(registry)
 
-    def handler_label_values(metric: str, rest: str = "") -> list[str]:
+    def list_handler_label_values(metric: str, rest: str = "") -> list[str]:
         pattern = re.compile(rf"{metric}{{(?:environment_id=env_1,)?handler=([^,}}]*){rest}}}")
         return [found[1] for name in samples if (found := pattern.fullmatch(name))]
 
     shown = {*names[:100], "other"}
-    assert set(handler_label_values("sessions_active")) == shown
-    assert set(handler_label_values("sessions_total", ",outcome=completed")) == shown
+    assert set(list_handler_label_values("sessions_active")) == shown
+    assert set(list_handler_label_values("sessions_total", ",outcome=completed")) == shown
     assert (
-        set(handler_label_values("session_duration_seconds_count", ",outcome=completed")) == shown
+        set(list_handler_label_values("session_duration_seconds_count", ",outcome=completed"))
+        == shown
     )
     other = "environment_id=env_1,handler=other"
     assert samples[f"sessions_total{{{other},outcome=completed}}"] == 50
@@ -403,11 +409,11 @@ def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
 
 
 def test_first_session_of_handler_creates_all_its_metric_series(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
-    assert "sessions_active{environment_id=env_1,handler=late.one}" not in scraped_samples(registry)
+    assert "sessions_active{environment_id=env_1,handler=late.one}" not in scrape_samples(registry)
     pool.metrics.observe(ev.SessionStarted(SESSION, "late.one"))
-    samples = scraped_samples(registry)
+    samples = scrape_samples(registry)
     assert samples["sessions_active{environment_id=env_1,handler=late.one}"] == 0
     for outcome in ("completed", "failed", "detached"):
         labels = f"handler=late.one,outcome={outcome}"
@@ -416,22 +422,22 @@ def test_first_session_of_handler_creates_all_its_metric_series(
 
 
 def test_unknown_label_value_causes_warning_and_is_not_counted(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
-    before = scraped_samples(registry)
+    before = scrape_samples(registry)
     with pytest.warns(RuntimeWarning, match=r"acks_total has no result='lost'"):
         pool.metrics.observe(ev.AckFinished(ITEM, cast("Any", "lost"), 1.0, 1.0))
     with pytest.warns(RuntimeWarning, match=r"http_requests_total has no code='418'"):
         pool.metrics.observe(ev.RequestFinished("poll", "418", 0.0))
-    after = scraped_samples(registry)
+    after = scrape_samples(registry)
     assert after.keys() == before.keys()
-    assert [name for name in increases_of_samples(before, after) if "_total" in name] == []
+    assert [name for name in compute_increases_of_samples(before, after) if "_total" in name] == []
 
 
 def test_gauges_show_pool_state_at_time_of_scrape(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
-    idle = scraped_samples(registry)
+    idle = scrape_samples(registry)
     assert idle["slots{environment_id=env_1,state=free}"] == 6
     assert idle["slots{environment_id=env_1,state=busy}"] == 0
     assert idle["last_poll_success_timestamp_seconds{environment_id=env_1}"] == 0
@@ -439,7 +445,7 @@ def test_gauges_show_pool_state_at_time_of_scrape(
     assert "poll_null_ratio{environment_id=env_1}" not in idle
     assert "remote_workers_polling{environment_id=env_1}" not in idle
     pool.snapshot = BUSY
-    busy = scraped_samples(registry)
+    busy = scrape_samples(registry)
     assert {k: v for k, v in busy.items() if k.startswith(("pollers", "queue_d", "queue_c"))} == {
         "pollers{environment_id=env_1,state=polling}": 1,
         "pollers{environment_id=env_1,state=pacing}": 0,
@@ -465,12 +471,12 @@ def test_gauges_show_pool_state_at_time_of_scrape(
 
 
 def test_build_info_shows_version_python_and_dialect(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     assert pool.metrics.version == "1.2.3"
     assert (
-        scraped_samples(registry)[
+        scrape_samples(registry)[
             f"build_info{{environment_id=env_1,worker_id=vm-1,version=1.2.3,python={python},dialect=qoder}}"
         ]
         == 1
@@ -478,7 +484,7 @@ def test_build_info_shows_version_python_and_dialect(
 
 
 def test_poll_null_ratio_is_share_of_empty_polls_in_last_minute(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     key = "poll_null_ratio{environment_id=env_1}"
     pool.metrics.observe(ev.PollFinished("item", 0.1))
@@ -486,43 +492,43 @@ def test_poll_null_ratio_is_share_of_empty_polls_in_last_minute(
         pool.metrics.observe(ev.PollFinished("null", 1.0))
     for other in ("throttled", "error", "timeout", "cancelled"):
         pool.metrics.observe(ev.PollFinished(other, 1.0))
-    assert scraped_samples(registry)[key] == 0.75
+    assert scrape_samples(registry)[key] == 0.75
     pool.clock.now += 30
     pool.metrics.observe(ev.PollFinished("item", 0.1))
-    assert scraped_samples(registry)[key] == 0.6
+    assert scrape_samples(registry)[key] == 0.6
     pool.clock.now += 29
-    assert scraped_samples(registry)[key] == 0.6
+    assert scrape_samples(registry)[key] == 0.6
     pool.clock.now += 1
-    assert scraped_samples(registry)[key] == 0
+    assert scrape_samples(registry)[key] == 0
     pool.clock.now += 30
-    assert key not in scraped_samples(registry)
+    assert key not in scrape_samples(registry)
     # The ring buffer overwrites the entry of a poll that is too old to count.
     pool.metrics.observe(ev.PollFinished("null", 1.0))
-    assert scraped_samples(registry)[key] == 1
+    assert scrape_samples(registry)[key] == 1
 
 
 def test_age_of_oldest_item_grows_between_reads_of_stats(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
     queued = datetime.fromtimestamp(4990, UTC)
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, queued, 1)))
-    assert scraped_samples(registry)[key] == 10
+    assert scrape_samples(registry)[key] == 10
     pool.clock.now += 5
-    assert scraped_samples(registry)[key] == 15
-    assert scraped_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"] == 5000
+    assert scrape_samples(registry)[key] == 15
+    assert scrape_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"] == 5000
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 0, None, 1)))
-    assert scraped_samples(registry)[key] == 0
+    assert scrape_samples(registry)[key] == 0
 
 
 def test_oldest_item_without_readable_time_has_no_age_metric(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     key = "remote_oldest_queued_age_seconds{environment_id=env_1}"
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
-    assert key not in scraped_samples(registry)
+    assert key not in scrape_samples(registry)
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 1, None, 1)))
-    assert key not in scraped_samples(registry)
+    assert key not in scrape_samples(registry)
 
 
 def test_metrics_use_wall_clock_by_default(
@@ -534,12 +540,15 @@ def test_metrics_use_wall_clock_by_default(
     metrics.open()
     before = datetime.now(UTC).timestamp()
     metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, None, 1)))
-    read_at = scraped_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"]
+    read_at = scrape_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"]
     assert before <= read_at <= datetime.now(UTC).timestamp()
 
 
 def test_supervisors_of_one_environment_share_their_series(registry: CollectorRegistry) -> None:
-    one, two = PoolStandIn(registry, handlers=["echo.run"]), PoolStandIn(registry, snapshot=BUSY)
+    one, two = (
+        PoolMetricsTestbed(registry, handlers=["echo.run"]),
+        PoolMetricsTestbed(registry, snapshot=BUSY),
+    )
     second = replace(
         BUSY,
         lease_remaining_min=9.0,
@@ -557,7 +566,7 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
     # `two`, although those of `one` are observed last.
     for pool, depth in ((two, 7), (one, 3)):
         pool.metrics.observe(ev.QueueStatsRead(QueueStats(depth, 0, None, 1)))
-    samples = scraped_samples(registry)
+    samples = scrape_samples(registry)
     assert samples["acks_total{environment_id=env_1,result=ok}"] == 2
     assert samples["queue_wait_seconds_count{environment_id=env_1}"] == 2
     assert samples["slots{environment_id=env_1,state=busy}"] == 16
@@ -577,10 +586,10 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
 
 @pytest.mark.usefixtures("pool")
 def test_supervisors_of_two_environments_have_separate_series(registry: CollectorRegistry) -> None:
-    other = PoolStandIn(registry, "env_2", snapshot=BUSY)
+    other = PoolMetricsTestbed(registry, "env_2", snapshot=BUSY)
     other.metrics.open()
     other.metrics.observe(ev.StopRequested(ITEM))
-    samples = scraped_samples(registry)
+    samples = scrape_samples(registry)
     assert samples["slots{environment_id=env_1,state=busy}"] == 0
     assert samples["slots{environment_id=env_2,state=busy}"] == 8
     assert samples["stop_requests_total{environment_id=env_1}"] == 0
@@ -588,49 +597,49 @@ def test_supervisors_of_two_environments_have_separate_series(registry: Collecto
 
 
 def test_closed_metrics_drop_gauges_and_keep_counters(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     gauges = {row.name for row in DEFINITIONS if row.kind == "gauge"}
     pool.metrics.observe(ev.StopRequested(ITEM))
-    assert gauges & {name.partition("{")[0] for name in scraped_samples(registry)}
+    assert gauges & {name.partition("{")[0] for name in scrape_samples(registry)}
     pool.metrics.close()
     pool.metrics.close()
     for late in (ev.StopRequested(ITEM), ev.QueueStatsRead(QueueStats(1, 1, None, 1))):
         pool.metrics.observe(late)
-    samples = scraped_samples(registry)
+    samples = scrape_samples(registry)
     assert samples["stop_requests_total{environment_id=env_1}"] == 2
     assert not gauges & {name.partition("{")[0] for name in samples}
     pool.metrics.open()
-    assert scraped_samples(registry)["slots_limit{environment_id=env_1}"] == 8
+    assert scrape_samples(registry)["slots_limit{environment_id=env_1}"] == 8
 
 
 @pytest.mark.usefixtures("pool")
 def test_second_opening_of_metrics_is_refused(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     with pytest.raises(RegistryError, match="open already"):
         pool.metrics.open()
-    assert scraped_samples(registry)["slots_limit{environment_id=env_1}"] == 8
+    assert scrape_samples(registry)["slots_limit{environment_id=env_1}"] == 8
 
 
 def test_metric_name_already_registered_is_refused_and_registers_nothing(
     registry: CollectorRegistry,
 ) -> None:
     theirs = Counter("workpool_stops", "Not ours.", registry=registry)
-    pool = PoolStandIn(registry)
+    pool = PoolMetricsTestbed(registry)
     with pytest.raises(RegistryError, match="workpool_stops"):
         pool.metrics.open()
-    assert scraped_samples(registry) == {"stops_total{}": 0}
+    assert scrape_samples(registry) == {"stops_total{}": 0}
     registry.unregister(theirs)
     pool.metrics.open()
-    assert scraped_samples(registry)["stops_total{environment_id=env_1,mode=force,result=ok}"] == 0
+    assert scrape_samples(registry)["stops_total{environment_id=env_1,mode=force,result=ok}"] == 0
     with pytest.raises(ValueError, match="workpool_slots"):
         Counter("workpool_slots", "Not ours.", registry=registry)
 
 
 def test_registry_is_freed_after_metrics_close() -> None:
     registry = CollectorRegistry()
-    pool = PoolStandIn(registry)
+    pool = PoolMetricsTestbed(registry)
     pool.metrics.open()
     pool.metrics.close()
     gone = weakref.ref(registry)
@@ -640,12 +649,12 @@ def test_registry_is_freed_after_metrics_close() -> None:
 
 
 def test_threads_can_count_while_registry_is_scraped(
-    pool: PoolStandIn, registry: CollectorRegistry
+    pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     rounds, errors = 2000, []
     begin = threading.Barrier(3)
 
-    def count_sessions(name: str) -> None:
+    def observe_events_of_sessions(name: str) -> None:
         try:
             begin.wait()
             for i in range(rounds):
@@ -658,16 +667,18 @@ def test_threads_can_count_while_registry_is_scraped(
             errors.append(error)
             raise
 
-    threads = [threading.Thread(target=count_sessions, args=(name,)) for name in ("a", "b")]
+    threads = [
+        threading.Thread(target=observe_events_of_sessions, args=(name,)) for name in ("a", "b")
+    ]
     for thread in threads:
         thread.start()
     begin.wait()
     while any(thread.is_alive() for thread in threads):
-        scraped_samples(registry)
+        scrape_samples(registry)
     for thread in threads:
         thread.join()
     assert errors == []
-    samples = scraped_samples(registry)
+    samples = scrape_samples(registry)
     assert samples["http_requests_total{environment_id=env_1,op=poll,code=2xx}"] == 2 * rounds
     assert samples["http_request_duration_seconds_count{op=poll}"] == 2 * rounds
     assert samples["polls_total{environment_id=env_1,result=null}"] == 2 * rounds
@@ -680,13 +691,13 @@ def test_threads_can_count_while_registry_is_scraped(
 def test_supervisors_can_open_on_one_registry_from_several_threads(
     registry: CollectorRegistry,
 ) -> None:
-    pools = [PoolStandIn(registry, f"env_{i}") for i in range(8)]
+    pools = [PoolMetricsTestbed(registry, f"env_{i}") for i in range(8)]
     threads = [threading.Thread(target=pool.metrics.open) for pool in pools]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len([k for k in scraped_samples(registry) if k.startswith("slots_limit")]) == 8
+    assert len([k for k in scrape_samples(registry) if k.startswith("slots_limit")]) == 8
 
 
 MULTIPROCESS = """

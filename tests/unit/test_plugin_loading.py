@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.loaded_plugins import chosen_handler_name, load_plugins, make_work_item
+from tests.unit.loaded_plugins import get_chosen_handler_name, load_plugins, make_work_item
 from workpool.errors import PluginError
 from workpool.events import Event
 from workpool.handlers import handler
@@ -22,7 +22,7 @@ from workpool.session import Session
 HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import hookimpl\n"
 
 
-class PluginFolder:
+class ImportPathFolder:
     """A folder of the import path to which tests write modules and distributions."""
 
     def __init__(self, path: Path) -> None:
@@ -45,10 +45,12 @@ class PluginFolder:
 
 
 @pytest.fixture
-def plugin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginFolder]:
+def import_path_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ImportPathFolder]:
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
-    yield PluginFolder(tmp_path)
+    yield ImportPathFolder(tmp_path)
     roots = {path.stem for path in tmp_path.iterdir()}
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in roots:
@@ -58,7 +60,7 @@ def plugin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 async def daily_report(session: Session) -> None: ...
 
 
-def decorated_function(name: str = "daily", **rule: Any) -> Any:
+def make_decorated_handler(name: str = "daily", **rule: Any) -> Any:
     @handler(**rule)
     async def handler_function(session: Session) -> None: ...
 
@@ -67,7 +69,7 @@ def decorated_function(name: str = "daily", **rule: Any) -> Any:
 
 
 def test_decorated_function_is_loaded_as_handler_with_its_limits() -> None:
-    function = decorated_function(timeout=5.0, max_sessions=2)
+    function = make_decorated_handler(timeout=5.0, max_sessions=2)
     answer = load_plugins(function).handler_for(make_work_item())
     assert answer is not None
     assert answer.call is function
@@ -76,26 +78,31 @@ def test_decorated_function_is_loaded_as_handler_with_its_limits() -> None:
 
 
 def test_decorated_function_gives_the_same_handler_for_every_item() -> None:
-    plugins = load_plugins(decorated_function(max_sessions=2))
+    plugins = load_plugins(make_decorated_handler(max_sessions=2))
     assert plugins.handler_for(make_work_item()) is plugins.handler_for(make_work_item(job="other"))
 
 
 def test_partial_of_decorated_function_is_loaded_as_handler() -> None:
     @handler(max_sessions=1)
-    async def partial_report(database: str, session: Session) -> None: ...
+    async def handler_with_database_argument(database: str, session: Session) -> None: ...
 
-    answer = load_plugins(functools.partial(partial_report, "db")).handler_for(make_work_item())
+    answer = load_plugins(functools.partial(handler_with_database_argument, "db")).handler_for(
+        make_work_item()
+    )
     assert answer is not None
-    assert (answer.name, answer.max_sessions) == ("partial_report.partial_report", 1)
+    assert (answer.name, answer.max_sessions) == (
+        "handler_with_database_argument.handler_with_database_argument",
+        1,
+    )
 
 
-class Reports:
+class ReportsPlugin:
     def __init__(self, folder: str = "here", *, pages: int = 1) -> None:
         self.folder = folder
         self.pages = pages
 
     @property
-    def unopened_connection(self) -> object:
+    def failing_connection_property(self) -> object:
         raise RuntimeError("not open yet")
 
     @handler(metadata={"job": "daily"})
@@ -111,16 +118,19 @@ class Reports:
     async def yearly_report(cls, session: Session) -> None: ...
 
 
-@pytest.mark.parametrize("plugin", [Reports, Reports("there")])
+@pytest.mark.parametrize("plugin", [ReportsPlugin, ReportsPlugin("there")])
 def test_plugin_class_or_object_supplies_all_its_decorated_methods(plugin: object) -> None:
     plugins = load_plugins(plugin)
     for job in ("daily", "weekly", "yearly"):
-        assert chosen_handler_name(plugins, make_work_item(job=job)) == f"Reports.{job}_report"
-    assert chosen_handler_name(plugins, make_work_item(job="hourly")) is None
+        assert (
+            get_chosen_handler_name(plugins, make_work_item(job=job))
+            == f"ReportsPlugin.{job}_report"
+        )
+    assert get_chosen_handler_name(plugins, make_work_item(job="hourly")) is None
 
 
 async def test_plugin_class_gets_its_settings_as_keyword_arguments() -> None:
-    answer = load_plugins(Reports, Reports={"folder": "/srv", "pages": 3}).handler_for(
+    answer = load_plugins(ReportsPlugin, ReportsPlugin={"folder": "/srv", "pages": 3}).handler_for(
         make_work_item(job="daily")
     )
     assert answer is not None
@@ -141,20 +151,22 @@ def test_unhashable_dataclass_is_loaded_as_plugin() -> None:
 
 
 def test_plugin_module_supplies_all_its_decorated_functions_including_imported_ones(
-    plugin_folder: PluginFolder,
+    import_path_folder: ImportPathFolder,
 ) -> None:
-    plugin_folder.write_module(
+    import_path_folder.write_module(
         "@handler(metadata={'job': 'a'})\nasync def a(session): ...\n", "jobs_a.inner"
     )
     source = "from jobs_a.inner import a\nalias = a\n@handler\nasync def b(session): ...\n"
-    name = plugin_folder.write_module(source, "jobs_b")
+    name = import_path_folder.write_module(source, "jobs_b")
     for plugins in (load_plugins(names=(name,)), load_plugins(__import__(name))):
         [plugin] = plugins.active_plugins()
         assert [route.handler.name for route in plugin.routes] == ["jobs_b.a", "jobs_b.b"]
 
 
-def test_lazy_attribute_of_plugin_module_is_not_loaded(plugin_folder: PluginFolder) -> None:
-    name = plugin_folder.write_module(
+def test_lazy_attribute_of_plugin_module_is_not_loaded(
+    import_path_folder: ImportPathFolder,
+) -> None:
+    name = import_path_folder.write_module(
         "@handler\nasync def a(session): ...\n"
         "def __dir__(): return ['a', 'lazy']\n"
         "def __getattr__(name): raise RuntimeError(name)\n"
@@ -172,24 +184,24 @@ def test_lazy_attribute_of_plugin_module_is_not_loaded(plugin_folder: PluginFold
     ],
 )
 def test_plugin_is_loaded_by_module_name_object_name_or_installed_name(
-    plugin_folder: PluginFolder, asked: str, plugin: str
+    import_path_folder: ImportPathFolder, asked: str, plugin: str
 ) -> None:
-    plugin_folder.write_module(
+    import_path_folder.write_module(
         "@handler(metadata={'job': 'monthly'})\nasync def monthly(session): ...\n"
         "class Yearly:\n    @handler\n    async def run(self, session): ...\n",
         "shop.reports",
     )
-    plugin_folder.write_distribution("acme-plugin", acme="shop.reports:Yearly")
+    import_path_folder.write_distribution("acme-plugin", acme="shop.reports:Yearly")
     [described] = load_plugins(names=(asked,)).active_plugins()
     assert described.name == plugin
     assert "shop.reports" in described.source or asked in described.source
 
 
 def test_installed_plugin_is_listed_without_being_imported_or_activated(
-    plugin_folder: PluginFolder,
+    import_path_folder: ImportPathFolder,
 ) -> None:
-    name = plugin_folder.write_module("raise SystemExit('imported')\n")
-    plugin_folder.write_distribution("acme-plugin", acme=name)
+    name = import_path_folder.write_module("raise SystemExit('imported')\n")
+    import_path_folder.write_distribution("acme-plugin", acme=name)
     assert InstalledPlugin("acme", name, "acme-plugin 1.0") in installed_plugins()
     assert not load_plugins().can_handle
     assert load_plugins().active_plugins() == ()
@@ -313,10 +325,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_in_plugin_module_is_refused_with_module_name(
-    plugin_folder: PluginFolder, mistake: str
+    import_path_folder: ImportPathFolder, mistake: str
 ) -> None:
     source, sentence = MISTAKES[mistake]
-    name = plugin_folder.write_module(source)
+    name = import_path_folder.write_module(source)
     with pytest.raises(PluginError) as caught:
         load_plugins(names=(name,))
     assert caught.value.plugin == name
@@ -325,9 +337,9 @@ def test_mistake_in_plugin_module_is_refused_with_module_name(
 
 
 def test_equal_rules_within_module_are_refused_naming_both_handlers(
-    plugin_folder: PluginFolder,
+    import_path_folder: ImportPathFolder,
 ) -> None:
-    name = plugin_folder.write_module(MISTAKES["two equal rules"][0])
+    name = import_path_folder.write_module(MISTAKES["two equal rules"][0])
     with pytest.raises(PluginError, match=f"{name}.two and {name}.one have the same rule"):
         load_plugins(names=(name,))
 
@@ -335,14 +347,16 @@ def test_equal_rules_within_module_are_refused_naming_both_handlers(
 def test_equal_rules_of_two_plugins_are_refused_naming_both() -> None:
     with pytest.raises(PluginError, match=r"two.two and one.one have the same rule") as caught:
         load_plugins(
-            decorated_function("one", metadata={"job": "a"}),
-            decorated_function("two", metadata={"job": "a"}),
+            make_decorated_handler("one", metadata={"job": "a"}),
+            make_decorated_handler("two", metadata={"job": "a"}),
         )
     assert caught.value.plugin == "two"
 
 
-def test_handler_function_supplied_by_two_plugins_is_refused(plugin_folder: PluginFolder) -> None:
-    name = plugin_folder.write_module(MARKED)
+def test_handler_function_supplied_by_two_plugins_is_refused(
+    import_path_folder: ImportPathFolder,
+) -> None:
+    name = import_path_folder.write_module(MARKED)
     module = __import__(name)
     with pytest.raises(PluginError, match=rf"{name}.run and run.run have the same rule"):
         load_plugins(module.run, module)
@@ -355,7 +369,7 @@ def test_handler_function_supplied_by_two_plugins_is_refused(plugin_folder: Plug
         ("quite.different", "no module named 'quite'; installed plugins: "),
         ("json.nothing", "no module named 'json.nothing'"),
         ("json.decoder.deeper", "no module named 'json.decoder.deeper'"),
-        ("shop:Repots", "module shop has no 'Repots'; did you mean 'Reports'?"),
+        ("shop:RepotsPlugin", "module shop has no 'RepotsPlugin'; did you mean 'ReportsPlugin'?"),
         ("not a name", "is not installed, nor a module or module:Name"),
         ("", "is not installed"),
         (".relative", "is not installed"),
@@ -364,56 +378,58 @@ def test_handler_function_supplied_by_two_plugins_is_refused(plugin_folder: Plug
     ],
 )
 def test_unknown_plugin_name_is_refused_with_hint(
-    plugin_folder: PluginFolder, asked: str, sentence: str
+    import_path_folder: ImportPathFolder, asked: str, sentence: str
 ) -> None:
-    plugin_folder.write_module("class Reports: ...\n", "shop")
-    plugin_folder.write_distribution("acme-plugin", acme="shop", lost="gone")
+    import_path_folder.write_module("class ReportsPlugin: ...\n", "shop")
+    import_path_folder.write_distribution("acme-plugin", acme="shop", lost="gone")
     with pytest.raises(PluginError) as caught:
         load_plugins(names=(asked,))
     assert caught.value.plugin == asked
     assert sentence in str(caught.value)
 
 
-def test_plugin_name_offered_by_two_distributions_is_refused(plugin_folder: PluginFolder) -> None:
-    plugin_folder.write_distribution("acme-one", acme="shop")
-    plugin_folder.write_distribution("acme-two", acme="shop")
+def test_plugin_name_offered_by_two_distributions_is_refused(
+    import_path_folder: ImportPathFolder,
+) -> None:
+    import_path_folder.write_distribution("acme-one", acme="shop")
+    import_path_folder.write_distribution("acme-two", acme="shop")
     with pytest.raises(PluginError, match=r"offered by acme-one 1\.0 and acme-two 1\.0"):
         load_plugins(names=("acme",))
 
 
-def test_same_plugin_given_twice_is_refused(plugin_folder: PluginFolder) -> None:
-    name = plugin_folder.write_module(MARKED)
-    plugin_folder.write_distribution("acme-plugin", acme=name)
-    reports = Reports()
+def test_same_plugin_given_twice_is_refused(import_path_folder: ImportPathFolder) -> None:
+    name = import_path_folder.write_module(MARKED)
+    import_path_folder.write_distribution("acme-plugin", acme=name)
+    reports = ReportsPlugin()
     for given in ([name, name], [name, __import__(name)], ["acme", name], [reports, reports]):
         with pytest.raises(PluginError, match="is given twice"):
             load_plugins(*given)
 
 
 def test_two_plugins_with_one_name_are_refused() -> None:
-    with pytest.raises(PluginError, match="'Reports': is the name of two plugins"):
-        load_plugins(Reports(), Reports())
+    with pytest.raises(PluginError, match="'ReportsPlugin': is the name of two plugins"):
+        load_plugins(ReportsPlugin(), ReportsPlugin())
 
 
 @pytest.mark.parametrize(
     ("plugin", "options", "sentence"),
     [
         (
-            Reports,
+            ReportsPlugin,
             {"folders": "x"},
-            "[workpool.plugin.Reports]: folders: no such option; did you mean 'folder'?",
+            "[workpool.plugin.ReportsPlugin]: folders: no such option; did you mean 'folder'?",
         ),
-        (type("Reports", (), {"__init__": lambda _self, *, _dsn: None}), {}, "'_dsn'"),
-        (Reports(), {"folder": "x"}, "takes no settings"),
-        (decorated_function("Reports"), {"folder": "x"}, "takes no settings"),
+        (type("ReportsPlugin", (), {"__init__": lambda _self, *, _dsn: None}), {}, "'_dsn'"),
+        (ReportsPlugin(), {"folder": "x"}, "takes no settings"),
+        (make_decorated_handler("ReportsPlugin"), {"folder": "x"}, "takes no settings"),
     ],
 )
 def test_unsuitable_plugin_settings_are_refused_by_name(
     plugin: object, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(PluginError, match=re.escape(sentence)) as caught:
-        load_plugins(plugin, Reports=options)
-    assert caught.value.plugin == "Reports"
+        load_plugins(plugin, ReportsPlugin=options)
+    assert caught.value.plugin == "ReportsPlugin"
 
 
 def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
@@ -427,13 +443,15 @@ def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
 
 
 def test_settings_for_inactive_plugin_are_refused_unless_plugin_is_installed(
-    plugin_folder: PluginFolder,
+    import_path_folder: ImportPathFolder,
 ) -> None:
-    plugin_folder.write_distribution("acme-plugin", acme="shop")
-    with pytest.raises(PluginError, match=r"Repots\] is for no active .* 'Reports'\?") as caught:
-        load_plugins(Reports, Repots={})
-    assert caught.value.plugin == "Repots"
-    assert load_plugins(Reports, acme={"folder": "x"}).can_handle
+    import_path_folder.write_distribution("acme-plugin", acme="shop")
+    with pytest.raises(
+        PluginError, match=r"RepotsPlugin\] is for no active .* 'ReportsPlugin'\?"
+    ) as caught:
+        load_plugins(ReportsPlugin, RepotsPlugin={})
+    assert caught.value.plugin == "RepotsPlugin"
+    assert load_plugins(ReportsPlugin, acme={"folder": "x"}).can_handle
 
 
 @pytest.mark.parametrize("plugin", [7, None, object(), daily_report, dict, type])
@@ -442,7 +460,9 @@ def test_object_that_is_no_plugin_is_refused(plugin: object) -> None:
         load_plugins(plugin)
 
 
-def test_keyboard_interrupt_while_loading_plugin_is_raised(plugin_folder: PluginFolder) -> None:
-    name = plugin_folder.write_module("raise KeyboardInterrupt\n")
+def test_keyboard_interrupt_while_loading_plugin_is_raised(
+    import_path_folder: ImportPathFolder,
+) -> None:
+    name = import_path_folder.write_module("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_plugins(names=(name,))

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args
 
 import pytest
 
-from tests.unit.loaded_plugins import chosen_handler_name, load_plugins, make_work_item
+from tests.unit.loaded_plugins import get_chosen_handler_name, load_plugins, make_work_item
 from workpool.errors import PluginError
 from workpool.events import DrainStarted, Event, PluginFailed, SessionFinished
 from workpool.handlers import handler
@@ -23,7 +23,7 @@ from workpool.wire.items import WorkItem
 FACT = DrainStarted(timeout=20.0)
 
 
-def decorated_handler(name: str = "daily", **rule: Any) -> Any:
+def make_decorated_handler(name: str = "daily", **rule: Any) -> Any:
     @handler(**rule)
     async def handler_function(session: Session) -> None: ...
 
@@ -31,7 +31,7 @@ def decorated_handler(name: str = "daily", **rule: Any) -> Any:
     return handler_function
 
 
-class OneHandlerPlugin:
+class PluginChoosingOneHandler:
     """A plugin whose hook chooses the same handler, a method, for each item."""
 
     async def run_session(self, session: Session) -> None: ...
@@ -41,10 +41,10 @@ class OneHandlerPlugin:
         return self.run_session
 
 
-class FirstPlugin(OneHandlerPlugin): ...
+class FirstPlugin(PluginChoosingOneHandler): ...
 
 
-class SecondPlugin(OneHandlerPlugin): ...
+class SecondPlugin(PluginChoosingOneHandler): ...
 
 
 def test_plugin_objects_are_asked_before_named_plugins_and_first_answer_is_used(
@@ -58,19 +58,22 @@ def test_plugin_objects_are_asked_before_named_plugins_and_first_answer_is_used(
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert (
-        chosen_handler_name(
+        get_chosen_handler_name(
             load_plugins(FirstPlugin(), SecondPlugin(), names=(name,)), make_work_item()
         )
         == "FirstPlugin.run_session"
     )
     assert (
-        chosen_handler_name(
+        get_chosen_handler_name(
             load_plugins(SecondPlugin(), FirstPlugin(), names=(name,)), make_work_item()
         )
         == "SecondPlugin.run_session"
     )
-    assert chosen_handler_name(load_plugins(names=(name,)), make_work_item()) == f"{name}.run"
-    assert chosen_handler_name(load_plugins(name, FirstPlugin()), make_work_item()) == f"{name}.run"
+    assert get_chosen_handler_name(load_plugins(names=(name,)), make_work_item()) == f"{name}.run"
+    assert (
+        get_chosen_handler_name(load_plugins(name, FirstPlugin()), make_work_item())
+        == f"{name}.run"
+    )
     del sys.modules[name]
 
 
@@ -80,97 +83,105 @@ def test_plugin_that_answers_none_leaves_choice_to_next_plugin() -> None:
         def workpool_session_handler(self, item: WorkItem) -> None: ...
 
     assert (
-        chosen_handler_name(load_plugins(PluginThatReturnsNone(), SecondPlugin()), make_work_item())
+        get_chosen_handler_name(
+            load_plugins(PluginThatReturnsNone(), SecondPlugin()), make_work_item()
+        )
         == "SecondPlugin.run_session"
     )
 
 
 def test_tryfirst_and_trylast_change_order_of_plugins() -> None:
-    class EarlyPlugin(OneHandlerPlugin):
+    class PluginWithHookTriedFirst(PluginChoosingOneHandler):
         @hookimpl(tryfirst=True)
         def workpool_session_handler(self) -> Any:
             return self.run_session
 
-    class LatePlugin(OneHandlerPlugin):
+    class PluginWithHookTriedLast(PluginChoosingOneHandler):
         @hookimpl(trylast=True)
         def workpool_session_handler(self) -> Any:
             return self.run_session
 
     assert (
-        chosen_handler_name(
-            load_plugins(LatePlugin(), FirstPlugin(), EarlyPlugin()), make_work_item()
+        get_chosen_handler_name(
+            load_plugins(PluginWithHookTriedLast(), FirstPlugin(), PluginWithHookTriedFirst()),
+            make_work_item(),
         )
-        == "EarlyPlugin.run_session"
+        == "PluginWithHookTriedFirst.run_session"
     )
     assert (
-        chosen_handler_name(load_plugins(LatePlugin(), FirstPlugin()), make_work_item())
+        get_chosen_handler_name(
+            load_plugins(PluginWithHookTriedLast(), FirstPlugin()), make_work_item()
+        )
         == "FirstPlugin.run_session"
     )
 
 
 def test_hook_of_plugin_precedes_its_rules_and_next_plugin() -> None:
     class PluginWithHookAndRules:
-        async def special_report(self, session: Session) -> None: ...
+        async def handler_for_special_report(self, session: Session) -> None: ...
 
         @handler
-        async def ordinary_report(self, session: Session) -> None: ...
+        async def handler_for_ordinary_report(self, session: Session) -> None: ...
 
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> Any:
-            return self.special_report if "special" in item.metadata else None
+            return self.handler_for_special_report if "special" in item.metadata else None
 
     plugins = load_plugins(PluginWithHookAndRules(), SecondPlugin())
     assert (
-        chosen_handler_name(plugins, make_work_item(special="yes"))
-        == "PluginWithHookAndRules.special_report"
+        get_chosen_handler_name(plugins, make_work_item(special="yes"))
+        == "PluginWithHookAndRules.handler_for_special_report"
     )
     assert (
-        chosen_handler_name(plugins, make_work_item()) == "PluginWithHookAndRules.ordinary_report"
+        get_chosen_handler_name(plugins, make_work_item())
+        == "PluginWithHookAndRules.handler_for_ordinary_report"
     )
 
 
 def test_rule_matches_item_with_its_type_and_all_its_metadata() -> None:
-    plugins = load_plugins(decorated_handler(type="build", metadata={"job": "a", "team": "x"}))
+    plugins = load_plugins(make_decorated_handler(type="build", metadata={"job": "a", "team": "x"}))
     assert (
-        chosen_handler_name(plugins, make_work_item("build", job="a", team="x", more="1"))
+        get_chosen_handler_name(plugins, make_work_item("build", job="a", team="x", more="1"))
         == "daily.daily"
     )
-    assert chosen_handler_name(plugins, make_work_item("session", job="a", team="x")) is None
-    assert chosen_handler_name(plugins, make_work_item("build", job="a")) is None
-    assert chosen_handler_name(plugins, make_work_item("build", job="a", team="y")) is None
-    assert chosen_handler_name(plugins, make_work_item("build")) is None
+    assert get_chosen_handler_name(plugins, make_work_item("session", job="a", team="x")) is None
+    assert get_chosen_handler_name(plugins, make_work_item("build", job="a")) is None
+    assert get_chosen_handler_name(plugins, make_work_item("build", job="a", team="y")) is None
+    assert get_chosen_handler_name(plugins, make_work_item("build")) is None
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_more_specific_rule_wins_in_any_registration_order(order: tuple[int, ...]) -> None:
     functions = [
-        decorated_handler("anything"),
-        decorated_handler("reports", metadata={"job": "report"}),
-        decorated_handler("daily", metadata={"job": "report", "every": "day"}),
+        make_decorated_handler("anything"),
+        make_decorated_handler("reports", metadata={"job": "report"}),
+        make_decorated_handler("daily", metadata={"job": "report", "every": "day"}),
     ]
 
     module = type("Jobs", (), {str(function): staticmethod(function) for function in functions})
     for plugins in (load_plugins(*(functions[index] for index in order)), load_plugins(module)):
 
-        def chosen_function(plugins: Plugins, **metadata: str) -> object:
+        def get_chosen_handler_function(plugins: Plugins, **metadata: str) -> object:
             answer = plugins.handler_for(make_work_item(**metadata))
             return answer and answer.call
 
-        assert chosen_function(plugins) is functions[0]
-        assert chosen_function(plugins, job="report") is functions[1]
-        assert chosen_function(plugins, job="report", every="day") is functions[2]
-        assert chosen_function(plugins, every="day") is functions[0]
+        assert get_chosen_handler_function(plugins) is functions[0]
+        assert get_chosen_handler_function(plugins, job="report") is functions[1]
+        assert get_chosen_handler_function(plugins, job="report", every="day") is functions[2]
+        assert get_chosen_handler_function(plugins, every="day") is functions[0]
 
 
 def test_unrelated_rules_are_used_in_order_of_plugins() -> None:
     one, two = (
-        decorated_handler("one", metadata={"a": "1"}),
-        decorated_handler("two", metadata={"b": "1", "c": "1"}),
+        make_decorated_handler("one", metadata={"a": "1"}),
+        make_decorated_handler("two", metadata={"b": "1", "c": "1"}),
     )
     both = make_work_item(a="1", b="1", c="1")
-    assert chosen_handler_name(load_plugins(one, two), both) == "one.one"
-    assert chosen_handler_name(load_plugins(two, one), both) == "two.two"
-    assert chosen_handler_name(load_plugins(FirstPlugin(), two), both) == "FirstPlugin.run_session"
+    assert get_chosen_handler_name(load_plugins(one, two), both) == "one.one"
+    assert get_chosen_handler_name(load_plugins(two, one), both) == "two.two"
+    assert (
+        get_chosen_handler_name(load_plugins(FirstPlugin(), two), both) == "FirstPlugin.run_session"
+    )
 
 
 def test_plugins_without_handlers_are_reported_as_unable_to_handle() -> None:
@@ -181,7 +192,7 @@ def test_plugins_without_handlers_are_reported_as_unable_to_handle() -> None:
     assert not load_plugins(PluginWithEventHookOnly()).can_handle
     assert load_plugins(PluginWithEventHookOnly()).handler_for(make_work_item()) is None
     assert load_plugins(FirstPlugin()).can_handle
-    assert load_plugins(decorated_handler()).can_handle
+    assert load_plugins(make_decorated_handler()).can_handle
     assert not load_plugins(FirstPlugin()).wanted
 
 
@@ -192,7 +203,7 @@ async def top_level_handler(session: Session) -> None: ...
 async def limited_handler(session: Session) -> None: ...
 
 
-class CallableObject:
+class CallableHandlerObject:
     async def __call__(self, session: Session) -> None: ...
 
 
@@ -201,7 +212,7 @@ class CallableObject:
     [
         (top_level_handler, "RoutingPlugin.top_level_handler", (None, None)),
         (functools.partial(top_level_handler), "RoutingPlugin.top_level_handler", (None, None)),
-        (CallableObject(), "RoutingPlugin.CallableObject", (None, None)),
+        (CallableHandlerObject(), "RoutingPlugin.CallableHandlerObject", (None, None)),
         (limited_handler, "RoutingPlugin.limited_handler", (9.0, 1)),
         (functools.partial(limited_handler), "RoutingPlugin.limited_handler", (9.0, 1)),
     ],
@@ -222,7 +233,7 @@ def test_async_callable_returned_by_handler_hook_becomes_handler(
     assert answer == plugins.handler_for(make_work_item(job="other"))
 
 
-def observer_annotated_with(annotation: object) -> Any:
+def make_observer_with_annotation(annotation: object) -> Any:
     """Return a plugin whose hook `workpool_event` annotates its argument with `annotation`."""
 
     def workpool_event(event: Any) -> None: ...
@@ -248,7 +259,7 @@ def observer_annotated_with(annotation: object) -> Any:
 def test_observer_receives_event_types_of_its_annotation(
     annotation: object, wanted: set[type]
 ) -> None:
-    assert load_plugins(observer_annotated_with(annotation)).wanted == wanted
+    assert load_plugins(make_observer_with_annotation(annotation)).wanted == wanted
 
 
 def test_observer_without_annotation_receives_every_event_type() -> None:
@@ -353,7 +364,7 @@ def test_handler_hook_that_returns_uninspectable_object_raises_plugin_error() ->
         load_plugins(PluginWithHostileAnswer()).handler_for(make_work_item())
 
 
-@pytest.mark.parametrize("answer", [sync_function, 7, CallableObject, async_generator, True])
+@pytest.mark.parametrize("answer", [sync_function, 7, CallableHandlerObject, async_generator, True])
 def test_handler_hook_that_returns_no_async_callable_raises_plugin_error(answer: object) -> None:
     class PluginWithWrongAnswer:
         @hookimpl

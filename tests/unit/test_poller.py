@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 REFUSED = RefusedError("poll", 401, "no")
 
 
-class ScriptedClient:
+class ClientWithScriptedPolls:
     """A client whose polls return or raise `answers` in order, and then wait forever."""
 
     def __init__(self, *answers: object) -> None:
@@ -61,7 +61,7 @@ class ScriptedClient:
         return answer
 
 
-class ScriptedDispatcher:
+class DispatcherWithFixedAnswer:
     """A dispatcher that gives every item the same answer or raises the same error."""
 
     def __init__(
@@ -97,9 +97,9 @@ class PollerTestbed:
     ) -> None:
         self.events: list[Event] = []
         self.fatal: list[WorkpoolError] = []
-        self.client = ScriptedClient(*answers)
+        self.client = ClientWithScriptedPolls(*answers)
         self.queue: BoundedQueue[Any] = BoundedQueue(concurrency, 0)
-        self.dispatcher = ScriptedDispatcher(self.queue, answer=answer)
+        self.dispatcher = DispatcherWithFixedAnswer(self.queue, answer=answer)
         clock = asyncio.get_running_loop().time
         self.context = PoolContext(
             settings=Settings(block_ms=block_ms),
@@ -131,7 +131,7 @@ class PollerTestbed:
 
 
 @pytest.fixture(autouse=True)
-def disable_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_poll_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 0.0)
 
 

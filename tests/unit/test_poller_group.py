@@ -29,7 +29,7 @@ THROTTLED = TransientError("poll", 429, "x", reason="throttled")
 DOWN = TransientError("poll", None, "x", reason="network")
 
 
-class GroupTestbed:
+class PollerGroupTestbed:
     """A poller group with a clock that the test moves."""
 
     def __init__(self, pollers: int = 3, *, until_empty: bool = False) -> None:
@@ -53,10 +53,10 @@ class GroupTestbed:
             context,
             until_empty=until_empty,
             on_fatal=self.fatal.append,
-            on_empty=self._count_pool_end,
+            on_empty=self._count_end_of_pool,
         )
 
-    def _count_pool_end(self) -> None:
+    def _count_end_of_pool(self) -> None:
         self.emptied += 1
 
     def finish_empty_poll(self) -> None:
@@ -68,7 +68,7 @@ class GroupTestbed:
     def finish_throttled_poll(self) -> None:
         self.group.halve_pollers()
 
-    def refuse_polls_for(self, minutes: float) -> None:
+    def refuse_polls_for_minutes(self, minutes: float) -> None:
         """Refuse one poll now, and one every ten seconds, for the given number of minutes."""
         until = self.now + minutes * MINUTE
         while self.now <= until:
@@ -78,13 +78,13 @@ class GroupTestbed:
 
 
 def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
-    bench = GroupTestbed()
+    bench = PollerGroupTestbed()
     bench.group.record_poll_failure(REFUSED)
     assert bench.fatal == [REFUSED]
 
 
 def test_transient_poll_failures_are_never_fatal() -> None:
-    bench = GroupTestbed()
+    bench = PollerGroupTestbed()
     for error in (DOWN, THROTTLED):
         for _ in range(100):
             bench.group.record_poll_failure(error)
@@ -94,12 +94,12 @@ def test_transient_poll_failures_are_never_fatal() -> None:
 
 
 def test_polls_refused_for_five_minutes_are_fatal() -> None:
-    bench = GroupTestbed()
+    bench = PollerGroupTestbed()
     bench.finish_empty_poll()
     # The limit of five minutes begins with the first refused poll, not with the last success.
     bench.now += 60 * MINUTE
     assert REFUSED_SECONDS == 5 * MINUTE
-    bench.refuse_polls_for(5 - 1 / MINUTE)
+    bench.refuse_polls_for_minutes(5 - 1 / MINUTE)
     assert not bench.fatal
     assert bench.group.refused
     bench.now += 1
@@ -118,21 +118,21 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     ids=["null", "item", "network error", "throttled"],
 )
 def test_poll_result_other_than_refusal_restarts_time_limit_of_refused_polls(
-    between: Callable[[GroupTestbed], None],
+    between: Callable[[PollerGroupTestbed], None],
 ) -> None:
-    bench = GroupTestbed()
+    bench = PollerGroupTestbed()
     bench.finish_empty_poll()
-    bench.refuse_polls_for(4)
+    bench.refuse_polls_for_minutes(4)
     between(bench)
     assert not bench.group.refused
-    bench.refuse_polls_for(4.9)
+    bench.refuse_polls_for_minutes(4.9)
     assert not bench.fatal
-    bench.refuse_polls_for(0.2)
+    bench.refuse_polls_for_minutes(0.2)
     assert bench.fatal
 
 
 def test_last_successful_poll_is_measured_on_lease_clock() -> None:
-    bench = GroupTestbed()
+    bench = PollerGroupTestbed()
     assert bench.group.last_success_at is None
     bench.finish_empty_poll()
     bench.now += 7
@@ -144,7 +144,7 @@ def test_first_of_several_polls_without_item_is_logged_as_idle(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "workpool")
-    bench = GroupTestbed()
+    bench = PollerGroupTestbed()
     for _ in range(5):
         bench.finish_empty_poll()
     assert [record.message for record in caplog.records] == ["idle; waiting for work"]
@@ -155,7 +155,7 @@ def test_first_of_several_polls_without_item_is_logged_as_idle(
 
 @in_virtual_time
 async def test_second_cooldown_extends_the_first_but_never_shortens_it() -> None:
-    group = GroupTestbed().group
+    group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     group.begin_cooldown(5)
     loop.call_later(1, group.begin_cooldown, 20)
@@ -166,14 +166,14 @@ async def test_second_cooldown_extends_the_first_but_never_shortens_it() -> None
 
 @in_virtual_time
 async def test_poller_group_without_refusals_has_no_cooldown() -> None:
-    group = GroupTestbed().group
+    group = PollerGroupTestbed().group
     await group.wait_for_cooldown()
     assert asyncio.get_running_loop().time() == 0
 
 
 @in_virtual_time
 async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> None:
-    group = GroupTestbed().group
+    group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
     group.record_ack_result(conflict)
@@ -196,7 +196,7 @@ async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> No
 
 @in_virtual_time
 async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
-    group = GroupTestbed().group
+    group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     group._ack_backoff._rng = lambda: 1.0
     waits = []
@@ -217,7 +217,7 @@ async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
 
 
 def test_number_of_pollers_falls_after_empty_polls_and_recovers_with_items() -> None:
-    bench = GroupTestbed(3)
+    bench = PollerGroupTestbed(3)
     for _ in range(4):
         bench.finish_empty_poll()
     assert bench.group.target == 1
@@ -231,7 +231,7 @@ def test_number_of_pollers_falls_after_empty_polls_and_recovers_with_items() -> 
 
 
 def test_throttled_poll_halves_number_of_pollers() -> None:
-    bench = GroupTestbed(9)
+    bench = PollerGroupTestbed(9)
     for _ in range(5):
         bench.finish_throttled_poll()
     assert bench.events == [PollersScaled("down", "throttled", target) for target in (4, 2, 1)]
@@ -239,7 +239,7 @@ def test_throttled_poll_halves_number_of_pollers() -> None:
 
 @in_virtual_time
 async def test_poller_above_target_number_waits_until_poll_returns_item() -> None:
-    bench = GroupTestbed(2)
+    bench = PollerGroupTestbed(2)
     bench.finish_empty_poll()
     await bench.group.wait_for_turn(0)
     async with asyncio.TaskGroup() as group:
@@ -258,7 +258,7 @@ async def test_poller_above_target_number_waits_until_poll_returns_item() -> Non
 def test_number_of_pollers_stays_within_limits_and_each_change_emits_event(
     limit: int, answers: list[str]
 ) -> None:
-    bench = GroupTestbed(limit)
+    bench = PollerGroupTestbed(limit)
     group, before = bench.group, limit
     for answer in answers:
         getattr(bench, answer)()
@@ -277,8 +277,8 @@ def test_number_of_pollers_stays_within_limits_and_each_change_emits_event(
 
 @in_virtual_time
 async def test_poll_without_item_ends_pool_only_if_until_empty_and_pool_is_idle() -> None:
-    bench = GroupTestbed(until_empty=True)
-    other = GroupTestbed()
+    bench = PollerGroupTestbed(until_empty=True)
+    other = PollerGroupTestbed()
     # Without until_empty, an empty queue does not end the pool.
     await other.group.end_if_queue_is_empty()
     assert (other.emptied, other.group.ended) == (0, False)

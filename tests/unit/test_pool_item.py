@@ -85,7 +85,7 @@ def make_item(
     return PoolItem(replace(work_item, **changes), run_by, copy_context(), 0.0)
 
 
-def item_in_state(state: str) -> PoolItem:
+def make_item_in_state(state: str) -> PoolItem:
     item = make_item()
     item.state = cast("ItemState", state)
     return item
@@ -97,7 +97,7 @@ def test_item_state_table_equals_documented_table() -> None:
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair in ALLOWED])
 def test_allowed_transition_leads_to_next_state(state: ItemState, transition: Transition) -> None:
-    item = item_in_state(state)
+    item = make_item_in_state(state)
     item.advance_state(transition)
     assert item.state == ALLOWED[state, transition]
 
@@ -106,7 +106,7 @@ def test_allowed_transition_leads_to_next_state(state: ItemState, transition: Tr
 def test_forbidden_transition_raises_and_keeps_state(
     state: ItemState, transition: Transition
 ) -> None:
-    item = item_in_state(state)
+    item = make_item_in_state(state)
     with pytest.raises(RuntimeError, match=f"'{transition}' is not allowed in '{state}'"):
         item.advance_state(transition)
     assert item.state == state
@@ -237,7 +237,7 @@ def test_list_of_owned_items_does_not_change_later() -> None:
     assert len(owned) == 0
 
 
-def random_items(dice: random.Random) -> Iterator[PoolItem]:
+def make_random_items(dice: random.Random) -> Iterator[PoolItem]:
     for number in range(200):
         yield make_item(f"work_{number}", f"sesn_{number}", dice.choice((first, second, None)))
 
@@ -245,7 +245,7 @@ def random_items(dice: random.Random) -> Iterator[PoolItem]:
 def test_counts_of_owned_items_are_correct_after_random_changes() -> None:
     dice = random.Random(0)  # noqa: S311 - repeatable, guards nothing
     owned, mine = OwnedItems(), list[PoolItem]()
-    for item in random_items(dice):
+    for item in make_random_items(dice):
         owned.add_item(item)
         mine.append(item)
         while mine and dice.random() < 0.4:

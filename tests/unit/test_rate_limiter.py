@@ -142,13 +142,13 @@ async def test_waiters_of_one_priority_acquire_tokens_in_order(manual_clock: Man
     acquire_all_tokens(limiter)
     served: list[int] = []
 
-    async def take_token(number: int) -> None:
+    async def acquire_token_and_record_number(number: int) -> None:
         await limiter.acquire()
         served.append(number)
 
     async with asyncio.TaskGroup() as group:
         for number in range(5):
-            group.create_task(take_token(number))
+            group.create_task(acquire_token_and_record_number(number))
         await run_ready_tasks()
         assert not limiter.try_acquire()
         for _ in range(5):
@@ -212,7 +212,7 @@ async def test_refunded_tokens_do_not_exceed_burst(manual_clock: ManualClock) ->
     assert acquire_all_tokens(limiter) == 5
 
 
-class WaiterQueue:
+class WaitersOnRateLimiter:
     """Waiters on a limiter whose tokens the test hands out one by one.
 
     Attributes:
@@ -225,12 +225,12 @@ class WaiterQueue:
         self.limiter.try_acquire()
         self._group = group
 
-    async def add_waiter(self, *priorities: Priority) -> None:
+    async def add_waiters(self, *priorities: Priority) -> None:
         for priority in priorities:
             self._group.create_task(self._acquire_token(priority))
         await run_ready_tasks()
 
-    async def hand_out_tokens(self, count: int) -> None:
+    async def refund_tokens(self, count: int) -> None:
         for _ in range(count):
             self.limiter.refund()
             await run_ready_tasks()
@@ -242,31 +242,31 @@ class WaiterQueue:
 
 async def test_completions_get_tokens_before_all_other_priorities() -> None:
     async with asyncio.TaskGroup() as group:
-        queue = WaiterQueue(group)
-        await queue.add_waiter(HANDLER, CLAIM, HANDLER, COMPLETION, COMPLETION)
-        await queue.hand_out_tokens(2)
+        queue = WaitersOnRateLimiter(group)
+        await queue.add_waiters(HANDLER, CLAIM, HANDLER, COMPLETION, COMPLETION)
+        await queue.refund_tokens(2)
         assert queue.served == [COMPLETION, COMPLETION]
-        await queue.add_waiter(COMPLETION)
-        await queue.hand_out_tokens(1)
+        await queue.add_waiters(COMPLETION)
+        await queue.refund_tokens(1)
         assert queue.served == [COMPLETION] * 3
-        await queue.hand_out_tokens(3)
+        await queue.refund_tokens(3)
 
 
 async def test_claims_and_handler_calls_get_tokens_in_turn() -> None:
     async with asyncio.TaskGroup() as group:
-        queue = WaiterQueue(group)
-        await queue.add_waiter(*[HANDLER] * 5, *[CLAIM] * 3)
-        await queue.hand_out_tokens(8)
+        queue = WaitersOnRateLimiter(group)
+        await queue.add_waiters(*[HANDLER] * 5, *[CLAIM] * 3)
+        await queue.refund_tokens(8)
     assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
 
 
 async def test_claims_and_handler_calls_keep_alternating_after_a_completion() -> None:
     async with asyncio.TaskGroup() as group:
-        queue = WaiterQueue(group)
-        await queue.add_waiter(CLAIM, CLAIM, HANDLER, HANDLER)
-        await queue.hand_out_tokens(1)
-        await queue.add_waiter(COMPLETION)
-        await queue.hand_out_tokens(4)
+        queue = WaitersOnRateLimiter(group)
+        await queue.add_waiters(CLAIM, CLAIM, HANDLER, HANDLER)
+        await queue.refund_tokens(1)
+        await queue.add_waiters(COMPLETION)
+        await queue.refund_tokens(4)
     assert queue.served == [CLAIM, COMPLETION, HANDLER, CLAIM, HANDLER]
 
 
@@ -319,14 +319,14 @@ async def test_completions_get_a_quarter_of_rate_when_heartbeats_exceed_rate() -
             task.cancel()
 
 
-class ReferenceModel:
+class ReferenceModelOfTokenOrder:
     """Computes which waiter of a rate limiter must get the next token."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[Priority, asyncio.Task[None]]] = []
         self._turn = CLAIM
 
-    def next_waiter(self) -> tuple[Priority, asyncio.Task[None]]:
+    def remove_next_waiter(self) -> tuple[Priority, asyncio.Task[None]]:
         order = (COMPLETION, self._turn, *{CLAIM, HANDLER} - {self._turn})
         first = min(self.waiting, key=lambda each: order.index(each[0]))
         self.waiting.remove(first)
@@ -342,7 +342,7 @@ class ReferenceModel:
 @given(st.lists(st.one_of(st.sampled_from(Priority), st.just("token"), st.just("cancel"))))
 def test_waiters_get_tokens_in_order_of_reference_model(steps: list[Priority | str]) -> None:
     async def compare_with_model() -> None:
-        model, spare = ReferenceModel(), False
+        model, spare = ReferenceModelOfTokenOrder(), False
         # At four tokens a second, the burst of a quarter second is one token.
         limiter = RateLimiter("write", 4, ManualClock(1000.0))
         limiter.try_acquire()
@@ -357,7 +357,7 @@ def test_waiters_get_tokens_in_order_of_reference_model(steps: list[Priority | s
                     model.cancel_one_waiter()
                 await run_ready_tasks()
                 if model.waiting and spare:
-                    assert model.next_waiter()[1].done()
+                    assert model.remove_next_waiter()[1].done()
                     spare = False
                 assert not any(task.done() for _, task in model.waiting)
             for _, task in model.waiting:
@@ -392,14 +392,14 @@ async def test_waiter_of_closed_loop_does_not_delay_other_waiters(
     acquire_all_tokens(limiter)
     left_behind: list[Any] = []
 
-    def abandon_waiter() -> None:
+    def abandon_waiter_with_its_loop() -> None:
         dead = asyncio.new_event_loop()
         left_behind.append(dead.create_task(limiter.acquire()))
         dead.call_later(0.01, dead.stop)
         dead.run_forever()
         dead.close()
 
-    await asyncio.to_thread(abandon_waiter)
+    await asyncio.to_thread(abandon_waiter_with_its_loop)
     assert not left_behind[0].done()
     async with asyncio.TaskGroup() as group:
         living = group.create_task(limiter.acquire())

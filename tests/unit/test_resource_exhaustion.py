@@ -12,13 +12,13 @@ from workpool import Release, release_on_exhaustion
 from workpool.errors import TransientError, exhausted
 
 
-def error_caused_by(cause: Exception) -> Exception:
+def make_error_caused_by(cause: Exception) -> Exception:
     error = ValueError("x")
     error.__cause__ = cause
     return error
 
 
-def error_raised_while_handling(context: Exception) -> Exception:
+def make_error_raised_while_handling(context: Exception) -> Exception:
     error = ValueError("x")
     error.__context__ = context
     return error
@@ -34,11 +34,11 @@ FULL = OSError(errno.ENOSPC, "x")
         *(OSError(errno.ENOMEM, "x"), FULL, MemoryError(), BlockingIOError(errno.EAGAIN, "x")),
         *(
             RuntimeError("can't start new thread"),
-            error_caused_by(FULL),
-            error_caused_by(error_caused_by(FULL)),
-            error_caused_by(error_raised_while_handling(FULL)),
+            make_error_caused_by(FULL),
+            make_error_caused_by(make_error_caused_by(FULL)),
+            make_error_caused_by(make_error_raised_while_handling(FULL)),
         ),
-        ExceptionGroup("x", [ValueError(), ExceptionGroup("y", [error_caused_by(FULL)])]),
+        ExceptionGroup("x", [ValueError(), ExceptionGroup("y", [make_error_caused_by(FULL)])]),
     ],
     ids=repr,
 )

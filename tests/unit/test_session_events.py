@@ -36,7 +36,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 
 
 @pytest.fixture(autouse=True)
-def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_stream_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(event_stream, "BACKOFF_CAP_SECONDS", 0.05)
 
@@ -233,7 +233,7 @@ async def test_message_sent_again_after_end_of_session_raises_conflict(
         await qoder_client.events(session_id).send(MESSAGE)
 
 
-class RepeatingGuard(LeaselessGuard):
+class CallRepeatingGuard(LeaselessGuard):
     """A call guard that cancels a call when `hold` delays its answer, and then repeats the call."""
 
     def __init__(self, hold: Hold) -> None:
@@ -261,7 +261,7 @@ async def test_unanswered_send_is_repeated_for_tool_result_but_not_for_message(
     session_id = create_session(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder_client.events(session_id, guard=RepeatingGuard(hold))
+    events = qoder_client.events(session_id, guard=CallRepeatingGuard(hold))
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
@@ -560,13 +560,13 @@ async def test_stream_request_has_headers_of_its_dialect(
 ) -> None:
     asked: list[Mapping[str, str]] = []
 
-    def record_headers(request: Request) -> bool:
+    def record_request_headers(request: Request) -> bool:
         asked.append(request.headers)
         return False
 
     cut = Cut()
     faults.add(cut, "stream")
-    faults.add(status(500), "stream", "events", "send", where=record_headers)
+    faults.add(status(500), "stream", "events", "send", where=record_request_headers)
     session_id = create_session(control_plane)
     events = client.events(session_id)
     async with events.stream() as stream:

@@ -25,7 +25,7 @@ GIVEN = "given"
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
-def error_of_refused_settings(**values: Any) -> SettingsError:
+def make_settings_and_return_error(**values: Any) -> SettingsError:
     with pytest.raises(SettingsError) as raised:
         Settings(**values)
     return raised.value
@@ -233,7 +233,7 @@ def test_invalid_config_file_is_refused(
     write_config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     file = write_config(text)
-    error = error_of_refused_settings(config=file)
+    error = make_settings_and_return_error(config=file)
     assert error.problems[0].startswith(problem.format(file=file))
     assert HIDDEN not in str(error)
 
@@ -242,7 +242,9 @@ def test_unreadable_config_file_is_refused(tmp_path: Path) -> None:
     absent, latin = tmp_path / "none", tmp_path / "latin"
     latin.write_bytes(b"\xff\xfe")
     for file, problem in ((absent, "No such file or directory"), (latin, "not TOML")):
-        assert error_of_refused_settings(config=file).problems == (f"config: {file}: {problem}",)
+        assert make_settings_and_return_error(config=file).problems == (
+            f"config: {file}: {problem}",
+        )
 
 
 FORBIDDEN_NAMES = (
@@ -321,7 +323,7 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
 
 @pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in BAD for bad in bads])
 def test_invalid_value_is_refused_by_setting_name(name: str, bad: object) -> None:
-    error = error_of_refused_settings(**{name: bad})
+    error = make_settings_and_return_error(**{name: bad})
     assert len(error.problems) == 1
     assert error.problems[0].startswith(f"{name}: ")
 
@@ -335,7 +337,7 @@ def test_all_invalid_values_are_reported_at_once(
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", HIDDEN)
     path = write_config(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
-    error = error_of_refused_settings(
+    error = make_settings_and_return_error(
         config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN
     )
     names = sorted(problem.split(":")[0] for problem in error.problems)
@@ -373,7 +375,7 @@ def test_settings_error_names_the_variable_or_file_of_the_value(
     monkeypatch.setenv("workpool_prefetch", "x")
     file = write_config("[workpool]\npollers = 0\npolers = 1\n")
     monkeypatch.setenv("WORKPOOL_CONFIG", str(file))
-    assert set(error_of_refused_settings(block_ms=0).problems) == {
+    assert set(make_settings_and_return_error(block_ms=0).problems) == {
         "block_ms: must be a whole number from 1 to 999",
         "lease_ttl: must be a whole number from 10 to 600 (from WORKPOOL_LEASE_TTL)",
         "prefetch: must be a whole number, 0 or more (from workpool_prefetch)",
@@ -387,7 +389,7 @@ def test_missing_file_named_by_a_variable_is_refused_with_both_names(
 ) -> None:
     absent = tmp_path / "absent"
     monkeypatch.setenv("WORKPOOL_CONFIG", str(absent))
-    assert error_of_refused_settings().problems == (
+    assert make_settings_and_return_error().problems == (
         f"config: {absent}: No such file or directory (from WORKPOOL_CONFIG)",
     )
     monkeypatch.delenv("WORKPOOL_CONFIG")
@@ -407,14 +409,14 @@ def test_credential_given_in_place_of_a_path_is_not_shown() -> None:
 
 def test_empty_address_in_a_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKPOOL_BASE_URL", "")
-    assert error_of_refused_settings().problems == (
+    assert make_settings_and_return_error().problems == (
         "base_url: empty; give an address, or remove it (from WORKPOOL_BASE_URL)",
     )
 
 
 def test_plugin_table_under_a_wrong_name_is_refused(write_config: Callable[[str], Path]) -> None:
     file = write_config('[workpool.plugins.sql]\ndsn = "x"\n')
-    assert error_of_refused_settings(config=file, plugins="sql").problems == (
+    assert make_settings_and_return_error(config=file, plugins="sql").problems == (
         f"config: {file}: the tables of plugins are [workpool.plugin.NAME], without an s",
     )
 
@@ -443,14 +445,14 @@ def test_values_of_extra_headers_are_never_shown(write_config: Callable[[str], P
         assert HIDDEN not in text
         assert "x-worker-token" in text
     for bad in ({"x-a": f"{HIDDEN}\n"}, {f"{HIDDEN} ": "x"}, f'{{"x-a": "{HIDDEN}"'):
-        error = error_of_refused_settings(
+        error = make_settings_and_return_error(
             extra_headers=bad if isinstance(bad, str) else {**bad, "x b": HIDDEN}
         )
         assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
 def test_settings_error_and_its_traceback_do_not_show_value() -> None:
-    error = error_of_refused_settings(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
+    error = make_settings_and_return_error(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
     chain = [error, error.__context__, error.__cause__]
     assert chain == [error, None, None]
     assert HIDDEN not in "".join(traceback.format_exception(error))
@@ -596,7 +598,7 @@ def test_host_name_with_invalid_label_is_refused_by_setting_name(host: str) -> N
         "base_url": f"https://{host}/api",
         "metrics_listen": f"{host}:9464",
     }.items():
-        assert error_of_refused_settings(**{setting: value}).problems == (
+        assert make_settings_and_return_error(**{setting: value}).problems == (
             f"{setting}: each part of a host name has 1 to 63 characters",
         )
 
@@ -636,15 +638,15 @@ def test_suspicious_settings_give_warnings(monkeypatch: pytest.MonkeyPatch) -> N
 def test_write_rate_too_low_to_complete_sessions_within_lease_gives_warning(
     lease_ttl: int, held: int, fitting: int
 ) -> None:
-    def warning_texts(concurrency: int) -> list[str]:
+    def list_warnings_except_heartbeats(concurrency: int) -> list[str]:
         settings = Settings(
             lease_ttl=lease_ttl, concurrency=concurrency, write_rate=20, drain_timeout=10_000
         )
         return [each for each in settings.warnings() if "heartbeats" not in each]
 
-    assert warning_texts(fitting) == []
+    assert list_warnings_except_heartbeats(fitting) == []
     seconds = f"{(fitting + 1) / 10:.1f}"
-    assert warning_texts(fitting + 1) == [
+    assert list_warnings_except_heartbeats(fitting + 1) == [
         f"write_rate: {fitting + 1} sessions that end together need 2 writes each, {seconds} s at"
         f" 20 a second, but their leases are held for {held} s; raise write_rate or lease_ttl, or"
         " lower concurrency"
@@ -680,7 +682,7 @@ def test_api_key_is_read_from_setting_or_file(tmp_path: Path) -> None:
     assert Settings(api_key=GIVEN).read_api_key() == GIVEN
     assert Settings(api_key_file=path).read_api_key() == "from-file"
     assert Settings(token=HIDDEN, api_key=GIVEN).read_token() == HIDDEN
-    assert error_of_refused_settings(api_key=GIVEN, api_key_file=path).problems == (
+    assert make_settings_and_return_error(api_key=GIVEN, api_key_file=path).problems == (
         "api_key, api_key_file: set one of the two",
     )
 

@@ -12,11 +12,13 @@ from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.shared_slots import SharedSlots
 
 
-def make_queues(slots: SharedSlots, number: int, concurrency: int) -> list[BoundedQueue[str]]:
+def make_queues_with_shared_slots(
+    slots: SharedSlots, number: int, concurrency: int
+) -> list[BoundedQueue[str]]:
     return [BoundedQueue(concurrency, 0, share=slots.add_environment()) for _ in range(number)]
 
 
-async def start_items(queue: BoundedQueue[str], number: int) -> None:
+async def reserve_places_and_take_items(queue: BoundedQueue[str], number: int) -> None:
     for _ in range(number):
         await queue.reserve_place()
         queue.put_item("item")
@@ -29,9 +31,9 @@ def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
 
 
 async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> None:
-    busy, idle, other = make_queues(SharedSlots(6), 3, 6)
+    busy, idle, other = make_queues_with_shared_slots(SharedSlots(6), 3, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(busy, 4)
+        await reserve_places_and_take_items(busy, 4)
         assert (busy.free_slots, busy.is_full) == (0, True)
         fifth = group.create_task(busy.reserve_place())
         await run_ready_tasks()
@@ -43,10 +45,10 @@ async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> N
 
 
 async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> None:
-    busy, late = make_queues(SharedSlots(6), 2, 6)
+    busy, late = make_queues_with_shared_slots(SharedSlots(6), 2, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(busy, 5)
-        await start_items(late, 1)
+        await reserve_places_and_take_items(busy, 5)
+        await reserve_places_and_take_items(late, 1)
         own, others = (
             group.create_task(busy.reserve_place()),
             [late.reserve_place() for _ in range(2)],
@@ -65,10 +67,10 @@ async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> Non
 
 
 async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn() -> None:
-    three = make_queues(SharedSlots(4), 3, 4)
+    three = make_queues_with_shared_slots(SharedSlots(4), 3, 4)
     order: list[int] = []
 
-    async def use_shared_slot(number: int) -> None:
+    async def reserve_shared_slot_repeatedly(number: int) -> None:
         for _ in range(4):
             await three[number].reserve_place()
             order.append(number)
@@ -79,17 +81,17 @@ async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn(
         for queue in three:
             await queue.reserve_place()
         for number in range(3):
-            group.create_task(use_shared_slot(number))
+            group.create_task(reserve_shared_slot_repeatedly(number))
     assert order == [0, 1, 2] * 4
 
 
 async def test_freed_slot_goes_to_environment_with_fewer_slots_before_item_set_aside() -> None:
-    busy, late = make_queues(SharedSlots(4), 2, 4)
+    busy, late = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     started: list[str] = []
     busy.start = started.append
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(busy, 3)
-        await start_items(late, 1)
+        await reserve_places_and_take_items(busy, 3)
+        await reserve_places_and_take_items(late, 1)
         busy.set_item_aside("aside")
         second = group.create_task(late.reserve_place())
         await run_ready_tasks()
@@ -103,12 +105,12 @@ async def test_freed_slot_goes_to_environment_with_fewer_slots_before_item_set_a
 
 
 async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> None:
-    first, second = make_queues(SharedSlots(3), 2, 3)
+    first, second = make_queues_with_shared_slots(SharedSlots(3), 2, 3)
     started: list[str] = []
     first.start = started.append
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(first, 1)
-        await start_items(second, 2)
+        await reserve_places_and_take_items(first, 1)
+        await reserve_places_and_take_items(second, 2)
         first.set_item_aside("aside")
         poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
@@ -121,11 +123,11 @@ async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> 
 
 
 async def test_freed_slot_goes_to_poller_if_item_set_aside_may_not_start() -> None:
-    first, second = make_queues(SharedSlots(3), 2, 3)
+    first, second = make_queues_with_shared_slots(SharedSlots(3), 2, 3)
     first.may_start = lambda _: False
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(first, 1)
-        await start_items(second, 2)
+        await reserve_places_and_take_items(first, 1)
+        await reserve_places_and_take_items(second, 2)
         first.set_item_aside("aside")
         poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
@@ -135,13 +137,13 @@ async def test_freed_slot_goes_to_poller_if_item_set_aside_may_not_start() -> No
 
 
 async def test_reservation_also_starts_item_set_aside_in_another_environment() -> None:
-    first, second = make_queues(SharedSlots(4), 2, 4)
+    first, second = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     handler_is_free = False
     started: list[str] = []
     first.may_start, first.start = lambda _: handler_is_free, started.append
     async with asyncio.timeout(20):
-        await start_items(first, 1)
-        await start_items(second, 1)
+        await reserve_places_and_take_items(first, 1)
+        await reserve_places_and_take_items(second, 1)
         first.set_item_aside("aside")
         handler_is_free = True
         await second.reserve_place()
@@ -151,9 +153,9 @@ async def test_reservation_also_starts_item_set_aside_in_another_environment() -
 async def test_reserved_slot_of_ended_environment_is_used_by_other_environments() -> None:
     slots = SharedSlots(2)
     share = slots.add_environment()
-    [queue] = make_queues(slots, 1, 2)
+    [queue] = make_queues_with_shared_slots(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(queue, 1)
+        await reserve_places_and_take_items(queue, 1)
         waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         assert not waiting.done()
@@ -162,10 +164,10 @@ async def test_reserved_slot_of_ended_environment_is_used_by_other_environments(
 
 
 async def test_shared_limit_of_slot_uses_counts_uses_of_all_environments() -> None:
-    first, second = make_queues(SharedSlots(4, uses=2), 2, 4)
+    first, second = make_queues_with_shared_slots(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(first, 1)
-        await start_items(second, 1)
+        await reserve_places_and_take_items(first, 1)
+        await reserve_places_and_take_items(second, 1)
         third = group.create_task(second.reserve_place())
         await run_ready_tasks()
         end_item(first, used_up=True)
@@ -183,7 +185,7 @@ async def test_items_dropped_from_queue_and_cancelled_reservations_return_shared
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)
     slots.add_environment()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await start_items(queue, 1)
+        await reserve_places_and_take_items(queue, 1)
         await queue.reserve_place()
         queue.put_item("waits")
         waiting = group.create_task(queue.reserve_place())
@@ -196,7 +198,7 @@ async def test_items_dropped_from_queue_and_cancelled_reservations_return_shared
     assert share.taken == 0
 
 
-class RandomPollers:
+class PollersActingAtRandom:
     """Pollers of several environments that reserve slots, run items and release slots at random."""
 
     def __init__(self, seed: int) -> None:
@@ -238,7 +240,7 @@ class RandomPollers:
 async def test_random_use_of_shared_slots_stays_within_total_and_starves_no_environment(
     seed: int,
 ) -> None:
-    storm = RandomPollers(seed)
+    storm = PollersActingAtRandom(seed)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for queue in storm.queues * 3:
             group.create_task(storm.poll_repeatedly(queue))

@@ -21,7 +21,7 @@ WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 @pytest.fixture(autouse=True)
-def restored_signal_handlers() -> Iterator[None]:
+def assert_signal_handlers_are_restored() -> Iterator[None]:
     """Check that every former signal handler is restored."""
     before = [signal.getsignal(each) for each in WATCHED]
     yield
@@ -57,12 +57,12 @@ def test_first_and_second_signal_wake_waiting_loop(
 async def test_signals_are_received_on_loop_without_add_signal_handler(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse_signal_handler(*_: object) -> NoReturn:
+    def refuse_to_install_signal_handler(*_: object) -> NoReturn:
         raise NotImplementedError
 
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(loop, "add_signal_handler", refuse_signal_handler)
-    monkeypatch.setattr(loop, "remove_signal_handler", refuse_signal_handler)
+    monkeypatch.setattr(loop, "add_signal_handler", refuse_to_install_signal_handler)
+    monkeypatch.setattr(loop, "remove_signal_handler", refuse_to_install_signal_handler)
     async with asyncio.timeout(20):
         with SignalEvents() as signals:
             signal.raise_signal(signal.SIGTERM)
@@ -87,7 +87,7 @@ def test_signal_received_while_event_loop_starts_counts_once(
     signal_recorder: SignalRecorder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def receive_signal() -> None:
+    async def raise_and_receive_signal() -> None:
         signal.raise_signal(signal.SIGTERM)
         with SignalEvents() as signals:
             await signals.first.wait()
@@ -98,7 +98,7 @@ def test_signal_received_while_event_loop_starts_counts_once(
             assert not signals.second.is_set()
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(asyncio.wait_for(receive_signal(), 20))
+        runner.run(asyncio.wait_for(raise_and_receive_signal(), 20))
     assert signal_recorder.received == [signal.SIGTERM, signal.SIGUSR1]
 
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def parse_chunks(*chunks: bytes) -> list[Frame]:
+def parse_chunks_into_frames(*chunks: bytes) -> list[Frame]:
     parser = FrameParser()
     return [frame for chunk in chunks for frame in parser.parse_chunk(chunk)]
 
 
-def reference_parse(content: bytes) -> list[Frame]:
+def parse_like_html_standard(content: bytes) -> list[Frame]:
     """Parse the bytes of a whole event stream at once, by the steps of the HTML standard."""
     text = content.decode(errors="replace").removeprefix("\ufeff")
     *lines, _ = re.split("\r\n|\r|\n", text)
@@ -70,8 +70,8 @@ def reference_parse(content: bytes) -> list[Frame]:
 def test_stream_bytes_are_parsed_into_frames(
     stream: bytes, frames: list[tuple[str, str, str]]
 ) -> None:
-    assert parse_chunks(stream) == frames == reference_parse(stream)
-    assert parse_chunks(*(bytes((byte,)) for byte in stream)) == frames
+    assert parse_chunks_into_frames(stream) == frames == parse_like_html_standard(stream)
+    assert parse_chunks_into_frames(*(bytes((byte,)) for byte in stream)) == frames
 
 
 pieces = st.sampled_from(
@@ -86,7 +86,7 @@ streams = st.lists(pieces | st.binary(max_size=4), max_size=40).map(b"".join)
 def test_stream_split_into_any_chunks_gives_same_frames(stream: bytes, cuts: Sequence[int]) -> None:
     places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
     chunks = [stream[start:end] for start, end in pairwise(places)]
-    assert parse_chunks(*chunks) == reference_parse(stream)
+    assert parse_chunks_into_frames(*chunks) == parse_like_html_standard(stream)
 
 
 def test_frame_is_returned_at_its_last_byte() -> None:

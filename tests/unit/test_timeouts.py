@@ -20,24 +20,24 @@ LONG = 60.0
 
 
 @asynccontextmanager
-async def bound_with_own_timer(seconds: float) -> AsyncIterator[None]:
+async def limit_time_with_own_timer(seconds: float) -> AsyncIterator[None]:
     with TimeLimit(seconds):
         yield
 
 
 @asynccontextmanager
-async def bound_with_shared_timer(seconds: float) -> AsyncIterator[None]:
+async def limit_time_with_shared_timer(seconds: float) -> AsyncIterator[None]:
     with TimeLimit(seconds, SharedTimer(asyncio.get_running_loop())):
         yield
 
 
-@pytest.fixture(params=[bound_with_own_timer, bound_with_shared_timer, asyncio.timeout])
+@pytest.fixture(params=[limit_time_with_own_timer, limit_time_with_shared_timer, asyncio.timeout])
 def time_limit(request: pytest.FixtureRequest) -> Bounded:
     bound: Bounded = request.param
     return bound
 
 
-def pending_cancellations() -> int:
+def count_pending_cancellations() -> int:
     """Return the number of cancellation requests of this task that are still pending."""
     task = asyncio.current_task()
     assert task is not None
@@ -52,7 +52,7 @@ async def test_code_that_exceeds_time_bound_raises_timeout_error(
         async with time_limit(seconds):
             await asyncio.sleep(LONG)
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
-    assert pending_cancellations() == 0
+    assert count_pending_cancellations() == 0
 
 
 async def test_code_that_ends_within_time_bound_is_not_cancelled(time_limit: Bounded) -> None:
@@ -62,13 +62,13 @@ async def test_code_that_ends_within_time_bound_is_not_cancelled(time_limit: Bou
         async with time_limit(0.01):
             raise KeyError
     await asyncio.sleep(0.02)
-    assert pending_cancellations() == 0
+    assert count_pending_cancellations() == 0
 
 
 async def test_error_raised_during_cancellation_by_timeout_replaces_timeout_error(
     time_limit: Bounded,
 ) -> None:
-    async def wait_and_raise() -> None:
+    async def raise_error_at_timeout() -> None:
         async with time_limit(0):
             try:
                 await asyncio.sleep(LONG)
@@ -76,8 +76,8 @@ async def test_error_raised_during_cancellation_by_timeout_replaces_timeout_erro
                 raise KeyError from None
 
     with pytest.raises(KeyError):
-        await wait_and_raise()
-    assert pending_cancellations() == 0
+        await raise_error_at_timeout()
+    assert count_pending_cancellations() == 0
 
 
 async def test_cancellation_within_time_bound_is_raised(time_limit: Bounded) -> None:
@@ -124,7 +124,7 @@ async def test_expired_inner_time_bound_raises_timeout_error_within_outer_bound(
         except TimeoutError:
             texts.append("inner")
     assert texts == ["inner"]
-    assert pending_cancellations() == 0
+    assert count_pending_cancellations() == 0
 
 
 async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> None:

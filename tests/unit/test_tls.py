@@ -60,7 +60,7 @@ def certificate_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass
-class TLSServer:
+class TLSServerWithClientCertificates:
     """A TLS server that requests a client certificate.
 
     Attributes:
@@ -99,13 +99,13 @@ FILES: dict[str, str | None] = {
 
 
 @pytest.fixture
-async def tls_server(certificate_files: Path) -> AsyncIterator[TLSServer]:
+async def tls_server(certificate_files: Path) -> AsyncIterator[TLSServerWithClientCertificates]:
     context = ssl.create_default_context(
         ssl.Purpose.CLIENT_AUTH, cafile=certificate_files / "ca.pem"
     )
     context.load_cert_chain(certificate_files / "server.pem", certificate_files / "server.key")
     context.verify_mode = ssl.CERT_REQUIRED
-    server = TLSServer()
+    server = TLSServerWithClientCertificates()
     listener = await asyncio.start_server(server.answer_connection, "127.0.0.1", 0, ssl=context)
     server.port = listener.sockets[0].getsockname()[1]
     async with listener:
@@ -115,7 +115,10 @@ async def tls_server(certificate_files: Path) -> AsyncIterator[TLSServer]:
 @pytest.mark.parametrize("key", [{}, {"client_cert_file": "both.pem", "client_key_file": None}])
 @pytest.mark.parametrize("session", [None, aiohttp.ClientSession])
 async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
-    certificate_files: Path, tls_server: TLSServer, key: dict[str, str | None], session: Any
+    certificate_files: Path,
+    tls_server: TLSServerWithClientCertificates,
+    key: dict[str, str | None],
+    session: Any,
 ) -> None:
     options = [CallOptions(priority=priority) for priority in Priority]
     own = session() if session else None
@@ -134,7 +137,7 @@ async def test_every_connection_trusts_ca_file_and_presents_client_certificate(
 
 
 async def test_server_of_private_ca_is_not_trusted_without_ca_file(
-    certificate_files: Path, tls_server: TLSServer
+    certificate_files: Path, tls_server: TLSServerWithClientCertificates
 ) -> None:
     async with WorkClient(tls_server.client_settings(certificate_files, ca_file=None)) as client:
         with pytest.raises(RefusedError, match="certificate is not trusted"):
@@ -143,7 +146,7 @@ async def test_server_of_private_ca_is_not_trusted_without_ca_file(
 
 
 async def test_server_that_requires_certificate_refuses_client_without_one(
-    certificate_files: Path, tls_server: TLSServer
+    certificate_files: Path, tls_server: TLSServerWithClientCertificates
 ) -> None:
     without = {"client_cert_file": None, "client_key_file": None}
     async with WorkClient(tls_server.client_settings(certificate_files, **without)) as client:
@@ -167,11 +170,15 @@ class DelayedTunnelProxy:
         await self.release.wait()
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._port)
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
-        await asyncio.gather(copy_bytes(reader, far_writer), copy_bytes(far_reader, writer))
+        await asyncio.gather(
+            forward_bytes_until_end(reader, far_writer), forward_bytes_until_end(far_reader, writer)
+        )
         self.ended.set()
 
 
-async def copy_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def forward_bytes_until_end(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     with suppress(ConnectionError):
         while piece := await reader.read(65536):
             writer.write(piece)
@@ -179,51 +186,57 @@ async def copy_bytes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 
 
 @asynccontextmanager
-async def tunnel_proxy(port: int) -> AsyncIterator[tuple[DelayedTunnelProxy, str]]:
+async def run_tunnel_proxy(port: int) -> AsyncIterator[tuple[DelayedTunnelProxy, str]]:
     tunnel = DelayedTunnelProxy(port)
     listener = await asyncio.start_server(tunnel.answer_connection, "127.0.0.1", 0)
     async with listener:
         yield tunnel, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
 
 
-class CheckRefusal(Exception):
+class RefusedByCheckError(Exception):
     """The exception that a check raises so that its request is not sent."""
 
 
 @pytest.mark.parametrize("held", [True, False])
 async def test_check_of_request_runs_after_proxy_tunnel_and_tls_handshake(
-    certificate_files: Path, tls_server: TLSServer, monkeypatch: pytest.MonkeyPatch, *, held: bool
+    certificate_files: Path,
+    tls_server: TLSServerWithClientCertificates,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    held: bool,
 ) -> None:
     states: list[bool] = []
 
-    def refuse_unless_held() -> None:
+    def refuse_unless_lease_is_held() -> None:
         states.append(tunnel.release.is_set())
         if not held:
-            raise CheckRefusal
+            raise RefusedByCheckError
 
-    async with tunnel_proxy(tls_server.port) as (tunnel, url):
+    async with run_tunnel_proxy(tls_server.port) as (tunnel, url):
         monkeypatch.setenv("https_proxy", url)
         monkeypatch.setenv("no_proxy", "")
         async with (
             WorkClient(tls_server.client_settings(certificate_files)) as client,
             asyncio.TaskGroup() as group,
         ):
-            stopping = client.stop(WORK, options=CallOptions(refuse_unless_held), timeout=20)
-            result = group.create_task(refusal_type(stopping))
+            stopping = client.stop(
+                WORK, options=CallOptions(refuse_unless_lease_is_held), timeout=20
+            )
+            result = group.create_task(get_type_of_refusal(stopping))
             await tunnel.asked.wait()
             assert states == []
             tunnel.release.set()
-            assert await result == (None if held else CheckRefusal)
+            assert await result == (None if held else RefusedByCheckError)
         await tunnel.ended.wait()
     assert states == [True]
     assert tls_server.names == ["client"]
     assert bool(tls_server.received) == held
 
 
-async def refusal_type(call: Any) -> type[BaseException] | None:
+async def get_type_of_refusal(call: Any) -> type[BaseException] | None:
     try:
         await call
-    except CheckRefusal as refusal:
+    except RefusedByCheckError as refusal:
         return type(refusal)
     return None
 
@@ -262,7 +275,7 @@ async def refusal_type(call: Any) -> type[BaseException] | None:
 async def test_invalid_tls_file_raises_settings_error_on_opening_client(
     certificate_files: Path, names: dict[str, str | None], problem: str
 ) -> None:
-    settings = TLSServer(port=1).client_settings(certificate_files, **names)
+    settings = TLSServerWithClientCertificates(port=1).client_settings(certificate_files, **names)
     with pytest.raises(SettingsError) as raised:
         async with WorkClient(settings):
             pass

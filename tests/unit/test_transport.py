@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from tests.unit.connected_transport import TOKEN, connected_transport
+from tests.unit.open_transport import TOKEN, connected_transport
 from workpool.errors import (
     ConflictError,
     ControlPlaneError,
@@ -107,19 +107,19 @@ async def read_request(reader: asyncio.StreamReader) -> ReceivedRequest:
     return ReceivedRequest(method, path, headers, body)
 
 
-def http_answer(status: int, body: bytes = b"", **headers: str) -> bytes:
+def make_http_answer(status: int, body: bytes = b"", **headers: str) -> bytes:
     fields = {"Content-Length": str(len(body)), **headers}
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status} Whatever\r\n{lines}\r\n".encode() + body
 
 
-def refusal_answer(status: int, message: str = "no", **more: Any) -> bytes:
-    return http_answer(
+def make_refusal_answer(status: int, message: str = "no", **more: Any) -> bytes:
+    return make_http_answer(
         status, json.dumps({"type": "error", "error": {"message": message, **more}}).encode()
     )
 
 
-OK = http_answer(200, STATS)
+OK = make_http_answer(200, STATS)
 
 
 @asynccontextmanager
@@ -143,7 +143,7 @@ async def send_request(
     return await transport.send(endpoint, URL(f"{url}/x", encoded=True), seconds)
 
 
-async def request_error(
+async def send_request_and_return_error(
     *answers: Any, seconds: float = 20, endpoint: Any = endpoints.STATS
 ) -> ControlPlaneError:
     async with running_server(*answers) as server, connected_transport(server.url) as transport:
@@ -191,7 +191,7 @@ async def test_anthropic_request_has_headers_of_its_dialect() -> None:
 
 async def test_connection_is_reused_and_cookies_are_not_kept() -> None:
     async with (
-        running_server(http_answer(200, STATS, Set_Cookie="a=b")) as server,
+        running_server(make_http_answer(200, STATS, Set_Cookie="a=b")) as server,
         connected_transport(server.url) as transport,
     ):
         for _ in range(3):
@@ -201,14 +201,16 @@ async def test_connection_is_reused_and_cookies_are_not_kept() -> None:
 
 
 async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None:
-    async def hold_requests(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+    async def answer_after_forty_requests(
+        server: ScriptedServer, writer: asyncio.StreamWriter
+    ) -> None:
         if len(server.requests) == 40:
             server.release.set()
         await server.release.wait()
         writer.write(OK)
 
     async with (
-        running_server(hold_requests) as server,
+        running_server(answer_after_forty_requests) as server,
         connected_transport(server.url, concurrency=30, pollers=8, prefetch=2) as transport,
     ):
         await asyncio.gather(*(send_request(transport, server.url) for _ in range(40)))
@@ -235,7 +237,7 @@ async def test_requests_of_all_pollers_and_slots_are_sent_concurrently() -> None
 async def test_gateway_error_status_raises_transient_error(
     status: int, reason: str, body: bytes
 ) -> None:
-    error = await request_error(http_answer(status, body))
+    error = await send_request_and_return_error(make_http_answer(status, body))
     assert isinstance(error, TransientError)
     assert (error.op, error.status, error.reason) == ("stats", status, reason)
     assert "html" not in str(error)
@@ -260,7 +262,7 @@ async def test_gateway_error_status_raises_transient_error(
     ],
 )
 async def test_malformed_body_of_success_response_raises_transient_error(body: bytes) -> None:
-    error = await request_error(http_answer(200, body))
+    error = await send_request_and_return_error(make_http_answer(200, body))
     assert isinstance(error, TransientError)
     assert (error.status, error.reason) == (200, "bad_body")
     assert "hunter2" not in str(error)
@@ -269,24 +271,25 @@ async def test_malformed_body_of_success_response_raises_transient_error(body: b
 async def test_empty_response_is_accepted_for_poll_and_stop_only() -> None:
     for empty in (endpoints.POLL, endpoints.STOP):
         async with (
-            running_server(http_answer(204)) as server,
+            running_server(make_http_answer(204)) as server,
             connected_transport(server.url) as transport,
         ):
             assert await send_request(transport, server.url, endpoint=empty) is None
     strict: tuple[Any, ...] = (endpoints.ACK, endpoints.STATS)
     for endpoint in strict:
-        error = await request_error(http_answer(204), endpoint=endpoint)
+        error = await send_request_and_return_error(make_http_answer(204), endpoint=endpoint)
         assert isinstance(error, TransientError)
         assert error.reason == "bad_body"
     for endpoint in (endpoints.STOP, endpoints.ACK):
         assert isinstance(
-            await request_error(http_answer(200, b"null"), endpoint=endpoint), TransientError
+            await send_request_and_return_error(make_http_answer(200, b"null"), endpoint=endpoint),
+            TransientError,
         )
 
 
 async def test_null_response_to_poll_is_read_as_no_item() -> None:
     async with (
-        running_server(http_answer(200, b"null")) as server,
+        running_server(make_http_answer(200, b"null")) as server,
         connected_transport(server.url) as transport,
     ):
         assert await send_request(transport, server.url, endpoint=endpoints.POLL) is None
@@ -306,20 +309,20 @@ async def test_response_above_size_limit_is_aborted() -> None:
             await writer.drain()
 
     packed = gzip.compress(b" " * (ANSWER_LIMIT_BYTES * 8))
-    bomb = http_answer(200, packed, Content_Encoding="gzip")
+    bomb = make_http_answer(200, packed, Content_Encoding="gzip")
     for large in (send_endless_body, send_endless_chunks, bomb):
-        error = await request_error(large)
+        error = await send_request_and_return_error(large)
         assert isinstance(error, TooLargeError)
         assert (error.reason, error.status) == ("bad_body", 200)
         assert "too large" in str(error)
         assert error.work_id is None
 
 
-def oversized_answers(beginning: bytes) -> list[Any]:
+def make_oversized_answers(beginning: bytes) -> list[Any]:
     """Return oversized responses whose bodies start with `beginning`: fixed-length and chunked."""
     body = beginning + b"x" * ANSWER_LIMIT_BYTES
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
-    return [http_answer(200, body), chunked % (len(body), body)]
+    return [make_http_answer(200, body), chunked % (len(body), body)]
 
 
 @pytest.mark.parametrize(
@@ -342,8 +345,8 @@ def oversized_answers(beginning: bytes) -> list[Any]:
 async def test_oversized_response_error_has_work_id_from_start_of_body(
     beginning: bytes, work_id: str | None
 ) -> None:
-    for odd in oversized_answers(beginning):
-        error = await request_error(odd, endpoint=endpoints.POLL)
+    for odd in make_oversized_answers(beginning):
+        error = await send_request_and_return_error(odd, endpoint=endpoints.POLL)
         assert isinstance(error, TooLargeError)
         assert error.work_id == work_id
 
@@ -353,7 +356,7 @@ async def test_response_with_oversized_content_length_is_not_read() -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b" " * 5000)
         await never_answer(server, writer)
 
-    assert isinstance(await request_error(send_start_of_body), TooLargeError)
+    assert isinstance(await send_request_and_return_error(send_start_of_body), TooLargeError)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +366,8 @@ async def test_response_with_oversized_content_length_is_not_read() -> None:
 async def test_malformed_item_error_has_its_work_id(
     item: dict[str, Any], work_id: str | None
 ) -> None:
-    error = await request_error(
-        http_answer(200, json.dumps(item).encode()), endpoint=endpoints.POLL
+    error = await send_request_and_return_error(
+        make_http_answer(200, json.dumps(item).encode()), endpoint=endpoints.POLL
     )
     assert isinstance(error, TransientError)
     assert getattr(error, "work_id", None) == work_id
@@ -372,8 +375,12 @@ async def test_malformed_item_error_has_its_work_id(
 
 async def test_response_at_size_limit_is_accepted() -> None:
     body = STATS + b" " * (ANSWER_LIMIT_BYTES - len(STATS))
-    packed = http_answer(200, gzip.compress(body), Content_Encoding="gzip")
-    for fitting in (http_answer(200, body), packed, http_answer(200, STATS, Connection="close")):
+    packed = make_http_answer(200, gzip.compress(body), Content_Encoding="gzip")
+    for fitting in (
+        make_http_answer(200, body),
+        packed,
+        make_http_answer(200, STATS, Connection="close"),
+    ):
         async with running_server(fitting) as server, connected_transport(server.url) as transport:
             assert (await send_request(transport, server.url)).depth == 1
 
@@ -398,7 +405,7 @@ async def never_answer(server: ScriptedServer, *_: object) -> None:
     raise ConnectionError
 
 
-async def stall_in_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+async def stop_sending_within_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
     await never_answer(server, writer)
 
@@ -413,19 +420,19 @@ async def stall_in_body(server: ScriptedServer, writer: asyncio.StreamWriter) ->
         b"HTTP/1.1 200 OK\r\nX: " + b"hunter2" * 20_000 + b"\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: hunter2\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nhunter2\r\n",
-        http_answer(200, b"hunter2", Content_Encoding="gzip"),
+        make_http_answer(200, b"hunter2", Content_Encoding="gzip"),
     ],
 )
 async def test_broken_connection_raises_transient_network_error(odd: Any) -> None:
-    error = await request_error(odd)
+    error = await send_request_and_return_error(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "network"
     assert "hunter2" not in str(error)
 
 
-@pytest.mark.parametrize("odd", [never_answer, stall_in_body])
+@pytest.mark.parametrize("odd", [never_answer, stop_sending_within_body])
 async def test_missing_or_incomplete_response_raises_timeout_at_time_limit(odd: Any) -> None:
-    error = await request_error(odd, seconds=0.05)
+    error = await send_request_and_return_error(odd, seconds=0.05)
     assert isinstance(error, TransientError)
     assert (error.reason, error.status) == ("timeout", None)
 
@@ -449,7 +456,7 @@ async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
 
 async def test_request_without_remaining_time_is_not_sent() -> None:
     for seconds in (0, -1.0):
-        error = await request_error(OK, seconds=seconds)
+        error = await send_request_and_return_error(OK, seconds=seconds)
         assert isinstance(error, TransientError)
         assert error.reason == "timeout"
 
@@ -526,8 +533,8 @@ async def test_https_request_to_server_without_tls_raises_transient_error() -> N
 async def test_error_response_is_raised_with_fields_of_its_body(
     status: int, kind: type[ControlPlaneError]
 ) -> None:
-    error = await request_error(
-        refusal_answer(status, "not\nthis\x1b[31m", type="some_error", param="block_ms")
+    error = await send_request_and_return_error(
+        make_refusal_answer(status, "not\nthis\x1b[31m", type="some_error", param="block_ms")
     )
     assert type(error) is kind
     assert (error.op, error.status) == ("stats", status)
@@ -551,7 +558,7 @@ async def test_informational_responses_before_response_are_skipped(before: bytes
 
 @pytest.mark.parametrize("before", [EARLY * (INFORMATIONAL_MAX + 1), LARGE * 10])
 async def test_too_many_informational_responses_raise_network_error(before: bytes) -> None:
-    error = await request_error(before + OK)
+    error = await send_request_and_return_error(before + OK)
     assert isinstance(error, TransientError)
     assert error.reason == "network"
     assert "InformationalFlood" in str(error)
@@ -560,14 +567,14 @@ async def test_too_many_informational_responses_raise_network_error(before: byte
 @pytest.mark.parametrize(
     "odd",
     [
-        *map(http_answer, (300, 304, 305, 306, 310, 399, 430, 444, 460, 499, 600, 799, 999)),
+        *map(make_http_answer, (300, 304, 305, 306, 310, 399, 430, 444, 460, 499, 600, 799, 999)),
         b"HTTP/1.1 000 None\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nx",
         b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     ],
 )
 async def test_unexpected_status_raises_transient_server_error(odd: bytes) -> None:
-    error = await request_error(odd)
+    error = await send_request_and_return_error(odd)
     assert isinstance(error, TransientError)
     assert error.reason == "server_error"
     assert error.status == int(odd.split()[1])
@@ -576,7 +583,9 @@ async def test_unexpected_status_raises_transient_server_error(odd: bytes) -> No
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
 async def test_redirect_is_not_followed_and_raises_transient_error(status: int) -> None:
     async with running_server(OK) as other:
-        error = await request_error(http_answer(status, b"", Location=f"{other.url}/{TOKEN}"))
+        error = await send_request_and_return_error(
+            make_http_answer(status, b"", Location=f"{other.url}/{TOKEN}")
+        )
         assert other.requests == []
     assert isinstance(error, TransientError)
     assert error.reason == "server_error"
@@ -615,7 +624,9 @@ def test_redirect_error_with_long_host_is_cut() -> None:
 
 async def test_token_in_error_response_is_redacted() -> None:
     reported = f"{'x' * 290} Bearer {TOKEN} or {TOKEN[:9]}\n{TOKEN[9:]}"
-    error = await request_error(refusal_answer(403, reported, type=TOKEN, param=f"a{TOKEN}b"))
+    error = await send_request_and_return_error(
+        make_refusal_answer(403, reported, type=TOKEN, param=f"a{TOKEN}b")
+    )
     assert (error.error_type, error.param) == ("[token]", "a[token]b")
     assert TOKEN not in str(error)
     assert TOKEN[:5] not in str(error)
@@ -640,7 +651,7 @@ async def test_extra_headers_are_sent_with_every_request() -> None:
 
 
 async def test_values_of_extra_headers_in_error_response_are_redacted() -> None:
-    reported = refusal_answer(403, "no worker-token-1 of worker-token")
+    reported = make_refusal_answer(403, "no worker-token-1 of worker-token")
     async with (
         running_server(reported) as server,
         connected_transport(server.url, extra_headers=EXTRA) as transport,
@@ -652,7 +663,9 @@ async def test_values_of_extra_headers_in_error_response_are_redacted() -> None:
 
 
 async def test_long_error_message_is_cut() -> None:
-    error = await request_error(refusal_answer(400, "x" * 100_000, type="y" * 1000))
+    error = await send_request_and_return_error(
+        make_refusal_answer(400, "x" * 100_000, type="y" * 1000)
+    )
     assert len(str(error)) < 400
     assert len(error.error_type or "") <= 64
 
@@ -711,7 +724,7 @@ def test_retry_after_date_without_server_date_is_measured_on_local_clock() -> No
 
 
 async def test_retry_after_is_passed_to_caller() -> None:
-    error = await request_error(http_answer(503, b"busy", Retry_After="7"))
+    error = await send_request_and_return_error(make_http_answer(503, b"busy", Retry_After="7"))
     assert isinstance(error, TransientError)
     assert error.retry_after == 7
 
@@ -748,7 +761,7 @@ async def test_rotated_token_is_used_after_refusal(tmp_path: Path, status: int) 
     path.write_text("old")
     refreshes: list[str] = []
     async with (
-        running_server(refusal_answer(status), OK) as server,
+        running_server(make_refusal_answer(status), OK) as server,
         connected_transport(server.url, token_file=path) as transport,
     ):
         transport.on_credential_refresh = refreshes.append
@@ -766,7 +779,7 @@ async def test_token_from_environment_variable_is_read_again_after_refusal(
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "old")
     async with (
-        running_server(refusal_answer(401), OK) as server,
+        running_server(make_refusal_answer(401), OK) as server,
         connected_transport(server.url, token=None) as transport,
     ):
         monkeypatch.setenv("QODER_PAT", "new")
@@ -779,7 +792,7 @@ async def test_request_body_is_sent_again_with_rotated_token(tmp_path: Path) -> 
     path.write_text("old")
     post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
     async with (
-        running_server(refusal_answer(401), OK) as server,
+        running_server(make_refusal_answer(401), OK) as server,
         connected_transport(server.url, token_file=path) as transport,
     ):
         path.write_text("new")
@@ -790,7 +803,7 @@ async def test_request_body_is_sent_again_with_rotated_token(tmp_path: Path) -> 
 async def test_refused_request_with_unchanged_token_is_not_repeated() -> None:
     refreshes: list[str] = []
     async with (
-        running_server(refusal_answer(401)) as server,
+        running_server(make_refusal_answer(401)) as server,
         connected_transport(server.url) as transport,
     ):
         transport.on_credential_refresh = refreshes.append
@@ -806,7 +819,7 @@ async def test_token_is_renewed_at_most_once_per_request(tmp_path: Path) -> None
 
     async def rotate_token(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         path.write_text(path.read_text() + "a")
-        writer.write(refusal_answer(401))
+        writer.write(make_refusal_answer(401))
 
     async with (
         running_server(rotate_token) as server,
@@ -822,7 +835,7 @@ async def test_unreadable_token_source_is_reported_and_refusal_is_raised(tmp_pat
     path.write_text("old")
     refreshes: list[str] = []
     async with (
-        running_server(refusal_answer(401, "expired")) as server,
+        running_server(make_refusal_answer(401, "expired")) as server,
         connected_transport(server.url, token_file=path) as transport,
     ):
         transport.on_credential_refresh = refreshes.append
@@ -839,7 +852,7 @@ async def test_concurrent_refused_requests_all_succeed_with_rotated_token(tmp_pa
 
     async def accept_new_token(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         old = server.requests[-1].headers["Authorization"] == "Bearer old"
-        writer.write(refusal_answer(401) if old else OK)
+        writer.write(make_refusal_answer(401) if old else OK)
 
     async with (
         running_server(accept_new_token) as server,
@@ -868,7 +881,7 @@ async def test_request_refused_after_token_renewal_is_repeated_with_renewed_toke
             both_arrived.set()
             # Send the second 401 after the first request has renewed the token.
             await server.release.wait()
-        writer.write(refusal_answer(401))
+        writer.write(make_refusal_answer(401))
 
     async with (
         running_server(accept_new_token) as server,
@@ -914,7 +927,7 @@ async def test_every_request_is_reported_with_its_status_label() -> None:
     reported: list[tuple[str, str]] = []
     async with (
         running_server(
-            OK, refusal_answer(404), http_answer(200, b"junk"), close_connection
+            OK, make_refusal_answer(404), make_http_answer(200, b"junk"), close_connection
         ) as server,
         connected_transport(server.url) as transport,
     ):
@@ -926,7 +939,7 @@ async def test_every_request_is_reported_with_its_status_label() -> None:
     assert reported == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "reset")]
 
 
-@pytest.mark.parametrize("odd", [never_answer, stall_in_body])
+@pytest.mark.parametrize("odd", [never_answer, stop_sending_within_body])
 async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
     reported: list[str] = []
     async with running_server(odd, OK) as server, connected_transport(server.url) as transport:
@@ -943,16 +956,16 @@ async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
 
 
 async def test_unexpected_exception_in_parsing_is_raised() -> None:
-    class ParserError(Exception):
+    class FailingParserError(Exception):
         pass
 
     def failing_parser(_: object) -> None:
-        raise ParserError
+        raise FailingParserError
 
     reported: list[str] = []
     async with running_server(OK) as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
-        with pytest.raises(ParserError):
+        with pytest.raises(FailingParserError):
             await send_request(
                 transport, server.url, endpoint=endpoints.Endpoint("stats", "GET", failing_parser)
             )
@@ -968,7 +981,7 @@ async def test_callers_aiohttp_session_is_used_and_left_open() -> None:
             raise_for_status=True,
             timeout=aiohttp.ClientTimeout(total=0.001),
         ) as session,
-        running_server(OK, refusal_answer(404, "gone")) as server,
+        running_server(OK, make_refusal_answer(404, "gone")) as server,
     ):
         async with connected_transport(server.url, session) as transport:
             await send_request(transport, server.url)
@@ -1026,7 +1039,7 @@ async def test_proxy_from_environment_variable_is_used_with_its_own_credentials(
 async def test_proxy_tunnel_request_does_not_contain_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async with running_server(http_answer(407)) as proxy:
+    async with running_server(make_http_answer(407)) as proxy:
         monkeypatch.setenv("https_proxy", proxy.url.removesuffix("/api"))
         monkeypatch.setenv("no_proxy", "")
         async with connected_transport("https://pool.invalid/api") as transport:
@@ -1098,7 +1111,7 @@ async def test_api_key_is_read_again_after_refusal(tmp_path: Path) -> None:
 
     async def replace_credential(_: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         path.write_text(KEY)
-        writer.write(refusal_answer(403))
+        writer.write(make_refusal_answer(403))
 
     async with (
         running_server(replace_credential, OK) as server,

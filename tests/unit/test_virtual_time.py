@@ -27,12 +27,12 @@ ENVIRONMENT = "env_00000000000070008000000000000001"
 
 
 def test_sleep_of_a_year_in_virtual_time_takes_no_real_time() -> None:
-    async def wait_for_a_year() -> float:
+    async def sleep_for_a_virtual_year() -> float:
         await asyncio.sleep(365 * 86_400)
         return asyncio.get_running_loop().time()
 
     before = time.monotonic()
-    assert run_virtual(wait_for_a_year()) == 365 * 86_400
+    assert run_virtual(sleep_for_a_virtual_year()) == 365 * 86_400
     assert time.monotonic() - before < 10
 
 

@@ -30,11 +30,11 @@ START = 1_772_366_400.0
 RECLAIM_SECONDS = RECLAIM_OLDER_THAN_MS / 1000
 
 
-def refused_answer(status: int, retry_after: float | None = None) -> Fault:
+def make_refusal_fault(status: int, retry_after: float | None = None) -> Fault:
     return Fault(answer=status, applied=False, retry_after=retry_after)
 
 
-class ClaimTestbed:
+class ClaimerTestbed:
     """A claimer in a `LeaseTestbed`, with the events and the ack results that it has reported."""
 
     def __init__(self, bench: LeaseTestbed, window: float | None = None) -> None:
@@ -90,7 +90,7 @@ def test_lease_starts_at_first_ack_that_may_have_been_applied(
     async def acknowledge_despite_fault() -> None:
         one = testbed(ack=[fault])
         async with one.open_clients():
-            item, result = await ClaimTestbed(one).acknowledge_item()
+            item, result = await ClaimerTestbed(one).acknowledge_item()
         assert result == "ok"
         earlier, later = one.get_send_times("ack")
         assert earlier < later
@@ -103,9 +103,9 @@ def test_lease_starts_at_first_ack_that_may_have_been_applied(
 async def test_ack_answered_with_429_is_repeated_until_item_would_be_redelivered(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(ack=[refused_answer(429)] * 999)
+    one = testbed(ack=[make_refusal_fault(429)] * 999)
     async with one.open_clients():
-        _, result = await ClaimTestbed(one).acknowledge_item()
+        _, result = await ClaimerTestbed(one).acknowledge_item()
         assert result == "error"
         assert one.clock() <= RECLAIM_SECONDS
     assert len(one.get_send_times("ack")) > 1
@@ -117,7 +117,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 ) -> None:
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
     async with one.open_clients():
-        _, result = await ClaimTestbed(one).acknowledge_item()
+        _, result = await ClaimerTestbed(one).acknowledge_item()
         assert result == "error"
         assert RECLAIM_SECONDS < one.clock() < ACK_LEASE_SECONDS
 
@@ -129,7 +129,7 @@ async def test_ack_that_may_have_been_applied_is_not_repeated_once_its_lease_has
     """The pool counts the lease from the first ack, so the lease from a later ack is useless."""
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
     async with one.open_clients():
-        _, result = await ClaimTestbed(one, window=300).acknowledge_item()
+        _, result = await ClaimerTestbed(one, window=300).acknowledge_item()
         assert result == "error"
         assert one.clock() < ACK_LEASE_SECONDS
 
@@ -140,7 +140,7 @@ async def test_repeated_ack_delayed_beyond_end_of_lease_is_not_sent(
 ) -> None:
     one = testbed(ack=[Fault(answer=500, applied=False), Fault(wait=1)])
     async with one.open_clients(), asyncio.TaskGroup() as group:
-        task = group.create_task(ClaimTestbed(one).acknowledge_item())
+        task = group.create_task(ClaimerTestbed(one).acknowledge_item())
         await asyncio.sleep(0.9)  # By now the second ack waits for the rate limit or a connection.
         one.loop.suspend(ACK_LEASE_SECONDS)
         item, result = await task
@@ -160,9 +160,9 @@ def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
 
     @in_virtual_time
     async def acknowledge_with_refusal() -> None:
-        one = testbed(ack=[refused_answer(status)])
+        one = testbed(ack=[make_refusal_fault(status)])
         async with one.open_clients():
-            claims = ClaimTestbed(one)
+            claims = ClaimerTestbed(one)
             assert (await claims.acknowledge_item())[1] == result
         assert len(one.get_send_times("ack")) == 1
         assert [error is not None for error in claims.acks] == [True] * reported
@@ -174,14 +174,14 @@ def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
 async def test_accepted_ack_is_reported_and_updates_item(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
     async with one.open_clients():
-        claims = ClaimTestbed(one)
+        claims = ClaimerTestbed(one)
         item, _ = await claims.acknowledge_item()
     assert claims.acks == [None]
     assert item.work_item.state == "starting"
     assert item.work_item.acknowledged_at is not None
 
 
-def answer_with_state(state: str) -> Fault:
+def make_fault_that_changes_state(state: str) -> Fault:
     return Fault(rewrite=lambda item: {**item, "state": state})
 
 
@@ -194,9 +194,9 @@ def test_repeated_ack_succeeds_only_if_item_may_belong_to_this_worker(
 ) -> None:
     @in_virtual_time
     async def acknowledge_item_in_state() -> None:
-        one = testbed(ack=[answer_with_state(state)])
+        one = testbed(ack=[make_fault_that_changes_state(state)])
         async with one.open_clients():
-            assert (await ClaimTestbed(one).acknowledge_item())[1] == result
+            assert (await ClaimerTestbed(one).acknowledge_item())[1] == result
 
     acknowledge_item_in_state()
 
@@ -207,7 +207,7 @@ async def test_acknowledged_item_keeps_session_token_and_trace_of_its_poll(
 ) -> None:
     one = testbed()
     async with one.open_clients():
-        claims = ClaimTestbed(one)
+        claims = ClaimerTestbed(one)
         item = await claims.deliver_item()
         token, trace = Secret("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
         item.work_item = replace(item.work_item, sessions_token=token, traceparent=trace)
@@ -218,9 +218,9 @@ async def test_acknowledged_item_keeps_session_token_and_trace_of_its_poll(
 
 @in_virtual_time
 async def test_drain_ends_repetition_of_acks(testbed: type[LeaseTestbed]) -> None:
-    one = testbed(ack=[refused_answer(503, retry_after=20)] * 9)
+    one = testbed(ack=[make_refusal_fault(503, retry_after=20)] * 9)
     async with one.open_clients(), asyncio.TaskGroup() as group:
-        claims = ClaimTestbed(one)
+        claims = ClaimerTestbed(one)
         item = await claims.deliver_item()
         task = group.create_task(claims.acknowledge_item(item))
         await asyncio.sleep(1)
@@ -237,7 +237,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
     assert item.lease.begun
     assert one.get_send_times("heartbeat") == [0]
     assert one.item_history(item, "heartbeat")[0].state == "active"
@@ -250,7 +250,7 @@ async def test_first_heartbeat_with_lost_answer_is_recovered_by_reading_item(
     one = testbed(heartbeat=[Fault(answer="silence")])
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
     assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat", "get", "heartbeat"]
     assert item.lease.begun
@@ -260,10 +260,10 @@ async def test_first_heartbeat_with_lost_answer_is_recovered_by_reading_item(
 async def test_failed_first_heartbeat_is_repeated_until_lease_begun_by_ack_ends(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[refused_answer(503)] * 999)
+    one = testbed(heartbeat=[make_refusal_fault(503)] * 999)
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
         assert one.clock() == pytest.approx(54)
     assert (item.lease.status, item.lease.begun) == ("lost", False)
     assert len(one.get_send_times("heartbeat")) > 10
@@ -277,7 +277,7 @@ async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
     one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
     async with one.open_clients():
         item = await one.claim_item()
-        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
         assert one.clock() < 5
     assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
 
@@ -291,7 +291,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
         item = await one.claim_item()
         one.ahead += 300
         one.claim_as_other_worker(item.id)
-        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
     assert (item.lease.status, item.lease.loss_confirmed) == ("lost", True)
     assert len(one.sent) == 1
 
@@ -301,11 +301,11 @@ async def test_active_item_held_by_another_worker_is_lost_without_reading_it(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""
-    one = testbed(ack=[answer_with_state("active")], heartbeat=[UNSENT])
+    one = testbed(ack=[make_fault_that_changes_state("active")], heartbeat=[UNSENT])
     async with one.open_clients():
         item = await one.claim_item()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
-        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
     assert (item.lease.status, item.lease.loss_confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
@@ -314,12 +314,12 @@ async def test_active_item_held_by_another_worker_is_lost_without_reading_it(
 async def test_item_already_active_at_ack_is_written_only_after_successful_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(ack=[answer_with_state("active")])
+    one = testbed(ack=[make_fault_that_changes_state("active")])
     async with one.open_clients():
         item = await one.claim_item()
         with pytest.raises(LeaseLost):
             one.sender.check_may_write(item, by_handler=False)
-        await ClaimTestbed(one).claimer.send_first_heartbeats(item)
+        await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
         one.sender.check_may_write(item, by_handler=False)
     assert item.lease.begun
 
@@ -329,7 +329,7 @@ async def test_first_heartbeat_during_drain_is_also_the_last(testbed: type[Lease
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()
-        claims = ClaimTestbed(one)
+        claims = ClaimerTestbed(one)
         claims.begin_drain(item)
         await claims.claimer.send_first_heartbeats(item)
     (record,) = one.item_history(item, "heartbeat")
@@ -341,10 +341,10 @@ async def test_first_heartbeat_during_drain_is_also_the_last(testbed: type[Lease
 async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[refused_answer(503, retry_after=20)])
+    one = testbed(heartbeat=[make_refusal_fault(503, retry_after=20)])
     async with one.open_clients(), asyncio.TaskGroup() as group:
         item = await one.claim_item()
-        claims = ClaimTestbed(one)
+        claims = ClaimerTestbed(one)
         task = group.create_task(claims.claimer.send_first_heartbeats(item))
         await asyncio.sleep(1)
         claims.begin_drain(item)
@@ -357,11 +357,11 @@ async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
 async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[refused_answer(503)] * 999)
+    one = testbed(heartbeat=[make_refusal_fault(503)] * 999)
     one.latency = 0.01
     async with one.open_clients():
         item = await one.claim_item()
-        claims = ClaimTestbed(one)
+        claims = ClaimerTestbed(one)
         claims.begin_drain(item)
         await claims.claimer.send_first_heartbeats(item)
         assert item.lease.status == "lost"
@@ -373,7 +373,7 @@ async def test_cancelled_first_heartbeat_counts_as_unanswered(testbed: type[Leas
     one = testbed(heartbeat=[Fault(answer_delay=5), None])
     async with one.open_clients():
         item = await one.claim_item()
-        claims = ClaimTestbed(one)
+        claims = ClaimerTestbed(one)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(claims.claimer.send_first_heartbeats(item))
             await asyncio.sleep(1)

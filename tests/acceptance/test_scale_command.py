@@ -26,14 +26,16 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 Numbers = dict[str, Any]
 
 
-async def ready_url(command: RunningCommand) -> str:
+async def wait_for_ready_url(command: RunningCommand) -> str:
     """Return the URL that the ready line reports, without its path."""
     word, url = (await command.wait_for_output()).split()
     assert word == "ready"
     return url.removesuffix("/scale")
 
 
-async def get_json_or_text(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+async def get_status_and_json_or_text(
+    url: str, headers: dict[str, str] | None = None
+) -> tuple[int, Any]:
     async with aiohttp.ClientSession() as http, http.get(url, headers=headers) as answer:
         body = await (answer.text() if url.endswith("/metrics") else answer.json())
         return answer.status, body
@@ -45,7 +47,7 @@ async def wait_for_scale_numbers(
     """Read `/scale` until the answer fulfils a condition, and return that answer."""
     async with asyncio.timeout(SECONDS):
         while True:
-            status, numbers = await get_json_or_text(f"{url}/scale")
+            status, numbers = await get_status_and_json_or_text(f"{url}/scale")
             if wanted(status, numbers):
                 return status, numbers
             await asyncio.sleep(0.1)
@@ -60,7 +62,7 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     command = await start_command(
         "scale", "--interval", "1", "--slots-per-worker", "2", "--max-replicas", "20"
     )
-    url = await ready_url(command)
+    url = await wait_for_ready_url(command)
     status, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
     assert status == 200
     assert list(numbers) == list(FLEET_NUMBERS)
@@ -69,7 +71,7 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     assert numbers["lower_bound"] is False
     assert numbers["age_seconds"] < SECONDS
 
-    status, text = await get_json_or_text(f"{url}/metrics")
+    status, text = await get_status_and_json_or_text(f"{url}/metrics")
     samples = {
         sample.name: (sample.labels, sample.value)
         for family in text_string_to_metric_families(text)
@@ -78,8 +80,8 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     assert set(samples) == {f"workpool_fleet_{key}" for key in FLEET_NUMBERS}
     labels = {"environment_id": ENVIRONMENT}
     assert samples["workpool_fleet_recommended_replicas"] == (labels, 3)
-    assert await get_json_or_text(f"{url}/healthz") == (200, {"status": "healthy"})
-    assert await get_json_or_text(f"{url}/readyz") == (200, {"status": "ready"})
+    assert await get_status_and_json_or_text(f"{url}/healthz") == (200, {"status": "healthy"})
+    assert await get_status_and_json_or_text(f"{url}/readyz") == (200, {"status": "ready"})
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
 
@@ -96,17 +98,17 @@ async def test_scale_without_control_plane_serves_last_numbers_and_later_503(
             WORKPOOL_TOKEN=TOKEN,
             WORKPOOL_METRICS_LISTEN="127.0.0.1:0",
         )
-        url = await ready_url(command)
+        url = await wait_for_ready_url(command)
         await wait_for_scale_numbers(url, lambda status, _: status == 200)
     _, numbers = await wait_for_scale_numbers(url, lambda _, numbers: numbers["age_seconds"] > 2)
     assert (numbers["queued"], numbers["recommended_replicas"]) == (3, 1)
     _, stale = await wait_for_scale_numbers(url, lambda status, _: status == 503)
     assert stale == {"status": "unknown", "reasons": ["the numbers are too old"]}
-    assert (await get_json_or_text(f"{url}/healthz"))[0] == 200
-    status, unready = await get_json_or_text(f"{url}/readyz")
+    assert (await get_status_and_json_or_text(f"{url}/healthz"))[0] == 200
+    status, unready = await get_status_and_json_or_text(f"{url}/readyz")
     assert status == 503
     assert unready["reasons"][0].startswith("the queue cannot be read: stats: ")
-    assert "workpool_fleet_queued{" not in (await get_json_or_text(f"{url}/metrics"))[1]
+    assert "workpool_fleet_queued{" not in (await get_status_and_json_or_text(f"{url}/metrics"))[1]
 
     again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=control_plane.port)
     async with again:
@@ -146,16 +148,16 @@ async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
     worker_url = (
         (await worker.wait_for_log("metrics served")).partition("url=")[2].partition("/metrics")[0]
     )
-    _, slots = await get_json_or_text(f"{worker_url}/scale")
+    _, slots = await get_status_and_json_or_text(f"{worker_url}/scale")
     assert (slots["busy"], slots["idle"], slots["claiming"]) == (2, 0, True)
 
     scale = await start_without_settings("scale", "--slots-per-worker", "2", **variables)
     _, numbers = await wait_for_scale_numbers(
-        await ready_url(scale), lambda status, _: status == 200
+        await wait_for_ready_url(scale), lambda status, _: status == 200
     )
     origin = base_url.removesuffix("/api/v1/cloud")
     url = f"{origin}/scale/{ENVIRONMENT}?slots_per_worker=2"
-    _, served = await get_json_or_text(url)
+    _, served = await get_status_and_json_or_text(url)
     assert list(served) == list(numbers)
     assert {**served, "age_seconds": 0, "oldest_queued_seconds": 0} == {
         **numbers,
@@ -164,8 +166,8 @@ async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
     }
     assert (served["running"], served["recommended_replicas"]) == (2, 2)
     proxied = {"Host": "queue.example"}
-    assert (await get_json_or_text(url, proxied))[0] == 401
-    assert (await get_json_or_text(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
+    assert (await get_status_and_json_or_text(url, proxied))[0] == 401
+    assert (await get_status_and_json_or_text(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
     for command in (worker, scale, serve):
         command.send_signal(signal.SIGTERM)
         if command is worker:
@@ -196,13 +198,13 @@ async def test_scale_reads_all_environments_of_the_file(
     command = await start_without_settings(
         "scale", "--config", "pool.toml", "--metrics-listen", "127.0.0.1:0"
     )
-    url = await ready_url(command)
+    url = await wait_for_ready_url(command)
     _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
     assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
     # `FORBIDDEN` has 9 items. Each worker has 2 slots for this environment, so 5 workers are
     # needed.
     assert numbers["recommended_replicas"] == 5
-    _, text = await get_json_or_text(f"{url}/metrics")
+    _, text = await get_status_and_json_or_text(f"{url}/metrics")
     for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):
         line = f'workpool_fleet_queued{{environment_id="{environment_id}"}} {queued}.0'
         assert line in text

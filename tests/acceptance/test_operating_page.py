@@ -34,17 +34,17 @@ NOT_TRADED = {
 """The settings that every worker needs; the page must show all of them."""
 
 
-def console_lines() -> list[str]:
+def read_console_lines_of_page() -> list[str]:
     """Return the lines of all console blocks, without comments and with continued lines joined."""
     blocks = re.findall(r"^```console\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     text = re.sub(r"\\\n\s*", " ", "".join(blocks))
     return [re.sub(r"\s+# .*", "", line) for line in text.splitlines()]
 
 
-def workpool_commands() -> list[list[str]]:
+def read_workpool_commands_of_page() -> list[list[str]]:
     """Return the arguments of each `workpool` command in the console blocks of the page."""
     calls = []
-    for line in console_lines():
+    for line in read_console_lines_of_page():
         for part in line.split("&&"):
             words = shlex.split(part)
             if words and words[0].rpartition("/")[2] == "workpool":
@@ -53,7 +53,7 @@ def workpool_commands() -> list[list[str]]:
 
 
 def test_every_workpool_command_of_page_exists_with_its_flags() -> None:
-    calls = workpool_commands()
+    calls = read_workpool_commands_of_page()
     assert len(calls) > 6
     for words in calls:
         command: Any = get_command(app)
@@ -68,7 +68,7 @@ def test_every_workpool_command_of_page_exists_with_its_flags() -> None:
 
 
 def test_repository_files_named_in_console_blocks_exist() -> None:
-    paths = re.findall(r"PATH/TO/(workpool[\w./@-]*)", "\n".join(console_lines()))
+    paths = re.findall(r"PATH/TO/(workpool[\w./@-]*)", "\n".join(read_console_lines_of_page()))
     assert len(paths) > 3
     root = Path(__file__).parents[2]
     for path in paths:

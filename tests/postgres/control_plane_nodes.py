@@ -1,8 +1,8 @@
 """Nodes of the control plane on one database, and a client that never repeats a request.
 
-`python -m tests.postgres.nodes URL [CALL]` is a node in its own process, for tests that kill it. It
-prints its base URL. With CALL (`ack`, `poll`, …) it carries out each such request, prints `held`,
-and does not answer.
+`python -m tests.postgres.control_plane_nodes URL [CALL]` is a node in its own process, for
+tests that kill it. It prints its base URL. With CALL (`ack`, `poll`, …) it carries out each such
+request, prints `held`, and does not answer.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make_node(url: str, middlewares: tuple[Any, ...] = ()) -> ControlPlane:
 async def start_node_process(url: str, *call: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """Start a node in a process of its own; its first line of output is its base URL."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.postgres.nodes", url, *call),
+        *(sys.executable, "-m", "tests.postgres.control_plane_nodes", url, *call),
         stdout=asyncio.subprocess.PIPE,
     )
     try:

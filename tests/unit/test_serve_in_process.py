@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("signal_recorder")
 
 
-class SlowStore(MemoryStore):
+class StoreWithSlowOpening(MemoryStore):
     """A store whose method `open` waits until a test sets the event `opened`."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ def test_default_retention_depends_on_the_store(
 async def test_sigterm_while_store_opens_ends_serve(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    store = SlowStore()
+    store = StoreWithSlowOpening()
     plane = ControlPlane(store=store)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         group.create_task(_serve_until_signal(plane, shown=None, as_json=True))
@@ -58,7 +58,7 @@ async def test_sigterm_while_store_opens_ends_serve(
 
 
 async def test_failure_of_store_ends_serve_with_its_error() -> None:
-    class FailingStore(SlowStore):
+    class FailingStore(StoreWithSlowOpening):
         async def wait_for_failure(self) -> None:
             raise StoreError("it is full")
 

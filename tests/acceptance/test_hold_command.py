@@ -27,15 +27,15 @@ SLOW_TO_END = "trap 'echo asked; exit 3' TERM; echo begun; while :; do sleep 0.0
 IGNORES_SIGTERM = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
 
 
-class HandedOffItem(NamedTuple):
+class ItemInHandoff(NamedTuple):
     """An item with a parent's lease, and the environment variables that hand the lease off."""
 
     work_id: str
     variables: dict[str, str]
 
 
-class HandoffFactory(Protocol):
-    async def __call__(self, **variables: str) -> HandedOffItem: ...
+class HandoffPreparer(Protocol):
+    async def __call__(self, **variables: str) -> ItemInHandoff: ...
 
 
 @pytest.fixture
@@ -46,15 +46,15 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 
 @pytest.fixture
-def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFactory:
+def prepare_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffPreparer:
     """Return a function that claims an item and prepares its handoff, as a parent process does."""
 
-    async def hand_off_item(**variables: str) -> HandedOffItem:
+    async def claim_item_and_prepare_handoff(**variables: str) -> ItemInHandoff:
         (item,) = control_plane.enqueue(environment_id=ENVIRONMENT)
         await client.poll()
         await client.ack(item.id)
         heartbeat = await client.heartbeat(item.id, NO_HEARTBEAT, 60)
-        return HandedOffItem(
+        return ItemInHandoff(
             item.id,
             {
                 "WORKPOOL_HOLD_WORK_ID": item.id,
@@ -64,16 +64,16 @@ def open_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffFact
             },
         )
 
-    return hand_off_item
+    return claim_item_and_prepare_handoff
 
 
-def history_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
+def history_record_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
     """Return the kinds of the item's history records after the last heartbeat of the parent."""
     return [str(record.kind) for record in plane.history.records_of_item(work_id)][4:]
 
 
-async def start_holding_shell_script(
-    start: CommandStarter, handed: HandedOffItem, script: str
+async def start_shell_script_under_hold_command(
+    start: CommandStarter, handed: ItemInHandoff, script: str
 ) -> RunningCommand:
     return await start("hold", "--", "sh", "-c", script, **handed.variables)
 
@@ -89,12 +89,12 @@ async def start_holding_shell_script(
 async def test_exit_status_of_program_under_hold_decides_end_of_item(
     client: WorkClient,
     start_command: CommandStarter,
-    open_handoff: HandoffFactory,
+    prepare_handoff: HandoffPreparer,
     status: int,
     means: object,
 ) -> None:
-    handed = await open_handoff()
-    command = await start_holding_shell_script(start_command, handed, f"exit {status}")
+    handed = await prepare_handoff()
+    command = await start_shell_script_under_hold_command(start_command, handed, f"exit {status}")
     exits = await command.wait_for_end()
     item = await client.get(handed.work_id)
     assert (exits, item.state, dict(item.metadata)) == means
@@ -104,13 +104,16 @@ async def test_program_under_hold_gets_ids_but_no_credentials(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
-    open_handoff: HandoffFactory,
+    prepare_handoff: HandoffPreparer,
 ) -> None:
-    handed = await open_handoff(KEPT="yes", QODER_PAT="other")
-    command = await start_holding_shell_script(start_command, handed, "env")
+    handed = await prepare_handoff(KEPT="yes", QODER_PAT="other")
+    command = await start_shell_script_under_hold_command(start_command, handed, "env")
     assert await command.wait_for_end() == 0
     item = await client.get(handed.work_id)
-    assert history_kinds_after_handoff(control_plane, handed.work_id) == ["heartbeat", "stopped"]
+    assert history_record_kinds_after_handoff(control_plane, handed.work_id) == [
+        "heartbeat",
+        "stopped",
+    ]
     found = dict(line.split("=", 1) for line in command.out.splitlines() if "=" in line)
     assert {name: found[name] for name in found if name.startswith("WORKPOOL_")} == {
         "WORKPOOL_WORK_ID": handed.work_id,
@@ -126,26 +129,26 @@ async def test_stop_request_ends_program_under_hold_and_stops_item(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
-    open_handoff: HandoffFactory,
+    prepare_handoff: HandoffPreparer,
     script: str,
 ) -> None:
     """The program gets SIGTERM, and SIGKILL if it has not ended after a grace period."""
-    handed = await open_handoff(WORKPOOL_STOP_GRACE="0.5")
-    command = await start_holding_shell_script(start_command, handed, script)
+    handed = await prepare_handoff(WORKPOOL_STOP_GRACE="0.5")
+    command = await start_shell_script_under_hold_command(start_command, handed, script)
     await command.wait_for_output("begun")
     await client.stop(handed.work_id)
     assert await command.wait_for_end() == 0
     assert ("asked" in command.out) is (script is SLOW_TO_END)
     assert (await client.get(handed.work_id)).state == "stopped"
-    assert history_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
+    assert history_record_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
 
 
 async def test_sigterm_to_hold_releases_item(
-    client: WorkClient, start_command: CommandStarter, open_handoff: HandoffFactory
+    client: WorkClient, start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
     """`docker stop` and the end of a pod send SIGTERM; another worker should then run the item."""
-    handed = await open_handoff()
-    command = await start_holding_shell_script(start_command, handed, SLOW_TO_END)
+    handed = await prepare_handoff()
+    command = await start_shell_script_under_hold_command(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
@@ -155,10 +158,14 @@ async def test_sigterm_to_hold_releases_item(
 
 
 async def test_exit_limit_variables_of_hold_are_reported_as_without_effect(
-    start_command: CommandStarter, open_handoff: HandoffFactory
+    start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
-    handed = await open_handoff(WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1")
-    command = await start_holding_shell_script(start_command, handed, "sleep 0.3; echo done")
+    handed = await prepare_handoff(
+        WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1"
+    )
+    command = await start_shell_script_under_hold_command(
+        start_command, handed, "sleep 0.3; echo done"
+    )
     assert await command.wait_for_end() == 0
     assert "settings without effect: exit_after_sessions, exit_after_uptime" in command.err
     assert "done" in command.out
@@ -168,10 +175,10 @@ async def test_lost_lease_ends_program_under_hold_without_further_requests(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
-    open_handoff: HandoffFactory,
+    prepare_handoff: HandoffPreparer,
 ) -> None:
-    handed = await open_handoff()
-    command = await start_holding_shell_script(start_command, handed, SLOW_TO_END)
+    handed = await prepare_handoff()
+    command = await start_shell_script_under_hold_command(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
     queue = control_plane.operations.get_queue(ENVIRONMENT)
     queue.put_item(replace(queue.get_item(handed.work_id), lease_end=0))
@@ -180,17 +187,20 @@ async def test_lost_lease_ends_program_under_hold_without_further_requests(
     await client.ack(rival.id)
     assert await command.wait_for_end() == 1
     assert "asked" in command.out
-    assert history_kinds_after_handoff(control_plane, handed.work_id)[-2:] == ["acked", "conflict"]
+    assert history_record_kinds_after_handoff(control_plane, handed.work_id)[-2:] == [
+        "acked",
+        "conflict",
+    ]
     assert (await client.get(handed.work_id)).state == "starting"
 
 
 async def test_hold_of_item_that_parent_took_back_runs_no_program(
-    client: WorkClient, start_command: CommandStarter, open_handoff: HandoffFactory
+    client: WorkClient, start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
-    handed = await open_handoff()
+    handed = await prepare_handoff()
     last = handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
     back = await client.heartbeat(handed.work_id, last, 60)
-    command = await start_holding_shell_script(start_command, handed, "echo begun")
+    command = await start_shell_script_under_hold_command(start_command, handed, "echo begun")
     assert await command.wait_for_end() == 1
     assert command.out == ""
     item = await client.get(handed.work_id)
@@ -198,11 +208,11 @@ async def test_hold_of_item_that_parent_took_back_runs_no_program(
 
 
 async def test_program_under_killed_hold_process_is_killed_with_its_children(
-    start_command: CommandStarter, open_handoff: HandoffFactory
+    start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
     """A surviving program would run at the same time as the next worker that claims the item."""
-    handed = await open_handoff()
-    command = await start_holding_shell_script(
+    handed = await prepare_handoff()
+    command = await start_shell_script_under_hold_command(
         start_command, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}"
     )
     await command.wait_for_output("begun")
@@ -221,12 +231,12 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 
 
 async def test_program_under_hold_survives_end_of_parent_and_terminal(
-    control_plane: ControlPlane, client: WorkClient, open_handoff: HandoffFactory, tmp_path: Any
+    control_plane: ControlPlane, client: WorkClient, prepare_handoff: HandoffPreparer, tmp_path: Any
 ) -> None:
     """`workpool hold` also survives, and stops the item when the program ends."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
-    handed = await open_handoff()
+    handed = await prepare_handoff()
     connection = {
         "WORKPOOL_BASE_URL": control_plane.base_url,
         "WORKPOOL_ENVIRONMENT_ID": ENVIRONMENT,
@@ -263,9 +273,9 @@ async def test_program_under_hold_survives_end_of_parent_and_terminal(
 
 
 async def test_hold_with_invalid_arguments_leaves_item_alone(
-    client: WorkClient, run_in_process: CommandRunner, open_handoff: HandoffFactory
+    client: WorkClient, run_in_process: CommandRunner, prepare_handoff: HandoffPreparer
 ) -> None:
-    handed = await open_handoff()
+    handed = await prepare_handoff()
     # The command gets the item's id neither from a flag nor from a variable.
     assert (await run_in_process("hold", "true")).status == 2
     assert (await run_in_process("hold", "no-such-program", **handed.variables)).status == 2

@@ -13,7 +13,7 @@ import pytest
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from tests.unit.connected_transport import TOKEN, connected_transport
+from tests.unit.open_transport import TOKEN, connected_transport
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, TransientError
 from workpool.wire import endpoints
@@ -31,15 +31,15 @@ READ: Any = endpoints.Endpoint("get", "GET", lambda _: None)
 LARGE = b"[" + b" " * 300_000 + b"]"
 
 
-def body_size_label(body: bytes | None) -> str:
+def describe_body_size(body: bytes | None) -> str:
     return "no body" if body is None else f"{len(body)} bytes"
 
 
-class CheckRefusal(Exception):
+class RefusedByCheckError(Exception):
     """The exception that a check raises so that its request is not sent."""
 
 
-class NetworkLikeRefusal(TimeoutError):
+class RefusedByCheckTimeoutError(TimeoutError):
     """A refusal by a check that looks like a network error, after which aiohttp repeats a GET."""
 
 
@@ -104,14 +104,14 @@ def settings_for_server(server: RecordingServer, **values: Any) -> Settings:
 
 
 def refuse_request() -> None:
-    raise CheckRefusal
+    raise RefusedByCheckError
 
 
-def raise_network_like_refusal() -> None:
-    raise NetworkLikeRefusal
+def refuse_request_with_timeout_error() -> None:
+    raise RefusedByCheckTimeoutError
 
 
-def request_arguments(
+def make_request_arguments(
     url: str, check: Callable[[], None] | None, body: bytes | None = None, endpoint: Any = ANY
 ) -> tuple[Any, ...]:
     return endpoint, URL(f"{url}/x"), 20, None, body, CallOptions(check)
@@ -127,22 +127,22 @@ class SwitchableRequestCheck:
     def __call__(self) -> None:
         self.asked += 1
         if not self.allows_sending:
-            raise CheckRefusal
+            raise RefusedByCheckError
 
 
 @asynccontextmanager
-async def default_client_session() -> AsyncIterator[None]:
+async def make_default_client_session() -> AsyncIterator[None]:
     yield None
 
 
-def client_session_of_caller() -> aiohttp.ClientSession:
+def make_client_session_of_caller() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(raise_for_status=True)
 
 
-def traced_client_session() -> aiohttp.ClientSession:
+def make_traced_client_session() -> aiohttp.ClientSession:
     """Return a client session with trace callbacks that wait at each step of a request."""
 
-    async def delay_request(*_: object) -> None:
+    async def delay_request_start(*_: object) -> None:
         await asyncio.sleep(0.01)
 
     trace = aiohttp.TraceConfig()
@@ -153,15 +153,16 @@ def traced_client_session() -> aiohttp.ClientSession:
         trace.on_connection_create_end,
         trace.on_connection_reuseconn,
     ):
-        signal.append(delay_request)
+        signal.append(delay_request_start)
     return aiohttp.ClientSession(trace_configs=[trace])
 
 
 @pytest.mark.parametrize("used_before", [False, True])
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
-@pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=body_size_label)
+@pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=describe_body_size)
 @pytest.mark.parametrize(
-    "session", [default_client_session, client_session_of_caller, traced_client_session]
+    "session",
+    [make_default_client_session, make_client_session_of_caller, make_traced_client_session],
 )
 async def test_request_refused_by_its_check_sends_no_byte(
     session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
@@ -172,11 +173,13 @@ async def test_request_refused_by_its_check_sends_no_byte(
         connected_transport(server.url, own) as transport,
     ):
         if used_before:
-            await transport.send(*request_arguments(server.url, None))
-        with pytest.raises(CheckRefusal):
-            await transport.send(*request_arguments(server.url, refuse_request, body, endpoint))
+            await transport.send(*make_request_arguments(server.url, None))
+        with pytest.raises(RefusedByCheckError):
+            await transport.send(
+                *make_request_arguments(server.url, refuse_request, body, endpoint)
+            )
         for _ in range(2):
-            await transport.send(*request_arguments(server.url, None))
+            await transport.send(*make_request_arguments(server.url, None))
     count = 2 + used_before
     all_bytes = b"".join(server.received)
     assert all_bytes == all_bytes[: len(all_bytes) // count] * count
@@ -186,11 +189,13 @@ async def test_request_refused_by_its_check_sends_no_byte(
 @pytest.mark.parametrize("endpoint", [ANY, READ], ids=["POST", "GET"])
 async def test_request_whose_check_raises_network_error_is_not_repeated(endpoint: Any) -> None:
     async with recording_server() as server, connected_transport(server.url) as transport:
-        await transport.send(*request_arguments(server.url, None))
+        await transport.send(*make_request_arguments(server.url, None))
         before = len(server)
-        with pytest.raises(NetworkLikeRefusal):
+        with pytest.raises(RefusedByCheckTimeoutError):
             await transport.send(
-                *request_arguments(server.url, raise_network_like_refusal, endpoint=endpoint)
+                *make_request_arguments(
+                    server.url, refuse_request_with_timeout_error, endpoint=endpoint
+                )
             )
         assert len(server) == before
 
@@ -199,9 +204,9 @@ async def test_request_refused_by_its_check_is_not_reported_to_observers() -> No
     reported: list[str] = []
     async with recording_server() as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
-        with pytest.raises(CheckRefusal):
-            await transport.send(*request_arguments(server.url, refuse_request))
-        await transport.send(*request_arguments(server.url, lambda: None))
+        with pytest.raises(RefusedByCheckError):
+            await transport.send(*make_request_arguments(server.url, refuse_request))
+        await transport.send(*make_request_arguments(server.url, lambda: None))
     assert reported == ["2xx"]
 
 
@@ -222,7 +227,7 @@ async def test_every_call_for_an_item_calls_its_check(name: str, priority: Prior
         recording_server() as server,
         WorkClient(settings_for_server(server)) as client,
     ):
-        with pytest.raises(CheckRefusal):
+        with pytest.raises(RefusedByCheckError):
             await CALLS[name](client, CallOptions(refuse_request, priority))
     assert len(server) == 0
 
@@ -257,7 +262,7 @@ async def test_request_refused_by_its_check_after_slow_host_lookup_sends_no_byte
             asyncio.TaskGroup() as group,
         ):
             sending = group.create_task(
-                assert_refused_by_check(transport.send(*request_arguments(url, check)))
+                assert_refused_by_check(transport.send(*make_request_arguments(url, check)))
             )
             await resolver.asked.wait()
             assert check.asked == 0
@@ -269,7 +274,7 @@ async def test_request_refused_by_its_check_after_slow_host_lookup_sends_no_byte
 
 
 async def assert_refused_by_check(call: Awaitable[object]) -> None:
-    with pytest.raises(CheckRefusal):
+    with pytest.raises(RefusedByCheckError):
         await call
 
 
@@ -301,7 +306,7 @@ async def test_request_refused_by_its_check_after_slow_proxy_sends_no_byte(
     url = "https://pool.invalid"
     async with listener, connected_transport(url) as transport, asyncio.TaskGroup() as group:
         sending = group.create_task(
-            assert_transient_error(transport.send(*request_arguments(url, check)))
+            assert_transient_error(transport.send(*make_request_arguments(url, check)))
         )
         await asked.wait()
         assert check.asked == 0
@@ -330,11 +335,11 @@ async def test_request_refused_by_its_check_after_wait_for_free_connection_sends
         connected_transport(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        first = group.create_task(transport.send(*request_arguments(server.url, None)))
+        first = group.create_task(transport.send(*make_request_arguments(server.url, None)))
         await server.arrived.wait()
         before = len(server)
         second = group.create_task(
-            assert_refused_by_check(transport.send(*request_arguments(server.url, check)))
+            assert_refused_by_check(transport.send(*make_request_arguments(server.url, check)))
         )
         await asyncio.sleep(0)
         check.allows_sending = False
@@ -376,14 +381,14 @@ async def test_request_is_sent_although_trace_callback_of_caller_waits() -> None
         connected_transport(server.url, session) as transport,
         asyncio.TaskGroup() as group,
     ):
-        group.create_task(transport.send(*request_arguments(server.url, lambda: None, b"{}")))
+        group.create_task(transport.send(*make_request_arguments(server.url, lambda: None, b"{}")))
         await waiting.wait()
         await server.arrived.wait()
         release.set()
 
 
-@pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=body_size_label)
-@pytest.mark.parametrize("session", [default_client_session, traced_client_session])
+@pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=describe_body_size)
+@pytest.mark.parametrize("session", [make_default_client_session, make_traced_client_session])
 async def test_passing_check_is_called_once_and_request_arrives_complete(
     session: Any, body: bytes | None
 ) -> None:
@@ -393,7 +398,7 @@ async def test_passing_check_is_called_once_and_request_arrives_complete(
         session() as own,
         connected_transport(server.url, own) as transport,
     ):
-        await transport.send(*request_arguments(server.url, check, body))
+        await transport.send(*make_request_arguments(server.url, check, body))
     head, _, arrived = bytes(server.received[0]).partition(b"\r\n\r\n")
     assert (check.asked, arrived) == (1, body or b"")
     assert f"Content-Length: {len(body or b'')}".encode() in head
@@ -405,7 +410,7 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
     path.write_text("old")
     check = SwitchableRequestCheck()
 
-    async def deny_first_request(
+    async def answer_denied_and_disallow_sending(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -417,12 +422,12 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
 
     ended = asyncio.Event()
     rest: list[bytes] = []
-    listener = await asyncio.start_server(deny_first_request, "127.0.0.1", 0)
+    listener = await asyncio.start_server(answer_denied_and_disallow_sending, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     async with listener, connected_transport(url, token_file=path) as transport:
         path.write_text("new")
-        with pytest.raises(CheckRefusal):
-            await transport.send(*request_arguments(url, check))
+        with pytest.raises(RefusedByCheckError):
+            await transport.send(*make_request_arguments(url, check))
         await ended.wait()
     assert check.asked == 2
     assert rest == [b""]
@@ -431,7 +436,7 @@ async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Pa
 async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
     check = SwitchableRequestCheck()
 
-    def allow_first_request_only() -> None:
+    def check_and_disallow_next_requests() -> None:
         check()
         check.allows_sending = False
 
@@ -439,10 +444,10 @@ async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_agai
         recording_server(ANSWER, None, ANSWER) as server,
         connected_transport(server.url) as transport,
     ):
-        await transport.send(*request_arguments(server.url, None))
-        with pytest.raises(CheckRefusal):
+        await transport.send(*make_request_arguments(server.url, None))
+        with pytest.raises(RefusedByCheckError):
             await transport.send(
-                *request_arguments(server.url, allow_first_request_only, endpoint=READ)
+                *make_request_arguments(server.url, check_and_disallow_next_requests, endpoint=READ)
             )
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
@@ -451,4 +456,4 @@ async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_agai
 async def test_request_denied_with_401_after_its_check_raises_refused_error() -> None:
     async with recording_server(DENIED) as server, connected_transport(server.url) as transport:
         with pytest.raises(RefusedError):
-            await transport.send(*request_arguments(server.url, lambda: None))
+            await transport.send(*make_request_arguments(server.url, lambda: None))

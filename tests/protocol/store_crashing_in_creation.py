@@ -1,6 +1,6 @@
 """Program that creates a session on SQLite and is killed before its events are saved.
 
-Usage: `crashing_creation.py FILE`.
+Usage: `store_crashing_in_creation.py FILE`.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ anything = st.recursive(
 )
 
 
-def without_field(obj: dict[str, Any], name: str) -> dict[str, Any]:
+def copy_without_field(obj: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in obj.items() if key != name}
 
 
@@ -243,7 +243,7 @@ def test_response_that_is_no_object_is_refused(parse: Parse, bad: object) -> Non
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
 def test_missing_field_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(ValueError, match=name):
-        parse_item(without_field(ITEM, name))
+        parse_item(copy_without_field(ITEM, name))
 
 
 def test_each_field_of_queue_stats_json_is_parsed() -> None:
@@ -278,7 +278,7 @@ def test_heartbeat_of_stopped_item_needs_no_last_heartbeat() -> None:
     assert parse_heartbeat({**HEARTBEAT, **stopped}).last_heartbeat == ""
 
 
-def refusal_text(parse: Parse, obj: object) -> ValueError | None:
+def parse_and_return_error(parse: Parse, obj: object) -> ValueError | None:
     try:
         parse(obj)
     except ValueError as error:
@@ -290,7 +290,7 @@ def refusal_text(parse: Parse, obj: object) -> ValueError | None:
 def test_item_with_arbitrary_field_value_is_parsed_or_raises_value_error(
     name: str, value: object
 ) -> None:
-    error = refusal_text(parse_item, {**ITEM, name: value})
+    error = parse_and_return_error(parse_item, {**ITEM, name: value})
     if error is not None:
         assert error.__context__ is None
         return
@@ -302,8 +302,10 @@ def test_item_with_arbitrary_field_value_is_parsed_or_raises_value_error(
 @given(anything)
 def test_arbitrary_json_is_parsed_or_raises_value_error(value: object) -> None:
     for parse in (parse_item, parse_heartbeat, parse_stats):
-        refusal_text(parse, value)
-        refusal_text(parse, {**ITEM, **HEARTBEAT, **STATS, "data": value, "ttl_seconds": value})
+        parse_and_return_error(parse, value)
+        parse_and_return_error(
+            parse, {**ITEM, **HEARTBEAT, **STATS, "data": value, "ttl_seconds": value}
+        )
 
 
 @given(st.datetimes(timezones=st.just(UTC)), st.sampled_from([0, 3, 6]))
@@ -318,6 +320,6 @@ def test_every_timestamp_format_of_protocol_is_parsed(time: datetime, digits: in
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
 @pytest.mark.parametrize("bad", [HIDDEN + "/", {"x": [HIDDEN]}, [HIDDEN]])
 def test_parse_errors_do_not_quote_content(name: str, bad: object) -> None:
-    error = refusal_text(parse_item, {**ITEM, name: bad})
+    error = parse_and_return_error(parse_item, {**ITEM, name: bad})
     assert error is not None
     assert HIDDEN not in repr(error)

@@ -60,7 +60,7 @@ ASYNCIO = ["-p", "pytest_asyncio.plugin", "-o", "asyncio_default_fixture_loop_sc
 
 
 @pytest.fixture(autouse=True)
-def without_other_pytest_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+def disable_other_pytest_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable other pytest plugins, which are slow or import modules that must not be imported."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 

@@ -29,7 +29,7 @@ def enqueue_items(plane: ControlPlane, do: str, **metadata: str) -> Item:
     return item
 
 
-def stored_item(plane: ControlPlane, item: Item) -> Item:
+def read_stored_item(plane: ControlPlane, item: Item) -> Item:
     operations: Operations = plane.operations
     return operations.get_queue(ENVIRONMENT).get_item(item.id)
 
@@ -40,8 +40,8 @@ async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(
     items = [enqueue_items(control_plane, "finish") for _ in range(20)]
     command = await start_command("run", "handlers", "--drain")
     assert await command.wait_for_end() == 0
-    assert [stored_item(control_plane, item).state for item in items] == ["stopped"] * 20
-    assert {stored_item(control_plane, item).metadata["done"] for item in items} == {"yes"}
+    assert [read_stored_item(control_plane, item).state for item in items] == ["stopped"] * 20
+    assert {read_stored_item(control_plane, item).metadata["done"] for item in items} == {"yes"}
     assert command.out == "", "logs belong on stderr"
 
 
@@ -54,8 +54,8 @@ async def test_run_with_module_and_function_name_uses_only_that_handler(
     await command.wait_for_log("item declined")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert stored_item(control_plane, item).state == "stopped"
-    assert stored_item(control_plane, other).state == "queued"
+    assert read_stored_item(control_plane, item).state == "stopped"
+    assert read_stored_item(control_plane, other).state == "queued"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -67,8 +67,8 @@ async def test_run_after_first_signal_waits_for_running_sessions(
     await command.wait_for_log("wait runs")
     command.send_signal(number)
     assert await command.wait_for_end() == 0
-    assert stored_item(control_plane, item).state == "stopped"
-    assert stored_item(control_plane, item).metadata["done"] == "when asked"
+    assert read_stored_item(control_plane, item).state == "stopped"
+    assert read_stored_item(control_plane, item).metadata["done"] == "when asked"
     assert "result=clean" in command.err
 
 
@@ -81,7 +81,7 @@ async def test_session_released_by_drain_is_not_stopped(
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
     # A drain shortens the lease of a released item; until the lease lapses, the item is active.
-    assert stored_item(control_plane, item).state == "active"
+    assert read_stored_item(control_plane, item).state == "active"
     assert "result=deadline" in command.err
 
 
@@ -96,7 +96,7 @@ async def test_run_after_second_signal_ends_with_128_plus_signal_number(
     await command.wait_for_log("draining")
     command.send_signal(number)
     assert await command.wait_for_end() == 128 + number
-    assert stored_item(control_plane, item).state == "active"
+    assert read_stored_item(control_plane, item).state == "active"
 
 
 async def test_stall_timeout_ends_silent_session_but_not_one_awaiting_human_input(
@@ -109,9 +109,9 @@ async def test_stall_timeout_ends_silent_session_but_not_one_awaiting_human_inpu
     assert silent.id in stalled
     assert "handlers.linger" in stalled
     await command.wait_for_log("outcome=stalled")
-    assert stored_item(control_plane, silent).state == "stopped"
-    assert stored_item(control_plane, silent).metadata["workpool.error"] == "SessionStalled"
-    assert stored_item(control_plane, asking).state == "active"
+    assert read_stored_item(control_plane, silent).state == "stopped"
+    assert read_stored_item(control_plane, silent).metadata["workpool.error"] == "SessionStalled"
+    assert read_stored_item(control_plane, asking).state == "active"
     async with aiohttp.ClientSession() as http, http.get(url) as answer:
         samples = (await answer.text()).splitlines()
     gauge = f'workpool_session_silence_seconds_max{{environment_id="{ENVIRONMENT}",handler='
@@ -119,7 +119,7 @@ async def test_stall_timeout_ends_silent_session_but_not_one_awaiting_human_inpu
     (command_directory / "answer").write_text("yes")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    assert stored_item(control_plane, asking).metadata["done"] == "answered"
+    assert read_stored_item(control_plane, asking).metadata["done"] == "answered"
 
 
 async def test_run_with_abandoned_session_ends_with_1(
@@ -188,7 +188,7 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
                 text = await answer.text()
         assert 'workpool_slots{environment_id="' in text
         assert "process_cpu_seconds_total" in text
-        assert stored_item(control_plane, item).state == "active"
+        assert read_stored_item(control_plane, item).state == "active"
         (command_directory / "free").touch()
         await command.wait_for_log("drained result=clean")
         async with http.get("metrics") as answer:
@@ -379,7 +379,7 @@ async def test_run_flags_override_variables_and_variables_override_file(
         "run", "--drain", "--config", "pool.toml", "--log-level", "info", WORKPOOL_LOG_LEVEL="error"
     )
     assert await command.wait_for_end() == 0
-    assert stored_item(control_plane, item).metadata["said"] == "hello from the file"
+    assert read_stored_item(control_plane, item).metadata["said"] == "hello from the file"
     assert "drained result=clean" in command.err
 
 
@@ -390,7 +390,7 @@ async def test_run_with_exit_after_sessions_flag_ends_with_0(
     flags = ("--exit-after-sessions", "2", "--drain-timeout", "unlimited")
     command = await start_command("run", "handlers", *flags)
     assert await command.wait_for_end() == 0
-    assert sorted(stored_item(control_plane, item).state for item in items) == [
+    assert sorted(read_stored_item(control_plane, item).state for item in items) == [
         "queued",
         "stopped",
         "stopped",
@@ -431,7 +431,10 @@ async def test_sigusr1_pauses_pool_and_sigusr2_resumes_it(
             assert f'workpool_paused{{environment_id="{ENVIRONMENT}",reason="pause"}} 1' in (
                 await answer.text()
             )
-    assert (stored_item(control_plane, running).state, stored_item(control_plane, item).state) == (
+    assert (
+        read_stored_item(control_plane, running).state,
+        read_stored_item(control_plane, item).state,
+    ) == (
         "active",
         "queued",
     )

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from workpool import Session
 
 
-async def run_hold(plane: ControlPlane, work_id: str, last: str, *command: str, **more: str) -> int:
+async def run_hold_command(
+    plane: ControlPlane, work_id: str, last: str, *command: str, **more: str
+) -> int:
     """Run `workpool hold` until it ends, and return its exit status."""
     variables = {
         "WORKPOOL_BASE_URL": plane.base_url,
@@ -57,7 +59,7 @@ async def test_block_of_handover_is_not_entered_before_heartbeats_are_suspended(
     bench = HandoffTestbed()
     entered = False
 
-    async def expect_lost_lease_in_handoff(session: Session) -> None:
+    async def assert_handoff_raises_lease_lost(session: Session) -> None:
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
         # Drop calls to the renewer thread, so that the thread seems to be suspended.
@@ -66,7 +68,7 @@ async def test_block_of_handover_is_not_entered_before_heartbeats_are_suspended(
             async with session.handover():
                 entered = True
 
-    await bench.run_handler(expect_lost_lease_in_handoff, reclaim_older_than_ms=60_000)
+    await bench.run_handler(assert_handoff_raises_lease_lost, reclaim_older_than_ms=60_000)
     assert not entered
 
 
@@ -89,7 +91,7 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
             await other.poll()
             await other.ack(item.id)
 
-            status = await run_hold(
+            status = await run_hold_command(
                 plane, item.id, last.last_heartbeat, "touch", str(tmp_path / "child-ran")
             )
 
@@ -114,7 +116,10 @@ async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path)
             last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
             config_variable = {"WORKPOOL_CONFIG": str(config)}
             assert (
-                await run_hold(plane, item.id, last.last_heartbeat, "true", **config_variable) == 0
+                await run_hold_command(
+                    plane, item.id, last.last_heartbeat, "true", **config_variable
+                )
+                == 0
             )
             assert (await parent.get(item.id)).state == "stopped"
 
@@ -129,7 +134,9 @@ async def test_program_under_hold_receives_sighup_although_hold_ignores_it(tmp_p
             await parent.poll()
             await parent.ack(item.id)
             last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
-            assert await run_hold(plane, item.id, last.last_heartbeat, "sh", "-c", script) == 1
+            assert (
+                await run_hold_command(plane, item.id, last.last_heartbeat, "sh", "-c", script) == 1
+            )
     assert not note.exists()
 
 
@@ -141,7 +148,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
             await parent.poll()
             await parent.ack(item.id)
             last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
-            assert await run_hold(plane, item.id, last.last_heartbeat, "true") == 0
+            assert await run_hold_command(plane, item.id, last.last_heartbeat, "true") == 0
         assert plane.summary().overlapping == 0
 
 

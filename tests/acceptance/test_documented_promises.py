@@ -65,7 +65,7 @@ async def start_worker(
     return await bare("run", "works", *flags, **{**defaults, **variables})
 
 
-def runs_per_item(folder: Path) -> Counter[str]:
+def count_handler_runs_per_item(folder: Path) -> Counter[str]:
     return Counter((folder / "runs").read_text().split())
 
 
@@ -83,7 +83,9 @@ async def test_thousand_items_cost_four_requests_each(
         command = await start_worker(start_without_settings, plane.base_url, "--drain", **patient)
         assert await command.wait_for_end(SECONDS) == 0
     assert plane.summary() == (ITEMS, ITEMS, 0, 0, 0)
-    assert runs_per_item(handlers_directory) == Counter({item.id: 1 for item in items})
+    assert count_handler_runs_per_item(handlers_directory) == Counter(
+        {item.id: 1 for item in items}
+    )
     sent = Counter(request.op for request in faults.seen)
     empty = sent.pop("poll") - ITEMS
     assert sent == {"ack": ITEMS, "heartbeat": ITEMS, "stop": ITEMS}
@@ -156,7 +158,7 @@ class ControlPlaneClient:
             assert answer.status == 200
             return await answer.json()
 
-    async def enqueue_until_killed(self) -> None:
+    async def enqueue_until_control_plane_is_killed(self) -> None:
         """Enqueue items until the control plane is killed; record all returned items in `known`.
 
         The client keeps the number of unfinished items small. The worker may send 20 writes a
@@ -203,7 +205,7 @@ async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
     async with aiohttp.ClientSession() as http:
         shell = ControlPlaneClient(http, port)
         async with asyncio.TaskGroup() as group:
-            group.create_task(shell.enqueue_until_killed())
+            group.create_task(shell.enqueue_until_control_plane_is_killed())
             await shell.wait_until_items_stopped(50)
             plane.send_signal(signal.SIGKILL)
         assert await plane.wait_for_end() == -signal.SIGKILL
@@ -217,6 +219,6 @@ async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
     assert {item["state"] for item in items} == {"stopped"}
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait_for_end() == 0
-    assert set(runs_per_item(handlers_directory)) == {item["id"] for item in items}
+    assert set(count_handler_runs_per_item(handlers_directory)) == {item["id"] for item in items}
     plane.send_signal(signal.SIGTERM)
     assert await plane.wait_for_end() == 0

@@ -83,7 +83,7 @@ async def flood(session):
 
 
 @pytest.fixture
-def launcher_without_writable_directory(
+def launcher_where_no_directory_is_writable(
     request: pytest.FixtureRequest, command_directory: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the command and the variables that start `workpool` where no directory is writable."""
@@ -99,29 +99,31 @@ def launcher_without_writable_directory(
 
 @pytest.fixture
 def launcher(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    if "launcher_without_writable_directory" in request.fixturenames:
-        found: tuple[str, ...] = request.getfixturevalue("launcher_without_writable_directory")[0]
+    if "launcher_where_no_directory_is_writable" in request.fixturenames:
+        found: tuple[str, ...] = request.getfixturevalue("launcher_where_no_directory_is_writable")[
+            0
+        ]
         return found
     return (sys.executable, "-m", "workpool")
 
 
-def log_timestamp(line: str) -> float:
+def read_timestamp_of_log_line(line: str) -> float:
     return datetime.fromisoformat(line.split(" ", 1)[0]).timestamp()
 
 
 @pytest.mark.parametrize(
-    "launcher_without_writable_directory",
+    "launcher_where_no_directory_is_writable",
     ["read-only mounts", "no temporary directory"],
     indirect=True,
 )
 async def test_blocked_loop_without_writable_directory_is_logged_and_process_ends(
     start_command: CommandStarter,
     control_plane: ControlPlane,
-    launcher_without_writable_directory: tuple[tuple[str, ...], dict[str, str]],
+    launcher_where_no_directory_is_writable: tuple[tuple[str, ...], dict[str, str]],
 ) -> None:
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_command(
-        "run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **launcher_without_writable_directory[1]
+        "run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **launcher_where_no_directory_is_writable[1]
     )
     assert await command.wait_for_end() == 1
     assert "event loop blocked" in command.err
@@ -133,12 +135,12 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
 ) -> None:
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
-    began = log_timestamp(await command.wait_for_log("block runs"))
+    began = read_timestamp_of_log_line(await command.wait_for_log("block runs"))
     line = await command.wait_for_log("event loop blocked")
     assert await command.wait_for_end() == 1
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
-    blocked = log_timestamp(line) - began
+    blocked = read_timestamp_of_log_line(line) - began
     # The timestamp of a log line may be this many seconds later than the event that it reports.
     late = 0.1
     assert blocked - late <= float(stated[1])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def start_serve(
+async def start_serve_command(
     bare: CommandStarter, *arguments: str, **environment: str
 ) -> tuple[RunningCommand, dict[str, Any]]:
     command = await bare("serve", "--port", "0", "--json", *arguments, **environment)
@@ -32,7 +32,7 @@ async def start_serve(
     return command, ready
 
 
-def variables_for_client(ready: dict[str, Any], token: str) -> dict[str, str]:
+def make_environment_variables_of_client(ready: dict[str, Any], token: str) -> dict[str, str]:
     return {
         "WORKPOOL_BASE_URL": ready["base_url"],
         "WORKPOOL_TOKEN": token,
@@ -52,9 +52,9 @@ async def run_and_read_output(
 async def test_serve_answers_both_dialects_until_signal(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, number: signal.Signals
 ) -> None:
-    command, ready = await start_serve(start_without_settings)
+    command, ready = await start_serve_command(start_without_settings)
     assert set(ready) == {"base_url", "anthropic_base_url", "token", "environments"}
-    asked = variables_for_client(ready, ready["token"])
+    asked = make_environment_variables_of_client(ready, ready["token"])
     [work_id] = (await run_and_read_output(run_in_process, asked, "work", "enqueue")).split()
     anthropic = asked | {
         "WORKPOOL_BASE_URL": ready["anthropic_base_url"],
@@ -76,8 +76,8 @@ async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
     (command_directory / "script.json").write_text(
         json.dumps([{"name": "bash", "input": {"command": "echo hello >note"}}])
     )
-    command, ready = await start_serve(start_without_settings)
-    asked = variables_for_client(ready, ready["token"])
+    command, ready = await start_serve_command(start_without_settings)
+    asked = make_environment_variables_of_client(ready, ready["token"])
     [work_id] = (
         await run_and_read_output(
             run_in_process, asked, "work", "enqueue", "--script", "script.json"
@@ -122,14 +122,14 @@ async def test_tokens_given_to_serve_are_limited_and_never_printed(
     (command_directory / "tokens").write_text(
         f"# a token, its environments\n{LIMITED} {ENVIRONMENT}\n"
     )
-    command, ready = await start_serve(
+    command, ready = await start_serve_command(
         start_without_settings,
         *("--token", TOKEN, "--token-file", "tokens", "--cloud-environment", "env_cloud"),
         *("--environment", ENVIRONMENT, "--environment", FORBIDDEN),
     )
     assert ready["token"] is None
     assert ready["environments"] == [ENVIRONMENT, FORBIDDEN]
-    asked = variables_for_client(ready, TOKEN)
+    asked = make_environment_variables_of_client(ready, TOKEN)
     other = {"WORKPOOL_ENVIRONMENT_ID": FORBIDDEN}
     await run_and_read_output(run_in_process, asked, "work", "stats")
     await run_and_read_output(run_in_process, {**asked, **other}, "work", "stats")
@@ -152,13 +152,13 @@ def process_command_line(pid: int) -> str:
 async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
     start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    command, ready = await start_serve(
+    command, ready = await start_serve_command(
         start_without_settings, WORKPOOL_SERVE_TOKEN=f"{TOKEN} {LIMITED}"
     )
     assert ready["token"] is None
     for token in (TOKEN, LIMITED):
         await run_and_read_output(
-            run_in_process, variables_for_client(ready, token), "work", "stats"
+            run_in_process, make_environment_variables_of_client(ready, token), "work", "stats"
         )
     assert TOKEN not in process_command_line(command.pid)
     command.send_signal(signal.SIGTERM)
@@ -169,7 +169,7 @@ async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
 async def test_serve_with_unreadable_store_row_names_row_and_ends_with_1(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
-    command, _ = await start_serve(start_without_settings, "--store", "work.db")
+    command, _ = await start_serve_command(start_without_settings, "--store", "work.db")
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
     with closing(sqlite3.connect(command_directory / "work.db")) as connection:
@@ -186,16 +186,16 @@ async def test_serve_with_unreadable_store_row_names_row_and_ends_with_1(
 async def test_items_in_store_on_disk_survive_restart_of_serve(
     start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    command, ready = await start_serve(start_without_settings, "--store", "work.db")
-    asked = variables_for_client(ready, ready["token"])
+    command, ready = await start_serve_command(start_without_settings, "--store", "work.db")
+    asked = make_environment_variables_of_client(ready, ready["token"])
     ids = (
         await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "3")
     ).split()
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
-    command, ready = await start_serve(start_without_settings, "--store", "work.db")
+    command, ready = await start_serve_command(start_without_settings, "--store", "work.db")
     listed = await run_and_read_output(
-        run_in_process, variables_for_client(ready, ready["token"]), "work", "list"
+        run_in_process, make_environment_variables_of_client(ready, ready["token"]), "work", "list"
     )
     assert [line.split()[0] for line in listed.splitlines()] == ids
     command.send_signal(signal.SIGTERM)
@@ -241,8 +241,8 @@ async def test_serve_with_fault_file_injects_faults_of_file(
         '[[fault]]\nkind = "status"\ncode = 503\nops = ["enqueue"]\ntimes = 1\n'
         '[[fault]]\nkind = "expired"\nops = ["heartbeat"]\ntimes = 1\n'
     )
-    command, ready = await start_serve(start_without_settings, "--faults", "faults.toml")
-    asked = variables_for_client(ready, ready["token"])
+    command, ready = await start_serve_command(start_without_settings, "--faults", "faults.toml")
+    asked = make_environment_variables_of_client(ready, ready["token"])
     failed = await run_in_process("work", "enqueue", **asked)
     assert failed.status == 1
     assert "503" in failed.err
@@ -273,11 +273,11 @@ async def test_serve_with_unwritable_store_ends_with_1(
     """The server ends, because changes that it accepted later would be lost at a restart."""
     # Coverage is off, because the test limits the size of the files that the process writes.
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}
-    command, ready = await start_serve(
+    command, ready = await start_serve_command(
         start_without_settings, "--store", str(command_directory / "work.db"), **unmeasured
     )
     resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    asked = variables_for_client(ready, ready["token"])
+    asked = make_environment_variables_of_client(ready, ready["token"])
     await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "100", status=1)
     assert await command.wait_for_end() == 1
     assert "work.db" in command.err
@@ -287,8 +287,8 @@ async def test_serve_with_unwritable_store_ends_with_1(
 async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
     start_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    command, ready = await start_serve(start_without_settings, "-v")
-    asked = variables_for_client(ready, ready["token"])
+    command, ready = await start_serve_command(start_without_settings, "-v")
+    asked = make_environment_variables_of_client(ready, ready["token"])
     work_id = (
         await run_and_read_output(
             run_in_process, asked, "work", "enqueue", "--metadata", "key=hunter2"
@@ -313,7 +313,10 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
 async def start_two_servers(start: CommandStarter, url: str) -> list[dict[str, str]]:
     """Start two servers on one database. Return the variables for each server's clients."""
     given = {"WORKPOOL_SERVE_STORE": url, "WORKPOOL_SERVE_TOKEN": TOKEN}
-    return [variables_for_client((await start_serve(start, **given))[1], TOKEN) for _ in range(2)]
+    return [
+        make_environment_variables_of_client((await start_serve_command(start, **given))[1], TOKEN)
+        for _ in range(2)
+    ]
 
 
 async def test_item_created_on_one_server_is_stopped_on_another_with_same_database(
@@ -342,7 +345,7 @@ async def test_serve_never_prints_password_of_its_database(
     start_without_settings: CommandStarter, database_url: str
 ) -> None:
     url = database_url.replace("workpool@", "workpool:pass%2Fword-9137@")
-    command, _ = await start_serve(start_without_settings, "--verbose", "--store", url)
+    command, _ = await start_serve_command(start_without_settings, "--verbose", "--store", url)
     command.send_signal(signal.SIGTERM)
     assert await command.wait_for_end() == 0
     down = await start_without_settings(

@@ -169,7 +169,7 @@ async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None
     os.close(slave)
     with os.fdopen(master, "rb", buffering=0) as terminal:
         async with asyncio.timeout(100):
-            shown = await asyncio.to_thread(read_terminal, terminal.fileno())
+            shown = await asyncio.to_thread(read_terminal_until_closed, terminal.fileno())
             status = await process.wait()
     assert status == 0
     # Several processes write to the terminal, so the bytes of a character may be separated.
@@ -179,7 +179,7 @@ async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None
     assert PROMISE.search(text)
 
 
-def read_terminal(terminal: int) -> bytes:
+def read_terminal_until_closed(terminal: int) -> bytes:
     """Return all output of a terminal.
 
     The output ends with an OSError, when the last process that writes to the terminal closes it.
