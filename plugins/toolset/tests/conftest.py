@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool_toolset.isolation import (
+from workpool_toolset.command_sandbox import (
     BASH,
     Bubblewrap,
     Isolation,

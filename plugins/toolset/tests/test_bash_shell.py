@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from workpool_toolset.isolation import BASH, Bubblewrap, NoIsolation, ProcessLimits
+from workpool_toolset.command_sandbox import BASH, Bubblewrap, NoIsolation, ProcessLimits
 from workpool_toolset.shell import BashShell, ShellEndedError
 
 WAIT_SECONDS = 50.0

@@ -10,7 +10,7 @@ import pytest
 
 from workpool import PluginError
 from workpool_toolset import ToolCall, Toolset
-from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_sandbox_problem
+from workpool_toolset.command_sandbox import Bubblewrap, ProcessLimits, find_sandbox_problem
 from workpool_toolset.tool_result import ToolResult
 from workpool_toolset.toolbox import CallLimits
 
@@ -289,7 +289,7 @@ async def test_sandbox_check_without_answer_reports_problem(
     silent = tmp_path / "bwrap"
     silent.write_text("#!/bin/sh\nexec sleep 60\n")
     silent.chmod(0o755)
-    monkeypatch.setattr("workpool_toolset.isolation.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("workpool_toolset.command_sandbox.PROBE_SECONDS", 0.2)
     sandbox = Bubblewrap(ProcessLimits(), as_root=False, program=str(silent))
     assert await find_sandbox_problem(sandbox, tmp_path) == "bwrap did not answer"
 

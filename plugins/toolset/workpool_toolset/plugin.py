@@ -19,8 +19,7 @@ from workpool import (
     release_on_exhaustion,
 )
 from workpool_toolset.call_journal import CallJournal
-from workpool_toolset.file_tools import DEFAULT_SIZE_LIMITS, FileSizeLimits
-from workpool_toolset.isolation import (
+from workpool_toolset.command_sandbox import (
     BASH,
     VISIBLE_PATHS,
     Bubblewrap,
@@ -29,6 +28,7 @@ from workpool_toolset.isolation import (
     ProcessLimits,
     find_sandbox_problem,
 )
+from workpool_toolset.file_tools import DEFAULT_SIZE_LIMITS, FileSizeLimits
 from workpool_toolset.search_tools import SandboxCommand, SearchTools
 from workpool_toolset.shell import BashShell
 from workpool_toolset.tool_call_answerer import ToolCallAnswerer, release_on_journal_error

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from workpool_toolset import isolation, sandbox_launcher
-from workpool_toolset.isolation import Bubblewrap, ProcessLimits, find_sandbox_problem
+from workpool_toolset import command_sandbox, sandbox_launcher
+from workpool_toolset.command_sandbox import Bubblewrap, ProcessLimits, find_sandbox_problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def test_sandbox_check_whose_process_other_code_reaped_reports_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolation, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(command_sandbox, "PROBE_SECONDS", 0.5)
     os.mkfifo(tmp_path / "pid")
     program = tmp_path / "bwrap"
     program.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
