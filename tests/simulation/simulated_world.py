@@ -98,8 +98,8 @@ class SimulatedSupervisor(LoopSupervisor):
     def _use_virtual_clocks(self) -> None:
         """Do nothing: the pool uses the clocks of its simulated machine."""
 
-    async def _open_context(self, stack: AsyncExitStack) -> PoolContext:
-        context = await super()._open_context(stack)
+    async def _open_pool_context(self, stack: AsyncExitStack) -> PoolContext:
+        context = await super()._open_pool_context(stack)
         original = context.observe
         loop = asyncio.get_running_loop()
         assert isinstance(loop, MachinesLoop)

@@ -48,7 +48,7 @@ class RunnablePool(ControllablePool, Protocol):
 
     @property
     def log_ids(self) -> Mapping[str, str]:
-        """The ids that identify the pool in log records from outside of its tasks."""
+        """The ids of the pool, for log records that are written outside of the pool's tasks."""
 
     async def run(self, *, until_empty: bool = False) -> None:
         """Run the pool until its drain has ended."""

@@ -340,7 +340,7 @@ class Supervisor:
         try:
             async with contextlib.AsyncExitStack() as stack:
                 await self._open_client_and_plugins(stack)
-                context = await self._open_context(stack)
+                context = await self._open_pool_context(stack)
                 try:
                     await self._run_pool(context)
                 finally:
@@ -406,7 +406,7 @@ class Supervisor:
         exporter.scale = lambda: compute_worker_scaling_numbers(self.status())
         return exporter
 
-    async def _open_context(self, stack: contextlib.AsyncExitStack) -> PoolContext:
+    async def _open_pool_context(self, stack: contextlib.AsyncExitStack) -> PoolContext:
         """Start the lease renewer, with the exporter on its loop, and build the pool context.
 
         Overridden by pools of tests, which observe or replace parts of the context.

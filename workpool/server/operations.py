@@ -537,7 +537,7 @@ class Operations:
         for session_id in self._retention.pop_due_sessions(self._latest):
             work_ids = self.sessions.item_ids(session_id)
             if not work_ids:
-                continue  # deleted already, when another item of this session was due
+                continue  # the session was deleted when another of its items was due
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.find_existing_items(work_ids)
             # Keep the session if any of its items is not stopped, or was stopped too recently.

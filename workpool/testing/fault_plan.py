@@ -34,7 +34,7 @@ class _StrictFileModel(BaseModel):
 
 
 class _FaultConditions(_StrictFileModel):
-    """The keys of a faults file that select the calls for one fault.
+    """The keys of a faults file that select the calls to which one fault applies.
 
     The keys have the meaning of the keys of `fault_rules.RuleLimits`.
     """

@@ -325,8 +325,8 @@ class _HeartbeatOnDemandPool(Supervisor):
 
     _context: PoolContext | None = None
 
-    async def _open_context(self, stack: AsyncExitStack) -> PoolContext:
-        self._context = await super()._open_context(stack)
+    async def _open_pool_context(self, stack: AsyncExitStack) -> PoolContext:
+        self._context = await super()._open_pool_context(stack)
         return self._context
 
     def send_item_heartbeat(self, work_id: str) -> None:

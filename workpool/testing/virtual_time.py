@@ -63,7 +63,11 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._now + self.slept
 
     def wall_time(self) -> float:
-        """Return the virtual seconds including suspensions and pauses, as a wall clock does."""
+        """Return the virtual seconds since the start of the loop, as a wall clock counts them.
+
+        A wall clock also counts the time in which the computer was suspended or its virtual
+        machine was paused.
+        """
         return self.machine_time() + self.paused
 
     def pause(self, seconds: float) -> None:
