@@ -177,7 +177,7 @@ async def test_exporter_that_raises_system_exit_ends_process_with_status_1(
     assert "raised by the exporter" in command.err
 
 
-async def test_handlers_clean_up_after_failure_of_renewer_thread(
+async def test_handlers_run_their_cleanup_after_renewer_thread_failed(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))

@@ -28,7 +28,7 @@ async def test_check_with_valid_setup_reports_every_check_as_ok(
 
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_check_with_key_without_permission_for_statistics_succeeds(
+async def test_check_succeeds_with_key_that_may_not_read_statistics(
     run_in_process: CommandRunner, control_plane: ControlPlane, dialect: str
 ) -> None:
     url = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}[dialect]

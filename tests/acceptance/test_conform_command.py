@@ -73,7 +73,7 @@ async def test_conform_with_fewer_items_than_clauses_ends_with_status_5(
     assert ended.status == 5
 
 
-async def test_conform_refuses_environment_with_items_of_other_clients(
+async def test_conform_refuses_environment_that_has_items_of_other_clients(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     (item,) = control_plane.enqueue()

@@ -69,7 +69,7 @@ def count_handler_runs_per_item(folder: Path) -> Counter[str]:
     return Counter((folder / "runs").read_text().split())
 
 
-async def test_thousand_items_cost_four_requests_each(
+async def test_worker_sends_four_requests_for_each_of_thousand_items(
     start_without_settings: CommandStarter, handlers_directory: Path
 ) -> None:
     faults = Faults()

@@ -164,7 +164,7 @@ async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
 
 
 @pytest.mark.parametrize("module", ["web_aiohttp", pytest.param("web_fastapi", marks=TRIAL)])
-async def test_application_whose_pool_failed_with_wrong_token_is_not_ready(
+async def test_application_reports_not_ready_after_wrong_token_stopped_its_pool(
     start_example_application: ExampleApplicationStarter, module: str
 ) -> None:
     application, url = await start_example_application(module, QODER_PAT="wrong")

@@ -49,7 +49,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("hangs", ["collector", "lookup"])
-async def test_embedding_process_ends_although_a_thread_of_the_pool_hangs(
+async def test_process_with_embedded_pool_ends_although_a_thread_of_the_pool_hangs(
     control_plane: ControlPlane, hangs: str
 ) -> None:
     base_url = control_plane.base_url.replace("127.0.0.1", "localhost")

@@ -282,7 +282,7 @@ async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
     assert worker.err.count("session ended") == 4
 
 
-async def test_burst_of_one_environment_does_not_delay_the_other(
+async def test_many_items_in_one_environment_do_not_delay_items_of_other_environment(
     start_without_settings: CommandStarter,
     control_plane: ControlPlane,
     two_environments_config_file: Path,

@@ -86,7 +86,7 @@ async def start_shell_script_under_hold_command(
         (3, (1, "stopped", {"workpool.error": "ProgramFailed"})),
     ],
 )
-async def test_exit_status_of_program_under_hold_decides_end_of_item(
+async def test_exit_status_of_program_under_hold_command_decides_state_of_item(
     client: WorkClient,
     start_command: CommandStarter,
     prepare_handoff: HandoffPreparer,
@@ -100,7 +100,7 @@ async def test_exit_status_of_program_under_hold_decides_end_of_item(
     assert (exits, item.state, dict(item.metadata)) == means
 
 
-async def test_program_under_hold_gets_ids_but_no_credentials(
+async def test_program_under_hold_command_gets_ids_but_no_credentials(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
@@ -125,7 +125,7 @@ async def test_program_under_hold_gets_ids_but_no_credentials(
 
 
 @pytest.mark.parametrize("script", [SLOW_TO_END, IGNORES_SIGTERM], ids=["obeys", "ignores_sigterm"])
-async def test_stop_request_ends_program_under_hold_and_stops_item(
+async def test_stop_request_ends_program_under_hold_command_and_stops_item(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
@@ -143,7 +143,7 @@ async def test_stop_request_ends_program_under_hold_and_stops_item(
     assert history_record_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
 
 
-async def test_sigterm_to_hold_releases_item(
+async def test_hold_command_releases_item_after_sigterm(
     client: WorkClient, start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
     """`docker stop` and the end of a pod send SIGTERM; another worker should then run the item."""
@@ -157,7 +157,7 @@ async def test_sigterm_to_hold_releases_item(
     assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "Release"})
 
 
-async def test_exit_limit_variables_of_hold_are_reported_as_without_effect(
+async def test_hold_command_reports_that_exit_limit_variables_have_no_effect(
     start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
     handed = await prepare_handoff(
@@ -171,7 +171,7 @@ async def test_exit_limit_variables_of_hold_are_reported_as_without_effect(
     assert "done" in command.out
 
 
-async def test_lost_lease_ends_program_under_hold_without_further_requests(
+async def test_lost_lease_ends_program_under_hold_command_without_further_requests(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
@@ -194,7 +194,7 @@ async def test_lost_lease_ends_program_under_hold_without_further_requests(
     assert (await client.get(handed.work_id)).state == "starting"
 
 
-async def test_hold_of_item_that_parent_took_back_runs_no_program(
+async def test_hold_command_runs_no_program_if_parent_took_item_back(
     client: WorkClient, start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
     handed = await prepare_handoff()
@@ -207,7 +207,7 @@ async def test_hold_of_item_that_parent_took_back_runs_no_program(
     assert (item.state, item.last_heartbeat) == ("active", back.last_heartbeat)
 
 
-async def test_program_under_killed_hold_process_is_killed_with_its_children(
+async def test_sigkill_to_hold_command_also_kills_its_program_with_all_children(
     start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
     """A surviving program would run at the same time as the next worker that claims the item."""
@@ -230,7 +230,7 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 """
 
 
-async def test_program_under_hold_survives_end_of_parent_and_terminal(
+async def test_program_under_hold_command_survives_end_of_parent_and_terminal(
     control_plane: ControlPlane, client: WorkClient, prepare_handoff: HandoffPreparer, tmp_path: Any
 ) -> None:
     """`workpool hold` also survives, and stops the item when the program ends."""
@@ -272,7 +272,7 @@ async def test_program_under_hold_survives_end_of_parent_and_terminal(
     assert (await client.get(handed.work_id)).state == "stopped"
 
 
-async def test_hold_with_invalid_arguments_leaves_item_alone(
+async def test_hold_command_with_invalid_arguments_sends_no_heartbeat(
     client: WorkClient, run_in_process: CommandRunner, prepare_handoff: HandoffPreparer
 ) -> None:
     handed = await prepare_handoff()
@@ -284,7 +284,9 @@ async def test_hold_with_invalid_arguments_leaves_item_alone(
     assert item.last_heartbeat == handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
 
 
-async def test_hold_of_unknown_item_ends_with_status_3(start_command: CommandStarter) -> None:
+async def test_hold_command_for_unknown_item_ends_with_status_3(
+    start_command: CommandStarter,
+) -> None:
     command = await start_command(
         *("hold", "--work-id", "work_unknown", "--last-heartbeat", NO_HEARTBEAT, "true")
     )

@@ -51,7 +51,7 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 
 @in_virtual_time
-async def test_block_of_handover_is_not_entered_before_heartbeats_are_suspended() -> None:
+async def test_handover_block_begins_only_after_heartbeats_are_suspended() -> None:
     """`async with session.handover()` enters its block only after it has suspended heartbeats.
 
     In this test, the renewer thread never confirms the suspension, until the lease is lost.
@@ -73,7 +73,7 @@ async def test_block_of_handover_is_not_entered_before_heartbeats_are_suspended(
 
 
 @pytest.mark.acceptance
-async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
+async def test_hold_command_after_loss_of_parent_lease_leaves_item_to_new_worker(
     tmp_path: Path,
 ) -> None:
     """Another worker has acknowledged the item after the parent's lease expired.
@@ -102,7 +102,9 @@ async def test_hold_started_after_parent_lost_lease_leaves_item_to_new_worker(
 
 
 @pytest.mark.acceptance
-async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path) -> None:
+async def test_hold_command_ignores_plugins_in_config_file_shared_with_parent(
+    tmp_path: Path,
+) -> None:
     """Parent and child read the same configuration file, whose plugins are only for the parent."""
     config = tmp_path / "workpool.toml"
     config.write_text(
@@ -125,7 +127,9 @@ async def test_hold_ignores_plugins_in_config_shared_with_parent(tmp_path: Path)
 
 
 @pytest.mark.acceptance
-async def test_program_under_hold_receives_sighup_although_hold_ignores_it(tmp_path: Path) -> None:
+async def test_program_under_hold_command_receives_sighup_although_hold_command_ignores_it(
+    tmp_path: Path,
+) -> None:
     note = tmp_path / "ended"
     script = f"kill -HUP $$; touch {note}"
     async with ControlPlane() as plane:
@@ -141,7 +145,7 @@ async def test_program_under_hold_receives_sighup_although_hold_ignores_it(tmp_p
 
 
 @pytest.mark.acceptance
-async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
+async def test_control_plane_does_not_count_handoff_to_hold_command_as_overlap() -> None:
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "parent") as parent:
@@ -152,7 +156,7 @@ async def test_handoff_is_not_counted_as_overlap_by_control_plane() -> None:
         assert plane.summary().overlapping == 0
 
 
-async def test_first_heartbeat_of_worker_that_sent_no_ack_counts_as_overlap() -> None:
+async def test_first_heartbeat_counts_as_overlap_if_another_worker_acknowledged_the_item() -> None:
     """Unlike a child in a handoff, the worker does not send the time of the last heartbeat."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()

@@ -161,7 +161,7 @@ async def test_coroutine(workpool): ...
 
 
 @pytest.mark.parametrize("place", ["conftest", "plugin", "module"])
-def test_fixture_named_workpool_in_user_project_overrides_packaged_fixture(
+def test_users_own_fixture_named_workpool_overrides_fixture_of_package(
     pytester: pytest.Pytester, place: str
 ) -> None:
     """The `async def` test fails: workpool runs such tests only if they use its own fixture.

@@ -52,7 +52,7 @@ def read_workpool_commands_of_page() -> list[list[str]]:
     return calls
 
 
-def test_every_workpool_command_of_page_exists_with_its_flags() -> None:
+def test_workpool_commands_on_operating_page_exist_with_their_flags() -> None:
     calls = read_workpool_commands_of_page()
     assert len(calls) > 6
     for words in calls:
@@ -67,7 +67,7 @@ def test_every_workpool_command_of_page_exists_with_its_flags() -> None:
         assert {word for word in rest if word.startswith("--")} <= known, words
 
 
-def test_repository_files_named_in_console_blocks_exist() -> None:
+def test_repository_files_in_console_blocks_of_operating_page_exist() -> None:
     paths = re.findall(r"PATH/TO/(workpool[\w./@-]*)", "\n".join(read_console_lines_of_page()))
     assert len(paths) > 3
     root = Path(__file__).parents[2]
@@ -86,14 +86,14 @@ def test_every_metric_named_on_operating_page_exists() -> None:
     assert missing == set()
 
 
-def test_trade_off_table_lists_every_setting_except_those_in_not_traded() -> None:
+def test_trade_off_table_lists_every_setting_with_a_trade_off() -> None:
     section = PAGE.partition("## What each setting trades")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     fields = [each.name for each in dataclasses.fields(Settings)]
     assert rows == [name for name in fields if name not in NOT_TRADED and name[0] != "_"]
 
 
-def test_four_hundred_sessions_with_default_lease_ttl_cause_a_warning() -> None:
+def test_settings_for_four_hundred_sessions_with_default_lease_ttl_cause_a_warning() -> None:
     """The numbers are those of the example in the section "Size" of the operating page."""
     many: dict[str, Any] = {"concurrency": 400, "write_rate": 20, "drain_timeout": 60}
     assert 400 * 3 / Settings().lease_ttl == many["write_rate"]
@@ -112,7 +112,7 @@ async def wait_until_ready(worker: RunningCommand) -> None:
                     return
 
 
-async def test_documented_upgrade_loses_no_session_and_counts_no_attempt(
+async def test_documented_upgrade_of_worker_loses_no_session_and_counts_no_attempt(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     """The old worker has two sessions: the first ends during the drain, the second is released.

@@ -99,7 +99,7 @@ async def test_run_after_second_signal_ends_with_128_plus_signal_number(
     assert read_stored_item(control_plane, item).state == "active"
 
 
-async def test_stall_timeout_ends_silent_session_but_not_one_awaiting_human_input(
+async def test_stall_timeout_ends_silent_session_but_not_session_that_waits_for_human(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     silent, asking = enqueue_items(control_plane, "linger"), enqueue_items(control_plane, "ask")
@@ -122,7 +122,7 @@ async def test_stall_timeout_ends_silent_session_but_not_one_awaiting_human_inpu
     assert read_stored_item(control_plane, asking).metadata["done"] == "answered"
 
 
-async def test_run_with_abandoned_session_ends_with_1(
+async def test_run_command_that_abandons_a_session_ends_with_status_1(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "ignore")
@@ -197,7 +197,7 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
     assert "block ends" in command.err
 
 
-async def test_process_whose_metrics_were_scraped_waits_for_scrape_after_drain(
+async def test_process_with_scraped_metrics_waits_for_last_scrape_after_drain(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("run", "handlers")
@@ -238,7 +238,7 @@ async def test_second_signal_ends_the_wait_for_the_last_scrape(
         ({"WORKPOOL_ENVIRONMENT_ID": CLOUD}, "400"),
     ],
 )
-async def test_run_refused_by_control_plane_ends_with_3(
+async def test_run_command_ends_with_status_3_if_control_plane_refuses_its_polls(
     start_command: CommandStarter, variables: dict[str, str], expected_text: str
 ) -> None:
     command = await start_command("run", "handlers", **variables)

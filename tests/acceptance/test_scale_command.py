@@ -86,7 +86,7 @@ async def test_scale_recommends_workers_for_waiting_and_running_items(
     assert await command.wait_for_end() == 0
 
 
-async def test_scale_without_control_plane_serves_last_numbers_and_later_503(
+async def test_scale_command_without_control_plane_serves_last_numbers_and_later_503(
     start_without_settings: CommandStarter,
 ) -> None:
     async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as control_plane:

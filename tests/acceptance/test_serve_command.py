@@ -116,7 +116,7 @@ async def test_ready_line_of_serve_has_variables_that_a_worker_needs(
     assert await command.wait_for_end() == 0
 
 
-async def test_tokens_given_to_serve_are_limited_and_never_printed(
+async def test_serve_command_limits_tokens_to_environments_and_never_prints_them(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "tokens").write_text(
@@ -233,7 +233,7 @@ async def test_serve_that_cannot_start_prints_reason(
             assert command.out == ""
 
 
-async def test_serve_with_fault_file_injects_faults_of_file(
+async def test_serve_command_with_fault_file_injects_the_faults_of_the_file(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     (command_directory / "faults.toml").write_text(

@@ -89,7 +89,7 @@ ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 @ENDING
 @pytest.mark.parametrize("module", ["typer", "aiohttp", "handlers"])
-async def test_run_signalled_during_start_ends_with_0_and_never_polls(
+async def test_run_command_with_signal_during_start_ends_with_0_and_never_polls(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
     control_plane: ControlPlane,
     unblock_import: UnblockImport,
@@ -106,7 +106,7 @@ async def test_run_signalled_during_start_ends_with_0_and_never_polls(
 
 
 @ENDING
-async def test_serve_signalled_during_start_ends_with_0(
+async def test_serve_command_with_signal_during_start_ends_with_0(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
     unblock_import: UnblockImport,
     number: signal.Signals,
@@ -118,7 +118,7 @@ async def test_serve_signalled_during_start_ends_with_0(
     assert f"serve ends signal={signal.Signals(number).name}" in command.err
 
 
-async def test_demo_signalled_during_start_ends_with_128_plus_signal_number(
+async def test_demo_command_with_signal_during_start_ends_with_128_plus_signal_number(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport, unblock_import: UnblockImport
 ) -> None:
     command = await start_command_blocked_at_import("aiohttp", "demo", "--count", "4")
@@ -128,7 +128,7 @@ async def test_demo_signalled_during_start_ends_with_128_plus_signal_number(
     assert "ended early: 0 of 4 sessions done" in command.out
 
 
-async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent(
+async def test_hold_command_with_signal_during_start_ends_and_leaves_item_to_parent(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
     control_plane: ControlPlane,
     command_directory: Path,
@@ -157,7 +157,7 @@ async def test_hold_signalled_during_start_ends_with_0_and_leaves_item_to_parent
 
 
 @pytest.mark.parametrize("module", ["aiohttp", "handlers"])
-async def test_run_signalled_twice_during_start_ends_at_once(
+async def test_run_command_with_two_signals_during_start_ends_at_once(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport, module: str
 ) -> None:
     command = await start_command_blocked_at_import(module, "run", "handlers")
@@ -182,7 +182,7 @@ async def test_sighup_during_start_of_run_is_logged_once_and_ignored(
     assert history_record_kinds_of_item(control_plane, item)[-1] == "stopped"
 
 
-async def test_run_with_sigusr1_during_start_starts_paused(
+async def test_run_command_with_sigusr1_during_start_begins_in_paused_state(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
     control_plane: ControlPlane,
     unblock_import: UnblockImport,
@@ -200,7 +200,7 @@ async def test_run_with_sigusr1_during_start_starts_paused(
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("work", "list"), ("-v", "check")])
-async def test_short_command_interrupted_by_ctrl_c_during_start_ends(
+async def test_ctrl_c_during_start_of_short_command_ends_the_command(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport, arguments: tuple[str, ...]
 ) -> None:
     command = await start_command_blocked_at_import("aiohttp", *arguments)

@@ -502,7 +502,7 @@ async def test_wrong_setting_is_reported_with_its_source(
 
 
 @pytest.mark.parametrize("mistake", [*PROCESSES, *REFUSALS], ids=lambda mistake: mistake.name)
-async def test_failed_start_reports_its_reason(
+async def test_command_that_cannot_start_reports_the_reason(
     mistake: FailingCommandCase, start_command: CommandStarter
 ) -> None:
     command = await start_command(*shlex.split(mistake.command), **mistake.variables)

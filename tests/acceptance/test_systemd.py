@@ -208,7 +208,7 @@ async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
     assert await command.wait_for_end() == 0
 
 
-async def test_watchdog_of_another_process_gets_no_message(
+async def test_worker_sends_no_watchdog_message_if_watchdog_pid_is_of_another_process(
     start_command_under_systemd: CommandStarter, service_manager: ServiceManagerSocket
 ) -> None:
     command = await start_command_under_systemd("run", "handlers", WATCHDOG_PID="1")
@@ -325,14 +325,14 @@ def test_unit_file_accepts_notifications_only_of_main_process() -> None:
     )
 
 
-def test_watchdog_timeout_of_unit_file_is_shorter_than_remaining_lease() -> None:
+def test_watchdog_timeout_is_shorter_than_lease_time_left_when_heartbeat_is_due() -> None:
     ttl = Settings().lease_ttl
     # The seconds from the time at which a heartbeat is due until the lease ends.
     left = ttl - ttl / RENEW_PART
     assert read_seconds_setting_of_unit_file("WatchdogSec") < left - lease_margin(ttl)
 
 
-def test_unit_file_restarts_worker_except_after_status_for_wrong_settings() -> None:
+def test_unit_file_always_restarts_worker_except_after_wrong_settings() -> None:
     # A worker that an exit limit has ended has the status 0. With `Restart=on-failure`, systemd
     # would not restart this worker.
     assert read_setting_of_unit_file("Restart") == "always"

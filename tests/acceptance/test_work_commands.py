@@ -46,7 +46,7 @@ async def test_work_command_in_its_own_process_prints_ids_and_errors(
     assert command.err == "workpool: get: 404 no such work item in this environment\n"
 
 
-async def test_work_commands_take_an_item_from_creation_to_stop(
+async def test_work_commands_create_list_and_stop_an_item(
     run_in_process: CommandRunner,
 ) -> None:
     printed = await output_of_work_command(
@@ -224,7 +224,7 @@ async def test_retry_on_control_plane_that_cannot_create_items_prints_metadata(
     assert ended.err.endswith("it had the metadata: report=7\n")
 
 
-async def test_work_list_with_unknown_state_ends_with_status_2(
+async def test_work_list_command_with_unknown_state_ends_with_status_2(
     run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("work", "list", "--state", "lost")

@@ -83,7 +83,7 @@ def send_to_socket(path: Path, data: bytes) -> Any:
     return json.loads(answer) if answer else None
 
 
-async def test_pause_and_resume_commands_stop_and_restart_claiming(
+async def test_pause_command_stops_claiming_and_resume_command_restarts_it(
     start_command: CommandStarter,
     run_in_process: CommandRunner,
     control_plane: ControlPlane,
@@ -198,7 +198,7 @@ async def test_control_socket_of_killed_worker_is_removed_by_next_worker(
     assert (await run_in_process("pause")).status == 0
 
 
-async def test_control_socket_at_given_path_is_replaced_only_after_its_worker_ended(
+async def test_new_worker_replaces_control_socket_at_given_path_only_after_old_worker_ended(
     start_command: CommandStarter, run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
     path = socket_directory.parent / "reports.sock"
@@ -264,7 +264,7 @@ async def test_control_socket_and_directory_of_another_user_are_refused(
     assert path.exists()
 
 
-async def test_directory_that_others_may_read_gets_no_control_socket(
+async def test_worker_creates_no_control_socket_in_directory_that_others_may_read(
     start_command: CommandStarter, socket_directory: Path
 ) -> None:
     make_directory(socket_directory, 0o755)
@@ -276,7 +276,7 @@ async def test_directory_that_others_may_read_gets_no_control_socket(
     assert not path.exists()
 
 
-async def test_long_pause_reason_is_refused_and_control_characters_are_escaped(
+async def test_pause_command_refuses_long_reason_and_escapes_control_characters(
     start_command: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     worker = await start_command("run", "handlers")

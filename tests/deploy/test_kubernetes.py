@@ -391,7 +391,7 @@ def test_token_file_of_the_settings_is_the_mounted_secret() -> None:
     assert str(path.parent) == mount["mountPath"]
 
 
-def test_job_pods_and_deployment_pods_differ_only_in_exit_limits() -> None:
+def test_pods_of_scaled_job_differ_from_pods_of_deployment_only_in_exit_limits() -> None:
     deployment, job = (
         pod_spec_of_manifest(manifest_of_kind(manifests_in_files(), kind))
         for kind in ("Deployment", "ScaledJob")
@@ -491,7 +491,7 @@ def test_autoscaler_query_counts_queued_items_once_although_each_worker_reports_
     "path",
     ["overlays/autoscaled-by-api/scaledobject.yaml", "overlays/job-per-session/scaledjob.yaml"],
 )
-def test_keda_trigger_reads_an_existing_number_from_scale_service(path: str) -> None:
+def test_keda_trigger_reads_a_number_that_the_scale_service_provides(path: str) -> None:
     [trigger] = manifest_in_file(path)["spec"]["triggers"]
     url = URL(trigger["metadata"]["url"])
     service = manifest_of_kind(manifests_in_files(), "Service")

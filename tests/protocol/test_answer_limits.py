@@ -92,7 +92,7 @@ async def test_update_above_metadata_limit_is_refused_and_not_applied(api: ApiCl
     assert (await api.update(item.id, json={"metadata": {"k": None}})).status == 200
 
 
-async def test_size_of_metadata_is_measured_as_json(api: ApiClient) -> None:
+async def test_size_limit_for_metadata_applies_to_metadata_as_json(api: ApiClient) -> None:
     """The metadata here are within the limit in memory, but above it as JSON.
 
     A control character takes one byte in memory and six bytes (an escape) in JSON.
@@ -219,7 +219,7 @@ def make_message_of_size(size: int) -> dict[str, Any]:
     return {"type": "user.message", "content": [{"type": "text", "text": "x" * size}]}
 
 
-async def test_streams_to_clients_that_do_not_read_use_limited_memory(
+async def test_server_uses_limited_memory_for_streams_whose_clients_do_not_read(
     qoder_api: ApiClient,
 ) -> None:
     session_id = create_scripted_session(qoder_api)

@@ -197,7 +197,7 @@ async def test_message_to_session_without_unfinished_item_creates_item(
     }
 
 
-async def test_refused_message_creates_no_item(anthropic_api: ApiClient) -> None:
+async def test_message_that_server_refuses_creates_no_item(anthropic_api: ApiClient) -> None:
     session_id = (await create_session(anthropic_api))["id"]
     await anthropic_api.stop((await anthropic_api.claim_item())["id"], json={"force": True})
     wrong = {"type": "user.tool_result", "tool_use_id": "evt_unknown"}
@@ -360,7 +360,7 @@ async def test_archived_session_is_terminated_and_accepts_no_event(
 
 
 @pytest.mark.parametrize(("state", "then"), [("starting", "stopping"), ("active", "stopping")])
-async def test_archive_of_session_with_leased_item_requests_its_stop(
+async def test_archive_of_session_with_leased_item_requests_stop_of_that_item(
     anthropic_api: ApiClient, state: str, then: str
 ) -> None:
     work_id = await anthropic_api.create_item_in_state(state)

@@ -249,7 +249,7 @@ async def test_malformed_body_after_valid_headers_is_4xx(
     await assert_server_still_answers(control_plane)
 
 
-async def test_body_that_does_not_arrive_is_408(
+async def test_request_whose_body_does_not_arrive_is_answered_with_408(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(request_values, "BODY_SECONDS", 0.05)
@@ -260,7 +260,7 @@ async def test_body_that_does_not_arrive_is_408(
     assert orjson.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "error"
 
 
-async def test_large_bodies_are_read_a_few_at_a_time(
+async def test_server_reads_only_a_few_large_bodies_at_the_same_time(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server reads a few large bodies at once, to limit its memory; other requests wait."""

@@ -62,7 +62,7 @@ def make_suite_that_advances_clock(
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
-async def test_embedded_control_plane_fulfils_clause(
+async def test_embedded_control_plane_fulfils_each_clause_of_conformance_suite(
     clause: Clause,
     control_plane: ControlPlane,
     http_session: aiohttp.ClientSession,
@@ -289,7 +289,7 @@ async def test_clause_on_faulty_control_plane_has_expected_verdict_and_text(
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
-async def test_refused_item_reads_give_clause_a_harmless_verdict(
+async def test_clause_has_harmless_verdict_if_control_plane_refuses_to_return_items(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def refuse_item_reads(request: web.Request) -> web.Response | None:
@@ -306,7 +306,7 @@ async def test_refused_item_reads_give_clause_a_harmless_verdict(
     assert finding.verdict is Verdict.HOLDS
 
 
-async def test_clause_finds_that_missing_redelivery_breaks_workers(
+async def test_clause_about_expired_lease_reports_missing_redelivery_as_harmful_to_workers(
     http_session: aiohttp.ClientSession,
 ) -> None:
     polls = 0
@@ -346,7 +346,7 @@ async def test_suite_accepts_environment_with_its_own_items_of_earlier_run(
         assert finding.verdict is Verdict.HOLDS
 
 
-async def test_item_created_by_another_client_during_run_ends_suite(
+async def test_conformance_suite_ends_if_another_client_creates_an_item_during_run(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     suite = make_suite_that_advances_clock(
@@ -386,7 +386,7 @@ async def test_suite_with_test_environment_option_stops_items_of_other_clients(
     assert {control_plane.operations.get_item(ENV, item.id).state for item in items} == {"stopped"}
 
 
-async def test_suite_stops_items_of_each_clause(
+async def test_conformance_suite_stops_the_items_that_each_clause_created(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     await make_suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(
@@ -396,7 +396,7 @@ async def test_suite_stops_items_of_each_clause(
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_clause_for_which_no_given_item_is_left_has_verdict_untried(
+async def test_clause_has_verdict_untried_if_all_given_items_are_used(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
@@ -480,7 +480,7 @@ async def test_suite_ends_within_time_limit_if_control_plane_never_answers(
 HELD_STATES = ["active", "starting"]
 
 
-async def test_cancelled_suite_stops_its_items(
+async def test_conformance_suite_stops_its_items_when_it_is_cancelled(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession
 ) -> None:
     api = WorkerApi(
@@ -527,7 +527,7 @@ OPTIONAL = {
 }
 
 
-async def test_worker_key_fails_only_clauses_whose_calls_it_may_not_make(
+async def test_worker_key_fails_only_those_clauses_whose_calls_it_does_not_permit(
     http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(
@@ -542,7 +542,7 @@ async def test_worker_key_fails_only_clauses_whose_calls_it_may_not_make(
             assert finding.verdict is expected, finding
 
 
-async def test_token_repeated_in_response_is_hidden_in_finding(
+async def test_finding_of_clause_hides_token_that_response_repeats(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def answer_with_sent_token(request: web.Request) -> web.Response:

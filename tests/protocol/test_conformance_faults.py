@@ -311,7 +311,7 @@ FAULTY_PLANE_OF_CLAUSE = {
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
-async def test_clause_detects_fault_of_faulty_control_plane(
+async def test_each_conformance_clause_detects_a_control_plane_that_violates_it(
     clause: Clause, http_session: aiohttp.ClientSession
 ) -> None:
     faulty, clock = FAULTY_PLANE_OF_CLAUSE[clause.name], MovableClock()

@@ -46,7 +46,7 @@ async def test_two_control_planes_have_different_tokens() -> None:
     assert ControlPlane().token != ControlPlane().token
 
 
-async def test_session_with_two_items_has_metadata_of_first_and_status_of_second(
+async def test_session_with_two_items_takes_metadata_from_first_and_status_from_second(
     http_session: aiohttp.ClientSession,
 ) -> None:
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as plane:
@@ -153,7 +153,9 @@ async def test_error_about_port_in_use_names_port_and_remedy() -> None:
             await ControlPlane(port=port).__aenter__()
 
 
-async def test_middlewares_apply_to_every_response(http_session: aiohttp.ClientSession) -> None:
+async def test_middlewares_of_control_plane_can_replace_every_response(
+    http_session: aiohttp.ClientSession,
+) -> None:
     @web.middleware
     async def replace_404_by_503(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -253,7 +253,7 @@ class ToolUseAnsweringClient:
 
 
 @pytest.mark.trial
-async def test_control_plane_killed_during_conversation_keeps_events_of_answered_requests(
+async def test_killed_control_plane_keeps_events_of_requests_that_it_answered(
     tmp_path: Path,
 ) -> None:
     async with aiohttp.ClientSession() as http:

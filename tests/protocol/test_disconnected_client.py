@@ -81,7 +81,7 @@ async def test_client_disconnected_during_wait_receives_no_item(api: ApiClient) 
     assert (await api.claim_item())["id"]
 
 
-async def test_client_that_disconnects_in_same_loop_iteration_as_enqueue_receives_no_item(
+async def test_client_receives_no_item_if_it_disconnects_just_before_its_poll_wakes(
     api: ApiClient,
 ) -> None:
     """When the poll wakes, the connection is closed, but the event loop has not noticed it yet."""
@@ -116,7 +116,7 @@ async def test_client_that_disconnects_after_sending_poll_receives_no_item(api: 
     assert list_history_record_kinds(api) == ["created", "delivered"]
 
 
-async def test_delivery_is_withdrawn_if_client_disconnects_while_delivery_is_stored(
+async def test_server_withdraws_delivery_if_client_disconnects_before_delivery_is_stored(
     api_with_blocked_commits: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
     (item,) = api_with_blocked_commits.plane.enqueue()
@@ -136,7 +136,7 @@ async def test_delivery_is_withdrawn_if_client_disconnects_while_delivery_is_sto
     assert (await api_with_blocked_commits.ack(item.id, worker="b")).status == 200
 
 
-async def test_delivery_is_withdrawn_if_client_disconnects_in_same_loop_iteration_as_commit(
+async def test_server_withdraws_delivery_if_client_disconnects_at_moment_of_commit(
     api_with_blocked_commits: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
     api_with_blocked_commits.plane.enqueue()

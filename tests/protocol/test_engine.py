@@ -134,7 +134,7 @@ async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
 @pytest.mark.parametrize("expected", ["last", "wrong", "NO_HEARTBEAT", None])
 @pytest.mark.parametrize("state", ["active", "stopping"])
 @pytest.mark.parametrize("compare_on_stop", [True, False])
-async def test_heartbeat_has_same_result_as_state_machine(
+async def test_heartbeat_in_every_engine_has_same_result_as_in_state_machine(
     engine: Engine,
     clock: MovableClock,
     seconds: int,
@@ -208,7 +208,7 @@ async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
     assert await get_error_status_of_call(engine.ack_item(ENV, item.id, "a")) == 409
 
 
-async def test_poll_of_disconnected_client_leaves_item_in_queue(engine: Engine) -> None:
+async def test_poll_whose_client_has_disconnected_leaves_item_in_queue(engine: Engine) -> None:
     (item,) = await engine.enqueue(ENV)
     answers = iter([False, True, True])
     assert await engine.long_poll(ENV, Poll("a"), lambda: next(answers)) is None
@@ -230,7 +230,7 @@ async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_end_waits_call_ends_waiting_polls_and_streams(engine: Engine) -> None:
+async def test_end_waits_method_ends_waiting_polls_and_streams(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(
@@ -255,7 +255,7 @@ async def test_item_read_through_other_environment_is_404(engine: Engine) -> Non
     assert await get_error_status_of_call(engine.get_item(ENV, item.id)) == 404
 
 
-async def test_concurrent_stops_and_updates_are_all_applied(engine: Engine) -> None:
+async def test_concurrent_updates_and_stop_of_one_item_are_all_applied(engine: Engine) -> None:
     item = await create_active_item(engine)
     async with asyncio.TaskGroup() as group:
         for number in range(12):

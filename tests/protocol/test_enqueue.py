@@ -96,7 +96,9 @@ async def test_malformed_enqueue_body_is_400_and_creates_nothing(
     assert (await api.queue_stats())["depth"] == 0
 
 
-async def test_enqueue_with_other_type_creates_item_of_that_type(api: ApiClient) -> None:
+async def test_enqueue_with_type_other_than_session_creates_item_of_that_type(
+    api: ApiClient,
+) -> None:
     answer = await api("POST", api.work_url(), json={"type": "healthcheck"})
     assert answer.status == 200
     assert (await api.claim_item())["data"]["type"] == "healthcheck"

@@ -42,7 +42,9 @@ BAD_REQUEST = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_error_statuses_have_documented_precedence(api: ApiClient, call: str) -> None:
+async def test_request_with_several_errors_is_answered_with_status_of_highest_precedence(
+    api: ApiClient, call: str
+) -> None:
     method, suffix = CALLS[call]
 
     async def send_bad_request_and_get_status(token: str | None, environment: str) -> int:
@@ -66,7 +68,9 @@ async def test_error_statuses_have_documented_precedence(api: ApiClient, call: s
 
 
 @pytest.mark.parametrize("call", ["ack", "heartbeat", "stop", "update"])
-async def test_bad_request_precedes_409(api: ApiClient, call: str) -> None:
+async def test_bad_request_to_stopped_item_is_400_rather_than_409(
+    api: ApiClient, call: str
+) -> None:
     work_id = await api.create_item_in_state("stopped")
     method, suffix = CALLS[call]
     answer = await api(method, api.work_url(suffix.format(id=work_id)), **BAD_REQUEST)

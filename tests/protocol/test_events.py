@@ -144,7 +144,9 @@ async def test_empty_script_ends_turn_at_once(api: ApiClient) -> None:
     ]
 
 
-async def test_each_session_of_one_enqueue_runs_script_separately(api: ApiClient) -> None:
+async def test_sessions_created_by_one_enqueue_run_their_script_independently(
+    api: ApiClient,
+) -> None:
     first, second = (item.session_id for item in api.plane.enqueue(2, script=[BASH]))
     await send_events(
         api, first, tool_result(await last_event_of_type(api, first, "agent.tool_use"))
@@ -652,7 +654,7 @@ async def test_confirmation_for_tool_use_of_terminated_thread_is_409(api: ApiCli
     assert (await send_events(api, item.session_id, allow)).status == 409
 
 
-async def test_terminated_thread_ends_wait_for_its_tool_uses_but_not_for_others(
+async def test_session_no_longer_waits_for_tool_uses_of_terminated_thread_but_for_others(
     api: ApiClient,
 ) -> None:
     (item,) = api.plane.enqueue()
@@ -665,7 +667,7 @@ async def test_terminated_thread_ends_wait_for_its_tool_uses_but_not_for_others(
     assert await session_status(api, item.session_id) == "running"
 
 
-async def test_event_with_malformed_thread_belongs_to_primary_thread(api: ApiClient) -> None:
+async def test_event_with_malformed_thread_id_belongs_to_primary_thread(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.tool_use", "name": "bash", "input": {}, "session_thread_id": []}
     (call,) = api.plane.emit(item.session_id, use)
@@ -687,7 +689,7 @@ async def test_emit_refuses_event_that_agents_do_not_send(
     assert len(qoder_api.plane.events(session_id)) == 3
 
 
-async def test_session_of_stopping_item_has_status_of_item(api: ApiClient) -> None:
+async def test_session_of_stopping_item_takes_its_status_from_the_item(api: ApiClient) -> None:
     work_id = await api.create_item_in_state("stopping")
     session_id = api.plane.operations.get_item(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_running"})

@@ -33,7 +33,9 @@ async def test_first_heartbeat_moves_item_to_active(api: ApiClient, clock: Movab
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_later_heartbeats_keep_started_at(api: ApiClient, clock: MovableClock) -> None:
+async def test_later_heartbeats_do_not_change_started_at_of_item(
+    api: ApiClient, clock: MovableClock
+) -> None:
     work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     for _ in range(3):
@@ -47,7 +49,9 @@ async def test_later_heartbeats_keep_started_at(api: ApiClient, clock: MovableCl
     assert item["latest_heartbeat_at"] == last == "2026-03-01T12:01:00.000000Z"
 
 
-async def test_two_heartbeats_in_one_microsecond_have_different_times(api: ApiClient) -> None:
+async def test_two_heartbeats_in_the_same_microsecond_receive_different_times(
+    api: ApiClient,
+) -> None:
     work_id = await api.create_item_in_state("starting")
     first = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
     second = (await api.heartbeat(work_id, first)).body["last_heartbeat"]
@@ -56,7 +60,7 @@ async def test_two_heartbeats_in_one_microsecond_have_different_times(api: ApiCl
 
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_heartbeat_without_expected_last_heartbeat_is_unconditional(
+async def test_heartbeat_without_expected_last_heartbeat_is_always_accepted(
     api: ApiClient, state: str
 ) -> None:
     work_id = await api.create_item_in_state(state)
@@ -149,7 +153,7 @@ async def test_heartbeat_that_expects_another_last_heartbeat_is_412(
 
 
 @pytest.mark.parametrize("state", ["active", "stopping"])
-async def test_first_heartbeat_sent_again_is_412_with_current_state(
+async def test_repeated_first_heartbeat_is_412_with_current_state(
     qoder_api: ApiClient, state: str
 ) -> None:
     work_id = await qoder_api.create_item_in_state(state)
@@ -166,7 +170,9 @@ async def test_first_heartbeat_sent_again_is_412_with_current_state(
     }
 
 
-async def test_refused_heartbeat_does_not_extend_lease(api: ApiClient, clock: MovableClock) -> None:
+async def test_refused_heartbeat_leaves_the_end_of_the_lease_unchanged(
+    api: ApiClient, clock: MovableClock
+) -> None:
     work_id = await api.create_item_in_state("active")
     clock.advance(59)
     assert (await api.heartbeat(work_id, "NO_HEARTBEAT")).status == 412
@@ -257,7 +263,7 @@ async def test_anthropic_heartbeat_with_malformed_expected_heartbeat_is_400_in_e
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_heartbeat_of_stopping_item_reports_state_and_extends_lease(
+async def test_heartbeat_of_stopping_item_returns_state_stopping_and_extends_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("stopping")

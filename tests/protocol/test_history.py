@@ -65,14 +65,16 @@ def test_call_without_effect_is_not_recorded_in_history(operations: Operations) 
     assert len(operations.history) == before
 
 
-def test_summary_of_completed_items_counts_no_problem(operations: Operations) -> None:
+def test_history_summary_has_no_problems_if_all_items_were_completed(
+    operations: Operations,
+) -> None:
     operations.enqueue(ENV, count=3)
     for _ in range(3):
         operations.stop_item(ENV, claim_and_heartbeat(operations, "a"), "a", force=True)
     assert summarize(operations.history) == Summary(3, 3, 0, 0, 0)
 
 
-def test_expired_lease_taken_by_another_worker_counts_as_reclaim(
+def test_item_with_expired_lease_counts_as_reclaim_if_another_worker_takes_it(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -82,7 +84,7 @@ def test_expired_lease_taken_by_another_worker_counts_as_reclaim(
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
-def test_redelivery_acknowledged_by_another_worker_counts_as_reclaim(
+def test_redelivered_item_counts_as_reclaim_if_another_worker_acknowledges_it(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -169,7 +171,7 @@ def test_history_beyond_limit_drops_oldest_records_and_counts_them() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_worker_that_sends_time_of_last_heartbeat_of_holder_takes_item_over(
+def test_heartbeat_with_time_of_last_heartbeat_of_holder_takes_item_without_overlap(
     operations: Operations,
 ) -> None:
     """A child in a handoff sends the time of its parent's last heartbeat to take the item over.

@@ -207,7 +207,7 @@ async def test_client_search_reads_limited_number_of_pages(
     assert (found.read, found.complete) == (200, True)
 
 
-async def test_client_without_search_reads_limited_number_of_items(
+async def test_client_search_without_support_of_control_plane_reads_limited_number_of_items(
     client: WorkClient, control_plane: ControlPlane
 ) -> None:
     items = control_plane.enqueue(7)

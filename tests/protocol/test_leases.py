@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("memory_and_sqlite_stores")
 
 
 @pytest.mark.parametrize("seen_by", ["poll", "get", "list", "stats", "ack", "heartbeat"])
-async def test_each_call_treats_item_with_expired_lease_as_queued(
+async def test_every_call_treats_item_with_expired_lease_as_queued_item(
     api: ApiClient, clock: MovableClock, seen_by: str
 ) -> None:
     work_id = await api.create_item_in_state("active", "a")

@@ -154,7 +154,7 @@ def test_waiting_polls_receive_one_item_each_in_order() -> None:
     run_in_virtual_time(enqueue_for_five_polls)
 
 
-def test_thousand_waiting_polls_receive_thousand_items() -> None:
+def test_thousand_waiting_polls_receive_one_item_each() -> None:
     async def enqueue_for_thousand_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [
@@ -171,7 +171,7 @@ def test_thousand_waiting_polls_receive_thousand_items() -> None:
     run_in_virtual_time(enqueue_for_thousand_polls)
 
 
-def test_end_waits_call_answers_all_waiting_polls() -> None:
+def test_end_waits_method_answers_all_waiting_polls() -> None:
     async def end_waits_during_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [
@@ -186,7 +186,7 @@ def test_end_waits_call_answers_all_waiting_polls() -> None:
     run_in_virtual_time(end_waits_during_polls)
 
 
-async def test_next_poll_is_woken_if_woken_poll_is_cancelled() -> None:
+async def test_server_wakes_next_poll_if_the_poll_woken_first_is_cancelled() -> None:
     waiting = WaitingPolls()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         first = group.create_task(waiting.wait_until_woken(60, reclaiming=False))
@@ -199,7 +199,7 @@ async def test_next_poll_is_woken_if_woken_poll_is_cancelled() -> None:
     assert len(waiting) == 0
 
 
-def test_next_poll_is_woken_if_client_of_woken_poll_has_disconnected() -> None:
+def test_server_wakes_next_poll_if_client_of_poll_woken_first_has_disconnected() -> None:
     async def disconnect_first_of_two_polls(operations: Operations) -> None:
         left = False
         async with asyncio.TaskGroup() as group:
@@ -232,7 +232,7 @@ def test_withdrawn_delivery_wakes_next_poll() -> None:
     run_in_virtual_time(withdraw_delivery_during_poll)
 
 
-def test_expired_lease_noticed_by_another_call_wakes_poll() -> None:
+def test_waiting_poll_wakes_when_another_call_notices_an_expired_lease() -> None:
     async def read_stats_during_poll(operations: Operations) -> None:
         (item,) = operations.enqueue(ENV)
         operations.ack_item(ENV, item.id)

@@ -71,7 +71,9 @@ async def test_poll_returns_oldest_item_first(api: ApiClient) -> None:
     assert [(await api.claim_item())["id"] for _ in range(5)] == ids
 
 
-async def test_due_redelivery_precedes_younger_item(api: ApiClient, clock: MovableClock) -> None:
+async def test_item_due_for_redelivery_is_delivered_before_younger_item(
+    api: ApiClient, clock: MovableClock
+) -> None:
     (first,) = api.plane.enqueue()
     await api.claim_item()
     api.plane.enqueue()
@@ -170,7 +172,7 @@ async def test_invalid_worker_id_is_400(qoder_api: ApiClient, worker: str) -> No
     assert answer.error["type"] == "invalid_request_error"
 
 
-async def test_head_request_is_405_and_delivers_nothing(api: ApiClient) -> None:
+async def test_head_request_to_poll_path_is_405_and_delivers_nothing(api: ApiClient) -> None:
     api.plane.enqueue()
     assert (await api("HEAD", api.work_url("/poll"))).status == 405
     assert (await api.queue_stats())["depth"] == 1

@@ -28,7 +28,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_delivery_index_has_same_results_as_full_scan(
+def test_index_of_deliveries_has_same_results_as_full_scan(
     steps: Sequence[tuple[str, int, int]],
 ) -> None:
     deliveries, model, now = Deliveries(), dict[str, int](), 0
@@ -137,7 +137,7 @@ def test_ids_inserted_in_descending_order_are_sorted() -> None:
     assert max(len(chunk) for chunk in ids._chunks) <= CHUNK_MAX
 
 
-def test_lease_index_does_not_grow_with_renewals_of_one_lease() -> None:
+def test_lease_index_does_not_grow_when_one_lease_is_renewed_often() -> None:
     leases = LeaseEndTimes()
     for now in range(10_000):
         leases.set_end_time("work_1", now + 60)
@@ -146,7 +146,7 @@ def test_lease_index_does_not_grow_with_renewals_of_one_lease() -> None:
 
 
 @given(st.lists(st.integers(0, 2**47 * 1000), max_size=50))
-def test_ids_ascend_even_if_clock_is_set_back(instants: Sequence[int]) -> None:
+def test_generated_ids_ascend_even_if_clock_is_set_back(instants: Sequence[int]) -> None:
     ids = IdGenerator()
     made = [ids.next_id_digits(now) for now in instants]
     again = IdGenerator(made[-1]) if made else ids
@@ -259,7 +259,7 @@ TestQueueMachineWithRetention = QueueStateMachineWithRetention.TestCase
 TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
-def test_function_calls_of_poll_do_not_grow_with_number_of_stopped_items() -> None:
+def test_poll_makes_no_more_function_calls_if_many_items_are_stopped() -> None:
     """A stop must remove the item's id from the index of queued items.
 
     Otherwise the next poll would need time to skip the ids of all stopped items.

@@ -116,7 +116,7 @@ async def test_full_last_page_of_items_has_no_next_page(api: ApiClient) -> None:
     assert not (await read_item_page(api, before_id=ids[2], limit=2))["has_more"]
 
 
-async def test_after_id_and_before_id_exclude_their_item(api: ApiClient) -> None:
+async def test_pages_after_or_before_an_id_exclude_the_item_of_that_id(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(3)]
     assert (await read_item_page(api, after_id=ids[0]))["ids"] == ids[1:]
     assert (await read_item_page(api, before_id=ids[2]))["ids"] == ids[:2]

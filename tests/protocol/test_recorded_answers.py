@@ -66,7 +66,9 @@ def read_result_attribute_as_json(value: object, name: str) -> object:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-async def test_client_reads_recorded_response_as_expected(answer: dict[str, Any]) -> None:
+async def test_client_parses_each_recorded_response_into_expected_result(
+    answer: dict[str, Any],
+) -> None:
     async def send_recorded_answer(_: web.Request) -> web.Response:
         headers = answer.get("headers")
         if answer["body"] == "no body":

@@ -109,7 +109,7 @@ async def test_scale_with_invalid_query_is_400(query: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("environment", "status"), [("env_unknown", 404), (CLOUD, 400)])
-async def test_scale_of_unknown_or_cloud_environment_is_refused(
+async def test_scale_request_for_unknown_or_cloud_environment_is_refused(
     environment: str, status: int
 ) -> None:
     async with make_control_plane() as plane:
@@ -146,7 +146,7 @@ async def test_scale_beyond_loopback_needs_a_token() -> None:
         assert (await fetch_scale_numbers(plane, headers={"X-Api-Key": SCALE}))[0] == 200
 
 
-async def test_other_call_with_scale_token_is_401() -> None:
+async def test_request_to_other_path_with_scale_token_is_401() -> None:
     async with make_control_plane() as plane, aiohttp.ClientSession() as http:
         for path in ("/v1/environments", f"/v1/environments/{ENV}/work/stats"):
             url = f"http://127.0.0.1:{plane.port}{path}"
@@ -154,7 +154,7 @@ async def test_other_call_with_scale_token_is_401() -> None:
                 assert answer.status == 401
 
 
-async def test_scale_call_with_item_token_is_403() -> None:
+async def test_scale_request_with_item_token_is_403() -> None:
     async with make_control_plane() as plane, aiohttp.ClientSession() as http:
         plane.enqueue()
         url = f"http://127.0.0.1:{plane.port}/v1/environments/{ENV}/work/poll"

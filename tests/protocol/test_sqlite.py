@@ -103,7 +103,7 @@ async def test_ids_ascend_across_restart_with_clock_set_back(
         assert plane.enqueue()[0].id > former.id
 
 
-async def test_redelivery_order_survives_restart(
+async def test_order_of_redeliveries_survives_restart(
     database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
@@ -122,7 +122,7 @@ async def test_redelivery_order_survives_restart(
         assert (await api.claim_item())["id"] == first
 
 
-async def test_items_of_environment_survive_server_without_that_environment(
+async def test_items_survive_run_of_server_without_their_environment(
     database_path: Path, clock: MovableClock
 ) -> None:
     async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:
@@ -210,7 +210,7 @@ async def test_store_in_missing_directory_is_refused(tmp_path: Path, clock: Mova
         await control_plane_with_database(tmp_path / "missing" / "work.db", clock).__aenter__()
 
 
-async def test_second_server_on_same_file_is_refused(
+async def test_second_server_with_same_database_file_is_refused(
     database_path: Path, clock: MovableClock
 ) -> None:
     async with control_plane_with_database(database_path, clock):
@@ -288,7 +288,7 @@ async def test_inconsistent_rows_prevent_start(
             await control_plane_with_database(database_path, clock).__aenter__()
 
 
-async def test_store_fails_after_exception_on_writer_thread(
+async def test_sqlite_store_fails_after_an_exception_on_its_writer_thread(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
@@ -299,7 +299,7 @@ async def test_store_fails_after_exception_on_writer_thread(
                 await plane.operations.wait_until_durable()
 
 
-async def test_closing_store_ends_read_in_progress(
+async def test_close_of_sqlite_store_ends_a_read_in_progress(
     database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
@@ -439,7 +439,7 @@ async def test_server_killed_under_load_loses_no_change_of_answered_request(
         assert stopped
 
 
-async def test_process_killed_between_item_and_first_event_stores_neither(
+async def test_process_killed_between_creation_of_item_and_of_first_event_stores_neither(
     database_path: Path,
 ) -> None:
     """A worker that gets an item without its first message would wait for that message forever."""

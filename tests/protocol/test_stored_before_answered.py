@@ -120,7 +120,7 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
     ).status == 409
 
 
-async def test_409_is_answered_only_after_earlier_change_is_stored(
+async def test_response_409_is_sent_only_after_earlier_change_is_stored(
     api: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
     stopped = await api.create_item_in_state("stopped")

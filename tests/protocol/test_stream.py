@@ -151,7 +151,7 @@ async def test_stream_of_disconnected_client_is_removed(qoder_api: ApiClient) ->
     await wait_until(lambda: not following)
 
 
-async def test_server_closes_stream_to_client_that_stops_reading(
+async def test_server_closes_stream_if_client_stops_reading(
     qoder_api: ApiClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbound_connections, "READ_SECONDS", 0.1)

@@ -83,7 +83,9 @@ async def test_update_is_accepted_in_every_state(api: ApiClient, state: str) -> 
         b'{"metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
     ],
 )
-async def test_malformed_update_is_400_and_not_applied(api: ApiClient, body: bytes) -> None:
+async def test_malformed_update_is_400_and_leaves_metadata_unchanged(
+    api: ApiClient, body: bytes
+) -> None:
     (item,) = api.plane.enqueue(metadata={"a": "1"})
     answer = await api.update(item.id, data=body)
     assert answer.status == 400
