@@ -76,7 +76,7 @@ def words_in_name(name: str) -> set[str]:
     return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
-def test_checked_modules_include_package_and_plugins() -> None:
+def test_architecture_tests_check_modules_of_package_and_plugins() -> None:
     assert len(MODULES) > 40
     assert PLUGIN_MODULES
 
@@ -113,7 +113,7 @@ def test_every_module_has_a_docstring(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def test_hook_specifications_are_the_documented_hooks() -> None:
+def test_hook_specifications_equal_the_documented_hooks() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("workpool_")]
     assert sorted(hooks) == [
         "workpool_admission",

@@ -87,7 +87,7 @@ def test_citation_of_every_module_names_an_existing_heading() -> None:
         ("conformance", "protocol", "Leases"),
     ],
 )
-def test_modules_of_subpackage_cite_the_document_about_it(
+def test_modules_of_subpackage_cite_the_document_about_that_subpackage(
     part: str, document: str, heading: str
 ) -> None:
     modules = (PACKAGE / part).rglob("*.py")
@@ -128,7 +128,7 @@ def test_no_file_cites_a_document_outside_repository() -> None:
         ('See docs/architecture.md, "Clocks".', ["Clocks"]),
     ],
 )
-def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> None:
+def test_citation_of_missing_heading_is_reported(text: str, found: list[str]) -> None:
     assert [heading for _, heading in find_unresolved_citations(text)] == found
 
 
@@ -143,7 +143,7 @@ def test_citation_without_its_heading_is_found(text: str, found: list[str]) -> N
         ('See README.md, "Semantics".', []),
     ],
 )
-def test_malformed_citation_is_found(text: str, found: list[str]) -> None:
+def test_malformed_citation_in_text_is_reported(text: str, found: list[str]) -> None:
     assert find_malformed_mentions(text) == found
 
 
@@ -221,7 +221,7 @@ def source_names() -> SourceNames:
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CHECKED_NAMES)
-def test_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> None:
+def test_code_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> None:
     text = (PACKAGE / f"docs/{page}.md").read_text()
     missing = find_missing_names(text, source_names)
     assert [name for name in missing if name not in NAMES_OF_OTHERS] == []
@@ -237,7 +237,9 @@ def test_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> 
         "workpool/pool/absent.py",
     ],
 )
-def test_name_that_source_does_not_define_is_found(name: str, source_names: SourceNames) -> None:
+def test_documented_name_missing_in_source_is_reported(
+    name: str, source_names: SourceNames
+) -> None:
     assert find_missing_names(f"The call of `{name}` comes first.", source_names) == [name]
 
 
@@ -253,5 +255,7 @@ def test_name_that_source_does_not_define_is_found(name: str, source_names: Sour
         "time.sleep",
     ],
 )
-def test_name_that_source_defines_is_accepted(name: str, source_names: SourceNames) -> None:
+def test_documented_name_defined_in_source_is_not_reported(
+    name: str, source_names: SourceNames
+) -> None:
     assert find_missing_names(f"The call of `{name}` comes first.", source_names) == []

@@ -48,7 +48,7 @@ def metric_base_name(metric: str) -> str:
     return re.sub("_(bucket|count|sum)$", "", metric)
 
 
-def test_every_metric_has_a_panel_and_panels_use_no_unknown_metric() -> None:
+def test_dashboard_panels_show_every_metric_and_no_unknown_metric() -> None:
     known = {row.full_name for row in DEFINITIONS}
     shown = {
         name if name in known else metric_base_name(name)
@@ -58,7 +58,7 @@ def test_every_metric_has_a_panel_and_panels_use_no_unknown_metric() -> None:
     assert shown == known
 
 
-def test_every_query_selects_existing_labels_of_its_metric() -> None:
+def test_dashboard_query_selects_only_labels_that_its_metric_has() -> None:
     rows = {row.full_name: row for row in DEFINITIONS}
     for title, query in read_panel_queries():
         for name, matchers in re.findall(r"\b(workpool_\w+)\{([^}]*)\}", query):

@@ -70,7 +70,7 @@ def find_code_block_containing(marker: str, language: str = "python") -> str:
 
 
 @pytest.mark.parametrize("name", references.PAGES)
-def test_generated_part_of_page_matches_code(name: str) -> None:
+def test_generated_part_of_documentation_page_matches_code(name: str) -> None:
     """If this test fails, `python -m tests.references` writes the pages anew."""
     assert references.replace_generated_part(
         read_page_text(name), references.PAGES[name]()
@@ -153,7 +153,7 @@ def test_ci_script_runs_every_python_version_of_classifiers() -> None:
     assert supported == ["3.11", *others.split()]
 
 
-def test_each_test_is_selected_by_exactly_one_tier() -> None:
+def test_each_test_runs_in_exactly_one_of_poe_test_and_poe_trials() -> None:
     """`poe test` runs the tests without the marker `trial`; `poe trials` runs all others."""
     assert TOOLS["pytest"]["ini_options"]["addopts"][-2:] == ["-m", "not trial"]
     tasks = TOOLS["poe"]["tasks"]
@@ -229,14 +229,14 @@ async def metadata_written_by_plugin(plugin: object, metadata: dict[str, str]) -
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_first_handler_writes_its_metadata(tmp_path: Path) -> None:
+async def test_documented_first_handler_writes_phase_and_rows_to_metadata(tmp_path: Path) -> None:
     names = run_example("# reports.py", tmp_path)
     done = await metadata_written_by_plugin(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
+async def test_documented_program_with_embedded_pool_runs_sessions(tmp_path: Path) -> None:
     names = run_example("# service.py", tmp_path)
     async with asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
@@ -245,7 +245,7 @@ async def test_documented_embedded_pool_runs_sessions(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handler_with_blocking_code_in_thread_writes_digest(
+async def test_documented_handler_that_runs_blocking_code_in_thread_writes_digest(
     tmp_path: Path,
 ) -> None:
     names = run_example("pbkdf2_hmac", tmp_path)
@@ -254,7 +254,7 @@ async def test_documented_handler_with_blocking_code_in_thread_writes_digest(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handler_with_release_on_exhaustion_completes(
+async def test_documented_handler_that_releases_on_exhaustion_completes(
     tmp_path: Path,
 ) -> None:
     scratch = run_example("# scratch.py", tmp_path)["scratch"]
@@ -262,21 +262,23 @@ async def test_documented_handler_with_release_on_exhaustion_completes(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_json_result_is_written_as_one_text(tmp_path: Path) -> None:
+async def test_documented_handler_result_is_written_as_one_json_text(tmp_path: Path) -> None:
     totals = run_example("# totals.py", tmp_path)["totals"]
     done = await metadata_written_by_plugin(totals, {"job": "totals"})
     assert done["workpool.result"] == '{"orders":2,"amounts":[12.5,30],"currency":null}'
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_retry_calls_handler_until_it_returns(tmp_path: Path) -> None:
+async def test_documented_handler_with_retry_setting_is_called_until_it_returns(
+    tmp_path: Path,
+) -> None:
     stock = run_example("# stock.py", tmp_path)["stock"]
     done = await metadata_written_by_plugin(stock, {"job": "stock"})
     assert (done["stock"], done["retry"]) == ("7", "2")
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_plain_handler_returns_its_result(tmp_path: Path) -> None:
+async def test_documented_handler_that_is_plain_function_writes_result(tmp_path: Path) -> None:
     resize = run_example("# resize.py", tmp_path)["resize"]
     assert (await metadata_written_by_plugin(resize, {"job": "resize"}))["resized"] == "3"
 
@@ -295,7 +297,7 @@ async def test_documented_plugin_with_process_pool_writes_result_and_ends_proces
         assert multiprocessing.connection.wait([process.sentinel], timeout=50)
 
 
-async def test_documented_idempotency_key_is_the_same_in_second_run(tmp_path: Path) -> None:
+async def test_documented_handler_uses_same_idempotency_key_in_second_run(tmp_path: Path) -> None:
     names = run_example("# pay.py", tmp_path)
     pay = names["pay"]
 
@@ -350,7 +352,7 @@ async def test_documented_handler_answers_tool_uses_of_session(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_plain_program_runs_until_signal(tmp_path: Path) -> None:
+async def test_documented_program_with_pool_runs_sessions_until_signal(tmp_path: Path) -> None:
     names = run_example("# program.py", tmp_path)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         main = group.create_task(names["main"]())
@@ -435,7 +437,7 @@ async def test_documented_observer_prints_outcome(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_routing_sends_items_to_their_handlers(tmp_path: Path) -> None:
+async def test_documented_handlers_receive_items_that_match_their_metadata(tmp_path: Path) -> None:
     names = run_example("# kinds.py", tmp_path)
     async with Supervisor(
         Settings(), plugins=[names["Heavy"], names["report"], names["huge_report"]]
@@ -448,7 +450,7 @@ async def test_documented_routing_sends_items_to_their_handlers(tmp_path: Path) 
             assert (await wait_for_metadata_of_finished_item({"job": "report", **more}))["by"] == by
 
 
-def test_documented_tests_of_handlers_pass(
+def test_documented_tests_of_handlers_pass_when_pytest_runs_them(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -490,18 +492,18 @@ def code_name_exists(path: str) -> bool:
     return True
 
 
-def test_code_name_of_every_glossary_term_exists() -> None:
+def test_code_name_in_every_glossary_entry_exists_in_source() -> None:
     for term, _, code in read_glossary_entries():
         [path] = re.findall(r"`([\w.]+)`", code)
         assert code_name_exists(path), (term, path)
 
 
-def test_missing_code_name_of_glossary_term_is_found() -> None:
+def test_code_name_check_of_glossary_rejects_missing_name() -> None:
     assert not code_name_exists("pool.lease.Lease.no_such_name")
     assert not code_name_exists("pool.no_such_module")
 
 
-def test_glossary_term_has_one_sentence_and_one_entry() -> None:
+def test_every_glossary_term_has_one_entry_of_one_sentence() -> None:
     terms = [term for term, *_ in read_glossary_entries()]
     assert len(terms) == len(set(terms)) > 40
     assert all(re.fullmatch(r"[A-Z][^.]*\.", each) for _, each, _ in read_glossary_entries())

@@ -103,7 +103,7 @@ def relative_path(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", list_checked_files(), ids=relative_path)
-def test_module_text_is_plain_english(path: Path) -> None:
+def test_docstrings_and_comments_of_module_have_no_language_problems(path: Path) -> None:
     assert find_language_problems(path.read_text()) == []
 
 
@@ -113,7 +113,7 @@ def test_page_text_has_no_banned_words(path: Path) -> None:
     assert find_banned_words(path.read_text()) == []
 
 
-def test_test_names_state_subject_situation_and_expectation() -> None:
+def test_test_names_have_three_or_more_words_and_begin_with_no_article() -> None:
     """A name has at least three words, and the first one is neither pronoun nor article.
 
     The name is all that a report of a failure shows.
@@ -149,5 +149,5 @@ def test_every_banned_word_has_a_reason() -> None:
         ("# `use_token` quotes a name", 0),
     ],
 )
-def test_problem_in_text_is_reported(text: str, count: int) -> None:
+def test_language_problem_in_text_is_reported(text: str, count: int) -> None:
     assert len(find_language_problems(text + "\n")) == count

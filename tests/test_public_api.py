@@ -13,7 +13,7 @@ import workpool
 from workpool import Handler, hookspecs
 
 
-def test_public_names_are_the_documented_ones() -> None:
+def test_public_names_of_workpool_equal_the_documented_names() -> None:
     assert sorted(workpool.__all__) == [
         "BlockingSession",
         "DaemonThreads",
@@ -43,7 +43,7 @@ def test_public_names_are_the_documented_ones() -> None:
     assert all(hasattr(workpool, name) for name in workpool.__all__)
 
 
-def test_everything_that_hooks_take_and_return_is_exported() -> None:
+def test_types_that_hooks_take_and_return_are_exported() -> None:
     """Types inside type aliases must be exported too, such as each member of the union `Event`."""
     namespace = {
         **{name: getattr(workpool, name) for name in workpool.__all__},
@@ -91,14 +91,14 @@ def test_import_of_workpool_keeps_signal_handlers_unchanged() -> None:
     assert run_code_in_new_process(code) == "True"
 
 
-def test_public_names_are_available_if_another_module_was_imported_first() -> None:
+def test_workpool_exports_public_names_even_if_submodule_was_imported_first() -> None:
     code = "import workpool.testing, workpool\nprint(callable(workpool.handler), dir(workpool))"
     callable_, _, names = run_code_in_new_process(code).partition(" ")
     assert callable_ == "True"
     assert set(workpool.__all__) <= set(ast.literal_eval(names))
 
 
-def test_public_modules_are_attributes_of_the_package() -> None:
+def test_public_modules_of_workpool_are_attributes_of_the_package() -> None:
     code = "import workpool as w; print(w.errors, w.events, w.settings)"
     assert run_code_in_new_process(code).count("<module") == 3
 

@@ -45,7 +45,7 @@ async def test_storm_of_faults_loses_no_item_and_overlaps_no_runs(tmp_path: Path
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_storm_on_three_nodes_and_one_database_loses_no_item_and_overlaps_no_leases(
+async def test_storm_on_three_nodes_loses_no_item_and_overlaps_no_leases(
     tmp_path: Path, own_postgres: Cluster, seed: int
 ) -> None:
     settings = StormSettings(seed=seed, seconds=60, slack=1.5)

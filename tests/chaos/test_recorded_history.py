@@ -37,7 +37,7 @@ STOPPED = make_record(20, "stopped", B, "stopped")
 VALID = [CREATED, *make_lease_records(1, A), LAPSED, *make_lease_records(12, B), STOPPED]
 
 
-def test_valid_history_has_no_violation() -> None:
+def test_history_checker_finds_no_violation_in_valid_history() -> None:
     conflict = Record(21, "w", "conflict", A, "stopped", None, "heartbeat")
     assert list(find_history_violations([*VALID, conflict])) == []
 
@@ -60,7 +60,7 @@ def test_valid_history_has_no_violation() -> None:
         ),
     ],
 )
-def test_each_kind_of_violation_in_history_is_reported(
+def test_history_checker_reports_each_kind_of_violation(
     history: list[Record], violation: str
 ) -> None:
     found = list(find_history_violations(history))

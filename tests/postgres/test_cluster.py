@@ -27,7 +27,7 @@ def test_restarted_cluster_has_all_committed_rows(own_postgres: Cluster, end: st
     assert recovered == (end == "kill")
 
 
-def test_each_test_has_an_empty_database(postgres: Cluster, database_url: str) -> None:
+def test_database_created_for_test_is_empty(postgres: Cluster, database_url: str) -> None:
     other = postgres.create_database()
     postgres.execute("CREATE TABLE number (value int)", database_url)
     tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"

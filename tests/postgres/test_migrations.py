@@ -28,7 +28,7 @@ def test_migrations_have_contiguous_versions_and_allow_the_previous_release() ->
     assert oldest == sorted(oldest)
 
 
-async def test_migrations_of_release_create_the_tables_once(
+async def test_migrations_create_the_tables_on_first_run_and_change_nothing_on_second(
     postgres: Cluster, database_url: str
 ) -> None:
     steps = len(migrations.load_migrations())

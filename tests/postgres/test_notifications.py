@@ -105,7 +105,7 @@ async def test_announced_event_wakes_all_streams_of_its_session(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_wait_ends_at_once_if_topic_changed_since_change_count_was_read(
+async def test_wait_for_change_ends_at_once_if_topic_changed_since_given_count(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
@@ -125,7 +125,7 @@ async def test_wait_ends_at_once_if_topic_changed_since_change_count_was_read(
         assert not await here.wait_for_change(WORK, here.change_count(), 0.01)
 
 
-async def test_each_item_announced_while_polls_read_makes_one_poll_read_again(
+async def test_item_announced_while_polls_read_table_makes_one_poll_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -141,7 +141,7 @@ async def test_each_item_announced_while_polls_read_makes_one_poll_read_again(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_poll_that_was_reading_ignores_item_that_woke_another_poll(
+async def test_announced_item_that_wakes_waiting_poll_does_not_wake_reading_poll(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -154,7 +154,7 @@ async def test_poll_that_was_reading_ignores_item_that_woke_another_poll(
         await wait_until(lambda: waiting.ended == [True])
 
 
-async def test_calls_without_notification_read_again_after_the_fallback_interval(
+async def test_waiting_call_without_notification_reads_again_after_fallback_interval(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "FALLBACK_SECONDS", 0.3)
@@ -223,7 +223,7 @@ async def test_connection_without_answer_to_a_ping_is_replaced(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_topics_too_long_for_one_notification_are_sent_in_several(
+async def test_topics_too_long_for_one_notification_are_sent_in_several_notifications(
     hubs: tuple[NotificationHub, NotificationHub],
 ) -> None:
     topics = [make_work_topic(f"env_{number:064}") for number in range(500)]
@@ -236,7 +236,7 @@ async def test_topics_too_long_for_one_notification_are_sent_in_several(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_more_unsent_topics_than_the_limit_wake_all_waiting_calls(
+async def test_announcement_beyond_limit_of_unsent_topics_wakes_all_waiting_calls(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 10)
@@ -262,7 +262,7 @@ async def test_unreadable_notification_makes_waiting_calls_read_again(
         await wait_until(lambda: waits.ended == [False])
 
 
-async def test_poll_cancelled_after_its_wake_up_wakes_the_next_poll(database_url: str) -> None:
+async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         first, second = (TasksWaitingForChange(group, hub, WORK, 1) for _ in range(2))
@@ -273,7 +273,7 @@ async def test_poll_cancelled_after_its_wake_up_wakes_the_next_poll(database_url
     assert first.ended == []
 
 
-async def test_current_and_later_waits_end_at_once_after_end_waits(
+async def test_end_waits_ends_current_and_later_waits_at_once(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)

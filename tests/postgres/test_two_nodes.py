@@ -126,7 +126,7 @@ async def test_concurrent_heartbeats_to_two_nodes_extend_the_lease_once(
         (first,) = [each for each in found if each != 412]
 
 
-async def test_node_with_outdated_cached_row_applies_calls_to_current_row(
+async def test_node_applies_calls_to_current_row_if_its_cached_row_is_outdated(
     nodes: list[Engine],
 ) -> None:
     one, other = nodes
@@ -148,7 +148,7 @@ async def test_node_with_outdated_cached_row_applies_calls_to_current_row(
     assert kinds[-4:] == ["heartbeat", "metadata", "stop_requested", "stopped"]
 
 
-async def test_node_with_outdated_cached_row_after_failover_does_not_overwrite_claim(
+async def test_node_with_outdated_cached_row_does_not_overwrite_claim_after_failover(
     nodes: list[Engine], postgres: Cluster, database_url: str
 ) -> None:
     one, other = nodes
@@ -219,7 +219,7 @@ async def test_termination_is_last_event_of_session_archived_during_concurrent_s
     assert (await nodes[1].get_item(ENV, item.id)).state == "stopped"
 
 
-async def test_session_with_new_message_is_not_deleted_with_ended_sessions(
+async def test_deletion_of_ended_sessions_spares_session_that_gets_new_message(
     nodes: list[Engine],
 ) -> None:
     items = await nodes[0].enqueue(ENV, count=8)

@@ -18,7 +18,7 @@ _spec.loader.exec_module(mutations)
 SCHEDULES = range(2000)
 
 
-def test_table_of_mutations_has_at_least_twenty_entries() -> None:
+def test_mutation_table_of_simulation_has_at_least_twenty_entries() -> None:
     assert len(mutations.MUTATIONS) >= 20
 
 

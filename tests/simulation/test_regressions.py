@@ -123,7 +123,7 @@ async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -
 
 
 @in_virtual_time
-async def test_drain_during_first_heartbeat_delays_second_until_first_is_answered() -> None:
+async def test_second_heartbeat_waits_for_answer_to_first_if_drain_begins_meanwhile() -> None:
     script = Script(heartbeat=[Fault(request_delay=4, answer_delay=4)])
     bench = PoolTestbed(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
@@ -153,7 +153,7 @@ async def test_session_with_refused_stop_and_expired_lease_counts_as_lease_lost(
 
 
 @in_virtual_time
-async def test_abandoned_session_that_an_operator_stopped_counts_as_stopped() -> None:
+async def test_abandoned_session_counts_as_stopped_if_operator_stopped_its_item() -> None:
     """Formerly the session counted as `released`, but a stopped item is not delivered again."""
     bench = PoolTestbed(Script(), ignore_cancellation, lease_ttl=10)
     async with bench.supervisor as pool:
@@ -180,7 +180,7 @@ async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
 
 
 @in_virtual_time
-async def test_lease_that_began_after_machine_pause_needs_only_one_heartbeat() -> None:
+async def test_session_whose_lease_began_after_machine_pause_sends_only_one_heartbeat() -> None:
     """Formerly a pause before the claim made the first write wait for a second heartbeat."""
     script = Script()
     bench = PoolTestbed(script)
@@ -218,7 +218,7 @@ async def hand_off_after_pause(session: Session) -> None:
 
 
 @in_virtual_time
-async def test_handoff_after_machine_pause_verifies_lease_and_succeeds() -> None:
+async def test_handoff_after_machine_pause_succeeds_because_heartbeat_verifies_lease() -> None:
     """Formerly a handoff after a pause failed, although its first heartbeat verifies the lease."""
     bench = PoolTestbed(Script(), hand_off_after_pause, lease_ttl=10)
     async with bench.supervisor:
@@ -292,7 +292,7 @@ async def test_handler_does_not_start_after_machine_slept_longer_than_the_lease(
 
 
 @in_virtual_time
-async def test_heartbeat_answered_after_machine_pause_is_followed_by_another_at_once() -> None:
+async def test_heartbeat_is_repeated_at_once_if_machine_paused_before_its_answer() -> None:
     """Formerly the pool trusted the answer, although the heartbeat was sent before the pause."""
     script = Script(heartbeat=[None, Fault(answer_delay=8)])
     bench = PoolTestbed(script, ignore_cancellation, lease_ttl=60)
@@ -314,7 +314,7 @@ class OperationsWithUncheckedHeartbeats(Operations):
 
 
 @in_virtual_time
-async def test_item_taken_over_during_machine_pause_is_not_stopped() -> None:
+async def test_pool_does_not_stop_item_that_another_worker_took_during_machine_pause() -> None:
     """Formerly a successful heartbeat after the pause made the pool treat the item as its own.
 
     The other worker owns the item, and an operator has asked to stop it.
@@ -439,7 +439,7 @@ async def test_unanswered_completion_is_retried_until_one_second_before_lease_en
 
 
 @in_virtual_time
-async def test_item_polled_by_two_workers_at_once_is_soon_acknowledged_by_one() -> None:
+async def test_item_that_two_workers_poll_at_once_is_soon_acknowledged_by_one() -> None:
     """Formerly all acks were refused: each worker polled before the other's ack arrived."""
 
     def make_latency_fault(request: Request) -> Fault:

@@ -70,7 +70,7 @@ async def test_command_beyond_time_limit_is_killed_with_its_children(
     await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids", 0))
 
 
-async def test_output_after_limit_of_logged_lines_counts_as_progress(
+async def test_command_output_that_is_no_longer_logged_still_counts_as_progress(
     kit: Kit, shell_command: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report_progress, progress_reported = Session.progress, asyncio.Event()
@@ -146,7 +146,7 @@ async def test_background_process_is_killed_after_exit_of_command(
     await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids"))
 
 
-async def test_daemon_that_keeps_pipes_open_does_not_block_session(
+async def test_daemon_that_keeps_pipes_of_command_open_does_not_delay_session_end(
     kit: Kit,
     shell_command: Shell,
     procfs: Any,
@@ -203,7 +203,7 @@ async def test_session_fails_if_other_code_reaped_command_right_after_spawn(
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_hundred_sessions_of_all_outcomes_leave_no_process_or_descriptor(
+def test_hundred_command_sessions_leave_no_process_or_open_file_descriptor(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
     shell_command: Shell,
     procfs: Any,

@@ -66,7 +66,7 @@ async def limited_descriptors_context(left: int) -> AsyncIterator[None]:
 
 
 @pytest.mark.parametrize("left", range(13))
-async def test_session_without_free_descriptors_is_released(
+async def test_command_session_is_released_if_worker_has_no_free_file_descriptors(
     kit: Kit, shell_command: Shell, left: int
 ) -> None:
     """Depending on the number of free descriptors, a different step of the session fails.
@@ -91,7 +91,7 @@ async def test_session_without_free_descriptors_is_released(
     ],
     ids=repr,
 )
-async def test_session_that_hits_resource_limit_at_start_is_released(
+async def test_command_session_is_released_if_start_hits_resource_limit(
     kit: Kit, shell_command: Shell, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raise_error(*_: object) -> None:

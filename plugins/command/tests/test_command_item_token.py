@@ -101,7 +101,7 @@ async def test_command_with_token_of_item_cannot_read_key_of_worker(
     assert find_worker_secrets(dump) == []
 
 
-async def test_command_without_item_token_gets_no_token(
+async def test_command_gets_no_token_in_environment_without_setting_item_token(
     kit: Kit, worker_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     command = Command(command=["sh", "-c", f"env >{tmp_path}/env"])

@@ -51,7 +51,7 @@ async def test_command_receives_ids_and_item_but_no_credentials(
     assert {name for name in lines if not name.startswith("WORKPOOL_")} <= expected
 
 
-async def test_root_setting_gives_command_own_directory_that_is_removed_afterwards(
+async def test_command_with_root_setting_has_own_directory_until_session_ends(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     root, note = tmp_path / "sessions", tmp_path / "note"

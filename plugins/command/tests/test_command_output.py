@@ -63,7 +63,7 @@ async def test_other_sessions_complete_while_one_command_prints_endlessly(
     assert (last.session.item.id, last.outcome) == (chatty.id, "stopped")
 
 
-def test_endless_line_uses_limited_memory() -> None:
+def test_line_splitter_uses_limited_memory_for_endless_line() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = LineSplitter(lambda _: None)
     for _ in range(3_000):
@@ -73,7 +73,9 @@ def test_endless_line_uses_limited_memory() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=9) | st.just(b"\n") | st.just(b" ")))
-def test_stream_in_any_chunks_is_split_into_same_lines(chunks: list[bytes]) -> None:
+def test_line_splitter_finds_same_lines_however_stream_is_divided_into_chunks(
+    chunks: list[bytes],
+) -> None:
     fed_lines: list[bytes] = []
     lines = LineSplitter(lambda some: fed_lines.extend(some.split(b"\n")))
     for chunk in chunks:

@@ -86,7 +86,7 @@ async def test_root_setting_that_names_file_raises_plugin_error(
         await kit.pool(shell_command("", root=tmp_path / "file")).run(until_empty=True)
 
 
-async def test_start_in_process_that_ignores_sigchld_raises_plugin_error(
+async def test_pool_with_command_raises_plugin_error_if_worker_ignores_sigchld(
     kit: Kit, shell_command: Shell
 ) -> None:
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -144,7 +144,7 @@ async def test_kept_directory_replaced_by_symlink_fails_session(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
-def test_resource_exhaustion_at_command_start_is_converted_to_release(number: int) -> None:
+def test_resource_exhaustion_at_command_start_raises_release(number: int) -> None:
     with pytest.raises(Release), convert_start_errors("tool"):
         raise OSError(number, os.strerror(number))
 

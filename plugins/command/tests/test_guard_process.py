@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_running_guard_ends_without_error_if_other_code_reaped_process(
+def test_guard_context_ends_without_error_if_other_code_reaped_guard_process(
     new_loop: Callable[[], asyncio.AbstractEventLoop], procfs: Any
 ) -> None:
     children = procfs.child_processes()
@@ -69,7 +69,7 @@ with asyncio.Runner(loop_factory=loops[sys.argv[1]]) as runner:
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 @pytest.mark.parametrize("number", ["reported", "not_reported"])
-async def test_guard_of_worker_killed_right_after_spawn_kills_command(
+async def test_command_is_killed_by_guard_if_worker_dies_right_after_spawn(
     loop: str, number: str, procfs: Any
 ) -> None:
     worker = await asyncio.create_subprocess_exec(

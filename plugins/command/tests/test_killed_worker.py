@@ -111,7 +111,7 @@ async def test_detached_command_of_running_worker_is_reaped(
     assert procfs.open_descriptors() == descriptors
 
 
-async def test_session_is_released_if_token_of_workpool_hold_is_refused(
+async def test_session_is_released_if_control_plane_refuses_token_of_hold_process(
     kit: Kit, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"

@@ -92,7 +92,7 @@ def sh_arguments(text: str, *arguments: object) -> CommandArguments:
     )
 
 
-async def test_leader_reaped_right_after_spawn_counts_as_exited_with_unknown_status(
+async def test_group_leader_has_unknown_exit_status_if_other_code_reaped_it_after_spawn(
     install_spawn_callback: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
     install_spawn_callback(lambda pid: os.waitpid(pid, 0))
@@ -107,7 +107,7 @@ async def test_leader_reaped_right_after_spawn_counts_as_exited_with_unknown_sta
     await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids"))
 
 
-async def test_reap_on_exit_after_other_code_reaped_leader_leaves_status_unknown(
+async def test_reap_on_exit_sets_no_status_if_other_code_already_reaped_group_leader(
     install_spawn_callback: InstallCallback,
 ) -> None:
     install_spawn_callback(lambda pid: os.waitpid(pid, 0))
@@ -118,7 +118,7 @@ async def test_reap_on_exit_after_other_code_reaped_leader_leaves_status_unknown
     assert group.status is None
 
 
-async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
+async def test_process_group_start_without_free_descriptor_raises_emfile_and_kills_group(
     install_spawn_callback: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "pids")
@@ -138,7 +138,7 @@ async def test_start_without_free_descriptor_raises_emfile_and_kills_group(
     await procfs.wait_for_process_end(pids)
 
 
-async def test_leader_reaped_while_no_descriptor_is_free_counts_as_exited(
+async def test_reap_on_exit_marks_already_reaped_leader_as_exited_without_free_descriptors(
     install_spawn_callback: InstallCallback,
 ) -> None:
     with ExitStack() as stack:
@@ -155,7 +155,7 @@ async def test_leader_reaped_while_no_descriptor_is_free_counts_as_exited(
     assert group.status is None
 
 
-async def test_failed_add_reader_at_start_raises_error_and_closes_pidfd(
+async def test_process_group_start_closes_pidfd_if_event_loop_cannot_watch_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def raise_enospc(*_: object) -> None:
@@ -168,7 +168,7 @@ async def test_failed_add_reader_at_start_raises_error_and_closes_pidfd(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change its user")
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
-async def test_failed_start_without_kill_permission_raises_error_of_start(
+async def test_process_group_start_raises_start_error_even_if_kill_is_forbidden(
     install_spawn_callback: InstallCallback, caplog: pytest.LogCaptureFixture
 ) -> None:
     pids: list[int] = []
@@ -192,7 +192,7 @@ async def test_failed_start_without_kill_permission_raises_error_of_start(
     assert vars(record)["pid"] == pids[0]
 
 
-async def test_start_of_missing_program_withdraws_announcement_to_guard() -> None:
+async def test_failed_start_of_missing_program_withdraws_announcement_to_guard() -> None:
     guard = RecordingGroupRegistry()
     start = replace(sh_arguments(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):
@@ -212,7 +212,7 @@ async def test_process_group_is_killed_and_reaped_if_registration_at_guard_fails
             pytest.fail("the block was entered")
 
 
-async def test_second_cancellation_after_kill_still_reaps_leader_on_exit(
+async def test_killed_group_leader_is_reaped_on_exit_despite_second_cancellation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     guard, entered, removed = RecordingGroupRegistry(), asyncio.Event(), asyncio.Event()

@@ -13,7 +13,7 @@ from workpool_command.command_inputs import DEFAULT_VARIABLES
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_every_setting_is_in_table_of_readme() -> None:
+def test_readme_table_lists_every_command_setting() -> None:
     table = README.partition("## Settings")[2]
     for field in fields(Command):
         assert re.search(rf"^\| .*`{field.name}`", table, re.MULTILINE), field.name

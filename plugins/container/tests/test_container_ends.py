@@ -71,7 +71,7 @@ async def test_container_without_output_is_stalled_and_removed(testbed: Containe
     await testbed.wait_for_removal(finished.session.item.id)
 
 
-async def test_output_after_limit_of_logged_lines_counts_as_progress(
+async def test_container_output_that_is_no_longer_logged_still_counts_as_progress(
     testbed: ContainerTestbed, mounted_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report_progress, progress_reported = Session.progress, asyncio.Event()

@@ -218,7 +218,7 @@ async def test_item_whose_metadata_cannot_be_written_is_released_without_contain
     assert await container_states(testbed) == {}
 
 
-async def test_container_of_worker_that_has_no_memory_is_stopped(
+async def test_container_is_stopped_if_worker_runs_out_of_memory(
     testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = ControlledSessionRun(testbed, engine)

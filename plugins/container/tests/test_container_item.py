@@ -51,7 +51,7 @@ def test_item_passed_to_container_has_creation_time_or_null(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
-async def test_session_whose_worker_has_no_memory_or_descriptors_is_released(
+async def test_container_session_is_released_if_worker_lacks_memory_or_descriptors(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     async def raise_exhaustion_error(_run: ContainerRun) -> None:

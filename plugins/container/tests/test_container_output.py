@@ -65,7 +65,7 @@ def test_output_lines_after_limit_are_not_logged(
     assert stdout_lines == [f"stdout: {number}" for number in range(1, limit + 1)]
 
 
-def test_lines_after_limit_of_logged_lines_still_count_as_progress() -> None:
+def test_output_line_that_is_not_logged_because_of_limit_counts_as_progress() -> None:
     progress: list[None] = []
     log = logging.LoggerAdapter(logging.getLogger("a.session"), {})
     output = OutputLog(log, 1, lambda: progress.append(None))

@@ -129,7 +129,7 @@ async def test_session_whose_image_lacks_program_is_released(
     assert await testbed.item_containers(finished.session.item.id) == []
 
 
-async def test_plugin_with_metadata_setting_takes_only_matching_items(
+async def test_container_plugin_with_metadata_setting_takes_only_matching_items(
     testbed: ContainerTestbed,
 ) -> None:
     testbed.plane.enqueue(metadata={"job": "other"})

@@ -76,7 +76,9 @@ async def test_mount_that_exposes_token_file_is_refused(workpool: Kit, tmp_path:
             pass
 
 
-async def test_start_without_image_raises_plugin_error(testbed: ContainerTestbed) -> None:
+async def test_pool_start_raises_plugin_error_if_container_image_is_missing(
+    testbed: ContainerTestbed,
+) -> None:
     text = await catch_start_error(testbed, image="localhost/absent:1")
     assert "image localhost/absent:1 is not on the engine at " in text
     assert "pull = 'missing'" in text
@@ -128,7 +130,7 @@ async def test_missing_image_is_pulled_only_with_setting_pull_missing(
         )
 
 
-def test_every_invalid_setting_is_named_without_its_value() -> None:
+def test_container_settings_error_names_every_invalid_setting_but_shows_no_value() -> None:
     with pytest.raises(ValueError, match="pull") as caught:
         Container(
             pull="secret-1",
@@ -186,7 +188,7 @@ async def start_leftover_container(testbed: ContainerTestbed, work_id: str) -> s
     return created.id
 
 
-async def test_sweep_removes_leftover_containers_but_keeps_adoptable_and_unknown_ones(
+async def test_container_sweep_removes_leftovers_but_keeps_adoptable_and_unknown_containers(
     testbed: ContainerTestbed,
 ) -> None:
     stopped, superseded, adoptable = (item.id for item in testbed.plane.enqueue(count=3))

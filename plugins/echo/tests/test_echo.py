@@ -44,7 +44,7 @@ async def test_echo_stopped_by_operator_returns_stopped_early(workpool: Kit) -> 
     assert workpool.item(item).metadata["echo"] == "stopped early"
 
 
-async def test_echo_in_drain_releases_item(workpool: Kit) -> None:
+async def test_echo_that_runs_during_drain_releases_its_item(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata=ONE_HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)

@@ -107,7 +107,7 @@ async def test_changed_cost_without_update_request_is_written_at_next_recheck() 
 
 
 @in_virtual_time
-async def test_failed_writes_are_repeated_after_growing_but_limited_pauses(
+async def test_failed_cost_write_is_repeated_after_pauses_that_grow_to_limit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -40,7 +40,7 @@ async def return_at_once(session: Session) -> None:
     del session
 
 
-async def test_deletion_cost_of_pod_follows_number_of_sessions(
+async def test_deletion_cost_of_pod_equals_its_number_of_running_sessions(
     workpool: Kit, api_server: PodAPIServer
 ) -> None:
     blocked = BlockingHandler()

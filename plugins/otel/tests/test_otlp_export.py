@@ -220,7 +220,7 @@ asyncio.run(main())
 """
 
 
-def test_provider_of_two_pools_is_shut_down_by_last_pool() -> None:
+def test_tracer_provider_of_two_pools_is_shut_down_when_last_pool_ends() -> None:
     """The pools run in another process, because no process can remove its global provider."""
     command = [sys.executable, "-c", TWO_POOLS_PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - no input from outside

@@ -281,7 +281,7 @@ async def test_handler_of_readme_example_completes_session(
     assert finished.outcome == "completed"
 
 
-def test_setting_of_wrong_type_raises_type_error() -> None:
+def test_otel_plugin_setting_of_wrong_type_raises_type_error() -> None:
     settings: dict[str, Any] = {"write_context": "yes"}
     with pytest.raises(TypeError, match="write_context"):
         Otel(**settings)

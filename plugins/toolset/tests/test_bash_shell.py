@@ -116,7 +116,9 @@ async def test_output_of_running_command_is_available_before_its_end(
         running.cancel()
 
 
-async def test_command_that_exits_shell_reports_status_and_restart_option(agent: Any) -> None:
+async def test_error_of_command_that_exits_shell_names_status_and_restart_option(
+    agent: Any,
+) -> None:
     failed = await agent.expect_tool_error("bash", command="echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
     assert await agent.expect_tool_success("bash", command="echo new", restart=True) == "new\n"
@@ -324,7 +326,7 @@ def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
     assert Bubblewrap(ProcessLimits(), as_root=False).file_owner("sess_1") is None
 
 
-async def test_shell_that_never_answers_gets_no_command(tmp_path: Path) -> None:
+async def test_command_is_not_sent_to_shell_that_never_answers(tmp_path: Path) -> None:
     """The fake shell records its input and never answers. `BashShell` must send it no command."""
     words = ["/bin/bash", "-c", "head -n 3 > input; exit 3"]
     shell = BashShell(words, {"PATH": "/usr/bin:/bin"}, tmp_path)

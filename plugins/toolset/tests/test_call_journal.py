@@ -33,7 +33,9 @@ async def open_journal(directory: Path) -> CallJournal:
     return journal
 
 
-async def test_reopened_journal_has_begun_calls_and_stored_results(journal_directory: Path) -> None:
+async def test_reopened_journal_still_contains_begun_calls_and_stored_results(
+    journal_directory: Path,
+) -> None:
     journal = await open_journal(journal_directory)
     assert journal.is_new
     assert await journal.begin_call("a") == "new"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
-def test_sandbox_check_whose_process_other_code_reaped_reports_problem(
+def test_sandbox_check_reports_problem_if_other_code_reaped_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command_sandbox, "PROBE_SECONDS", 0.5)

@@ -44,7 +44,7 @@ class ConversationTestbed:
         return call.id if call else None
 
 
-def test_next_call_is_oldest_call_without_answer() -> None:
+def test_next_tool_call_is_oldest_call_without_answer() -> None:
     uses = (
         ConversationTestbed()
         .add_tool_use("a")
@@ -140,7 +140,7 @@ def test_early_confirmation_is_applied_when_its_call_arrives(
     assert uses.add_tool_use("a", evaluated_permission="ask").next_tool_call == follows
 
 
-def test_denial_after_automatic_permission_prevents_run_of_call() -> None:
+def test_automatically_permitted_call_is_not_run_after_person_denied_it() -> None:
     uses = (
         ConversationTestbed()
         .add_tool_use("a")
@@ -184,7 +184,7 @@ def test_interrupt_affects_open_calls_but_not_calls_that_follow() -> None:
     assert uses.next_tool_call == "a"
 
 
-def test_termination_of_agent_thread_closes_calls_of_thread() -> None:
+def test_termination_of_agent_thread_closes_open_calls_of_that_thread() -> None:
     uses = (
         ConversationTestbed()
         .add_tool_use("a", session_thread_id="t")

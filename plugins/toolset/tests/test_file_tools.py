@@ -187,7 +187,7 @@ async def test_other_sessions_can_read_files_after_reads_of_huge_file_time_out(
     await threads.files.close()
 
 
-async def test_read_of_line_range_stops_at_limits_of_bytes_and_time(
+async def test_file_read_with_line_range_stops_at_byte_limit_and_time_limit(
     agent_without_sandbox: Any, workspace_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (workspace_directory / "lines").write_text("line\n" * 100_000)
@@ -249,7 +249,7 @@ async def test_configured_size_limits_apply_to_each_type_of_file(
         )
 
 
-async def test_error_of_edit_above_size_limit_suggests_bash(
+async def test_edit_of_file_above_size_limit_fails_with_error_that_suggests_bash(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "large").write_text("a" * 300_000)

@@ -299,7 +299,9 @@ async def test_hostile_command_reaches_nothing_outside_sandbox(
     os.kill(os.getpid(), 0)
 
 
-def test_hostile_tests_use_at_least_six_hundred_inputs(workspace_directory: Path) -> None:
+def test_hostile_session_tests_contain_at_least_six_hundred_inputs(
+    workspace_directory: Path,
+) -> None:
     files = len(hostile_paths(workspace_directory)) * sum(map(len, INPUTS.values()))
     assert (
         files + len(PATTERNS) + 2 * len(GREPS) + len(hostile_shell_commands(workspace_directory, 1))

@@ -36,7 +36,7 @@ async def run_scripted_session(*flags: str) -> str:
 @pytest.mark.acceptance
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
-async def test_thirty_tool_calls_are_answered_as_expected() -> None:
+async def test_scripted_session_of_thirty_tool_calls_gets_expected_results() -> None:
     shown_text = await run_scripted_session()
     assert "killed=0 own_results=28 unknown=0 denied=2 wrong=[]" in shown_text
     assert r"notes/plan.txt: 'first\n2nd\n'" in shown_text
@@ -46,11 +46,11 @@ async def test_thirty_tool_calls_are_answered_as_expected() -> None:
 @pytest.mark.acceptance
 @pytest.mark.timeout(200)
 @pytest.mark.usefixtures("sandbox")
-async def test_thirty_tool_calls_are_answered_although_workers_are_killed() -> None:
+async def test_scripted_session_of_thirty_tool_calls_succeeds_despite_two_killed_workers() -> None:
     assert "killed=2 " in await run_scripted_session("--kills", "2", "--seed", "3", "--quiet")
 
 
-def test_readme_lists_every_setting_with_default_and_meaning() -> None:
+def test_readme_lists_every_toolset_setting_with_default_and_meaning() -> None:
     words = {"isolation": "`bubblewrap`", "state": "`~/.local/state/workpool-toolset`"}
     for field in dataclasses.fields(Toolset):
         if not field.name.startswith("_"):

@@ -186,7 +186,7 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     assert len(ours) == 2
 
 
-async def test_waiting_for_confirmation_does_not_count_as_stall(
+async def test_session_that_waits_for_confirmation_is_not_stalled(
     workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begin_waiting, waiting = Session.waiting, asyncio.Event()
@@ -242,7 +242,7 @@ async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
 @pytest.mark.parametrize(
     "fault", [lost(), lost(applied=False), status(503), status(503, applied=True), status(429)]
 )
-async def test_lost_answers_cause_no_second_execution_or_result_of_call(
+async def test_tool_call_has_one_execution_and_result_despite_lost_answers(
     workpool: Kit, make_toolset: Make, tmp_path: Path, fault: Any
 ) -> None:
     workpool.faults.add(fault, "send", times=2)
@@ -315,7 +315,7 @@ async def wait_for_file(file: Path) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_user_interrupt_ends_running_command_with_error_result(
+async def test_command_interrupted_by_user_ends_with_error_result(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue(
@@ -331,7 +331,7 @@ async def test_user_interrupt_ends_running_command_with_error_result(
     assert "interrupted" in text
 
 
-async def test_forced_stop_ends_session_without_further_results(
+async def test_forced_stop_ends_session_before_running_call_gets_result(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     script = [
@@ -478,7 +478,7 @@ async def test_result_computed_before_interrupt_is_sent(
     assert len(answers_in_call_order(workpool.server.events(item.session_id))) == 2
 
 
-async def test_call_possibly_begun_on_another_machine_is_not_executed(
+async def test_call_is_not_executed_if_another_machine_may_have_begun_it(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue(
@@ -494,7 +494,7 @@ async def test_call_possibly_begun_on_another_machine_is_not_executed(
     assert answers == [(tool_call_answerer.UNKNOWN_OUTCOME, True), ("2\n", False)]
 
 
-async def test_call_begun_in_run_on_other_machine_is_not_executed_again(
+async def test_call_is_not_executed_again_if_run_on_another_machine_began_it(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     """The second of three runs is on another machine, so the local journal lacks its call."""
@@ -541,7 +541,7 @@ async def test_call_is_not_executed_until_metadata_contain_journal_name(
     assert answers_in_call_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
 
 
-async def test_result_computed_on_full_disk_is_sent_nevertheless(
+async def test_tool_result_is_sent_although_full_disk_prevents_storing_it(
     workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -579,7 +579,9 @@ async def test_terminated_session_completes_without_executing_its_calls(
     assert answers_in_call_order(workpool.server.events(item.session_id)) == []
 
 
-async def test_idle_time_counts_from_last_end_of_turn(workpool: Kit, make_toolset: Make) -> None:
+async def test_idle_time_of_session_is_counted_from_last_end_of_turn(
+    workpool: Kit, make_toolset: Make
+) -> None:
     [item] = workpool.enqueue()
     idle = {"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}
     use = {"type": "agent.tool_use", "name": "Bash", "input": {"command": "echo 1"}}

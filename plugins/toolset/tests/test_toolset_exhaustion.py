@@ -48,7 +48,7 @@ def limited_descriptors(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("left", range(13))
-async def test_tool_without_free_descriptors_reports_exhaustion(
+async def test_tool_call_reports_exhaustion_if_no_file_descriptors_are_free(
     agent_without_sandbox: Any, workspace_directory: Path, left: int
 ) -> None:
     """Depending on the number of free descriptors, a different step of the tool fails."""
@@ -77,7 +77,7 @@ async def test_tool_without_free_descriptors_reports_exhaustion(
 
 
 @pytest.mark.parametrize("left", range(3))
-async def test_call_whose_record_was_not_written_can_begin_again(
+async def test_journal_lets_call_begin_again_if_its_record_was_not_written(
     tmp_path: Path, tool_threads: Any, left: int
 ) -> None:
     journal = CallJournal(tmp_path / "journal", tool_threads.files)
@@ -93,7 +93,7 @@ async def test_call_whose_record_was_not_written_can_begin_again(
 
 @pytest.mark.parametrize("error", [OSError(errno.EMFILE, "x"), MemoryError()], ids=repr)
 @pytest.mark.parametrize("step", ["_make_journal_directory", "_write_begin_record"])
-async def test_session_whose_journal_cannot_be_written_is_released(
+async def test_toolset_session_is_released_if_its_call_journal_cannot_be_written(
     workpool: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: Exception
 ) -> None:
     def raise_error(*_: object) -> None:

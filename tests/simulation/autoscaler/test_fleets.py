@@ -48,14 +48,14 @@ def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_schedules(
 
 
 @pytest.mark.timeout(120)
-def test_scale_down_without_documented_settings_interrupts_sessions() -> None:
+def test_scale_down_without_documented_settings_cuts_sessions() -> None:
     report = simulate_fleet_seeds(range(8), frozenset(WITHOUT))
     assert report.failures == (), str(report)
     assert report.counts.cut > 0
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_simulation_without_one_setting_differs_from_documented_settings(name: str) -> None:
+def test_fleet_schedule_without_one_documented_setting_differs_in_settings_alone(name: str) -> None:
     documented = fleet_schedule_for_seed(1, DOCUMENTED)
     without = fleet_schedule_for_seed(1, frozenset({name}))
     assert without.world == documented.world

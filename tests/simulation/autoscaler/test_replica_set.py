@@ -49,7 +49,7 @@ FIRST_AND_SECOND = {
 
 
 @pytest.mark.parametrize("rule", FIRST_AND_SECOND)
-def test_each_rule_decides_which_of_two_pods_is_deleted_first(rule: str) -> None:
+def test_each_deletion_rule_decides_which_of_two_pods_replica_set_deletes(rule: str) -> None:
     first, second = FIRST_AND_SECOND[rule]
     assert pods_to_delete([first, second], 1, NOW) == [first]
     assert pods_to_delete([second, first], 1, NOW) == [first]
