@@ -5,7 +5,7 @@ from __future__ import annotations
 from workpool.pool.pool_item import Attempt, RunCounts
 
 
-def test_attempt_counted_in_this_process_is_also_written_to_metadata() -> None:
+def test_metadata_of_released_run_contain_attempt_number_counted_in_this_process() -> None:
     """The metadata are the only place where another process can read the attempt number."""
     attempt = Attempt({}, redelivered=True)
     attempt.set_number_from_counted_runs(0)
@@ -46,7 +46,7 @@ def test_retry_number_is_zero_after_crash_or_with_invalid_metadata() -> None:
     assert Attempt(notes, redelivered=True).retry == 0
 
 
-def test_run_counts_of_more_than_ten_thousand_items_forget_the_oldest_item() -> None:
+def test_count_of_runs_is_kept_for_only_the_latest_ten_thousand_items() -> None:
     counts = RunCounts()
     for number in range(10_001):
         counts.count_run(f"work_{number}")

@@ -166,7 +166,7 @@ async def test_reservation_cancelled_while_queue_place_becomes_free_raises_cance
     assert queue.reserved == 0
 
 
-async def test_slot_discarded_after_its_last_use_stays_unavailable() -> None:
+async def test_slot_whose_uses_are_exhausted_is_removed_from_queue_capacity() -> None:
     queue: BoundedQueue[int] = BoundedQueue(2, 1, uses=2)
     assert queue.capacity == 2
     for used_up in (False, True):
@@ -254,7 +254,7 @@ async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None
     assert (queue.reserved, queue.waiting_item_count, queue.is_idle) == (2, 0, False)
 
 
-async def test_queue_has_too_many_items_set_aside_once_they_fill_its_capacity() -> None:
+async def test_queue_reports_too_many_items_set_aside_when_they_fill_its_capacity() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     assert not queue.too_many_items_set_aside
@@ -262,7 +262,7 @@ async def test_queue_has_too_many_items_set_aside_once_they_fill_its_capacity() 
     assert queue.too_many_items_set_aside
 
 
-async def test_item_set_aside_that_may_start_precedes_items_in_queue_places() -> None:
+async def test_item_set_aside_whose_handler_is_free_starts_before_items_in_queue_places() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     queue.set_item_aside("b")

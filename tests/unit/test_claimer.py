@@ -81,7 +81,7 @@ class ClaimerTestbed:
     ],
     ids=["silence", "unsent", "reset", "500", "garbage", "429"],
 )
-def test_lease_starts_at_first_ack_that_may_have_been_applied(
+def test_lease_after_failed_ack_starts_at_first_ack_that_may_have_been_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
     """A failed ack may have begun the lease, although only the repeated ack is answered."""
@@ -297,7 +297,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 
 
 @in_virtual_time
-async def test_active_item_held_by_another_worker_is_lost_without_reading_it(
+async def test_lease_of_item_held_by_another_worker_is_lost_without_read_request(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""
@@ -311,7 +311,7 @@ async def test_active_item_held_by_another_worker_is_lost_without_reading_it(
 
 
 @in_virtual_time
-async def test_item_already_active_at_ack_is_written_only_after_successful_heartbeat(
+async def test_writes_to_item_already_active_at_ack_are_forbidden_until_heartbeat_succeeds(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[make_fault_that_changes_state("active")])
@@ -325,7 +325,9 @@ async def test_item_already_active_at_ack_is_written_only_after_successful_heart
 
 
 @in_virtual_time
-async def test_first_heartbeat_during_drain_is_also_the_last(testbed: type[LeaseTestbed]) -> None:
+async def test_first_heartbeat_sent_during_drain_releases_lease(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()

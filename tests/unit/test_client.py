@@ -218,7 +218,7 @@ async def test_stats_of_queue_are_returned(control_plane: ControlPlane, client: 
     assert stats.oldest_queued_at is not None
 
 
-async def test_client_reads_session_of_polled_item(
+async def test_client_returns_session_with_the_id_from_polled_item(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     control_plane.enqueue()
@@ -535,7 +535,7 @@ async def test_client_callbacks_receive_requests_and_credential_refreshes(
     assert refreshes == ["ok"]
 
 
-async def test_call_ends_after_its_timeout_or_configured_timeout(
+async def test_call_raises_timeout_error_after_timeout_of_call_or_of_settings(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     middleware.hold = asyncio.Event()
@@ -664,7 +664,7 @@ async def test_ack_with_permit_acquired_before_poll_does_not_wait(
         assert acquire_all_tokens(client.rate_limits.write) == 1
 
 
-async def test_ack_permit_cancelled_while_waiting_uses_no_token(
+async def test_cancelled_wait_for_ack_permit_uses_no_rate_limit_token(
     control_plane: ControlPlane,
 ) -> None:
     async with WorkClient(

@@ -54,7 +54,7 @@ def test_completion_table_equals_documented_table() -> None:
 
 
 @pytest.mark.parametrize("pair", list(combinations([row[0] for row in COPY], 2)))
-def test_end_reason_in_later_row_of_completion_table_is_greater(
+def test_end_reason_in_later_row_of_completion_table_outranks_earlier_ones(
     pair: tuple[str, str],
 ) -> None:
     upper, lower = pair
@@ -104,7 +104,7 @@ def test_session_outcome_depends_on_lease_status_and_stop_request(
         ("a\ud800b", "a?b"),
     ],
 )
-def test_error_note_is_cut_to_limit_and_encodable(text: str, note: str) -> None:
+def test_error_note_in_metadata_is_cut_to_limit_and_can_be_encoded(text: str, note: str) -> None:
     assert NOTE_LIMIT == 512
     assert make_metadata_text(text) == note
 

@@ -107,7 +107,9 @@ async def block_all_threads_of_default_executor() -> AsyncIterator[None]:
 
 
 @pytest.mark.usefixtures("block_all_threads_of_default_executor")
-async def test_calls_succeed_while_default_executor_is_occupied(tmp_path: Path) -> None:
+async def test_client_calls_succeed_while_all_default_executor_threads_are_busy(
+    tmp_path: Path,
+) -> None:
     """The client looks up a host name and reads a renewed token; each of the two needs a thread."""
     path = tmp_path / "token"
     path.write_text("old")
@@ -165,7 +167,7 @@ async def test_pool_calls_have_no_connection_limit() -> None:
             task.cancel()
 
 
-async def test_call_with_new_connection_reuses_no_connection() -> None:
+async def test_call_with_option_new_connection_opens_a_new_connection() -> None:
     async with running_server() as server, WorkClient(server.settings_for_url()) as client:
         for _ in range(3):
             await client.stop(WORK, options=STOP)
@@ -223,7 +225,7 @@ def hanging_credential_reader() -> Iterator[HangingCredentialReader]:
     disk.release.set()
 
 
-async def test_token_file_that_hangs_is_read_once_for_all_waiting_calls(
+async def test_concurrent_calls_share_one_reading_of_token_file_that_hangs(
     hanging_credential_reader: HangingCredentialReader,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -444,7 +446,9 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
 
 
 @pytest.mark.parametrize("priority", [Priority.COMPLETION, Priority.HANDLER])
-async def test_connection_receives_limited_number_of_bytes_at_once(priority: Priority) -> None:
+async def test_receive_buffer_size_of_connection_depends_on_priority_of_call(
+    priority: Priority,
+) -> None:
     """The loop parses the bytes of one receive call without a break, which delays other calls."""
     sizes: list[int] = []
     connect = socket.socket.setsockopt

@@ -157,7 +157,7 @@ def test_demo_metadata_that_no_handler_rule_matches_raise_plugin_error() -> None
         make_sessions_for_handler("demo_reports:daily_report", {"job": "weekly"}, 1)
 
 
-def test_demo_gives_its_metadata_unchecked_to_plugin_with_handler_hook(
+def test_demo_does_not_check_metadata_if_plugin_has_handler_hook(
     reports_module: ModuleType,
 ) -> None:
     reports_module.__dict__["workpool_session_handler"] = workpool_session_handler
@@ -166,7 +166,7 @@ def test_demo_gives_its_metadata_unchecked_to_plugin_with_handler_hook(
     ]
 
 
-def test_sessions_of_demo_example_begin_with_the_short_ones() -> None:
+def test_demo_example_enqueues_short_sessions_before_long_sessions() -> None:
     seconds = [each.metadata["seconds"] for each in make_sessions_for_handler(EXAMPLE, {}, 5)]
     assert seconds == ["0.2", "0.2", "0.2", "0.2", "1.5"]
 
@@ -216,7 +216,7 @@ async def test_worker_output_lines_of_any_length_are_read() -> None:
     assert "".join(lines[2:-1]) == "x" * 70_000
 
 
-def test_demo_worker_environment_overrides_settings_of_caller(
+def test_environment_variables_for_demo_worker_replace_settings_of_caller(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", "mine")

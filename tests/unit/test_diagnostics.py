@@ -75,7 +75,7 @@ def test_thread_stacks_are_returned_without_a_temporary_directory(
     assert "in test_thread_stacks_are_returned_without_a_temporary_directory" in text
 
 
-def test_all_stacks_of_many_deep_threads_are_limited_and_start_with_requested_thread(
+def test_stack_report_of_many_threads_is_limited_and_begins_with_requested_thread(
     start_waiting_threads: Callable[[int, Callable[[], object]], list[threading.Thread]],
 ) -> None:
     count = THREADS_MAX + 5

@@ -96,7 +96,7 @@ async def test_drain_without_a_deadline_waits_for_every_session() -> None:
 
 
 @in_virtual_time
-async def test_drain_at_its_deadline_cancels_handlers() -> None:
+async def test_drain_cancels_handlers_that_still_run_at_its_deadline() -> None:
     drain, sessions = Drain(), DispatcherStandIn(3)
     drain.request(30)
     assert await sessions.run_drain(drain) == 0
@@ -184,7 +184,7 @@ async def test_second_drain_request_leaves_start_time_and_timeout_unchanged() ->
 
 
 @in_virtual_time
-async def test_end_of_pool_completes_despite_cancellations_and_raises_last_cancellation() -> None:
+async def test_cancelled_task_finishes_end_of_pool_before_it_raises_cancelled_error() -> None:
     drain, ended = Drain(), list[str]()
 
     async def end_pool_after_drain_request() -> None:
@@ -204,7 +204,7 @@ async def test_end_of_pool_completes_despite_cancellations_and_raises_last_cance
 
 
 @in_virtual_time
-async def test_end_of_pool_without_cancellation_requests_no_drain() -> None:
+async def test_end_of_pool_requests_no_drain_if_task_is_not_cancelled() -> None:
     drain = Drain()
     await await_despite_cancellation(lambda: asyncio.sleep(1), drain)
     assert not drain.requested.is_set()

@@ -10,6 +10,8 @@ APPLIED_NEVER = {"not_sent", "throttled"}
 
 
 @pytest.mark.parametrize("reason", get_args(Reason))
-def test_transient_error_may_be_applied_unless_request_was_not_accepted(reason: Reason) -> None:
+def test_request_with_transient_error_counts_as_possibly_applied_unless_not_accepted(
+    reason: Reason,
+) -> None:
     error = TransientError("stop", None, "x", reason=reason)
     assert error.may_be_applied == (reason not in APPLIED_NEVER)

@@ -331,7 +331,7 @@ CONDITIONS = st.sampled_from(["fine", "fine", "fine", "slow", "broken", "silent"
     resumes=True,
     replays=False,
 )
-def test_events_after_any_failure_arrive_once_and_in_order(
+def test_event_stream_yields_each_event_once_and_in_order_despite_any_failures(
     conditions: Sequence[str],
     pauses: Sequence[float],
     patience: float,

@@ -61,7 +61,7 @@ def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
     assert rule.metadata["job"] == "a"
 
 
-def test_rule_of_decorated_method_is_found_through_bound_method() -> None:
+def test_bound_method_has_the_handler_rule_of_its_decorated_function() -> None:
     class ClassWithHandlerMethod:
         @handler(max_sessions=3)
         async def daily_report(self, session: Session) -> None: ...
@@ -123,7 +123,7 @@ def test_decorating_anything_but_an_async_function_is_refused(function: Any, sen
         handler(metadata={})(function)
 
 
-def test_second_decoration_of_function_is_refused() -> None:
+def test_handler_decorator_applied_twice_to_one_function_raises_type_error() -> None:
     function = handler(metadata={"job": "a"})(make_handler_function())
     with pytest.raises(TypeError, match="handler_function is marked twice"):
         handler(metadata={"job": "b"})(function)

@@ -151,7 +151,7 @@ def test_session_that_fails_at_once_or_exhausts_a_resource_counts_as_failure(
         ("detached", 5.0, False),
     ],
 )
-def test_completed_session_or_failure_after_some_seconds_resets_failing_handler(
+def test_handler_is_no_longer_failing_after_completed_session_or_slow_failure(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
@@ -249,7 +249,7 @@ async def test_wait_for_admission_with_two_paused_handlers_ends_after_shorter_pa
 
 
 @in_virtual_time
-async def test_wait_for_admission_with_running_and_paused_handler_ends_after_pause() -> None:
+async def test_wait_for_admission_ends_after_pause_of_handler_while_other_handler_runs() -> None:
     """The handler OTHER runs the one session that a failing handler may run; BROKEN pauses."""
     bench = HandlerHealthTestbed()
     for _ in range(FAILURES):

@@ -110,7 +110,7 @@ def test_result_text_that_utf8_cannot_encode_is_refused(returned: Mapping[str, s
 @pytest.mark.parametrize(
     "returned", [{"a": "1234", "b": "☃☃☃☃"}, {"x" * 15: ""}, "12", 1234, {}, None]
 )
-def test_result_within_the_limits_is_accepted(returned: Any) -> None:
+def test_handler_result_within_metadata_limits_raises_no_error(returned: Any) -> None:
     make_metadata_from_result(returned, LIMITS)
 
 
@@ -124,7 +124,7 @@ def test_result_within_the_limits_is_accepted(returned: Any) -> None:
         ([12, 3], "workpool.result", 6, 4),
     ],
 )
-def test_result_beyond_a_limit_is_refused_with_its_key_and_size(
+def test_error_about_too_large_result_names_metadata_key_and_size(
     returned: Any, key: str, size: int, limit: int
 ) -> None:
     with pytest.raises(ResultError) as caught:

@@ -58,7 +58,7 @@ async def enter_all_contexts(contexts: Any, seen: list[str]) -> None:
         seen.append("inside")
 
 
-async def test_wrap_session_hook_contexts_are_entered_in_order_and_left_in_reverse() -> None:
+async def test_contexts_of_wrap_session_hooks_are_left_in_reverse_order_of_entry() -> None:
     seen: list[str] = []
 
     class FirstSessionWrapperPlugin:
@@ -119,7 +119,7 @@ async def test_context_of_lifespan_hook_is_entered_before_and_left_after_pool() 
     assert seen == ["open for the pool", "inside", "closed"]
 
 
-def test_admission_hook_that_raises_or_returns_a_reason_refuses_claims() -> None:
+def test_claims_are_refused_if_admission_hook_raises_error_or_returns_reason() -> None:
     answers: list[Any] = [None, "disk full", 7, RuntimeError("x")]
     asked: list[object] = []
 

@@ -265,7 +265,7 @@ def test_each_field_of_heartbeat_json_is_parsed() -> None:
 
 @pytest.mark.parametrize("ttl", [None, 0, 60])
 @pytest.mark.parametrize("state", ["queued", "active", "stopping", "stopped"])
-def test_heartbeat_without_extension_needs_neither_last_heartbeat_nor_ttl(
+def test_heartbeat_answer_without_lease_extension_may_omit_last_heartbeat_and_ttl(
     state: str, ttl: int | None
 ) -> None:
     lost = {"lease_extended": False, "last_heartbeat": None, "ttl_seconds": ttl, "state": state}

@@ -108,7 +108,7 @@ ENDS: list[tuple[Callable[[PoolItem], None], type[Exception], bool]] = [
 
 @pytest.mark.parametrize(("end", "error", "by_handler"), ENDS)
 @pytest.mark.parametrize("wait", ["before", "rate limit", "connection"])
-def test_lease_is_checked_right_before_the_bytes_of_a_request(
+def test_request_is_not_sent_if_lease_ends_right_before_sending(
     testbed: type[LeaseTestbed],
     end: Callable[[PoolItem], None],
     error: type[Exception],
@@ -164,7 +164,7 @@ async def test_call_waiting_during_long_machine_sleep_is_not_sent(
 
 
 @in_virtual_time
-async def test_call_waiting_during_machine_pause_is_sent_after_lease_is_verified(
+async def test_call_delayed_by_machine_pause_is_sent_only_after_next_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
@@ -399,7 +399,7 @@ def test_lease_lost_during_call_ends_call_at_once(
 
 
 @in_virtual_time
-async def test_lease_lost_in_same_loop_turn_as_timeout_is_raised(
+async def test_call_raises_lease_lost_if_timeout_and_loss_come_in_same_loop_turn(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A loop that was blocked may handle the timeout and the loss of the lease in one turn."""
@@ -454,7 +454,7 @@ async def test_session_read_ends_at_its_time_limit_or_when_lease_is_lost(
 
 
 @in_virtual_time
-async def test_calls_of_one_handler_are_limited_without_delaying_other_handlers(
+async def test_limit_on_concurrent_calls_of_one_handler_does_not_delay_other_handlers(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()

@@ -341,7 +341,7 @@ def test_lease_before_first_heartbeat_ends_sixty_seconds_after_ack() -> None:
     assert not lease.begun
 
 
-def test_deadline_of_item_active_at_ack_counts_from_poll_until_first_heartbeat() -> None:
+def test_lease_deadline_of_item_already_active_at_ack_counts_from_poll() -> None:
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
@@ -350,7 +350,7 @@ def test_deadline_of_item_active_at_ack_counts_from_poll_until_first_heartbeat()
     assert not lease.unsettled
 
 
-def test_deadline_of_lease_begun_by_ack_counts_from_ack_not_poll() -> None:
+def test_deadline_of_lease_that_ack_has_begun_counts_from_ack_not_poll() -> None:
     assert make_lease(polled_at=-9.0).deadline == 60
     assert make_lease(polled_at=-9.0, state="active", parents_heartbeat="hb").deadline == 60
 
@@ -434,7 +434,7 @@ def test_heartbeat_that_was_not_sent_does_not_shorten_lease() -> None:
     assert (lease.deadline, lease.in_flight) == (60, False)
 
 
-def test_abandoned_heartbeat_counts_as_unanswered() -> None:
+def test_heartbeat_abandoned_in_flight_counts_as_unanswered_heartbeat() -> None:
     lease = renewed_lease()
     lease.begin_heartbeat(5.0, 5.0)
     lease.record_unanswered_heartbeat()
@@ -461,7 +461,7 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
-def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
+def test_expected_last_heartbeat_comes_from_latest_heartbeat_with_answer() -> None:
     lease = make_lease()
     assert lease.begin_heartbeat(0.0, 0.0).expected == "NO_HEARTBEAT"
     lease = renewed_lease()
@@ -472,7 +472,7 @@ def test_heartbeat_expects_the_last_answered_heartbeat() -> None:
     assert lease.expected == "hb_2"
 
 
-def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
+def test_expected_last_heartbeat_of_child_is_that_of_its_parent() -> None:
     assert make_lease(parents_heartbeat="hb_7").expected == "hb_7"
 
 
@@ -485,7 +485,9 @@ def test_first_heartbeat_of_child_expects_last_heartbeat_of_parent() -> None:
         (item_of_this_worker(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
-def test_heartbeat_after_read_expects_last_heartbeat_of_item(item: WorkItem, expected: str) -> None:
+def test_expected_last_heartbeat_after_item_read_comes_from_that_item(
+    item: WorkItem, expected: str
+) -> None:
     lease = lease_with_unanswered_heartbeat()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, PRECONDITION)
     lease.apply_read_item(23.0, "precondition", item)
@@ -582,7 +584,7 @@ def test_answer_to_item_read_after_end_of_lease_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
-def test_answer_stopping_is_a_stop_request_unless_pool_itself_stopped_item(
+def test_heartbeat_answer_stopping_requests_stop_unless_pool_itself_stopped_item(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
@@ -592,7 +594,7 @@ def test_answer_stopping_is_a_stop_request_unless_pool_itself_stopped_item(
     assert lease.stop_requested == requested  # A stop request is never withdrawn.
 
 
-def test_first_heartbeat_answered_stopping_begins_lease() -> None:
+def test_first_heartbeat_with_answer_stopping_begins_lease() -> None:
     lease = fresh_lease()
     begin_heartbeat_and_apply_answer(lease, 0.0, 1.0, make_heartbeat(state="stopping"))
     assert lease.begun
@@ -636,7 +638,7 @@ def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> Non
     assert lease.deadline == SENT + 12
 
 
-def test_last_heartbeat_answered_stopping_releases_lease_even_without_extension() -> None:
+def test_last_heartbeat_with_answer_stopping_releases_lease_even_without_extension() -> None:
     lease = releasing_lease()
     begin_heartbeat_and_apply_answer(
         lease, SENT, ANSWERED, make_heartbeat(2, lease_extended=False, state="stopping")
@@ -690,7 +692,9 @@ def test_successful_heartbeat_records_clock_offset_at_its_send_time() -> None:
 
 
 @pytest.mark.parametrize("extended", [True, False])
-def test_heartbeat_answered_stopping_after_machine_pause_loses_lease(*, extended: bool) -> None:
+def test_lease_is_lost_if_heartbeat_answer_after_machine_pause_is_stopping(
+    *, extended: bool
+) -> None:
     lease = renewed_lease()
     lease.verify_after_pause(SENT)
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
@@ -717,7 +721,7 @@ def test_failed_heartbeat_records_no_clock_offset() -> None:
         (lambda lease: setattr(lease, "closed", True), SessionEnded),
     ],
 )
-def test_lease_check_raises_unless_lease_is_held(
+def test_lease_check_raises_error_if_lease_is_not_held(
     change: Callable[[Lease], None], error: type[Exception] | None
 ) -> None:
     lease = renewed_lease()
@@ -744,7 +748,7 @@ def test_lease_ends_as_lost_at_give_up_time_before_deadline() -> None:
 
 @pytest.mark.parametrize("first", ["finished", "released", "stopped", "lost", "handed_off"])
 @pytest.mark.parametrize("second", ["finished", "released", "stopped", "lost", "handed_off"])
-def test_first_final_status_of_lease_is_kept(first: Any, second: Any) -> None:
+def test_status_of_ended_lease_never_changes(first: Any, second: Any) -> None:
     lease = renewed_lease()
     lease.end_lease(first, "taken")
     lease.end_lease(second, "taken")
@@ -1027,7 +1031,7 @@ def test_lease_deadline_never_exceeds_send_time_plus_granted_ttl(
     lost=st.lists(st.booleans(), min_size=5, max_size=5),
     pauses=st.lists(st.floats(0.01, 15), min_size=5, max_size=5),
 )
-def test_handoff_never_leaves_item_to_both_parent_and_child(
+def test_parent_and_child_never_hold_lease_of_one_item_at_once(
     order: list[str], lost: list[bool], pauses: list[float]
 ) -> None:
     """Parent and child expect the same last heartbeat, so only one of them can extend the lease."""

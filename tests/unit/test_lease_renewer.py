@@ -47,7 +47,7 @@ def assert_lease_change(one: LeaseTestbed, at: float, status: str) -> None:
 
 
 @in_virtual_time
-async def test_renewer_tick_survives_lease_added_by_another_thread(
+async def test_lease_added_by_another_thread_during_renewer_tick_raises_no_error(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -164,7 +164,7 @@ async def test_lost_answer_of_heartbeat_is_recovered_by_reading_item(
 
 
 @in_virtual_time
-async def test_contradictory_answers_of_control_plane_cause_few_requests(
+async def test_lease_with_contradictory_heartbeat_answers_is_lost_after_few_requests(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, LOST, *[make_refusal_fault(412)] * 999])
@@ -235,7 +235,9 @@ async def test_stop_request_is_reported_once_while_lease_is_renewed(
 
 
 @in_virtual_time
-async def test_item_stopped_by_another_client_is_reported(testbed: type[LeaseTestbed]) -> None:
+async def test_renewer_reports_lease_as_stopped_when_another_client_stops_item(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()
@@ -384,7 +386,7 @@ async def test_heartbeats_with_quick_answers_need_few_connections(
 
 
 @in_virtual_time
-async def test_heartbeat_concurrency_limit_shrinks_after_disuse(
+async def test_limit_on_concurrent_heartbeats_shrinks_when_few_leases_remain(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -444,7 +446,9 @@ async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
 
 
 @in_virtual_time
-async def test_leases_with_earliest_deadline_are_renewed_first(testbed: type[LeaseTestbed]) -> None:
+async def test_leases_after_machine_pause_are_renewed_in_order_of_their_deadlines(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed()
     async with one.open_clients():
         items = []

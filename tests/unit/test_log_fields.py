@@ -76,7 +76,7 @@ def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
     assert set(FIELDS) == of_formatters.union(*found.values())
 
 
-def test_no_log_message_contains_key_value_text() -> None:
+def test_log_messages_contain_no_values_written_as_key_equals_value() -> None:
     messages = {place: get_message_of_logging_call(call) for place, call, _ in find_logging_calls()}
     wrong = {place: text for place, text in messages.items() if re.search(r"=[%{]", text)}
     assert not wrong
@@ -110,7 +110,7 @@ def capture_log_records() -> Iterator[list[logging.LogRecord]]:
 IDS = {"environment_id": "env_1", "worker_id": "host-1"}
 
 
-def test_record_in_the_context_of_a_pool_has_the_pools_ids(
+def test_log_record_has_ids_of_pool_only_within_context_of_that_pool(
     capture_log_records: list[logging.LogRecord],
 ) -> None:
     log = pool_logger("workpool.test")

@@ -216,20 +216,20 @@ def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None])
 
 
 @pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
-def test_token_of_three_characters_leaves_words_readable() -> None:
+def test_token_of_three_characters_is_not_redacted_within_words() -> None:
     hide_token("and")
     assert readable("workers and handlers") == "workers and handlers"
 
 
 @pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
-def test_text_redacted_twice_stays_the_same() -> None:
+def test_second_redaction_does_not_change_redacted_text() -> None:
     hide_token("token")
     hide_token("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
 @pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
-def test_token_where_long_message_is_cut_is_redacted_whole() -> None:
+def test_token_at_the_cut_in_a_long_log_message_is_redacted_whole() -> None:
     hide_token("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
         text = "x" * before + "hunter2-" * 8 + "y" * (2 * MESSAGE_CHARACTERS - before)

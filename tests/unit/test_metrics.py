@@ -544,7 +544,7 @@ def test_metrics_use_wall_clock_by_default(
     assert before <= read_at <= datetime.now(UTC).timestamp()
 
 
-def test_supervisors_of_one_environment_share_their_series(registry: CollectorRegistry) -> None:
+def test_supervisors_of_one_environment_share_metric_series(registry: CollectorRegistry) -> None:
     one, two = (
         PoolMetricsTestbed(registry, handlers=["echo.run"]),
         PoolMetricsTestbed(registry, snapshot=BUSY),
@@ -585,7 +585,9 @@ def test_supervisors_of_one_environment_share_their_series(registry: CollectorRe
 
 
 @pytest.mark.usefixtures("pool")
-def test_supervisors_of_two_environments_have_separate_series(registry: CollectorRegistry) -> None:
+def test_supervisors_of_two_environments_have_separate_metric_series(
+    registry: CollectorRegistry,
+) -> None:
     other = PoolMetricsTestbed(registry, "env_2", snapshot=BUSY)
     other.metrics.open()
     other.metrics.observe(ev.StopRequested(ITEM))
@@ -731,7 +733,7 @@ def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> No
     assert "workpool_slots" not in output
 
 
-def test_alert_rules_use_existing_metrics_and_labels_only() -> None:
+def test_alert_rules_contain_no_unknown_metric_or_label() -> None:
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
     # An import statement would need type information about yaml, which mypy does not find.
     yaml = importlib.import_module("yaml")

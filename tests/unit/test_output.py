@@ -26,7 +26,9 @@ ID, SESSION = f"work_{'0' * 32}", f"sess_{'1' * 32}"
 COLUMNS = ["id", "state", "session", "text"]
 
 
-def test_rows_outside_terminal_are_tab_separated_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_printed_as_tab_separated_lines_if_output_is_no_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     print_rows(("id", "state", "time", "text"), ROWS)
     assert capsys.readouterr().out == "work_1\t-\t2026-03-01T12:00:00Z\ttwo\\nlines \\x1b[2J\n"
 
@@ -68,7 +70,7 @@ def test_rows_on_terminal_are_printed_as_table(
     assert "work_1" in printed
 
 
-def test_current_directory_is_added_once_at_start_of_import_path(
+def test_current_directory_is_first_in_import_path_and_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -397,7 +397,7 @@ def test_plugin_name_offered_by_two_distributions_is_refused(
         load_plugins(names=("acme",))
 
 
-def test_same_plugin_given_twice_is_refused(import_path_folder: ImportPathFolder) -> None:
+def test_plugin_given_twice_raises_plugin_error(import_path_folder: ImportPathFolder) -> None:
     name = import_path_folder.write_module(MARKED)
     import_path_folder.write_distribution("acme-plugin", acme=name)
     reports = ReportsPlugin()
@@ -406,7 +406,7 @@ def test_same_plugin_given_twice_is_refused(import_path_folder: ImportPathFolder
             load_plugins(*given)
 
 
-def test_two_plugins_with_one_name_are_refused() -> None:
+def test_two_plugins_with_equal_names_raise_plugin_error() -> None:
     with pytest.raises(PluginError, match="'ReportsPlugin': is the name of two plugins"):
         load_plugins(ReportsPlugin(), ReportsPlugin())
 

@@ -47,7 +47,7 @@ class FirstPlugin(PluginChoosingOneHandler): ...
 class SecondPlugin(PluginChoosingOneHandler): ...
 
 
-def test_plugin_objects_are_asked_before_named_plugins_and_first_answer_is_used(
+def test_handler_hooks_of_plugin_objects_precede_those_of_named_plugins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "named_plugin_of_this_test"
@@ -116,7 +116,7 @@ def test_tryfirst_and_trylast_change_order_of_plugins() -> None:
     )
 
 
-def test_hook_of_plugin_precedes_its_rules_and_next_plugin() -> None:
+def test_handler_hook_of_plugin_precedes_rules_of_that_plugin_and_next_plugin() -> None:
     class PluginWithHookAndRules:
         async def handler_for_special_report(self, session: Session) -> None: ...
 
@@ -171,7 +171,7 @@ def test_more_specific_rule_wins_in_any_registration_order(order: tuple[int, ...
         assert get_chosen_handler_function(plugins, every="day") is functions[0]
 
 
-def test_unrelated_rules_are_used_in_order_of_plugins() -> None:
+def test_rule_of_earlier_plugin_wins_if_two_unrelated_rules_match_item() -> None:
     one, two = (
         make_decorated_handler("one", metadata={"a": "1"}),
         make_decorated_handler("two", metadata={"b": "1", "c": "1"}),
@@ -184,7 +184,7 @@ def test_unrelated_rules_are_used_in_order_of_plugins() -> None:
     )
 
 
-def test_plugins_without_handlers_are_reported_as_unable_to_handle() -> None:
+def test_plugins_without_handler_hook_or_rule_cannot_handle_any_item() -> None:
     class PluginWithEventHookOnly:
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
@@ -400,7 +400,7 @@ def test_failing_observer_is_reported_to_the_other_observers(
     assert "'FailingObserver': workpool_event raised" in caplog.text
 
 
-def test_two_failing_observers_are_reported_once_per_event() -> None:
+def test_each_of_two_failing_observers_is_reported_once_per_observed_event() -> None:
     one, two, metrics = FailingObserver(), OtherFailingObserver(), ErrorRecorder()
     plugins = load_plugins(one, two)
     plugins.metrics = metrics.workpool_event

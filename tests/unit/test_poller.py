@@ -176,7 +176,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("make", ANSWERS.values(), ids=ANSWERS)
-async def test_unreadable_items_cause_no_backoff(
+async def test_poller_polls_on_without_backoff_after_unreadable_items(
     make: Callable[[], UnreadableError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poller, "BACKOFF_SECONDS", 1000.0)
@@ -190,7 +190,7 @@ async def test_unreadable_items_cause_no_backoff(
 
 
 @in_virtual_time
-async def test_endless_unreadable_items_are_polled_slowly() -> None:
+async def test_poller_slows_down_if_all_items_are_unreadable() -> None:
     count = poller.SKIPS + 60
     bench = PollerTestbed(*(TooLargeError("poll", 200) for _ in range(count)), block_ms=999)
     clock = asyncio.get_running_loop().time
@@ -257,7 +257,7 @@ async def test_item_set_aside_releases_its_queue_place_but_keeps_ack_permit() ->
 
 
 @in_virtual_time
-async def test_poller_polls_again_at_once_after_its_item_was_set_aside() -> None:
+async def test_poller_polls_again_at_once_if_item_waits_for_slot_of_its_handler() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
     clock = asyncio.get_running_loop().time
     started = clock()
@@ -266,7 +266,7 @@ async def test_poller_polls_again_at_once_after_its_item_was_set_aside() -> None
 
 
 @in_virtual_time
-async def test_poller_whose_items_start_no_handler_waits_block_ms_between_polls() -> None:
+async def test_poller_waits_block_ms_between_polls_if_no_item_starts_a_handler() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
     bench.dispatcher.must_pause_between_polls = True
     clock = asyncio.get_running_loop().time

@@ -165,7 +165,7 @@ async def test_second_cooldown_extends_the_first_but_never_shortens_it() -> None
 
 
 @in_virtual_time
-async def test_poller_group_without_refusals_has_no_cooldown() -> None:
+async def test_poller_group_does_not_wait_for_cooldown_if_no_poll_was_refused() -> None:
     group = PollerGroupTestbed().group
     await group.wait_for_cooldown()
     assert asyncio.get_running_loop().time() == 0
@@ -276,7 +276,7 @@ def test_number_of_pollers_stays_within_limits_and_each_change_emits_event(
 
 
 @in_virtual_time
-async def test_poll_without_item_ends_pool_only_if_until_empty_and_pool_is_idle() -> None:
+async def test_pool_with_until_empty_ends_when_queue_is_empty_and_no_item_runs() -> None:
     bench = PollerGroupTestbed(until_empty=True)
     other = PollerGroupTestbed()
     # Without until_empty, an empty queue does not end the pool.

@@ -130,7 +130,7 @@ def test_state_closed_can_be_reached_from_every_item_state() -> None:
         ({"last_heartbeat": "hb_1"}, True),
     ],
 )
-def test_polled_item_with_earlier_ack_or_heartbeat_counts_as_held_before(
+def test_polled_item_counts_as_held_before_if_it_has_ack_or_heartbeat(
     changes: dict[str, Any], *, held_before: bool
 ) -> None:
     assert make_item(**changes).held_before == held_before
@@ -164,7 +164,7 @@ async def test_wait_for_condition_ends_at_first_notification_after_condition_hol
 
 
 @in_virtual_time
-async def test_wait_for_condition_ends_at_time_limit_or_at_once_if_true() -> None:
+async def test_wait_for_true_condition_ends_at_once_and_for_false_at_time_limit() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
     item.notify_waiters()  # No task waits, so this notification must have no effect.
@@ -186,7 +186,7 @@ async def test_notification_of_item_wakes_all_its_waiters() -> None:
         item.notify_waiters()
 
 
-def test_owned_item_is_found_by_id_session_and_handler() -> None:
+def test_owned_item_is_found_and_counted_until_it_is_removed() -> None:
     owned, item = OwnedItems(), make_item(run_by=first)
     assert (len(owned), owned.find_item("work_1"), owned.copy_items()) == (0, None, [])
     owned.add_item(item)
@@ -199,7 +199,7 @@ def test_owned_item_is_found_by_id_session_and_handler() -> None:
     assert owned.count_items(first) == 0
 
 
-def test_owned_item_without_handler_does_not_occupy_its_session() -> None:
+def test_session_of_owned_item_without_handler_counts_as_free() -> None:
     owned = OwnedItems()
     item = make_item()
     owned.add_item(item)
@@ -229,7 +229,7 @@ def test_item_with_session_id_changed_by_ack_is_removed_from_owned_items() -> No
     assert not owned.has_session("sesn_1")
 
 
-def test_list_of_owned_items_does_not_change_later() -> None:
+def test_owned_items_can_be_removed_while_iterating_over_copy() -> None:
     owned, item = OwnedItems(), make_item(run_by=first)
     owned.add_item(item)
     for each in owned.copy_items():

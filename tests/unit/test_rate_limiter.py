@@ -80,7 +80,9 @@ def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[fl
         assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
 
 
-def test_heartbeats_use_up_rate_without_waiting(manual_clock: ManualClock) -> None:
+def test_heartbeats_take_rate_limit_tokens_from_other_requests_without_waiting(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     passed = 0
@@ -252,7 +254,7 @@ async def test_completions_get_tokens_before_all_other_priorities() -> None:
         await queue.refund_tokens(3)
 
 
-async def test_claims_and_handler_calls_get_tokens_in_turn() -> None:
+async def test_waiting_claims_and_handler_calls_get_rate_limit_tokens_alternately() -> None:
     async with asyncio.TaskGroup() as group:
         queue = WaitersOnRateLimiter(group)
         await queue.add_waiters(*[HANDLER] * 5, *[CLAIM] * 3)

@@ -222,7 +222,9 @@ CALLS: dict[str, Callable[[WorkClient, CallOptions], Awaitable[object]]] = {
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("priority", Priority)
-async def test_every_call_for_an_item_calls_its_check(name: str, priority: Priority) -> None:
+async def test_every_client_call_for_an_item_runs_the_request_check(
+    name: str, priority: Priority
+) -> None:
     async with (
         recording_server() as server,
         WorkClient(settings_for_server(server)) as client,

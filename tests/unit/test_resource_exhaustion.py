@@ -66,7 +66,7 @@ def test_error_that_shows_no_exhausted_resource_is_raised_unchanged(error: Excep
     assert raised.value is error
 
 
-def test_cyclic_causes_of_error_are_followed_once() -> None:
+def test_search_for_exhausted_resource_ends_if_causes_of_error_are_cyclic() -> None:
     one, two = ValueError(), KeyError()
     one.__context__, two.__context__ = two, one
     assert not exhausted(one)

@@ -57,7 +57,7 @@ async def test_sigterm_while_store_opens_ends_serve(
     assert capsys.readouterr().out == ""
 
 
-async def test_failure_of_store_ends_serve_with_its_error() -> None:
+async def test_command_serve_ends_with_error_of_failed_store() -> None:
     class FailingStore(StoreWithSlowOpening):
         async def wait_for_failure(self) -> None:
             raise StoreError("it is full")

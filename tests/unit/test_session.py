@@ -20,7 +20,9 @@ ITEM = {
 
 
 @pytest.mark.parametrize("request_kind", ["stopping", "draining"])
-async def test_session_end_request_wakes_every_task_that_waits_for_it(request_kind: str) -> None:
+async def test_request_to_end_session_wakes_every_task_that_waits_for_interruption(
+    request_kind: str,
+) -> None:
     session = Session(parse_item(ITEM), cast("Any", None), redelivered=False)
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         for _ in range(3):

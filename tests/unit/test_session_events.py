@@ -198,7 +198,7 @@ async def test_tool_result_sent_again_after_lost_answer_counts_as_sent(
     [{"content": [{"type": "text", "text": "else"}]}, {"is_error": True}, {"content": []},
      {"content": [{"type": "text", "text": "done"}, {"type": "text", "text": "done"}]}],
 )  # fmt: skip
-async def test_second_result_with_other_content_raises_conflict(
+async def test_second_tool_result_with_different_content_raises_conflict(
     control_plane: ControlPlane, qoder_client: WorkClient, other: dict[str, Any]
 ) -> None:
     session_id = create_session(control_plane, BASH)
@@ -276,7 +276,7 @@ async def test_unanswered_send_is_repeated_for_tool_result_but_not_for_message(
     hold.release()
 
 
-async def test_token_passed_to_events_call_is_used_and_never_renewed(
+async def test_events_call_with_token_argument_never_renews_that_token(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     refreshed: list[str] = []
@@ -604,7 +604,7 @@ async def test_event_requests_are_reported_by_name_and_status(
     assert reported == [("stream", "404"), ("stream", "2xx"), ("events", "2xx"), ("events", "2xx")]
 
 
-async def test_event_requests_wait_for_own_rate_limit(
+async def test_event_requests_wait_for_rate_limits_of_their_client(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     waits: list[str] = []
@@ -632,7 +632,7 @@ async def test_stream_after_token_rotation_uses_renewed_token(
             assert len(await read_events(stream, 4)) == 4
 
 
-async def test_events_without_reachable_control_plane_time_out(
+async def test_event_stream_waits_and_event_send_fails_if_control_plane_is_unreachable(
     make_settings: Callable[..., Settings],
 ) -> None:
     settings = make_settings(base_url="http://127.0.0.1:1/api")

@@ -384,7 +384,7 @@ def test_settings_error_names_the_variable_or_file_of_the_value(
     }
 
 
-def test_missing_file_named_by_a_variable_is_refused_with_both_names(
+def test_error_about_missing_file_names_file_and_variable_that_contains_its_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     absent = tmp_path / "absent"
@@ -421,7 +421,7 @@ def test_plugin_table_under_a_wrong_name_is_refused(write_config: Callable[[str]
     )
 
 
-def test_settings_copied_with_some_other_values_keep_the_rest(tmp_path: Path) -> None:
+def test_copy_of_settings_with_replaced_values_keeps_all_other_values(tmp_path: Path) -> None:
     given = Settings(pollers=3, token_file=tmp_path)
     copied = given.replace(pollers=4, concurrency=1)
     assert (copied.pollers, copied.concurrency, copied.token_file) == (4, 1, tmp_path)
@@ -458,7 +458,7 @@ def test_settings_error_and_its_traceback_do_not_show_value() -> None:
     assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
-def test_token_is_read_from_setting_or_token_file_or_service_variable(
+def test_token_comes_from_token_setting_or_token_file_or_variable_of_dialect(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "from-qoder")
@@ -480,7 +480,7 @@ def test_token_setting_overrides_token_file_setting_of_lower_precedence(
     assert Settings(config=path).token is None
 
 
-def test_token_source_is_read_again_each_time(
+def test_token_file_and_variable_are_read_anew_for_each_token_request(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "token"
@@ -613,7 +613,9 @@ def test_metrics_listen_is_off_by_default() -> None:
     assert Settings().metrics_address is None
 
 
-def test_suspicious_settings_give_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_suspicious_setting_gives_a_warning_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert Settings().warnings() == ()
     monkeypatch.setenv("WORKPOOL_CONCURENCY", HIDDEN)
     monkeypatch.setenv("WORKPOOL_ZZZ", HIDDEN)

@@ -136,7 +136,7 @@ async def test_freed_slot_goes_to_poller_if_item_set_aside_may_not_start() -> No
     assert (first.items_set_aside, first.reserved) == (["aside"], 1)
 
 
-async def test_reservation_also_starts_item_set_aside_in_another_environment() -> None:
+async def test_queue_place_reservation_starts_item_set_aside_in_another_environment() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     handler_is_free = False
     started: list[str] = []
@@ -163,7 +163,7 @@ async def test_reserved_slot_of_ended_environment_is_used_by_other_environments(
         await waiting
 
 
-async def test_shared_limit_of_slot_uses_counts_uses_of_all_environments() -> None:
+async def test_limit_on_uses_of_shared_slots_applies_to_all_environments_together() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await reserve_places_and_take_items(first, 1)
@@ -179,7 +179,7 @@ async def test_shared_limit_of_slot_uses_counts_uses_of_all_environments() -> No
         fourth.cancel()
 
 
-async def test_items_dropped_from_queue_and_cancelled_reservations_return_shared_slots() -> None:
+async def test_shared_slots_of_dropped_items_and_cancelled_reservations_become_free() -> None:
     slots = SharedSlots(3)
     share = slots.add_environment()
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)

@@ -47,7 +47,7 @@ async def wait_for_both_signals() -> None:
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
-def test_first_and_second_signal_wake_waiting_loop(
+def test_first_and_second_signal_each_wake_event_loop_that_is_waiting(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     with asyncio.Runner(loop_factory=new_loop) as runner:
@@ -70,7 +70,7 @@ async def test_signals_are_received_on_loop_without_add_signal_handler(
             assert signals.last is signal.SIGTERM
 
 
-async def test_signal_received_before_loop_starts_sets_first_event(
+async def test_signal_before_start_of_event_loop_counts_as_first_signal(
     signal_recorder: SignalRecorder,
 ) -> None:
     signal.raise_signal(signal.SIGTERM)

@@ -95,7 +95,7 @@ async def test_cancellation_within_time_bound_is_raised(time_limit: Bounded) -> 
     assert task.cancelled()
 
 
-async def test_cancellation_in_same_loop_turn_as_time_bound_is_raised(
+async def test_code_raises_cancelled_error_if_time_bound_ends_in_same_loop_turn(
     time_limit: Bounded,
 ) -> None:
     started = asyncio.Event()

@@ -268,7 +268,7 @@ async def test_malformed_body_of_success_response_raises_transient_error(body: b
     assert "hunter2" not in str(error)
 
 
-async def test_empty_response_is_accepted_for_poll_and_stop_only() -> None:
+async def test_empty_response_raises_transient_error_except_for_poll_and_stop() -> None:
     for empty in (endpoints.POLL, endpoints.STOP):
         async with (
             running_server(make_http_answer(204)) as server,
@@ -363,7 +363,7 @@ async def test_response_with_oversized_content_length_is_not_read() -> None:
     ("item", "work_id"),
     [({"id": "work_1", "state": "odd"}, "work_1"), ({"id": "no id"}, None), ({"id": 7}, None)],
 )
-async def test_malformed_item_error_has_its_work_id(
+async def test_error_about_malformed_item_has_the_work_id_of_that_item(
     item: dict[str, Any], work_id: str | None
 ) -> None:
     error = await send_request_and_return_error(
@@ -438,7 +438,7 @@ async def test_missing_or_incomplete_response_raises_timeout_at_time_limit(odd: 
 
 
 @pytest.mark.parametrize("cancelled_first", [False, True])
-async def test_cancellation_in_same_loop_turn_as_timeout_is_raised(
+async def test_request_raises_cancelled_error_if_timeout_comes_in_same_loop_turn(
     *, cancelled_first: bool
 ) -> None:
     """If the cancellation were lost, as with aiohttp's own timeout, a poller would never end."""
@@ -756,7 +756,9 @@ async def test_only_get_requests_are_repeated_after_connection_was_closed() -> N
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_rotated_token_is_used_after_refusal(tmp_path: Path, status: int) -> None:
+async def test_refused_request_is_repeated_with_rotated_token_from_token_file(
+    tmp_path: Path, status: int
+) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     refreshes: list[str] = []
@@ -919,7 +921,7 @@ async def test_request_refused_after_token_renewal_is_repeated_with_renewed_toke
         (999, "error"),
     ],
 )
-def test_status_is_mapped_to_metric_label(status: int, code: str) -> None:
+def test_metric_label_of_response_depends_on_http_status(status: int, code: str) -> None:
     assert CODES.get(status, "error") == code
 
 
@@ -955,7 +957,7 @@ async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
     assert server.connections == 2
 
 
-async def test_unexpected_exception_in_parsing_is_raised() -> None:
+async def test_transport_raises_unexpected_exception_of_parser_unchanged() -> None:
     class FailingParserError(Exception):
         pass
 

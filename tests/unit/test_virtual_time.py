@@ -36,7 +36,7 @@ def test_sleep_of_a_year_in_virtual_time_takes_no_real_time() -> None:
     assert time.monotonic() - before < 10
 
 
-def test_wait_without_timer_in_virtual_time_raises() -> None:
+def test_wait_without_timer_in_virtual_time_raises_runtime_error() -> None:
     with pytest.raises(RuntimeError, match="no timer"):
         run_virtual(asyncio.Event().wait())
 
@@ -121,7 +121,9 @@ async def test_request_already_sent_arrives_although_caller_was_cancelled(
 
 
 @in_virtual_time
-async def test_local_client_that_is_not_open_raises(testbed: type[LeaseTestbed]) -> None:
+async def test_call_of_local_client_that_is_not_open_raises_runtime_error(
+    testbed: type[LeaseTestbed],
+) -> None:
     with pytest.raises(RuntimeError, match="not open"):
         await testbed().client.get("work_1")
 
