@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_check_with_valid_setup_reports_every_check_as_ok(
+async def test_check_command_with_valid_setup_reports_every_check_as_ok(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("check", "handlers")
@@ -28,7 +28,7 @@ async def test_check_with_valid_setup_reports_every_check_as_ok(
 
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_check_succeeds_with_key_that_may_not_read_statistics(
+async def test_check_command_succeeds_with_key_that_may_not_read_statistics(
     run_in_process: CommandRunner, control_plane: ControlPlane, dialect: str
 ) -> None:
     url = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}[dialect]
@@ -76,7 +76,7 @@ async def test_failed_check_exits_with_its_status_and_names_wrong_setting(
     assert expected_text in failed["message"] + failed["advice"]
 
 
-async def test_check_with_valid_but_harmful_settings_succeeds_and_warns(
+async def test_check_command_with_valid_but_harmful_settings_succeeds_and_warns(
     run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("check", WORKPOOL_WRITE_RATE="0.5", WORKPOOL_LAESE_TTL="30")

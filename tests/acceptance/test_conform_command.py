@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_conform_of_conforming_control_plane_ends_with_status_0(
+async def test_conform_command_for_conforming_control_plane_ends_with_status_0(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(
@@ -32,7 +32,7 @@ async def test_conform_of_conforming_control_plane_ends_with_status_0(
     assert ended.status == 0
 
 
-async def test_conform_with_dialect_flag_uses_that_dialect(
+async def test_conform_command_with_dialect_flag_uses_that_dialect(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(
@@ -51,7 +51,7 @@ async def test_conform_with_dialect_flag_uses_that_dialect(
     ]
 
 
-async def test_conform_with_dialect_that_differs_from_address_ends_with_status_4(
+async def test_conform_command_with_dialect_that_differs_from_address_ends_with_status_4(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     ended = await run_in_process(
@@ -61,7 +61,7 @@ async def test_conform_with_dialect_that_differs_from_address_ends_with_status_4
     assert ended.status == 4
 
 
-async def test_conform_with_fewer_items_than_clauses_ends_with_status_5(
+async def test_conform_command_with_fewer_items_than_clauses_ends_with_status_5(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -73,7 +73,7 @@ async def test_conform_with_fewer_items_than_clauses_ends_with_status_5(
     assert ended.status == 5
 
 
-async def test_conform_refuses_environment_that_has_items_of_other_clients(
+async def test_conform_command_refuses_environment_that_has_items_of_other_clients(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -83,7 +83,7 @@ async def test_conform_refuses_environment_that_has_items_of_other_clients(
     assert control_plane.operations.get_item(ENVIRONMENT, item.id).state == "queued"
 
 
-async def test_conform_with_test_environment_flag_accepts_items_of_other_clients(
+async def test_conform_command_with_test_environment_flag_accepts_items_of_other_clients(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue()
@@ -93,7 +93,7 @@ async def test_conform_with_test_environment_flag_accepts_items_of_other_clients
     assert ended.status == 0
 
 
-async def test_conform_without_permission_to_list_items_ends_with_status_3(
+async def test_conform_command_without_permission_to_list_items_ends_with_status_3(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "wrong"}
@@ -110,7 +110,7 @@ async def test_conform_without_permission_to_list_items_ends_with_status_3(
         (["--dialect", "klingon"], "dialect"),
     ],
 )
-async def test_conform_with_invalid_arguments_ends_with_status_2(
+async def test_conform_command_with_invalid_arguments_ends_with_status_2(
     run_in_process: CommandRunner,
     control_plane: ControlPlane,
     arguments: list[str],
@@ -121,7 +121,7 @@ async def test_conform_with_invalid_arguments_ends_with_status_2(
     assert ended.status == 2
 
 
-async def test_conform_without_answer_of_control_plane_ends_with_status_1(
+async def test_conform_command_without_answer_of_control_plane_ends_with_status_1(
     run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("conform", "http://127.0.0.1:9")
@@ -132,7 +132,7 @@ async def test_conform_without_answer_of_control_plane_ends_with_status_1(
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_conform_of_embedded_control_plane_reports_that_every_clause_holds(
+async def test_conform_command_for_embedded_control_plane_reports_that_every_clause_holds(
     start_command: CommandStarter, control_plane: ControlPlane, dialect: str
 ) -> None:
     """The suite waits 80 s of real time, since the command cannot advance a control plane's clock.
@@ -147,7 +147,7 @@ async def test_conform_of_embedded_control_plane_reports_that_every_clause_holds
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-async def test_conform_of_slow_control_plane_reports_that_every_clause_holds(
+async def test_conform_command_for_slow_control_plane_reports_that_every_clause_holds(
     start_without_settings: CommandStarter,
 ) -> None:
     """Each answer takes 0.2 s. The suite must not take this delay for a lost lease."""

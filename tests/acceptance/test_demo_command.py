@@ -61,7 +61,7 @@ async def test_demo_loses_no_session_although_a_worker_is_killed(
     assert "Try next" in command.out.partition("overlapping")[2]
 
 
-async def test_demo_with_handler_of_user_runs_that_handler(
+async def test_demo_command_with_handler_of_user_runs_that_handler(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "reports.py").write_text(
@@ -81,7 +81,7 @@ async def test_demo_with_handler_of_user_runs_that_handler(
     assert [promise[1], promise[2], promise[4], promise[5]] == ["40", "40", "0", "0"]
 
 
-async def test_demo_with_unknown_handler_ends_with_status_2(
+async def test_demo_command_with_unknown_handler_ends_with_status_2(
     start_without_settings: CommandStarter,
 ) -> None:
     command = await start_without_settings("demo", "nowhere:nothing")
@@ -90,7 +90,7 @@ async def test_demo_with_unknown_handler_ends_with_status_2(
     assert "Try next" not in command.out
 
 
-async def test_demo_ended_by_ctrl_c_leaves_no_process(
+async def test_demo_command_leaves_no_process_after_ctrl_c(
     start_without_settings: CommandStarter,
 ) -> None:
     command = await start_without_settings("demo")
@@ -101,7 +101,7 @@ async def test_demo_ended_by_ctrl_c_leaves_no_process(
     assert not any(is_process_running(pid) for pid in pids)
 
 
-async def test_demo_with_failing_handler_ends_with_status_1(
+async def test_demo_command_with_failing_handler_ends_with_status_1(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "broken.py").write_text(
@@ -118,7 +118,7 @@ async def test_demo_with_failing_handler_ends_with_status_1(
     assert (promise[2], promise[6]) == ("4", "4")
 
 
-async def test_demo_in_which_every_session_fails_ends_early_with_a_message(
+async def test_demo_command_ends_early_with_a_message_if_every_session_fails(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     """Workers claim items of a failing handler ever more slowly, so the demo would seem to hang."""
@@ -134,7 +134,7 @@ async def test_demo_in_which_every_session_fails_ends_early_with_a_message(
     assert "does --metadata match" not in command.out
 
 
-async def test_demo_with_metadata_that_match_no_handler_ends_at_once(
+async def test_demo_command_with_metadata_that_match_no_handler_ends_at_once(
     start_without_settings: CommandStarter,
 ) -> None:
     command = await start_without_settings("demo", "handlers:finish", "--metadata", "do=nothing")
@@ -142,7 +142,7 @@ async def test_demo_with_metadata_that_match_no_handler_ends_at_once(
     assert "takes type=session do=finish, not do=nothing: change --metadata" in command.err
 
 
-async def test_demo_with_sessions_that_no_handler_takes_ends_with_status_1(
+async def test_demo_command_with_sessions_that_no_handler_takes_ends_with_status_1(
     command_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(command_directory)
@@ -156,7 +156,7 @@ async def test_demo_with_sessions_that_no_handler_takes_ends_with_status_1(
     assert "does --metadata match" in capsys.readouterr().out
 
 
-async def test_demo_on_terminal_shows_live_view(command_directory: Path) -> None:
+async def test_demo_command_on_terminal_shows_live_view(command_directory: Path) -> None:
     master, slave = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "workpool", "demo", "--count", "4"),

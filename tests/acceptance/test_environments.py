@@ -233,7 +233,7 @@ async def test_invalid_environment_tables_end_run_with_status_2(
     assert f"(from pool.toml [workpool.environments.{ENVIRONMENT}])" in worker.err
 
 
-async def test_run_with_drain_flag_ends_once_queues_of_both_environments_are_empty(
+async def test_run_command_with_drain_flag_ends_when_queues_of_both_environments_are_empty(
     start_without_settings: CommandStarter,
     control_plane: ControlPlane,
     two_environments_config_file: Path,
@@ -302,7 +302,7 @@ async def test_many_items_in_one_environment_do_not_delay_items_of_other_environ
     assert await worker.wait_for_end() == 0
 
 
-async def test_check_reports_each_environment(
+async def test_check_command_reports_each_environment(
     start_without_settings: CommandStarter,
     control_plane: ControlPlane,
     two_environments_config_file: Path,
@@ -327,7 +327,7 @@ async def test_check_reports_each_environment(
     assert f"ok    {ENVIRONMENT}: control plane: " in text.out
 
 
-async def test_commands_pause_and_drain_one_environment_while_other_continues(
+async def test_pause_and_drain_commands_for_one_environment_leave_other_environment_running(
     start_without_settings: CommandStarter,
     control_plane: ControlPlane,
     two_environments_config_file: Path,

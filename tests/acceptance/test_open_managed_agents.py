@@ -106,7 +106,7 @@ def read_documented_verdicts_of_clauses() -> dict[str, str]:
     return {clause: verdict for names, verdict in rows for clause in re.findall("`(.+?)`", names)}
 
 
-async def test_conform_of_open_managed_agents_finds_documented_differences(
+async def test_conform_command_for_open_managed_agents_finds_documented_differences(
     control_plane: OpenManagedAgents, start_without_settings: CommandStarter
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "any"}

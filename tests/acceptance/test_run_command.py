@@ -34,7 +34,7 @@ def read_stored_item(plane: ControlPlane, item: Item) -> Item:
     return operations.get_queue(ENVIRONMENT).get_item(item.id)
 
 
-async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(
+async def test_run_command_with_drain_flag_ends_with_0_when_queue_is_empty(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     items = [enqueue_items(control_plane, "finish") for _ in range(20)]
@@ -45,7 +45,7 @@ async def test_run_with_drain_flag_ends_with_0_when_queue_is_empty(
     assert command.out == "", "logs belong on stderr"
 
 
-async def test_run_with_module_and_function_name_uses_only_that_handler(
+async def test_run_command_with_module_and_function_name_uses_only_that_handler(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     item, other = enqueue_items(control_plane, "finish"), enqueue_items(control_plane, "fail")
@@ -59,7 +59,7 @@ async def test_run_with_module_and_function_name_uses_only_that_handler(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_run_after_first_signal_waits_for_running_sessions(
+async def test_run_command_after_first_signal_waits_for_running_sessions(
     start_command: CommandStarter, control_plane: ControlPlane, number: signal.Signals
 ) -> None:
     item = enqueue_items(control_plane, "wait")
@@ -72,7 +72,7 @@ async def test_run_after_first_signal_waits_for_running_sessions(
     assert "result=clean" in command.err
 
 
-async def test_session_released_by_drain_is_not_stopped(
+async def test_drain_releases_running_session_but_does_not_stop_its_item(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     item = enqueue_items(control_plane, "linger")
@@ -86,7 +86,7 @@ async def test_session_released_by_drain_is_not_stopped(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_run_after_second_signal_ends_with_128_plus_signal_number(
+async def test_run_command_after_second_signal_ends_with_128_plus_signal_number(
     start_command: CommandStarter, control_plane: ControlPlane, number: signal.Signals
 ) -> None:
     item = enqueue_items(control_plane, "linger")
@@ -256,7 +256,7 @@ async def test_run_command_ends_with_status_3_if_control_plane_refuses_its_polls
         (["run", "handlers", "--config", "nowhere.toml"], {}, "config"),
     ],
 )
-async def test_run_with_invalid_arguments_or_settings_ends_with_2(
+async def test_run_command_with_invalid_arguments_or_settings_ends_with_2(
     run_in_process: CommandRunner,
     arguments: list[str],
     variables: dict[str, str],
@@ -276,7 +276,7 @@ async def test_run_with_invalid_arguments_or_settings_ends_with_2(
         (["handlers:nothing"], "has no 'nothing'"),
     ],
 )
-async def test_run_with_unknown_plugins_ends_with_2(
+async def test_run_command_with_unknown_plugins_ends_with_2(
     start_command: CommandStarter, arguments: list[str], expected_text: str
 ) -> None:
     command = await start_command("run", *arguments)
@@ -284,7 +284,7 @@ async def test_run_with_unknown_plugins_ends_with_2(
     assert expected_text in command.err
 
 
-async def test_run_on_port_in_use_names_address_and_ends_with_2(
+async def test_run_command_names_address_and_ends_with_2_if_port_is_in_use(
     start_command: CommandStarter,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -295,7 +295,7 @@ async def test_run_on_port_in_use_names_address_and_ends_with_2(
     assert "metrics_listen" in command.err
 
 
-async def test_run_with_plugin_that_fails_to_start_ends_with_1(
+async def test_run_command_with_plugin_that_fails_to_start_ends_with_1(
     start_command: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "broken.py").write_text(
@@ -316,7 +316,7 @@ async def test_run_with_plugin_that_fails_to_start_ends_with_1(
     assert "the database is away" in last["stack"]
 
 
-async def test_run_with_endless_plugin_start_ends_after_two_signals(
+async def test_run_command_ends_after_two_signals_although_start_of_plugin_never_ends(
     start_command: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "slow.py").write_text(
@@ -359,7 +359,7 @@ async def test_json_log_lines_have_ids_and_errors(
     assert "as it was asked to" in failed["stack"]
 
 
-async def test_run_flags_override_variables_and_variables_override_file(
+async def test_flags_of_run_command_override_variables_and_variables_override_file(
     start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     (command_directory / "greeter.py").write_text(
@@ -383,7 +383,7 @@ async def test_run_flags_override_variables_and_variables_override_file(
     assert "drained result=clean" in command.err
 
 
-async def test_run_with_exit_after_sessions_flag_ends_with_0(
+async def test_run_command_with_exit_after_sessions_flag_ends_with_0(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     items = [enqueue_items(control_plane, "finish") for _ in range(3)]
@@ -399,7 +399,7 @@ async def test_run_with_exit_after_sessions_flag_ends_with_0(
     assert "result=clean" in command.err
 
 
-async def test_run_with_idle_limit_and_empty_queue_ends_with_0(
+async def test_run_command_with_idle_limit_and_empty_queue_ends_with_0(
     start_command: CommandStarter,
 ) -> None:
     flags = ("--exit-after-sessions", "1", "--exit-after-idle", "0.1")

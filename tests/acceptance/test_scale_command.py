@@ -53,7 +53,7 @@ async def wait_for_scale_numbers(
             await asyncio.sleep(0.1)
 
 
-async def test_scale_recommends_workers_for_waiting_and_running_items(
+async def test_scale_command_recommends_workers_for_waiting_and_running_items(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     control_plane.enqueue(5, {"do": "linger"})
@@ -178,7 +178,7 @@ async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
     assert await serve.wait_for_end() == 0
 
 
-async def test_scale_reads_all_environments_of_the_file(
+async def test_scale_command_reads_all_environments_of_the_file(
     start_without_settings: CommandStarter, control_plane: ControlPlane, command_directory: Path
 ) -> None:
     control_plane.enqueue(3)
@@ -221,7 +221,7 @@ async def test_scale_reads_all_environments_of_the_file(
         (("--metrics-listen", "192.0.2.1:1"), "cannot listen on 192.0.2.1:1"),
     ],
 )
-async def test_scale_with_invalid_arguments_ends_with_status_2(
+async def test_scale_command_with_invalid_arguments_ends_with_status_2(
     start_command: CommandStarter, arguments: tuple[str, ...], problem: str
 ) -> None:
     command = await start_command("scale", *arguments)

@@ -49,7 +49,7 @@ async def run_and_read_output(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_serve_answers_both_dialects_until_signal(
+async def test_serve_command_answers_both_dialects_until_signal(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, number: signal.Signals
 ) -> None:
     command, ready = await start_serve_command(start_without_settings)
@@ -166,7 +166,7 @@ async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
     assert TOKEN not in command.err
 
 
-async def test_serve_with_unreadable_store_row_names_row_and_ends_with_1(
+async def test_serve_command_with_unreadable_store_row_names_row_and_ends_with_1(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     command, _ = await start_serve_command(start_without_settings, "--store", "work.db")
@@ -202,7 +202,7 @@ async def test_items_in_store_on_disk_survive_restart_of_serve(
     assert await command.wait_for_end() == 0
 
 
-async def test_serve_that_cannot_start_prints_reason(
+async def test_serve_command_that_cannot_start_prints_reason(
     start_without_settings: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "tokens").write_text("two words are a token and no-environment!\n")
@@ -267,7 +267,7 @@ async def test_serve_command_with_fault_file_injects_the_faults_of_the_file(
     assert "faults injected file=faults.toml count=2" in command.err
 
 
-async def test_serve_with_unwritable_store_ends_with_1(
+async def test_serve_command_with_unwritable_store_ends_with_1(
     start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
 ) -> None:
     """The server ends, because changes that it accepted later would be lost at a restart."""
@@ -341,7 +341,7 @@ async def test_server_with_postgresql_fulfils_every_clause_of_conformance_suite(
     assert await suite.wait_for_end(200) == 0
 
 
-async def test_serve_never_prints_password_of_its_database(
+async def test_serve_command_never_prints_password_of_its_database(
     start_without_settings: CommandStarter, database_url: str
 ) -> None:
     url = database_url.replace("workpool@", "workpool:pass%2Fword-9137@")

@@ -229,7 +229,7 @@ def only_child_process(pid: int) -> int:
 
 
 @pytest.mark.usefixtures("commands_run_as_process_1")
-async def test_run_as_process_1_with_sigterm_during_start_ends(
+async def test_run_command_as_process_1_ends_if_sigterm_arrives_during_start(
     start_command_blocked_at_import: StarterOfCommandBlockedAtImport,
     control_plane: ControlPlane,
     unblock_import: UnblockImport,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_top_shows_session_of_worker_and_address_without_answer(
+async def test_top_command_shows_session_of_worker_and_address_that_does_not_answer(
     start_command: CommandStarter, control_plane: ControlPlane, run_in_process: CommandRunner
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "wait"})
@@ -33,7 +33,7 @@ async def test_top_shows_session_of_worker_and_address_without_answer(
     assert "no answer" in shown.out
 
 
-async def test_top_without_terminal_prints_column_names_of_both_tables(
+async def test_top_command_without_terminal_prints_column_names_of_both_tables(
     run_in_process: CommandRunner,
 ) -> None:
     shown = await run_in_process("top", "--once", "http://127.0.0.1:1")
@@ -43,13 +43,13 @@ async def test_top_without_terminal_prints_column_names_of_both_tables(
     assert sessions.split("\t") == list(SESSION_COLUMNS)
 
 
-async def test_top_fails_when_no_worker_answers(run_in_process: CommandRunner) -> None:
+async def test_top_command_fails_when_no_worker_answers(run_in_process: CommandRunner) -> None:
     shown = await run_in_process("top", "--once", "http://127.0.0.1:1", "nonsense")
     assert shown.status == 1
     assert "not a URL" in shown.out
 
 
-async def test_top_escapes_control_characters_in_answer_of_worker(
+async def test_top_command_escapes_control_characters_in_answer_of_worker(
     run_in_process: CommandRunner,
 ) -> None:
     async def answer_with_control_characters(_: web.Request) -> web.Response:
@@ -68,7 +68,7 @@ async def test_top_escapes_control_characters_in_answer_of_worker(
 @pytest.mark.parametrize(
     ("body", "expected_text"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
 )
-async def test_top_reports_address_with_answer_that_is_not_from_a_worker(
+async def test_top_command_reports_address_with_answer_that_is_not_from_a_worker(
     run_in_process: CommandRunner, body: str, expected_text: str
 ) -> None:
     async def answer_without_worker_status(_: web.Request) -> web.Response:

@@ -218,7 +218,7 @@ async def test_new_worker_replaces_control_socket_at_given_path_only_after_old_w
     assert "third" in await third.wait_for_log(" paused ")
 
 
-async def test_run_with_other_file_at_control_socket_path_fails_and_keeps_file(
+async def test_run_command_with_other_file_at_control_socket_path_fails_and_keeps_file(
     start_command: CommandStarter, command_directory: Path
 ) -> None:
     (command_directory / "file").write_text("mine")

@@ -84,7 +84,7 @@ async def test_ack_by_former_worker_after_redelivery_is_409(
     assert (await api.ack(item["id"], worker="b")).status == 200
 
 
-async def test_late_ack_of_item_not_redelivered_is_accepted(
+async def test_late_ack_is_accepted_if_item_was_not_redelivered(
     api: ApiClient, clock: MovableClock
 ) -> None:
     api.plane.enqueue()

@@ -255,7 +255,7 @@ async def open_stream_and_stop_reading(api: ApiClient, session_id: str) -> async
     return writer
 
 
-def test_item_size_limit_is_larger_than_item_without_metadata(dialect: str) -> None:
+def test_size_limit_for_item_leaves_room_for_all_fields_besides_metadata(dialect: str) -> None:
     item = Item(
         id="work_" + "0" * 32,
         environment_id="e" * 128,

@@ -162,7 +162,7 @@ async def test_created_session_has_item_with_its_metadata(anthropic_api: ApiClie
 
 
 @pytest.mark.usefixtures("allow_polls_of_one_minute")
-async def test_created_session_wakes_waiting_poll(anthropic_api: ApiClient) -> None:
+async def test_creation_of_session_wakes_waiting_poll(anthropic_api: ApiClient) -> None:
     async def wait_for_item() -> HttpAnswer:
         return await anthropic_api.poll(params={"block_ms": "60000"})
 

@@ -164,7 +164,7 @@ async def test_withdrawn_delivery_wakes_next_poll(
     assert poll.result().body["id"] == item.id
 
 
-async def test_delivery_of_item_acknowledged_meanwhile_is_not_withdrawn(
+async def test_server_does_not_withdraw_delivery_of_item_that_was_acknowledged_meanwhile(
     api_with_blocked_commits: ApiClient, store_with_blocked_commits: StoreWithBlockedCommits
 ) -> None:
     (item,) = api_with_blocked_commits.plane.enqueue()

@@ -743,7 +743,7 @@ async def test_scripted_session_continues_after_restart(
     assert before[-1]["stop_reason"] == {"type": "end_turn"}
 
 
-async def test_event_missing_after_crash_is_appended_at_start(
+async def test_event_that_is_missing_after_crash_is_appended_at_start(
     tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"

@@ -55,7 +55,7 @@ def test_history_records_every_call_for_an_item_in_order(
     assert records[6].op == "ack"
 
 
-def test_call_without_effect_is_not_recorded_in_history(operations: Operations) -> None:
+def test_history_does_not_record_calls_that_change_nothing(operations: Operations) -> None:
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
     before = len(operations.history)
@@ -104,7 +104,7 @@ def test_redelivery_to_same_worker_does_not_count_as_reclaim(
     assert summarize(operations.history).reclaimed == 0
 
 
-def test_summary_counts_item_that_was_not_stopped_as_lost(operations: Operations) -> None:
+def test_history_summary_counts_item_that_was_never_stopped_as_lost(operations: Operations) -> None:
     operations.enqueue(ENV, count=2)
     claim_and_heartbeat(operations, "a")
     assert summarize(operations.history) == Summary(2, 0, 0, 2, 0)

@@ -138,7 +138,9 @@ async def test_clock_set_back_does_not_change_lease(api: ApiClient, clock: Movab
     assert answer.body["last_heartbeat"] == "2026-03-01T12:00:00.000001Z"
 
 
-async def test_leases_expire_in_order_of_their_ends(api: ApiClient, clock: MovableClock) -> None:
+async def test_leases_expire_in_order_of_their_end_times(
+    api: ApiClient, clock: MovableClock
+) -> None:
     slow, fast = (
         await api.create_item_in_state("active"),
         await api.create_item_in_state("starting"),

@@ -112,7 +112,7 @@ def test_poll_receives_item_of_earlier_poll_after_its_reclaim_window() -> None:
     run_in_virtual_time(deliver_item_twice)
 
 
-def test_waiting_poll_ends_without_item_if_redelivery_is_due_later() -> None:
+def test_waiting_poll_ends_without_item_if_redelivery_is_due_after_end_of_poll() -> None:
     async def poll_without_due_item(operations: Operations) -> None:
         operations.enqueue(ENV)
         operations.poll(ENV, Poll("a"))
@@ -259,7 +259,7 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
 
 
 @pytest.mark.usefixtures("allow_polls_of_one_minute")
-async def test_waiting_poll_woken_after_clock_was_moved_receives_item_with_expired_lease(
+async def test_waiting_poll_receives_item_with_expired_lease_if_woken_after_clock_change(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("active")

@@ -82,7 +82,7 @@ async def test_item_due_for_redelivery_is_delivered_before_younger_item(
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_redeliveries_are_oldest_first_regardless_of_last_delivery(
+async def test_redeliveries_come_oldest_item_first_regardless_of_time_of_last_delivery(
     api: ApiClient, clock: MovableClock
 ) -> None:
     first, second = (item.id for item in api.plane.enqueue(2))

@@ -270,7 +270,7 @@ async def test_session_updated_at_changes_with_item_and_events(
 
 
 @pytest.mark.parametrize("prefix", ["session_", "sesn_"])
-async def test_anthropic_session_is_found_by_id_with_either_known_prefix(
+async def test_anthropic_session_is_found_by_id_with_prefix_session_or_sesn(
     anthropic_api: ApiClient, prefix: str
 ) -> None:
     (item,) = anthropic_api.plane.enqueue(metadata={"k": "v"})

@@ -276,7 +276,7 @@ async def test_malformed_row_prevents_start_and_is_named_in_error(
         "UPDATE work SET id = 'work_nothex'",
     ],
 )
-async def test_inconsistent_rows_prevent_start(
+async def test_rows_of_database_that_contradict_each_other_prevent_start(
     database_path: Path, clock: MovableClock, change: str
 ) -> None:
     await create_item_with_event_in_database(database_path, clock)
