@@ -137,7 +137,7 @@ async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> 
     ("items", "taken", "full", "idle"),
     [(0, 0, False, True), (1, 0, False, False), (1, 1, False, False), (2, 1, True, False)],
 )
-async def test_queue_flags_is_full_and_is_idle_ignore_reserved_places(
+async def test_reserved_queue_places_do_not_change_flags_is_full_and_is_idle(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
@@ -272,7 +272,7 @@ async def test_item_set_aside_whose_handler_is_free_starts_before_items_in_queue
     assert (queue.items_set_aside, queue.waiting_item_count, queue.running) == (["a"], 1, 1)
 
 
-async def test_released_queue_place_goes_to_item_set_aside_before_waiting_poller() -> None:
+async def test_released_slot_goes_to_item_set_aside_rather_than_waiting_poller() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await reserve_places_and_put_items(queue, "a")
     assert queue.take_item_for_slot() == "a"

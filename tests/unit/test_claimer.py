@@ -189,7 +189,7 @@ def make_fault_that_changes_state(state: str) -> Fault:
     ("state", "result"),
     [("queued", "conflict"), ("active", "ok"), ("stopping", "conflict"), ("stopped", "conflict")],
 )
-def test_repeated_ack_succeeds_only_if_item_may_belong_to_this_worker(
+def test_result_of_repeated_ack_depends_on_state_of_item(
     testbed: type[LeaseTestbed], state: str, result: str
 ) -> None:
     @in_virtual_time
@@ -217,7 +217,7 @@ async def test_acknowledged_item_keeps_session_token_and_trace_of_its_poll(
 
 
 @in_virtual_time
-async def test_drain_ends_repetition_of_acks(testbed: type[LeaseTestbed]) -> None:
+async def test_ack_is_no_longer_repeated_after_drain_begins(testbed: type[LeaseTestbed]) -> None:
     one = testbed(ack=[make_refusal_fault(503, retry_after=20)] * 9)
     async with one.open_clients(), asyncio.TaskGroup() as group:
         claims = ClaimerTestbed(one)
@@ -244,7 +244,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
 
 
 @in_virtual_time
-async def test_first_heartbeat_with_lost_answer_is_recovered_by_reading_item(
+async def test_lost_answer_of_first_heartbeat_is_recovered_by_reading_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[Fault(answer="silence")])
@@ -257,7 +257,7 @@ async def test_first_heartbeat_with_lost_answer_is_recovered_by_reading_item(
 
 
 @in_virtual_time
-async def test_failed_first_heartbeat_is_repeated_until_lease_begun_by_ack_ends(
+async def test_first_heartbeat_that_fails_is_repeated_until_lease_ends(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[make_refusal_fault(503)] * 999)

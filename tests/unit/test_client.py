@@ -327,7 +327,7 @@ async def test_list_requests_all_pages_up_to_its_limit(
     assert before == ids[50:150] + ids[:50]
 
 
-async def test_item_list_whose_iteration_ends_early_requests_no_further_page(
+async def test_client_requests_no_further_page_if_loop_over_item_list_ends_early(
     control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     control_plane.enqueue(150)
@@ -518,7 +518,7 @@ async def test_worker_id_set_before_opening_is_sent_as_header(
     assert [each.headers.get("Worker-ID") for each in middleware.seen] == ["me-0a1b2c3d", None]
 
 
-async def test_client_callbacks_receive_requests_and_credential_refreshes(
+async def test_client_callbacks_are_called_for_each_request_and_each_credential_refresh(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     reported: list[tuple[str, str]] = []
@@ -647,7 +647,7 @@ async def test_wait_for_rate_limit_is_reported_with_its_seconds(
     assert waits[1][1] >= 0.05
 
 
-async def test_ack_with_permit_acquired_before_poll_does_not_wait(
+async def test_ack_does_not_wait_for_rate_limit_if_permit_was_acquired_before_poll(
     control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue()

@@ -86,7 +86,7 @@ def test_session_without_end_reason_has_no_completion_row() -> None:
         ("held", False, "released"),
     ],
 )
-def test_session_outcome_depends_on_lease_status_and_stop_request(
+def test_outcome_of_session_depends_on_lease_status_and_stop_request(
     status: str, outcome: str, *, stop_requested: bool
 ) -> None:
     lease: Any = StandInWithGivenAttributes(status=status, stop_requested=stop_requested)

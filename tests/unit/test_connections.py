@@ -315,7 +315,7 @@ async def test_close_does_not_wait_for_hanging_daemon_thread() -> None:
     assert await hung
 
 
-async def test_daemon_threads_return_results_and_errors_of_more_calls_than_threads() -> None:
+async def test_daemon_threads_run_queued_calls_and_return_their_results_or_errors() -> None:
     threads = DaemonThreads("workpool-test", 2)
     barrier = threading.Barrier(2)
     both = [threads.submit(barrier.wait, 20) for _ in range(2)]
@@ -364,7 +364,7 @@ def refuse_to_start_thread(_thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
-async def test_hanging_host_lookup_is_repeated_after_its_time_limit(
+async def test_host_lookup_that_hangs_is_repeated_by_call_after_lookup_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     release, look_up = threading.Event(), socket.getaddrinfo

@@ -109,7 +109,7 @@ def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
     assert scene.state.results_text("one") == "0 completed, 1 failed"
 
 
-def test_demo_counts_add_up_to_all_sessions_at_any_time() -> None:
+def test_queued_held_and_ended_sessions_of_demo_always_add_up_to_total() -> None:
     scene = DemoTestbed()
     steps = (lambda: None, lambda: scene.claim_item("one"), lambda: scene.stop_item("one"))
     for step in steps:
@@ -141,7 +141,7 @@ def reports_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.usefixtures("reports_module")
-def test_demo_uses_rules_of_handlers_for_sessions_without_metadata() -> None:
+def test_demo_without_given_metadata_enqueues_sessions_that_match_handler_rules() -> None:
     daily, rows = DemoSession("session", {"job": "daily-report"}), DemoSession("import", {})
     assert make_sessions_for_handler("demo_reports:daily_report", {}, 2) == [daily, daily]
     assert make_sessions_for_handler("demo_reports", {}, 3) == [daily, rows, daily]

@@ -39,7 +39,7 @@ def start_waiting_threads() -> Iterator[
         thread.join()
 
 
-def test_error_of_a_diagnostic_report_reaches_its_caller() -> None:
+def test_error_in_diagnostic_report_on_thread_is_raised_in_caller() -> None:
     def write_failing_report() -> None:
         raise SystemExit("from a log handler")
 

@@ -134,7 +134,7 @@ def test_second_drain_never_extends_deadline(second: float | None) -> None:
 
 
 @in_virtual_time
-async def test_drain_does_not_wait_for_session_that_becomes_stuck() -> None:
+async def test_drain_ends_at_once_when_last_running_session_becomes_stuck() -> None:
     drain, sessions = Drain(), DispatcherStandIn(1)
     drain.request(None)
     sessions.loop.call_later(7, sessions.simulate_stuck_session)

@@ -197,7 +197,7 @@ async def test_event_history_whose_pages_bring_nothing_new_raises_transient_erro
 
 
 @in_virtual_time
-async def test_event_stream_with_endless_history_requests_pages_slowly() -> None:
+async def test_requests_for_pages_of_endless_event_history_slow_down_with_backoff() -> None:
     endless = EndlessEventHistory(lambda _: [])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:

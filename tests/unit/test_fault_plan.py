@@ -57,7 +57,7 @@ def test_fault_file_in_json_is_read_like_toml(tmp_path: Path) -> None:
         'kind = "expired"',
     ],
 )
-def test_every_kind_of_fault_is_read(tmp_path: Path, fault: str) -> None:
+def test_fault_file_may_contain_every_kind_of_fault(tmp_path: Path, fault: str) -> None:
     plan = read_fault_plan(fault_file(tmp_path, f"[[fault]]\n{fault}\n"))
     faults = Faults()
     plan.install(faults, ControlPlane())

@@ -36,7 +36,7 @@ async def test_handler_group_cancelled_at_any_point_of_its_start_leaves_no_task(
     assert not problems
 
 
-async def test_handler_group_ends_although_a_handler_ignores_cancellation() -> None:
+async def test_handler_group_ends_even_if_one_handler_ignores_cancellation() -> None:
     may_end = asyncio.Event()
 
     async def ignore_cancellation() -> None:

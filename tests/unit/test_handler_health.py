@@ -219,7 +219,7 @@ async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() ->
 
 
 @in_virtual_time
-async def test_admission_waits_for_running_session_of_failing_handler() -> None:
+async def test_wait_for_admission_lasts_until_running_session_of_failing_handler_ends() -> None:
     bench = HandlerHealthTestbed()
     bench.fail_sessions()
     await asyncio.sleep(2)

@@ -34,11 +34,13 @@ class OrderResult:
 @pytest.mark.parametrize(
     "returned", [{}, {"a": "b"}, {"a": ""}, {"": "b"}, {"ü": "☃"}, MappingProxyType({"a": "b"})]
 )
-def test_result_with_string_values_is_written_key_by_key(returned: Mapping[str, str]) -> None:
+def test_handler_result_with_string_values_becomes_metadata_with_same_keys(
+    returned: Mapping[str, str],
+) -> None:
     assert make_metadata_from_result(returned, None) == returned
 
 
-def test_result_changed_after_return_leaves_metadata_unchanged() -> None:
+def test_later_change_of_returned_handler_result_does_not_change_metadata() -> None:
     returned = {"a": "b"}
     result = make_metadata_from_result(returned, None)
     returned["a"] = "changed"

@@ -226,7 +226,7 @@ BAD_FIELDS: list[tuple[Parse, dict[str, Any], str, tuple[object, ...]]] = [
     ("parse", "obj", "name", "bad"),
     [(parse, obj, name, bad) for parse, obj, name, bads in BAD_FIELDS for bad in bads],
 )
-def test_malformed_field_is_refused_by_name(
+def test_error_about_malformed_response_field_names_that_field(
     parse: Parse, obj: dict[str, Any], name: str, bad: object
 ) -> None:
     with pytest.raises(ValueError, match=name):
@@ -241,7 +241,7 @@ def test_response_that_is_no_object_is_refused(parse: Parse, bad: object) -> Non
 
 
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
-def test_missing_field_is_refused_by_its_name(name: str) -> None:
+def test_error_about_missing_item_field_names_that_field(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         parse_item(copy_without_field(ITEM, name))
 
@@ -319,7 +319,7 @@ def test_every_timestamp_format_of_protocol_is_parsed(time: datetime, digits: in
 
 @pytest.mark.parametrize("name", ["id", "environment_id", "data", "state"])
 @pytest.mark.parametrize("bad", [HIDDEN + "/", {"x": [HIDDEN]}, [HIDDEN]])
-def test_parse_errors_do_not_quote_content(name: str, bad: object) -> None:
+def test_parse_errors_do_not_quote_the_malformed_value(name: str, bad: object) -> None:
     error = parse_and_return_error(parse_item, {**ITEM, name: bad})
     assert error is not None
     assert HIDDEN not in repr(error)

@@ -177,7 +177,7 @@ async def test_call_delayed_by_machine_pause_is_sent_only_after_next_heartbeat(
 
 
 @in_virtual_time
-async def test_undetected_short_machine_pause_still_uses_up_lease_time(
+async def test_write_after_undetected_machine_pause_beyond_lease_end_raises_lease_lost(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -336,7 +336,7 @@ def test_retry_after_attempt_without_answer_uses_new_connection(
 
 
 @in_virtual_time
-async def test_every_attempt_of_a_call_has_priority_and_permit_of_that_call(
+async def test_each_retry_of_a_call_keeps_priority_and_permit_of_that_call(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[SILENCE])
@@ -352,7 +352,7 @@ async def test_every_attempt_of_a_call_has_priority_and_permit_of_that_call(
 
 
 @in_virtual_time
-async def test_completion_is_retried_as_long_as_its_lease_is_renewed(
+async def test_completion_write_is_retried_as_long_as_lease_is_renewed(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False)] * 200)
@@ -364,7 +364,7 @@ async def test_completion_is_retried_as_long_as_its_lease_is_renewed(
 
 
 @in_virtual_time
-async def test_retry_after_is_obeyed_for_at_most_half_of_remaining_time(
+async def test_call_waits_for_retry_after_but_at_most_half_of_remaining_time(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False, retry_after=5)])

@@ -563,7 +563,7 @@ def test_answer_to_item_read_determines_decision_status_and_deadline(
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
 
-def test_item_is_read_after_412_only_while_its_holder_is_unknown() -> None:
+def test_heartbeat_answer_412_causes_item_read_while_holder_is_unknown() -> None:
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     lease.apply_read_item(READ_AT, "conflict", make_transient_error())
@@ -676,7 +676,7 @@ def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
     assert lease.due_at == due_at
 
 
-def test_machine_pause_after_successful_heartbeat_puts_lease_in_doubt_again() -> None:
+def test_second_machine_pause_after_successful_heartbeat_requires_verification_again() -> None:
     lease = renewed_lease()
     lease.verify_after_pause(5.0)
     begin_heartbeat_and_apply_answer(lease, 5.0, 5.1, make_heartbeat(2))

@@ -205,7 +205,7 @@ async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_d
 
 
 @in_virtual_time
-async def test_crashed_heartbeat_loses_only_its_own_lease(
+async def test_heartbeat_that_crashes_loses_one_lease_and_keeps_the_other(
     testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
     one = testbed()
@@ -315,7 +315,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
 
 
 @in_virtual_time
-async def test_release_that_cannot_be_sent_ends_in_lost_lease(
+async def test_lease_is_lost_if_last_heartbeat_for_release_cannot_be_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, *[UNSENT] * 99])

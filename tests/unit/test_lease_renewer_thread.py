@@ -267,7 +267,7 @@ async def test_error_while_closing_service_is_logged_and_not_fatal(
     assert not testbed.failures
 
 
-async def test_failed_renewer_thread_is_fatal_and_loses_its_leases(
+async def test_failure_of_renewer_thread_is_fatal_and_ends_all_leases_as_lost(
     testbed: LeaseRenewerTestbed,
 ) -> None:
     item, later = await testbed.claim_item(), await testbed.claim_item()

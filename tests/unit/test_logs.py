@@ -148,7 +148,7 @@ def test_control_character_in_log_record_is_escaped(char: str) -> None:
 
 
 @given(st.text())
-def test_arbitrary_text_in_record_keeps_log_lines_valid(text: str) -> None:
+def test_arbitrary_text_in_log_record_is_escaped_in_output(text: str) -> None:
     assert_output_is_escaped(make_hostile_log_record(text))
 
 

@@ -598,7 +598,7 @@ def test_supervisors_of_two_environments_have_separate_metric_series(
     assert samples["stop_requests_total{environment_id=env_2}"] == 1
 
 
-def test_closed_metrics_drop_gauges_and_keep_counters(
+def test_closing_metrics_removes_gauges_and_keeps_counters(
     pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     gauges = {row.name for row in DEFINITIONS if row.kind == "gauge"}

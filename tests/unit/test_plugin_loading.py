@@ -77,7 +77,7 @@ def test_decorated_function_is_loaded_as_handler_with_its_limits() -> None:
     assert (answer.timeout, answer.max_sessions) == (5.0, 2)
 
 
-def test_decorated_function_gives_the_same_handler_for_every_item() -> None:
+def test_plugin_of_decorated_function_returns_same_handler_object_for_every_item() -> None:
     plugins = load_plugins(make_decorated_handler(max_sessions=2))
     assert plugins.handler_for(make_work_item()) is plugins.handler_for(make_work_item(job="other"))
 
@@ -336,7 +336,7 @@ def test_mistake_in_plugin_module_is_refused_with_module_name(
     assert "\n" not in str(caught.value)
 
 
-def test_equal_rules_within_module_are_refused_naming_both_handlers(
+def test_error_about_equal_rules_in_one_module_names_both_handlers(
     import_path_folder: ImportPathFolder,
 ) -> None:
     name = import_path_folder.write_module(MISTAKES["two equal rules"][0])
@@ -344,7 +344,7 @@ def test_equal_rules_within_module_are_refused_naming_both_handlers(
         load_plugins(names=(name,))
 
 
-def test_equal_rules_of_two_plugins_are_refused_naming_both() -> None:
+def test_error_about_equal_rules_of_two_plugins_names_both() -> None:
     with pytest.raises(PluginError, match=r"two.two and one.one have the same rule") as caught:
         load_plugins(
             make_decorated_handler("one", metadata={"job": "a"}),

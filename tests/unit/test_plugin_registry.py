@@ -90,7 +90,7 @@ def test_plugin_that_answers_none_leaves_choice_to_next_plugin() -> None:
     )
 
 
-def test_tryfirst_and_trylast_change_order_of_plugins() -> None:
+def test_hook_options_tryfirst_and_trylast_change_order_of_plugins() -> None:
     class PluginWithHookTriedFirst(PluginChoosingOneHandler):
         @hookimpl(tryfirst=True)
         def workpool_session_handler(self) -> Any:

@@ -200,7 +200,7 @@ async def test_poller_slows_down_if_all_items_are_unreadable() -> None:
 
 
 @in_virtual_time
-async def test_readable_answer_resets_count_of_unreadable_items() -> None:
+async def test_poll_with_readable_answer_resets_count_of_unreadable_items() -> None:
     answers: list[object] = [TooLargeError("poll", 200) for _ in range(poller.SKIPS)]
     bench = PollerTestbed(*answers, None, *answers, block_ms=999)
     clock = asyncio.get_running_loop().time

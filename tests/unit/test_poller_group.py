@@ -117,7 +117,7 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     ],
     ids=["null", "item", "network error", "throttled"],
 )
-def test_poll_result_other_than_refusal_restarts_time_limit_of_refused_polls(
+def test_time_limit_of_refused_polls_restarts_after_poll_that_is_not_refused(
     between: Callable[[PollerGroupTestbed], None],
 ) -> None:
     bench = PollerGroupTestbed()
@@ -140,7 +140,7 @@ def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     assert bench.group.last_success_at == 1000.0
 
 
-def test_first_of_several_polls_without_item_is_logged_as_idle(
+def test_log_message_idle_appears_once_for_several_polls_without_item(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "workpool")
@@ -154,7 +154,7 @@ def test_first_of_several_polls_without_item_is_logged_as_idle(
 
 
 @in_virtual_time
-async def test_second_cooldown_extends_the_first_but_never_shortens_it() -> None:
+async def test_cooldown_of_pollers_is_extended_but_never_shortened_by_later_cooldown() -> None:
     group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     group.begin_cooldown(5)

@@ -342,7 +342,9 @@ class ReferenceModelOfTokenOrder:
 
 
 @given(st.lists(st.one_of(st.sampled_from(Priority), st.just("token"), st.just("cancel"))))
-def test_waiters_get_tokens_in_order_of_reference_model(steps: list[Priority | str]) -> None:
+def test_waiters_on_rate_limiter_get_tokens_in_order_of_reference_model(
+    steps: list[Priority | str],
+) -> None:
     async def compare_with_model() -> None:
         model, spare = ReferenceModelOfTokenOrder(), False
         # At four tokens a second, the burst of a quarter second is one token.

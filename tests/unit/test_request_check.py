@@ -391,7 +391,7 @@ async def test_request_is_sent_although_trace_callback_of_caller_waits() -> None
 
 @pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=describe_body_size)
 @pytest.mark.parametrize("session", [make_default_client_session, make_traced_client_session])
-async def test_passing_check_is_called_once_and_request_arrives_complete(
+async def test_request_that_passes_its_check_arrives_complete_after_one_check(
     session: Any, body: bytes | None
 ) -> None:
     check = SwitchableRequestCheck()

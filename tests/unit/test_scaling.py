@@ -56,7 +56,9 @@ def test_recommended_replicas_are_the_fewest_with_a_slot_for_each_item(
 
 
 @given(COUNTS, st.integers(1, 100))
-def test_recommended_replicas_stay_when_the_last_items_are_claimed(items: int, slots: int) -> None:
+def test_recommended_replicas_do_not_change_when_the_last_queued_items_are_claimed(
+    items: int, slots: int
+) -> None:
     rule = ReplicaRule(slots)
     queued, running = FleetLoad(items, 0, 0), FleetLoad(0, 0, items)
     assert rule.recommended_replicas(queued) == rule.recommended_replicas(running)

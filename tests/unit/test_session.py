@@ -32,7 +32,7 @@ async def test_request_to_end_session_wakes_every_task_that_waits_for_interrupti
         await session.interrupted()
 
 
-async def test_cancelled_wait_for_interruption_leaves_another_wait_undisturbed() -> None:
+async def test_cancelled_wait_for_interruption_does_not_affect_another_wait() -> None:
     session = Session(parse_item(ITEM), cast("Any", None), redelivered=False)
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         cancelled, waiting = (group.create_task(session.interrupted()) for _ in range(2))

@@ -96,7 +96,7 @@ def test_unlimited_drain_timeout_gives_no_warning_about_completions() -> None:
     ).warnings()
 
 
-def test_settings_are_frozen() -> None:
+def test_assignment_to_a_setting_raises_frozen_instance_error() -> None:
     settings: Any = Settings()
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.pollers = 3
@@ -401,7 +401,7 @@ def test_error_about_missing_file_names_file_and_variable_that_contains_its_path
     )
 
 
-def test_credential_given_in_place_of_a_path_is_not_shown() -> None:
+def test_error_does_not_show_credential_that_was_given_as_file_path() -> None:
     with pytest.raises(SettingsError) as raised:
         Settings(token_file=HIDDEN + HIDDEN).read_token()
     assert HIDDEN not in str(raised.value)
@@ -471,7 +471,7 @@ def test_token_comes_from_token_setting_or_token_file_or_variable_of_dialect(
     assert Settings(token=GIVEN).read_token() == GIVEN
 
 
-def test_token_setting_overrides_token_file_setting_of_lower_precedence(
+def test_token_setting_overrides_token_file_from_less_important_source(
     monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))

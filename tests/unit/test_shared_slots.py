@@ -85,7 +85,7 @@ async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn(
     assert order == [0, 1, 2] * 4
 
 
-async def test_freed_slot_goes_to_environment_with_fewer_slots_before_item_set_aside() -> None:
+async def test_freed_slot_goes_to_environment_with_fewer_slots_rather_than_item_set_aside() -> None:
     busy, late = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     started: list[str] = []
     busy.start = started.append

@@ -89,7 +89,7 @@ def test_stream_split_into_any_chunks_gives_same_frames(stream: bytes, cuts: Seq
     assert parse_chunks_into_frames(*chunks) == parse_like_html_standard(stream)
 
 
-def test_frame_is_returned_at_its_last_byte() -> None:
+def test_parser_returns_frame_as_soon_as_its_last_byte_arrives() -> None:
     parser = FrameParser()
     assert parser.parse_chunk(b"data: a\r\n\r") == [("message", "a", "")]
     assert parser.parse_chunk(b"\ndata: b\n") == []

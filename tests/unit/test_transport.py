@@ -287,7 +287,7 @@ async def test_empty_response_raises_transient_error_except_for_poll_and_stop() 
         )
 
 
-async def test_null_response_to_poll_is_read_as_no_item() -> None:
+async def test_json_null_in_response_to_poll_means_no_item() -> None:
     async with (
         running_server(make_http_answer(200, b"null")) as server,
         connected_transport(server.url) as transport,
@@ -454,7 +454,7 @@ async def test_request_raises_cancelled_error_if_timeout_comes_in_same_loop_turn
         server.release.set()
 
 
-async def test_request_without_remaining_time_is_not_sent() -> None:
+async def test_request_with_no_remaining_time_raises_timeout_error() -> None:
     for seconds in (0, -1.0):
         error = await send_request_and_return_error(OK, seconds=seconds)
         assert isinstance(error, TransientError)
