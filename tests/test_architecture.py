@@ -151,7 +151,7 @@ def find_suppression_comments(path: Path) -> list[str]:
     ]
 
 
-def test_suppressions_of_package_are_few_and_have_reasons() -> None:
+def test_lint_suppressions_in_package_are_few_and_have_reasons() -> None:
     paths = [*MODULES, *PLUGIN_MODULES]
     found = [(path, text) for path in paths for text in find_suppression_comments(path)]
     for path, text in found:
@@ -162,7 +162,7 @@ def test_suppressions_of_package_are_few_and_have_reasons() -> None:
     assert len(found) <= lines * SUPPRESSIONS_PER_1000_LINES / 1000
 
 
-def test_suppressions_of_tests_have_reasons() -> None:
+def test_lint_suppressions_in_tests_have_reasons() -> None:
     """A reason follows `noqa` after a dash, and follows `type: ignore` after a second `#`."""
     paths = [*ROOT.glob("tests/**/*.py"), *ROOT.glob("plugins/*/tests/**/*.py")]
     found = [(path, text) for path in paths for text in find_suppression_comments(path)]
@@ -208,7 +208,7 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_imports_including_those_for_types_form_no_cycle() -> None:
+def test_imports_between_modules_form_no_cycle() -> None:
     modules = {module_name(path): path for path in [*MODULES, *PLUGIN_MODULES]}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():

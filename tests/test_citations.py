@@ -72,7 +72,7 @@ def relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def test_citation_of_every_module_names_an_existing_heading() -> None:
+def test_citation_in_every_module_names_an_existing_heading() -> None:
     modules = [*MODULES, *(path for path in TEST_MODULES if path != Path(__file__))]
     found = {relative_path(path): find_unresolved_citations(path.read_text()) for path in modules}
     assert {path: each for path, each in found.items() if each} == {}

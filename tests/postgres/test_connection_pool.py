@@ -51,7 +51,7 @@ async def wait_until_available(pool: ConnectionPool) -> int:
             await asyncio.sleep(0.05)
 
 
-async def test_statement_result_is_returned_and_committed(
+async def test_connection_pool_returns_statement_result_and_commits_statement(
     pool: ConnectionPool, database_url: str, postgres: Cluster
 ) -> None:
     await pool.execute("CREATE TABLE number (value int)")
@@ -61,7 +61,7 @@ async def test_statement_result_is_returned_and_committed(
     assert postgres.execute("SELECT count(*) FROM number", database_url) == "2"
 
 
-async def test_transaction_with_exception_is_undone(pool: ConnectionPool) -> None:
+async def test_transaction_is_undone_if_its_block_raises_exception(pool: ConnectionPool) -> None:
     await pool.execute("CREATE TABLE number (value int)")
 
     async def fail_in_transaction() -> None:
@@ -87,13 +87,13 @@ async def test_transaction_that_continues_after_a_failed_statement_raises_error(
     assert await pool.fetchval("SELECT 7") == 7
 
 
-async def test_calls_beyond_the_pool_size_wait_for_a_connection(pool: ConnectionPool) -> None:
+async def test_database_calls_beyond_pool_size_wait_for_a_connection(pool: ConnectionPool) -> None:
     sql = "SELECT pg_backend_pid() FROM pg_sleep(0.01)"
     found = await asyncio.gather(*(pool.fetchval(sql) for _ in range(40)))
     assert 1 <= len(set(found)) <= 2
 
 
-async def test_call_cancelled_while_it_waits_for_connection_does_not_keep_the_connection(
+async def test_database_call_cancelled_while_it_waits_keeps_no_connection(
     pool: ConnectionPool,
 ) -> None:
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group, AsyncExitStack() as stack:
@@ -106,7 +106,7 @@ async def test_call_cancelled_while_it_waits_for_connection_does_not_keep_the_co
         assert await second == 7
 
 
-async def test_call_with_exhausted_pool_raises_503_until_a_connection_is_free(
+async def test_statement_raises_503_while_all_database_connections_are_in_use(
     pool: ConnectionPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(connection_pool, "ACQUIRE_SECONDS", 0.2)
@@ -212,7 +212,9 @@ async def test_statement_without_answer_raises_503_and_its_connection_is_replace
         os.kill(process, signal.SIGCONT)
 
 
-async def test_connection_beyond_limit_of_database_role_raises_503(own_postgres: Cluster) -> None:
+async def test_statement_raises_503_if_database_role_has_too_many_connections(
+    own_postgres: Cluster,
+) -> None:
     url = own_postgres.create_database()
     role = "CREATE ROLE app LOGIN CONNECTION LIMIT 1"
     own_postgres.execute(role)
@@ -246,7 +248,9 @@ async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPo
         await pool.retry_colliding_call(fail_transaction_in_every_call)
 
 
-async def test_wrong_statement_raises_the_error_of_the_driver(pool: ConnectionPool) -> None:
+async def test_wrong_statement_raises_error_of_database_driver_unchanged(
+    pool: ConnectionPool,
+) -> None:
     await pool.execute("CREATE TABLE number (value int PRIMARY KEY)")
     await pool.execute("INSERT INTO number VALUES (7)")
     with pytest.raises(asyncpg.UniqueViolationError):
@@ -258,7 +262,9 @@ async def test_wrong_statement_raises_the_error_of_the_driver(pool: ConnectionPo
     assert await pool.fetchval("SELECT 7") == 7
 
 
-async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgres: Cluster) -> None:
+async def test_cancelled_database_call_frees_its_connection(
+    pool: ConnectionPool, postgres: Cluster
+) -> None:
     for _ in range(4):  # the pool has fewer than four connections
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
@@ -270,7 +276,7 @@ async def test_cancelled_call_frees_its_connection(pool: ConnectionPool, postgre
             pass
 
 
-async def test_call_on_closed_pool_raises_503(pool: ConnectionPool) -> None:
+async def test_statement_on_closed_connection_pool_raises_503(pool: ConnectionPool) -> None:
     await pool.close()
     with pytest.raises(UnavailableError, match="this node ends"):
         await pool.fetchval("SELECT 7")
@@ -284,7 +290,7 @@ async def test_call_on_closed_pool_raises_503(pool: ConnectionPool) -> None:
         ("postgresql://u:{}@127.0.0.1/x?sslmode=never", ServeError, "cannot be read"),
     ],
 )
-async def test_start_error_names_the_database_without_password(
+async def test_database_start_error_names_url_without_password(
     url: str, error: type[Exception], words: str
 ) -> None:
     pool = ConnectionPool(url.format(HIDDEN))
@@ -309,7 +315,7 @@ async def test_start_error_names_the_missing_database(postgres: Cluster) -> None
         ("postgres://a,b:1/work", "postgresql://a,b:1/work"),
     ],
 )
-def test_redacted_url_has_no_password(url: str, shown: str) -> None:
+def test_redacted_database_url_contains_no_password(url: str, shown: str) -> None:
     assert redact_url(url) == shown
 
 
@@ -332,7 +338,7 @@ def test_redacted_url_has_no_password(url: str, shown: str) -> None:
         (TimeoutError(), "it did not answer in time"),
     ],
 )
-def test_only_temporary_driver_errors_become_unavailable_errors(
+def test_database_driver_error_becomes_unavailable_error_only_if_temporary(
     error: Exception, reason: str | None
 ) -> None:
     translated: Any = to_unavailable_error(error)

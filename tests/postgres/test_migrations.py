@@ -38,7 +38,9 @@ async def test_migrations_create_the_tables_on_first_run_and_change_nothing_on_s
     assert postgres.execute(clock, database_url) == "t"
 
 
-async def test_only_missing_migrations_run(postgres: Cluster, database_url: str) -> None:
+async def test_migrate_runs_only_migrations_that_database_lacks(
+    postgres: Cluster, database_url: str
+) -> None:
     assert await migrate(database_url, [FIRST]) == 1
     assert await migrate(database_url, [FIRST, SECOND, THIRD]) == 2
     versions = "SELECT version, oldest FROM schema_versions ORDER BY version"
@@ -50,7 +52,9 @@ async def test_each_migration_runs_once_if_six_nodes_start_together(database_url
     assert sum(applied) == 2
 
 
-async def test_failed_migration_changes_nothing(postgres: Cluster, database_url: str) -> None:
+async def test_failed_migration_leaves_database_unchanged(
+    postgres: Cluster, database_url: str
+) -> None:
     broken = Migration(2, 1, "CREATE TABLE other (id int); SELECT 1 / 0")
     with pytest.raises(Exception, match="division by zero"):
         await migrate(database_url, [FIRST, broken])
@@ -59,7 +63,9 @@ async def test_failed_migration_changes_nothing(postgres: Cluster, database_url:
     assert await migrate(database_url, [FIRST, SECOND]) == 1
 
 
-async def test_schema_of_newer_release_is_refused_only_if_incompatible(database_url: str) -> None:
+async def test_migrate_refuses_schema_of_newer_release_only_if_incompatible(
+    database_url: str,
+) -> None:
     await migrate(database_url, [FIRST, SECOND])
     assert await migrate(database_url, [FIRST]) == 0
     await migrate(database_url, [FIRST, SECOND, THIRD])

@@ -174,7 +174,7 @@ async def test_waiting_call_without_notification_reads_again_after_fallback_inte
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
+async def test_notification_hub_reconnects_and_wakes_waiting_calls_after_lost_connection(
     hubs: tuple[NotificationHub, NotificationHub], postgres: Cluster, database_url: str
 ) -> None:
     here, there = hubs
@@ -203,7 +203,7 @@ async def test_hub_after_lost_connection_reconnects_and_wakes_waiting_calls(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_connection_without_answer_to_a_ping_is_replaced(
+async def test_notification_connection_that_answers_no_ping_is_replaced(
     hubs: tuple[NotificationHub, NotificationHub],
     postgres: Cluster,
     database_url: str,
@@ -285,7 +285,7 @@ async def test_end_waits_ends_current_and_later_waits_at_once(
         assert await hub.wait_for_change(WORK, hub.change_count(), LONG)
 
 
-async def test_hub_started_without_database_connects_later_and_calls_time_out(
+async def test_notification_hub_started_without_database_connects_once_database_runs(
     own_postgres: Cluster,
 ) -> None:
     hub = NotificationHub(own_postgres.url())

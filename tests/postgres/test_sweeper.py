@@ -67,7 +67,7 @@ async def test_sweep_over_its_time_limit_runs_each_batch_only_once(
     assert (lapses.left, deletions.left) == (15, 15)
 
 
-async def test_second_node_does_not_sweep_until_the_first_has_ended(
+async def test_node_does_not_sweep_while_another_node_sweeps(
     connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
     slow, other = FakeSweepBatch(5), FakeSweepBatch()
@@ -114,7 +114,7 @@ async def test_sweeper_continues_after_a_restart_of_the_database(
         await pool.close()
 
 
-async def test_unexpected_error_in_a_batch_ends_the_sweeper(
+async def test_sweeper_ends_after_unexpected_error_in_a_batch(
     connection_pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "SWEEP_SECONDS", 0.02)

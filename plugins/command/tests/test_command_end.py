@@ -121,7 +121,7 @@ async def test_command_after_lost_lease_is_killed_with_its_children(
     ],
     ids=["killed", "releases", "finishes", "ignores_sigterm"],
 )
-async def test_command_during_drain_ends_with_outcome_of_its_exit_status(
+async def test_session_outcome_matches_exit_status_of_command_that_ends_during_drain(
     kit: Kit,
     shell_command: Shell,
     procfs: Any,

@@ -100,7 +100,7 @@ async def test_error_of_failed_command_names_exit_status_or_signal(
     assert (result.error.program, result.error.status) == ("sh", status)
 
 
-async def test_command_that_exits_with_ex_tempfail_is_released(
+async def test_command_session_is_released_if_command_exits_with_ex_tempfail(
     kit: Kit, shell_command: Shell
 ) -> None:
     result = await kit.run_session(shell_command("exit 75"), report_errors="message")

@@ -58,7 +58,7 @@ def test_invalid_setting_is_refused_with_its_name(settings: dict[str, Any], prob
 
 
 @pytest.mark.parametrize("program", ["no-such-program", "{tmp}/absent", "{tmp}/plain", "{tmp}"])
-async def test_start_with_program_that_is_not_executable_raises_plugin_error(
+async def test_pool_start_raises_plugin_error_if_program_is_not_executable(
     kit: Kit, tmp_path: Path, program: str
 ) -> None:
     (tmp_path / "plain").write_text("not executable")
@@ -78,7 +78,7 @@ async def test_program_is_looked_up_on_path_of_command_not_of_worker(
         await kit.run_session(Command(command=["tool"], environment=[]))
 
 
-async def test_root_setting_that_names_file_raises_plugin_error(
+async def test_pool_start_raises_plugin_error_if_root_setting_names_file(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -127,7 +127,7 @@ async def test_error_names_program_that_vanished_after_start_of_pool(
         assert "hunter2" not in str(end.error)
 
 
-async def test_kept_directory_replaced_by_symlink_fails_session(
+async def test_command_session_fails_if_symlink_replaced_its_kept_directory(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     async with kit.pool(shell_command("touch owned", root=tmp_path / "root", keep=True)):

@@ -37,7 +37,7 @@ async def engine_with_removal_handler(
         await runner.cleanup()
 
 
-async def test_removal_that_engine_refuses_twice_during_stop_is_repeated(tmp_path: Path) -> None:
+async def test_container_removal_is_repeated_if_engine_refuses_it_twice(tmp_path: Path) -> None:
     problem = {"message": "cannot remove container: container state improper: stopped"}
     responses = [web.json_response(problem, status=500), web.json_response(problem, status=500)]
 
@@ -49,7 +49,7 @@ async def test_removal_that_engine_refuses_twice_during_stop_is_repeated(tmp_pat
     assert not responses
 
 
-async def test_removal_that_engine_always_refuses_raises_error_with_engine_message(
+async def test_container_removal_that_engine_always_refuses_raises_message_of_engine(
     tmp_path: Path,
 ) -> None:
     async def answer_removal_request(_: web.Request) -> web.Response:

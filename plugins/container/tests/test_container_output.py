@@ -57,7 +57,7 @@ def test_long_output_line_is_cut_at_limit_and_next_line_is_logged(
 
 
 @pytest.mark.parametrize("limit", [0, 2])
-def test_output_lines_after_limit_are_not_logged(
+def test_container_output_lines_beyond_count_limit_are_not_logged(
     caplog: pytest.LogCaptureFixture, limit: int
 ) -> None:
     lines = logged_messages(caplog, b"1\n2\n3\n4\n5", limit=limit)

@@ -130,7 +130,7 @@ async def test_failed_cost_write_is_repeated_after_pauses_that_grow_to_limit(
 
 
 @in_virtual_time
-async def test_last_written_cost_is_written_again_after_failed_write() -> None:
+async def test_previous_cost_is_written_again_after_failed_write_of_other_cost() -> None:
     """A write whose answer is lost counts as failed, but the API server may have applied it."""
     testbed = WriterTestbed()
     async with testbed.running_writer():

@@ -221,7 +221,7 @@ async def test_malformed_namespace_file_is_refused_at_start(
 
 
 @pytest.mark.parametrize("interval", [0.5, float("inf"), float("nan"), "5", True])
-def test_invalid_interval_setting_is_refused(interval: object) -> None:
+def test_kubernetes_plugin_refuses_invalid_interval_setting(interval: object) -> None:
     with pytest.raises((TypeError, ValueError), match="interval"):
         Kubernetes(interval=interval)  # type: ignore[arg-type] # an invalid value on purpose
 

@@ -111,7 +111,7 @@ async def test_read_with_range_returns_selected_lines(
 
 
 @pytest.mark.parametrize("fields", [{"offset": "x"}, {"limit": True}, {"limit": [1]}])
-async def test_offset_or_limit_that_is_no_number_is_refused(
+async def test_file_read_with_offset_or_limit_that_is_no_number_is_refused(
     agent_without_sandbox: Any, workspace_directory: Path, fields: dict[str, Any]
 ) -> None:
     (workspace_directory / "lines").write_text(LINES)
@@ -138,7 +138,7 @@ async def test_offset_or_limit_that_is_no_number_is_refused(
         {},
     ],
 )
-async def test_malformed_range_of_lines_is_refused(
+async def test_file_read_with_malformed_line_range_is_refused(
     agent_without_sandbox: Any, workspace_directory: Path, view_range: object
 ) -> None:
     (workspace_directory / "lines").write_text(LINES)

@@ -48,7 +48,7 @@ async def test_invalid_tool_input_is_answered_with_error_to_agent(
     assert await agent_without_sandbox.expect_tool_error(tool, **fields) == expected
 
 
-async def test_unknown_input_fields_are_ignored(
+async def test_tool_ignores_unknown_fields_of_its_input(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "a").write_text("x")
@@ -90,7 +90,7 @@ def test_image_block_returned_by_tool_is_passed_on_unchanged() -> None:
     ]
 
 
-def test_long_error_text_is_cut_to_limit() -> None:
+def test_long_error_text_of_tool_result_is_cut_to_limit() -> None:
     [block] = ToolResult.from_error("x" * 10_000).content
     assert len(block["text"]) == 4_001
 
@@ -294,7 +294,7 @@ async def test_sandbox_check_without_answer_reports_problem(
     assert await find_sandbox_problem(sandbox, tmp_path) == "bwrap did not answer"
 
 
-async def test_session_id_with_path_characters_is_refused(tmp_path: Path) -> None:
+async def test_toolset_refuses_session_id_with_path_characters(tmp_path: Path) -> None:
     toolset = Toolset(state=str(tmp_path / "state"), isolation="none")
     for session in ("../x", "a/b", "", ".", "..", "a\0", "x" * 129):
         with pytest.raises(ValueError, match="name"):

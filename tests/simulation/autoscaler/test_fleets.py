@@ -93,7 +93,7 @@ def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
 
 
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
-def test_source_lines_edited_by_each_fleet_mutation_exist_once(name: str) -> None:
+def test_each_fleet_mutation_edits_source_lines_that_exist_once(name: str) -> None:
     with apply_mutation(FLEET_MUTATIONS[name]):
         pass
 
