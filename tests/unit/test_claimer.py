@@ -202,7 +202,7 @@ def test_result_of_repeated_ack_depends_on_state_of_item(
 
 
 @in_virtual_time
-async def test_acknowledged_item_keeps_session_token_and_trace_of_its_poll(
+async def test_ack_keeps_session_token_and_trace_that_came_with_polled_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -371,7 +371,9 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
 
 
 @in_virtual_time
-async def test_cancelled_first_heartbeat_counts_as_unanswered(testbed: type[LeaseTestbed]) -> None:
+async def test_first_heartbeat_whose_task_was_cancelled_counts_as_unanswered_heartbeat(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed(heartbeat=[Fault(answer_delay=5), None])
     async with one.open_clients():
         item = await one.claim_item()

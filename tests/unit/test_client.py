@@ -697,7 +697,7 @@ async def test_client_without_limits_never_uses_its_rate_limiters(
         await client.stop(item.id, force=True)
 
 
-async def test_two_clients_with_shared_rate_limits_share_their_rate(
+async def test_two_clients_with_shared_rate_limits_take_tokens_from_one_limiter(
     control_plane: ControlPlane,
 ) -> None:
     limits = RateLimits(0, 0.004)

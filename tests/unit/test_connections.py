@@ -154,7 +154,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             task.cancel()
 
 
-async def test_pool_calls_have_no_connection_limit() -> None:
+async def test_number_of_connections_for_pool_calls_is_unlimited() -> None:
     async with (
         running_server(lambda _line, _connection: None) as server,
         WorkClient(server.settings_for_url(concurrency=1)) as client,
@@ -179,7 +179,7 @@ async def test_call_with_option_new_connection_opens_a_new_connection() -> None:
         assert server.connections == 3
 
 
-async def test_retry_after_silent_connection_uses_new_connection() -> None:
+async def test_call_repeated_because_of_silent_connection_uses_new_connection() -> None:
     """After a network failure, connections that nobody closed stay open but receive no answers."""
     silent = False
 
@@ -332,7 +332,7 @@ async def test_daemon_threads_run_queued_calls_and_return_their_results_or_error
     await threads.close()
 
 
-async def test_daemon_threads_run_call_in_context_of_caller() -> None:
+async def test_daemon_threads_run_calls_with_context_variables_of_caller() -> None:
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
     missing: dict[str, str] = {}
     name.set("caller")

@@ -205,7 +205,7 @@ async def test_demo_worker_that_was_not_started_can_be_killed() -> None:
     assert worker.state == "starting"
 
 
-async def test_worker_output_lines_of_any_length_are_read() -> None:
+async def test_demo_reads_worker_output_lines_of_any_length() -> None:
     stream = asyncio.StreamReader()
     stream.feed_data(b"a\nb")
     stream.feed_data(b"c\n" + b"x" * 70_000 + b"\nend")

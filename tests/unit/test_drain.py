@@ -144,7 +144,7 @@ async def test_drain_ends_at_once_when_last_running_session_becomes_stuck() -> N
 
 
 @in_virtual_time
-async def test_sessions_that_ignore_deadline_are_abandoned(
+async def test_drain_abandons_sessions_that_still_run_after_cancellation_at_deadline(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     drain, sessions = Drain(), DispatcherStandIn(2)
@@ -158,7 +158,7 @@ async def test_sessions_that_ignore_deadline_are_abandoned(
 
 
 @in_virtual_time
-async def test_cancelled_drain_leaves_no_task() -> None:
+async def test_cancelled_drain_leaves_no_task_running() -> None:
     drain, sessions = Drain(), DispatcherStandIn(1)
     drain.request(None)
     async with asyncio.TaskGroup() as group:

@@ -89,7 +89,7 @@ def test_environment_table_overrides_variable_and_keyword_overrides_table(
     assert [each.lease_ttl for each in given] == [50, 50]
 
 
-def test_concurrency_of_environment_is_limited_to_that_of_process(
+def test_concurrency_of_environment_never_exceeds_concurrency_of_whole_process(
     write_config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "3")

@@ -208,7 +208,7 @@ async def test_requests_for_pages_of_endless_event_history_slow_down_with_backof
 
 
 @in_virtual_time
-async def test_event_stream_remembers_limited_number_of_ids(
+async def test_event_stream_remembers_limited_number_of_event_ids(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(event_stream, "REMEMBERED_EVENTS", 10)

@@ -78,7 +78,7 @@ def test_partial_of_decorated_function_has_rule_of_that_function() -> None:
     assert rule_of(functools.partial(make_handler_function())) is None
 
 
-def test_object_that_has_every_attribute_is_no_decorated_handler() -> None:
+def test_object_that_has_every_attribute_does_not_count_as_decorated_handler() -> None:
     class ObjectWithEveryAttribute:
         def __getattr__(self, name: str) -> str:
             return name

@@ -172,7 +172,7 @@ def test_incomplete_requests_at_connection_limit_are_closed_oldest_first(
 
 
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
-def test_active_requests_at_connection_limit_refuse_new_connections(
+def test_new_connections_are_refused_if_active_requests_use_all_connections(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     async def refuse_connection_beyond_limit() -> None:

@@ -139,7 +139,7 @@ def test_request_is_not_sent_if_lease_ends_right_before_sending(
 
 
 @in_virtual_time
-async def test_call_of_pool_is_allowed_after_handler_was_cancelled(
+async def test_pool_may_write_to_item_after_cancellation_of_handler(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -207,7 +207,7 @@ async def test_call_waiting_during_machine_pause_is_not_sent_if_another_worker_c
 
 
 @in_virtual_time
-async def test_callback_before_sending_is_called_only_if_bytes_are_sent(
+async def test_callback_before_sending_is_not_called_if_request_is_not_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     called: list[float] = []
@@ -317,7 +317,7 @@ async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
     ],
     ids=["silence", "reset", "503", "429", "garbage"],
 )
-def test_retry_after_attempt_without_answer_uses_new_connection(
+def test_call_repeated_because_of_missing_answer_uses_new_connection(
     testbed: type[LeaseTestbed], failure: Fault, *, new: bool
 ) -> None:
     @in_virtual_time
@@ -413,7 +413,9 @@ async def test_call_raises_lease_lost_if_timeout_and_loss_come_in_same_loop_turn
 
 
 @in_virtual_time
-async def test_cancellation_of_calling_task_is_not_swallowed(testbed: type[LeaseTestbed]) -> None:
+async def test_call_raises_cancelled_error_if_calling_task_is_cancelled(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed(update=[SILENCE])
     async with item_with_renewed_lease(one) as item, asyncio.TaskGroup() as group:
         task = group.create_task(send_update(one, item))

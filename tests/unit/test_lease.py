@@ -375,7 +375,7 @@ def test_heartbeat_timeout_is_limited_by_request_timeout_ttl_and_deadline(
 
 
 @pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing_lease()], ids=["first", "release"])
-def test_timeout_of_heartbeat_that_may_shorten_lease_leaves_time_for_another_attempt(
+def test_heartbeat_that_may_shorten_lease_times_out_early_enough_for_another_attempt(
     lease: Lease,
 ) -> None:
     attempt = lease.begin_heartbeat(SENT, SENT)
@@ -411,7 +411,7 @@ def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
     assert (lease.status, lease.loss_confirmed, lease.deadline) == ("lost", False, 60)
 
 
-def test_unanswered_heartbeat_shortens_lease_to_its_requested_ttl() -> None:
+def test_lease_after_unanswered_heartbeat_is_shortened_to_requested_ttl() -> None:
     lease = make_lease(ttl=10)
     begin_heartbeat_and_apply_answer(lease, 1.0, 2.0, make_transient_error())
     assert (lease.deadline, lease.give_up_at) == (11, 10)
@@ -613,7 +613,7 @@ def test_release_delay_is_limited_to_ttl_range_of_protocol(delay: float, ttl: in
     assert (attempt.ttl, attempt.last) == (ttl, True)
 
 
-def test_release_during_heartbeat_makes_next_heartbeat_the_last() -> None:
+def test_lease_released_during_heartbeat_ends_after_one_further_heartbeat() -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT)
     lease.schedule_last_heartbeat(SENT + 1, 10.0)
@@ -646,14 +646,14 @@ def test_last_heartbeat_with_answer_stopping_releases_lease_even_without_extensi
     assert lease.status == "released"
 
 
-def test_requested_lease_check_makes_heartbeat_due_at_once() -> None:
+def test_request_to_check_lease_makes_heartbeat_due_at_once() -> None:
     lease = renewed_lease()
     lease.make_heartbeat_due(5.0)
     lease.make_heartbeat_due(6.0)
     assert lease.due_at == 5.0
 
 
-def test_requested_lease_check_while_suspended_schedules_no_heartbeat() -> None:
+def test_request_to_check_lease_while_suspended_schedules_no_heartbeat() -> None:
     lease = renewed_lease()
     lease.suspend_heartbeats()
     lease.make_heartbeat_due(5.0)

@@ -249,7 +249,9 @@ async def test_renewer_reports_lease_as_stopped_when_another_client_stops_item(
 
 
 @in_virtual_time
-async def test_requested_lease_check_sends_heartbeat_at_once(testbed: type[LeaseTestbed]) -> None:
+async def test_request_to_check_lease_makes_renewer_send_heartbeat_at_once(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed()
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
@@ -330,7 +332,7 @@ async def test_lease_is_lost_if_last_heartbeat_for_release_cannot_be_sent(
 
 
 @in_virtual_time
-async def test_release_of_ended_lease_sends_nothing(testbed: type[LeaseTestbed]) -> None:
+async def test_release_of_ended_lease_sends_no_heartbeat(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
     async with one.open_clients():
         item = await one.claim_item()

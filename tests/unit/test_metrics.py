@@ -616,7 +616,7 @@ def test_closing_metrics_removes_gauges_and_keeps_counters(
 
 
 @pytest.mark.usefixtures("pool")
-def test_second_opening_of_metrics_is_refused(
+def test_metrics_opened_twice_raise_registry_error(
     pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     with pytest.raises(RegistryError, match="open already"):
@@ -639,7 +639,7 @@ def test_metric_name_already_registered_is_refused_and_registers_nothing(
         Counter("workpool_slots", "Not ours.", registry=registry)
 
 
-def test_registry_is_freed_after_metrics_close() -> None:
+def test_metrics_registry_can_be_garbage_collected_after_metrics_close() -> None:
     registry = CollectorRegistry()
     pool = PoolMetricsTestbed(registry)
     pool.metrics.open()
@@ -718,7 +718,7 @@ print(generate_latest(everybody).decode())
 """
 
 
-def test_multiprocess_mode_adds_up_counters_and_histograms(tmp_path: Path) -> None:
+def test_metrics_in_multiprocess_mode_add_up_counters_and_histograms(tmp_path: Path) -> None:
     def run_python_process() -> str:
         return subprocess.run(  # noqa: S603 - our own interpreter and text
             [sys.executable, "-c", MULTIPROCESS], env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},

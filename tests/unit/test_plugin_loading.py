@@ -442,7 +442,7 @@ def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
     assert isinstance(caught.value.__cause__, OSError)
 
 
-def test_settings_for_inactive_plugin_are_refused_unless_plugin_is_installed(
+def test_settings_for_plugin_that_is_neither_active_nor_installed_are_refused(
     import_path_folder: ImportPathFolder,
 ) -> None:
     import_path_folder.write_distribution("acme-plugin", acme="shop")

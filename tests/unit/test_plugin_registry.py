@@ -77,7 +77,7 @@ def test_handler_hooks_of_plugin_objects_precede_those_of_named_plugins(
     del sys.modules[name]
 
 
-def test_plugin_that_answers_none_leaves_choice_to_next_plugin() -> None:
+def test_next_plugin_chooses_handler_if_first_handler_hook_returns_none() -> None:
     class PluginThatReturnsNone:
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> None: ...

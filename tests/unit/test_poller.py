@@ -209,7 +209,7 @@ async def test_poll_with_readable_answer_resets_count_of_unreadable_items() -> N
     assert clock() - started < 2 * poller.SKIPS * poller.SKIP_SECONDS + 2
 
 
-async def test_unreadable_item_is_logged_once_by_id(
+async def test_unreadable_item_is_logged_once_with_work_id(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     names = ("work_1", "work_2", None, "work_1", None)

@@ -172,7 +172,7 @@ async def test_poller_group_does_not_wait_for_cooldown_if_no_poll_was_refused() 
 
 
 @in_virtual_time
-async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> None:
+async def test_pollers_wait_after_second_and_each_later_ack_conflict_in_a_row() -> None:
     group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
@@ -195,7 +195,7 @@ async def test_second_and_later_ack_conflicts_in_a_row_hold_back_pollers() -> No
 
 
 @in_virtual_time
-async def test_refused_acks_hold_back_pollers_with_growing_delay() -> None:
+async def test_pollers_wait_with_growing_delay_after_refused_acks() -> None:
     group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     group._ack_backoff._rng = lambda: 1.0

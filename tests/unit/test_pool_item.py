@@ -175,7 +175,7 @@ async def test_wait_for_true_condition_ends_at_once_and_for_false_at_time_limit(
 
 
 @in_virtual_time
-async def test_notification_of_item_wakes_all_its_waiters() -> None:
+async def test_notification_of_item_wakes_all_tasks_that_wait_for_it() -> None:
     item = make_item()
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         met: list[int] = []

@@ -128,7 +128,7 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     assert time.monotonic() - started >= 9 / 50
 
 
-async def test_acquire_succeeds_after_heartbeats_have_overdrawn_rate_limiter() -> None:
+async def test_request_gets_token_after_heartbeats_have_overdrawn_rate_limiter() -> None:
     limiter = RateLimiter("write", 200)
     # Take the start time first, because the limiter gains tokens while its burst is used up.
     started = time.monotonic()
@@ -195,7 +195,9 @@ async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(
     assert acquire_all_tokens(limiter) == 1
 
 
-async def test_refunded_token_is_used_at_once(manual_clock: ManualClock) -> None:
+async def test_refunded_rate_limit_token_goes_to_waiting_task_at_once(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 0.001, manual_clock)
     assert limiter.try_acquire()
     async with asyncio.TaskGroup() as group:
@@ -207,7 +209,9 @@ async def test_refunded_token_is_used_at_once(manual_clock: ManualClock) -> None
         assert waiting.done()
 
 
-async def test_refunded_tokens_do_not_exceed_burst(manual_clock: ManualClock) -> None:
+async def test_rate_limiter_never_has_more_refunded_tokens_than_its_burst(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     for _ in range(50):
         limiter.refund()

@@ -455,7 +455,7 @@ async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_agai
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 
 
-async def test_request_denied_with_401_after_its_check_raises_refused_error() -> None:
+async def test_request_that_passes_its_check_and_is_denied_raises_refused_error() -> None:
     async with recording_server(DENIED) as server, connected_transport(server.url) as transport:
         with pytest.raises(RefusedError):
             await transport.send(*make_request_arguments(server.url, lambda: None))

@@ -65,7 +65,7 @@ def test_recommended_replicas_do_not_change_when_the_last_queued_items_are_claim
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1), (1, -1, 1), (1, 2, 1)])
-def test_replica_rule_with_invalid_number_is_refused(wrong: tuple[int, int, int]) -> None:
+def test_replica_rule_with_invalid_number_raises_value_error(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match=r"slots_per_worker|minimum and maximum"):
         ReplicaRule(*wrong)
 

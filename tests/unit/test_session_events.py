@@ -336,7 +336,7 @@ async def test_stream_loses_no_event_between_opening_and_history(
     assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))
 
 
-async def test_stream_is_opened_before_history_is_read(
+async def test_event_stream_is_opened_before_event_history_is_read(
     control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
     async with qoder_client.events(create_session(control_plane)).stream() as stream:

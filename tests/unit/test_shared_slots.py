@@ -150,7 +150,7 @@ async def test_queue_place_reservation_starts_item_set_aside_in_another_environm
     assert (started, second.reserved) == (["aside"], 1)
 
 
-async def test_reserved_slot_of_ended_environment_is_used_by_other_environments() -> None:
+async def test_slot_reserved_by_ended_environment_becomes_free_for_other_environments() -> None:
     slots = SharedSlots(2)
     share = slots.add_environment()
     [queue] = make_queues_with_shared_slots(slots, 1, 2)

@@ -124,7 +124,7 @@ async def test_sighup_sets_first_event_only_after_terminal_hangup(
     assert len(caplog.messages) == (0 if hung_up and hangup_ends else 2)
 
 
-def test_ignored_sighup_stays_ignored() -> None:
+def test_signal_sighup_that_was_ignored_at_start_is_still_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         former = SignalRecorder().install_handlers()

@@ -65,7 +65,7 @@ async def test_code_that_ends_within_time_bound_is_not_cancelled(time_limit: Bou
     assert count_pending_cancellations() == 0
 
 
-async def test_error_raised_during_cancellation_by_timeout_replaces_timeout_error(
+async def test_code_that_raises_error_when_timed_out_raises_that_error(
     time_limit: Bounded,
 ) -> None:
     async def raise_error_at_timeout() -> None:
@@ -80,7 +80,9 @@ async def test_error_raised_during_cancellation_by_timeout_replaces_timeout_erro
     assert count_pending_cancellations() == 0
 
 
-async def test_cancellation_within_time_bound_is_raised(time_limit: Bounded) -> None:
+async def test_code_cancelled_before_its_time_bound_raises_cancelled_error(
+    time_limit: Bounded,
+) -> None:
     started = asyncio.Event()
 
     async def sleep_within_time_limit() -> None:

@@ -351,7 +351,7 @@ async def test_oversized_response_error_has_work_id_from_start_of_body(
         assert error.work_id == work_id
 
 
-async def test_response_with_oversized_content_length_is_not_read() -> None:
+async def test_response_with_oversized_content_length_raises_error_before_body_arrives() -> None:
     async def send_start_of_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n" + b" " * 5000)
         await never_answer(server, writer)
@@ -832,7 +832,9 @@ async def test_token_is_renewed_at_most_once_per_request(tmp_path: Path) -> None
     assert len(server.requests) == 2
 
 
-async def test_unreadable_token_source_is_reported_and_refusal_is_raised(tmp_path: Path) -> None:
+async def test_refused_request_with_unreadable_token_file_raises_the_original_refusal(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     refreshes: list[str] = []

@@ -42,7 +42,7 @@ def test_wait_without_timer_in_virtual_time_raises_runtime_error() -> None:
 
 
 @in_virtual_time
-async def test_timers_stand_still_while_virtual_machine_is_suspended(
+async def test_virtual_time_stops_for_timers_while_machine_is_suspended(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -85,7 +85,9 @@ async def test_item_goes_through_all_calls_of_local_client(testbed: type[LeaseTe
 
 
 @in_virtual_time
-async def test_local_client_poll_waits_and_injects_faults(testbed: type[LeaseTestbed]) -> None:
+async def test_poll_of_local_client_waits_for_items_and_obeys_injected_faults(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed(
         poll=[None, None, Fault(answer="silence"), Fault(answer_delay=2), Fault(answer=503)]
     )
@@ -106,7 +108,7 @@ async def test_local_client_poll_waits_and_injects_faults(testbed: type[LeaseTes
 
 
 @in_virtual_time
-async def test_request_already_sent_arrives_although_caller_was_cancelled(
+async def test_request_that_was_sent_still_arrives_after_timeout_of_caller(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(stop=[Fault(request_delay=30)])
