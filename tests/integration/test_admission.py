@@ -98,7 +98,7 @@ async def test_paused_pool_claims_nothing_while_its_session_continues(
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
 
-async def test_pause_before_start_starts_pool_paused(
+async def test_pool_is_paused_after_start_if_pause_was_called_before(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()

@@ -152,7 +152,7 @@ async def test_attempt_after_crashed_run_is_counted(item_testbed: ItemTestbed) -
     assert item_testbed.item_metadata == {"workpool.attempt": "2"}
 
 
-async def test_session_drained_repeatedly_completes_within_max_attempts(
+async def test_drained_runs_do_not_use_up_max_attempts(
     item_testbed: ItemTestbed,
 ) -> None:
     for _ in range(3):
@@ -226,7 +226,7 @@ async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
     assert item_testbed.attempt_numbers == [number]
 
 
-async def test_run_by_another_worker_while_item_waited_for_slot_counts_as_attempt(
+async def test_attempt_number_includes_run_by_another_worker_while_item_waited_for_slot(
     item_testbed: ItemTestbed, clock: Clock
 ) -> None:
     may_end = asyncio.Event()
@@ -297,7 +297,7 @@ async def test_session_that_fails_while_release_mark_is_written_leaves_no_mark(
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_drained_session_is_released_although_write_of_mark_is_never_answered(
+async def test_drained_session_is_released_although_write_of_release_mark_is_never_answered(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.faults.add(Hold(), "update")
@@ -310,7 +310,7 @@ async def test_drained_session_is_released_although_write_of_mark_is_never_answe
     assert item_testbed.item_metadata == {}
 
 
-async def test_drain_abandons_stuck_session_if_write_of_mark_is_never_answered(
+async def test_drain_abandons_stuck_session_if_write_of_release_mark_is_never_answered(
     item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
@@ -338,7 +338,7 @@ async def test_drain_abandons_stuck_session_if_write_of_mark_is_never_answered(
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_drained_attempt_is_counted_if_release_mark_cannot_be_written(
+async def test_drained_run_counts_as_attempt_if_release_mark_cannot_be_written(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.faults.add(status(503), "update", where=lambda _: not recovered)
@@ -379,7 +379,7 @@ async def test_session_stopped_by_operator_during_drain_leaves_no_release_mark(
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_item_of_completed_session_is_stopped_although_mark_cannot_be_deleted(
+async def test_item_of_completed_session_is_stopped_although_release_mark_cannot_be_deleted(
     item_testbed: ItemTestbed,
 ) -> None:
     """An item that is not stopped would be delivered and run again."""
@@ -401,7 +401,7 @@ async def test_item_of_completed_session_is_stopped_although_mark_cannot_be_dele
     assert item_testbed.item_metadata == DRAINED
 
 
-async def test_attempt_is_counted_once_although_write_of_number_is_not_answered(
+async def test_attempt_is_counted_once_although_write_of_attempt_number_is_not_answered(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.run_item_and_crash()
@@ -478,7 +478,7 @@ async def test_item_beyond_ten_attempts_fails_by_default(
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
-async def test_item_beyond_max_attempts_is_failed_without_writing_its_attempt(
+async def test_item_beyond_max_attempts_fails_without_write_of_attempt_number(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.run_item_and_crash()

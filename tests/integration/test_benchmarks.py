@@ -122,7 +122,7 @@ async def test_part_costs_benchmark_prints_one_row_for_each_variant_of_pool() ->
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_call_path_benchmark_lists_source_files_that_one_item_uses() -> None:
+async def test_call_path_benchmark_lists_source_files_executed_for_one_item() -> None:
     bare, pool, *files = await run_benchmark_and_read_rows(
         "call_path.py", "--items", "20", "--by-file"
     )

@@ -257,7 +257,7 @@ async def test_unwanted_item_stays_queued_and_is_logged_once(
         assert recorder.of(PluginFailed)[0].hook == "workpool_session_handler"
 
 
-async def test_polls_that_return_only_unwanted_items_are_spaced_out(
+async def test_pool_waits_between_polls_that_return_only_unwanted_items(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(metadata={"for": "others"})
@@ -291,7 +291,7 @@ async def test_item_is_declined_while_its_handler_is_at_max_sessions(
 @pytest.mark.parametrize(
     ("op", "code"), [("ack", 404), ("ack", 409), ("heartbeat", 404), ("heartbeat", 412)]
 )
-async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
+async def test_pool_waits_between_polls_while_items_cannot_be_claimed(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -308,7 +308,7 @@ async def test_polls_are_spaced_out_while_items_cannot_be_claimed(
         assert time.monotonic() - started > 0.59
 
 
-async def test_polls_are_spaced_out_while_only_health_checks_arrive(
+async def test_pool_waits_between_polls_while_only_health_checks_arrive(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     control_plane.enqueue(count=7, work_type="healthcheck")
@@ -452,7 +452,7 @@ async def test_pool_without_environment_id_refuses_to_start(make_pool: Any) -> N
         await make_pool(return_at_once, environment_id=None).__aenter__()
 
 
-async def test_item_acknowledged_elsewhere_while_waiting_for_slot_is_lost_at_ack(
+async def test_ack_of_waiting_item_reports_item_lost_if_another_worker_acknowledged_it(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     gate = CountingGatedHandler()

@@ -199,7 +199,7 @@ async def test_reason_of_release_is_written_if_report_errors_is_message(run_one_
 
 
 @pytest.mark.parametrize("delay", [0, 9.9, 601, 5000, float("nan")])
-async def test_release_with_a_delay_outside_its_limits_fails_the_session(
+async def test_release_with_delay_outside_allowed_limits_fails_session(
     run_one_item: Any, delay: float
 ) -> None:
     async def release_with_delay(_: Session) -> None:
@@ -223,7 +223,7 @@ async def test_release_with_a_delay_outside_its_limits_fails_the_session(
     ],
     ids=["one", "two", "nested"],
 )
-async def test_exception_group_of_releases_releases_session_with_longest_delay(
+async def test_session_whose_handler_raises_group_of_releases_is_released_with_longest_delay(
     run_one_item: Any, group: ExceptionGroup[Release], reason: str, ttl: int
 ) -> None:
     async def raise_exception_group(_: Session) -> None:
@@ -270,7 +270,7 @@ async def test_exception_group_of_release_and_other_error_fails_session(
     assert final.metadata == {"workpool.error": type(group).__name__}
 
 
-async def test_deeply_nested_exception_group_of_releases_releases_session(
+async def test_session_whose_handler_raises_deeply_nested_group_of_releases_is_released(
     run_one_item: Any,
 ) -> None:
     error: Exception = Release("deep")
@@ -296,7 +296,7 @@ async def test_session_is_released_although_reason_cannot_be_written(
     assert final.request_names == [*FIRST_CALLS, "update", "heartbeat"]
 
 
-async def test_session_at_drain_deadline_is_released(
+async def test_session_that_still_runs_at_drain_deadline_is_released(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -352,7 +352,7 @@ async def test_session_that_ignores_stop_request_is_stopped_after_stop_grace(
     assert final.request_names == [*FIRST_CALLS, "heartbeat", "stop"]
 
 
-async def test_stop_request_before_first_heartbeat_stops_session_that_has_not_run(
+async def test_stop_request_before_first_heartbeat_stops_item_without_calling_handler(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -372,7 +372,7 @@ async def test_stop_request_before_first_heartbeat_stops_session_that_has_not_ru
     assert not recorder.of(SessionStarted)
 
 
-async def test_session_stopped_by_another_client_sends_nothing_more(
+async def test_pool_sends_no_write_for_item_after_another_client_stopped_it(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -412,7 +412,7 @@ HANDLER_ENDS = {
 
 
 @pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
-async def test_lease_is_lost_to_another_worker_however_handler_ends(
+async def test_outcome_is_lease_lost_however_handler_ends_after_another_worker_took_item(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -509,7 +509,7 @@ async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
     assert final.request_names[-1] == "stop"
 
 
-async def test_session_with_stop_request_and_drain_is_stopped(
+async def test_session_with_stop_request_is_stopped_and_not_released_by_drain(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -528,7 +528,7 @@ async def test_session_with_stop_request_and_drain_is_stopped(
 
 
 @pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
-async def test_session_stopped_by_another_client_is_stopped_however_its_handler_ends(
+async def test_outcome_is_stopped_however_handler_ends_after_another_client_stopped_item(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

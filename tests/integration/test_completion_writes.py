@@ -88,7 +88,7 @@ async def test_failing_stop_call_is_repeated_until_drain_deadline(
     assert (final.outcome, final.item.state) == ("released", "active")
 
 
-async def test_completion_is_repeated_for_longer_than_request_timeout(
+async def test_result_write_is_repeated_for_longer_than_request_timeout(
     run_one_item: Any, faults: Faults
 ) -> None:
     """The write of a finished session's result is retried as long as the lease is held."""
@@ -125,7 +125,7 @@ async def test_retry_after_header_longer_than_lease_does_not_prevent_retry_withi
 
 @pytest.mark.parametrize("code", [409, 412])
 @pytest.mark.parametrize("applied", [False, True])
-async def test_conflict_on_stop_call_counts_as_stopped(
+async def test_session_completes_if_stop_call_is_answered_with_conflict(
     run_one_item: Any, faults: Faults, recorder: Recorder, code: int, *, applied: bool
 ) -> None:
     faults.add(status(code, applied=applied), "stop")
@@ -147,7 +147,7 @@ async def test_refused_stop_call_fails_session(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_heartbeat_conflict_after_unanswered_stop_call_counts_as_success(
+async def test_session_completes_if_heartbeat_conflict_follows_unanswered_stop_call(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """The pool's stop is applied but never answered, and the next heartbeat is answered 409."""
@@ -161,7 +161,7 @@ async def test_heartbeat_conflict_after_unanswered_stop_call_counts_as_success(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_unanswered_stop_counts_as_success_if_item_is_read_as_stopped(
+async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_stopped(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     """After the stop, a heartbeat gets no answer and the next one 412: the pool reads the item."""
@@ -176,7 +176,7 @@ async def test_unanswered_stop_counts_as_success_if_item_is_read_as_stopped(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_item_stopped_by_another_client_after_throttled_stop_has_outcome_stopped(
+async def test_outcome_is_stopped_if_another_client_stops_item_after_throttled_stop_call(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
     """The pool's stop was answered 429 and not applied, so another client stopped the item."""
@@ -230,7 +230,7 @@ async def test_result_whose_first_write_is_never_answered_is_written_again(
 
 
 @pytest.mark.parametrize("code", [401, 403])
-async def test_result_write_denied_after_earlier_success_fails_session(
+async def test_refused_result_write_fails_session_if_earlier_result_was_written(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any, code: int
 ) -> None:
     """Only a refusal of its first write shows that a credential is not permitted to write."""
@@ -262,7 +262,7 @@ async def test_refused_result_fails_session_even_if_write_of_error_is_refused(
 
 
 @pytest.mark.parametrize("code", [409, 412])
-async def test_conflict_on_result_write_counts_as_stopped(
+async def test_session_completes_if_result_write_is_answered_with_conflict(
     run_one_item: Any, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "update")
@@ -284,7 +284,7 @@ async def test_item_is_stopped_although_write_of_handler_error_is_refused(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_completion_after_lost_lease_sends_nothing_more(
+async def test_item_is_neither_written_nor_stopped_after_lease_is_lost_during_completion(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
 ) -> None:
     hold = Hold()
@@ -301,7 +301,7 @@ async def test_completion_after_lost_lease_sends_nothing_more(
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_item_stopped_by_another_client_during_completion_has_outcome_stopped(
+async def test_outcome_is_stopped_if_another_client_stops_item_during_completion(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
 ) -> None:
     hold = Hold()

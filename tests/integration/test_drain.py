@@ -104,7 +104,7 @@ async def test_item_delivered_during_drain_is_not_claimed(
     )
 
 
-async def test_item_whose_ack_in_flight_succeeds_during_drain_is_released(
+async def test_item_is_released_if_ack_sent_before_drain_succeeds_during_drain(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -128,7 +128,7 @@ async def test_item_whose_ack_in_flight_succeeds_during_drain_is_released(
 
 
 @pytest.mark.parametrize("code", [409, 404, 500])
-async def test_ack_in_flight_that_fails_during_drain_is_not_repeated(
+async def test_ack_sent_before_drain_is_not_repeated_if_it_fails_during_drain(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     hold = Hold()
@@ -373,7 +373,7 @@ async def test_call_of_wait_returns_after_pool_has_drained_and_closed(make_pool:
 
 
 @pytest.mark.parametrize("chunk", range(6))
-async def test_pool_start_cancelled_at_any_point_leaves_no_task(
+async def test_cancellation_of_pool_start_at_any_point_leaves_no_task(
     make_settings: Any, recorder: Recorder, chunk: int
 ) -> None:
     """The start of the pool is cancelled after 0, 1, 2 … 47 iterations of the event loop."""
@@ -432,7 +432,7 @@ async def test_start_with_hanging_plugin_can_be_cancelled(make_pool: Any) -> Non
         assert starting.cancelled()
 
 
-async def test_plugin_whose_lifespan_never_closes_is_abandoned(
+async def test_pool_closes_although_lifespan_of_plugin_never_closes(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("workpool.plugins.lifespan.CLOSE_SECONDS", 0.05)

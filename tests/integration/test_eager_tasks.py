@@ -44,7 +44,7 @@ async def write_metadata_at_once(session: Session) -> dict[str, str]:
 @pytest.mark.parametrize(
     "work", [return_at_once, write_metadata_at_once], ids=lambda work: work.__name__
 )
-async def test_session_is_usable_in_first_step_of_eager_handler_task(
+async def test_session_can_be_used_at_once_by_handler_in_eager_task(
     control_plane: ControlPlane, make_pool: Any, work: Any
 ) -> None:
     items = control_plane.enqueue(20)

@@ -91,7 +91,7 @@ async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, p
             await asyncio.sleep(60)
 
 
-async def test_pool_ended_at_any_point_leaves_no_task_or_thread(
+async def test_end_of_pool_at_any_point_leaves_no_task_or_thread(
     control_plane: ControlPlane, make_settings: Any
 ) -> None:
     dice = random.Random(7)  # noqa: S311 - repeatable, guards nothing
@@ -224,7 +224,7 @@ async def test_supervisor_before_start_reports_not_started(make_pool: Any) -> No
     assert (status.ready, status.reasons, status.capacity) == (False, ("not started",), 4)
 
 
-async def test_port_in_use_is_named_by_start_error(make_pool: Any, faults: Faults) -> None:
+async def test_start_error_names_port_that_is_in_use(make_pool: Any, faults: Faults) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ListenError, match="metrics_listen") as caught:
@@ -325,7 +325,9 @@ async def test_lifespan_that_fails_to_close_raises_after_drain(
     assert recorder.events[-1] is recorder.of(PoolFailed)[0]
 
 
-async def test_unknown_plugin_is_named_and_prevents_start(faults: Faults, make_pool: Any) -> None:
+async def test_unknown_plugin_prevents_start_with_error_that_names_it(
+    faults: Faults, make_pool: Any
+) -> None:
     with pytest.raises(PluginError, match="no_such_plugin"):
         await make_pool(wait_if_item_requests_it, "no_such_plugin:Anywhere").__aenter__()
     assert not faults.seen

@@ -147,7 +147,7 @@ async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
     assert len(set(plugin_module.instances.values())) == 2
 
 
-async def test_failed_environment_that_is_paused_restarts_paused_and_recovers(
+async def test_pause_of_failed_environment_remains_after_its_restart(
     make_environment_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,
@@ -257,7 +257,7 @@ def crash_renewer(member: GroupMember) -> None:
     view.context.renewer.call_on_loop(raise_error)
 
 
-async def test_environment_with_burst_yields_shared_slots_to_waiting_environment(
+async def test_environment_with_many_items_yields_shared_slots_to_environment_that_waits(
     make_environment_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,

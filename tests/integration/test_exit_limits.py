@@ -49,7 +49,7 @@ def item_states(plane: ControlPlane, items: Any) -> list[str]:
     "case",
     [(1, 1, 0, 1), (1, 8, 0, 3), (3, 2, 0, 2), (3, 8, 4, 3), (2, 1, 3, 2)],
 )
-async def test_pool_with_exit_after_sessions_ends_and_claims_no_more(
+async def test_pool_with_exit_after_sessions_ends_and_claims_no_more_items(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -70,7 +70,7 @@ async def test_pool_with_exit_after_sessions_ends_and_claims_no_more(
     assert supervisor.abandoned == 0
 
 
-async def test_last_session_before_exit_is_not_interrupted_or_time_limited(
+async def test_last_session_before_exit_is_neither_interrupted_nor_limited_by_drain_timeout(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(2)
@@ -98,7 +98,7 @@ async def test_drain_during_last_session_before_exit_uses_given_timeout(
 
 
 @pytest.mark.parametrize("code", [409, 404])
-async def test_lost_claim_does_not_count_towards_exit_after_sessions(
+async def test_item_lost_at_ack_does_not_count_towards_exit_after_sessions(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     items = control_plane.enqueue(3)
@@ -109,7 +109,7 @@ async def test_lost_claim_does_not_count_towards_exit_after_sessions(
     assert item_states(control_plane, items).count("stopped") == 1
 
 
-async def test_claim_lost_at_first_heartbeat_does_not_count_towards_exit_after_sessions(
+async def test_item_lost_at_first_heartbeat_does_not_count_towards_exit_after_sessions(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(2)
@@ -175,7 +175,7 @@ async def test_exit_after_uptime_stops_claims_but_lets_running_session_complete(
     assert states == ["stopped", "queued", "queued"]
 
 
-async def test_item_delivered_after_exit_limit_is_not_claimed(
+async def test_item_delivered_after_exit_limit_is_reached_is_not_claimed(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     hold = Hold(applied=True)

@@ -82,7 +82,7 @@ POLL_FAULTS: dict[str, tuple[Callable[[], Fault], str, str]] = {
 
 
 @pytest.mark.parametrize("case", POLL_FAULTS)
-async def test_failed_poll_backs_off_and_is_repeated(
+async def test_failed_poll_is_repeated_after_delay(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, case: str
 ) -> None:
     fault, result, reason = POLL_FAULTS[case]
@@ -114,7 +114,7 @@ async def test_redirected_poll_logs_only_scheme_host_and_port_of_new_url(
 
 
 @pytest.mark.parametrize("code", [429, 503, 500])
-async def test_poll_waits_for_retry_after(
+async def test_poll_is_repeated_after_time_in_retry_after_header(
     faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     faults.add(status(code, retry_after="0.3"), "poll", times=1)
@@ -126,7 +126,7 @@ async def test_poll_waits_for_retry_after(
 
 
 @pytest.mark.parametrize(("code", "shared"), [(429, True), (503, True), (500, False), (502, False)])
-async def test_cooldown_after_429_or_503_holds_back_all_pollers(
+async def test_answer_429_or_503_to_one_poll_delays_polls_of_all_pollers(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, code: int, *, shared: bool
 ) -> None:
     # Without a cooldown, the second poller would receive this item and poll again at once.
@@ -145,7 +145,7 @@ async def test_cooldown_after_429_or_503_holds_back_all_pollers(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-async def test_poll_refused_before_first_success_is_fatal(
+async def test_refused_poll_is_fatal_if_no_poll_has_succeeded(
     faults: Faults, make_pool: Any, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
     faults.add(status(code), "poll")
@@ -174,7 +174,7 @@ async def test_fatal_poll_error_is_raised_at_end_of_async_with_block(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-async def test_poll_refused_after_success_backs_off_and_recovers(
+async def test_refused_poll_is_repeated_if_earlier_poll_has_succeeded(
     faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     rule = faults.add(status(code), "poll", skip=1)
@@ -189,7 +189,7 @@ async def test_poll_refused_after_success_backs_off_and_recovers(
 
 
 @pytest.mark.parametrize("code", REFUSALS)
-async def test_poll_refused_for_too_long_is_fatal_and_drains_sessions(
+async def test_pool_fails_and_drains_sessions_if_polls_are_refused_for_too_long(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder,
     monkeypatch: pytest.MonkeyPatch, code: int,
 ) -> None:  # fmt: skip
@@ -399,7 +399,9 @@ async def test_ack_that_may_have_been_applied_is_repeated_after_reclaim_window(
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
-async def test_ack_waits_for_retry_after(run_one_item: Any, faults: Faults) -> None:
+async def test_ack_is_repeated_after_time_in_retry_after_header(
+    run_one_item: Any, faults: Faults
+) -> None:
     faults.add(status(429, retry_after="0.3"), "ack", times=1)
     final = await run_one_item(return_at_once)
     first, second = faults.of("ack")

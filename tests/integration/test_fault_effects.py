@@ -80,7 +80,7 @@ async def measure_effect_of_ack_fault(
 
 
 @pytest.mark.parametrize("case", CASES)
-async def test_fault_over_http_and_in_one_process_has_the_same_effect(
+async def test_fault_has_same_effect_over_http_and_in_process(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings], case: str
 ) -> None:
     for fault in CASES[case]:
@@ -102,7 +102,7 @@ async def test_fault_over_http_and_in_one_process_has_the_same_effect(
         )
 
 
-async def test_expiry_fault_ends_lease_before_call_over_http_and_in_process(
+async def test_fault_that_expires_lease_takes_effect_before_call_over_http_and_in_process(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     faults.add(expired(control_plane), "heartbeat")

@@ -119,7 +119,7 @@ async def test_injected_fault_truncates_replaces_or_slows_down_response_body(
     assert (await raw_item_client("GET", "/stats"))[2].endswith(b"}")
 
 
-async def test_client_that_disconnects_during_slow_body_leaves_operation_applied(
+async def test_operation_remains_applied_if_client_disconnects_during_slow_answer(
     raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     faults.add(trickle(10), "ack")
@@ -133,7 +133,7 @@ async def test_client_that_disconnects_during_slow_body_leaves_operation_applied
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
-async def test_request_held_by_fault_continues_after_release(
+async def test_request_that_a_fault_holds_continues_after_hold_is_released(
     raw_item_client: RawItemClient, faults: Faults, state: str, *, applied: bool
 ) -> None:
     hold = Hold(applied=applied)
@@ -146,7 +146,9 @@ async def test_request_held_by_fault_continues_after_release(
         assert (await acking)[0] == 200
 
 
-async def test_injected_delays_add_up(raw_item_client: RawItemClient, faults: Faults) -> None:
+async def test_delays_before_and_after_operation_add_up(
+    raw_item_client: RawItemClient, faults: Faults
+) -> None:
     faults.add(delay(0.05), "ack")
     faults.add(delay(0.05, applied=True), "ack")
     loop = asyncio.get_running_loop()
@@ -155,7 +157,7 @@ async def test_injected_delays_add_up(raw_item_client: RawItemClient, faults: Fa
     assert loop.time() - started >= 0.099
 
 
-async def test_injected_expiry_ends_lease_at_once(
+async def test_fault_that_expires_lease_ends_it_at_once(
     control_plane: ControlPlane, raw_item_client: RawItemClient, faults: Faults, clock: Clock
 ) -> None:
     faults.add(expired(control_plane), "heartbeat", times=1)
@@ -213,7 +215,7 @@ async def test_fault_without_named_calls_applies_to_all_calls(
         assert answer.status == 404
 
 
-async def test_fault_with_predicate_applies_where_it_is_true(
+async def test_fault_with_predicate_applies_to_requests_for_which_predicate_is_true(
     raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     def is_request_for_this_item(request: Request) -> bool:
@@ -232,7 +234,7 @@ async def test_fault_with_start_and_end_time_applies_between_them(
     assert await read_status_codes(raw_item_client, 1) == [500]
 
 
-async def test_fault_with_probability_is_repeatable_by_seed(
+async def test_fault_with_probability_hits_same_requests_for_same_seed(
     raw_item_client: RawItemClient, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rule = faults.add(status(500), "get", probability=0.3)
@@ -277,7 +279,7 @@ async def test_requests_are_recorded_with_body_and_status(
         await faults.wait_for("stop", timeout=0.01)
 
 
-async def test_request_of_client_that_disconnects_while_held_is_logged_without_error(
+async def test_held_request_is_logged_without_error_if_its_client_disconnects(
     raw_item_client: RawItemClient, faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     hold = Hold()

@@ -199,7 +199,7 @@ async def test_load_is_lower_bound_if_long_list_begins_with_newest_item(
 
 
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
-async def test_load_is_exact_although_control_plane_ignores_or_refuses_after_id(
+async def test_load_is_exact_although_control_plane_ignores_or_refuses_parameter_after_id(
     after_id: str,
 ) -> None:
     middlewares = [middleware_without_running_count(after_id=after_id)]
@@ -242,7 +242,7 @@ async def test_stopped_items_are_skipped_only_if_list_is_in_order_of_creation(
         assert (counter._after is not None) == skips
 
 
-async def test_running_item_listed_after_skipped_stopped_items_is_counted() -> None:
+async def test_running_item_is_counted_if_listed_after_skipped_stopped_items() -> None:
     """Skipping stopped items must never hide a running item."""
     async with (
         ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
@@ -286,7 +286,7 @@ async def test_refused_item_list_raises_and_leaves_load_unknown(
 
 
 @pytest.mark.parametrize(("asked", "wait"), [(None, 0), (40.0, 40), (9000.0, 300)])
-async def test_reader_waits_as_long_as_the_control_plane_asks(
+async def test_fleet_reader_waits_after_error_as_long_as_control_plane_asks(
     asked: float | None, wait: float
 ) -> None:
     async with ControlPlane() as plane, make_client(plane) as client:

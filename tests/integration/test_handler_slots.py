@@ -69,7 +69,7 @@ async def test_handler_with_max_sessions_runs_as_fast_as_limit_allows(
 
 
 @in_virtual_time
-async def test_item_of_handler_at_limit_is_acknowledged_when_slot_becomes_free(
+async def test_item_of_handler_at_session_limit_is_acknowledged_when_slot_becomes_free(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -82,7 +82,7 @@ async def test_item_of_handler_at_limit_is_acknowledged_when_slot_becomes_free(
 
 
 @in_virtual_time
-async def test_item_of_handler_at_limit_is_declined_one_second_before_redelivery(
+async def test_item_of_handler_at_session_limit_is_declined_one_second_before_redelivery(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -134,7 +134,9 @@ async def test_item_of_handler_at_limit_starts_when_another_environment_frees_sh
 
 
 @in_virtual_time
-async def test_items_of_other_handlers_overtake_items_of_handler_at_limit(workpool: Kit) -> None:
+async def test_items_of_other_handlers_overtake_items_of_handler_at_session_limit(
+    workpool: Kit,
+) -> None:
     limited = counting_handler(3.0, Counter(), most=1)
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     (item,) = workpool.enqueue()
@@ -144,7 +146,9 @@ async def test_items_of_other_handlers_overtake_items_of_handler_at_limit(workpo
 
 
 @in_virtual_time
-async def test_until_empty_runs_items_that_wait_for_handler_at_limit(workpool: Kit) -> None:
+async def test_run_until_empty_completes_items_that_wait_for_handler_at_session_limit(
+    workpool: Kit,
+) -> None:
     workpool.enqueue(count=5, metadata={"kind": "limited"})
     limited = counting_handler(0.5, Counter(), most=1)
     await workpool.pool(limited).run(until_empty=True)
@@ -152,7 +156,9 @@ async def test_until_empty_runs_items_that_wait_for_handler_at_limit(workpool: K
 
 
 @in_virtual_time
-async def test_paused_or_draining_pool_claims_no_item_of_handler_at_limit(workpool: Kit) -> None:
+async def test_paused_or_draining_pool_claims_no_item_of_handler_at_session_limit(
+    workpool: Kit,
+) -> None:
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     limited = counting_handler(2.0, Counter(), most=1)
     async with workpool.pool(limited) as pool:
@@ -211,7 +217,7 @@ async def test_reserved_slots_that_leave_no_slot_for_other_handlers_prevent_star
 
 
 @in_virtual_time
-async def test_redelivered_item_of_handler_at_limit_runs_once(workpool: Kit) -> None:
+async def test_redelivered_item_of_handler_at_session_limit_runs_once(workpool: Kit) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     async with workpool.pool(counting_handler(2.0, Counter(), most=1)) as pool:
         await workpool.wait_for(SessionStarted)

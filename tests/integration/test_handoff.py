@@ -460,7 +460,7 @@ async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
 
 
 @in_virtual_time
-async def test_handler_cancelled_before_handoff_block_leaves_no_handoff() -> None:
+async def test_handoff_block_is_not_entered_if_session_times_out_while_handoff_begins() -> None:
     testbed = HandoffTestbed(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
 
     async def hand_off_item(session: Session) -> None:
@@ -488,7 +488,7 @@ async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool)
 
 
 @in_virtual_time
-async def test_item_queued_again_during_handoff_without_child_is_lost() -> None:
+async def test_item_is_lost_if_it_is_queued_again_during_handoff_without_child() -> None:
     """The control plane ends the lease early, so neither parent nor child holds the item."""
     testbed = HandoffTestbed()
 

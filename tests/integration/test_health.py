@@ -57,7 +57,7 @@ async def test_full_pool_is_ready_regardless_of_last_poll(
         assert await get_health_report(supervisor, "healthz") == (200, {"status": "healthy"})
 
 
-async def test_loop_blocked_for_max_block_is_unhealthy(
+async def test_pool_is_unhealthy_once_loop_has_been_blocked_for_max_block(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     given_up, may_end = threading.Event(), threading.Event()

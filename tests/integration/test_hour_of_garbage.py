@@ -78,7 +78,7 @@ class GarbageAnswerScript:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_pool_after_an_hour_of_garbage_answers_completes_all_items(seed: int) -> None:
+def test_pool_completes_all_items_after_an_hour_of_garbled_answers(seed: int) -> None:
     async def run_pool_for_two_hours() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)

@@ -86,7 +86,7 @@ class PluginFailingAtStart:
         yield
 
 
-async def test_failed_start_is_raised_although_outer_lifespan_swallows_it(
+async def test_error_at_start_is_raised_although_outer_lifespan_swallows_it(
     make_pool: Any,
 ) -> None:
     swallowing = ExceptionSwallowingPlugin()
@@ -99,7 +99,7 @@ async def test_failed_start_is_raised_although_outer_lifespan_swallows_it(
     assert [type(error) for error in swallowing.left_with] == [LookupError]
 
 
-async def test_pool_crash_is_raised_although_lifespan_swallows_it(
+async def test_error_that_crashes_pool_is_raised_although_lifespan_swallows_it(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def raise_error(*_: object) -> int:
@@ -154,7 +154,7 @@ def short_close_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_close_timeouts")
-async def test_cancelled_start_is_abandoned_if_plugin_ignores_cancellation(
+async def test_cancelled_pool_start_ends_although_plugin_ignores_cancellation(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     plugin = UncancellablePlugin("opening")
@@ -169,7 +169,7 @@ async def test_cancelled_start_is_abandoned_if_plugin_ignores_cancellation(
 
 
 @pytest.mark.usefixtures("short_close_timeouts")
-async def test_pool_whose_plugin_never_closes_is_abandoned(
+async def test_run_of_pool_ends_although_context_of_plugin_never_closes(
     make_pool: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     plugin = UncancellablePlugin("closing")

@@ -124,7 +124,7 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
 
 
 @in_virtual_time
-async def test_stalled_session_is_counted_as_stalled(workpool: Kit) -> None:
+async def test_stalled_session_is_counted_as_session_error_of_kind_stalled(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "wait"})
     async with workpool.pool(run_behaviour_from_metadata, stall_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, timeout=120)

@@ -75,7 +75,7 @@ async def test_item_whose_ack_is_answered_with_state_active_is_run(
     assert [event.result for event in recorder.of(AckFinished)] == ["ok"]
 
 
-async def test_item_acknowledged_as_active_but_held_by_another_worker_is_not_run(
+async def test_item_with_state_active_after_ack_is_not_run_if_another_worker_holds_it(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -100,7 +100,7 @@ async def test_item_acknowledged_as_active_but_held_by_another_worker_is_not_run
     assert (lost.direction, lost.stage) == ("lost", "start")
 
 
-async def test_health_check_item_acknowledged_as_active_is_stopped_after_heartbeat(
+async def test_health_check_with_state_active_after_ack_is_stopped_after_heartbeat(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     faults.add(ACTIVE, "ack")

@@ -82,7 +82,7 @@ async def test_plain_handler_runs_on_a_thread_and_its_result_is_written(run_one_
     assert handler_thread_names() == set()
 
 
-async def test_errors_and_release_of_plain_handler_end_its_session(
+async def test_session_ends_as_failed_or_released_after_exception_of_plain_handler(
     run_one_item: Any,
 ) -> None:
     def raise_error(_: BlockingSession) -> None:
@@ -356,7 +356,7 @@ async def test_calls_of_blocking_session_from_many_threads_all_succeed(run_one_i
     assert (final.outcome, len(final.metadata)) == ("completed", 20)
 
 
-async def test_blocking_session_used_after_handler_returned_raises_session_ended(
+async def test_call_of_blocking_session_after_handler_returned_raises_session_ended(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     kept: list[BlockingSession] = []
@@ -450,7 +450,7 @@ def test_plain_handler_that_blocks_in_virtual_time_raises_error_that_names_handl
         run_virtual(run_in_virtual_time())
 
 
-async def test_plain_handler_is_retried_in_its_run(workpool: Kit) -> None:
+async def test_plain_handler_is_called_again_in_same_run_after_error(workpool: Kit) -> None:
     @handler(retry=Retry(on=ConnectionError, backoff=0.01))
     def fail_twice(session: BlockingSession) -> dict[str, str]:
         if session.retry < 2:

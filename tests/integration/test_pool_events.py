@@ -63,7 +63,7 @@ def read_counter_value(pool: Supervisor, metric: str, **labels: str) -> float:
     return pool.registry.get_sample_value(f"workpool_{metric}", labels) or 0.0
 
 
-async def test_events_without_observer_are_counted_and_not_built(
+async def test_events_without_observer_are_counted_but_no_event_object_is_created(
     control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = count_built_events(monkeypatch)
@@ -79,7 +79,7 @@ async def test_events_without_observer_are_counted_and_not_built(
     assert read_counter_value(pool, "sessions_total", handler=label, outcome="completed") == 3
 
 
-async def test_observer_of_one_event_type_causes_only_that_type_to_be_built(
+async def test_event_objects_are_created_only_for_types_that_have_an_observer(
     control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = SingleEventTypeObserver()

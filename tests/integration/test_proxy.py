@@ -132,7 +132,7 @@ async def test_proxy_partition_delays_bytes_until_healed(testbed: ProxyTestbed) 
     await client.expect_bytes(b"news")
 
 
-async def test_half_close_fault_of_proxy_still_forwards_requests(testbed: ProxyTestbed) -> None:
+async def test_proxy_still_forwards_requests_after_half_close_fault(testbed: ProxyTestbed) -> None:
     client, server = await testbed.connect_through_proxy()
     testbed.proxy.half_close()
     await client.expect_end_of_stream()
@@ -157,7 +157,9 @@ async def test_proxy_reset_closes_open_connections_and_accepts_new_ones(
     await server.expect_bytes(b"new")
 
 
-async def test_proxy_reset_after_client_abort_resets_server_side(testbed: ProxyTestbed) -> None:
+async def test_proxy_reset_after_client_abort_resets_connection_to_server(
+    testbed: ProxyTestbed,
+) -> None:
     client, server = await testbed.connect_through_proxy()
     await client.send_bytes(b"known to both")
     await server.expect_bytes(b"known to both")
@@ -228,7 +230,7 @@ async def wait_for_interruption(session: Session) -> None:
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("fault", ["blackhole", "partition"])
-async def test_worker_cut_off_by_network_loses_item_to_other_worker(
+async def test_worker_without_network_loses_item_to_another_worker(
     control_plane: ControlPlane,
     make_settings: Callable[..., Settings],
     fault: str,

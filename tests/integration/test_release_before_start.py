@@ -74,7 +74,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released(
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-async def test_item_with_stop_request_acknowledged_during_drain_counts_as_stopped(
+async def test_item_acknowledged_during_drain_counts_as_stopped_if_stop_was_requested(
     control_plane: ControlPlane,
     pool_drained_during_ack: Any,
     faults: Faults,
@@ -94,7 +94,7 @@ async def test_item_with_stop_request_acknowledged_during_drain_counts_as_stoppe
     assert not recorder.of(SessionStarted)
 
 
-async def test_session_with_stop_request_released_by_drain_counts_as_stopped(
+async def test_outcome_of_session_with_stop_request_is_stopped_after_drain(
     control_plane: ControlPlane,
     make_pool: Any,
     faults: Faults,

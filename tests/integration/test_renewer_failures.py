@@ -81,7 +81,7 @@ def tolerate_loaded_machine() -> None:
     ids=["warning", "exit", "report"],
     indirect=True,
 )
-async def test_log_handler_that_raises_while_loop_is_blocked_fails_pool(
+async def test_exception_of_log_handler_while_loop_is_blocked_fails_pool(
     control_plane: ControlPlane,
     faults: Faults,
     make_settings: Callable[..., Settings],
@@ -168,7 +168,7 @@ async def test_pool_continues_after_loop_was_blocked_for_max_block(
     assert supervisor.status().error is None
 
 
-async def test_failed_lease_renewer_is_fatal_and_sends_nothing_more(
+async def test_pool_fails_and_sends_nothing_for_item_after_lease_renewer_failed(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,

@@ -107,7 +107,7 @@ async def test_timeout_of_handler_replaces_session_timeout(workpool: Kit) -> Non
 
 
 @in_virtual_time
-async def test_handler_at_limit_declines_before_ack_and_delays_no_other_handler(
+async def test_item_of_busy_handler_is_declined_before_ack_and_delays_no_other_handler(
     workpool: Kit,
 ) -> None:
     huge = {"job": "report", "size": "huge", "minutes": "10"}
@@ -153,7 +153,7 @@ def read_alert_threshold() -> float:
 
 @pytest.mark.parametrize("pollers", [1, 2])
 @in_virtual_time
-async def test_few_unwanted_items_cost_polls_but_delay_no_other_item(
+async def test_few_unwanted_items_waste_polls_but_do_not_delay_wanted_items(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=3, metadata={"job": "of another pool"})
@@ -168,7 +168,7 @@ async def test_few_unwanted_items_cost_polls_but_delay_no_other_item(
 
 @pytest.mark.parametrize("pollers", [1, 2])
 @in_virtual_time
-async def test_wanted_item_starves_if_unwanted_items_exceed_polls_per_reclaim_window(
+async def test_wanted_item_is_never_delivered_if_too_many_unwanted_items_are_queued(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=30, metadata={"job": "of another pool"})

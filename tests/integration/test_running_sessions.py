@@ -118,7 +118,7 @@ async def test_drain_interrupts_session(
     assert recorder.of(SessionFinished)[0].outcome == "completed"
 
 
-async def test_handler_can_read_item_remaining_lease_and_log_of_session(
+async def test_handler_can_use_item_and_remaining_lease_and_log_of_session(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -240,7 +240,7 @@ async def test_metadata_write_after_stop_by_another_client_raises_session_ended(
     assert not faults.of("update", "stop")
 
 
-async def test_session_used_after_its_end_raises_and_sends_nothing(
+async def test_use_of_session_after_its_end_raises_and_sends_no_request(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """A task that a handler left running must not write to an item that has ended."""
@@ -288,7 +288,7 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
     assert len(faults.of("update")) == 1
 
 
-async def test_metadata_writes_of_handler_are_merged_and_return_the_item(
+async def test_metadata_writes_of_handler_are_merged_and_return_updated_item(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
 ) -> None:
     answers: list[dict[str, str]] = []
@@ -308,7 +308,7 @@ async def test_metadata_writes_of_handler_are_merged_and_return_the_item(
 
 
 @pytest.mark.parametrize("fault", [lost, lambda: status(503), lambda: status(429)])
-async def test_metadata_write_after_transient_error_is_repeated(
+async def test_metadata_write_is_repeated_after_transient_error(
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, fault: Any
 ) -> None:
     monkeypatch.setattr("workpool.pool.item_requests.RETRY_SECONDS", 0.01)
@@ -503,7 +503,7 @@ async def test_plugin_context_can_swallow_exception_of_handler(
     assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
 
 
-async def test_item_lost_by_another_worker_is_redelivered_as_second_attempt(
+async def test_item_that_another_worker_lost_is_redelivered_as_second_attempt(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []

@@ -25,7 +25,7 @@ async def fetch_scale_numbers(pool: Supervisor) -> dict[str, Any]:
         return numbers
 
 
-async def test_scale_numbers_of_worker_count_busy_and_idle_slots(
+async def test_scale_numbers_of_worker_include_busy_and_idle_slots(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     may_end = asyncio.Event()
@@ -88,6 +88,6 @@ async def test_scale_numbers_show_that_paused_or_draining_worker_claims_nothing(
         await pool.wait()
 
 
-def test_status_before_start_shows_slots_and_claiming_false(make_settings: Any) -> None:
+def test_status_before_start_shows_slots_and_that_pool_claims_nothing(make_settings: Any) -> None:
     status = Supervisor(make_settings(concurrency=3)).status()
     assert (status.slots, status.claiming, status.idle_seconds) == (3, False, 0.0)

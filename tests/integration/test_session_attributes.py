@@ -183,7 +183,7 @@ async def test_session_deadline_is_earlier_after_drain_or_stop_request(workpool:
 
 
 @in_virtual_time
-async def test_deadline_during_drain_without_timeout_is_end_of_handler_timeout(
+async def test_session_deadline_is_end_of_handler_timeout_during_drain_without_timeout(
     workpool: Kit,
 ) -> None:
     left: list[float | None] = []

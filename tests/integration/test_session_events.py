@@ -134,7 +134,7 @@ async def test_unanswered_send_of_message_is_not_repeated(
     assert len(faults.of("send")) == 3
 
 
-async def test_failed_read_of_history_after_unanswered_send_is_repeated(
+async def test_failed_read_of_history_is_repeated_after_unanswered_send(
     control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)
@@ -307,7 +307,7 @@ def encode_secret(value: object) -> str:
         ({"sessions_token": SESSIONS_TOKEN}, False),
     ],
 )
-async def test_item_token_is_used_for_event_calls_only_and_never_logged(
+async def test_item_token_is_used_only_for_event_calls_and_never_logged(
     make_pool: Any,
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,

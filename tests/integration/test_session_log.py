@@ -208,7 +208,7 @@ async def test_pool_at_level_info_logs_no_polls(
     assert len(log_fields_of_message(caplog, "session ended")) == 1
 
 
-async def test_item_lost_by_another_worker_is_logged_as_reclaimed(
+async def test_item_that_another_worker_lost_is_logged_as_reclaimed(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

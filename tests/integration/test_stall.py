@@ -66,7 +66,9 @@ async def test_session_without_progress_is_stalled_and_its_item_stopped(workpool
 
 
 @in_virtual_time
-async def test_session_without_stall_timeout_may_report_no_progress(workpool: Kit) -> None:
+async def test_session_without_stall_timeout_completes_although_it_reports_no_progress(
+    workpool: Kit,
+) -> None:
     async def sleep_without_progress(_: Session) -> None:
         await asyncio.sleep(10_000)
 
@@ -117,7 +119,7 @@ async def test_session_that_waits_for_a_person_is_not_stalled(workpool: Kit) -> 
 
 
 @in_virtual_time
-async def test_stall_timeout_of_handler_replaces_the_setting(workpool: Kit) -> None:
+async def test_stall_timeout_of_handler_replaces_stall_timeout_of_settings(workpool: Kit) -> None:
     @handler(stall_timeout=5)
     async def hang_with_own_timeout(_: Session) -> None:
         await wait_forever()

@@ -31,7 +31,7 @@ async def return_at_once(_: Session) -> None:
     return None
 
 
-async def test_events_of_any_thread_reach_observers_on_handlers_loop(
+async def test_observers_receive_events_of_all_threads_on_thread_of_handlers(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     threads: dict[type, set[str]] = {}
@@ -105,7 +105,7 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
             await client.stats()
 
 
-async def test_dispatcher_keeps_limited_number_of_ids_of_ended_items(
+async def test_dispatcher_remembers_ids_of_limited_number_of_ended_items(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.dispatcher.REMEMBERED_IDS", 3)

@@ -102,7 +102,7 @@ async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_nothing(
+async def test_handler_is_cancelled_and_sends_nothing_if_another_worker_holds_its_item(
     control_plane: ControlPlane,
     faults: Faults,
     let_other_worker_take_over: Callable[[str], Awaitable[None]],
@@ -143,7 +143,7 @@ async def test_handler_whose_item_another_worker_holds_is_cancelled_and_sends_no
     assert control_plane.operations.get_item(control_plane.environments[0], item.id).metadata == {}
 
 
-async def test_session_after_sleep_of_machine_beyond_ttl_sends_nothing_for_item(
+async def test_session_sends_nothing_for_item_after_machine_slept_longer_than_ttl(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,

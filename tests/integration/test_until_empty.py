@@ -47,14 +47,14 @@ async def test_run_until_empty_costs_four_requests_per_item(
     assert pool.abandoned == 0
 
 
-async def test_until_empty_on_empty_queue_ends_at_first_poll_without_item(
+async def test_run_until_empty_on_empty_queue_ends_at_first_poll_without_item(
     faults: Faults, make_pool: Any
 ) -> None:
     await make_pool(return_at_once, pollers=1, block_ms=20).run(until_empty=True)
     assert len(faults.of("poll")) == 1
 
 
-async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
+async def test_run_until_empty_waits_for_running_sessions_and_takes_new_items(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler
@@ -70,7 +70,7 @@ async def test_until_empty_waits_for_running_sessions_and_takes_new_items(
     assert len(recorder.of(SessionFinished)) == 2
 
 
-async def test_until_empty_does_not_end_while_another_poll_is_in_flight(
+async def test_run_until_empty_does_not_end_while_another_poll_is_in_flight(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """One poller receives no item while an answer with an item for the other one is in flight."""
@@ -88,7 +88,7 @@ async def test_until_empty_does_not_end_while_another_poll_is_in_flight(
     assert len(recorder.of(SessionFinished)) == 1
 
 
-async def test_until_empty_ends_although_polls_never_overlap(
+async def test_run_until_empty_ends_although_two_pollers_always_poll_in_turn(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """Polls are answered before `block_ms`, so each poller pauses while the other one polls."""
@@ -105,7 +105,7 @@ async def test_until_empty_ends_although_polls_never_overlap(
         await make_pool(wait_for_seven_polls, pollers=2, block_ms=100).run(until_empty=True)
 
 
-async def test_until_empty_ends_although_unwanted_items_are_queued(
+async def test_run_until_empty_ends_although_unwanted_items_are_queued(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(work_type="for_others")
@@ -114,7 +114,7 @@ async def test_until_empty_ends_although_unwanted_items_are_queued(
     assert recorder.of(ItemDeclined)
 
 
-async def test_until_empty_ends_although_handler_released_its_item(
+async def test_run_until_empty_ends_although_handler_released_its_item(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler

@@ -172,7 +172,7 @@ async def test_result_is_written_up_to_size_limit_and_fails_session_above(
     assert ("workpool.error" in final.metadata) is (outcome == "failed")
 
 
-async def test_ack_answered_with_another_session_does_not_block_either_session(
+async def test_ack_answer_that_names_another_session_blocks_neither_session(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="session")

@@ -134,7 +134,7 @@ async def test_unfinished_session_is_reported_with_its_current_await(workpool: K
     )
 
 
-async def test_wait_for_missing_event_reports_other_events(workpool: Kit) -> None:
+async def test_wait_for_event_that_does_not_occur_reports_other_events(workpool: Kit) -> None:
     workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
@@ -150,7 +150,7 @@ async def test_run_session_with_failed_pool_raises_its_error(workpool: Kit) -> N
         await workpool.run_session(wait_for_cancellation)
 
 
-async def test_kit_outside_its_async_with_block_raises() -> None:
+async def test_use_of_kit_outside_its_async_with_block_raises() -> None:
     async with Kit() as kit:
         result = await kit.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert result.metadata["sum"] == "3"
@@ -158,7 +158,7 @@ async def test_kit_outside_its_async_with_block_raises() -> None:
         await Kit().run_session(add_numbers)
 
 
-def test_fixture_in_test_without_async_def_raises(workpool: Kit) -> None:
+def test_use_of_workpool_fixture_in_test_without_async_def_raises(workpool: Kit) -> None:
     with pytest.raises(RuntimeError, match="async def"):
         workpool.enqueue()
 
@@ -196,7 +196,7 @@ async def test_released_item_is_delivered_again(workpool: Kit) -> None:
 
 
 @in_virtual_time
-async def test_item_stopped_in_virtual_time_ends_its_session(workpool: Kit) -> None:
+async def test_session_in_virtual_time_ends_if_its_item_is_stopped(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
         await asyncio.sleep(HOUR_SECONDS)
@@ -234,7 +234,7 @@ async def test_scripted_session_in_virtual_time_lasts_as_long_as_its_tool_uses(
 
 
 @in_virtual_time
-async def test_faults_in_virtual_time_are_injected_and_requests_recorded(workpool: Kit) -> None:
+async def test_faults_are_injected_and_requests_are_recorded_in_virtual_time(workpool: Kit) -> None:
     workpool.faults.add(status(503, retry_after=30), "poll", times=2)
     lost_once = workpool.faults.add(lost(), "stop", times=1)
     result = await workpool.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
