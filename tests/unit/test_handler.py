@@ -170,7 +170,7 @@ def test_handler_decorator_applied_twice_to_one_function_raises_type_error() -> 
         ({"retry": 3}, TypeError, "retry of .*handler_function must be a Retry"),
     ],
 )
-def test_invalid_handler_argument_is_refused_by_name(
+def test_error_about_invalid_argument_of_handler_decorator_names_that_argument(
     arguments: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     function = make_handler_function()
@@ -243,7 +243,7 @@ def test_handler_decorator_has_exactly_the_documented_arguments() -> None:
         ({"backoff": 61}, ValueError, "backoff must not be more than backoff_max"),
     ],
 )
-def test_wrong_argument_of_retry_is_refused_by_name(
+def test_error_about_wrong_argument_of_retry_names_that_argument(
     arguments: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(error, match=f"Retry: {sentence}"):

@@ -47,7 +47,7 @@ def test_later_change_of_returned_handler_result_does_not_change_metadata() -> N
     assert result == {"a": "b"}
 
 
-def test_result_none_writes_no_metadata() -> None:
+def test_handler_result_none_writes_no_metadata() -> None:
     assert make_metadata_from_result(None, None) == {}
     assert make_metadata_from_result(None, LIMITS) == {}
 
@@ -78,7 +78,9 @@ def test_result_none_writes_no_metadata() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_result_other_than_strings_is_written_as_compact_json(returned: Any, text: str) -> None:
+def test_handler_result_other_than_strings_is_written_as_compact_json(
+    returned: Any, text: str
+) -> None:
     assert make_metadata_from_result(returned, None) == {"workpool.result": text}
 
 
@@ -88,7 +90,7 @@ def test_result_other_than_strings_is_written_as_compact_json(returned: Any, tex
      "secret \ud800", memoryview(b"secret")],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_result_that_is_no_json_is_refused_and_not_quoted(returned: Any) -> None:
+def test_error_about_handler_result_that_is_no_json_does_not_quote_result(returned: Any) -> None:
     with pytest.raises(ResultError, match=r"^result: 'workpool\.result' cannot be") as caught:
         make_metadata_from_result(returned, None)
     assert caught.value.key == "workpool.result"
@@ -96,7 +98,7 @@ def test_result_that_is_no_json_is_refused_and_not_quoted(returned: Any) -> None
     assert "secret" not in str(caught.value)
 
 
-def test_result_that_contains_itself_is_refused() -> None:
+def test_handler_result_that_contains_itself_raises_result_error() -> None:
     endless: list[Any] = []
     endless.append(endless)
     with pytest.raises(ResultError):
@@ -104,7 +106,9 @@ def test_result_that_contains_itself_is_refused() -> None:
 
 
 @pytest.mark.parametrize("returned", [{"a": "\ud800"}, {"\udfff": "b"}])
-def test_result_text_that_utf8_cannot_encode_is_refused(returned: Mapping[str, str]) -> None:
+def test_handler_result_with_text_that_utf8_cannot_encode_raises_result_error(
+    returned: Mapping[str, str],
+) -> None:
     with pytest.raises(ResultError, match="UTF-8 cannot encode"):
         make_metadata_from_result(returned, None)
 

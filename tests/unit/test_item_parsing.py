@@ -113,12 +113,12 @@ def test_each_of_the_five_states_is_parsed_in_item_and_heartbeat(state: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["session", "healthcheck", "something new", ""])
-def test_item_of_any_type_is_parsed(kind: str) -> None:
+def test_item_of_known_or_unknown_type_is_parsed_with_that_type(kind: str) -> None:
     item = parse_item({**ITEM, "data": {"type": kind, "id": "sess_1"}})
     assert (item.type, item.session_id) == (kind, "sess_1")
 
 
-def test_session_id_is_required_for_type_session_only() -> None:
+def test_item_without_session_id_is_refused_if_its_type_is_session() -> None:
     assert parse_item({**ITEM, "data": {"type": "healthcheck"}}).session_id == ""
     with pytest.raises(ValueError, match=r"data\.id"):
         parse_item({**ITEM, "data": {"type": "session"}})

@@ -383,7 +383,7 @@ async def test_call_waits_for_retry_after_but_at_most_half_of_remaining_time(
     [Fault(answer=503, applied=False, retry_after=20), SILENCE],
     ids=["between two attempts", "during an attempt"],
 )
-def test_lease_lost_during_call_ends_call_at_once(
+def test_call_ends_at_once_if_lease_is_lost_meanwhile(
     testbed: type[LeaseTestbed], fault: Fault
 ) -> None:
     @in_virtual_time

@@ -324,7 +324,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_in_plugin_module_is_refused_with_module_name(
+def test_error_about_mistake_in_plugin_module_names_that_module(
     import_path_folder: ImportPathFolder, mistake: str
 ) -> None:
     source, sentence = MISTAKES[mistake]
@@ -424,7 +424,7 @@ def test_two_plugins_with_equal_names_raise_plugin_error() -> None:
         (make_decorated_handler("ReportsPlugin"), {"folder": "x"}, "takes no settings"),
     ],
 )
-def test_unsuitable_plugin_settings_are_refused_by_name(
+def test_error_about_unsuitable_plugin_settings_names_them(
     plugin: object, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(PluginError, match=re.escape(sentence)) as caught:
@@ -432,7 +432,7 @@ def test_unsuitable_plugin_settings_are_refused_by_name(
     assert caught.value.plugin == "ReportsPlugin"
 
 
-def test_plugin_class_that_fails_to_start_is_refused_with_reason() -> None:
+def test_error_about_plugin_class_that_fails_to_start_contains_the_reason() -> None:
     class FailingPlugin:
         def __init__(self) -> None:
             raise OSError("disk\nis full")
@@ -460,7 +460,7 @@ def test_object_that_is_no_plugin_is_refused(plugin: object) -> None:
         load_plugins(plugin)
 
 
-def test_keyboard_interrupt_while_loading_plugin_is_raised(
+def test_keyboard_interrupt_while_loading_plugin_is_not_caught(
     import_path_folder: ImportPathFolder,
 ) -> None:
     name = import_path_folder.write_module("raise KeyboardInterrupt\n")

@@ -416,7 +416,7 @@ def test_each_of_two_failing_observers_is_reported_once_per_observed_event() -> 
     ]
 
 
-def test_repeated_observer_failure_is_logged_with_traceback_once(
+def test_log_contains_one_traceback_for_each_kind_of_observer_failure(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     failing = FailingObserver()
@@ -429,7 +429,7 @@ def test_repeated_observer_failure_is_logged_with_traceback_once(
     assert [bool(record.exc_info) for record in caplog.records] == [True, False, True]
 
 
-def test_keyboard_interrupt_in_observer_is_raised() -> None:
+def test_keyboard_interrupt_in_observer_is_not_caught() -> None:
     with pytest.raises(KeyboardInterrupt):
         load_plugins(FailingObserver(KeyboardInterrupt())).notify_observers(FACT)
 

@@ -322,7 +322,7 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
 
 
 @pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in BAD for bad in bads])
-def test_invalid_value_is_refused_by_setting_name(name: str, bad: object) -> None:
+def test_error_about_invalid_value_names_its_setting(name: str, bad: object) -> None:
     error = make_settings_and_return_error(**{name: bad})
     assert len(error.problems) == 1
     assert error.problems[0].startswith(f"{name}: ")
@@ -566,7 +566,7 @@ def test_dialect_determines_default_base_url() -> None:
     assert Settings(dialect="anthropic", base_url="http://localhost").base_url == "http://localhost"
 
 
-def test_default_rate_limits_apply_to_public_service_address_only() -> None:
+def test_addresses_other_than_public_service_of_dialect_have_no_default_rate_limits() -> None:
     own, ours = Settings(), Settings(base_url="http://localhost:8484/api/v1/cloud")
     assert (own.read_limit, own.write_limit) == (50, 20)
     assert (ours.read_limit, ours.write_limit) == (0, 0)
@@ -593,7 +593,7 @@ def test_metrics_listen_is_parsed_into_address(value: str, address: Address | No
 
 
 @pytest.mark.parametrize("host", ["a" * 64, f"{'b' * 64}.example", "two..dots"])
-def test_host_name_with_invalid_label_is_refused_by_setting_name(host: str) -> None:
+def test_error_about_invalid_host_name_names_the_setting(host: str) -> None:
     for setting, value in {
         "base_url": f"https://{host}/api",
         "metrics_listen": f"{host}:9464",

@@ -282,7 +282,7 @@ async def test_invalid_tls_file_raises_settings_error_on_opening_client(
     assert raised.value.problems == (problem.format(pki=certificate_files),)
 
 
-def test_all_connection_problems_are_reported_at_once(certificate_files: Path) -> None:
+def test_one_error_lists_all_problems_of_connection_settings(certificate_files: Path) -> None:
     settings = Settings(
         ca_file=certificate_files / "nowhere", client_cert_file=certificate_files / "neither"
     )

@@ -609,7 +609,9 @@ async def test_redirect_is_not_followed_and_raises_transient_error(status: int) 
         ("", None),
     ],
 )
-def test_redirect_error_names_scheme_and_host_only(location: str, named: str | None) -> None:
+def test_error_about_redirect_names_no_more_than_scheme_and_host(
+    location: str, named: str | None
+) -> None:
     error = parse_error("poll", Response(302, {"Location": location}, b"hunter2"), TOKEN)
     text = str(error)
     to = f" to {named}" if named else ""
