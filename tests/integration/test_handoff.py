@@ -371,7 +371,7 @@ async def test_exception_in_handoff_block_returns_item_unless_child_took_it(came
 
 
 @in_virtual_time
-async def test_item_returns_to_parent_before_exception_leaves_handoff_block() -> None:
+async def test_exception_leaves_handoff_block_although_child_may_own_item() -> None:
     testbed = HandoffTestbed(heartbeat=[None, None, GARBLED])
 
     async def hand_off_item(session: Session) -> None:
