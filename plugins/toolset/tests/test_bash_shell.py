@@ -171,7 +171,8 @@ def two_process_command(program: str) -> str:
     """
     start = f'for n in 1 2; do {program} -c ": >up$n; : <stay" {PROCESS_WORD} & done'
     wait = "until [ -e up1 -a -e up2 ]; do sleep 0.02; done"
-    return f"rm -f up* stay; mkfifo stay; {start}; {wait}"
+    # Keep an existing FIFO: a process of an earlier command may be about to open it.
+    return f"rm -f up*; [ -p stay ] || mkfifo stay; {start}; {wait}"
 
 
 async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox: Any) -> None:
