@@ -70,7 +70,8 @@ def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
 def runs_that_lost_their_lease_are_counted(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 8d: a pool that may not write metadata counts in memory the runs that lost a lease.
 
-    A run that its handler has released does not count, even if the lease is lost afterwards.
+    A run that its handler has released does not count, even if the lease is lost afterwards. Nor
+    does a run whose machine was halted while it waited for a retry: the pool releases its item.
     """
     for node in case.trace.nodes:
         lost: Counter[str] = Counter()
@@ -89,7 +90,10 @@ def runs_that_lost_their_lease_are_counted(case: FinishedSimulation) -> Iterator
                     latest = max(
                         (run for run in runs if run.started <= at), key=lambda run: run.started
                     )
-                    lost[work_id] += latest.result != "released"
+                    released = latest.result == "released" or (
+                        latest.result == "retried" and node.was_halted(latest.ended, at)
+                    )
+                    lost[work_id] += not released
                 started.discard(work_id)
 
 
