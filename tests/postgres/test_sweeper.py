@@ -92,6 +92,9 @@ async def test_node_sweeps_after_sweep_of_another_node_was_cancelled(
         await slow.begun.wait()
         first.cancel()
         await asyncio.wait([first])
+        # The database ends the lock once it notices that the connection has closed.
+        async with connection_pools[1].transaction() as connection:
+            await connection.execute(f"SELECT pg_advisory_xact_lock({sweeper.ADVISORY_LOCK})")
         assert await Sweeper(connection_pools[1], FakeSweepBatch()).sweep()
 
 

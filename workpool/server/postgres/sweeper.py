@@ -25,7 +25,7 @@ SWEEP_SECONDS: Final = 1.0
 """Mean time between two attempts of one node."""
 _SWEEP_MAX_SECONDS: Final = 3.0
 """Time after which no further batch begins, so that the lock's transaction stays short."""
-_ADVISORY_LOCK: Final = 0x737765657065720A
+ADVISORY_LOCK: Final = 0x737765657065720A
 """A number for the advisory lock: "sweeper"."""
 
 
@@ -54,7 +54,7 @@ class Sweeper:
         """Run `batches` unless another node is running them; return whether this node ran them."""
         async with self._pool.transaction() as connection:
             taken = "SELECT pg_try_advisory_xact_lock($1)"
-            if not await connection.fetchval(taken, _ADVISORY_LOCK):
+            if not await connection.fetchval(taken, ADVISORY_LOCK):
                 return False
             loop = asyncio.get_running_loop()
             end = loop.time() + _SWEEP_MAX_SECONDS
