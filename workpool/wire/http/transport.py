@@ -185,13 +185,9 @@ class Transport:
         until = time.monotonic() + seconds
         if limiter is not None and limiter.limited and not options.permit:
             await self.acquire_rate_token(limiter, endpoint.op, options.priority, seconds)
-        token = self._token
-        try:
-            return await self._attempt_request(endpoint, url, until, body, options)
-        except RefusedError as refused:
-            if refused.status not in _DENIED or not await self._renew_token(token, until):
-                raise
-        return await self._attempt_request(endpoint, url, until, body, options)
+        return await self._attempt_with_renewal(
+            partial(self._attempt_request, endpoint, url, until, body, options), until
+        )
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -253,14 +249,13 @@ class Transport:
         options: CallOptions,
     ) -> T:
         op, started = endpoint.op, time.monotonic()
-        if started >= until:
-            raise TransientError(op, None, "no time left to send the request", reason="timeout")
+        seconds = _require_time_left(op, until - started)
         secrets, code = self._secrets, "error"
         check = None if options.check is None else RequestCheck(body or b"", options.check)
         try:
             # Do not use aiohttp's timeout: if the task is cancelled in the same loop iteration in
             # which the timeout expires, aiohttp would raise a timeout and hide the cancellation.
-            with TimeLimit(until - started, self._timer):
+            with TimeLimit(seconds, self._timer):
                 response, content = await self._exchange_request(
                     endpoint, url, body, options, check
                 )
