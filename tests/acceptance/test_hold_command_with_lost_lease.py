@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from workpool import Session
 
+TTL_SECONDS = 60
+"""A lease that is long enough for the start of a process on a loaded machine."""
+
 
 async def run_hold_command(
     plane: ControlPlane, work_id: str, last: str, *command: str, **more: str
@@ -33,7 +36,7 @@ async def run_hold_command(
         "WORKPOOL_TOKEN": plane.token,
         "WORKPOOL_HOLD_WORK_ID": work_id,
         "WORKPOOL_HOLD_LAST_HEARTBEAT": last,
-        "WORKPOOL_HOLD_TTL": "10",
+        "WORKPOOL_HOLD_TTL": str(TTL_SECONDS),
     }
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "workpool", "hold", "--", *command),
@@ -86,8 +89,8 @@ async def test_hold_command_after_loss_of_parent_lease_leaves_item_to_new_worker
         async with make_client(plane, "parent") as parent, make_client(plane, "other") as other:
             await parent.poll()
             await parent.ack(item.id)
-            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
-            clock.advance(11)
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, TTL_SECONDS)
+            clock.advance(TTL_SECONDS + 1)
             await other.poll()
             await other.ack(item.id)
 
@@ -96,7 +99,7 @@ async def test_hold_command_after_loss_of_parent_lease_leaves_item_to_new_worker
             )
 
             # This first heartbeat of the other worker succeeds only if the child has sent none.
-            await other.heartbeat(item.id, NO_HEARTBEAT, 10)
+            await other.heartbeat(item.id, NO_HEARTBEAT, TTL_SECONDS)
     assert status == 1
     assert not (tmp_path / "child-ran").exists()
 
@@ -115,7 +118,7 @@ async def test_hold_command_ignores_plugins_in_config_file_shared_with_parent(
         async with make_client(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
-            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, TTL_SECONDS)
             config_variable = {"WORKPOOL_CONFIG": str(config)}
             assert (
                 await run_hold_command(
@@ -137,7 +140,7 @@ async def test_program_under_hold_command_receives_sighup_although_hold_command_
         async with make_client(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
-            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, TTL_SECONDS)
             assert (
                 await run_hold_command(plane, item.id, last.last_heartbeat, "sh", "-c", script) == 1
             )
@@ -151,7 +154,7 @@ async def test_control_plane_does_not_count_handoff_to_hold_command_as_overlap()
         async with make_client(plane, "parent") as parent:
             await parent.poll()
             await parent.ack(item.id)
-            last = await parent.heartbeat(item.id, NO_HEARTBEAT, 10)
+            last = await parent.heartbeat(item.id, NO_HEARTBEAT, TTL_SECONDS)
             assert await run_hold_command(plane, item.id, last.last_heartbeat, "true") == 0
         assert plane.summary().overlapping == 0
 
@@ -163,5 +166,5 @@ async def test_first_heartbeat_counts_as_overlap_if_another_worker_acknowledged_
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:
             await holder.poll()
             await holder.ack(item.id)
-            await thief.heartbeat(item.id, NO_HEARTBEAT, 10)
+            await thief.heartbeat(item.id, NO_HEARTBEAT, TTL_SECONDS)
         assert plane.summary().overlapping == 1
