@@ -175,7 +175,7 @@ def test_lint_suppressions_in_tests_have_reasons() -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_modules_of_pool_loops_suppress_neither_coverage_nor_complexity_rules(
+def test_module_with_a_loop_of_the_pool_suppresses_no_coverage_or_complexity_rule(
     name: str,
 ) -> None:
     hidden = [
@@ -295,7 +295,7 @@ def test_no_module_compares_a_value_with_a_dialect_name(path: Path) -> None:
     assert compared == []
 
 
-def test_no_file_names_a_path_of_the_development_machine() -> None:
+def test_no_file_contains_a_path_of_the_development_machine() -> None:
     pattern = re.compile(r"/work/(main|shared)|/root/|pypi\.org|pythonhosted|npmjs|debian\.org")
     suffixes = {".py", ".md", ".toml", ".yml", ".sql", ".txt"}
     named = [

@@ -72,7 +72,7 @@ def relative_path(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def test_citation_in_every_module_names_an_existing_heading() -> None:
+def test_each_citation_in_a_module_names_an_existing_heading_of_the_documentation() -> None:
     modules = [*MODULES, *(path for path in TEST_MODULES if path != Path(__file__))]
     found = {relative_path(path): find_unresolved_citations(path.read_text()) for path in modules}
     assert {path: each for path, each in found.items() if each} == {}
@@ -237,7 +237,7 @@ def test_code_names_in_page_exist_in_source(page: str, source_names: SourceNames
         "workpool/pool/absent.py",
     ],
 )
-def test_documented_name_missing_in_source_is_reported(
+def test_documented_name_that_the_source_lacks_is_reported_as_missing(
     name: str, source_names: SourceNames
 ) -> None:
     assert find_missing_names(f"The call of `{name}` comes first.", source_names) == [name]
@@ -255,7 +255,7 @@ def test_documented_name_missing_in_source_is_reported(
         "time.sleep",
     ],
 )
-def test_documented_name_defined_in_source_is_not_reported(
+def test_documented_name_that_the_source_defines_is_not_reported_as_missing(
     name: str, source_names: SourceNames
 ) -> None:
     assert find_missing_names(f"The call of `{name}` comes first.", source_names) == []

@@ -84,7 +84,7 @@ def test_dashboard_panels_do_not_overlap_and_have_unique_ids() -> None:
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
-async def test_every_dashboard_query_has_a_result_after_drain_kill_and_outage(
+async def test_every_dashboard_query_has_a_result_after_an_outage_and_ended_workers(
     tmp_path: Path,
 ) -> None:
     program = shutil.which("prometheus")

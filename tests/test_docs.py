@@ -229,7 +229,9 @@ async def metadata_written_by_plugin(plugin: object, metadata: dict[str, str]) -
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_first_handler_writes_phase_and_rows_to_metadata(tmp_path: Path) -> None:
+async def test_handler_of_readme_writes_phase_and_row_count_to_item_metadata(
+    tmp_path: Path,
+) -> None:
     names = run_example("# reports.py", tmp_path)
     done = await metadata_written_by_plugin(names["daily_report"], {"job": "daily-report"})
     assert (done["phase"], done["rows"]) == ("fetching", "42")
@@ -254,7 +256,7 @@ async def test_documented_handler_that_runs_blocking_code_in_thread_writes_diges
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handler_that_releases_on_exhaustion_completes(
+async def test_documented_handler_with_release_on_exhaustion_writes_byte_count_to_metadata(
     tmp_path: Path,
 ) -> None:
     scratch = run_example("# scratch.py", tmp_path)["scratch"]
@@ -318,7 +320,7 @@ async def test_documented_handler_uses_same_idempotency_key_in_second_run(tmp_pa
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handoff_to_workpool_hold_ends_session(
+async def test_documented_handoff_passes_item_to_hold_command_which_stops_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real `workpool hold` process takes the item over, runs a program, and stops the item."""
@@ -418,7 +420,9 @@ async def test_documented_pools_with_shared_rate_limits_run_sessions(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_plugin_reads_from_its_database(tmp_path: Path) -> None:
+async def test_documented_plugin_with_database_writes_number_of_orders_to_metadata(
+    tmp_path: Path,
+) -> None:
     with sqlite3.connect(tmp_path / "orders.db") as database:
         database.executescript("create table orders (id); insert into orders values (1), (2)")
     database.close()
@@ -437,7 +441,9 @@ async def test_documented_observer_prints_outcome(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handlers_receive_items_that_match_their_metadata(tmp_path: Path) -> None:
+async def test_documented_handlers_receive_items_whose_metadata_match_their_rules(
+    tmp_path: Path,
+) -> None:
     names = run_example("# kinds.py", tmp_path)
     async with Supervisor(
         Settings(), plugins=[names["Heavy"], names["report"], names["huge_report"]]
@@ -498,7 +504,7 @@ def test_code_name_in_every_glossary_entry_exists_in_source() -> None:
         assert code_name_exists(path), (term, path)
 
 
-def test_code_name_check_of_glossary_rejects_missing_name() -> None:
+def test_glossary_check_rejects_name_that_the_code_does_not_define() -> None:
     assert not code_name_exists("pool.lease.Lease.no_such_name")
     assert not code_name_exists("pool.no_such_module")
 

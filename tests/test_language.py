@@ -149,5 +149,5 @@ def test_every_banned_word_has_a_reason() -> None:
         ("# `use_token` quotes a name", 0),
     ],
 )
-def test_language_problem_in_text_is_reported(text: str, count: int) -> None:
+def test_wording_that_the_language_rules_forbid_is_reported(text: str, count: int) -> None:
     assert len(find_language_problems(text + "\n")) == count

@@ -33,7 +33,7 @@ SHORT = StormSettings(
 )
 
 
-async def test_storm_of_faults_loses_no_item_and_overlaps_no_runs(tmp_path: Path) -> None:
+async def test_storm_of_faults_causes_no_lost_item_and_no_overlapping_runs(tmp_path: Path) -> None:
     verdict = await Storm(SHORT, tmp_path).run_storm()
     assert verdict.broken == [], format_report(SHORT, verdict)
     # Check that the storm caused faults. Even on a slow machine, each kind occurs at least once.
@@ -45,7 +45,7 @@ async def test_storm_of_faults_loses_no_item_and_overlaps_no_runs(tmp_path: Path
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_storm_on_three_nodes_loses_no_item_and_overlaps_no_leases(
+async def test_storm_on_three_nodes_causes_no_lost_item_and_no_overlapping_leases(
     tmp_path: Path, own_postgres: Cluster, seed: int
 ) -> None:
     settings = StormSettings(seed=seed, seconds=60, slack=1.5)

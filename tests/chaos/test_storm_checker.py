@@ -146,7 +146,7 @@ def test_storm_checker_reports_each_kind_of_violation(
     assert any(violation in text for text in found), found
 
 
-def test_storm_checker_allows_late_request_if_event_loop_was_delayed() -> None:
+def test_storm_checker_accepts_late_request_if_event_loop_was_delayed() -> None:
     journal = [*LEASE_PASSED_TO_B, make_request_arrival(12.5, "update", A), *END]
     assert check_storm_records(journal, []).broken
     assert (
@@ -155,7 +155,7 @@ def test_storm_checker_allows_late_request_if_event_loop_was_delayed() -> None:
     assert check_storm_records([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
 
 
-def test_storm_checker_allows_acks_and_operator_stops_without_a_lease() -> None:
+def test_storm_checker_accepts_acks_and_stop_requests_of_operators_without_a_lease() -> None:
     journal = [
         *LEASE_PASSED_TO_B,
         make_request_arrival(13, "stop", None),
@@ -173,7 +173,7 @@ WOKEN = [
 STOP = [{"t": 2, "what": "stop", "pid": 1}, {"t": 16, "what": "cont", "pid": 1}]
 
 
-def test_storm_checker_allows_resumed_process_to_end_its_run_shortly_afterwards() -> None:
+def test_storm_checker_accepts_run_that_ends_shortly_after_its_process_resumes() -> None:
     verdict = check_storm_records(
         [*LEASE_PASSED_TO_B, *END], [*WOKEN, make_trace_line(16.1, 1, "cancelled")], STOP
     )
@@ -192,13 +192,13 @@ def test_storm_checker_allows_resumed_process_to_end_its_run_shortly_afterwards(
     assert any("sent update" in text for text in sent.broken)
 
 
-def test_storm_checker_reports_run_beyond_lease_unless_worker_was_killed() -> None:
+def test_storm_checker_reports_handler_run_after_lease_end_unless_worker_was_killed() -> None:
     kill = [{"t": 5, "what": "kill", "pid": 1}]
     assert check_storm_records([*LEASE_PASSED_TO_B, *END], WOKEN, kill).broken == []
     assert check_storm_records([*LEASE_PASSED_TO_B, *END], WOKEN, []).broken
 
 
-def test_storm_checker_ignores_early_end_of_lease_caused_by_fault() -> None:
+def test_storm_checker_accepts_lease_that_an_injected_fault_ended_early() -> None:
     fault = {"t": 3, "what": "fault", "kind": "expired", "work_id": "w"}
     handed_on = [
         *make_lease_records(0, A),

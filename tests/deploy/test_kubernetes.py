@@ -158,7 +158,7 @@ def test_overlay_manifests_are_valid_for_kubernetes(
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_manifests_in_files_are_valid_for_kubernetes(version: str) -> None:
+def test_manifest_files_match_schemas_of_kubernetes_version(version: str) -> None:
     """Unlike the check of rendered overlays, this check also runs without kubectl."""
     for each in find_builtin_manifests(manifests_in_files()):
         validate_builtin_resource(each, version)
@@ -237,7 +237,7 @@ def test_selectors_of_an_overlay_match_its_pods(rendered_overlay: list[Manifest]
     assert seen == set(pods)
 
 
-def test_documented_kustomization_sets_image_settings_and_namespace(
+def test_documented_kustomization_sets_namespace_image_and_settings(
     kubectl: str, tmp_path: Path
 ) -> None:
     page = (ROOT / "workpool/docs/operating.md").read_text()
@@ -268,7 +268,7 @@ def test_autoscaled_deployment_leaves_the_number_of_pods_to_the_autoscaler(
             assert each["spec"]["replicas"] == 1
 
 
-def test_deletion_cost_component_mounts_token_sets_pod_name_and_binds_role(
+def test_deletion_cost_component_binds_role_and_gives_pod_its_name_and_token(
     kubectl: str, tmp_path: Path
 ) -> None:
     found = render_overlay(

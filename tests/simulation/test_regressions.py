@@ -101,7 +101,7 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
 
 
 @in_virtual_time
-async def test_drain_does_not_wait_for_first_heartbeat_with_long_retry_after() -> None:
+async def test_drain_releases_session_whose_first_heartbeat_got_a_long_retry_after() -> None:
     """Formerly the drain abandoned the session, and its item was not released."""
     script = Script(heartbeat=[Fault(answer=429, applied=False, retry_after=40)])
     bench = PoolTestbed(script, drain_timeout=1)
@@ -137,7 +137,7 @@ async def test_second_heartbeat_waits_for_answer_to_first_if_drain_begins_meanwh
 
 
 @in_virtual_time
-async def test_session_with_refused_stop_and_expired_lease_counts_as_lease_lost() -> None:
+async def test_session_whose_stop_is_rejected_until_lease_expires_has_outcome_lease_lost() -> None:
     """Formerly the session counted as completed, although its item was queued and run again."""
     script = Script(stop=[Fault(answer=429, applied=False, retry_after=30)])
     bench = PoolTestbed(script, lease_ttl=10)
@@ -180,7 +180,7 @@ async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
 
 
 @in_virtual_time
-async def test_session_whose_lease_began_after_machine_pause_sends_only_one_heartbeat() -> None:
+async def test_one_second_session_claimed_after_machine_pause_sends_one_heartbeat() -> None:
     """Formerly a pause before the claim made the first write wait for a second heartbeat."""
     script = Script()
     bench = PoolTestbed(script)
@@ -228,7 +228,7 @@ async def test_handoff_after_machine_pause_succeeds_because_heartbeat_verifies_l
 
 
 @in_virtual_time
-async def test_first_heartbeat_after_machine_pause_is_not_sent() -> None:
+async def test_first_heartbeat_is_not_sent_if_machine_paused_after_the_ack() -> None:
     """Formerly the pool sent a heartbeat that could extend the lease of another worker.
 
     The first heartbeat of a lease names no earlier one, so the control plane accepts it.
@@ -292,7 +292,7 @@ async def test_handler_does_not_start_after_machine_slept_longer_than_the_lease(
 
 
 @in_virtual_time
-async def test_heartbeat_is_repeated_at_once_if_machine_paused_before_its_answer() -> None:
+async def test_heartbeat_whose_answer_arrives_after_machine_pause_is_repeated_at_once() -> None:
     """Formerly the pool trusted the answer, although the heartbeat was sent before the pause."""
     script = Script(heartbeat=[None, Fault(answer_delay=8)])
     bench = PoolTestbed(script, ignore_cancellation, lease_ttl=60)
@@ -412,7 +412,7 @@ async def work_for_five_seconds(_: Session) -> dict[str, str]:
 
 
 @in_virtual_time
-async def test_unanswered_completion_is_retried_until_one_second_before_lease_ends() -> None:
+async def test_unanswered_completion_request_is_retried_until_one_second_before_lease_end() -> None:
     """Formerly an invariant of the simulation wrongly reported that the retries ended too early.
 
     The invariant counted the lease from the time at which the heartbeat was sent. A pool counts it

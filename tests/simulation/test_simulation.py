@@ -80,7 +80,7 @@ schedules = st.builds(
 
 
 @pytest.mark.timeout(120)
-def test_invariants_hold_on_two_hundred_schedules(
+def test_simulation_of_two_hundred_schedules_violates_no_invariant(
     record_property: Callable[[str, object], None],
 ) -> None:
     """The seeds differ from those of `poe simulate`, to cover other schedules."""
@@ -94,7 +94,9 @@ def test_invariants_hold_on_two_hundred_schedules(
 @pytest.mark.timeout(120)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(schedules)
-def test_invariants_hold_on_schedules_drawn_by_hypothesis(schedule: Schedule) -> None:
+def test_simulation_of_schedule_generated_by_hypothesis_violates_no_invariant(
+    schedule: Schedule,
+) -> None:
     _, violations = simulate_schedule(schedule)
     assert violations == []
 

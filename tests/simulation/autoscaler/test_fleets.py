@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.timeout(180)
-def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_schedules(
+def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_simulations(
     record_property: Callable[[str, object], None],
 ) -> None:
     """The seeds differ from the default seeds of the command line, to cover other schedules."""
@@ -55,7 +55,9 @@ def test_scale_down_without_documented_settings_cuts_sessions() -> None:
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_fleet_schedule_without_one_documented_setting_differs_in_settings_alone(name: str) -> None:
+def test_omitted_documented_setting_changes_only_the_settings_of_a_fleet_schedule(
+    name: str,
+) -> None:
     documented = fleet_schedule_for_seed(1, DOCUMENTED)
     without = fleet_schedule_for_seed(1, frozenset({name}))
     assert without.world == documented.world
@@ -93,7 +95,7 @@ def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
 
 
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
-def test_each_fleet_mutation_edits_source_lines_that_exist_once(name: str) -> None:
+def test_each_edit_of_a_fleet_mutation_matches_exactly_one_place_in_source(name: str) -> None:
     with apply_mutation(FLEET_MUTATIONS[name]):
         pass
 

@@ -67,6 +67,6 @@ def test_deletion_cost_takes_precedence_over_number_of_pods_on_node() -> None:
     assert pods_to_delete([*both, alone], 1, NOW) == [alone]
 
 
-def test_three_of_four_pods_are_deleted_by_ascending_deletion_cost() -> None:
+def test_three_pods_with_lowest_deletion_cost_are_deleted_in_ascending_order() -> None:
     pods = [replace(POD, uid=str(cost), cost=cost) for cost in (3, 0, 2, 1)]
     assert [each.cost for each in pods_to_delete(pods, 3, NOW)] == [0, 1, 2]
