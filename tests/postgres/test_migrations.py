@@ -20,7 +20,7 @@ SECOND = Migration(2, 1, "ALTER TABLE number ADD COLUMN name text; CREATE TABLE 
 THIRD = Migration(3, 2, "CREATE TABLE third (id int)")
 
 
-def test_migrations_have_contiguous_versions_and_allow_the_previous_release() -> None:
+def test_migrations_have_contiguous_versions_and_keep_previous_schema_version_usable() -> None:
     steps = migrations.load_migrations()
     assert [step.version for step in steps] == list(range(1, len(steps) + 1))
     assert all(step.oldest <= max(1, step.version - 1) for step in steps)
@@ -110,7 +110,7 @@ async def test_migration_without_its_table_lock_fails_with_store_error(
     await reader.close()
 
 
-async def test_database_role_without_create_rights_can_use_current_schema(
+async def test_migration_by_role_without_create_rights_accepts_schema_that_is_up_to_date(
     own_postgres: Cluster,
 ) -> None:
     url = own_postgres.create_database()

@@ -105,7 +105,7 @@ async def test_announced_event_wakes_all_streams_of_its_session(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_wait_for_change_ends_at_once_if_topic_changed_since_given_count(
+async def test_wait_for_change_returns_at_once_if_topic_changed_after_given_change_count(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
@@ -125,7 +125,7 @@ async def test_wait_for_change_ends_at_once_if_topic_changed_since_given_count(
         assert not await here.wait_for_change(WORK, here.change_count(), 0.01)
 
 
-async def test_item_announced_while_polls_read_table_makes_one_poll_read_again(
+async def test_polls_that_missed_announcement_read_again_once_per_announced_item(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -141,7 +141,7 @@ async def test_item_announced_while_polls_read_table_makes_one_poll_read_again(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_announced_item_that_wakes_waiting_poll_does_not_wake_reading_poll(
+async def test_announcement_of_one_item_wakes_waiting_poll_not_poll_that_reads_table(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -154,7 +154,7 @@ async def test_announced_item_that_wakes_waiting_poll_does_not_wake_reading_poll
         await wait_until(lambda: waiting.ended == [True])
 
 
-async def test_waiting_call_without_notification_reads_again_after_fallback_interval(
+async def test_waiting_call_without_notification_reads_database_again_after_fallback_interval(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "FALLBACK_SECONDS", 0.3)
@@ -236,7 +236,7 @@ async def test_topics_too_long_for_one_notification_are_sent_in_several_notifica
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_announcement_beyond_limit_of_unsent_topics_wakes_all_waiting_calls(
+async def test_overflow_of_unsent_notification_topics_wakes_all_waiting_calls(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 10)
@@ -250,7 +250,7 @@ async def test_announcement_beyond_limit_of_unsent_topics_wakes_all_waiting_call
 
 @pytest.mark.parametrize("payload", ["nonsense\nwithout a number", "other\n1 *", "x\n² work:"])
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_unreadable_notification_makes_waiting_calls_read_again(
+async def test_unreadable_notification_makes_waiting_calls_read_database_again(
     hubs: tuple[NotificationHub, NotificationHub], database_url: str, payload: str
 ) -> None:
     async with run_notification_hubs(hubs[0]), asyncio.TaskGroup() as group:

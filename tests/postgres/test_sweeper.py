@@ -82,7 +82,7 @@ async def test_node_does_not_sweep_while_another_node_sweeps(
     assert other.calls == 1
 
 
-async def test_node_sweeps_after_sweep_of_another_node_was_cancelled(
+async def test_sweeper_runs_batches_after_sweep_of_another_node_was_cancelled(
     connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
     slow = FakeSweepBatch(5)

@@ -148,7 +148,7 @@ async def test_node_applies_calls_to_current_row_if_its_cached_row_is_outdated(
     assert kinds[-4:] == ["heartbeat", "metadata", "stop_requested", "stopped"]
 
 
-async def test_node_with_outdated_cached_row_does_not_overwrite_claim_after_failover(
+async def test_ack_at_node_with_outdated_cached_row_after_failover_is_409(
     nodes: list[Engine], postgres: Cluster, database_url: str
 ) -> None:
     one, other = nodes
@@ -163,7 +163,9 @@ async def test_node_with_outdated_cached_row_does_not_overwrite_claim_after_fail
     assert (await other.ack_item(ENV, item.id, "b")).holder == "b"
 
 
-async def test_concurrent_acks_and_stops_give_each_item_one_holder(nodes: list[Engine]) -> None:
+async def test_item_with_concurrent_acks_and_stop_never_has_two_holders(
+    nodes: list[Engine],
+) -> None:
     for item in await nodes[0].enqueue(ENV, count=10):
         await nodes[0].long_poll(ENV, Poll("a", 0, 0), client_is_never_disconnected)
         await gather_results_and_error_statuses(
@@ -239,7 +241,7 @@ async def test_deletion_of_ended_sessions_spares_session_that_gets_new_message(
     assert (stats.depth, stats.stopped) == (8 - deleted, 8 - deleted)
 
 
-async def test_deletion_of_many_events_takes_several_batches(
+async def test_deletion_of_sessions_with_many_events_takes_several_batches(
     nodes: list[Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention_calls, "EVENTS_MAX", 3)

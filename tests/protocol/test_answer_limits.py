@@ -177,7 +177,9 @@ async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> Non
     assert largest <= ANSWER_LIMIT_BYTES
 
 
-async def test_item_page_with_largest_items_has_one_item(api: ApiClient) -> None:
+async def test_item_page_stays_within_response_limit_if_items_have_largest_metadata(
+    api: ApiClient,
+) -> None:
     for _ in range(3):
         (item,) = api.plane.enqueue()
         api.plane.operations.update_metadata(

@@ -165,7 +165,7 @@ async def test_endless_chunked_body_is_400(control_plane: ControlPlane) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_small_body_of_call_without_body_is_ignored(
+async def test_request_that_takes_no_body_ignores_a_small_body(
     control_plane: ControlPlane, method: str
 ) -> None:
     control_plane.enqueue()

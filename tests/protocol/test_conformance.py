@@ -127,7 +127,7 @@ def test_every_clause_of_protocol_page_is_in_suite() -> None:
     assert sorted(rows) == sorted(clause.name for clause in CLAUSES)
 
 
-def test_protocol_page_states_that_serve_fulfils_every_clause() -> None:
+def test_protocol_page_reports_that_workpool_serve_passes_every_conformance_clause() -> None:
     results = re.findall(r"^\| `workpool serve` \|.*$", PAGE.read_text(), re.MULTILINE)
     assert [row.split(" | ")[3:] for row in results] == [[f"{len(CLAUSES)}", "0", "0", "0 |"]] * 2
 
@@ -282,14 +282,14 @@ def make_fault_that_drops_query_parameter(name: str) -> Any:
         ),
     ],
 )
-async def test_clause_on_faulty_control_plane_has_expected_verdict_and_text(
+async def test_conformance_clause_on_faulty_control_plane_has_expected_verdict_and_text(
     http_session: aiohttp.ClientSession, name: str, fault: Handler, verdict: Verdict, seen: str
 ) -> None:
     finding = await check_clause_against_faulty_control_plane(name, http_session, fault)
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
-async def test_clause_has_harmless_verdict_if_control_plane_refuses_to_return_items(
+async def test_conformance_verdict_is_differs_if_control_plane_refuses_item_reads(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def refuse_item_reads(request: web.Request) -> web.Response | None:
@@ -306,7 +306,7 @@ async def test_clause_has_harmless_verdict_if_control_plane_refuses_to_return_it
     assert finding.verdict is Verdict.HOLDS
 
 
-async def test_clause_about_expired_lease_reports_missing_redelivery_as_harmful_to_workers(
+async def test_conformance_verdict_is_breaks_if_item_with_expired_lease_is_not_redelivered(
     http_session: aiohttp.ClientSession,
 ) -> None:
     polls = 0
@@ -336,7 +336,7 @@ async def test_suite_refuses_environment_with_item_of_another_client(
     assert control_plane.operations.get_item(ENV, item.id).state == "queued"
 
 
-async def test_suite_accepts_environment_with_its_own_items_of_earlier_run(
+async def test_conformance_suite_accepts_environment_with_items_of_its_earlier_run(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     for _ in range(2):
@@ -396,7 +396,7 @@ async def test_conformance_suite_stops_the_items_that_each_clause_created(
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_clause_has_verdict_untried_if_all_given_items_are_used(
+async def test_conformance_verdict_is_untried_if_all_given_items_are_used(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
@@ -428,7 +428,7 @@ def select_clauses_by_name(*names: str) -> list[Clause]:
         b'{"data": [{"id": "work_1", "type": 7, "metadata": 7}], "next_page": "again"}',
     ],
 )
-async def test_malformed_response_gives_clause_a_verdict_without_exception(
+async def test_malformed_response_gives_conformance_verdict_instead_of_exception(
     http_session: aiohttp.ClientSession, answer: bytes
 ) -> None:
     clock = MovableClock()
@@ -499,7 +499,7 @@ async def test_conformance_suite_stops_its_items_when_it_is_cancelled(
     assert {item.state for item in control_plane.operations.list_items(ENV).items} == {"stopped"}
 
 
-async def test_suite_with_session_source_creates_its_items_through_sessions(
+async def test_conformance_suite_with_session_source_creates_items_by_creating_sessions(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
@@ -527,7 +527,7 @@ OPTIONAL = {
 }
 
 
-async def test_worker_key_fails_only_those_clauses_whose_calls_it_does_not_permit(
+async def test_conformance_run_with_worker_key_fails_only_clauses_with_forbidden_calls(
     http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(
@@ -542,7 +542,7 @@ async def test_worker_key_fails_only_those_clauses_whose_calls_it_does_not_permi
             assert finding.verdict is expected, finding
 
 
-async def test_finding_of_clause_hides_token_that_response_repeats(
+async def test_conformance_finding_hides_token_that_response_repeats(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def answer_with_sent_token(request: web.Request) -> web.Response:
@@ -555,7 +555,7 @@ async def test_finding_of_clause_hides_token_that_response_repeats(
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
 
-async def test_response_above_size_limit_gives_clause_verdict_untried(
+async def test_conformance_verdict_is_untried_if_response_exceeds_size_limit(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def send_oversized_answer(_: web.Request) -> web.Response:

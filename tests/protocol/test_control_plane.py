@@ -46,7 +46,7 @@ async def test_two_control_planes_have_different_tokens() -> None:
     assert ControlPlane().token != ControlPlane().token
 
 
-async def test_session_with_two_items_takes_metadata_from_first_and_status_from_second(
+async def test_session_with_two_items_has_metadata_of_first_and_status_of_second_item(
     http_session: aiohttp.ClientSession,
 ) -> None:
     async with ControlPlane(environments=(ENV,), tokens={TOKEN: None}) as plane:

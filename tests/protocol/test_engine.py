@@ -186,7 +186,7 @@ async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: Movabl
     assert kinds.count("lapsed") == 1
 
 
-async def test_stopping_item_with_expired_lease_is_stopped(
+async def test_item_in_state_stopping_is_stopped_once_its_lease_expires(
     engine: Engine, clock: MovableClock
 ) -> None:
     item = await create_active_item(engine)
@@ -250,7 +250,7 @@ async def test_call_for_unknown_item_is_404(engine: Engine, name: str, work_id: 
     assert await get_error_status_of_call(getattr(engine, name)(ENV, work_id)) == 404
 
 
-async def test_item_read_through_other_environment_is_404(engine: Engine) -> None:
+async def test_read_of_item_under_another_environment_id_is_404(engine: Engine) -> None:
     (item,) = await engine.enqueue(OTHER)
     assert await get_error_status_of_call(engine.get_item(ENV, item.id)) == 404
 

@@ -135,7 +135,7 @@ async def test_scripted_session_emits_events_from_first_to_last(api: ApiClient) 
     assert await session_status(api, session_id) == "idle"
 
 
-async def test_empty_script_ends_turn_at_once(api: ApiClient) -> None:
+async def test_scripted_session_without_tool_uses_becomes_idle_at_once(api: ApiClient) -> None:
     assert await list_event_types(api, create_scripted_session(api)) == [
         "user.message",
         "session.status_running",
@@ -144,7 +144,7 @@ async def test_empty_script_ends_turn_at_once(api: ApiClient) -> None:
     ]
 
 
-async def test_sessions_created_by_one_enqueue_run_their_script_independently(
+async def test_scripted_sessions_of_one_enqueue_call_proceed_independently(
     api: ApiClient,
 ) -> None:
     first, second = (item.session_id for item in api.plane.enqueue(2, script=[BASH]))
@@ -155,7 +155,7 @@ async def test_sessions_created_by_one_enqueue_run_their_script_independently(
     assert (await list_event_types(api, second))[-1] == "agent.tool_use"
 
 
-async def test_script_waits_for_result_of_custom_tool_use(api: ApiClient) -> None:
+async def test_scripted_session_waits_for_result_of_custom_tool_use(api: ApiClient) -> None:
     session_id = create_scripted_session(api, CUSTOM, BASH)
     use, idle = (await event_history(api, session_id))[2:]
     assert (use["type"], use["name"]) == ("agent.custom_tool_use", "weather")
@@ -172,7 +172,7 @@ async def test_script_waits_for_result_of_custom_tool_use(api: ApiClient) -> Non
     ]
 
 
-async def test_script_waits_for_confirmation_of_tool_use_with_permission_ask(
+async def test_scripted_session_waits_for_confirmation_of_tool_use_that_asks_permission(
     api: ApiClient,
 ) -> None:
     session_id = create_scripted_session(api, {**BASH, "permission": "ask"})
@@ -243,7 +243,9 @@ async def test_denied_tool_use_is_answered_by_server(api: ApiClient) -> None:
     assert (late.status, late.error["type"]) == (409, "conflict_error")
 
 
-async def test_interrupt_ends_turn_and_message_continues_script(api: ApiClient) -> None:
+async def test_scripted_session_ends_turn_on_interrupt_and_continues_on_message(
+    api: ApiClient,
+) -> None:
     session_id = create_scripted_session(api, BASH, BASH)
     use = await last_event_of_type(api, session_id, "agent.tool_use")
     assert (await send_events(api, session_id, {"type": "user.interrupt"})).status == 200
@@ -278,7 +280,7 @@ async def test_interrupt_with_message_begins_new_turn(api: ApiClient) -> None:
     ]
 
 
-async def test_message_after_end_of_script_is_answered(api: ApiClient) -> None:
+async def test_scripted_session_answers_message_after_end_of_its_script(api: ApiClient) -> None:
     session_id = create_scripted_session(api)
     await send_events(api, session_id, {"type": "user.message", "content": TEXT})
     assert (await list_event_types(api, session_id))[4:] == [
@@ -373,7 +375,7 @@ async def test_unknown_fields_of_event_are_dropped(api: ApiClient) -> None:
     assert stored["id"] != "evt_mine"
 
 
-async def test_events_of_forbidden_session_cannot_be_read_or_sent(
+async def test_reading_and_sending_session_events_needs_token_for_the_environment(
     api: ApiClient, http_session: aiohttp.ClientSession
 ) -> None:
     mine, theirs = (
@@ -551,7 +553,7 @@ async def test_events_are_filtered_by_time(
     )
 
 
-async def test_before_id_with_filter_returns_nearest_events_in_ascending_order(
+async def test_event_list_before_an_id_with_filter_has_nearest_events_in_ascending_order(
     api: ApiClient, id_of_session_with_five_events: str
 ) -> None:
     last_id = (await event_history(api, id_of_session_with_five_events))[-1]["id"]
@@ -579,7 +581,7 @@ async def test_malformed_event_filter_is_400_and_names_parameter(
     assert (answer.status, answer.error["param"]) == (400, name)
 
 
-async def test_after_id_in_descending_order_is_400(
+async def test_event_list_after_an_id_in_descending_order_is_400(
     api: ApiClient, id_of_session_with_five_events: str
 ) -> None:
     first_id = (await event_history(api, id_of_session_with_five_events))[0]["id"]
@@ -634,7 +636,7 @@ THREAD_ENDS = {"type": "session.thread_status_terminated", "session_thread_id": 
 
 
 @pytest.mark.parametrize("kind", ["agent.tool_use", "agent.custom_tool_use"])
-async def test_result_for_tool_use_of_terminated_thread_is_409(api: ApiClient, kind: str) -> None:
+async def test_tool_result_for_terminated_session_thread_is_409(api: ApiClient, kind: str) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": kind, "name": "bash", "input": {}, "session_thread_id": "sthr_1"}
     (before,) = api.plane.emit(item.session_id, use)
@@ -645,7 +647,7 @@ async def test_result_for_tool_use_of_terminated_thread_is_409(api: ApiClient, k
         assert "thread" in answer.error["message"]
 
 
-async def test_confirmation_for_tool_use_of_terminated_thread_is_409(api: ApiClient) -> None:
+async def test_tool_confirmation_for_terminated_session_thread_is_409(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
     use = {"type": "agent.tool_use", "name": "bash", "input": {}, "evaluated_permission": "ask"}
     (asked,) = api.plane.emit(item.session_id, {**use, "session_thread_id": "sthr_1"})
@@ -654,7 +656,7 @@ async def test_confirmation_for_tool_use_of_terminated_thread_is_409(api: ApiCli
     assert (await send_events(api, item.session_id, allow)).status == 409
 
 
-async def test_session_no_longer_waits_for_tool_uses_of_terminated_thread_but_for_others(
+async def test_session_after_end_of_thread_waits_only_for_tool_uses_of_other_threads(
     api: ApiClient,
 ) -> None:
     (item,) = api.plane.enqueue()
@@ -704,7 +706,9 @@ async def test_terminated_session_of_stopping_item_stays_terminated(api: ApiClie
     assert await session_status(api, session_id) == "terminated"
 
 
-async def test_script_in_cloud_environment_is_refused(qoder_api: ApiClient) -> None:
+async def test_enqueue_of_scripted_session_in_cloud_environment_is_refused(
+    qoder_api: ApiClient,
+) -> None:
     with pytest.raises(APIError):
         qoder_api.plane.enqueue(environment_id=CLOUD, script=[BASH])
 

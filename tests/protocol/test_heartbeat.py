@@ -60,7 +60,7 @@ async def test_two_heartbeats_in_the_same_microsecond_receive_different_times(
 
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_heartbeat_without_expected_last_heartbeat_is_always_accepted(
+async def test_unconditional_heartbeat_is_accepted_in_every_leased_state(
     api: ApiClient, state: str
 ) -> None:
     work_id = await api.create_item_in_state(state)
@@ -142,7 +142,7 @@ async def test_heartbeat_with_malformed_expected_last_heartbeat_is_400(
     ],
 )
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_heartbeat_that_expects_another_last_heartbeat_is_412(
+async def test_heartbeat_with_wrong_expected_last_heartbeat_is_412(
     qoder_api: ApiClient, value: str, state: str
 ) -> None:
     work_id = await qoder_api.create_item_in_state(state)
@@ -192,7 +192,7 @@ async def test_heartbeat_of_queued_or_stopped_item_is_409(
 
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
-async def test_anthropic_heartbeat_on_stopping_item_extends_lease_despite_wrong_expected_heartbeat(
+async def test_anthropic_heartbeat_in_state_stopping_ignores_expected_last_heartbeat(
     anthropic_api: ApiClient, clock: MovableClock, expected: str | None
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopping")
@@ -231,7 +231,7 @@ async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_not
     assert len(anthropic_api.plane.history) == records
 
 
-async def test_anthropic_heartbeat_on_item_stopped_without_heartbeat_has_empty_time(
+async def test_anthropic_first_heartbeat_on_stopped_item_returns_empty_last_heartbeat(
     anthropic_api: ApiClient,
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopped")
@@ -247,7 +247,7 @@ async def test_anthropic_heartbeat_on_queued_item_is_409(
     assert (await anthropic_api.heartbeat(work_id, expected)).status == 409
 
 
-async def test_anthropic_heartbeat_that_expects_another_last_heartbeat_is_412(
+async def test_anthropic_heartbeat_with_wrong_expected_last_heartbeat_is_412(
     anthropic_api: ApiClient,
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("active")

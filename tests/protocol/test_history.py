@@ -110,7 +110,7 @@ def test_history_summary_counts_item_that_was_never_stopped_as_lost(operations: 
     assert summarize(operations.history) == Summary(2, 0, 0, 2, 0)
 
 
-def test_stopping_item_whose_lease_expires_does_not_count_as_reclaim(
+def test_expiry_of_lease_in_state_stopping_does_not_count_as_reclaim(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -121,7 +121,7 @@ def test_stopping_item_whose_lease_expires_does_not_count_as_reclaim(
 
 
 @pytest.mark.parametrize("action", ["heartbeat", "metadata", "stopped", "stop_requested"])
-def test_call_for_item_leased_to_another_worker_counts_as_overlap(
+def test_call_for_item_leased_to_another_worker_counts_as_lease_overlap(
     operations: Operations, action: str
 ) -> None:
     operations.enqueue(ENV)
@@ -135,7 +135,7 @@ def test_call_for_item_leased_to_another_worker_counts_as_overlap(
     assert summarize(operations.history).overlapping == 1
 
 
-def test_stops_of_operators_and_refused_calls_do_not_count_as_overlap(
+def test_operator_stops_and_refused_calls_do_not_count_as_lease_overlaps(
     operations: Operations,
 ) -> None:
     operations.enqueue(ENV)
@@ -150,7 +150,7 @@ def test_stops_of_operators_and_refused_calls_do_not_count_as_overlap(
     assert summarize(operations.history).overlapping == 0
 
 
-def test_late_call_of_former_worker_counts_as_overlap_only_after_reclaim(
+def test_late_call_of_former_worker_counts_as_lease_overlap_only_after_reclaim(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -171,7 +171,7 @@ def test_history_beyond_limit_drops_oldest_records_and_counts_them() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_heartbeat_with_time_of_last_heartbeat_of_holder_takes_item_without_overlap(
+def test_heartbeat_of_child_in_handoff_takes_item_without_lease_overlap(
     operations: Operations,
 ) -> None:
     """A child in a handoff sends the time of its parent's last heartbeat to take the item over.

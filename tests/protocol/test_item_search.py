@@ -95,7 +95,9 @@ async def test_full_last_page_has_no_next_page(api: ApiClient, item_ids: dict[st
 @pytest.mark.parametrize(
     "params", [{"state": "lost"}, {"failed": "yes"}, {"order": "up"}, {"state": ""}]
 )
-async def test_search_with_unknown_value_is_400(api: ApiClient, params: dict[str, str]) -> None:
+async def test_item_search_with_unknown_parameter_value_is_400(
+    api: ApiClient, params: dict[str, str]
+) -> None:
     answer = await api("GET", api.work_url(), params=params)
     assert (answer.status, answer.error["param"]) == (400, next(iter(params)))
 
@@ -175,7 +177,7 @@ def item_search_support(
     return str(request.param)
 
 
-async def test_client_search_has_same_result_without_search_by_control_plane(
+async def test_client_item_search_has_same_result_if_control_plane_supports_no_search(
     client: WorkClient, item_ids: dict[str, str], clock: MovableClock, item_search_support: str
 ) -> None:
     failed = await client.find(ItemSearch(20, failed=True))
@@ -216,7 +218,7 @@ async def test_client_search_without_support_of_control_plane_reads_limited_numb
     assert (found.complete, found.last_id) == (False, items[4].id)
 
 
-async def test_client_without_search_raises_error_when_item_list_is_refused(
+async def test_client_item_search_raises_refused_error_if_control_plane_refuses_item_list(
     client: WorkClient, search_middleware: ItemSearchMiddleware
 ) -> None:
     search_middleware.helps, search_middleware.refuses = False, True

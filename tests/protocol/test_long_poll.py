@@ -97,7 +97,7 @@ def test_waiting_poll_returns_when_redelivery_becomes_due(reclaim: int) -> None:
     run_in_virtual_time(poll_until_redelivery)
 
 
-def test_poll_receives_item_of_earlier_poll_after_its_reclaim_window() -> None:
+def test_poll_receives_unacknowledged_item_of_earlier_poll_after_reclaim_window() -> None:
     async def deliver_item_twice(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             first = group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
@@ -199,7 +199,7 @@ async def test_server_wakes_next_poll_if_the_poll_woken_first_is_cancelled() -> 
     assert len(waiting) == 0
 
 
-def test_server_wakes_next_poll_if_client_of_poll_woken_first_has_disconnected() -> None:
+def test_item_wakes_next_waiting_poll_if_client_of_first_poll_has_disconnected() -> None:
     async def disconnect_first_of_two_polls(operations: Operations) -> None:
         left = False
         async with asyncio.TaskGroup() as group:
@@ -259,7 +259,7 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
 
 
 @pytest.mark.usefixtures("allow_polls_of_one_minute")
-async def test_waiting_poll_receives_item_with_expired_lease_if_woken_after_clock_change(
+async def test_waiting_poll_that_is_woken_after_lease_expiry_receives_the_item(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("active")

@@ -259,7 +259,7 @@ TestQueueMachineWithRetention = QueueStateMachineWithRetention.TestCase
 TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
-def test_poll_makes_no_more_function_calls_if_many_items_are_stopped() -> None:
+def test_python_function_calls_of_poll_do_not_increase_with_stopped_items() -> None:
     """A stop must remove the item's id from the index of queued items.
 
     Otherwise the next poll would need time to skip the ids of all stopped items.

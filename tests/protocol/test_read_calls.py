@@ -91,7 +91,7 @@ async def test_item_pages_continue_forward_to_the_end(api: ApiClient) -> None:
     assert seen == ids
 
 
-async def test_item_pages_continue_backward_to_the_start(api: ApiClient) -> None:
+async def test_item_pages_before_an_id_continue_back_to_first_item(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(10)]
     page = await read_item_page(api, before_id=ids[8], limit=3)
     assert page["ids"] == ids[5:8]
@@ -154,7 +154,9 @@ async def test_invalid_cursor_or_limit_of_list_is_400(
 @pytest.mark.parametrize(
     "names", [("after_id", "before_id"), ("after_id", "page"), ("page", "before_id")]
 )
-async def test_two_cursors_at_once_are_400(api: ApiClient, names: tuple[str, str]) -> None:
+async def test_item_list_with_two_cursor_parameters_is_400(
+    api: ApiClient, names: tuple[str, str]
+) -> None:
     (item,) = api.plane.enqueue()
     value = {"after_id": item.id, "before_id": item.id, "page": f"after-{item.id}"}
     answer = await api("GET", api.work_url(), params={name: value[name] for name in names})
@@ -198,7 +200,7 @@ async def test_stats_exclude_acknowledged_and_stopped_items(
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
 
 
-async def test_workers_polling_counts_distinct_named_workers_of_last_30_seconds(
+async def test_stats_count_distinct_named_workers_that_polled_within_30_seconds(
     api: ApiClient, clock: MovableClock
 ) -> None:
     for worker in ("a", "b", "a", None):
@@ -245,7 +247,7 @@ async def test_anthropic_session_of_stopping_item_is_running(anthropic_api: ApiC
     assert answer.body["status"] == "running"
 
 
-async def test_session_updated_at_changes_with_item_and_events(
+async def test_update_time_of_session_changes_with_item_and_events(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("starting")
@@ -287,7 +289,7 @@ async def test_unknown_session_is_404(api: ApiClient) -> None:
         assert (await api("GET", f"{api.base_path}/sessions/{session_id}")).status == 404
 
 
-async def test_session_of_forbidden_environment_is_403(api: ApiClient) -> None:
+async def test_read_of_session_in_environment_that_token_forbids_is_403(api: ApiClient) -> None:
     (item,) = api.plane.enqueue(environment_id=OTHER)
     url = f"{api.base_path}/sessions/{item.session_id}"
     assert (await api("GET", url)).status == 200

@@ -55,7 +55,7 @@ async def fetch_scale_numbers(
 
 
 @pytest.mark.usefixtures("every_store")
-async def test_scale_counts_unfinished_items_and_recommends_workers(
+async def test_scale_route_counts_unfinished_items_and_recommends_workers(
     store: Store | PostgresStore,
 ) -> None:
     async with make_control_plane(store=store) as plane:
@@ -129,7 +129,7 @@ async def test_scale_request_for_unknown_or_cloud_environment_is_refused(
         ({"Authorization": f"Bearer {KEY}"}, 200),
     ],
 )
-async def test_scale_through_a_proxy_needs_a_token_of_the_environment(
+async def test_scale_route_behind_proxy_needs_token_of_the_environment(
     headers: dict[str, str], status: int
 ) -> None:
     """A request over loopback needs no token, unless its `Host` shows that a proxy forwarded it.
@@ -140,7 +140,7 @@ async def test_scale_through_a_proxy_needs_a_token_of_the_environment(
         assert (await fetch_scale_numbers(plane, headers=PROXY_HEADERS | headers))[0] == status
 
 
-async def test_scale_beyond_loopback_needs_a_token() -> None:
+async def test_scale_route_on_non_loopback_address_needs_token() -> None:
     async with make_control_plane("0.0.0.0") as plane:  # noqa: S104 - it is what this test is about
         assert (await fetch_scale_numbers(plane))[0] == 401
         assert (await fetch_scale_numbers(plane, headers={"X-Api-Key": SCALE}))[0] == 200

@@ -87,7 +87,7 @@ async def test_anthropic_sdk_lists_items_to_the_end(
     assert [item.id async for item in sdk_client.beta.environments.work.list(ENV, limit=10)] == ids
 
 
-async def test_anthropic_sdk_work_poller_claims_fifty_items(
+async def test_work_poller_of_anthropic_sdk_claims_every_enqueued_item(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = [item.id for item in control_plane.enqueue(50)]
@@ -127,7 +127,7 @@ async def test_session_in_every_state_validates_as_type_of_anthropic_sdk(
 
 
 @pytest.mark.parametrize("status", ["running", "idle", "terminated"])
-async def test_session_after_every_status_event_validates_as_type_of_anthropic_sdk(
+async def test_session_of_each_status_passes_strict_validation_of_anthropic_sdk(
     control_plane: ControlPlane, client_with_strict_validation: AsyncAnthropic, status: str
 ) -> None:
     (item,) = control_plane.enqueue()

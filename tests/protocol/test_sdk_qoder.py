@@ -32,7 +32,7 @@ async def sdk_client(control_plane: ControlPlane) -> AsyncIterator[AsyncManaged]
         yield client
 
 
-async def test_qoder_sdk_lists_sends_and_streams_events(
+async def test_qoder_sdk_can_list_send_and_stream_session_events(
     control_plane: ControlPlane, sdk_client: AsyncManaged
 ) -> None:
     events = sdk_client.sessions.events

@@ -42,7 +42,7 @@ def create_scripted_session(plane: ControlPlane, *script: dict[str, Any]) -> str
     return item.session_id.replace("sess_", "session_")
 
 
-async def test_anthropic_sdk_lists_sends_and_streams_events(
+async def test_anthropic_sdk_can_list_send_and_stream_session_events(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
     events = sdk_client.beta.sessions.events
@@ -136,7 +136,7 @@ async def confirm_first_and_deny_second_tool_use(
                 return
 
 
-async def test_tool_runner_of_anthropic_sdk_answers_whole_script(
+async def test_tool_runner_of_anthropic_sdk_answers_every_tool_use_of_scripted_session(
     control_plane: ControlPlane, sdk_client: AsyncAnthropic
 ) -> None:
     """The SDK's tool runner reads one event stream, and sends one result for each tool use."""

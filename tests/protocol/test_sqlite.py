@@ -122,7 +122,7 @@ async def test_order_of_redeliveries_survives_restart(
         assert (await api.claim_item())["id"] == first
 
 
-async def test_items_survive_run_of_server_without_their_environment(
+async def test_items_survive_server_run_that_lacks_their_environment(
     database_path: Path, clock: MovableClock
 ) -> None:
     async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:

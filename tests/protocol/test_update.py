@@ -46,7 +46,7 @@ async def test_update_without_metadata_changes_nothing(qoder_api: ApiClient) -> 
     assert (answer.status, answer.body["metadata"]) == (200, {"a": "1"})
 
 
-async def test_anthropic_update_requires_metadata(anthropic_api: ApiClient) -> None:
+async def test_anthropic_metadata_update_without_metadata_is_400(anthropic_api: ApiClient) -> None:
     (item,) = anthropic_api.plane.enqueue()
     answer = await anthropic_api.update(item.id, json={})
     assert answer.status == 400
@@ -54,7 +54,7 @@ async def test_anthropic_update_requires_metadata(anthropic_api: ApiClient) -> N
 
 
 @pytest.mark.parametrize("state", ["queued", "starting", "active", "stopping", "stopped"])
-async def test_update_is_accepted_in_every_state(api: ApiClient, state: str) -> None:
+async def test_metadata_update_is_accepted_in_every_item_state(api: ApiClient, state: str) -> None:
     work_id = await api.create_item_in_state(state)
     answer = await api.update(work_id, json={"metadata": {"k": "v"}})
     assert (answer.status, answer.body["metadata"]) == (200, {"k": "v"})
