@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiohttp import web
 
-from workpool.conformance.api import WorkCalls
+from workpool.conformance.api import WorkCallClient
 from workpool.server import ControlPlane, PostgresStore
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class NodeAnswer(NamedTuple):
     headers: Mapping[str, str]
 
 
-class NodeClient(WorkCalls[NodeAnswer]):
+class NodeClient(WorkCallClient[NodeAnswer]):
     """A client that calls one node in the name of one worker."""
 
     environment = ENV

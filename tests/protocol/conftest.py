@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from tests.protocol.postgres_node import PostgresControlPlane
-from workpool.conformance.api import WorkCalls
+from workpool.conformance.api import WorkCallClient
 from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
 from workpool.server.parsing import request_values
 from workpool.server.postgres.migrations import migrate
@@ -63,7 +63,7 @@ class HttpAnswer:
 
 
 @dataclass
-class ApiClient(WorkCalls[HttpAnswer]):
+class ApiClient(WorkCallClient[HttpAnswer]):
     """A test client that sends HTTP requests directly, in one dialect and for one worker."""
 
     plane: ControlPlane

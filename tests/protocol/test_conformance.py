@@ -16,10 +16,10 @@ from tests.protocol.conftest import ENV, TOKEN, MovableClock, wait_until
 from workpool.conformance import (
     CLAUSES,
     Clause,
-    EnqueueSource,
+    EnqueuedItemSource,
+    ExistingItemSource,
     Finding,
     ForeignItemsError,
-    GivenSource,
     SessionSource,
     Suite,
     Verdict,
@@ -57,8 +57,10 @@ def make_suite_that_advances_clock(
     address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
     api = WorkerApi(http, address, dialect, ENV, token=token, worker="workpool-conform")
     if api_key is not None:
-        options["creator"] = api.as_application(api_key)
-    return Suite(api, **{"source": EnqueueSource(), "now": clock, "sleep": move_clock, **options})
+        options["creator"] = api.copy_as_application(api_key)
+    return Suite(
+        api, **{"source": EnqueuedItemSource(), "now": clock, "sleep": move_clock, **options}
+    )
 
 
 @pytest.mark.parametrize("clause", CLAUSES, ids=lambda clause: clause.name)
@@ -360,7 +362,7 @@ async def test_conformance_suite_ends_if_another_client_creates_an_item_during_r
         await suite.run(select_clauses_by_name("ack-starts", "lease-held"))
 
 
-class ItemSourceWithItemsOfAnotherClient(EnqueueSource):
+class ItemSourceWithItemsOfAnotherClient(EnqueuedItemSource):
     """A source that creates an item of another client before each item of the suite."""
 
     def __init__(self, plane: ControlPlane) -> None:
@@ -401,7 +403,7 @@ async def test_conformance_verdict_is_untried_if_all_given_items_are_used(
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
     suite = make_suite_that_advances_clock(
-        control_plane, http_session, clock, "qoder", source=GivenSource(given), given=given
+        control_plane, http_session, clock, "qoder", source=ExistingItemSource(given), given=given
     )
     findings = await suite.run(select_clauses_by_name("ack-starts", "stop-force", "lease-held"))
     assert [each.verdict for each in findings] == [Verdict.HOLDS, Verdict.HOLDS, Verdict.UNTRIED]
@@ -469,7 +471,7 @@ async def test_suite_ends_within_time_limit_if_control_plane_never_answers(
         api = WorkerApi(
             http_session, plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
         )
-        suite = Suite(api, EnqueueSource(), seconds=0.2)
+        suite = Suite(api, EnqueuedItemSource(), seconds=0.2)
         findings = await suite.run(CLAUSES)
         hung.set()
     late = [each for each in findings if each.seen.startswith("the time of the whole suite")]
@@ -486,7 +488,7 @@ async def test_conformance_suite_stops_its_items_when_it_is_cancelled(
     api = WorkerApi(
         http_session, control_plane.base_url, "qoder", ENV, token=TOKEN, worker="workpool-conform"
     )
-    suite = Suite(api, EnqueueSource())
+    suite = Suite(api, EnqueuedItemSource())
     async with asyncio.TaskGroup() as group:
         running = group.create_task(suite.run(select_clauses_by_name("lease-held", "ack-lease")))
         await wait_until(

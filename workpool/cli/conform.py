@@ -19,14 +19,14 @@ from workpool.cli.output import print_json
 from workpool.conformance import (
     CLAUSES,
     Clause,
-    EnqueueSource,
+    EnqueuedItemSource,
+    ExistingItemSource,
     Finding,
     ForeignItemsError,
-    GivenSource,
+    ItemListRefusedError,
     ItemSource,
     SessionSource,
     Suite,
-    UnlistedItemsError,
     Verdict,
     WorkerApi,
 )
@@ -144,8 +144,8 @@ def _new_item_source(agent: str | None, work_ids: Sequence[str] | None) -> ItemS
     if agent and work_ids:
         raise typer.BadParameter("give --agent or --work-id, not both")
     if work_ids:
-        return GivenSource(work_ids)
-    return SessionSource(agent) if agent else EnqueueSource()
+        return ExistingItemSource(work_ids)
+    return SessionSource(agent) if agent else EnqueuedItemSource()
 
 
 async def _run_suite(
@@ -178,7 +178,7 @@ async def _run_suite(
         suite = Suite(
             api,
             source,
-            creator=None if api_key is None else api.as_application(api_key),
+            creator=None if api_key is None else api.copy_as_application(api_key),
             given=given,
             test_environment=test_environment,
         )
@@ -190,7 +190,7 @@ async def _run_suite(
                 " --test-environment lets all of them be claimed and stopped",
                 err=True,
             )
-            refused = isinstance(error, UnlistedItemsError)
+            refused = isinstance(error, ItemListRefusedError)
             raise typer.Exit(exits.REFUSED if refused else exits.USAGE) from None
         except NoAnswerError as error:
             typer.echo(f"workpool: {settings.base_url}: {readable(str(error))}", err=True)

@@ -8,26 +8,36 @@ See workpool/docs/protocol.md, "Conformance".
 from workpool.conformance.api import Answer, WorkerApi
 from workpool.conformance.clause import Clause
 from workpool.conformance.clauses import CLAUSES
-from workpool.conformance.shared_queue import ForeignItemsError, UnlistedItemsError
+from workpool.conformance.shared_queue import ForeignItemsError, ItemListRefusedError
 from workpool.conformance.suite import Finding, Suite
-from workpool.conformance.verdict import Breaks, Differs, Untried, Verdict
-from workpool.conformance.work_sources import EnqueueSource, GivenSource, ItemSource, SessionSource
+from workpool.conformance.verdict import (
+    ClauseBrokenError,
+    ClauseDiffersError,
+    ClauseUntriedError,
+    Verdict,
+)
+from workpool.conformance.work_sources import (
+    EnqueuedItemSource,
+    ExistingItemSource,
+    ItemSource,
+    SessionSource,
+)
 
 __all__ = [
     "CLAUSES",
     "Answer",
-    "Breaks",
     "Clause",
-    "Differs",
-    "EnqueueSource",
+    "ClauseBrokenError",
+    "ClauseDiffersError",
+    "ClauseUntriedError",
+    "EnqueuedItemSource",
+    "ExistingItemSource",
     "Finding",
     "ForeignItemsError",
-    "GivenSource",
+    "ItemListRefusedError",
     "ItemSource",
     "SessionSource",
     "Suite",
-    "UnlistedItemsError",
-    "Untried",
     "Verdict",
     "WorkerApi",
 ]

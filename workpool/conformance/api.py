@@ -67,7 +67,7 @@ class Answer:
         return HTTPStatus.OK <= self.status < HTTPStatus.MULTIPLE_CHOICES
 
     @property
-    def refused(self) -> bool:
+    def is_refused(self) -> bool:
         """Whether the credential may not make the call, or the control plane lacks the call."""
         unsupported = self.error.get("type") == "unsupported_capability"
         return self.status in REFUSED or (self.status == HTTPStatus.BAD_REQUEST and unsupported)
@@ -85,17 +85,17 @@ class Answer:
     def __str__(self) -> str:
         """Return the HTTP status and the error message, shortened and safe for a terminal."""
         message = self.error.get("message")
-        detail = f" ({shorten_for_terminal(message)})" if isinstance(message, str) else ""
+        detail = f" ({shorten_value_for_terminal(message)})" if isinstance(message, str) else ""
         return f"HTTP {self.status}{detail}"
 
 
-def shorten_for_terminal(value: object) -> str:
+def shorten_value_for_terminal(value: object) -> str:
     """Return a received value as text: shortened, escaped for a terminal, without tokens."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return readable(text, DETAIL_MAX)
 
 
-class WorkCalls(ABC, Generic[A]):
+class WorkCallClient(ABC, Generic[A]):
     """The work calls of one environment. Each call passes its `options` to aiohttp's request."""
 
     environment: str
@@ -139,7 +139,7 @@ class WorkCalls(ABC, Generic[A]):
 
 
 @dataclass(eq=False)
-class WorkerApi(WorkCalls[Answer]):
+class WorkerApi(WorkCallClient[Answer]):
     """A worker that sends single requests to the work calls of one environment.
 
     Attributes:
@@ -166,14 +166,14 @@ class WorkerApi(WorkCalls[Answer]):
         for secret in (self.token or "", *self.headers.values()):
             hide_token(secret)
 
-    def as_application(self, api_key: str) -> WorkerApi:
+    def copy_as_application(self, api_key: str) -> WorkerApi:
         """Return a copy that authenticates as an application, with the API key `api_key`."""
         header = DIALECTS[self.dialect].api_key_header
         if header is None:
             return replace(self, token=api_key)
         return replace(self, token=None, headers={**self.headers, header: api_key})
 
-    def as_worker(self, worker: str | None, token: str | None) -> WorkerApi:
+    def copy_as_worker(self, worker: str | None, token: str | None) -> WorkerApi:
         """Return a copy that sends requests with another worker name and token."""
         return replace(self, worker=worker, token=token)
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.conformance.verdict import Untried
+from workpool.conformance.verdict import ClauseUntriedError
 from workpool.wire.protocol import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from workpool.conformance.api import Answer, WorkerApi
-    from workpool.conformance.shared_queue import Delivery, SharedQueue, SuiteItem
+    from workpool.conformance.shared_queue import ItemDelivery, SharedQueue, SuiteItem
     from workpool.conformance.work_sources import Script
 
 CLAIM_SECONDS: Final = 15.0
@@ -61,7 +61,7 @@ class ClauseTrial:
         """The current time of a monotonic clock, in seconds."""
         return self._queue.now()
 
-    async def wait_while_others_run(self, seconds: float) -> None:
+    async def wait_while_other_clauses_run(self, seconds: float) -> None:
         """Release the start permit, so that other clauses can start, and wait for `seconds`."""
         self.release_start_permit()
         await self._queue.sleep(seconds)
@@ -80,7 +80,7 @@ class ClauseTrial:
         """Create an item and receive it from a poll.
 
         Raises:
-            Untried: No item can be created, or it is not delivered.
+            ClauseUntriedError: No item can be created, or it is not delivered.
         """
         subject = await self.create_item(script)
         # If the item existed before the suite started, another clause may have received the item
@@ -90,7 +90,7 @@ class ClauseTrial:
             await self.wait_for_delivery(subject, REDELIVERY_SECONDS if came else CLAIM_SECONDS)
             is None
         ):
-            raise Untried("the item that was created is not delivered")
+            raise ClauseUntriedError("the item that was created is not delivered")
         return subject
 
     async def create_acknowledged_item(self) -> SuiteItem:
@@ -106,29 +106,29 @@ class ClauseTrial:
         return subject
 
     async def acknowledge_item(self, subject: SuiteItem) -> Answer:
-        """Acknowledge an item; raises `Untried` if the ack fails."""
+        """Acknowledge an item; raises `ClauseUntriedError` if the ack fails."""
         answer = await self.api.ack(subject.id)
         if not answer.ok:
-            raise Untried(f"the ack was answered with {answer}")
+            raise ClauseUntriedError(f"the ack was answered with {answer}")
         return answer
 
     async def send_heartbeat(self, subject: SuiteItem, ttl: int = 60) -> Answer:
-        """Send the next heartbeat of an item; raises `Untried` if the heartbeat fails."""
+        """Send the next heartbeat of an item; raises `ClauseUntriedError` if it fails."""
         answer = await self.api.heartbeat(subject.id, subject.last_heartbeat, ttl)
         heartbeat = answer.get("last_heartbeat")
         if not answer.ok or not isinstance(heartbeat, str):
-            raise Untried(f"a heartbeat was answered with {answer}")
+            raise ClauseUntriedError(f"a heartbeat was answered with {answer}")
         subject.last_heartbeat = heartbeat
         return answer
 
     async def stop_item(self, subject: SuiteItem, *, force: bool) -> Answer:
-        """Stop an item; raises `Untried` if the stop fails."""
+        """Stop an item; raises `ClauseUntriedError` if the stop fails."""
         answer = await self.api.stop(subject.id, json={"force": force})
         if not answer.ok:
-            raise Untried(f"the stop was answered with {answer}")
+            raise ClauseUntriedError(f"the stop was answered with {answer}")
         return answer
 
-    async def wait_for_delivery(self, subject: SuiteItem, seconds: float) -> Delivery | None:
+    async def wait_for_delivery(self, subject: SuiteItem, seconds: float) -> ItemDelivery | None:
         """Poll until the item is delivered. Return None if `seconds` pass without a delivery."""
         before = len(subject.deliveries)
         until = self.now + seconds
@@ -141,27 +141,27 @@ class ClauseTrial:
             if self.now >= until:
                 return None
             if not came or polls % POLLS_AT_ONCE == 0:
-                await self.wait_while_others_run(POLL_SECONDS)
+                await self.wait_while_other_clauses_run(POLL_SECONDS)
 
     async def read_item(self, subject: SuiteItem) -> Mapping[str, Any]:
         """Read the item; if the credential may not read items, find the item in the list.
 
         Raises:
-            Untried: The item cannot be read, and the list does not have it.
+            ClauseUntriedError: The item cannot be read, and the list does not have it.
         """
         answer = await self.api.get(subject.id)
         if answer.ok and isinstance(answer.body, dict):
             return answer.body
-        found = await self._queue.find_in_list(subject.id) if answer.refused else None
+        found = await self._queue.find_listed_item(subject.id) if answer.is_refused else None
         if found is None:
-            raise Untried(f"the item cannot be read: {answer}")
+            raise ClauseUntriedError(f"the item cannot be read: {answer}")
         return found
 
-    async def read_state(self, subject: SuiteItem) -> str:
+    async def read_item_state(self, subject: SuiteItem) -> str:
         """Read the item, and return its state."""
         state = (await self.read_item(subject)).get("state")
         if state not in STATES:
-            raise Untried("the item has no state of the protocol")
+            raise ClauseUntriedError("the item has no state of the protocol")
         return str(state)
 
     async def clean_up(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from workpool.conformance.api import NoAnswerError, shorten_for_terminal
+from workpool.conformance.api import NoAnswerError, shorten_value_for_terminal
 from workpool.conformance.work_sources import MARK
 from workpool.wire.protocol import NO_HEARTBEAT
 
@@ -29,11 +29,11 @@ class ForeignItemsError(Exception):
     """The environment contains, or may contain, items that the suite has not created."""
 
 
-class UnlistedItemsError(ForeignItemsError):
+class ItemListRefusedError(ForeignItemsError):
     """The control plane refuses to list the items, so items of others cannot be ruled out."""
 
 
-class Delivery(NamedTuple):
+class ItemDelivery(NamedTuple):
     """One delivery of an item by a poll.
 
     Attributes:
@@ -64,7 +64,7 @@ class SuiteItem:
     id: str
     session_id: str = ""
     last_heartbeat: str = NO_HEARTBEAT
-    deliveries: list[Delivery] = field(default_factory=list)
+    deliveries: list[ItemDelivery] = field(default_factory=list)
 
 
 class SharedQueue:
@@ -82,7 +82,7 @@ class SharedQueue:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.api = api
-        self.other = api.as_worker(OTHER_WORKER, api.token)
+        self.other = api.copy_as_worker(OTHER_WORKER, api.token)
         self.now = now
         self._source = source
         self._creator = creator or api
@@ -129,12 +129,12 @@ class SharedQueue:
             subject = self._find_suite_item(item)
             if subject is not None:
                 self._deliveries += 1
-                delivery = Delivery(self._deliveries, self._nothing_at, at, item)
+                delivery = ItemDelivery(self._deliveries, self._nothing_at, at, item)
                 subject.deliveries.append(delivery)
                 return answer, True
         if not self._test_environment:
             raise ForeignItemsError(
-                f"item {shorten_for_terminal(item['id'])}, not created by the suite, came"
+                f"item {shorten_value_for_terminal(item['id'])}, not created by the suite, came"
             )
         new = item["id"] not in self._foreign
         self._foreign.add(item["id"])
@@ -167,7 +167,7 @@ class SharedQueue:
                 self._subjects[session_id] = subject
         return subject
 
-    async def find_in_list(self, work_id: str) -> Mapping[str, Any] | None:
+    async def find_listed_item(self, work_id: str) -> Mapping[str, Any] | None:
         """Return an item's entry in the list; None if the list cannot be read or lacks the item."""
         async for row in self._list_rows():
             if row.get("id") == work_id:
@@ -192,7 +192,7 @@ class SharedQueue:
             own = isinstance(metadata, dict) and MARK in metadata
             if not own and row.get("id") not in self._given:
                 raise ForeignItemsError(
-                    f"item {shorten_for_terminal(row.get('id'))} was not created by the suite"
+                    f"item {shorten_value_for_terminal(row.get('id'))} was not created by the suite"
                 )
 
     async def _list_rows(self, *, strict: bool = False) -> AsyncIterator[Mapping[str, Any]]:
@@ -204,7 +204,7 @@ class SharedQueue:
             rows = answer.get("data")
             if not answer.ok or not isinstance(rows, list):
                 if strict:
-                    raise UnlistedItemsError(f"the items cannot be listed: {answer}")
+                    raise ItemListRefusedError(f"the items cannot be listed: {answer}")
                 return
             for row in rows:
                 if isinstance(row, dict):

@@ -20,29 +20,29 @@ class ClauseNotConfirmedError(Exception):
     verdict = Verdict.UNTRIED
 
 
-class Differs(ClauseNotConfirmedError):
+class ClauseDiffersError(ClauseNotConfirmedError):
     """The control plane differs from the clause in a way that workers can handle."""
 
     verdict = Verdict.DIFFERS
 
 
-class Untried(ClauseNotConfirmedError):
+class ClauseUntriedError(ClauseNotConfirmedError):
     """The clause could not be checked, for example because no item could be created."""
 
 
-class Breaks(ClauseNotConfirmedError):
+class ClauseBrokenError(ClauseNotConfirmedError):
     """The control plane breaks the clause, so a worker can lose an item, run it twice or fail."""
 
     verdict = Verdict.BREAKS
 
 
-def raise_differs_unless(holds: object, seen: str) -> None:
-    """Raise `Differs` with the observation `seen` unless the condition holds."""
+def raise_clause_differs_unless(holds: object, seen: str) -> None:
+    """Raise `ClauseDiffersError` with the observation `seen` unless the condition holds."""
     if not holds:
-        raise Differs(seen)
+        raise ClauseDiffersError(seen)
 
 
-def raise_breaks_unless(holds: object, seen: str) -> None:
-    """Raise `Breaks` with the observation `seen` unless the condition holds."""
+def raise_clause_broken_unless(holds: object, seen: str) -> None:
+    """Raise `ClauseBrokenError` with the observation `seen` unless the condition holds."""
     if not holds:
-        raise Breaks(seen)
+        raise ClauseBrokenError(seen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
-from workpool.conformance.verdict import Untried
+from workpool.conformance.verdict import ClauseUntriedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ class ItemSource(Protocol):
             script: The tool uses of the agent in the item's session.
 
         Raises:
-            Untried: The source cannot create items, or no items with a script.
+            ClauseUntriedError: The source cannot create items, or no items with a script.
         """
 
 
-class EnqueueSource:
+class EnqueuedItemSource:
     """A source that uses the enqueue call, which only the embedded control plane has."""
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
@@ -43,7 +43,7 @@ class EnqueueSource:
         )
         rows = answer.get("data")
         if not answer.ok or not isinstance(rows, list) or not rows:
-            raise Untried(f"no item can be created: {answer}; give --agent or --work-id")
+            raise ClauseUntriedError(f"no item can be created: {answer}; give --agent or --work-id")
         return str(rows[0]["id"])
 
 
@@ -59,7 +59,7 @@ class SessionSource:
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Create a session, send it a message and return the session's id."""
-        _refuse_scripted_item(script)
+        _require_no_script(script)
         body = {
             "agent": self._agent,
             "environment_id": api.environment,
@@ -68,13 +68,13 @@ class SessionSource:
         created = await api("POST", f"{api.base_url}/sessions", json=body)
         session_id = created.get("id")
         if not created.ok or not isinstance(session_id, str):
-            raise Untried(f"no session can be created: {created}")
-        sent = await self._send_message(api, session_id)
+            raise ClauseUntriedError(f"no session can be created: {created}")
+        sent = await self._send_user_message(api, session_id)
         if not sent.ok:
-            raise Untried(f"the session takes no message: {sent}")
+            raise ClauseUntriedError(f"the session takes no message: {sent}")
         return session_id
 
-    async def _send_message(self, api: WorkerApi, session_id: str) -> Answer:
+    async def _send_user_message(self, api: WorkerApi, session_id: str) -> Answer:
         message: dict[str, Any] = {
             "type": "user.message",
             "content": [{"type": "text", "text": "workpool conform"}],
@@ -83,7 +83,7 @@ class SessionSource:
         return await api("POST", url, json={"events": [message]})
 
 
-class GivenSource:
+class ExistingItemSource:
     """A source that returns the ids of existing items, each id once.
 
     Args:
@@ -96,12 +96,12 @@ class GivenSource:
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
         """Return the id of an existing item that has not been used yet."""
         del api
-        _refuse_scripted_item(script)
+        _require_no_script(script)
         if not self._left:
-            raise Untried("all given items are used")
+            raise ClauseUntriedError("all given items are used")
         return self._left.pop(0)
 
 
-def _refuse_scripted_item(script: Script | None) -> None:
+def _require_no_script(script: Script | None) -> None:
     if script is not None:
-        raise Untried("only the call of `workpool serve` can script a session")
+        raise ClauseUntriedError("only the call of `workpool serve` can script a session")

@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 from workpool.conformance.clause import clause
 from workpool.conformance.clause_trial import is_bad_request, is_conflict
 from workpool.conformance.clauses.auth_and_errors import UNKNOWN
-from workpool.conformance.verdict import Untried, raise_breaks_unless, raise_differs_unless
+from workpool.conformance.verdict import (
+    ClauseUntriedError,
+    raise_clause_broken_unless,
+    raise_clause_differs_unless,
+)
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.wire.items import parse_item
 from workpool.wire.protocol import AGENT_TOOL_USE, USER_TOOL_RESULT
@@ -28,15 +32,15 @@ NO_EVENTS: Final = "handlers cannot talk in a session"
 @clause("session-object", "A session has the fields that workers read.")
 async def check_session_has_fields_that_workers_read(trial: ClauseTrial) -> None:
     """Read the session of an item, and check that no field is missing."""
-    answer = await trial.api("GET", await _claim_item_and_session_url(trial))
-    raise_differs_unless(answer.ok, str(answer))
+    answer = await trial.api("GET", await _claim_item_returning_session_url(trial))
+    raise_clause_differs_unless(answer.ok, str(answer))
     dialect = DIALECTS[trial.api.dialect]
     names = FIELDS + dialect.session_fields
     missing = [name for name in names if answer.get(name) is None]
     agent = answer.get("agent")
     if isinstance(agent, dict):
         missing += [f"agent.{name}" for name in dialect.agent_fields if name not in agent]
-    raise_differs_unless(
+    raise_clause_differs_unless(
         not missing, f"without {', '.join(missing)}: the vendor's workers may fail"
     )
 
@@ -44,8 +48,8 @@ async def check_session_has_fields_that_workers_read(trial: ClauseTrial) -> None
 @clause("events-list", "The events can be listed.")
 async def check_events_can_be_listed(trial: ClauseTrial) -> None:
     """List the events of an item's session."""
-    answer = await trial.api("GET", f"{await _claim_item_and_session_url(trial)}/events")
-    raise_differs_unless(
+    answer = await trial.api("GET", f"{await _claim_item_returning_session_url(trial)}/events")
+    raise_clause_differs_unless(
         answer.ok and isinstance(answer.get("data"), list), f"{answer}: {NO_EVENTS}"
     )
 
@@ -54,10 +58,10 @@ async def check_events_can_be_listed(trial: ClauseTrial) -> None:
 async def check_events_can_be_streamed(trial: ClauseTrial) -> None:
     """Open the stream of an item's session, and close it."""
     status, kind = await trial.api.open_stream(
-        f"{await _claim_item_and_session_url(trial)}/events/stream"
+        f"{await _claim_item_returning_session_url(trial)}/events/stream"
     )
     opened = status == 200 and kind == "text/event-stream"  # noqa: PLR2004 - the HTTP status
-    raise_differs_unless(opened, f"HTTP {status} {kind}: {NO_EVENTS}")
+    raise_clause_differs_unless(opened, f"HTTP {status} {kind}: {NO_EVENTS}")
 
 
 @clause("item-secret", "The secret of an item is a token for its own session (`anthropic`).")
@@ -67,51 +71,53 @@ async def check_item_secret_opens_own_session_only(trial: ClauseTrial) -> None:
     try:
         token = parse_item(subject.deliveries[0].item).sessions_token
     except ValueError:
-        raise Untried("the item cannot be read") from None
+        raise ClauseUntriedError("the item cannot be read") from None
     if token is None:
         secrets = DIALECTS[trial.api.dialect].item_secrets
-        raise_differs_unless(not secrets, "no secret: the worker's key has to do")
+        raise_clause_differs_unless(not secrets, "no secret: the worker's key has to do")
         return
-    item = trial.api.as_worker(trial.api.worker, token.get_secret_value())
+    item = trial.api.copy_as_worker(trial.api.worker, token.get_secret_value())
     own = await item("GET", _make_session_url(trial, subject))
-    raise_breaks_unless(own.ok, f"{own} for the session of the item")
+    raise_clause_broken_unless(own.ok, f"{own} for the session of the item")
     foreign = await item("GET", _make_session_url(trial, another))
-    raise_differs_unless(not foreign.ok, f"{foreign} for the session of another item")
+    raise_clause_differs_unless(not foreign.ok, f"{foreign} for the session of another item")
 
 
 @clause("result-once", "A second result for one tool use is a 409.")
 async def check_second_result_is_refused(trial: ClauseTrial) -> None:
     """Send a tool result twice, as a worker does after a lost answer."""
-    url = f"{await _claim_item_and_session_url(trial, SCRIPT)}/events"
+    url = f"{await _claim_item_returning_session_url(trial, SCRIPT)}/events"
     listed = await trial.api("GET", url)
     rows = listed.get("data")
     events = rows if isinstance(rows, list) else []
     uses = [each["id"] for each in events if each.get("type") == AGENT_TOOL_USE]
     if not uses:
-        raise Untried("the session uses no tool")
+        raise ClauseUntriedError("the session uses no tool")
     first = await trial.api("POST", url, json=_make_tool_result_body(uses[0]))
-    raise_breaks_unless(first.ok, f"the first: {first}")
+    raise_clause_broken_unless(first.ok, f"the first: {first}")
     second = await trial.api("POST", url, json=_make_tool_result_body(uses[0]))
-    raise_breaks_unless(not second.ok, f"{second}: a result is applied twice")
-    raise_differs_unless(is_conflict(second), str(second))
+    raise_clause_broken_unless(not second.ok, f"{second}: a result is applied twice")
+    raise_clause_differs_unless(is_conflict(second), str(second))
 
 
 @clause("result-unknown", "A result for an unknown tool use is a 400.")
 async def check_result_for_unknown_tool_use_is_refused(trial: ClauseTrial) -> None:
     """Send a result for a tool use that does not exist."""
-    url = f"{await _claim_item_and_session_url(trial)}/events"
+    url = f"{await _claim_item_returning_session_url(trial)}/events"
     answer = await trial.api("POST", url, json=_make_tool_result_body(f"evt_{UNKNOWN}"))
-    raise_differs_unless(is_bad_request(answer), str(answer))
+    raise_clause_differs_unless(is_bad_request(answer), str(answer))
 
 
-async def _claim_item_and_session_url(trial: ClauseTrial, script: Script | None = None) -> str:
+async def _claim_item_returning_session_url(
+    trial: ClauseTrial, script: Script | None = None
+) -> str:
     """Claim an item, and return the URL of its session."""
     return _make_session_url(trial, await trial.claim_item(script))
 
 
 def _make_session_url(trial: ClauseTrial, subject: SuiteItem) -> str:
     if not subject.session_id:
-        raise Untried("the item names no session")
+        raise ClauseUntriedError("the item names no session")
     return f"{trial.api.base_url}/sessions/{subject.session_id}"
 
 
