@@ -145,7 +145,9 @@ async def test_new_item_has_attempt_number_one_without_extra_request(
     ]
 
 
-async def test_attempt_after_crashed_run_is_counted(item_testbed: ItemTestbed) -> None:
+async def test_attempt_number_is_two_after_worker_crashed_in_first_attempt(
+    item_testbed: ItemTestbed,
+) -> None:
     item_testbed.run_item_and_crash()
     await item_testbed.run_one_session(return_at_once)
     assert item_testbed.attempt_numbers == [2]
@@ -180,7 +182,9 @@ async def test_release_by_handler_is_not_counted_as_attempt(item_testbed: ItemTe
     assert item_testbed.item_metadata == {}
 
 
-async def test_crash_after_drained_run_counts_as_attempt(item_testbed: ItemTestbed) -> None:
+async def test_lost_lease_counts_as_attempt_although_drain_released_earlier_session(
+    item_testbed: ItemTestbed,
+) -> None:
     await item_testbed.drain_during_session(endless_handler)
     assert item_testbed.item_metadata == DRAINED
     seen: list[dict[str, str]] = []
@@ -197,7 +201,9 @@ async def test_crash_after_drained_run_counts_as_attempt(item_testbed: ItemTestb
     assert item_testbed.attempt_numbers == [1, 1, 2]
 
 
-async def test_drained_run_after_crash_keeps_attempt_number(item_testbed: ItemTestbed) -> None:
+async def test_drain_in_second_attempt_leaves_attempt_number_unchanged(
+    item_testbed: ItemTestbed,
+) -> None:
     item_testbed.run_item_and_crash()
     await item_testbed.drain_during_session(endless_handler)
     assert item_testbed.item_metadata == {"workpool.attempt": "2"} | DRAINED
@@ -226,7 +232,7 @@ async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
     assert item_testbed.attempt_numbers == [number]
 
 
-async def test_attempt_number_includes_run_by_another_worker_while_item_waited_for_slot(
+async def test_attempt_number_counts_crash_of_another_worker_while_item_waited_for_slot(
     item_testbed: ItemTestbed, clock: Clock
 ) -> None:
     may_end = asyncio.Event()
@@ -310,7 +316,7 @@ async def test_drained_session_is_released_although_write_of_release_mark_is_nev
     assert item_testbed.item_metadata == {}
 
 
-async def test_drain_abandons_stuck_session_if_write_of_release_mark_is_never_answered(
+async def test_drain_abandons_uncancellable_session_if_write_of_release_mark_is_unanswered(
     item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
@@ -338,7 +344,7 @@ async def test_drain_abandons_stuck_session_if_write_of_release_mark_is_never_an
 
 
 @pytest.mark.usefixtures("short_mark_retries")
-async def test_drained_run_counts_as_attempt_if_release_mark_cannot_be_written(
+async def test_release_by_drain_counts_as_attempt_if_release_mark_cannot_be_written(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.faults.add(status(503), "update", where=lambda _: not recovered)
@@ -417,7 +423,7 @@ async def test_attempt_is_counted_once_although_write_of_attempt_number_is_not_a
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_attempt_number_retries")
-async def test_item_whose_attempt_number_cannot_be_written_is_released_and_not_counted(
+async def test_attempt_is_not_counted_and_item_is_released_if_number_cannot_be_written(
     item_testbed: ItemTestbed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     notes: Any, number: int, *, applied: bool,
 ) -> None:  # fmt: skip
@@ -437,7 +443,7 @@ async def test_item_whose_attempt_number_cannot_be_written_is_released_and_not_c
 
 
 @pytest.mark.usefixtures("short_attempt_number_retries", "short_mark_retries")
-async def test_item_whose_attempt_number_cannot_be_written_keeps_release_mark(
+async def test_release_mark_remains_if_attempt_number_cannot_be_written(
     item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     item_testbed.run_item_and_crash()
@@ -452,7 +458,7 @@ async def test_item_whose_attempt_number_cannot_be_written_keeps_release_mark(
     assert item_testbed.attempt_numbers == [1]
 
 
-async def test_release_mark_of_drain_replaces_error_of_earlier_run(
+async def test_error_of_earlier_session_is_deleted_when_drain_writes_release_mark(
     item_testbed: ItemTestbed,
 ) -> None:
     """An earlier run wrote its error to the metadata, but could not stop the item."""

@@ -319,7 +319,7 @@ async def test_pool_waits_between_polls_while_only_health_checks_arrive(
         assert time.monotonic() - started > 0.59
 
 
-async def test_health_check_is_stopped_without_heartbeat_or_session(
+async def test_health_check_item_is_stopped_without_heartbeat_or_session(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     (item,) = control_plane.enqueue(work_type="healthcheck")

@@ -108,7 +108,7 @@ async def test_exception_of_handler_fails_session_with_error_type_as_metadata(
     [("why", "ValueError: why"), ("", "ValueError"), ("x" * 600, "ValueError: " + "x" * 500),
      ("a\ud800b", "ValueError: a?b")],
 )  # fmt: skip
-async def test_message_of_error_is_written_if_report_errors_is_message(
+async def test_error_message_is_written_to_metadata_if_report_errors_setting_is_message(
     run_one_item: Any, message: str, note: str
 ) -> None:
     async def raise_with_message(_: Session) -> None:
@@ -190,7 +190,9 @@ async def test_session_whose_handler_raises_release_is_released_with_delay(
     assert final.item.ttl_seconds == ttl
 
 
-async def test_reason_of_release_is_written_if_report_errors_is_message(run_one_item: Any) -> None:
+async def test_release_reason_is_written_to_metadata_if_report_errors_setting_is_message(
+    run_one_item: Any,
+) -> None:
     async def release_with_reason(_: Session) -> None:
         raise Release("come back later")
 
@@ -223,7 +225,7 @@ async def test_release_with_delay_outside_allowed_limits_fails_session(
     ],
     ids=["one", "two", "nested"],
 )
-async def test_session_whose_handler_raises_group_of_releases_is_released_with_longest_delay(
+async def test_exception_group_of_releases_releases_session_with_longest_delay(
     run_one_item: Any, group: ExceptionGroup[Release], reason: str, ttl: int
 ) -> None:
     async def raise_exception_group(_: Session) -> None:
@@ -236,7 +238,7 @@ async def test_session_whose_handler_raises_group_of_releases_is_released_with_l
     assert isinstance(final.finished.error, Release)
 
 
-async def test_release_in_task_group_of_handler_releases_session(run_one_item: Any) -> None:
+async def test_release_raised_in_task_group_of_handler_releases_session(run_one_item: Any) -> None:
     async def raise_release() -> None:
         raise Release("come back later", delay=45)
 
@@ -259,7 +261,7 @@ async def test_release_in_task_group_of_handler_releases_session(run_one_item: A
     ],
     ids=["beside", "nested", "exit"],
 )
-async def test_exception_group_of_release_and_other_error_fails_session(
+async def test_session_fails_if_exception_group_contains_release_and_another_error(
     run_one_item: Any, group: BaseExceptionGroup[BaseException]
 ) -> None:
     async def raise_exception_group(_: Session) -> None:
@@ -270,7 +272,7 @@ async def test_exception_group_of_release_and_other_error_fails_session(
     assert final.metadata == {"workpool.error": type(group).__name__}
 
 
-async def test_session_whose_handler_raises_deeply_nested_group_of_releases_is_released(
+async def test_deeply_nested_exception_group_of_release_releases_session(
     run_one_item: Any,
 ) -> None:
     error: Exception = Release("deep")
@@ -310,7 +312,7 @@ async def test_session_that_still_runs_at_drain_deadline_is_released(
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
 
-async def test_session_that_ends_after_stop_request_is_stopped_with_result(
+async def test_session_outcome_is_stopped_and_result_is_written_after_stop_request(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -412,7 +414,7 @@ HANDLER_ENDS = {
 
 
 @pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
-async def test_outcome_is_lease_lost_however_handler_ends_after_another_worker_took_item(
+async def test_outcome_lease_lost_does_not_depend_on_how_handler_ends(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -468,7 +470,7 @@ async def test_outcome_of_timed_out_session_depends_on_how_handler_ends(
     ],
     ids=["returned", "raised", "released"],
 )
-async def test_drained_session_is_released_however_its_handler_ends(
+async def test_drain_releases_session_whether_handler_returns_or_raises(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any, end: Any,
     metadata: dict[str, str],
 ) -> None:  # fmt: skip
@@ -490,7 +492,7 @@ async def test_drained_session_is_released_however_its_handler_ends(
     ],
     ids=["returned", "raised", "released"],
 )
-async def test_session_after_stop_request_is_stopped_however_its_handler_ends(
+async def test_stop_request_stops_session_whether_handler_returns_or_raises(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

@@ -176,7 +176,7 @@ async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_st
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_outcome_is_stopped_if_another_client_stops_item_after_throttled_stop_call(
+async def test_session_outcome_is_stopped_if_another_client_stops_item_after_throttled_stop(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
     """The pool's stop was answered 429 and not applied, so another client stopped the item."""
@@ -193,7 +193,7 @@ async def test_outcome_is_stopped_if_another_client_stops_item_after_throttled_s
 
 
 @pytest.mark.parametrize("fault", TRANSIENT.values(), ids=TRANSIENT)
-async def test_result_write_is_repeated_until_answered(
+async def test_result_is_written_again_until_control_plane_answers(
     run_one_item: Any, faults: Faults, fault: Callable[[], Fault]
 ) -> None:
     faults.add(fault(), "update", times=2)
@@ -252,7 +252,7 @@ async def test_refused_result_fails_session_with_error_in_metadata(
     assert isinstance(final.finished.error, RefusedError)
 
 
-async def test_refused_result_fails_session_even_if_write_of_error_is_refused(
+async def test_session_fails_if_control_plane_refuses_result_and_error_metadata(
     run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(status(400), "update")
@@ -301,7 +301,7 @@ async def test_item_is_neither_written_nor_stopped_after_lease_is_lost_during_co
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_outcome_is_stopped_if_another_client_stops_item_during_completion(
+async def test_session_outcome_is_stopped_if_another_client_stops_item_during_completion(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
 ) -> None:
     hold = Hold()
@@ -331,7 +331,7 @@ async def test_lease_is_renewed_during_completion(
     assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
 
 
-async def test_completion_continues_after_cancellation_of_embedder(
+async def test_session_completion_continues_after_cancellation_of_task_that_runs_pool(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,

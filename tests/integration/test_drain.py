@@ -104,7 +104,7 @@ async def test_item_delivered_during_drain_is_not_claimed(
     )
 
 
-async def test_item_is_released_if_ack_sent_before_drain_succeeds_during_drain(
+async def test_item_is_released_without_session_if_its_ack_succeeds_during_drain(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -302,7 +302,7 @@ async def test_exception_inside_async_with_block_drains_pool_with_timeout_zero(
 
 
 @pytest.mark.parametrize("where", ["wait", "sleep", "run", "leaving"])
-async def test_cancellation_of_embedder_is_raised_after_drain(
+async def test_cancellation_of_task_that_runs_pool_is_raised_after_drain(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, where: str
 ) -> None:
     supervisor = make_pool(endless_handler, drain_timeout=LONG_SECONDS)
@@ -329,7 +329,7 @@ async def test_cancellation_of_embedder_is_raised_after_drain(
     assert recorder.of(DrainFinished)[0].result == "deadline"
 
 
-async def test_embedder_cancelled_after_any_number_of_iterations_leaves_no_pool_task(
+async def test_repeated_cancellation_of_task_that_runs_pool_leaves_no_pool_task(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
@@ -442,7 +442,7 @@ async def test_pool_closes_although_lifespan_of_plugin_never_closes(
     assert vars(record)["plugin"] == "HangingLifespanPlugin"
 
 
-async def test_release_mark_of_stuck_session_is_written_before_drain_abandons_it(
+async def test_drain_writes_release_mark_before_it_abandons_uncancellable_session(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)

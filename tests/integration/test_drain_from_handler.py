@@ -57,7 +57,7 @@ async def test_drain_called_in_handler_raises_and_suggests_request_drain(
     assert "call request_drain() instead" in str(finished.error)
 
 
-async def test_request_drain_called_in_handler_lets_its_session_complete(
+async def test_handler_that_calls_request_drain_can_complete_its_session(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     pools: list[Supervisor] = []

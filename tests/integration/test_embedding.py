@@ -347,7 +347,7 @@ async def test_failing_observers_do_not_affect_sessions(
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
 
-async def test_health_endpoint_and_leases_remain_until_pool_has_closed(
+async def test_health_endpoint_answers_during_drain_and_closes_with_pool(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     hold = Hold()

@@ -86,7 +86,7 @@ async def test_last_session_before_exit_is_neither_interrupted_nor_limited_by_dr
     assert [event.timeout for event in recorder.of(DrainStarted)] == [None]
 
 
-async def test_drain_during_last_session_before_exit_uses_given_timeout(
+async def test_drain_timeout_argument_applies_during_last_session_before_exit_limit(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
@@ -98,7 +98,7 @@ async def test_drain_during_last_session_before_exit_uses_given_timeout(
 
 
 @pytest.mark.parametrize("code", [409, 404])
-async def test_item_lost_at_ack_does_not_count_towards_exit_after_sessions(
+async def test_item_lost_at_ack_is_not_counted_by_setting_exit_after_sessions(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     items = control_plane.enqueue(3)
@@ -109,7 +109,7 @@ async def test_item_lost_at_ack_does_not_count_towards_exit_after_sessions(
     assert item_states(control_plane, items).count("stopped") == 1
 
 
-async def test_item_lost_at_first_heartbeat_does_not_count_towards_exit_after_sessions(
+async def test_item_lost_at_first_heartbeat_is_not_counted_by_setting_exit_after_sessions(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(2)
@@ -131,7 +131,7 @@ async def test_health_check_does_not_count_towards_exit_after_sessions(
     assert session_count(recorder) == 1
 
 
-async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
+async def test_setting_exit_after_idle_does_not_end_pool_while_session_runs(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
@@ -146,7 +146,7 @@ async def test_exit_after_idle_ends_pool_only_while_no_session_runs(
     assert len(recorder.of(ItemReceived)) == 1
 
 
-async def test_exit_after_idle_ends_pool_although_exit_after_sessions_is_not_reached(
+async def test_idle_pool_ends_before_setting_exit_after_sessions_is_reached(
     make_pool: Any, recorder: Recorder
 ) -> None:
     limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}

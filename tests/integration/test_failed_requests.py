@@ -294,7 +294,7 @@ async def test_crashed_poller_is_restarted_and_counted(
     assert len(recorder.of(PollerRestarted)) == 4
 
 
-async def test_cancelled_error_raised_in_poller_counts_as_crash(
+async def test_poller_that_raises_cancelled_error_is_restarted(
     control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()

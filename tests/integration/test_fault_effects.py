@@ -102,7 +102,7 @@ async def test_fault_has_same_effect_over_http_and_in_process(
         )
 
 
-async def test_fault_that_expires_lease_takes_effect_before_call_over_http_and_in_process(
+async def test_lease_expiry_fault_takes_effect_before_heartbeat_of_http_and_local_client(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     faults.add(expired(control_plane), "heartbeat")

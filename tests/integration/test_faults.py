@@ -133,7 +133,7 @@ async def test_operation_remains_applied_if_client_disconnects_during_slow_answe
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
-async def test_request_that_a_fault_holds_continues_after_hold_is_released(
+async def test_hold_fault_delays_request_until_test_releases_it(
     raw_item_client: RawItemClient, faults: Faults, state: str, *, applied: bool
 ) -> None:
     hold = Hold(applied=applied)
@@ -157,7 +157,7 @@ async def test_delays_before_and_after_operation_add_up(
     assert loop.time() - started >= 0.099
 
 
-async def test_fault_that_expires_lease_ends_it_at_once(
+async def test_lease_expiry_fault_ends_lease_at_once(
     control_plane: ControlPlane, raw_item_client: RawItemClient, faults: Faults, clock: Clock
 ) -> None:
     faults.add(expired(control_plane), "heartbeat", times=1)
@@ -179,7 +179,7 @@ async def read_status_codes(wire: RawItemClient, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
-async def test_fault_with_skip_and_times_applies_to_that_range_of_requests(
+async def test_fault_parameters_skip_and_times_limit_affected_requests(
     raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)
@@ -246,7 +246,7 @@ async def test_fault_with_probability_hits_same_requests_for_same_seed(
     assert 0.1 * 180 < rule.hits < 0.5 * 180
 
 
-async def test_fault_added_by_with_statement_ends_with_the_block(
+async def test_fault_added_as_context_manager_is_removed_at_block_end(
     raw_item_client: RawItemClient, faults: Faults
 ) -> None:
     with faults.add(status(500), "get") as rule:
@@ -279,7 +279,7 @@ async def test_requests_are_recorded_with_body_and_status(
         await faults.wait_for("stop", timeout=0.01)
 
 
-async def test_held_request_is_logged_without_error_if_its_client_disconnects(
+async def test_client_disconnect_during_hold_fault_logs_no_error(
     raw_item_client: RawItemClient, faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
     hold = Hold()

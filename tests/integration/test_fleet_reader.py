@@ -102,7 +102,7 @@ async def claim_items(client: WorkClient, count: int) -> None:
         await client.ack(item.id)
 
 
-async def test_load_is_read_from_statistics_that_count_running_items() -> None:
+async def test_fleet_load_is_read_from_statistics_that_include_running_items() -> None:
     async with ControlPlane() as plane, make_client(plane) as client:
         plane.enqueue(5)
         await claim_items(client, 2)
@@ -115,7 +115,7 @@ async def test_load_is_read_from_statistics_that_count_running_items() -> None:
 
 @pytest.mark.parametrize("newest", [False, True])
 @pytest.mark.parametrize("statistics", [True, False])
-async def test_running_items_are_counted_in_item_list_if_statistics_lack_them(
+async def test_running_items_are_counted_in_item_list_if_statistics_omit_running_count(
     caplog: pytest.LogCaptureFixture, *, statistics: bool, newest: bool
 ) -> None:
     middlewares = [middleware_without_running_count(statistics=statistics, newest=newest)]
@@ -131,7 +131,7 @@ async def test_running_items_are_counted_in_item_list_if_statistics_lack_them(
     assert caplog.text.count("statistics refused") == (0 if statistics else 1)
 
 
-async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
+async def test_fleet_load_is_unknown_until_reader_has_read_past_all_stopped_items(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A partial count would miss the running items, and so recommend too few workers."""
@@ -150,7 +150,7 @@ async def test_load_is_unknown_until_all_stopped_items_of_long_list_are_read(
             assert (load.running, load.lower_bound) == (4, False)
 
 
-async def test_reader_is_ready_once_long_list_of_stopped_items_is_skipped(
+async def test_fleet_reader_becomes_ready_after_skipping_many_stopped_items(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
@@ -174,7 +174,7 @@ async def test_reader_is_ready_once_long_list_of_stopped_items_is_skipped(
         assert (reader.last_load.unfinished, reader.unready_reasons()) == (2, [])
 
 
-async def test_load_stays_unknown_if_stopped_items_cannot_be_skipped(
+async def test_fleet_load_stays_unknown_if_control_plane_refuses_to_skip_stopped_items(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
@@ -185,7 +185,7 @@ async def test_load_stays_unknown_if_stopped_items_cannot_be_skipped(
         assert [await reader.read_load() for _ in range(4)] == [None] * 4
 
 
-async def test_load_is_lower_bound_if_long_list_begins_with_newest_item(
+async def test_fleet_load_is_lower_bound_if_long_item_list_begins_with_newest_item(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
@@ -199,7 +199,7 @@ async def test_load_is_lower_bound_if_long_list_begins_with_newest_item(
 
 
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
-async def test_load_is_exact_although_control_plane_ignores_or_refuses_parameter_after_id(
+async def test_item_count_is_exact_whether_after_id_parameter_is_known_ignored_or_refused(
     after_id: str,
 ) -> None:
     middlewares = [middleware_without_running_count(after_id=after_id)]
@@ -218,7 +218,7 @@ async def test_load_is_exact_although_control_plane_ignores_or_refuses_parameter
     ("order", "skips"),
     [("by creation", True), ("newest first", False), ("by random id", False)],
 )
-async def test_stopped_items_are_skipped_only_if_list_is_in_order_of_creation(
+async def test_item_counter_skips_stopped_items_only_in_list_ordered_by_creation(
     order: str, *, skips: bool
 ) -> None:
     """In a list with any other order, a new item could be among the skipped items."""
@@ -242,7 +242,7 @@ async def test_stopped_items_are_skipped_only_if_list_is_in_order_of_creation(
         assert (counter._after is not None) == skips
 
 
-async def test_running_item_is_counted_if_listed_after_skipped_stopped_items() -> None:
+async def test_item_counter_that_skips_stopped_items_still_counts_running_items() -> None:
     """Skipping stopped items must never hide a running item."""
     async with (
         ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
@@ -262,7 +262,7 @@ async def test_running_item_is_counted_if_listed_after_skipped_stopped_items() -
         assert (count.queued, count.running, count.complete) == (1, 1, True)
 
 
-def test_running_items_that_statistics_count_as_pending_are_counted_once() -> None:
+def test_item_that_is_both_pending_and_running_is_counted_once_in_load() -> None:
     stats = QueueStats(depth=1, pending=5, oldest_queued_at=None, workers_polling=2)
     count = ItemCount(queued=1, running=5, oldest_queued_at=None, complete=True)
     assert combine_loads(stats, count) == FleetLoad(1, 0, 5)
@@ -271,7 +271,7 @@ def test_running_items_that_statistics_count_as_pending_are_counted_once() -> No
     )
 
 
-async def test_refused_item_list_raises_and_leaves_load_unknown(
+async def test_refused_item_list_request_raises_error_and_leaves_fleet_load_unknown(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with ControlPlane() as plane:

@@ -53,7 +53,7 @@ async def other_handler(session: Session) -> None:
 
 @pytest.mark.parametrize("seconds", [0.01, 0.2, 1.0])
 @in_virtual_time
-async def test_handler_with_max_sessions_runs_as_fast_as_limit_allows(
+async def test_max_sessions_limits_concurrency_of_handler_without_delay_between_sessions(
     workpool: Kit, seconds: float
 ) -> None:
     running: Counter[str] = Counter()
@@ -82,7 +82,7 @@ async def test_item_of_handler_at_session_limit_is_acknowledged_when_slot_become
 
 
 @in_virtual_time
-async def test_item_of_handler_at_session_limit_is_declined_one_second_before_redelivery(
+async def test_item_is_declined_before_redelivery_if_its_handler_is_at_session_limit(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -146,7 +146,7 @@ async def test_items_of_other_handlers_overtake_items_of_handler_at_session_limi
 
 
 @in_virtual_time
-async def test_run_until_empty_completes_items_that_wait_for_handler_at_session_limit(
+async def test_pool_run_until_empty_completes_items_above_session_limit_of_handler(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=5, metadata={"kind": "limited"})

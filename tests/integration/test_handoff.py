@@ -143,7 +143,9 @@ class HandoffTestbed:
 
 @in_virtual_time
 @pytest.mark.parametrize("after", [0.0, 3.0, TAKE_BACK_SECONDS - 2])
-async def test_first_heartbeat_of_child_ends_session_of_parent_as_detached(after: float) -> None:
+async def test_session_outcome_is_detached_after_first_heartbeat_of_child_process(
+    after: float,
+) -> None:
     testbed = HandoffTestbed()
     left_at = 0.0
 
@@ -173,7 +175,7 @@ async def test_first_heartbeat_of_child_ends_session_of_parent_as_detached(after
 
 
 @in_virtual_time
-async def test_parent_sends_nothing_for_item_inside_handoff_block() -> None:
+async def test_pool_sends_no_request_for_item_during_handoff() -> None:
     testbed = HandoffTestbed()
 
     async def hand_off_item(session: Session) -> None:
@@ -191,7 +193,7 @@ async def test_parent_sends_nothing_for_item_inside_handoff_block() -> None:
 
 
 @in_virtual_time
-async def test_write_in_progress_is_cancelled_when_handoff_begins() -> None:
+async def test_metadata_write_in_progress_is_cancelled_when_handoff_begins() -> None:
     testbed = HandoffTestbed(update=[UNSENT])
 
     async def hand_off_item(session: Session) -> None:
@@ -228,7 +230,7 @@ async def test_handoff_begins_only_after_heartbeat_in_progress_is_answered() -> 
 
 
 @in_virtual_time
-async def test_unanswered_heartbeat_is_resolved_before_child_starts() -> None:
+async def test_effect_of_unanswered_heartbeat_is_determined_before_child_process_starts() -> None:
     """The child must send the time of the parent's last applied heartbeat, answered or not."""
     testbed = HandoffTestbed(heartbeat=[None, UNANSWERED])
 
@@ -261,7 +263,7 @@ async def test_handoff_succeeds_if_child_ends_before_parent_reads_item(
 
 
 @in_virtual_time
-async def test_child_that_starts_just_before_parent_takes_item_back_keeps_item() -> None:
+async def test_child_process_that_starts_just_before_end_of_handoff_receives_item() -> None:
     """The parent's heartbeat is refused, and this does not count as a lost lease."""
     testbed = HandoffTestbed(get=[UNSENT] * 5)
 
@@ -277,7 +279,7 @@ async def test_child_that_starts_just_before_parent_takes_item_back_keeps_item()
 
 
 @in_virtual_time
-async def test_parent_does_not_stop_item_whose_holder_is_unknown_after_handoff() -> None:
+async def test_pool_does_not_stop_item_after_handoff_if_lease_owner_is_unknown() -> None:
     """The parent's last heartbeat has no answer, and the item does not show who holds it."""
     testbed = HandoffTestbed(heartbeat=[None, None, GARBLED])
 
@@ -290,7 +292,7 @@ async def test_parent_does_not_stop_item_whose_holder_is_unknown_after_handoff()
 
 
 @in_virtual_time
-async def test_handoff_longer_than_its_time_limit_loses_no_lease() -> None:
+async def test_lease_does_not_expire_if_handoff_block_exceeds_its_time_limit() -> None:
     """A handler that starts its child slowly must not lose the item to an expired lease."""
     testbed = HandoffTestbed()
 
@@ -307,7 +309,7 @@ async def test_handoff_longer_than_its_time_limit_loses_no_lease() -> None:
 
 
 @in_virtual_time
-async def test_handoff_without_child_returns_item_to_parent() -> None:
+async def test_item_returns_to_pool_if_handoff_starts_no_child_process() -> None:
     testbed = HandoffTestbed()
 
     async def hand_off_item(session: Session) -> dict[str, str]:
@@ -371,7 +373,7 @@ async def test_exception_in_handoff_block_returns_item_unless_child_took_it(came
 
 
 @in_virtual_time
-async def test_exception_leaves_handoff_block_although_child_may_own_item() -> None:
+async def test_exception_in_handoff_block_is_raised_although_child_process_may_own_item() -> None:
     testbed = HandoffTestbed(heartbeat=[None, None, GARBLED])
 
     async def hand_off_item(session: Session) -> None:
@@ -460,7 +462,7 @@ async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
 
 
 @in_virtual_time
-async def test_handoff_block_is_not_entered_if_session_times_out_while_handoff_begins() -> None:
+async def test_session_timeout_at_start_of_handoff_prevents_entry_into_with_block() -> None:
     testbed = HandoffTestbed(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
 
     async def hand_off_item(session: Session) -> None:
@@ -488,7 +490,7 @@ async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool)
 
 
 @in_virtual_time
-async def test_item_is_lost_if_it_is_queued_again_during_handoff_without_child() -> None:
+async def test_session_outcome_is_lease_lost_if_lease_expires_during_handoff() -> None:
     """The control plane ends the lease early, so neither parent nor child holds the item."""
     testbed = HandoffTestbed()
 
@@ -563,7 +565,7 @@ async def test_child_that_cannot_read_item_leaves_it_to_parent() -> None:
 
 
 @in_virtual_time
-async def test_child_whose_heartbeat_answer_is_lost_does_not_run_item() -> None:
+async def test_child_process_does_not_run_item_if_its_first_heartbeat_is_unanswered() -> None:
     """Without an answer, the child cannot know whether its own heartbeat was applied."""
     testbed = HandoffTestbed()
     _, outcomes = await run_pool_with_child(testbed, heartbeat=[GARBLED])

@@ -71,7 +71,7 @@ async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_handler_that_blocks_loop_for_twice_its_ttl_keeps_lease(
+async def test_handler_that_blocks_event_loop_for_twice_the_lease_ttl_keeps_lease(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     started = threading.Event()

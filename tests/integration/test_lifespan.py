@@ -99,7 +99,7 @@ async def test_error_at_start_is_raised_although_outer_lifespan_swallows_it(
     assert [type(error) for error in swallowing.left_with] == [LookupError]
 
 
-async def test_error_that_crashes_pool_is_raised_although_lifespan_swallows_it(
+async def test_pool_run_raises_error_of_crash_although_lifespan_plugin_suppresses_it(
     make_pool: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def raise_error(*_: object) -> int:

@@ -100,7 +100,7 @@ async def test_item_with_state_active_after_ack_is_not_run_if_another_worker_hol
     assert (lost.direction, lost.stage) == ("lost", "start")
 
 
-async def test_health_check_with_state_active_after_ack_is_stopped_after_heartbeat(
+async def test_health_check_item_is_stopped_after_heartbeat_if_ack_answer_is_active(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     faults.add(ACTIVE, "ack")

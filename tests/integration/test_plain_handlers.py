@@ -82,7 +82,7 @@ async def test_plain_handler_runs_on_a_thread_and_its_result_is_written(run_one_
     assert handler_thread_names() == set()
 
 
-async def test_session_ends_as_failed_or_released_after_exception_of_plain_handler(
+async def test_exception_of_plain_handler_determines_session_outcome(
     run_one_item: Any,
 ) -> None:
     def raise_error(_: BlockingSession) -> None:
@@ -182,7 +182,7 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
     assert found == [("the embedder's", "open")]
 
 
-def test_blocking_session_has_each_public_name_of_a_session() -> None:
+def test_class_blocking_session_has_all_public_names_of_class_session() -> None:
     """`BlockingSession` lacks only `outcome` and the two names of `Session` that the pool uses."""
     of_the_pool = {"interrupt", "trace_fields", "outcome"}
     names = {name for name in dir(Session) if not name.startswith("_")} - of_the_pool
@@ -341,7 +341,7 @@ async def test_plain_handler_that_ignores_cancellation_is_logged_with_its_stack(
     assert "gate.block_until_opened()" in str(report.stack_info)
 
 
-async def test_calls_of_blocking_session_from_many_threads_all_succeed(run_one_item: Any) -> None:
+async def test_blocking_session_can_be_used_from_many_threads_at_once(run_one_item: Any) -> None:
     def write_metadata_from_threads(session: BlockingSession) -> None:
         threads = [
             threading.Thread(target=session.update_metadata, args=({f"key{n}": "x"},))
@@ -356,7 +356,7 @@ async def test_calls_of_blocking_session_from_many_threads_all_succeed(run_one_i
     assert (final.outcome, len(final.metadata)) == ("completed", 20)
 
 
-async def test_call_of_blocking_session_after_handler_returned_raises_session_ended(
+async def test_method_of_blocking_session_raises_session_ended_after_handler_returned(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     kept: list[BlockingSession] = []
@@ -394,7 +394,9 @@ async def test_plain_handler_answers_tool_uses_of_an_agent(workpool: Kit) -> Non
     assert (result.outcome, dict(result.metadata)) == ("completed", {"done": "3", "before": "some"})
 
 
-async def test_handoff_without_child_raises_in_plain_handler(workpool: Kit) -> None:
+async def test_plain_handler_continues_session_after_handoff_block_raised_error(
+    workpool: Kit,
+) -> None:
     @handler
     def fail_to_start_child(session: BlockingSession) -> dict[str, str]:
         with pytest.raises(ValueError, match="no child"), session.handover() as lease:
@@ -419,7 +421,7 @@ async def test_plain_handler_hands_its_item_off_to_a_child(workpool: Kit) -> Non
     assert (result.outcome, result.item.state) == ("detached", "active")
 
 
-async def test_plain_handler_without_progress_is_stalled_except_in_waiting_block(
+async def test_stall_timeout_of_plain_handler_excludes_time_in_session_waiting(
     workpool: Kit,
 ) -> None:
     waited: list[bool] = []
@@ -435,7 +437,7 @@ async def test_plain_handler_without_progress_is_stalled_except_in_waiting_block
     assert (result.outcome, waited) == ("stalled", [False, True])
 
 
-def test_plain_handler_that_blocks_in_virtual_time_raises_error_that_names_handler(
+def test_error_in_virtual_time_names_plain_handler_that_blocks_its_thread(
     gate: ThreadGate,
 ) -> None:
     @handler
@@ -450,7 +452,7 @@ def test_plain_handler_that_blocks_in_virtual_time_raises_error_that_names_handl
         run_virtual(run_in_virtual_time())
 
 
-async def test_plain_handler_is_called_again_in_same_run_after_error(workpool: Kit) -> None:
+async def test_plain_handler_is_retried_in_same_session_after_error(workpool: Kit) -> None:
     @handler(retry=Retry(on=ConnectionError, backoff=0.01))
     def fail_twice(session: BlockingSession) -> dict[str, str]:
         if session.retry < 2:

@@ -104,7 +104,7 @@ class RequestObserver:
 
 
 @pytest.mark.usefixtures("fast_heartbeats")
-async def test_current_work_id_is_set_while_observer_receives_request_of_item(
+async def test_current_work_id_is_set_while_observer_receives_event_about_item_request(
     control_plane: ControlPlane, make_settings: Any
 ) -> None:
     requests = RequestObserver()

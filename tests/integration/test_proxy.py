@@ -132,7 +132,9 @@ async def test_proxy_partition_delays_bytes_until_healed(testbed: ProxyTestbed) 
     await client.expect_bytes(b"news")
 
 
-async def test_proxy_still_forwards_requests_after_half_close_fault(testbed: ProxyTestbed) -> None:
+async def test_proxy_still_forwards_client_data_after_half_closing_connection(
+    testbed: ProxyTestbed,
+) -> None:
     client, server = await testbed.connect_through_proxy()
     testbed.proxy.half_close()
     await client.expect_end_of_stream()
@@ -157,7 +159,7 @@ async def test_proxy_reset_closes_open_connections_and_accepts_new_ones(
     await server.expect_bytes(b"new")
 
 
-async def test_proxy_reset_after_client_abort_resets_connection_to_server(
+async def test_proxy_resets_server_connection_even_if_client_connection_was_aborted(
     testbed: ProxyTestbed,
 ) -> None:
     client, server = await testbed.connect_through_proxy()

@@ -94,7 +94,7 @@ async def test_item_acknowledged_during_drain_counts_as_stopped_if_stop_was_requ
     assert not recorder.of(SessionStarted)
 
 
-async def test_outcome_of_session_with_stop_request_is_stopped_after_drain(
+async def test_session_outcome_is_stopped_if_stop_request_precedes_drain(
     control_plane: ControlPlane,
     make_pool: Any,
     faults: Faults,

@@ -81,7 +81,7 @@ def tolerate_loaded_machine() -> None:
     ids=["warning", "exit", "report"],
     indirect=True,
 )
-async def test_exception_of_log_handler_while_loop_is_blocked_fails_pool(
+async def test_pool_fails_if_logging_handler_raises_while_event_loop_is_blocked(
     control_plane: ControlPlane,
     faults: Faults,
     make_settings: Callable[..., Settings],
@@ -117,7 +117,7 @@ async def test_exception_of_log_handler_while_loop_is_blocked_fails_pool(
     assert isinstance(calls[-1], LeaseRenewerError) or raising_log_handler == 1.5
 
 
-async def test_exception_on_renewer_thread_invokes_on_blocked_although_loop_runs(
+async def test_exception_on_renewer_thread_invokes_callback_on_blocked_although_loop_runs(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = threading.Event()

@@ -122,7 +122,7 @@ async def test_release_and_invalid_result_are_not_retried(workpool: Kit) -> None
 
 
 @in_virtual_time
-async def test_lost_lease_ends_wait_for_retry_without_another_call(workpool: Kit) -> None:
+async def test_lost_lease_ends_retry_delay_without_another_handler_call(workpool: Kit) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
     async with workpool.pool(retrying_handler(dependency), concurrency=1, lease_ttl=600):
@@ -147,7 +147,9 @@ async def test_stop_request_ends_wait_for_retry_at_once(workpool: Kit) -> None:
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_retry_delays")
-async def test_drain_ends_wait_for_retry_and_next_run_continues_retry_count(workpool: Kit) -> None:
+async def test_drain_during_retry_delay_releases_session_and_keeps_retry_count(
+    workpool: Kit,
+) -> None:
     dependency = FailingDependency()
     [item] = workpool.enqueue()
     async with workpool.pool(retrying_handler(dependency)) as pool:
@@ -201,7 +203,7 @@ async def test_handler_timeout_limits_all_retries_together(workpool: Kit) -> Non
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_retry_delays")
-async def test_handler_is_retried_in_next_run_if_machine_was_paused(workpool: Kit) -> None:
+async def test_retry_that_is_due_after_machine_pause_happens_in_next_session(workpool: Kit) -> None:
     dependency = FailingDependency(failures=1)
     loop: Any = asyncio.get_running_loop()
     workpool.enqueue()

@@ -118,7 +118,7 @@ async def test_drain_interrupts_session(
     assert recorder.of(SessionFinished)[0].outcome == "completed"
 
 
-async def test_handler_can_use_item_and_remaining_lease_and_log_of_session(
+async def test_handler_reads_item_and_lease_time_and_logger_from_session(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -417,7 +417,7 @@ async def test_plugin_contexts_are_entered_in_plugin_order_and_left_in_reverse(
     assert trace == ["enter A", "enter B", "call", "leave B", "leave A"]
 
 
-async def test_exception_of_handler_passes_through_plugin_contexts(
+async def test_exception_of_handler_passes_through_context_managers_of_plugins(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     trace: list[str] = []
@@ -503,7 +503,7 @@ async def test_plugin_context_can_swallow_exception_of_handler(
     assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
 
 
-async def test_item_that_another_worker_lost_is_redelivered_as_second_attempt(
+async def test_item_whose_lease_another_worker_lost_runs_as_second_attempt(
     control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []
@@ -563,7 +563,7 @@ async def test_attempt_beyond_max_attempts_fails_session_before_handler_runs(
         assert final.metadata["workpool.error"] == "AttemptsExceeded"
 
 
-async def test_session_attribute_redelivered_is_false_for_item_without_earlier_lease(
+async def test_session_redelivered_attribute_is_false_for_item_without_earlier_lease(
     run_one_item: Any,
 ) -> None:
     @handler

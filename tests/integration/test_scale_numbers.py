@@ -25,7 +25,7 @@ async def fetch_scale_numbers(pool: Supervisor) -> dict[str, Any]:
         return numbers
 
 
-async def test_scale_numbers_of_worker_include_busy_and_idle_slots(
+async def test_scale_endpoint_reports_busy_and_idle_slots_of_worker(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     may_end = asyncio.Event()

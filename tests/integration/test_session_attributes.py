@@ -78,7 +78,7 @@ async def hanging_handler(_: Session) -> None:
     ],
     ids=["returned", "raised", "released", "wrong_result", "stalled"],
 )
-async def test_plugin_context_reads_outcome_after_handler_ended(
+async def test_context_manager_of_plugin_reads_outcome_after_handler_ended(
     workpool: Kit,
     act: Callable[[Session], Awaitable[Any]],
     outcome: str,
@@ -95,7 +95,7 @@ async def test_plugin_context_reads_outcome_after_handler_ended(
     assert connecting.errors == [error]
 
 
-async def test_outcome_in_plugin_context_is_stopped_after_stop_request(
+async def test_context_manager_of_plugin_reads_outcome_stopped_after_stop_request(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     @handler
@@ -183,7 +183,7 @@ async def test_session_deadline_is_earlier_after_drain_or_stop_request(workpool:
 
 
 @in_virtual_time
-async def test_session_deadline_is_end_of_handler_timeout_during_drain_without_timeout(
+async def test_drain_without_timeout_leaves_deadline_of_handler_timeout_unchanged(
     workpool: Kit,
 ) -> None:
     left: list[float | None] = []

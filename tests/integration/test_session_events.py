@@ -134,7 +134,7 @@ async def test_unanswered_send_of_message_is_not_repeated(
     assert len(faults.of("send")) == 3
 
 
-async def test_failed_read_of_history_is_repeated_after_unanswered_send(
+async def test_event_history_is_read_again_after_unanswered_send_and_failed_read(
     control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)
@@ -155,7 +155,7 @@ async def test_failed_read_of_history_is_repeated_after_unanswered_send(
     ]
 
 
-async def test_different_result_for_answered_tool_use_raises_conflict(
+async def test_second_and_different_result_for_tool_use_raises_conflict_error(
     control_plane: ControlPlane, run_scripted_session: Any
 ) -> None:
     async def send_different_result(session: Session) -> None:

@@ -129,7 +129,7 @@ async def test_stall_timeout_of_handler_replaces_stall_timeout_of_settings(workp
 
 
 @in_virtual_time
-async def test_progress_of_stalled_handler_during_clean_up_does_not_prevent_stall(
+async def test_session_is_stalled_although_handler_reports_progress_during_clean_up(
     workpool: Kit,
 ) -> None:
     async def report_progress_after_stall(session: Session) -> None:

@@ -116,7 +116,7 @@ async def test_release_with_invalid_delay_uses_default_delay(run_one_item: Any, 
 
 
 @pytest.mark.parametrize("op", ["ack", "get"])
-async def test_answer_about_another_item_is_ignored(
+async def test_control_plane_response_about_another_item_is_ignored(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, op: Any
 ) -> None:
     """A faulty proxy may mix up answers, and return the answer to a different request."""
@@ -160,7 +160,7 @@ async def test_session_whose_handler_cancels_its_own_task_fails(run_one_item: An
     [(1_500_000, "completed"), (5_000_000, "failed")],
     ids=["fits", "too_large"],
 )
-async def test_result_is_written_up_to_size_limit_and_fails_session_above(
+async def test_result_is_written_if_within_size_limit_and_otherwise_fails_session(
     run_one_item: Any, size: int, outcome: str
 ) -> None:
     async def return_long_text(_: Session) -> dict[str, str]:
@@ -172,7 +172,7 @@ async def test_result_is_written_up_to_size_limit_and_fails_session_above(
     assert ("workpool.error" in final.metadata) is (outcome == "failed")
 
 
-async def test_ack_answer_that_names_another_session_blocks_neither_session(
+async def test_both_agent_sessions_can_run_after_ack_response_with_wrong_session_id(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="session")

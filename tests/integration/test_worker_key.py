@@ -77,7 +77,7 @@ async def wait_for_finished_sessions(recorder: Recorder, count: int) -> list[Ses
     return recorder.of(SessionFinished)
 
 
-async def test_each_optional_call_is_refused_and_logged_once(
+async def test_each_call_forbidden_for_worker_key_is_sent_and_logged_once(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -111,7 +111,7 @@ def list_all_items(plane: ControlPlane) -> tuple[Any, ...]:
     return tuple(plane.operations.list_items(plane.environments[0], 100).items)
 
 
-async def test_item_is_found_in_list_after_unanswered_heartbeat_with_worker_key(
+async def test_lease_is_recovered_from_item_list_if_worker_key_forbids_reading_item(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
@@ -125,7 +125,7 @@ async def test_item_is_found_in_list_after_unanswered_heartbeat_with_worker_key(
     assert None not in expected
 
 
-async def test_unanswered_heartbeat_of_item_missing_from_item_list_loses_lease(
+async def test_lease_is_lost_after_unanswered_heartbeat_if_item_list_lacks_item(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(lost(), "heartbeat", times=1)
@@ -137,7 +137,7 @@ async def test_unanswered_heartbeat_of_item_missing_from_item_list_loses_lease(
     assert not recorder.of(ItemReclaimed)
 
 
-async def test_heartbeat_conflict_under_worker_key_loses_lease(
+async def test_lease_is_lost_after_heartbeat_conflict_if_worker_key_forbids_reading_item(
     run_one_item: Any, faults: Faults
 ) -> None:
     faults.add(status(409), "heartbeat")
@@ -147,7 +147,7 @@ async def test_heartbeat_conflict_under_worker_key_loses_lease(
     assert not faults.of("list")
 
 
-async def test_second_heartbeat_conflict_under_worker_key_sends_no_get_request(
+async def test_refused_get_request_is_not_repeated_after_next_heartbeat_conflict(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     faults.add(status(409), "heartbeat")
@@ -158,7 +158,7 @@ async def test_second_heartbeat_conflict_under_worker_key_sends_no_get_request(
     assert count_calls_by_operation(faults)["get"] == 1
 
 
-async def test_attempts_under_worker_key_are_counted_without_metadata(
+async def test_pool_counts_attempts_itself_if_worker_key_forbids_metadata_writes(
     control_plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []
@@ -188,7 +188,7 @@ async def test_attempts_under_worker_key_are_counted_without_metadata(
     )
 
 
-async def test_release_under_worker_key_is_not_counted_as_attempt(
+async def test_released_session_is_no_attempt_if_worker_key_forbids_metadata_writes(
     control_plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []
@@ -210,7 +210,7 @@ async def test_release_under_worker_key_is_not_counted_as_attempt(
     assert ends[-1].outcome == "completed"
 
 
-async def test_metadata_write_under_worker_key_is_refused_without_request(
+async def test_metadata_write_that_worker_key_forbids_raises_without_further_requests(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     errors: list[str] = []
@@ -232,7 +232,7 @@ async def test_metadata_write_under_worker_key_is_refused_without_request(
     assert count_calls_by_operation(faults)["update"] <= 3
 
 
-async def test_handler_error_under_worker_key_fails_session(
+async def test_handler_error_fails_session_although_worker_key_forbids_metadata_writes(
     run_one_item: Any, faults: Faults
 ) -> None:
     @handler
@@ -245,7 +245,7 @@ async def test_handler_error_under_worker_key_fails_session(
     assert count_calls_by_operation(faults)["update"] == 1
 
 
-async def test_api_key_is_used_for_optional_calls_and_token_for_required_calls(
+async def test_api_key_is_used_only_for_calls_that_worker_key_may_not_make(
     control_plane: ControlPlane, run_one_item: Any, faults: Faults, recorder: Recorder, dialect: str
 ) -> None:
     names: list[tuple[str, bool]] = []
@@ -272,7 +272,7 @@ async def test_api_key_is_used_for_optional_calls_and_token_for_required_calls(
     assert {name for name, key in names if not key} == {"poll", "ack", "heartbeat", "stop"}
 
 
-async def test_refused_optional_calls_are_tried_again_after_a_poll_was_refused(
+async def test_calls_refused_for_worker_key_are_tried_again_after_refused_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """A fault that refused a poll for a while may have refused the optional calls, too."""

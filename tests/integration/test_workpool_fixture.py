@@ -107,7 +107,9 @@ async def test_faults_are_injected_into_requests_of_pool(workpool: Kit) -> None:
     assert len(workpool.faults.of("poll")) >= 3
 
 
-async def test_run_session_without_matching_handler_fails_at_once(workpool: Kit) -> None:
+async def test_fixture_method_run_session_fails_at_once_without_matching_handler(
+    workpool: Kit,
+) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(add_numbers, metadata={"job": "subtract"}, timeout=3600)
     assert str(caught.value).splitlines() == [
@@ -144,7 +146,7 @@ async def test_wait_for_event_that_does_not_occur_reports_other_events(workpool:
             await workpool.wait_for(SessionFinished, timeout=0.05)
 
 
-async def test_run_session_with_failed_pool_raises_its_error(workpool: Kit) -> None:
+async def test_fixture_method_run_session_raises_error_of_failed_pool(workpool: Kit) -> None:
     workpool.faults.add(status(401), "poll")
     with pytest.raises(RefusedError, match="401"):
         await workpool.run_session(wait_for_cancellation)
@@ -253,7 +255,7 @@ async def test_session_in_virtual_time_loses_lease_that_a_fault_expires(workpool
 
 
 @in_virtual_time
-async def test_wait_for_answered_request_in_virtual_time_returns_request_with_status(
+async def test_faults_wait_for_returns_answered_request_with_status_in_virtual_time(
     workpool: Kit,
 ) -> None:
     workpool.faults.add(delay(8, applied=True), "ack")
@@ -270,7 +272,9 @@ async def test_fault_that_needs_http_is_refused_in_virtual_time(workpool: Kit) -
         workpool.faults.add(Hold(), "poll")
 
 
-async def test_kit_wait_for_without_count_returns_each_event_once(workpool: Kit) -> None:
+async def test_fixture_method_wait_for_without_count_argument_returns_each_event_once(
+    workpool: Kit,
+) -> None:
     workpool.enqueue(count=2)
     async with workpool.pool(wait_for_cancellation):
         first = await workpool.wait_for(SessionStarted)
@@ -281,7 +285,9 @@ async def test_kit_wait_for_without_count_returns_each_event_once(workpool: Kit)
         assert await workpool.wait_for(SessionStarted, count=1) is first
 
 
-async def test_kit_wait_for_timeout_error_lists_items_and_waiting_handlers(workpool: Kit) -> None:
+async def test_timeout_of_fixture_method_wait_for_lists_items_and_waiting_handlers(
+    workpool: Kit,
+) -> None:
     (running,) = workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
@@ -314,7 +320,7 @@ async def test_lost_lease_in_virtual_time_ends_session(workpool: Kit) -> None:
     assert finished.outcome == "lease_lost"
 
 
-async def test_call_of_kit_lose_for_item_without_lease_raises(workpool: Kit) -> None:
+async def test_fixture_method_lose_raises_for_item_without_lease(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
     with pytest.raises(ValueError, match=f"no worker holds a lease of {item.id}: it is queued"):
         workpool.lose(item)
