@@ -5,7 +5,7 @@ from __future__ import annotations
 from workpool.pool.pool_item import Attempt, RunCounts
 
 
-def test_metadata_of_released_run_contain_attempt_number_counted_in_this_process() -> None:
+def test_release_writes_attempt_number_known_only_to_this_process_into_metadata() -> None:
     """The metadata are the only place where another process can read the attempt number."""
     attempt = Attempt({}, redelivered=True)
     attempt.set_number_from_counted_runs(0)
@@ -16,7 +16,7 @@ def test_metadata_of_released_run_contain_attempt_number_counted_in_this_process
     }
 
 
-def test_attempt_number_is_the_greater_of_stored_and_counted_number() -> None:
+def test_attempt_number_comes_from_metadata_or_counted_runs_whichever_is_greater() -> None:
     attempt = Attempt({"workpool.attempt": "3"}, redelivered=True)
     attempt.set_number_from_counted_runs(1)
     assert attempt.number == 3

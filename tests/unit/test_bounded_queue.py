@@ -107,7 +107,7 @@ async def test_released_queue_place_skips_waiter_that_was_cancelled() -> None:
     assert queue.reserved == 1
 
 
-async def test_queue_place_granted_to_task_cancelled_at_once_goes_to_next_waiter() -> None:
+async def test_queue_place_granted_to_cancelled_waiter_goes_to_next_waiter() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await queue.reserve_place()
     async with asyncio.TaskGroup() as group:
@@ -137,7 +137,7 @@ async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> 
     ("items", "taken", "full", "idle"),
     [(0, 0, False, True), (1, 0, False, False), (1, 1, False, False), (2, 1, True, False)],
 )
-async def test_reserved_queue_places_do_not_change_flags_is_full_and_is_idle(
+async def test_queue_counts_as_full_or_idle_regardless_of_reserved_places(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
@@ -166,7 +166,7 @@ async def test_reservation_cancelled_while_queue_place_becomes_free_raises_cance
     assert queue.reserved == 0
 
 
-async def test_slot_whose_uses_are_exhausted_is_removed_from_queue_capacity() -> None:
+async def test_queue_capacity_shrinks_as_slots_reach_limit_on_number_of_items() -> None:
     queue: BoundedQueue[int] = BoundedQueue(2, 1, uses=2)
     assert queue.capacity == 2
     for used_up in (False, True):
@@ -254,7 +254,7 @@ async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None
     assert (queue.reserved, queue.waiting_item_count, queue.is_idle) == (2, 0, False)
 
 
-async def test_queue_reports_too_many_items_set_aside_when_they_fill_its_capacity() -> None:
+async def test_queue_has_too_many_items_set_aside_when_they_fill_its_capacity() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     assert not queue.too_many_items_set_aside
@@ -262,7 +262,7 @@ async def test_queue_reports_too_many_items_set_aside_when_they_fill_its_capacit
     assert queue.too_many_items_set_aside
 
 
-async def test_item_set_aside_whose_handler_is_free_starts_before_items_in_queue_places() -> None:
+async def test_item_set_aside_starts_before_queued_items_when_its_handler_is_free() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     queue.set_item_aside("b")
@@ -290,7 +290,7 @@ async def test_released_slot_goes_to_item_set_aside_rather_than_waiting_poller()
     assert queue.reserved == 1
 
 
-async def test_wait_while_too_many_items_are_set_aside_ends_when_one_of_them_starts() -> None:
+async def test_wait_because_of_too_many_items_set_aside_ends_when_one_starts() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_item_aside("a")
     async with asyncio.TaskGroup() as group:

@@ -81,7 +81,7 @@ class ClaimerTestbed:
     ],
     ids=["silence", "unsent", "reset", "500", "garbage", "429"],
 )
-def test_lease_after_failed_ack_starts_at_first_ack_that_may_have_been_applied(
+def test_lease_starts_at_first_ack_that_control_plane_may_have_applied(
     testbed: type[LeaseTestbed], fault: Fault, *, first: bool
 ) -> None:
     """A failed ack may have begun the lease, although only the repeated ack is answered."""
@@ -297,7 +297,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 
 
 @in_virtual_time
-async def test_lease_of_item_held_by_another_worker_is_lost_without_read_request(
+async def test_lease_of_item_held_by_another_worker_is_lost_without_get_request(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""
@@ -311,7 +311,7 @@ async def test_lease_of_item_held_by_another_worker_is_lost_without_read_request
 
 
 @in_virtual_time
-async def test_writes_to_item_already_active_at_ack_are_forbidden_until_heartbeat_succeeds(
+async def test_ack_of_active_item_forbids_writes_until_heartbeat_succeeds(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[make_fault_that_changes_state("active")])
@@ -325,7 +325,7 @@ async def test_writes_to_item_already_active_at_ack_are_forbidden_until_heartbea
 
 
 @in_virtual_time
-async def test_first_heartbeat_sent_during_drain_releases_lease(
+async def test_drain_before_first_heartbeat_releases_lease_with_that_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -340,7 +340,7 @@ async def test_first_heartbeat_sent_during_drain_releases_lease(
 
 
 @in_virtual_time
-async def test_drain_does_not_wait_for_retry_after_of_first_heartbeat(
+async def test_drain_does_not_wait_for_retry_delay_of_refused_first_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[make_refusal_fault(503, retry_after=20)])

@@ -181,7 +181,7 @@ async def test_first_stop_without_force_requests_stop_and_second_confirms_it(
     assert confirmed.state == "stopped"
 
 
-async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
+async def test_anthropic_stop_returns_no_item_and_raises_conflict_error_when_repeated(
     control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue()
@@ -192,7 +192,7 @@ async def test_anthropic_stop_returns_no_item_and_conflicts_when_repeated(
             await client.stop(item.id, force=True)
 
 
-async def test_anthropic_work_calls_send_beta_query(
+async def test_anthropic_item_and_queue_requests_have_query_parameter_beta(
     control_plane: ControlPlane, middleware: RecordingMiddleware
 ) -> None:
     async with WorkClient(make_settings_for_control_plane(control_plane, "anthropic")) as client:
@@ -314,7 +314,7 @@ async def test_poll_answered_with_json_other_than_object_or_null_raises_bad_body
     assert raised.value.reason == "bad_body"
 
 
-async def test_list_requests_all_pages_up_to_its_limit(
+async def test_item_list_is_read_page_by_page_up_to_limit(
     control_plane: ControlPlane, client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     ids = [item.id for item in control_plane.enqueue(250)]
@@ -337,7 +337,7 @@ async def test_client_requests_no_further_page_if_loop_over_item_list_ends_early
 
 
 @pytest.mark.parametrize("omitted", [{"has_more"}, {"has_more", "first_id", "last_id"}])
-async def test_list_without_has_more_continues_until_last_next_page(
+async def test_item_list_without_has_more_field_is_read_until_no_next_page_follows(
     control_plane: ControlPlane,
     client: WorkClient,
     middleware: RecordingMiddleware,
@@ -398,7 +398,7 @@ async def test_list_with_repeated_page_token_raises_transient_error(
     [{}, {"data": {}}, {"data": [7]}, {"data": [], "has_more": True, "next_page": 7},
      {"data": [], "next_page": 7}, [], None],
 )  # fmt: skip
-async def test_list_with_malformed_page_raises_bad_body(
+async def test_malformed_page_of_item_list_raises_transient_error_about_bad_body(
     qoder_client: WorkClient, middleware: RecordingMiddleware, page: Any
 ) -> None:
     middleware.instead = lambda: web.json_response(page)
@@ -549,7 +549,7 @@ async def test_call_raises_timeout_error_after_timeout_of_call_or_of_settings(
     middleware.hold.set()
 
 
-async def test_poll_waits_for_block_ms_unless_its_timeout_is_shorter(
+async def test_poll_waits_its_block_time_unless_poll_timeout_is_shorter(
     control_plane: ControlPlane,
 ) -> None:
     async with WorkClient(
@@ -566,7 +566,7 @@ async def test_poll_waits_for_block_ms_unless_its_timeout_is_shorter(
             await client.poll(999, timeout=0.3)
 
 
-async def test_poll_with_malformed_item_raises_bad_body(
+async def test_poll_with_malformed_item_raises_transient_error_about_bad_body(
     qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     middleware.instead = lambda: web.json_response({"id": "../x"})
@@ -575,7 +575,7 @@ async def test_poll_with_malformed_item_raises_bad_body(
     assert (raised.value.reason, raised.value.status) == ("bad_body", 200)
 
 
-async def test_stop_without_reading_item_accepts_any_json_object(
+async def test_stop_that_ignores_returned_item_accepts_any_json_object_as_answer(
     qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     middleware.instead = lambda: web.Response(body=b'{"id": 7}')
@@ -585,7 +585,7 @@ async def test_stop_without_reading_item_accepts_any_json_object(
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{" * 5_000_000])
-async def test_stop_without_reading_item_rejects_body_that_is_no_json_object(
+async def test_stop_that_ignores_returned_item_rejects_answer_that_is_no_json_object(
     qoder_client: WorkClient, middleware: RecordingMiddleware, body: bytes
 ) -> None:
     """A page of a gateway with status 200 may mean that the request was not forwarded."""
@@ -594,7 +594,7 @@ async def test_stop_without_reading_item_rejects_body_that_is_no_json_object(
         await qoder_client.stop(UNKNOWN, force=True, read_item=False)
 
 
-async def test_refused_stop_without_reading_item_raises_refused_error(
+async def test_refused_stop_that_ignores_returned_item_raises_refused_error(
     qoder_client: WorkClient,
 ) -> None:
     with pytest.raises(RefusedError) as raised:
@@ -647,7 +647,7 @@ async def test_wait_for_rate_limit_is_reported_with_its_seconds(
     assert waits[1][1] >= 0.05
 
 
-async def test_ack_does_not_wait_for_rate_limit_if_permit_was_acquired_before_poll(
+async def test_ack_with_permit_acquired_before_poll_does_not_wait_for_rate_limit(
     control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue()
@@ -664,7 +664,7 @@ async def test_ack_does_not_wait_for_rate_limit_if_permit_was_acquired_before_po
         assert acquire_all_tokens(client.rate_limits.write) == 1
 
 
-async def test_cancelled_wait_for_ack_permit_uses_no_rate_limit_token(
+async def test_cancelling_wait_for_ack_permit_leaves_rate_limiter_token_unused(
     control_plane: ControlPlane,
 ) -> None:
     async with WorkClient(
@@ -680,7 +680,7 @@ async def test_cancelled_wait_for_ack_permit_uses_no_rate_limit_token(
         assert acquire_all_tokens(client.rate_limits.write) == 1
 
 
-async def test_client_without_limits_never_uses_its_rate_limiters(
+async def test_client_with_unlimited_rates_never_calls_its_rate_limiters(
     control_plane: ControlPlane,
 ) -> None:
     control_plane.enqueue()
@@ -746,7 +746,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
     ("header", "kept"),
     [(TRACE, TRACE), (None, None), ("", None), ("00-0-0-0", None), (TRACE + "-more", None)],
 )
-async def test_traceparent_of_poll_is_kept_only_if_valid(
+async def test_item_has_traceparent_of_poll_response_only_if_valid(
     control_plane: ControlPlane,
     middleware: RecordingMiddleware,
     client: WorkClient,

@@ -62,7 +62,7 @@ def test_end_reason_in_later_row_of_completion_table_outranks_earlier_ones(
 
 
 @pytest.mark.parametrize("reason", list(EndReason))
-def test_each_end_reason_selects_its_own_completion_row(reason: EndReason) -> None:
+def test_each_end_reason_selects_its_own_row_of_completion_table(reason: EndReason) -> None:
     item: Any = StandInWithGivenAttributes(reason=reason)
     assert find_completion_row(item) is TABLE[reason]
 
@@ -104,7 +104,9 @@ def test_outcome_of_session_depends_on_lease_status_and_stop_request(
         ("a\ud800b", "a?b"),
     ],
 )
-def test_error_note_in_metadata_is_cut_to_limit_and_can_be_encoded(text: str, note: str) -> None:
+def test_error_text_in_metadata_is_shortened_to_512_valid_unicode_characters(
+    text: str, note: str
+) -> None:
     assert NOTE_LIMIT == 512
     assert make_metadata_text(text) == note
 
@@ -114,7 +116,7 @@ class UnprintableError(Exception):
         raise ZeroDivisionError
 
 
-def test_error_that_cannot_be_printed_still_has_text() -> None:
+def test_safe_str_returns_text_for_error_whose_str_method_fails() -> None:
     assert safe_str(ValueError("why")) == "why"
     assert "UnprintableError" not in safe_str("reason")
     assert isinstance(safe_str(UnprintableError()), str)

@@ -167,7 +167,7 @@ async def test_number_of_connections_for_pool_calls_is_unlimited() -> None:
             task.cancel()
 
 
-async def test_call_with_option_new_connection_opens_a_new_connection() -> None:
+async def test_call_that_demands_new_connection_does_not_reuse_existing_one() -> None:
     async with running_server() as server, WorkClient(server.settings_for_url()) as client:
         for _ in range(3):
             await client.stop(WORK, options=STOP)
@@ -364,7 +364,7 @@ def refuse_to_start_thread(_thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 
 
-async def test_host_lookup_that_hangs_is_repeated_by_call_after_lookup_time_limit(
+async def test_call_after_hanging_host_lookup_looks_host_up_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     release, look_up = threading.Event(), socket.getaddrinfo

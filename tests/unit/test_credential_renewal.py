@@ -66,7 +66,7 @@ async def test_credential_reading_shared_by_two_callers_continues_after_one_is_c
     assert (first.cancelled(), second.result(), file.readings) == (True, "token 1", 1)
 
 
-async def test_credential_source_in_memory_is_read_on_the_calling_thread(
+async def test_credential_source_without_file_is_read_on_the_calling_thread(
     executor_with_four_threads: ThreadPoolExecutor,
 ) -> None:
     thread = threading.get_ident()

@@ -88,7 +88,7 @@ def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     assert (scene.state.ended_count, scene.state.acked, scene.state.reclaimed["two"]) == (1, 2, 1)
 
 
-def test_demo_state_counts_down_to_expiry_of_the_last_lease() -> None:
+def test_demo_state_counts_down_seconds_until_lease_expires() -> None:
     scene = DemoTestbed()
     assert scene.state.seconds_until_lease_lapse("one") is None
     scene.claim_item("one")

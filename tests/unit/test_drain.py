@@ -184,7 +184,7 @@ async def test_second_drain_request_leaves_start_time_and_timeout_unchanged() ->
 
 
 @in_virtual_time
-async def test_cancelled_task_finishes_end_of_pool_before_it_raises_cancelled_error() -> None:
+async def test_cancelled_pool_task_ends_pool_before_it_raises_cancelled_error() -> None:
     drain, ended = Drain(), list[str]()
 
     async def end_pool_after_drain_request() -> None:
@@ -204,7 +204,7 @@ async def test_cancelled_task_finishes_end_of_pool_before_it_raises_cancelled_er
 
 
 @in_virtual_time
-async def test_end_of_pool_requests_no_drain_if_task_is_not_cancelled() -> None:
+async def test_pool_that_ends_without_cancellation_requests_no_drain() -> None:
     drain = Drain()
     await await_despite_cancellation(lambda: asyncio.sleep(1), drain)
     assert not drain.requested.is_set()

@@ -77,7 +77,7 @@ def test_environment_id_selects_table_of_that_environment(
     assert chosen == Settings(config=write_config(TWO), **values)
 
 
-def test_environment_table_overrides_variable_and_keyword_overrides_table(
+def test_environment_table_overrides_environment_variable_but_not_keyword_argument(
     write_config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", "40")
@@ -175,7 +175,7 @@ def test_environment_table_named_by_invalid_id_is_refused(
     assert problem.startswith("environment_id: must be 1 to 128 letters, digits, _ or - (from ")
 
 
-def test_setting_environment_id_in_file_with_environment_tables_is_refused(
+def test_config_file_with_environment_id_and_environment_tables_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
     path = write_config(TWO.replace("[workpool]", '[workpool]\nenvironment_id = "env_a"'))
@@ -195,7 +195,7 @@ def test_environment_id_without_table_in_file_is_refused(
     )
 
 
-def test_error_without_environment_id_lists_environments_of_file(
+def test_error_about_missing_environment_id_lists_environments_of_config_file(
     write_config: Callable[[str], Path],
 ) -> None:
     settings = Settings(config=write_config(TWO))

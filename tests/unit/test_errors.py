@@ -10,7 +10,7 @@ APPLIED_NEVER = {"not_sent", "throttled"}
 
 
 @pytest.mark.parametrize("reason", get_args(Reason))
-def test_request_with_transient_error_counts_as_possibly_applied_unless_not_accepted(
+def test_reason_of_transient_error_shows_whether_request_may_have_been_applied(
     reason: Reason,
 ) -> None:
     error = TransientError("stop", None, "x", reason=reason)

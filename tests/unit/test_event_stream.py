@@ -112,7 +112,7 @@ async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_even
 
 
 @in_virtual_time
-async def test_event_stream_waits_for_retry_after() -> None:
+async def test_event_stream_retries_after_delay_requested_by_control_plane() -> None:
     bench = SessionEventsTestbed(stream=[Fault(answer=429, retry_after=100)])
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:

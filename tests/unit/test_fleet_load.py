@@ -27,7 +27,7 @@ def make_load_readers(
     return FleetLoadReaders(readers, slots, ReplicaRule(7, 1, 20))
 
 
-def test_fleet_totals_add_up_counts_of_two_environments_and_contain_greatest_age() -> None:
+def test_fleet_totals_sum_item_counts_and_contain_longest_queue_time() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
     numbers = make_load_readers(loads, {"env_a": 8, "env_b": 8}).fleet_scaling_numbers()
     assert numbers is not None

@@ -41,7 +41,7 @@ def test_handler_without_arguments_takes_every_session() -> None:
     assert (rule.timeout, rule.max_sessions) == (None, None)
 
 
-def test_arguments_of_handler_decorator_become_fields_of_its_rule() -> None:
+def test_arguments_of_handler_decorator_become_fields_of_handler_rule() -> None:
     function = make_handler_function()
     mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
     marked: Signature = mark(function)
@@ -52,7 +52,7 @@ def test_arguments_of_handler_decorator_become_fields_of_its_rule() -> None:
     assert (rule.timeout, rule.max_sessions) == (1.5, 2)
 
 
-def test_metadata_changed_after_decoration_do_not_change_rule() -> None:
+def test_later_change_of_metadata_argument_does_not_change_handler_rule() -> None:
     metadata = {"job": "a"}
     function = handler(metadata=metadata)(make_handler_function())
     metadata["job"] = "b"
@@ -71,14 +71,14 @@ def test_bound_method_has_the_handler_rule_of_its_decorated_function() -> None:
     assert rule.max_sessions == 3
 
 
-def test_partial_of_decorated_function_has_rule_of_that_function() -> None:
+def test_functools_partial_of_decorated_function_has_its_handler_rule() -> None:
     assert (
         rule_of(functools.partial(functools.partial(handler(make_handler_function())))) is not None
     )
     assert rule_of(functools.partial(make_handler_function())) is None
 
 
-def test_object_that_has_every_attribute_does_not_count_as_decorated_handler() -> None:
+def test_object_with_dynamic_attributes_does_not_count_as_decorated_handler() -> None:
     class ObjectWithEveryAttribute:
         def __getattr__(self, name: str) -> str:
             return name
@@ -250,7 +250,7 @@ def test_error_about_wrong_argument_of_retry_names_that_argument(
         Retry(**{"on": ConnectionError} | arguments)
 
 
-def test_rule_of_handler_contains_its_retry_settings() -> None:
+def test_handler_rule_contains_retry_settings_of_decorator() -> None:
     retry = Retry(on=(ConnectionError, TimeoutError), times=5)
     rule = rule_of(handler(retry=retry)(make_handler_function()))
     assert rule is not None

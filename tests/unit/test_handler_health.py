@@ -125,7 +125,7 @@ ENDS: list[tuple[Outcome, float, BaseException | None, bool]] = [
 
 
 @pytest.mark.parametrize(("outcome", "seconds", "error", "counts"), ENDS)
-def test_session_that_fails_at_once_or_exhausts_a_resource_counts_as_failure(
+def test_only_quick_failures_and_exhausted_resources_make_handler_failing(
     outcome: Outcome, seconds: float, error: BaseException | None, *, counts: bool
 ) -> None:
     @in_virtual_time
@@ -151,7 +151,7 @@ def test_session_that_fails_at_once_or_exhausts_a_resource_counts_as_failure(
         ("detached", 5.0, False),
     ],
 )
-def test_handler_is_no_longer_failing_after_completed_session_or_slow_failure(
+def test_failing_handler_recovers_after_completed_session_or_failure_after_five_seconds(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
@@ -171,7 +171,7 @@ def test_handler_is_no_longer_failing_after_completed_session_or_slow_failure(
 
 
 @in_virtual_time
-async def test_failing_handler_claims_one_item_at_a_time_after_its_pause() -> None:
+async def test_failing_handler_first_claims_nothing_and_then_one_item_at_a_time() -> None:
     bench = HandlerHealthTestbed()
     bench.fail_sessions()
     await asyncio.sleep(0.9)
@@ -219,7 +219,7 @@ async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() ->
 
 
 @in_virtual_time
-async def test_wait_for_admission_lasts_until_running_session_of_failing_handler_ends() -> None:
+async def test_wait_to_claim_ends_when_running_session_of_failing_handler_ends() -> None:
     bench = HandlerHealthTestbed()
     bench.fail_sessions()
     await asyncio.sleep(2)
@@ -236,7 +236,7 @@ async def test_wait_for_admission_lasts_until_running_session_of_failing_handler
 
 
 @in_virtual_time
-async def test_wait_for_admission_with_two_paused_handlers_ends_after_shorter_pause() -> None:
+async def test_wait_to_claim_ends_with_shorter_pause_of_two_failing_handlers() -> None:
     bench = HandlerHealthTestbed()
     bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
     await asyncio.sleep(1)
@@ -249,7 +249,7 @@ async def test_wait_for_admission_with_two_paused_handlers_ends_after_shorter_pa
 
 
 @in_virtual_time
-async def test_wait_for_admission_ends_after_pause_of_handler_while_other_handler_runs() -> None:
+async def test_wait_to_claim_ends_with_pause_of_failing_handler_although_another_runs() -> None:
     """The handler OTHER runs the one session that a failing handler may run; BROKEN pauses."""
     bench = HandlerHealthTestbed()
     for _ in range(FAILURES):

@@ -147,7 +147,7 @@ def test_claims_are_refused_if_admission_hook_raises_error_or_returns_reason() -
     assert not Plugins.load([], [], {}).has_admission_hook
 
 
-def test_event_hook_receives_events() -> None:
+def test_workpool_event_hook_of_plugin_receives_reported_event() -> None:
     seen: list[Event] = []
 
     class EventRecorderPlugin:

@@ -164,11 +164,11 @@ def test_item_without_timestamps_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, "", [], "1" * 65])
-def test_invalid_latest_heartbeat_of_item_is_parsed_as_none(bad: object) -> None:
+def test_latest_heartbeat_field_with_invalid_type_or_length_is_parsed_as_none(bad: object) -> None:
     assert parse_item({**ITEM, "latest_heartbeat_at": bad}).last_heartbeat is None
 
 
-def test_latest_heartbeat_of_item_that_is_no_timestamp_is_kept_unchanged() -> None:
+def test_latest_heartbeat_field_with_opaque_text_is_kept_unchanged() -> None:
     item = parse_item({**ITEM, "latest_heartbeat_at": "opaque-7"})
     assert (item.latest_heartbeat_at, item.last_heartbeat) == (None, "opaque-7")
 
@@ -180,7 +180,7 @@ def test_queue_stats_with_unreadable_timestamp_are_parsed() -> None:
         )
 
 
-def test_timestamp_of_last_heartbeat_keeps_its_received_text() -> None:
+def test_timestamp_of_last_heartbeat_is_kept_as_unchanged_text() -> None:
     text = "2026-01-02T05:04:05.100000000+02:00"
     assert parse_item({**ITEM, "latest_heartbeat_at": text}).last_heartbeat == text
     assert parse_heartbeat({**HEARTBEAT, "last_heartbeat": text}).last_heartbeat == text
@@ -273,7 +273,7 @@ def test_heartbeat_answer_without_lease_extension_may_omit_last_heartbeat_and_tt
     assert (heartbeat.last_heartbeat, heartbeat.ttl_seconds) == ("", ttl or 0)
 
 
-def test_heartbeat_of_stopped_item_needs_no_last_heartbeat() -> None:
+def test_heartbeat_answer_for_stopped_item_may_have_null_last_heartbeat_field() -> None:
     stopped = {"state": "stopped", "last_heartbeat": None, "ttl_seconds": 0}
     assert parse_heartbeat({**HEARTBEAT, **stopped}).last_heartbeat == ""
 

@@ -164,7 +164,7 @@ async def test_call_waiting_during_long_machine_sleep_is_not_sent(
 
 
 @in_virtual_time
-async def test_call_delayed_by_machine_pause_is_sent_only_after_next_heartbeat(
+async def test_call_waiting_during_machine_pause_is_sent_after_next_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
@@ -226,7 +226,7 @@ async def test_callback_before_sending_is_not_called_if_request_is_not_sent(
 
 
 @in_virtual_time
-async def test_call_for_item_without_lease_raises_attribute_error(
+async def test_call_for_item_whose_lease_attribute_is_missing_raises_attribute_error(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -293,7 +293,7 @@ async def test_attempt_of_call_takes_at_most_request_timeout(testbed: type[Lease
 
 
 @in_virtual_time
-async def test_attempt_of_call_takes_at_most_a_third_of_its_own_time_limit(
+async def test_each_attempt_takes_at_most_a_third_of_time_limit_of_call(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[SILENCE] * 99)
@@ -336,7 +336,7 @@ def test_call_repeated_because_of_missing_answer_uses_new_connection(
 
 
 @in_virtual_time
-async def test_each_retry_of_a_call_keeps_priority_and_permit_of_that_call(
+async def test_retries_of_call_keep_its_rate_limiter_priority_and_permit(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[SILENCE])
@@ -364,7 +364,7 @@ async def test_completion_write_is_retried_as_long_as_lease_is_renewed(
 
 
 @in_virtual_time
-async def test_call_waits_for_retry_after_but_at_most_half_of_remaining_time(
+async def test_retry_delay_of_control_plane_is_limited_to_half_of_remaining_time(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
@@ -427,7 +427,9 @@ async def test_call_raises_cancelled_error_if_calling_task_is_cancelled(
 
 
 @in_virtual_time
-async def test_session_read_continues_across_lease_renewals(testbed: type[LeaseTestbed]) -> None:
+async def test_read_while_leased_continues_while_lease_is_renewed(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed()
     answered = asyncio.Event()
     async with item_with_renewed_lease(one) as item:
@@ -441,7 +443,7 @@ async def test_session_read_continues_across_lease_renewals(testbed: type[LeaseT
 
 
 @in_virtual_time
-async def test_session_read_ends_at_its_time_limit_or_when_lease_is_lost(
+async def test_read_while_leased_ends_at_time_limit_or_when_lease_is_lost(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -456,7 +458,7 @@ async def test_session_read_ends_at_its_time_limit_or_when_lease_is_lost(
 
 
 @in_virtual_time
-async def test_limit_on_concurrent_calls_of_one_handler_does_not_delay_other_handlers(
+async def test_many_concurrent_calls_by_one_handler_do_not_delay_calls_by_another(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()

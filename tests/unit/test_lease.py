@@ -305,7 +305,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), ANSWERS)
-def test_heartbeat_answer_determines_decision_status_and_deadline(
+def test_heartbeat_answer_determines_decision_and_status_and_deadline_of_lease(
     state: Callable[[], Lease],
     outcome: Heartbeat | ControlPlaneError,
     expected: ExpectedLease,
@@ -329,7 +329,7 @@ def test_next_heartbeat_is_due_with_jitter_shortly_before_third_of_ttl(ttl: int)
 
 
 @pytest.mark.parametrize(("ttl", "margin"), [(10, 1), (60, 6), (600, 60)])
-def test_lease_is_given_up_a_tenth_of_ttl_before_its_deadline(ttl: int, margin: float) -> None:
+def test_give_up_time_is_one_tenth_of_ttl_before_lease_deadline(ttl: int, margin: float) -> None:
     lease = renewed_lease(ttl=ttl)
     assert (lease.deadline, lease.give_up_at) == (ttl, ttl - margin)
 
@@ -341,7 +341,7 @@ def test_lease_before_first_heartbeat_ends_sixty_seconds_after_ack() -> None:
     assert not lease.begun
 
 
-def test_lease_deadline_of_item_already_active_at_ack_counts_from_poll() -> None:
+def test_deadline_after_ack_of_active_item_counts_from_poll() -> None:
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
@@ -350,7 +350,7 @@ def test_lease_deadline_of_item_already_active_at_ack_counts_from_poll() -> None
     assert not lease.unsettled
 
 
-def test_deadline_of_lease_that_ack_has_begun_counts_from_ack_not_poll() -> None:
+def test_deadline_of_lease_begun_by_ack_counts_from_ack_and_not_from_poll() -> None:
     assert make_lease(polled_at=-9.0).deadline == 60
     assert make_lease(polled_at=-9.0, state="active", parents_heartbeat="hb").deadline == 60
 
@@ -375,7 +375,7 @@ def test_heartbeat_timeout_is_limited_by_request_timeout_ttl_and_deadline(
 
 
 @pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing_lease()], ids=["first", "release"])
-def test_heartbeat_that_may_shorten_lease_times_out_early_enough_for_another_attempt(
+def test_timeout_of_heartbeat_that_may_shorten_lease_leaves_time_for_another_attempt(
     lease: Lease,
 ) -> None:
     attempt = lease.begin_heartbeat(SENT, SENT)
@@ -411,7 +411,7 @@ def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
     assert (lease.status, lease.loss_confirmed, lease.deadline) == ("lost", False, 60)
 
 
-def test_lease_after_unanswered_heartbeat_is_shortened_to_requested_ttl() -> None:
+def test_unanswered_heartbeat_shortens_lease_to_ttl_that_it_requested() -> None:
     lease = make_lease(ttl=10)
     begin_heartbeat_and_apply_answer(lease, 1.0, 2.0, make_transient_error())
     assert (lease.deadline, lease.give_up_at) == (11, 10)
@@ -461,7 +461,7 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
-def test_expected_last_heartbeat_comes_from_latest_heartbeat_with_answer() -> None:
+def test_expected_last_heartbeat_field_comes_from_latest_answered_heartbeat() -> None:
     lease = make_lease()
     assert lease.begin_heartbeat(0.0, 0.0).expected == "NO_HEARTBEAT"
     lease = renewed_lease()
@@ -472,7 +472,7 @@ def test_expected_last_heartbeat_comes_from_latest_heartbeat_with_answer() -> No
     assert lease.expected == "hb_2"
 
 
-def test_expected_last_heartbeat_of_child_is_that_of_its_parent() -> None:
+def test_child_process_expects_last_heartbeat_of_its_parent_process() -> None:
     assert make_lease(parents_heartbeat="hb_7").expected == "hb_7"
 
 
@@ -485,7 +485,7 @@ def test_expected_last_heartbeat_of_child_is_that_of_its_parent() -> None:
         (item_of_this_worker(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
-def test_expected_last_heartbeat_after_item_read_comes_from_that_item(
+def test_expected_last_heartbeat_field_after_reading_item_comes_from_that_item(
     item: WorkItem, expected: str
 ) -> None:
     lease = lease_with_unanswered_heartbeat()
@@ -548,7 +548,7 @@ READ_AT = ANSWERED + 1
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), READS)
-def test_answer_to_item_read_determines_decision_status_and_deadline(
+def test_answer_to_get_request_determines_decision_and_status_and_deadline_of_lease(
     state: Callable[[], Lease],
     outcome: WorkItem | ControlPlaneError | None,
     expected: ExpectedLease,
@@ -563,7 +563,7 @@ def test_answer_to_item_read_determines_decision_status_and_deadline(
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
 
-def test_heartbeat_answer_412_causes_item_read_while_holder_is_unknown() -> None:
+def test_heartbeat_answer_412_causes_get_request_while_holder_of_item_is_unknown() -> None:
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     lease.apply_read_item(READ_AT, "conflict", make_transient_error())
@@ -575,7 +575,7 @@ def test_heartbeat_answer_412_causes_item_read_while_holder_is_unknown() -> None
     )
 
 
-def test_answer_to_item_read_after_end_of_lease_changes_nothing() -> None:
+def test_answer_to_get_request_that_arrives_after_lease_end_changes_nothing() -> None:
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     lease.end_lease("released")
@@ -584,7 +584,7 @@ def test_answer_to_item_read_after_end_of_lease_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
-def test_heartbeat_answer_stopping_requests_stop_unless_pool_itself_stopped_item(
+def test_heartbeat_answer_with_state_stopping_is_stop_request_unless_pool_stopped_item(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
@@ -594,7 +594,7 @@ def test_heartbeat_answer_stopping_requests_stop_unless_pool_itself_stopped_item
     assert lease.stop_requested == requested  # A stop request is never withdrawn.
 
 
-def test_first_heartbeat_with_answer_stopping_begins_lease() -> None:
+def test_first_heartbeat_answer_with_state_stopping_begins_lease() -> None:
     lease = fresh_lease()
     begin_heartbeat_and_apply_answer(lease, 0.0, 1.0, make_heartbeat(state="stopping"))
     assert lease.begun
@@ -628,7 +628,7 @@ def test_lease_released_during_heartbeat_ends_after_one_further_heartbeat() -> N
     assert lease.status == "released"
 
 
-def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> None:
+def test_unanswered_heartbeat_that_releases_lease_is_repeated_with_same_ttl() -> None:
     lease = releasing_lease()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, make_transient_error())
     # If the unanswered heartbeat was applied, the lease ends after the requested ttl of 12 s.
@@ -638,7 +638,7 @@ def test_unanswered_last_heartbeat_of_release_is_repeated_with_same_ttl() -> Non
     assert lease.deadline == SENT + 12
 
 
-def test_last_heartbeat_with_answer_stopping_releases_lease_even_without_extension() -> None:
+def test_answer_with_state_stopping_to_last_heartbeat_releases_lease_without_extension() -> None:
     lease = releasing_lease()
     begin_heartbeat_and_apply_answer(
         lease, SENT, ANSWERED, make_heartbeat(2, lease_extended=False, state="stopping")
@@ -653,7 +653,7 @@ def test_request_to_check_lease_makes_heartbeat_due_at_once() -> None:
     assert lease.due_at == 5.0
 
 
-def test_request_to_check_lease_while_suspended_schedules_no_heartbeat() -> None:
+def test_immediate_heartbeat_is_not_scheduled_while_heartbeats_are_suspended() -> None:
     lease = renewed_lease()
     lease.suspend_heartbeats()
     lease.make_heartbeat_due(5.0)
@@ -676,14 +676,14 @@ def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
     assert lease.due_at == due_at
 
 
-def test_second_machine_pause_after_successful_heartbeat_requires_verification_again() -> None:
+def test_another_pause_of_machine_after_successful_heartbeat_requires_new_verification() -> None:
     lease = renewed_lease()
     lease.verify_after_pause(5.0)
     begin_heartbeat_and_apply_answer(lease, 5.0, 5.1, make_heartbeat(2))
     assert lease.verify_after_pause(7.0)
 
 
-def test_successful_heartbeat_records_clock_offset_at_its_send_time() -> None:
+def test_successful_heartbeat_records_wall_clock_offset_of_its_send_time() -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
@@ -692,7 +692,7 @@ def test_successful_heartbeat_records_clock_offset_at_its_send_time() -> None:
 
 
 @pytest.mark.parametrize("extended", [True, False])
-def test_lease_is_lost_if_heartbeat_answer_after_machine_pause_is_stopping(
+def test_heartbeat_answer_with_state_stopping_after_machine_pause_ends_lease_as_lost(
     *, extended: bool
 ) -> None:
     lease = renewed_lease()

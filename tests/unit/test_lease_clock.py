@@ -27,7 +27,9 @@ def test_lease_clock_is_monotonic_across_threads() -> None:
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux has this clock")
-def test_lease_clock_counts_sleep_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_clock_includes_time_of_machine_sleep_on_linux(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(time, "clock_gettime", float)
     assert clock_including_sleep()() == float(time.CLOCK_BOOTTIME)
 

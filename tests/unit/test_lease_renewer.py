@@ -93,7 +93,7 @@ async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[Lea
 
 
 @in_virtual_time
-async def test_new_lease_is_renewed_from_next_tick(testbed: type[LeaseTestbed]) -> None:
+async def test_lease_added_to_idle_renewer_is_renewed_in_time(testbed: type[LeaseTestbed]) -> None:
     one = testbed(ttl=10)
     async with one.open_clients():
         await asyncio.sleep(100.5)
@@ -175,7 +175,7 @@ async def test_lease_with_contradictory_heartbeat_answers_is_lost_after_few_requ
 
 
 @pytest.mark.parametrize(("ttl", "end"), [(60, 54), (10, 9)])
-def test_lease_without_answers_is_lost_before_its_deadline(
+def test_lease_whose_heartbeats_get_no_answer_is_lost_before_deadline(
     testbed: type[LeaseTestbed], ttl: int, end: float
 ) -> None:
     @in_virtual_time
@@ -191,7 +191,7 @@ def test_lease_without_answers_is_lost_before_its_deadline(
 
 
 @in_virtual_time
-async def test_lease_whose_heartbeat_waits_for_a_connection_is_lost_before_its_deadline(
+async def test_lease_is_lost_before_deadline_while_heartbeat_waits_for_connection(
     testbed: type[LeaseTestbed],
 ) -> None:
     """No request timeout ends the wait for a connection, so the renewer must end the lease."""
@@ -317,7 +317,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
 
 
 @in_virtual_time
-async def test_lease_is_lost_if_last_heartbeat_for_release_cannot_be_sent(
+async def test_lease_is_lost_if_heartbeat_that_releases_it_cannot_be_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, *[UNSENT] * 99])
@@ -519,7 +519,7 @@ async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_leas
 
 
 @in_virtual_time
-async def test_paused_machine_sends_only_heartbeats_until_each_lease_is_verified(
+async def test_worker_after_machine_pause_sends_only_heartbeats_until_leases_are_verified(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -557,7 +557,7 @@ async def test_renewer_detects_pause_of_machine_at_next_tick(testbed: type[Lease
 
 
 @in_virtual_time
-async def test_item_claimed_by_another_worker_during_pause_is_lost_before_any_write(
+async def test_lease_of_item_claimed_elsewhere_during_machine_pause_is_lost_before_any_write(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()

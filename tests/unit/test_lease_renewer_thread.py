@@ -344,7 +344,7 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(
         release.set()
 
 
-async def test_lag_of_blocked_handlers_loop_is_reported_as_event(
+async def test_lag_of_blocked_event_loop_is_reported_to_observers(
     testbed: LeaseRenewerTestbed,
 ) -> None:
     async with testbed.make_renewer():
@@ -393,7 +393,7 @@ async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
         assert lease.is_held(testbed.lease_clock())
 
 
-async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
+async def test_no_heartbeat_is_sent_while_event_loop_is_blocked_too_long(
     testbed: LeaseRenewerTestbed,
 ) -> None:
     item = await testbed.claim_item()
@@ -407,7 +407,7 @@ async def test_heartbeat_due_while_loop_is_blocked_too_long_is_not_sent(
         await testbed.wait_for_heartbeats(2)
 
 
-async def test_logged_seconds_of_blocked_loop_are_exact_despite_rare_renewer_ticks(
+async def test_logged_blocking_time_of_loop_is_exact_although_it_is_checked_rarely(
     testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A clock measures the seconds: the monitor counts at most a third of each renewer tick."""
@@ -505,7 +505,7 @@ def test_closed_loop_ends_renewer_thread(
     assert not renewer.renewing
 
 
-async def test_renewer_thread_ends_lease_with_hanging_heartbeat_before_its_deadline(
+async def test_renewer_thread_ends_lease_before_deadline_although_heartbeat_hangs(
     testbed: LeaseRenewerTestbed,
 ) -> None:
     """Timers stood still while the machine slept, so no timeout ends the heartbeat."""

@@ -76,7 +76,7 @@ def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
     assert set(FIELDS) == of_formatters.union(*found.values())
 
 
-def test_log_messages_contain_no_values_written_as_key_equals_value() -> None:
+def test_log_messages_contain_no_fields_with_equals_sign() -> None:
     messages = {place: get_message_of_logging_call(call) for place, call, _ in find_logging_calls()}
     wrong = {place: text for place, text in messages.items() if re.search(r"=[%{]", text)}
     assert not wrong
@@ -110,7 +110,7 @@ def capture_log_records() -> Iterator[list[logging.LogRecord]]:
 IDS = {"environment_id": "env_1", "worker_id": "host-1"}
 
 
-def test_log_record_has_ids_of_pool_only_within_context_of_that_pool(
+def test_log_record_has_pool_ids_only_inside_block_that_sets_them(
     capture_log_records: list[logging.LogRecord],
 ) -> None:
     log = pool_logger("workpool.test")
@@ -122,7 +122,7 @@ def test_log_record_has_ids_of_pool_only_within_context_of_that_pool(
     assert not set(IDS) & set(outside)
 
 
-def test_log_record_outside_of_pools_gets_default_ids_from_filter() -> None:
+def test_logging_filter_adds_default_pool_ids_to_record_without_ids() -> None:
     record: Any = logging.makeLogRecord({})
     assert PoolIds(lambda: IDS).filter(record)
     assert record.worker_id == "host-1"
@@ -148,7 +148,7 @@ def test_record_has_the_trace_of_a_valid_span(
 
 
 @pytest.mark.parametrize("found", [None, ModuleType("opentelemetry.trace")])
-def test_record_without_opentelemetry_or_during_its_import_has_no_trace(
+def test_log_record_has_no_trace_id_without_fully_imported_opentelemetry(
     capture_log_records: list[logging.LogRecord],
     monkeypatch: pytest.MonkeyPatch,
     found: ModuleType | None,
@@ -162,7 +162,7 @@ def test_record_without_opentelemetry_or_during_its_import_has_no_trace(
     assert found is not None or "opentelemetry.trace" not in sys.modules
 
 
-def test_record_has_the_trace_of_the_real_opentelemetry_library(
+def test_log_record_has_trace_id_of_current_opentelemetry_span(
     capture_log_records: list[logging.LogRecord],
 ) -> None:
     trace = pytest.importorskip("opentelemetry.trace")

@@ -229,7 +229,7 @@ def test_second_redaction_does_not_change_redacted_text() -> None:
 
 
 @pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
-def test_token_at_the_cut_in_a_long_log_message_is_redacted_whole() -> None:
+def test_token_split_by_truncation_of_long_log_message_is_redacted_completely() -> None:
     hide_token("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
         text = "x" * before + "hunter2-" * 8 + "y" * (2 * MESSAGE_CHARACTERS - before)
@@ -237,7 +237,7 @@ def test_token_at_the_cut_in_a_long_log_message_is_redacted_whole() -> None:
 
 
 @pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
-def test_number_of_remembered_tokens_is_limited() -> None:
+def test_number_of_tokens_remembered_for_redaction_is_limited() -> None:
     for number in range(1000):
         hide_token(f"token-{number:04}")
         hide_item_token(f"item-{number:04}")

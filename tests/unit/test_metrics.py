@@ -365,7 +365,7 @@ def test_each_event_increases_exactly_the_metrics_listed_for_it(
     assert compute_increases_of_samples(before, scrape_samples(registry)) == adds
 
 
-def test_increases_of_metrics_are_listed_for_every_event_type() -> None:
+def test_table_of_metric_increases_covers_every_event_type() -> None:
     assert {type(event) for event, _ in FED} == set(get_args(ev.Event))
 
 
@@ -650,7 +650,7 @@ def test_metrics_registry_can_be_garbage_collected_after_metrics_close() -> None
     assert gone() is None
 
 
-def test_threads_can_count_while_registry_is_scraped(
+def test_metrics_count_correctly_from_several_threads_during_scrape(
     pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     rounds, errors = 2000, []
@@ -690,7 +690,7 @@ def test_threads_can_count_while_registry_is_scraped(
     assert finished == [100] * 40
 
 
-def test_supervisors_can_open_on_one_registry_from_several_threads(
+def test_several_threads_can_register_pool_metrics_in_one_registry(
     registry: CollectorRegistry,
 ) -> None:
     pools = [PoolMetricsTestbed(registry, f"env_{i}") for i in range(8)]

@@ -77,7 +77,7 @@ def test_decorated_function_is_loaded_as_handler_with_its_limits() -> None:
     assert (answer.timeout, answer.max_sessions) == (5.0, 2)
 
 
-def test_plugin_of_decorated_function_returns_same_handler_object_for_every_item() -> None:
+def test_plugin_made_from_decorated_function_returns_same_handler_for_every_item() -> None:
     plugins = load_plugins(make_decorated_handler(max_sessions=2))
     assert plugins.handler_for(make_work_item()) is plugins.handler_for(make_work_item(job="other"))
 
@@ -163,7 +163,7 @@ def test_plugin_module_supplies_all_its_decorated_functions_including_imported_o
         assert [route.handler.name for route in plugin.routes] == ["jobs_b.a", "jobs_b.b"]
 
 
-def test_lazy_attribute_of_plugin_module_is_not_loaded(
+def test_loading_of_plugin_module_does_not_access_its_lazy_attributes(
     import_path_folder: ImportPathFolder,
 ) -> None:
     name = import_path_folder.write_module(

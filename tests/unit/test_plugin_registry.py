@@ -256,7 +256,7 @@ def make_observer_with_annotation(annotation: object) -> Any:
     ],
     ids=["type", "union", "Union", "text", "text not imported", "Event", "Any", "object"],
 )
-def test_observer_receives_event_types_of_its_annotation(
+def test_observer_receives_event_types_in_annotation_of_its_parameter(
     annotation: object, wanted: set[type]
 ) -> None:
     assert load_plugins(make_observer_with_annotation(annotation)).wanted == wanted
@@ -435,7 +435,7 @@ def test_keyboard_interrupt_in_observer_is_not_caught() -> None:
 
 
 @pytest.mark.parametrize("hook", ["workpool_wrap_session", "workpool_lifespan"])
-def test_exception_in_context_hook_is_raised_unchanged(hook: str) -> None:
+def test_exception_in_hook_that_returns_context_manager_is_raised_unchanged(hook: str) -> None:
     def hook_implementation() -> None:
         raise LookupError("no database")
 

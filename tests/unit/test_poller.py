@@ -200,7 +200,7 @@ async def test_poller_slows_down_if_all_items_are_unreadable() -> None:
 
 
 @in_virtual_time
-async def test_poll_with_readable_answer_resets_count_of_unreadable_items() -> None:
+async def test_readable_poll_answer_resets_count_of_unreadable_answers() -> None:
     answers: list[object] = [TooLargeError("poll", 200) for _ in range(poller.SKIPS)]
     bench = PollerTestbed(*answers, None, *answers, block_ms=999)
     clock = asyncio.get_running_loop().time
@@ -219,7 +219,7 @@ async def test_unreadable_item_is_logged_once_with_work_id(
     assert [vars(each)["work_id"] for each in caplog.records] == ["work_1", "work_2", "unknown"]
 
 
-async def test_poll_without_item_releases_its_queue_place_and_ack_permit() -> None:
+async def test_empty_poll_releases_queue_place_and_ack_permit() -> None:
     bench = PollerTestbed(None, None)
     await bench.run_poller()
     assert [event.result for event in bench.events_of_type(PollFinished)] == [
@@ -230,7 +230,7 @@ async def test_poll_without_item_releases_its_queue_place_and_ack_permit() -> No
     assert (bench.queue.reserved, bench.client.permits) == (0, 0)
 
 
-async def test_accepted_item_keeps_its_queue_place_and_ack_permit() -> None:
+async def test_item_accepted_by_dispatcher_keeps_queue_place_and_ack_permit() -> None:
     bench = PollerTestbed("item")
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]
@@ -257,7 +257,7 @@ async def test_item_set_aside_releases_its_queue_place_but_keeps_ack_permit() ->
 
 
 @in_virtual_time
-async def test_poller_polls_again_at_once_if_item_waits_for_slot_of_its_handler() -> None:
+async def test_poller_polls_again_at_once_after_item_is_set_aside() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
     clock = asyncio.get_running_loop().time
     started = clock()
@@ -266,7 +266,7 @@ async def test_poller_polls_again_at_once_if_item_waits_for_slot_of_its_handler(
 
 
 @in_virtual_time
-async def test_poller_waits_block_ms_between_polls_if_no_item_starts_a_handler() -> None:
+async def test_poller_pauses_between_polls_while_no_item_starts_a_handler() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
     bench.dispatcher.must_pause_between_polls = True
     clock = asyncio.get_running_loop().time

@@ -77,7 +77,7 @@ class PollerGroupTestbed:
         self.now = until
 
 
-def test_refused_poll_before_any_success_is_fatal_at_once() -> None:
+def test_refused_poll_is_fatal_at_once_if_no_poll_succeeded_before() -> None:
     bench = PollerGroupTestbed()
     bench.group.record_poll_failure(REFUSED)
     assert bench.fatal == [REFUSED]
@@ -140,7 +140,7 @@ def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     assert bench.group.last_success_at == 1000.0
 
 
-def test_log_message_idle_appears_once_for_several_polls_without_item(
+def test_consecutive_polls_without_item_are_logged_only_once_as_idle(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO", "workpool")
@@ -172,7 +172,7 @@ async def test_poller_group_does_not_wait_for_cooldown_if_no_poll_was_refused() 
 
 
 @in_virtual_time
-async def test_pollers_wait_after_second_and_each_later_ack_conflict_in_a_row() -> None:
+async def test_pollers_back_off_after_two_or_more_consecutive_ack_conflicts() -> None:
     group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     conflict = ConflictError("ack", 409, "another worker has it")
@@ -238,7 +238,7 @@ def test_throttled_poll_halves_number_of_pollers() -> None:
 
 
 @in_virtual_time
-async def test_poller_above_target_number_waits_until_poll_returns_item() -> None:
+async def test_surplus_poller_waits_until_another_poller_receives_an_item() -> None:
     bench = PollerGroupTestbed(2)
     bench.finish_empty_poll()
     await bench.group.wait_for_turn(0)

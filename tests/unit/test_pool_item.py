@@ -96,7 +96,9 @@ def test_item_state_table_equals_documented_table() -> None:
 
 
 @pytest.mark.parametrize(("state", "transition"), [pair for pair in PAIRS if pair in ALLOWED])
-def test_allowed_transition_leads_to_next_state(state: ItemState, transition: Transition) -> None:
+def test_allowed_state_transition_moves_item_to_expected_state(
+    state: ItemState, transition: Transition
+) -> None:
     item = make_item_in_state(state)
     item.advance_state(transition)
     assert item.state == ALLOWED[state, transition]
@@ -130,7 +132,7 @@ def test_state_closed_can_be_reached_from_every_item_state() -> None:
         ({"last_heartbeat": "hb_1"}, True),
     ],
 )
-def test_polled_item_counts_as_held_before_if_it_has_ack_or_heartbeat(
+def test_polled_item_with_ack_or_heartbeat_counts_as_previously_held(
     changes: dict[str, Any], *, held_before: bool
 ) -> None:
     assert make_item(**changes).held_before == held_before
@@ -142,7 +144,7 @@ def test_end_reasons_are_ordered_like_rows_of_completion_table() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), list(product(EndReason, EndReason)))
-def test_item_keeps_greater_of_two_end_reasons_in_either_order(
+def test_item_keeps_more_severe_of_two_end_reasons_in_either_order(
     one: EndReason, other: EndReason
 ) -> None:
     item = make_item()
@@ -164,7 +166,7 @@ async def test_wait_for_condition_ends_at_first_notification_after_condition_hol
 
 
 @in_virtual_time
-async def test_wait_for_true_condition_ends_at_once_and_for_false_at_time_limit() -> None:
+async def test_wait_ends_at_once_if_condition_holds_and_else_at_time_limit() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
     item.notify_waiters()  # No task waits, so this notification must have no effect.
@@ -199,7 +201,7 @@ def test_owned_item_is_found_and_counted_until_it_is_removed() -> None:
     assert owned.count_items(first) == 0
 
 
-def test_session_of_owned_item_without_handler_counts_as_free() -> None:
+def test_owned_item_without_handler_does_not_count_as_running_session() -> None:
     owned = OwnedItems()
     item = make_item()
     owned.add_item(item)
@@ -208,7 +210,7 @@ def test_session_of_owned_item_without_handler_counts_as_free() -> None:
     assert len(owned) == 0
 
 
-def test_several_items_without_session_can_be_owned_at_once() -> None:
+def test_several_items_without_session_id_can_be_owned_simultaneously() -> None:
     owned = OwnedItems()
     one, other = (make_item(work_id, "", first) for work_id in ("work_1", "work_2"))
     owned.add_item(one)

@@ -48,7 +48,9 @@ def test_rate_limiter_with_rate_below_one_allows_burst_of_one_request(
     assert acquire_all_tokens(limiter) == 1
 
 
-def test_rate_limiter_allows_its_rate_of_requests_per_second(manual_clock: ManualClock) -> None:
+def test_rate_limiter_allows_configured_number_of_requests_per_second(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     passed = 0
@@ -93,7 +95,7 @@ def test_heartbeats_take_rate_limit_tokens_from_other_requests_without_waiting(
     assert passed == pytest.approx(100, abs=2)
 
 
-def test_other_requests_get_a_quarter_of_rate_when_heartbeats_exceed_rate(
+def test_heartbeats_above_rate_limit_leave_a_quarter_of_rate_to_other_requests(
     manual_clock: ManualClock,
 ) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
@@ -106,7 +108,9 @@ def test_other_requests_get_a_quarter_of_rate_when_heartbeats_exceed_rate(
     assert passed == pytest.approx(50, abs=1)
 
 
-def test_heartbeats_overdraw_rate_limiter_by_at_most_one_second(manual_clock: ManualClock) -> None:
+def test_heartbeats_overdraw_rate_limiter_by_at_most_one_second_of_tokens(
+    manual_clock: ManualClock,
+) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
     for _ in range(10_000):
@@ -128,7 +132,7 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
     assert time.monotonic() - started >= 9 / 50
 
 
-async def test_request_gets_token_after_heartbeats_have_overdrawn_rate_limiter() -> None:
+async def test_request_waits_for_token_after_heartbeats_exceeded_rate_limit() -> None:
     limiter = RateLimiter("write", 200)
     # Take the start time first, because the limiter gains tokens while its burst is used up.
     started = time.monotonic()
@@ -209,7 +213,7 @@ async def test_refunded_rate_limit_token_goes_to_waiting_task_at_once(
         assert waiting.done()
 
 
-async def test_rate_limiter_never_has_more_refunded_tokens_than_its_burst(
+async def test_refunds_never_raise_tokens_of_rate_limiter_above_burst_size(
     manual_clock: ManualClock,
 ) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
@@ -266,7 +270,7 @@ async def test_waiting_claims_and_handler_calls_get_rate_limit_tokens_alternatel
     assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
 
 
-async def test_claims_and_handler_calls_keep_alternating_after_a_completion() -> None:
+async def test_claims_and_handler_calls_still_alternate_after_completion_request() -> None:
     async with asyncio.TaskGroup() as group:
         queue = WaitersOnRateLimiter(group)
         await queue.add_waiters(CLAIM, CLAIM, HANDLER, HANDLER)
@@ -346,7 +350,7 @@ class ReferenceModelOfTokenOrder:
 
 
 @given(st.lists(st.one_of(st.sampled_from(Priority), st.just("token"), st.just("cancel"))))
-def test_waiters_on_rate_limiter_get_tokens_in_order_of_reference_model(
+def test_rate_limiter_grants_tokens_in_same_order_as_simple_model(
     steps: list[Priority | str],
 ) -> None:
     async def compare_with_model() -> None:
@@ -393,7 +397,7 @@ def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     assert time.monotonic() - started >= 39 / 200
 
 
-async def test_waiter_of_closed_loop_does_not_delay_other_waiters(
+async def test_waiter_left_in_closed_event_loop_does_not_delay_other_waiters(
     manual_clock: ManualClock,
 ) -> None:
     limiter = RateLimiter("write", 1, manual_clock)

@@ -93,7 +93,7 @@ Step = tuple[float, EndReason]
     ids=["once", "same reason", "less grave", "graver", "graver at once"],
 )
 @in_virtual_time
-async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_graver_end_reason(
+async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_severer_end_reason(
     testbed: type[LeaseTestbed], steps: list[Step], times: list[float]
 ) -> None:
     handler = StubbornHandler(until=34)
@@ -108,7 +108,7 @@ async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_graver
 
 
 @in_virtual_time
-async def test_handler_is_reported_as_stuck_once_ten_seconds_after_cancellation(
+async def test_stuck_handler_is_reported_exactly_once_and_ten_seconds_after_cancellation(
     testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
     reports: list[float] = []

@@ -164,7 +164,7 @@ def make_traced_client_session() -> aiohttp.ClientSession:
     "session",
     [make_default_client_session, make_client_session_of_caller, make_traced_client_session],
 )
-async def test_request_refused_by_its_check_sends_no_byte(
+async def test_request_refused_by_request_check_sends_no_byte(
     session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
 ) -> None:
     async with (
@@ -325,7 +325,7 @@ async def assert_transient_error(call: Awaitable[object]) -> None:
         await call
 
 
-async def test_request_refused_by_its_check_after_wait_for_free_connection_sends_no_byte() -> None:
+async def test_request_refused_by_request_check_after_wait_for_connection_sends_no_byte() -> None:
     check = SwitchableRequestCheck()
     connector = aiohttp.TCPConnector(limit=1)
     # The server answers with no bytes, so the first request never ends and occupies the only
@@ -350,7 +350,7 @@ async def test_request_refused_by_its_check_after_wait_for_free_connection_sends
         assert len(server) == before
 
 
-async def test_request_refused_by_its_check_after_wait_for_rate_limit_sends_no_byte() -> None:
+async def test_request_refused_by_request_check_after_wait_for_rate_limit_sends_no_byte() -> None:
     check = SwitchableRequestCheck()
     async with (
         recording_server() as server,
@@ -391,7 +391,7 @@ async def test_request_is_sent_although_trace_callback_of_caller_waits() -> None
 
 @pytest.mark.parametrize("body", [None, b'{"force":true}', LARGE], ids=describe_body_size)
 @pytest.mark.parametrize("session", [make_default_client_session, make_traced_client_session])
-async def test_request_that_passes_its_check_arrives_complete_after_one_check(
+async def test_request_that_passes_request_check_is_checked_once_and_sent_completely(
     session: Any, body: bytes | None
 ) -> None:
     check = SwitchableRequestCheck()
@@ -407,7 +407,9 @@ async def test_request_that_passes_its_check_arrives_complete_after_one_check(
     assert (b"Content-Type: application/json" in head) == (body is not None)
 
 
-async def test_request_repeated_with_renewed_token_is_checked_again(tmp_path: Path) -> None:
+async def test_request_check_runs_again_before_request_is_repeated_with_renewed_token(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "token"
     path.write_text("old")
     check = SwitchableRequestCheck()
@@ -455,7 +457,7 @@ async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_agai
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])
 
 
-async def test_request_that_passes_its_check_and_is_denied_raises_refused_error() -> None:
+async def test_request_that_passes_check_but_is_denied_by_server_raises_refused_error() -> None:
     async with recording_server(DENIED) as server, connected_transport(server.url) as transport:
         with pytest.raises(RefusedError):
             await transport.send(*make_request_arguments(server.url, lambda: None))

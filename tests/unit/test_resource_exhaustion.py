@@ -42,7 +42,9 @@ FULL = OSError(errno.ENOSPC, "x")
     ],
     ids=repr,
 )
-def test_error_that_shows_exhausted_resource_becomes_release(error: Exception) -> None:
+def test_error_caused_by_exhausted_resource_is_replaced_by_release_exception(
+    error: Exception,
+) -> None:
     assert exhausted(error)
     with pytest.raises(Release) as raised, release_on_exhaustion():
         raise error
@@ -59,20 +61,20 @@ def test_error_that_shows_exhausted_resource_becomes_release(error: Exception) -
     ],
     ids=repr,
 )
-def test_error_that_shows_no_exhausted_resource_is_raised_unchanged(error: Exception) -> None:
+def test_error_not_caused_by_exhausted_resource_is_raised_unchanged(error: Exception) -> None:
     assert not exhausted(error)
     with pytest.raises(type(error)) as raised, release_on_exhaustion():
         raise error
     assert raised.value is error
 
 
-def test_search_for_exhausted_resource_ends_if_causes_of_error_are_cyclic() -> None:
+def test_error_with_cyclic_chain_of_causes_does_not_count_as_exhausted_resource() -> None:
     one, two = ValueError(), KeyError()
     one.__context__, two.__context__ = two, one
     assert not exhausted(one)
 
 
-def test_release_raised_from_exhausted_resource_keeps_reason_and_delay() -> None:
+def test_release_exception_with_exhausted_resource_as_cause_keeps_reason_and_delay() -> None:
     with pytest.raises(Release) as raised, release_on_exhaustion():
         raise Release("later", delay=60) from FULL
     assert (raised.value.reason, raised.value.delay) == ("later", 60)

@@ -70,7 +70,7 @@ def test_replica_rule_with_invalid_number_raises_value_error(wrong: tuple[int, i
         ReplicaRule(*wrong)
 
 
-def test_fleet_numbers_are_a_flat_mapping_of_numbers() -> None:
+def test_scaling_numbers_are_a_flat_mapping_with_listed_fields() -> None:
     numbers = scaling_numbers(
         FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20), age_seconds=2.5
     )
@@ -88,7 +88,7 @@ def test_fleet_numbers_are_a_flat_mapping_of_numbers() -> None:
     assert list(numbers) == list(FLEET_NUMBERS)
 
 
-def test_operating_page_explains_every_field_of_fleet_numbers() -> None:
+def test_page_operating_md_explains_every_field_of_scaling_numbers() -> None:
     page = (Path(__file__).parents[2] / "workpool/docs/operating.md").read_text()
     table = page.partition("### The fleet\n")[2].partition("\n### ")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLEET_NUMBERS)

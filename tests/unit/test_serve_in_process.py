@@ -44,7 +44,7 @@ def test_default_retention_depends_on_the_store(
     assert _retention_seconds(store, given) == expected
 
 
-async def test_sigterm_while_store_opens_ends_serve(
+async def test_sigterm_ends_serve_command_while_its_store_is_opening(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     store = StoreWithSlowOpening()

@@ -117,7 +117,7 @@ async def test_event_page_that_is_too_large_is_requested_in_smaller_pages(
     assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
 
 
-async def test_event_list_without_has_more_continues_until_last_next_page(
+async def test_event_list_without_has_more_field_is_read_until_no_next_page_follows(
     control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
 ) -> None:
     bodies = [
@@ -155,7 +155,7 @@ async def test_event_list_with_malformed_page_raises_bad_body(
     assert caught.value.reason == "bad_body"
 
 
-async def test_sent_events_are_returned_as_stored(
+async def test_send_returns_events_as_stored_by_control_plane(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     session_id = create_session(control_plane, BASH)
@@ -208,7 +208,7 @@ async def test_second_tool_result_with_different_content_raises_conflict(
         await qoder_client.events(session_id).send({**tool_result(use), **other})
 
 
-async def test_repeated_confirmation_counts_as_sent_but_contrary_confirmation_raises_conflict(
+async def test_repeated_tool_confirmation_is_accepted_but_opposite_one_raises_conflict_error(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     session_id = create_session(control_plane, {**BASH, "permission": "ask"})
@@ -319,7 +319,7 @@ async def test_stream_of_empty_history_yields_its_first_event_as_live(
         assert stream.caught_up
 
 
-async def test_stream_loses_no_event_between_opening_and_history(
+async def test_stream_loses_no_event_appended_before_its_history_is_read(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane)
@@ -363,7 +363,7 @@ async def test_cancelled_wait_for_event_loses_no_event(
     assert event_ids(seen) == event_ids(control_plane.events(session_id))
 
 
-async def test_broken_streams_lose_and_repeat_no_event(
+async def test_broken_event_streams_neither_lose_nor_repeat_events(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane)
@@ -444,7 +444,7 @@ async def test_stream_without_keep_alives_is_reopened(
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404])
-async def test_refused_stream_raises_refused_error(
+async def test_stream_request_with_client_error_status_raises_refused_error(
     control_plane: ControlPlane, client: WorkClient, faults: Faults, code: int
 ) -> None:
     faults.add(status(code), "stream")
@@ -587,7 +587,7 @@ async def test_stream_request_has_headers_of_its_dialect(
     assert resumed == [None, None, last["id"], None, None]
 
 
-async def test_event_requests_are_reported_by_name_and_status(
+async def test_on_request_callback_receives_operation_and_status_of_event_requests(
     control_plane: ControlPlane, make_settings: Callable[..., Settings], faults: Faults
 ) -> None:
     reported: list[tuple[str, str]] = []

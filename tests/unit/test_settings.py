@@ -90,7 +90,7 @@ def test_unlimited_drain_timeout_means_no_limit(value: str | None, tmp_path: Pat
         assert Settings(config=file).drain_timeout is None
 
 
-def test_unlimited_drain_timeout_gives_no_warning_about_completions() -> None:
+def test_unlimited_drain_timeout_gives_no_warning_about_low_write_rate() -> None:
     assert not Settings(
         concurrency=50, lease_ttl=60, write_rate=10, drain_timeout="unlimited"
     ).warnings()
@@ -197,7 +197,7 @@ def test_empty_environment_variable_counts_as_unset(monkeypatch: pytest.MonkeyPa
     assert Settings().pollers == 2
 
 
-def test_plugin_tables_of_config_file_are_kept_as_options(
+def test_plugin_tables_of_config_file_become_plugin_options(
     write_config: Callable[[str], Path],
 ) -> None:
     path = write_config(
@@ -328,7 +328,7 @@ def test_error_about_invalid_value_names_its_setting(name: str, bad: object) -> 
     assert error.problems[0].startswith(f"{name}: ")
 
 
-def test_invalid_values_are_listed_for_every_setting() -> None:
+def test_table_of_invalid_values_covers_every_setting() -> None:
     assert {name for name, _ in BAD} == set(DESCRIPTIONS)
 
 
@@ -401,7 +401,7 @@ def test_error_about_missing_file_names_file_and_variable_that_contains_its_path
     )
 
 
-def test_error_does_not_show_credential_that_was_given_as_file_path() -> None:
+def test_error_hides_credential_that_was_set_by_mistake_as_token_file() -> None:
     with pytest.raises(SettingsError) as raised:
         Settings(token_file=HIDDEN + HIDDEN).read_token()
     assert HIDDEN not in str(raised.value)
@@ -414,7 +414,9 @@ def test_empty_address_in_a_variable_is_refused(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_plugin_table_under_a_wrong_name_is_refused(write_config: Callable[[str], Path]) -> None:
+def test_plugin_table_with_misspelled_name_in_config_file_is_refused(
+    write_config: Callable[[str], Path],
+) -> None:
     file = write_config('[workpool.plugins.sql]\ndsn = "x"\n')
     assert make_settings_and_return_error(config=file, plugins="sql").problems == (
         f"config: {file}: the tables of plugins are [workpool.plugin.NAME], without an s",
@@ -458,7 +460,7 @@ def test_settings_error_and_its_traceback_do_not_show_value() -> None:
     assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
-def test_token_comes_from_token_setting_or_token_file_or_variable_of_dialect(
+def test_token_comes_from_setting_or_file_or_environment_variable_of_dialect(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("QODER_PAT", "from-qoder")
@@ -471,7 +473,7 @@ def test_token_comes_from_token_setting_or_token_file_or_variable_of_dialect(
     assert Settings(token=GIVEN).read_token() == GIVEN
 
 
-def test_token_setting_overrides_token_file_from_less_important_source(
+def test_token_or_token_file_from_source_of_higher_precedence_is_used(
     monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))
@@ -566,7 +568,7 @@ def test_dialect_determines_default_base_url() -> None:
     assert Settings(dialect="anthropic", base_url="http://localhost").base_url == "http://localhost"
 
 
-def test_addresses_other_than_public_service_of_dialect_have_no_default_rate_limits() -> None:
+def test_default_rate_limits_apply_only_to_public_service_address_of_dialect() -> None:
     own, ours = Settings(), Settings(base_url="http://localhost:8484/api/v1/cloud")
     assert (own.read_limit, own.write_limit) == (50, 20)
     assert (ours.read_limit, ours.write_limit) == (0, 0)
@@ -609,7 +611,7 @@ def test_host_with_labels_of_63_characters_is_accepted() -> None:
     assert settings.metrics_address == Address(host, 1)
 
 
-def test_metrics_listen_is_off_by_default() -> None:
+def test_metrics_server_has_no_address_by_default() -> None:
     assert Settings().metrics_address is None
 
 
@@ -655,7 +657,7 @@ def test_write_rate_too_low_to_complete_sessions_within_lease_gives_warning(
     ]
 
 
-def test_write_rate_too_low_to_complete_sessions_in_drain_gives_warning() -> None:
+def test_write_rate_limit_too_low_to_complete_sessions_during_drain_gives_warning() -> None:
     assert Settings(write_rate=2, drain_timeout=8).warnings() == ()
     [warning] = Settings(write_rate=2, drain_timeout=7.9).warnings()
     assert "a drain waits 7.9 s; raise write_rate or drain_timeout, or lower conc" in warning
@@ -673,7 +675,7 @@ def test_plain_http_to_local_host_gives_no_warning(base_url: str) -> None:
     assert Settings(base_url=base_url).warnings() == ()
 
 
-def test_heartbeats_at_half_of_write_rate_give_no_warning() -> None:
+def test_heartbeats_that_need_half_of_write_rate_limit_give_no_warning() -> None:
     assert Settings(concurrency=100, write_rate=10).warnings() == ()
 
 

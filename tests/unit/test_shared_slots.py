@@ -85,7 +85,7 @@ async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn(
     assert order == [0, 1, 2] * 4
 
 
-async def test_freed_slot_goes_to_environment_with_fewer_slots_rather_than_item_set_aside() -> None:
+async def test_environment_with_fewer_slots_gets_freed_slot_before_item_set_aside() -> None:
     busy, late = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     started: list[str] = []
     busy.start = started.append
@@ -122,7 +122,7 @@ async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> 
         await poller
 
 
-async def test_freed_slot_goes_to_poller_if_item_set_aside_may_not_start() -> None:
+async def test_freed_slot_goes_to_poller_while_handler_of_item_set_aside_is_busy() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(3), 2, 3)
     first.may_start = lambda _: False
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -136,7 +136,7 @@ async def test_freed_slot_goes_to_poller_if_item_set_aside_may_not_start() -> No
     assert (first.items_set_aside, first.reserved) == (["aside"], 1)
 
 
-async def test_queue_place_reservation_starts_item_set_aside_in_another_environment() -> None:
+async def test_item_set_aside_starts_when_another_environment_reserves_a_queue_place() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     handler_is_free = False
     started: list[str] = []
@@ -163,7 +163,7 @@ async def test_slot_reserved_by_ended_environment_becomes_free_for_other_environ
         await waiting
 
 
-async def test_limit_on_uses_of_shared_slots_applies_to_all_environments_together() -> None:
+async def test_limit_on_total_uses_of_shared_slots_counts_all_environments() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await reserve_places_and_take_items(first, 1)

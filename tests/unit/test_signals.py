@@ -104,7 +104,7 @@ def test_signal_received_while_event_loop_starts_counts_once(
 
 @pytest.mark.parametrize("hung_up", [True, False])
 @pytest.mark.parametrize("hangup_ends", [True, False])
-async def test_sighup_sets_first_event_only_after_terminal_hangup(
+async def test_sighup_counts_as_first_signal_only_after_terminal_hangup(
     signal_recorder: SignalRecorder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -67,7 +67,7 @@ def parse_like_html_standard(content: bytes) -> list[Frame]:
          [("message", "a\x0bb\x0cc\x1cd\x85e\u2028f", "")]),
     ],
 )  # fmt: skip
-def test_parser_returns_same_frames_as_html_standard(
+def test_parser_returns_frames_that_html_standard_prescribes(
     stream: bytes, frames: list[tuple[str, str, str]]
 ) -> None:
     assert parse_chunks_into_frames(stream) == frames == parse_like_html_standard(stream)

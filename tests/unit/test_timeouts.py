@@ -65,7 +65,7 @@ async def test_code_that_ends_within_time_bound_is_not_cancelled(time_limit: Bou
     assert count_pending_cancellations() == 0
 
 
-async def test_code_that_raises_error_when_timed_out_raises_that_error(
+async def test_error_raised_in_response_to_timeout_replaces_timeout_error(
     time_limit: Bounded,
 ) -> None:
     async def raise_error_at_timeout() -> None:
@@ -80,7 +80,7 @@ async def test_code_that_raises_error_when_timed_out_raises_that_error(
     assert count_pending_cancellations() == 0
 
 
-async def test_code_cancelled_before_its_time_bound_raises_cancelled_error(
+async def test_cancellation_before_end_of_time_limit_raises_cancelled_error(
     time_limit: Bounded,
 ) -> None:
     started = asyncio.Event()
@@ -97,7 +97,7 @@ async def test_code_cancelled_before_its_time_bound_raises_cancelled_error(
     assert task.cancelled()
 
 
-async def test_code_raises_cancelled_error_if_time_bound_ends_in_same_loop_turn(
+async def test_cancellation_in_same_loop_iteration_as_timeout_raises_cancelled_error(
     time_limit: Bounded,
 ) -> None:
     started = asyncio.Event()
@@ -129,7 +129,7 @@ async def test_expired_inner_time_bound_raises_timeout_error_within_outer_bound(
     assert count_pending_cancellations() == 0
 
 
-async def test_requests_that_share_a_timer_end_at_their_own_time_limits() -> None:
+async def test_time_limits_that_share_one_timer_end_at_their_own_times() -> None:
     loop = asyncio.get_running_loop()
     timer = SharedTimer(loop)
     early: list[float] = []

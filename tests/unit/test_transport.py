@@ -438,7 +438,7 @@ async def test_missing_or_incomplete_response_raises_timeout_at_time_limit(odd: 
 
 
 @pytest.mark.parametrize("cancelled_first", [False, True])
-async def test_request_raises_cancelled_error_if_timeout_comes_in_same_loop_turn(
+async def test_request_cancelled_in_same_loop_iteration_as_timeout_raises_cancelled_error(
     *, cancelled_first: bool
 ) -> None:
     """If the cancellation were lost, as with aiohttp's own timeout, a poller would never end."""
@@ -709,7 +709,7 @@ def test_retry_after_header_is_parsed_into_seconds(value: str, seconds: float | 
     assert parse_retry_after({"Retry-After": value}) == seconds
 
 
-def test_retry_after_date_is_measured_against_date_of_server() -> None:
+def test_date_in_retry_after_header_is_compared_with_server_date_header() -> None:
     then = datetime(2001, 2, 3, 4, 5, 6, tzinfo=UTC)
     headers = {
         "Date": format_datetime(then, usegmt=True),
@@ -852,7 +852,9 @@ async def test_refused_request_with_unreadable_token_file_raises_the_original_re
     assert refreshes == ["error"]
 
 
-async def test_concurrent_refused_requests_all_succeed_with_rotated_token(tmp_path: Path) -> None:
+async def test_concurrent_requests_with_old_token_succeed_after_token_rotation(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "token"
     path.write_text("old")
 
@@ -929,7 +931,7 @@ def test_metric_label_of_response_depends_on_http_status(status: int, code: str)
     assert CODES.get(status, "error") == code
 
 
-async def test_every_request_is_reported_with_its_status_label() -> None:
+async def test_on_request_callback_receives_operation_and_status_of_every_request() -> None:
     reported: list[tuple[str, str]] = []
     async with (
         running_server(
@@ -1056,7 +1058,7 @@ async def test_proxy_tunnel_request_does_not_contain_token(
     assert "Authorization" not in proxy.requests[0].headers
 
 
-def test_proxy_is_chosen_by_url_scheme_and_no_proxy_variable(
+def test_proxy_depends_on_url_scheme_and_environment_variable_no_proxy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("https_proxy", "proxy.example:3128")

@@ -42,7 +42,7 @@ def test_wait_without_timer_in_virtual_time_raises_runtime_error() -> None:
 
 
 @in_virtual_time
-async def test_virtual_time_stops_for_timers_while_machine_is_suspended(
+async def test_timers_do_not_advance_while_simulated_machine_is_suspended(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -130,7 +130,7 @@ async def test_call_of_local_client_that_is_not_open_raises_runtime_error(
         await testbed().client.get("work_1")
 
 
-async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
+async def test_pool_with_local_client_completes_session_in_real_time() -> None:
     """The loop is real, because virtual time cannot wait for the thread of the lease renewer."""
 
     @handler
@@ -149,7 +149,7 @@ async def test_pool_with_local_client_completes_session_on_real_loop() -> None:
 
 
 @in_virtual_time
-async def test_local_client_sends_nothing_if_check_refuses() -> None:
+async def test_local_client_sends_no_request_that_request_check_refuses() -> None:
     def refuse_request() -> None:
         raise LookupError
 
@@ -171,7 +171,7 @@ async def test_local_client_sends_nothing_if_check_refuses() -> None:
 
 
 @in_virtual_time
-async def test_local_client_stop_without_reading_item_accepts_any_json_object() -> None:
+async def test_local_client_stop_that_ignores_returned_item_accepts_any_json_object() -> None:
     script = Script(stop=[Fault(answer=b"{}"), Fault(answer=b"{}"), Fault(answer=b"no JSON")])
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(Operations([ENVIRONMENT]), settings, faults=script) as client:

@@ -44,7 +44,7 @@ def test_virtual_time_error_names_awaited_thread_function(
     release.set()
 
 
-def test_thread_function_that_has_returned_causes_no_virtual_time_error() -> None:
+def test_thread_that_has_finished_causes_no_error_in_virtual_time() -> None:
     async def sleep_after_thread_returned() -> None:
         loop = asyncio.get_running_loop()
         returned = asyncio.Event()
@@ -87,7 +87,7 @@ def test_virtual_time_error_names_awaited_process(output: int | None) -> None:
         run_virtual(wait_for_process())
 
 
-def test_event_that_no_task_sets_raises_error_naming_running_threads() -> None:
+def test_wait_for_event_that_is_never_set_raises_error_naming_running_threads() -> None:
     release = threading.Event()
     thread = threading.Thread(target=release.wait, name="database", daemon=True)
     thread.start()
