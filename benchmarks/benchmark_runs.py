@@ -1,9 +1,9 @@
-"""Runs a contender of a benchmark in one process, and its control plane in another process.
+"""Runs a compared program in one process, and its control plane in another process.
 
-Such a program is called a contender: the pool, for example. It runs alone in a new process, against
-the same control plane as the others. It reports claims, starts and stops to its `ContenderMeter`.
+Benchmarks compare programs: the pool, for example. Each runs alone in a new process, against
+the same control plane as the others. It reports claims, starts and stops to its `ProgramMeter`.
 All benchmarks of this folder use this module. A run measures either a number of items
-(`BenchmarkResult`), or the cost of a contender in a period after its warm-up
+(`BenchmarkResult`), or the cost of a program in a period after its warm-up
 (`ResourceUsageInPeriod`).
 """
 
@@ -72,8 +72,8 @@ class ClockReading:
 
 
 @dataclass
-class ContenderMeter:
-    """Measures a contender from its claim number `warm_up` + 1 until all items are stopped."""
+class ProgramMeter:
+    """Measures a program from its claim number `warm_up` + 1 until all items are stopped."""
 
     warm_up: int
     items: int
@@ -111,7 +111,7 @@ class ContenderMeter:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """The time that a contender needed for its items, and how long each item waited to start."""
+    """The time that a program needed for its items, and how long each item waited to start."""
 
     items: int
     cpu_seconds: float
@@ -129,7 +129,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class ResourceUsageInPeriod:
-    """The resources that a contender used in a period. `memory` counts private bytes only."""
+    """The resources that a program used in a period. `memory` counts private bytes only."""
 
     cpu_seconds: float
     wall_seconds: float
@@ -147,19 +147,19 @@ class ResourceUsageInPeriod:
         return self.requests / self.wall_seconds
 
 
-Contender = Callable[[ControlPlaneAddress, ContenderMeter], Coroutine[Any, Any, None]]
+ComparedProgram = Callable[[ControlPlaneAddress, ProgramMeter], Coroutine[Any, Any, None]]
 """Claims and runs items until it is cancelled, and reports them to the meter."""
 
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """The options of one measurement: a contender, and how many items it handles after the warm-up.
+    """The options of one measurement: a program, and how many items it handles after the warm-up.
 
-    With `watch`, the cost of the contender is measured for that many seconds instead, beginning
+    With `watch`, the cost of the program is measured for that many seconds instead, beginning
     `settle` seconds after the warm-up.
     """
 
-    contender: Contender
+    program: ComparedProgram
     plane: ControlPlaneAddress
     items: int
     warm_up: int
@@ -177,12 +177,12 @@ def serve_control_plane() -> Iterator[ControlPlaneAddress]:
 
 @contextmanager
 def start_benchmark_run(run: BenchmarkRun) -> Iterator[Callable[[], Any]]:
-    """Run and measure a contender in a process of its own.
+    """Run and measure a program in a process of its own.
 
     It yields a function that waits for a message of that process: the first message is None
     after the warm-up, the second one is the measurement.
     """
-    with run_process(_run_contender, run) as receive:
+    with run_process(_run_measured_program, run) as receive:
         yield receive
 
 
@@ -267,14 +267,14 @@ async def _serve_control_plane(pipe: Connection, requests: Synchronized[int]) ->
         await asyncio.get_running_loop().create_future()  # serve until the process is terminated
 
 
-def _run_contender(pipe: Connection, run: BenchmarkRun) -> None:
-    uvloop.run(_measure_contender(pipe, run))
+def _run_measured_program(pipe: Connection, run: BenchmarkRun) -> None:
+    uvloop.run(_send_program_measurement(pipe, run))
 
 
-async def _measure_contender(pipe: Connection, run: BenchmarkRun) -> None:
-    meter = ContenderMeter(run.warm_up, run.items)
+async def _send_program_measurement(pipe: Connection, run: BenchmarkRun) -> None:
+    meter = ProgramMeter(run.warm_up, run.items)
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(run.contender(run.plane, meter), name="contender")
+        task = group.create_task(run.program(run.plane, meter), name="program")
         await meter.warm.wait()
         pipe.send(None)
         pipe.send(
@@ -287,7 +287,7 @@ async def _measure_contender(pipe: Connection, run: BenchmarkRun) -> None:
         task.cancel()
 
 
-async def _await_benchmark_result(meter: ContenderMeter) -> BenchmarkResult:
+async def _await_benchmark_result(meter: ProgramMeter) -> BenchmarkResult:
     await meter.done.wait()
     assert meter.begin is not None
     assert meter.end is not None
@@ -299,9 +299,7 @@ async def _await_benchmark_result(meter: ContenderMeter) -> BenchmarkResult:
     )
 
 
-async def _measure_usage_in_period(
-    run: BenchmarkRun, meter: ContenderMeter
-) -> ResourceUsageInPeriod:
+async def _measure_usage_in_period(run: BenchmarkRun, meter: ProgramMeter) -> ResourceUsageInPeriod:
     requests = run.plane.requests
     assert requests is not None
     await asyncio.sleep(run.settle)

@@ -18,30 +18,30 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import job_queue
-from backlogs import Backlog
+from backlog_setup import Backlog
 from benchmark_runs import describe_cores_and_versions, format_ratio, format_table
-from contenders import run_pool
+from compared_programs import run_pool
+from compared_stores import COLUMNS, COMPARED_STORES, ComparedStore
 from database_server import database_server
-from measured_system import MeasuredRun, measure_run
-from served_stores import COLUMNS, SERVED, ServedStore
+from system_measurements import RunMeasurement, measure_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from measured_system import MeasuredSystem
+    from system_measurements import MeasuredSystem
 
     from tests.postgres.cluster import Cluster
 
 WARM_UP = 200
 
 
-JOB_QUEUE = ServedStore("procrastinate", "procrastinate", nodes=0, on_database=True)
-ENTRIES = SERVED | {JOB_QUEUE.name: JOB_QUEUE}
+JOB_QUEUE = ComparedStore("procrastinate", "procrastinate", nodes=0, on_database=True)
+ENTRIES = COMPARED_STORES | {JOB_QUEUE.name: JOB_QUEUE}
 
 
 @contextmanager
 def open_measured_system(
-    entry: ServedStore, stopped: int, server: Cluster | None
+    entry: ComparedStore, stopped: int, server: Cluster | None
 ) -> Iterator[MeasuredSystem]:
     """Start a control plane or the job queue, with a store that has `stopped` ended items."""
     if entry is not JOB_QUEUE:
@@ -53,11 +53,11 @@ def open_measured_system(
         yield found
 
 
-def measure_systems(
-    entries: list[ServedStore], options: argparse.Namespace, server: Cluster | None
-) -> dict[tuple[ServedStore, int], list[MeasuredRun]]:
+def measure_cpu_by_system(
+    entries: list[ComparedStore], options: argparse.Namespace, server: Cluster | None
+) -> dict[tuple[ComparedStore, int], list[RunMeasurement]]:
     """Measure each system that can run on this machine, with each number of stopped items."""
-    found: dict[tuple[ServedStore, int], list[MeasuredRun]] = {}
+    found: dict[tuple[ComparedStore, int], list[RunMeasurement]] = {}
     for entry in entries:
         if entry.on_database and server is None:
             continue
@@ -72,15 +72,15 @@ def measure_systems(
     return found
 
 
-def format_report(found: dict[tuple[ServedStore, int], list[MeasuredRun]], fewest: int) -> str:
+def format_report(found: dict[tuple[ComparedStore, int], list[RunMeasurement]], fewest: int) -> str:
     """Return the table of CPU times per item."""
 
-    def median_server_ms_per_item(runs: list[MeasuredRun]) -> float:
+    def median_server_ms_per_item(runs: list[RunMeasurement]) -> float:
         return median(each.ms_per_item(sum(each.use.servers) + each.use.database) for each in runs)
 
     rows = [
         [
-            *entry.first_table_cells,
+            *entry.first_cells_of_table_row,
             str(stopped),
             str(runs[0].items),
             f"{median(each.ms_per_item(sum(each.use.servers)) for each in runs):.3f}",
@@ -110,7 +110,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     on_database = any(entry.on_database for entry in entries)
     with database_server() if on_database else nullcontext() as server:
-        found = measure_systems(entries, options, server)
+        found = measure_cpu_by_system(entries, options, server)
     print(format_report(found, min(options.stopped_rows)))
     print(
         f"\n{options.rounds} rounds, {options.workers} workers, a load of {load:.0f} at the start."

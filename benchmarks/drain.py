@@ -74,7 +74,7 @@ def measure_drain_in_processes(sessions: int, end: str) -> DrainCost:
         uvloop.run(enqueue_items(plane, sessions))
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
-            target=_measure_in_process, args=(theirs, plane, sessions, end)
+            target=_measure_drain_and_send_cost, args=(theirs, plane, sessions, end)
         )
         process.start()
         theirs.close()
@@ -83,7 +83,7 @@ def measure_drain_in_processes(sessions: int, end: str) -> DrainCost:
     return cost
 
 
-def _measure_in_process(
+def _measure_drain_and_send_cost(
     pipe: Connection, plane: ControlPlaneAddress, sessions: int, end: str
 ) -> None:
     # Disable warnings. On a slow machine, each of the thousands of sessions would log a warning.

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import uvloop
 from benchmark_runs import LIMIT_SECONDS
-from contenders import CONCURRENCY
-from measured_system import MeasuredSystem, count_stopped_item
+from compared_programs import CONCURRENCY
+from system_measurements import MeasuredSystem, count_stopped_item
 
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from multiprocessing.connection import Connection
 
-    from measured_system import Stops
+    from system_measurements import Stops
 
     from tests.postgres.cluster import Cluster
 

@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py [--items N] [--rounds N] [--only NAME …] [--gaps idle|sparse …]
 
-An otherwise idle contender runs one item at a time: `idle` has gaps around 50 ms, `sparse` has gaps
+An otherwise idle program runs one item at a time: `idle` has gaps around 50 ms, `sparse` has gaps
 of 1 to 3 s and a tenth of the items. Both processes read the system's monotonic clock. The latency
 includes the enqueuing request, the wake-up of the poll, and all steps before the handler: for the
 pool, ack and first heartbeat. The samples of all rounds are combined.
@@ -29,7 +29,7 @@ from benchmark_runs import (
     serve_control_plane,
     start_benchmark_run,
 )
-from contenders import BenchmarkEntry, parse_contenders
+from compared_programs import BenchmarkEntry, parse_selected_programs
 
 from workpool import WorkClient
 
@@ -61,7 +61,7 @@ def measure_item_waits(
 
 
 def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
-    """Return the table. Each ratio compares with the first contender with the same gaps."""
+    """Return the table. Each ratio compares with the first program with the same gaps."""
     base: dict[str, tuple[float, float]] = {}
     rows = []
     for (gaps, name), seconds in waits.items():
@@ -72,16 +72,16 @@ def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
         cells += [f"{p99 * 1000:.2f}", f"{p99 / base99:.2f} ×", f"{max(seconds) * 1000:.2f}"]
         rows.append([gaps, name, str(len(seconds)), *cells])
     return format_table(
-        ("gaps", "contender", "items", "p50 ms", "ratio", "p99 ms", "ratio", "max ms"), rows
+        ("gaps", "program", "items", "p50 ms", "ratio", "p99 ms", "ratio", "max ms"), rows
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="From enqueue to the start of the handler.")
-    parser.add_argument("--items", type=int, default=300, help="per contender and round")
+    parser.add_argument("--items", type=int, default=300, help="per program and round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--gaps", nargs="+", choices=GAPS, default=list(GAPS))
-    options, entries = parse_contenders(parser, "bare", "workpool", "anthropic")
+    options, entries = parse_selected_programs(parser, "bare", "workpool", "anthropic")
     waits: dict[tuple[str, str], list[float]] = {}
     with serve_control_plane() as plane:
         for _ in range(options.rounds):

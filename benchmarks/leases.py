@@ -2,7 +2,7 @@
 
     python benchmarks/leases.py [--leases N …] [--seconds N] [--only NAME …]
 
-A contender claims all items and holds them with leases of 60 s, renewed every 20 s. It is measured
+A program claims all items and holds them with leases of 60 s, renewed every 20 s. It is measured
 once it holds them. Memory is the process's own, less that of a process with a single lease, divided
 by the number of leases. `bare` has one task per item that sleeps and sends heartbeats, and checks
 nothing.
@@ -20,8 +20,8 @@ import orjson
 import uvloop
 from benchmark_runs import (
     BenchmarkRun,
-    ContenderMeter,
     ControlPlaneAddress,
+    ProgramMeter,
     ResourceUsageInPeriod,
     describe_cores_and_versions,
     enqueue_items,
@@ -29,7 +29,7 @@ from benchmark_runs import (
     serve_control_plane,
     start_benchmark_run,
 )
-from contenders import BLOCK_MS, LEASE_SECONDS, BenchmarkEntry, parse_contenders
+from compared_programs import BLOCK_MS, LEASE_SECONDS, BenchmarkEntry, parse_selected_programs
 
 from workpool import Session, Supervisor, handler
 
@@ -39,7 +39,7 @@ LEASES = (100, 1000, 10_000)
 
 
 async def hold_leases_with_bare_aiohttp_loop(
-    plane: ControlPlaneAddress, meter: ContenderMeter
+    plane: ControlPlaneAddress, meter: ProgramMeter
 ) -> None:
     """Hold leases in a loop written by hand with aiohttp, with one task for each lease."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
@@ -72,7 +72,7 @@ async def hold_leases_with_bare_aiohttp_loop(
                 group.create_task(renew_lease_repeatedly(item["id"]))
 
 
-async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ProgramMeter) -> None:
     """Hold leases in a pool with a slot for each lease and handlers that wait."""
 
     @handler
@@ -100,7 +100,7 @@ ENTRIES = (
 def measure_held_leases(
     entry: BenchmarkEntry, leases: int, seconds: float, settle: float
 ) -> ResourceUsageInPeriod:
-    """Measure a contender while it holds the leases, with a control plane of its own."""
+    """Measure a program while it holds the leases, with a control plane of its own."""
     with serve_control_plane() as plane:
         uvloop.run(enqueue_items(plane, leases))
         run = BenchmarkRun(entry.run, plane, 0, leases, watch=seconds, settle=settle)
@@ -125,7 +125,7 @@ def format_report(
             f"{1000 * cpu / leases:.3f}",
         )
         rows.append([name, str(leases), *numbers, str(each.lost)])
-    head = ("contender", "leases", "KiB each", "requests/s", "CPU % of a core", "per 1,000")
+    head = ("program", "leases", "KiB each", "requests/s", "CPU % of a core", "per 1,000")
     return format_table((*head, "lost"), rows)
 
 
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--leases", type=int, nargs="+", default=LEASES)
     parser.add_argument("--seconds", type=float, default=40, help="how long each is watched")
     parser.add_argument("--settle", type=float, default=5, help="from the last claim until then")
-    options, entries = parse_contenders(parser, entries=ENTRIES)
+    options, entries = parse_selected_programs(parser, entries=ENTRIES)
     alone: dict[str, ResourceUsageInPeriod] = {}
     found: dict[tuple[str, int], ResourceUsageInPeriod] = {}
     for entry in entries:

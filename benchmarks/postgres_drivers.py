@@ -5,7 +5,7 @@
 URL is an empty database, in which the benchmark creates the tables of the control plane. An item is
 claimed, acknowledged, extended once and stopped: four statements, each committed by itself.
 `transaction` makes each of the four a transaction of two statements (read and lock, then write).
-The contenders alternate. `psycopg pipeline` sends BEGIN together with the first statement.
+The drivers alternate. `psycopg pipeline` sends BEGIN together with the first statement.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ async def open_psycopg_connection(url: str) -> Any:
     return await psycopg.AsyncConnection.connect(url, autocommit=True)
 
 
-CONTENDERS: Final[dict[str, tuple[Callable[[str], Awaitable[Any]], Cycle]]] = {
+DRIVERS: Final[dict[str, tuple[Callable[[str], Awaitable[Any]], Cycle]]] = {
     "asyncpg": (asyncpg.connect, run_item_with_asyncpg),
     "psycopg": (open_psycopg_connection, run_item_with_psycopg),
     "asyncpg transaction": (asyncpg.connect, run_item_with_asyncpg_transactions),
@@ -129,7 +129,7 @@ CONTENDERS: Final[dict[str, tuple[Callable[[str], Awaitable[Any]], Cycle]]] = {
 
 async def measure_driver(url: str, name: str, items: int, connections: int) -> tuple[float, float]:
     """Return the CPU time of this process per item in µs, and the items per second."""
-    connect, cycle = CONTENDERS[name]
+    connect, cycle = DRIVERS[name]
     setup = await asyncpg.connect(url)
     await setup.execute("TRUNCATE items")
     await setup.execute(
@@ -144,14 +144,14 @@ async def measure_driver(url: str, name: str, items: int, connections: int) -> t
     await setup.close()
     opened = [await connect(url) for _ in range(connections)]
 
-    async def run_until_queue_is_empty(connection: Any) -> None:
+    async def run_items_until_queue_is_empty(connection: Any) -> None:
         while await cycle(connection):
             pass
 
     started, cpu = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
         for connection in opened:
-            group.create_task(run_until_queue_is_empty(connection))
+            group.create_task(run_items_until_queue_is_empty(connection))
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - started
     for connection in opened:
         await connection.close()
@@ -160,7 +160,7 @@ async def measure_driver(url: str, name: str, items: int, connections: int) -> t
 
 async def compare_drivers(url: str, items: int, connections: int, rounds: int) -> None:
     await migrate(url)
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in DRIVERS}
     for _ in range(rounds):
         for name, found in results.items():
             found.append(await measure_driver(url, name, items, connections))

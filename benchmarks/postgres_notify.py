@@ -57,11 +57,11 @@ async def run_committing_process(
                 announce(make_work_topic(f"env_{row}"))
             return commits
 
-        def skip_announcement(_: str) -> None:
+        def skip_change_notification(_: str) -> None:
             pass
 
         async with asyncio.TaskGroup() as committing:
-            announce = hub.announce_changes if kind == HUB else skip_announcement
+            announce = hub.announce_changes if kind == HUB else skip_change_notification
             tasks = [
                 committing.create_task(commit_until_time_is_over(n, announce))
                 for n in range(connections)

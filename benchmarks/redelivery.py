@@ -40,7 +40,7 @@ class MeasuredQueue(NamedTuple):
     delivered: int
 
 
-class CallCosts(NamedTuple):
+class CallCpuSeconds(NamedTuple):
     """The mean CPU seconds of a call, for each kind of call that is measured."""
 
     claim: float
@@ -60,7 +60,7 @@ def fill_queue(case: MeasuredQueue, now: list[float]) -> Operations:
     return operations
 
 
-def measure_call_costs(case: MeasuredQueue, calls: int) -> CallCosts:
+def measure_cpu_seconds_of_calls(case: MeasuredQueue, calls: int) -> CallCpuSeconds:
     """Measure the CPU time of each kind of call on a queue."""
     operations = fill_queue(case, [1_800_000_000.0])
 
@@ -73,7 +73,7 @@ def measure_call_costs(case: MeasuredQueue, calls: int) -> CallCosts:
         operations.get_queue(ENVIRONMENT).oldest_claimable(-1)
 
     claims = mean_cpu_seconds(poll_and_ack, min(calls, case.items // 2))
-    return CallCosts(
+    return CallCpuSeconds(
         claims,
         mean_cpu_seconds(search_queue_without_due_items, calls),
         mean_cpu_seconds(lambda: operations.queue_stats(ENVIRONMENT), 20),
@@ -106,9 +106,9 @@ def main() -> None:
         MeasuredQueue("all delivered", options.items, options.items),
     )
     rows: list[list[str]] = []
-    baseline: CallCosts | None = None
+    baseline: CallCpuSeconds | None = None
     for case in cases:
-        costs = measure_call_costs(case, options.calls)
+        costs = measure_cpu_seconds_of_calls(case, options.calls)
         baseline = baseline or costs
         cells = [
             f"{each * 1e6:.1f} ({each / first:.1f} ×)"

@@ -80,7 +80,7 @@ async def run_sessions_and_take_samples(
     changed = asyncio.Event()
 
     @handler
-    async def run_counted_session(_: Session) -> dict[str, str] | None:
+    async def run_numbered_session(_: Session) -> dict[str, str] | None:
         nonlocal finished
         number = next(numbers)
         try:
@@ -92,7 +92,7 @@ async def run_sessions_and_take_samples(
             finished += 1
             changed.set()
 
-    async def wait_for_sessions(sessions: int) -> None:
+    async def wait_until_sessions_finished(sessions: int) -> None:
         while finished < sessions:
             changed.clear()
             await changed.wait()
@@ -100,14 +100,14 @@ async def run_sessions_and_take_samples(
     found: list[ResourceSample] = []
     sent = 0
     async with Supervisor(
-        plane.client_settings(concurrency=CONCURRENCY), plugins=[run_counted_session]
+        plane.client_settings(concurrency=CONCURRENCY), plugins=[run_numbered_session]
     ):
         for sessions in samples:
             while sent < sessions:
                 count = min(BATCH, sessions - sent)
                 await enqueue_items(plane, count)
                 sent += count
-                await wait_for_sessions(sent)
+                await wait_until_sessions_finished(sent)
             # Let the last sessions end, so that the sample does not include their resources.
             await asyncio.sleep(1)
             found.append(take_sample(sessions))

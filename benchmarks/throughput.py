@@ -2,7 +2,7 @@
 
     python benchmarks/throughput.py [--items N] [--rounds N] [--only NAME …]
 
-In each round, every contender in turn empties an equally full queue. CPU is that of all threads of
+In each round, every program in turn empties an equally full queue. CPU is that of all threads of
 its process, from the first claim after a warm-up to the answer to the last stop. The table shows
 medians. A ratio compares results of one round, so that other load on the machine affects both.
 """
@@ -23,15 +23,15 @@ from benchmark_runs import (
     serve_control_plane,
     start_benchmark_run,
 )
-from contenders import BenchmarkEntry, parse_contenders
+from compared_programs import BenchmarkEntry, parse_selected_programs
 
 WARM_UP = 100
 
 
-def measure_contender(
+def measure_program(
     plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int
 ) -> BenchmarkResult:
-    """Fill the queue, and measure a contender until the queue is empty."""
+    """Fill the queue, and measure a program until the queue is empty."""
     asyncio.run(enqueue_items(plane, items + WARM_UP))
     with start_benchmark_run(BenchmarkRun(entry.run, plane, items, WARM_UP)) as receive:
         receive()
@@ -40,7 +40,7 @@ def measure_contender(
 
 
 def format_report(rounds: dict[str, list[BenchmarkResult]]) -> str:
-    """Return the table, which compares each contender with the first one."""
+    """Return the table, which compares each program with the first one."""
     base = next(iter(rounds.values()))
 
     def format_row(name: str, results: list[BenchmarkResult]) -> list[str]:
@@ -55,19 +55,19 @@ def format_report(rounds: dict[str, list[BenchmarkResult]]) -> str:
             f"{median(speedups):.2f} ×",
         ]
 
-    head = ("contender", "items", "CPU ms/item", "ratio", "items/s", "ratio")
+    head = ("program", "items", "CPU ms/item", "ratio", "items/s", "ratio")
     return format_table(head, [format_row(name, results) for name, results in rounds.items()])
 
 
-def compare_contenders(entries: list[BenchmarkEntry], items: int, number_of_rounds: int) -> None:
-    """Measure all contenders in each round, and print the table."""
+def compare_programs(entries: list[BenchmarkEntry], items: int, number_of_rounds: int) -> None:
+    """Measure all programs in each round, and print the table."""
     rounds: dict[str, list[BenchmarkResult]] = {entry.name: [] for entry in entries}
     with serve_control_plane() as plane:
         for number in range(number_of_rounds):
-            # Rotate the order, so that each contender runs first in some rounds.
+            # Rotate the order, so that each program runs first in some rounds.
             turn = number % len(entries)
             for entry in entries[turn:] + entries[:turn]:
-                result = measure_contender(plane, entry, max(1, items // entry.divisor))
+                result = measure_program(plane, entry, max(1, items // entry.divisor))
                 rounds[entry.name].append(result)
     print(format_report(rounds))
     print(f"\n{number_of_rounds} rounds. {describe_cores_and_versions()}")
@@ -75,10 +75,10 @@ def compare_contenders(entries: list[BenchmarkEntry], items: int, number_of_roun
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="CPU per item and items per second.")
-    parser.add_argument("--items", type=int, default=3000, help="per contender and round")
+    parser.add_argument("--items", type=int, default=3000, help="per program and round")
     parser.add_argument("--rounds", type=int, default=5)
-    options, entries = parse_contenders(parser)
-    compare_contenders(entries, options.items, options.rounds)
+    options, entries = parse_selected_programs(parser)
+    compare_programs(entries, options.items, options.rounds)
 
 
 if __name__ == "__main__":

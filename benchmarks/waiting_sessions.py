@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmark_runs import private_memory_kib
-from contenders import BLOCK_MS, LEASE_SECONDS
-from measured_system import ResourceUse, WorkerProcesses
+from compared_programs import BLOCK_MS, LEASE_SECONDS
+from system_measurements import ResourceUse, WorkerProcesses
 
 from workpool import Session, Supervisor, WorkClient, handler
 from workpool.wire.protocol import ENQUEUE_COUNT_MAX
 
 if TYPE_CHECKING:
-    from benchmark_runs import Contender, ContenderMeter, ControlPlaneAddress
-    from measured_system import MeasuredSystem
+    from benchmark_runs import ComparedProgram, ControlPlaneAddress, ProgramMeter
+    from system_measurements import MeasuredSystem
 
 SCRIPT = [{"name": "wait", "input": {}, "custom": True}]
 """The agent of each session uses one tool, whose result never comes."""
@@ -39,18 +39,18 @@ class WaitingSessionsCost:
     connections: int
     running: int
 
-    def cpu_percent_of_core(self, seconds: float) -> float:
+    def convert_to_percent_of_core(self, seconds: float) -> float:
         """Convert CPU seconds used in the measured period to percent of one core."""
         return 100 * seconds / self.use.wall
 
 
-def make_contender_with_waiting_sessions(sessions: int, *, streams: bool) -> Contender:
-    """Return a contender that claims `sessions` sessions, whose handlers wait without end."""
-    return partial(_hold_sessions, sessions=sessions, streams=streams)
+def make_program_with_waiting_sessions(sessions: int, *, streams: bool) -> ComparedProgram:
+    """Return a program that claims `sessions` sessions, whose handlers wait without end."""
+    return partial(_run_waiting_sessions, sessions=sessions, streams=streams)
 
 
-async def _hold_sessions(
-    plane: ControlPlaneAddress, meter: ContenderMeter, *, sessions: int, streams: bool
+async def _run_waiting_sessions(
+    plane: ControlPlaneAddress, meter: ProgramMeter, *, sessions: int, streams: bool
 ) -> None:
     @handler
     async def wait_until_interrupted(session: Session) -> None:
@@ -81,7 +81,7 @@ def measure_waiting_sessions(
         time.sleep(settle)
         begin = team.read_usage()
         time.sleep(seconds)
-        use = team.read_usage().usage_since(begin)
+        use = team.read_usage().subtract_earlier_use(begin)
         [worker], [server] = team.pids, system.servers
         return WaitingSessionsCost(
             sessions,

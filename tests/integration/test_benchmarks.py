@@ -25,9 +25,9 @@ async def run_benchmark_and_read_rows(
     script: str, *options: str, only: tuple[str, ...] = ("bare", "workpool")
 ) -> list[list[str]]:
     """Run a benchmark and return the cells of its table, without the header lines."""
-    contenders = ("--only", *only) if only else ()
+    selection = ("--only", *only) if only else ()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(BENCHMARKS / script), *options, *contenders),
+        *(sys.executable, str(BENCHMARKS / script), *options, *selection),
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await process.communicate()
@@ -65,7 +65,9 @@ async def test_latency_benchmark_counts_every_item_of_pool_and_handwritten_loop(
 @pytest.mark.trial
 @pytest.mark.timeout(120)
 async def test_idle_benchmark_counts_requests_of_pool_and_handwritten_loop() -> None:
-    found = await run_benchmark_and_read_rows("idle.py", "--seconds", "1.5", "--settle", "0")
+    found = await run_benchmark_and_read_rows(
+        "idle_workers.py", "--seconds", "1.5", "--settle", "0"
+    )
     assert [cells[0] for cells in found] == ["bare", "workpool"]
     for _, requests, cpu, memory in found:
         assert float(requests) > 0
@@ -75,11 +77,11 @@ async def test_idle_benchmark_counts_requests_of_pool_and_handwritten_loop() -> 
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("contender", ["bare", "workpool"])
-async def test_leases_benchmark_reports_no_lost_lease(contender: str) -> None:
+@pytest.mark.parametrize("program", ["bare", "workpool"])
+async def test_leases_benchmark_reports_no_lost_lease(program: str) -> None:
     options = ("--leases", "3", "--seconds", "0.2", "--settle", "0")
-    [cells] = await run_benchmark_and_read_rows("leases.py", *options, only=(contender,))
-    assert cells[:2] == [contender, "3"]
+    [cells] = await run_benchmark_and_read_rows("leases.py", *options, only=(program,))
+    assert cells[:2] == [program, "3"]
     assert cells[-1] == "0"  # The last cell of a row is the number of lost leases.
 
 
@@ -113,7 +115,7 @@ PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
 @pytest.mark.timeout(120)
 async def test_benchmark_of_part_costs_prints_one_row_for_each_pool_variant() -> None:
     found = await run_benchmark_and_read_rows(
-        "part_costs.py", "--items", "10", "--rounds", "1", only=PARTS
+        "pool_part_costs.py", "--items", "10", "--rounds", "1", only=PARTS
     )
     assert sorted(cells[0] for cells in found) == sorted(PARTS)
     assert found[0][0] == "workpool"
@@ -122,9 +124,9 @@ async def test_benchmark_of_part_costs_prints_one_row_for_each_pool_variant() ->
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_call_path_benchmark_lists_source_files_executed_for_one_item() -> None:
+async def test_function_calls_benchmark_lists_source_files_executed_for_one_item() -> None:
     bare, pool, *files = await run_benchmark_and_read_rows(
-        "call_path.py", "--items", "20", "--by-file"
+        "function_calls_per_item.py", "--items", "20", "--by-file"
     )
     assert bare[:4] == ["bare", "0", "0", "0"]
     assert pool[0] == "workpool"
@@ -140,7 +142,7 @@ async def test_call_path_benchmark_lists_source_files_executed_for_one_item() ->
 
 async def test_help_of_instructions_benchmark_lists_handwritten_loop_and_pool_variants() -> None:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(BENCHMARKS / "instructions.py"), "--help"),
+        *(sys.executable, str(BENCHMARKS / "cpu_instructions.py"), "--help"),
         stdout=asyncio.subprocess.PIPE,
     )
     output, _ = await process.communicate()
@@ -184,11 +186,11 @@ async def test_control_plane_benchmark_measures_databases_full_of_stopped_items(
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
-async def test_scale_limits_benchmark_prints_one_row_for_each_given_size(store: str) -> None:
+async def test_scaling_benchmark_prints_one_row_for_each_given_size(store: str) -> None:
     sizes = ("--workers", "2", "--leases", "3", "--streams", "4", "--depths", "10", "50")
     options = ("--items", "30", *sizes, "--seconds", "0.2", "--settle", "0", "--stores", store)
     found = await run_benchmark_and_read_rows(
-        "scale_limits.py", *options, only=("workers", "leases", "streams", "depth")
+        "control_plane_scaling.py", *options, only=("workers", "leases", "streams", "depth")
     )
     tables = [cells[1:] for cells in found if cells[1].isdigit()]
     assert [cells[1] for cells in tables] == ["2", "3", "4", "10", "50"]

@@ -1,6 +1,6 @@
 """Counts the calls of workpool's Python functions for one item, by function and by file.
 
-    python benchmarks/call_path.py [--items N] [--by-file] [--only NAME …]
+    python benchmarks/function_calls_per_item.py [--items N] [--by-file] [--only NAME …]
 
 The pool runs in this process, one item at a time, under `sys.setprofile` on all threads; the
 control plane has a process of its own. The calls of an item are those from the answer to one stop
@@ -25,13 +25,18 @@ from typing import TYPE_CHECKING
 
 import uvloop
 from benchmark_runs import (
-    ContenderMeter,
+    ProgramMeter,
     describe_cores_and_versions,
     enqueue_items,
     format_table,
     serve_control_plane,
 )
-from contenders import BenchmarkEntry, parse_contenders, run_bare_aiohttp_loop, run_pool
+from compared_programs import (
+    BenchmarkEntry,
+    parse_selected_programs,
+    run_bare_aiohttp_loop,
+    run_pool,
+)
 
 import workpool as package
 
@@ -56,7 +61,7 @@ ENTRIES = (
 
 
 @dataclass
-class FunctionCallMeter(ContenderMeter):
+class FunctionCallMeter(ProgramMeter):
     """Counts the calls of Python functions for each item, including those of the warm-up."""
 
     calls_of_items: list[Counter[CodeType]] = field(default_factory=list)
@@ -64,7 +69,7 @@ class FunctionCallMeter(ContenderMeter):
 
     def count_call(self, frame: FrameType, event: str, _: object) -> None:
         """Count a function call, as the callback of `sys.setprofile`."""
-        if event == "call" and _is_start_of_call(frame):
+        if event == "call" and _is_new_function_call(frame):
             self._calls[frame.f_code] += 1
 
     def record_item_stop(self) -> None:
@@ -89,7 +94,7 @@ class ItemCallCounts:
     own_calls: float
 
     @classmethod
-    def average_call_counts(cls, items: Sequence[Counter[CodeType]]) -> ItemCallCounts:
+    def compute_averages(cls, items: Sequence[Counter[CodeType]]) -> ItemCallCounts:
         """Return the average number of calls per item, from the calls counted for each item."""
         calls: Counter[CodeType] = Counter()
         for each in items:
@@ -108,7 +113,7 @@ class ItemCallCounts:
         }
         return cls(functions, sum(counted.values()), sum(own.values()))
 
-    def calls_by_file(self) -> dict[str, list[float]]:
+    def group_call_counts_by_file(self) -> dict[str, list[float]]:
         """Return the calls per item of each function, grouped by the file of the function."""
         files: dict[str, list[float]] = {}
         for code, count in self.functions.items():
@@ -117,7 +122,7 @@ class ItemCallCounts:
         return dict(sorted(files.items()))
 
 
-def _is_start_of_call(frame: FrameType) -> bool:
+def _is_new_function_call(frame: FrameType) -> bool:
     """Return whether the frame is a new call, not a resumed coroutine or generator.
 
     Python executes a RESUME instruction in both cases; at a beginning, the two low bits of its
@@ -131,32 +136,32 @@ def _is_workpool_code(code: CodeType) -> bool:
     return PACKAGE in Path(code.co_filename).parents
 
 
-async def profile_calls_of_items(
+async def profile_function_calls_per_item(
     plane: ControlPlaneAddress, entry: BenchmarkEntry, items: int
 ) -> ItemCallCounts:
-    """Let a contender run items under the profiler, and return the calls per item."""
+    """Let a program run items under the profiler, and return the calls per item."""
     await enqueue_items(plane, WARM_UP + items)
     meter = FunctionCallMeter(WARM_UP, items)
     threading.setprofile(meter.count_call)
     sys.setprofile(meter.count_call)
     try:
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(entry.run(plane, meter), name="contender")
+            task = group.create_task(entry.run(plane, meter), name="program")
             await meter.done.wait()
             task.cancel()
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    return ItemCallCounts.average_call_counts(meter.calls_of_items[WARM_UP : WARM_UP + items])
+    return ItemCallCounts.compute_averages(meter.calls_of_items[WARM_UP : WARM_UP + items])
 
 
 def format_report(found: dict[str, ItemCallCounts]) -> str:
-    """Return the table of calls per item, with the ratios to the first contender."""
+    """Return the table of calls per item, with the ratios to the first program."""
     first = next(iter(found.values()))
     rows = [
         [
             name,
-            str(len(path.calls_by_file())),
+            str(len(path.group_call_counts_by_file())),
             str(len(path.functions)),
             f"{path.own_calls:.0f}",
             f"{path.calls:.0f}",
@@ -164,14 +169,15 @@ def format_report(found: dict[str, ItemCallCounts]) -> str:
         ]
         for name, path in found.items()
     ]
-    head = ("contender", "files", "functions", "own calls/item", "calls/item", "difference")
+    head = ("program", "files", "functions", "own calls/item", "calls/item", "difference")
     return format_table(head, rows)
 
 
 def format_report_by_file(path: ItemCallCounts) -> str:
     """Return the table of the files whose functions run for an item."""
     rows = [
-        [name, str(len(calls)), f"{sum(calls):.1f}"] for name, calls in path.calls_by_file().items()
+        [name, str(len(calls)), f"{sum(calls):.1f}"]
+        for name, calls in path.group_call_counts_by_file().items()
     ]
     return format_table(("file", "functions", "calls/item"), rows)
 
@@ -180,10 +186,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Files, functions and calls per item.")
     parser.add_argument("--items", type=int, default=200)
     parser.add_argument("--by-file", action="store_true", help="list the files that an item passes")
-    options, entries = parse_contenders(parser, entries=ENTRIES)
+    options, entries = parse_selected_programs(parser, entries=ENTRIES)
     with serve_control_plane() as plane:
         found = {
-            entry.name: uvloop.run(profile_calls_of_items(plane, entry, options.items))
+            entry.name: uvloop.run(profile_function_calls_per_item(plane, entry, options.items))
             for entry in entries
         }
     print(format_report(found))

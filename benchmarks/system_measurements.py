@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import uvloop
-from backlogs import POSTGRES, Backlog, fill_memory_store, fill_store
+from backlog_setup import POSTGRES, Backlog, create_backlog_in_memory, create_backlog_in_store
 from benchmark_runs import (
     LIMIT_SECONDS,
-    ContenderMeter,
     ControlPlaneAddress,
+    ProgramMeter,
     enqueue_items,
     run_process,
 )
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
     from typing import Self
 
-    from benchmark_runs import Contender
+    from benchmark_runs import ComparedProgram
 
     Stops = Synchronized[int]
 
@@ -89,7 +89,7 @@ class ResourceUse:
     database: float
     workers: tuple[float, ...]
 
-    def usage_since(self, begin: ResourceUse) -> ResourceUse:
+    def subtract_earlier_use(self, begin: ResourceUse) -> ResourceUse:
         return ResourceUse(
             self.wall - begin.wall,
             _subtract_tuples(self.machine, begin.machine),
@@ -104,7 +104,7 @@ class ResourceUse:
 
 
 @dataclass(frozen=True)
-class MeasuredRun:
+class RunMeasurement:
     """The CPU and wall clock time that a system needed for a number of items."""
 
     items: int
@@ -120,7 +120,7 @@ class MeasuredRun:
 
 
 @dataclass
-class SharedCounterMeter(ContenderMeter):
+class MeterWithSharedCounter(ProgramMeter):
     """A meter that counts stopped items in a counter that all workers share."""
 
     stops: Stops | None = None
@@ -162,10 +162,10 @@ class WorkerProcesses:
         system = self._system
         return ResourceUse(
             time.monotonic(),
-            machine_cpu_seconds(),
-            tuple(map(process_cpu_seconds, system.servers)),
-            0.0 if system.database is None else process_tree_cpu_seconds(system.database),
-            tuple(map(process_cpu_seconds, self.pids)),
+            read_machine_cpu_seconds(),
+            tuple(map(read_process_cpu_seconds, system.servers)),
+            0.0 if system.database is None else read_process_tree_cpu_seconds(system.database),
+            tuple(map(read_process_cpu_seconds, self.pids)),
         )
 
     @property
@@ -182,7 +182,7 @@ class WorkerProcesses:
             time.sleep(TICK_SECONDS)
 
 
-def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) -> MeasuredRun:
+def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) -> RunMeasurement:
     """Enqueue items for workers that already poll; measure until all the items are stopped."""
     with WorkerProcesses(system, workers) as team:
         system.enqueue(warm_up)
@@ -192,10 +192,10 @@ def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) 
         system.enqueue(items)
         team.wait_for_stopped_items(warm_up + items)
         system.settled()
-        return MeasuredRun(items, team.read_usage().usage_since(begin))
+        return RunMeasurement(items, team.read_usage().subtract_earlier_use(begin))
 
 
-def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> MeasuredRun:
+def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> RunMeasurement:
     """Measure items while the number of queued items stays the same.
 
     There is one worker for each control plane process.
@@ -207,7 +207,7 @@ def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> 
 
 async def _run_items_at_queue_depth(
     team: WorkerProcesses, plane: ControlPlaneAddress, items: int, warm_up: int
-) -> MeasuredRun:
+) -> RunMeasurement:
     """Enqueue a new batch of items whenever a batch was handled, and measure after the warm-up.
 
     The size of a batch is the same for every queue depth, since each request has a fixed cost.
@@ -222,13 +222,15 @@ async def _run_items_at_queue_depth(
                 added += len(await client.enqueue(BATCH))
             else:
                 await asyncio.sleep(TICK_SECONDS)
-        return MeasuredRun(team.stopped_item_count - first, team.read_usage().usage_since(begin))
+        return RunMeasurement(
+            team.stopped_item_count - first, team.read_usage().subtract_earlier_use(begin)
+        )
 
 
 @contextmanager
 def serve_control_planes(
     store: str,
-    contender: Contender,
+    program: ComparedProgram,
     *,
     backlog: Backlog,
     nodes: int = 1,
@@ -238,13 +240,13 @@ def serve_control_planes(
 
     Args:
         store: `MEMORY`, a new file of SQLite, or the URL of a database without workpool's tables.
-        contender: The program that each worker runs.
+        program: The program that each worker runs.
         backlog: The items in the store when the first process starts.
         nodes: The number of processes.
         database: The id of the database's first process.
     """
     if store != MEMORY:
-        fill_store(store, backlog)
+        create_backlog_in_store(store, backlog)
     with ExitStack() as stack:
         ready = [
             stack.enter_context(run_process(_run_control_plane, store, backlog))()
@@ -253,14 +255,14 @@ def serve_control_planes(
         planes: list[ControlPlaneAddress] = [plane for plane, _ in ready]
         yield MeasuredSystem(
             enqueue=lambda number: asyncio.run(enqueue_items(planes[0], number)),
-            worker=lambda number: partial(_run_worker, contender, planes[number % nodes]),
+            worker=lambda number: partial(_run_worker, program, planes[number % nodes]),
             servers=[pid for _, pid in ready],
             database=database,
             plane=planes[0],
         )
 
 
-def machine_cpu_seconds() -> tuple[float, float]:
+def read_machine_cpu_seconds() -> tuple[float, float]:
     """Return two sums of CPU seconds since the machine's boot: used seconds, and used plus idle."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
     user, nice, system, idle, waiting, *others = map(int, first.split()[1:9])
@@ -268,16 +270,18 @@ def machine_cpu_seconds() -> tuple[float, float]:
     return used / _TICKS_PER_SECOND, (used + idle + waiting) / _TICKS_PER_SECOND
 
 
-def process_cpu_seconds(pid: int) -> float:
+def read_process_cpu_seconds(pid: int) -> float:
     """Return the CPU seconds that a process has used so far."""
     user, system, *_ = _read_cpu_ticks(pid)
     return (user + system) / _TICKS_PER_SECOND
 
 
-def process_tree_cpu_seconds(pid: int) -> float:
+def read_process_tree_cpu_seconds(pid: int) -> float:
     """Return the CPU seconds of a process and its children, including ended ones."""
     children = [child for child in _list_pids() if _read_parent_pid(child) == pid]
-    return sum(_read_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(map(process_cpu_seconds, children))
+    return sum(_read_cpu_ticks(pid)) / _TICKS_PER_SECOND + sum(
+        map(read_process_cpu_seconds, children)
+    )
 
 
 def _read_cpu_ticks(pid: int) -> tuple[int, int, int, int]:
@@ -323,7 +327,7 @@ async def _serve_control_plane(pipe: Connection, store: str, backlog: Backlog) -
     )
     async with plane:
         if store == MEMORY:
-            fill_memory_store(plane, backlog)
+            create_backlog_in_memory(plane, backlog)
         address = ControlPlaneAddress(
             plane.base_url, plane.anthropic_base_url, plane.token, plane.environments[0]
         )
@@ -338,7 +342,7 @@ def _create_store(place: str) -> MemoryStore | SqliteStore | PostgresStore:
 
 
 def _run_worker(
-    contender: Contender, plane: ControlPlaneAddress, pipe: Connection, stops: Stops
+    program: ComparedProgram, plane: ControlPlaneAddress, pipe: Connection, stops: Stops
 ) -> None:
     pipe.send(os.getpid())
-    uvloop.run(contender(plane, SharedCounterMeter(0, 0, stops=stops)))
+    uvloop.run(program(plane, MeterWithSharedCounter(0, 0, stops=stops)))

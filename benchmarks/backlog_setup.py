@@ -73,7 +73,7 @@ class Backlog:
     queued: int = 0
 
 
-def fill_store(store: str, backlog: Backlog) -> None:
+def create_backlog_in_store(store: str, backlog: Backlog) -> None:
     """Create the tables and the items of the backlog in a new SQLite file or an empty database."""
     asyncio.run(_create_tables(store))
     now = time.time_ns() // 1_000_000
@@ -82,7 +82,7 @@ def fill_store(store: str, backlog: Backlog) -> None:
         ("queued", backlog.queued, now - HOUR_MS),
     ]
     if store.startswith(POSTGRES):
-        asyncio.run(_fill_database(store, parts))
+        asyncio.run(_create_backlog_in_database(store, parts))
         return
     with closing(sqlite3.connect(store)) as connection, connection:
         for state, count, start in parts:
@@ -96,7 +96,7 @@ def fill_store(store: str, backlog: Backlog) -> None:
                 connection.execute(statement, values)
 
 
-async def _fill_database(url: str, parts: Sequence[tuple[str, int, int]]) -> None:
+async def _create_backlog_in_database(url: str, parts: Sequence[tuple[str, int, int]]) -> None:
     connection = await asyncpg.connect(url)
     try:
         for state, count, start in parts:
@@ -120,7 +120,7 @@ async def _create_tables(place: str) -> None:
     await store.close()
 
 
-def fill_memory_store(plane: ControlPlane, backlog: Backlog) -> None:
+def create_backlog_in_memory(plane: ControlPlane, backlog: Backlog) -> None:
     """Create the items of the backlog in a control plane that runs in this process."""
     environment_id = plane.environments[0]
     for count, stops in ((backlog.stopped, True), (backlog.queued, False)):

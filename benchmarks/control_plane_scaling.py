@@ -1,6 +1,6 @@
 """The scaling of control planes: many workers, held leases, open event streams and long queues.
 
-    python benchmarks/scale_limits.py [--only PART …] [--stores STORE …]
+    python benchmarks/control_plane_scaling.py [--only PART …] [--stores STORE …]
 
 - `workers`: 1, 2, 4 and 8 worker processes with eight slots each run no-op items, and their limit.
 - `leases`: one process holds 10,000 leases and renews each every 20 s.
@@ -16,25 +16,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backlogs import Backlog
+from backlog_setup import Backlog
 from benchmark_runs import (
     describe_cores_and_versions,
     format_ratio,
     format_table,
     private_memory_kib,
 )
-from contenders import run_pool
+from compared_programs import run_pool
+from compared_stores import COLUMNS, COMPARED_STORES, ComparedStore
 from database_server import database_server
-from measured_system import (
-    MeasuredRun,
+from system_measurements import (
     ResourceUse,
+    RunMeasurement,
     measure_at_queue_depth,
     measure_run,
 )
-from served_stores import COLUMNS, SERVED, ServedStore
 from waiting_sessions import (
     WaitingSessionsCost,
-    make_contender_with_waiting_sessions,
+    make_program_with_waiting_sessions,
     measure_waiting_sessions,
 )
 
@@ -53,7 +53,7 @@ class ScaleBenchmark:
     """The options of the benchmark, the stores that it measures, and a database server if any."""
 
     options: argparse.Namespace
-    stores: Sequence[ServedStore]
+    stores: Sequence[ComparedStore]
     server: Cluster | None
 
 
@@ -82,7 +82,7 @@ def format_workers_report(bench: ScaleBenchmark) -> str:
                 found = measure_run(system, bench.options.items, WARM_UP, number)
                 rows.append(
                     [
-                        *store.first_table_cells,
+                        *store.first_cells_of_table_row,
                         str(number),
                         *format_costs(found),
                         describe_limiting_resource(found.use),
@@ -94,7 +94,7 @@ def format_workers_report(bench: ScaleBenchmark) -> str:
 COSTS = ("server ms", "database ms", "worker ms", "items/s")
 
 
-def format_costs(found: MeasuredRun) -> list[str]:
+def format_costs(found: RunMeasurement) -> list[str]:
     """Return table cells: CPU ms per item of each kind of process, and items per second."""
     use = found.use
     each = (sum(use.servers), use.database, sum(use.workers))
@@ -123,17 +123,17 @@ def format_waiting_sessions_report(
     """
     rows = []
     for store in bench.stores:
-        alone = measure_sessions_on_store(bench, store, 1, streams=streams)
+        alone = measure_waiting_sessions_on_store(bench, store, 1, streams=streams)
         for number in numbers:
-            found = measure_sessions_on_store(bench, store, number, streams=streams)
+            found = measure_waiting_sessions_on_store(bench, store, number, streams=streams)
             use = found.use
             cpu = [
-                found.cpu_percent_of_core(each)
+                found.convert_to_percent_of_core(each)
                 for each in (sum(use.workers), sum(use.servers), use.database)
             ]
             rows.append(
                 [
-                    *store.first_table_cells,
+                    *store.first_cells_of_table_row,
                     str(number),
                     f"{(found.worker_kib - alone.worker_kib) / number:.1f}",
                     f"{(found.server_kib - alone.server_kib) / number:.1f}",
@@ -147,20 +147,20 @@ def format_waiting_sessions_report(
     return format_table((*COLUMNS, *head, "per 1,000 %", "connections", "lost"), rows)
 
 
-def measure_sessions_on_store(
-    bench: ScaleBenchmark, store: ServedStore, sessions: int, *, streams: bool
+def measure_waiting_sessions_on_store(
+    bench: ScaleBenchmark, store: ComparedStore, sessions: int, *, streams: bool
 ) -> WaitingSessionsCost:
     """Measure one worker with a number of waiting sessions, on new control planes."""
     options = bench.options
     with store.open_store(
-        make_contender_with_waiting_sessions(sessions, streams=streams), Backlog(), bench.server
+        make_program_with_waiting_sessions(sessions, streams=streams), Backlog(), bench.server
     ) as system:
         return measure_waiting_sessions(
             system, sessions, seconds=options.seconds, settle=options.settle, streams=streams
         )
 
 
-def format_queue_depths_report(bench: ScaleBenchmark) -> str:
+def format_report_by_queue_depth(bench: ScaleBenchmark) -> str:
     """Return the table of the cost per item by the number of items in the queue."""
     rows = []
     for store in bench.stores:
@@ -172,7 +172,7 @@ def format_queue_depths_report(bench: ScaleBenchmark) -> str:
             ms = found.ms_per_item(sum(found.use.servers) + found.use.database)
             base = base or ms
             cells = (
-                *store.first_table_cells,
+                *store.first_cells_of_table_row,
                 str(queued),
                 *format_costs(found),
                 f"{memory:.0f}",
@@ -186,14 +186,16 @@ PARTS: dict[str, Callable[[ScaleBenchmark], str]] = {
     "workers": format_workers_report,
     "leases": format_leases_report,
     "streams": format_event_streams_report,
-    "depth": format_queue_depths_report,
+    "depth": format_report_by_queue_depth,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The limits of control planes.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--stores", nargs="+", choices=SERVED, default=list(SERVED))
+    parser.add_argument(
+        "--stores", nargs="+", choices=COMPARED_STORES, default=list(COMPARED_STORES)
+    )
     parser.add_argument("--items", type=int, default=4000, help="of `workers` and `depth`")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--leases", type=int, nargs="+", default=[100, 1000, 10_000])
@@ -202,7 +204,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40, help="how long sessions are watched")
     parser.add_argument("--settle", type=float, default=5, help="seconds before that")
     options = parser.parse_args()
-    stores = [SERVED[name] for name in options.stores]
+    stores = [COMPARED_STORES[name] for name in options.stores]
     on_database = any(store.on_database for store in stores)
     with database_server() if on_database else nullcontext() as server:
         stores = [store for store in stores if server is not None or not store.on_database]

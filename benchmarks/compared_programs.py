@@ -1,6 +1,6 @@
 """The programs that benchmarks compare: the pool, a loop with the same requests, other SDKs.
 
-All contenders run no-op items, eight at a time, with the longest poll that is allowed.
+All programs run no-op items, eight at a time, with the longest poll that is allowed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Coroutine, Sequence
 
-    from benchmark_runs import Contender, ContenderMeter, ControlPlaneAddress
+    from benchmark_runs import ComparedProgram, ControlPlaneAddress, ProgramMeter
 
     from workpool import Settings, WorkItem
 
@@ -36,11 +36,11 @@ class BenchmarkEntry:
 
     Attributes:
         package: The package that must be installed (`pip install -e '.[bench]'`).
-        divisor: The number of items is divided by it, so that slow contenders finish in time.
+        divisor: The number of items is divided by it, so that slow programs finish in time.
     """
 
     name: str
-    run: Contender
+    run: ComparedProgram
     package: str
     divisor: int = 1
 
@@ -49,7 +49,7 @@ class BenchmarkEntry:
         return importlib.util.find_spec(self.package) is not None
 
 
-async def run_bare_aiohttp_loop(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+async def run_bare_aiohttp_loop(plane: ControlPlaneAddress, meter: ProgramMeter) -> None:
     """Run items in a loop written by hand with aiohttp, as the lower bound of the cost."""
     headers = {"Authorization": f"Bearer {plane.token}", "Worker-ID": f"bare-{os.getpid()}"}
     async with aiohttp.ClientSession(headers=headers) as session:
@@ -60,7 +60,7 @@ async def run_bare_aiohttp_loop(plane: ControlPlaneAddress, meter: ContenderMete
                 response.raise_for_status()
                 return orjson.loads(await response.read())
 
-        async def run_items_in_loop() -> None:
+        async def run_items_until_cancelled() -> None:
             while True:
                 item = await send_request(
                     "GET", f"poll?block_ms={BLOCK_MS}&reclaim_older_than_ms=5000"
@@ -76,12 +76,12 @@ async def run_bare_aiohttp_loop(plane: ControlPlaneAddress, meter: ContenderMete
                 await send_request("POST", f"{work_id}/stop", b'{"force":true}')
                 meter.record_item_stop()
 
-        await _run_concurrent_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_until_cancelled)
 
 
 async def run_pool(
     plane: ControlPlaneAddress,
-    meter: ContenderMeter,
+    meter: ProgramMeter,
     *,
     supervisor: type[Supervisor] = Supervisor,
     plugins: Sequence[object] = (),
@@ -103,7 +103,7 @@ async def run_pool(
             meter.record_item_stop()
             return item
 
-    def connect_metered_client(settings: Settings) -> WorkClient:
+    def connect_client_with_meter(settings: Settings) -> WorkClient:
         return MeteredClient(settings)
 
     @handler
@@ -119,17 +119,17 @@ async def run_pool(
     pool = supervisor(
         plane.client_settings(**usual | settings),
         plugins=[do_no_work, *plugins],
-        connect=connect_metered_client,
+        connect=connect_client_with_meter,
     )
     async with pool:
         await pool.wait()
 
 
-async def run_loop_with_client(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+async def run_workpool_client_loop(plane: ControlPlaneAddress, meter: ProgramMeter) -> None:
     """Run items as `run_bare_aiohttp_loop` does, but with `WorkClient`, which validates answers."""
     async with WorkClient(plane.client_settings(concurrency=CONCURRENCY)) as work:
 
-        async def run_items_in_loop() -> None:
+        async def run_items_until_cancelled() -> None:
             while True:
                 item = await work.poll(BLOCK_MS, 5000)
                 if item is None:
@@ -141,15 +141,15 @@ async def run_loop_with_client(plane: ControlPlaneAddress, meter: ContenderMeter
                 await work.stop(item.id, force=True)
                 meter.record_item_stop()
 
-        await _run_concurrent_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_until_cancelled)
 
 
-async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+async def run_qca_sdk(plane: ControlPlaneAddress, meter: ProgramMeter) -> None:
     """Run items as `run_bare_aiohttp_loop` does, but with `qca`, the SDK of the vendor."""
     client = importlib.import_module("qca").AsyncManaged(pat=plane.token, base_url=plane.base_url)
     work, environment = client.environments.work, {"environment_id": plane.environment_id}
 
-    async def run_items_in_loop() -> None:
+    async def run_items_until_cancelled() -> None:
         while True:
             item = await work.poll(**environment, block_ms=BLOCK_MS, worker_id=f"qca-{os.getpid()}")
             if item is None:
@@ -169,17 +169,17 @@ async def run_qca_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None
             meter.record_item_stop()
 
     async with client:
-        await _run_concurrent_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_until_cancelled)
 
 
-async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -> None:
+async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ProgramMeter) -> None:
     """Run items with the work poller of the SDK `anthropic`: three requests each, no heartbeat."""
     client = importlib.import_module("anthropic").AsyncAnthropic(
         auth_token=plane.token, base_url=plane.anthropic_base_url.removesuffix("/v1")
     )
     work = client.beta.environments.work
 
-    async def run_items_in_loop() -> None:
+    async def run_items_until_cancelled() -> None:
         poller = work.poller(
             environment_id=plane.environment_id, environment_key=plane.token, auto_stop=False
         )
@@ -190,7 +190,7 @@ async def run_anthropic_sdk(plane: ControlPlaneAddress, meter: ContenderMeter) -
             meter.record_item_stop()
 
     async with client:
-        await _run_concurrent_loops(run_items_in_loop)
+        await _run_concurrent_loops(run_items_until_cancelled)
 
 
 async def _run_concurrent_loops(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -205,13 +205,13 @@ ENTRIES = (
     BenchmarkEntry("qca-sdk", run_qca_sdk, "qca", 5),
     BenchmarkEntry("anthropic", run_anthropic_sdk, "anthropic", 5),
 )
-"""The first contender is the base of the ratios."""
+"""The first program is the base of the ratios."""
 
 
-def parse_contenders(
+def parse_selected_programs(
     parser: argparse.ArgumentParser, *default: str, entries: Sequence[BenchmarkEntry] = ENTRIES
 ) -> tuple[argparse.Namespace, list[BenchmarkEntry]]:
-    """Parse the command line. Return the options and the selected contenders that are installed."""
+    """Parse the command line. Return the options and the selected programs that are installed."""
     names = [entry.name for entry in entries]
     parser.add_argument("--only", nargs="+", choices=names, default=default or names)
     options = parser.parse_args()

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from measured_system import MEMORY, serve_control_planes
+from system_measurements import MEMORY, serve_control_planes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from backlogs import Backlog
-    from benchmark_runs import Contender
-    from measured_system import MeasuredSystem
+    from backlog_setup import Backlog
+    from benchmark_runs import ComparedProgram
+    from system_measurements import MeasuredSystem
 
     from tests.postgres.cluster import Cluster
 
@@ -23,7 +23,7 @@ COLUMNS = ("store", "nodes")
 
 
 @dataclass(frozen=True)
-class ServedStore:
+class ComparedStore:
     """A kind of store, with its name on the command line and the number of its control planes."""
 
     name: str
@@ -32,13 +32,13 @@ class ServedStore:
     on_database: bool = False
 
     @property
-    def first_table_cells(self) -> list[str]:
+    def first_cells_of_table_row(self) -> list[str]:
         """The first cells of a table row: the kind of store and the number of nodes."""
         return [self.kind, str(self.nodes)]
 
     @contextmanager
     def open_store(
-        self, contender: Contender, backlog: Backlog, server: Cluster | None
+        self, program: ComparedProgram, backlog: Backlog, server: Cluster | None
     ) -> Iterator[MeasuredSystem]:
         """Start control planes on a new store with a backlog.
 
@@ -54,7 +54,7 @@ class ServedStore:
                 place = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "items.db")
             planes = serve_control_planes(
                 place,
-                contender,
+                program,
                 backlog=backlog,
                 nodes=self.nodes,
                 database=server.pid if self.on_database and server is not None else None,
@@ -62,13 +62,13 @@ class ServedStore:
             yield stack.enter_context(planes)
 
 
-SERVED = {
+COMPARED_STORES = {
     store.name: store
     for store in (
-        ServedStore("memory", MEMORY),
-        ServedStore("sqlite", "SQLite"),
-        ServedStore("postgres-1", "PostgreSQL", 1, on_database=True),
-        ServedStore("postgres-2", "PostgreSQL", 2, on_database=True),
-        ServedStore("postgres-4", "PostgreSQL", 4, on_database=True),
+        ComparedStore("memory", MEMORY),
+        ComparedStore("sqlite", "SQLite"),
+        ComparedStore("postgres-1", "PostgreSQL", 1, on_database=True),
+        ComparedStore("postgres-2", "PostgreSQL", 2, on_database=True),
+        ComparedStore("postgres-4", "PostgreSQL", 4, on_database=True),
     )
 }

@@ -1,8 +1,8 @@
 """The CPU instructions per item: a cost that other load on the machine does not change.
 
-    python benchmarks/instructions.py [--items FEW MANY] [--only NAME …]
+    python benchmarks/cpu_instructions.py [--items FEW MANY] [--only NAME …]
 
-Needs valgrind. Every contender runs twice under callgrind, with FEW and with MANY items. The cost
+Needs valgrind. Every program runs twice under callgrind, with FEW and with MANY items. The cost
 is the difference of the instructions, divided by the difference of the items. It does not include
 the kernel's work, which is a part of the CPU time.
 """
@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 
 import uvloop
 from benchmark_runs import (
-    ContenderMeter,
     ControlPlaneAddress,
+    ProgramMeter,
     describe_cores_and_versions,
     enqueue_items,
     format_table,
     serve_control_plane,
 )
-from contenders import BenchmarkEntry, parse_contenders
-from part_costs import ENTRIES
+from compared_programs import BenchmarkEntry, parse_selected_programs
+from pool_part_costs import ENTRIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,30 +57,32 @@ def count_instructions(plane: ControlPlaneAddress, entry: BenchmarkEntry, items:
 
 async def run_items_under_callgrind(name: str, items: str, *address: str) -> None:
     """Handle the items and exit, as the child process under callgrind."""
-    [contender] = [entry.run for entry in ENTRIES if entry.name == name]
+    [program] = [entry.run for entry in ENTRIES if entry.name == name]
     base_url, anthropic_base_url, token, environment_id = address
     plane = ControlPlaneAddress(base_url, anthropic_base_url, token, environment_id)
-    meter = ContenderMeter(WARM_UP, int(items))
+    meter = ProgramMeter(WARM_UP, int(items))
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(contender(plane, meter), name="contender")
+        task = group.create_task(program(plane, meter), name="program")
         await meter.done.wait()
         task.cancel()
 
 
 def format_report(found: dict[str, float]) -> str:
-    """Return the table, which compares each contender with the first one."""
+    """Return the table, which compares each program with the first one."""
     base = next(iter(found.values()))
     rows = [
         [name, f"{each / 1e6:.3f}", f"{each / base:.2f} ×", f"{(each - base) / 1e6:+.3f}"]
         for name, each in found.items()
     ]
-    return format_table(("contender", "M instructions/item", "ratio", "difference"), rows)
+    return format_table(("program", "M instructions/item", "ratio", "difference"), rows)
 
 
 def main(entries: Sequence[BenchmarkEntry]) -> None:
     parser = argparse.ArgumentParser(description="User instructions per item.")
     parser.add_argument("--items", type=int, nargs=2, default=(200, 600), metavar=("FEW", "MANY"))
-    options, entries = parse_contenders(parser, "bare", "client only", "workpool", entries=entries)
+    options, entries = parse_selected_programs(
+        parser, "bare", "client only", "workpool", entries=entries
+    )
     few, many = options.items
     with serve_control_plane() as plane:
         found = {
@@ -98,5 +100,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         uvloop.run(run_items_under_callgrind(*sys.argv[2:]))
     else:
-        # Put the bare loop first: the table compares all contenders with the first one.
+        # Put the bare loop first: the table compares all programs with the first one.
         main(sorted(ENTRIES, key=lambda entry: entry.name != "bare"))
