@@ -41,16 +41,16 @@ class ProcfsReader:
         except (FileNotFoundError, ProcessLookupError):
             return ["gone", "0"]
 
-    def is_running(self, pid: int | str) -> bool:
+    def is_process_running(self, pid: int | str) -> bool:
         """Return whether a process exists and is no zombie."""
         return self._read_proc_stat_fields(str(pid))[0] not in {"gone", "Z", "X"}
 
-    def child_processes(self) -> set[str]:
+    def list_child_processes(self) -> set[str]:
         """Return the child processes of this process, zombies included."""
         pids = [path.name for path in Path("/proc").glob("[0-9]*")]
         return {pid for pid in pids if self._read_proc_stat_fields(pid)[1] == str(os.getpid())}
 
-    def open_descriptors(self) -> list[str]:
+    def list_open_descriptors(self) -> list[str]:
         """Return the targets of this process's descriptors except sockets, which may be closing."""
         targets = []
         for path in Path("/proc/self/fd").iterdir():
@@ -75,7 +75,7 @@ class ProcfsReader:
                 await asyncio.sleep(0.01)
 
     async def wait_for_process_end(self, pids: list[str]) -> None:
-        await self.wait_until(lambda: not any(map(self.is_running, pids)))
+        await self.wait_until(lambda: not any(map(self.is_process_running, pids)))
 
 
 @pytest.fixture
@@ -109,17 +109,17 @@ def install_spawn_callback(monkeypatch: pytest.MonkeyPatch) -> InstallCallback:
     """
     pidfd_open = os.pidfd_open
 
-    def set_spawn_callback(action: Callable[[int], object]) -> None:
-        def run_callback_and_open(pid: int, *flags: int) -> int:
+    def replace_pidfd_open(action: Callable[[int], object]) -> None:
+        def run_callback_and_open_pidfd(pid: int, *flags: int) -> int:
             # Since Python 3.12, asyncio also calls `pidfd_open`. Do not run the callback for a
             # process that asyncio watches.
             if sys._getframe(1).f_globals["__name__"] == "workpool_command.process_group":
                 action(pid)
             return pidfd_open(pid, *flags)
 
-        monkeypatch.setattr(os, "pidfd_open", run_callback_and_open)
+        monkeypatch.setattr(os, "pidfd_open", run_callback_and_open_pidfd)
 
-    return set_spawn_callback
+    return replace_pidfd_open
 
 
 @pytest.fixture

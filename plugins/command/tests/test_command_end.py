@@ -166,7 +166,7 @@ async def test_daemon_that_keeps_pipes_of_command_open_does_not_delay_session_en
     os.kill(int(daemon), signal.SIGKILL)
 
 
-async def test_session_fails_if_other_code_reaped_its_command(
+async def test_session_fails_if_code_outside_plugin_reaped_its_command(
     kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path
 ) -> None:
     kit.enqueue()
@@ -187,7 +187,7 @@ async def test_session_fails_if_other_code_reaped_its_command(
     assert "its exit status was taken" in str(end.error)
 
 
-async def test_session_fails_if_other_code_reaped_command_right_after_spawn(
+async def test_session_fails_if_code_outside_plugin_reaps_command_right_after_spawn(
     kit: Kit,
     shell_command: Shell,
     procfs: Any,
@@ -246,10 +246,13 @@ def test_hundred_command_sessions_leave_no_process_or_open_file_descriptor(
             # Run one session of each kind before counting. The event loop opens some descriptors at
             # their first use and keeps them open. The test would count these descriptors as a leak.
             await run_sessions(first, 1)
-            children, descriptors = procfs.child_processes(), procfs.open_descriptors()
+            children, descriptors = (
+                procfs.list_child_processes(),
+                procfs.list_open_descriptors(),
+            )
             await run_sessions(kit, 25)
-            assert procfs.child_processes() == children
-            assert procfs.open_descriptors() == descriptors
+            assert procfs.list_child_processes() == children
+            assert procfs.list_open_descriptors() == descriptors
             assert kit.server.summary().overlapping == 0
 
     with asyncio.Runner(loop_factory=new_loop) as runner:

@@ -73,14 +73,14 @@ def worker_settings(kit: Kit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @pytest.fixture
 def find_worker_secrets(kit: Kit) -> Callable[[bytes], list[bytes]]:
-    def find_secrets_in_dump(dump: bytes) -> list[bytes]:
+    def find_secrets_in_process_dump(dump: bytes) -> list[bytes]:
         secrets = (kit.server.token.encode(), b"second-credential", b"secret-of-the-header")
         return [secret for secret in secrets if secret in dump]
 
-    return find_secrets_in_dump
+    return find_secrets_in_process_dump
 
 
-def make_dump_command(tmp_path: Path, **options: Any) -> Command:
+def create_process_dump_command(tmp_path: Path, **options: Any) -> Command:
     command = [sys.executable, "-c", DUMP_PROGRAM, str(tmp_path / "dump")]
     return Command(command=command, item_token=True, root=str(tmp_path / "root"), **options)
 
@@ -92,7 +92,7 @@ async def test_command_with_token_of_item_cannot_read_key_of_worker(
     tmp_path: Path,
 ) -> None:
     result = await kit.run_session(
-        make_dump_command(tmp_path), timeout=WAIT_SECONDS, **worker_settings
+        create_process_dump_command(tmp_path), timeout=WAIT_SECONDS, **worker_settings
     )
     assert result.outcome == "completed"
     dump = (tmp_path / "dump").read_bytes()
@@ -101,7 +101,7 @@ async def test_command_with_token_of_item_cannot_read_key_of_worker(
     assert find_worker_secrets(dump) == []
 
 
-async def test_command_gets_no_token_in_environment_without_setting_item_token(
+async def test_command_gets_no_token_variable_if_item_token_setting_is_false(
     kit: Kit, worker_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     command = Command(command=["sh", "-c", f"env >{tmp_path}/env"])
@@ -112,21 +112,21 @@ async def test_command_gets_no_token_in_environment_without_setting_item_token(
 
 
 @pytest.mark.acceptance
-async def test_detached_command_and_its_hold_process_cannot_read_key_of_worker(
+async def test_detached_command_and_workpool_hold_process_cannot_read_key_of_worker(
     kit: Kit,
     procfs: Any,
     worker_settings: dict[str, Any],
     find_worker_secrets: Callable[[bytes], list[bytes]],
     tmp_path: Path,
 ) -> None:
-    before = procfs.child_processes()
-    async with kit.pool(make_dump_command(tmp_path, detach=True), **worker_settings):
+    before = procfs.list_child_processes()
+    async with kit.pool(create_process_dump_command(tmp_path, detach=True), **worker_settings):
         (item,) = kit.enqueue()
         finished = await kit.recorder.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         assert finished.outcome == "detached"
         await kit.faults.wait_for("stop", answered=True, timeout=WAIT_SECONDS)
         # Wait until the `workpool hold` process is reaped. Only the guard process may remain.
-        await procfs.wait_until(lambda: len(procfs.child_processes() - before) <= 1)
+        await procfs.wait_until(lambda: len(procfs.list_child_processes() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()
     assert b"WORKPOOL_TOKEN=item." in dump
@@ -139,7 +139,7 @@ async def test_detached_command_for_item_without_token_fails(
 ) -> None:
     qoder = {**worker_settings, "dialect": "qoder", "base_url": kit.server.base_url}
     result = await kit.run_session(
-        make_dump_command(tmp_path, detach=True), timeout=WAIT_SECONDS, **qoder
+        create_process_dump_command(tmp_path, detach=True), timeout=WAIT_SECONDS, **qoder
     )
     assert result.outcome == "failed"
     assert isinstance(result.error, WorkpoolError)

@@ -51,7 +51,7 @@ async def test_command_receives_ids_and_item_but_no_credentials(
     assert {name for name in lines if not name.startswith("WORKPOOL_")} <= expected
 
 
-async def test_command_with_root_setting_has_own_directory_until_session_ends(
+async def test_command_has_own_directory_below_configured_root_until_session_ends(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     root, note = tmp_path / "sessions", tmp_path / "note"
@@ -67,7 +67,7 @@ async def test_command_with_root_setting_has_own_directory_until_session_ends(
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
 
 
-async def test_kept_directory_is_reused_by_next_run_of_session(
+async def test_next_run_of_session_reuses_directory_if_keep_setting_is_true(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     command = shell_command("test -e here && exit 3; touch here", root=tmp_path, keep=True)
@@ -110,7 +110,7 @@ async def test_command_session_is_released_if_command_exits_with_ex_tempfail(
     assert result.item.state != "stopped"
 
 
-async def test_last_output_line_becomes_metadata_only_with_setting_result(
+async def test_last_output_line_becomes_metadata_only_if_result_setting_is_true(
     kit: Kit, shell_command: Shell
 ) -> None:
     script = """echo '{"rows": "1"}'; echo '{"rows": "42", "é": "ü"}'; echo; echo no >&2"""

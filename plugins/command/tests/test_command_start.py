@@ -12,7 +12,7 @@ import pytest
 from workpool import PluginError, Release
 from workpool.events import ItemDeclined, SessionFinished
 from workpool_command import Command, CommandFailed
-from workpool_command.command_result import convert_start_errors
+from workpool_command.command_result import release_or_fail_on_start_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +78,7 @@ async def test_program_is_looked_up_on_path_of_command_not_of_worker(
         await kit.run_session(Command(command=["tool"], environment=[]))
 
 
-async def test_pool_start_raises_plugin_error_if_root_setting_names_file(
+async def test_pool_start_raises_plugin_error_if_configured_root_is_regular_file(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -97,7 +97,7 @@ async def test_pool_with_command_raises_plugin_error_if_worker_ignores_sigchld(
         signal.signal(signal.SIGCHLD, before)
 
 
-async def test_command_object_used_by_running_pool_is_refused_by_second_pool(
+async def test_second_pool_refuses_command_plugin_of_running_pool(
     kit: Kit, shell_command: Shell
 ) -> None:
     command = shell_command("")
@@ -127,7 +127,7 @@ async def test_error_names_program_that_vanished_after_start_of_pool(
         assert "hunter2" not in str(end.error)
 
 
-async def test_command_session_fails_if_symlink_replaced_its_kept_directory(
+async def test_command_session_fails_if_its_directory_was_replaced_by_symlink(
     kit: Kit, shell_command: Shell, tmp_path: Path
 ) -> None:
     async with kit.pool(shell_command("touch owned", root=tmp_path / "root", keep=True)):
@@ -145,7 +145,7 @@ async def test_command_session_fails_if_symlink_replaced_its_kept_directory(
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
 def test_resource_exhaustion_at_command_start_raises_release(number: int) -> None:
-    with pytest.raises(Release), convert_start_errors("tool"):
+    with pytest.raises(Release), release_or_fail_on_start_error("tool"):
         raise OSError(number, os.strerror(number))
 
 

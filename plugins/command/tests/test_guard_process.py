@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_guard_context_ends_without_error_if_other_code_reaped_guard_process(
+def test_guard_context_ends_without_error_if_code_outside_plugin_reaped_guard(
     new_loop: Callable[[], asyncio.AbstractEventLoop], procfs: Any
 ) -> None:
-    children = procfs.child_processes()
+    children = procfs.list_child_processes()
 
     async def kill_and_reap_guard_process() -> None:
         async with asyncio.timeout(WAIT_SECONDS), running_guard_process({}):
-            [pid] = procfs.child_processes() - children
+            [pid] = procfs.list_child_processes() - children
             # Ignore SIGCHLD, so that the kernel reaps the guard process before asyncio can.
             before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
             try:
                 os.kill(int(pid), signal.SIGKILL)
-                await procfs.wait_until(lambda: procfs.child_processes() == children)
+                await procfs.wait_until(lambda: procfs.list_child_processes() == children)
             finally:
                 signal.signal(signal.SIGCHLD, before)
 

@@ -98,20 +98,23 @@ async def test_detached_command_continues_after_its_worker_is_killed(
 async def test_detached_command_of_running_worker_is_reaped(
     kit: Kit, procfs: Any, tmp_path: Path
 ) -> None:
-    children, descriptors = procfs.child_processes(), procfs.open_descriptors()
+    children, descriptors = (
+        procfs.list_child_processes(),
+        procfs.list_open_descriptors(),
+    )
     [item] = kit.enqueue()
     async with kit.pool(Command(command=["true"], detach=True, root=tmp_path)):
         end = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         await procfs.wait_until(lambda: read_item_state(kit, item) == "stopped")
         # Wait until the `workpool hold` process is reaped. Only the guard process remains.
-        await procfs.wait_until(lambda: len(procfs.child_processes() - children) == 1)
+        await procfs.wait_until(lambda: len(procfs.list_child_processes() - children) == 1)
 
     assert end.outcome == "detached"
-    assert procfs.child_processes() == children
-    assert procfs.open_descriptors() == descriptors
+    assert procfs.list_child_processes() == children
+    assert procfs.list_open_descriptors() == descriptors
 
 
-async def test_session_is_released_if_control_plane_refuses_token_of_hold_process(
+async def test_session_is_released_if_control_plane_refuses_token_of_workpool_hold(
     kit: Kit, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"

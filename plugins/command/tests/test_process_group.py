@@ -49,17 +49,20 @@ class RecordingGroupRegistry:
 
 @pytest.fixture(autouse=True)
 def _check_for_leaked_processes_and_descriptors(procfs: Any) -> Iterator[None]:
-    children, descriptors = procfs.child_processes(), procfs.open_descriptors()
+    children, descriptors = (
+        procfs.list_child_processes(),
+        procfs.list_open_descriptors(),
+    )
     yield
     # Delete unreachable `Popen` objects now. A `Popen` object whose process was not reaped then
     # causes a ResourceWarning, which fails the test.
     gc.collect()
-    assert procfs.child_processes() == children
-    assert procfs.open_descriptors() == descriptors
+    assert procfs.list_child_processes() == children
+    assert procfs.list_open_descriptors() == descriptors
 
 
 @contextmanager
-def without_free_descriptors() -> Iterator[None]:
+def file_descriptor_exhaustion() -> Iterator[None]:
     """Make every call that needs a new descriptor fail with EMFILE during the `with` block."""
     free = os.open("/dev/null", os.O_RDONLY)
     os.close(free)
@@ -72,7 +75,7 @@ def without_free_descriptors() -> Iterator[None]:
 
 
 @contextmanager
-def without_kill_permission() -> Iterator[None]:
+def user_without_kill_permission() -> Iterator[None]:
     """Run the `with` block as a user who may not send signals to this process's children."""
     os.setresuid(NOBODY, NOBODY, 0)
     try:
@@ -92,7 +95,7 @@ def sh_arguments(text: str, *arguments: object) -> CommandArguments:
     )
 
 
-async def test_group_leader_has_unknown_exit_status_if_other_code_reaped_it_after_spawn(
+async def test_group_leader_reaped_by_code_outside_plugin_has_unknown_exit_status(
     install_spawn_callback: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
     install_spawn_callback(lambda pid: os.waitpid(pid, 0))
@@ -107,7 +110,7 @@ async def test_group_leader_has_unknown_exit_status_if_other_code_reaped_it_afte
     await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids"))
 
 
-async def test_reap_on_exit_sets_no_status_if_other_code_already_reaped_group_leader(
+async def test_reap_on_exit_leaves_status_unknown_if_code_outside_plugin_reaped_leader(
     install_spawn_callback: InstallCallback,
 ) -> None:
     install_spawn_callback(lambda pid: os.waitpid(pid, 0))
@@ -128,7 +131,7 @@ async def test_process_group_start_without_free_descriptor_raises_emfile_and_kil
         def exhaust_descriptors(_pid: int) -> None:
             # `pids` is a FIFO: the read returns once the script has written both process ids.
             pids.extend((tmp_path / "pids").read_text().split())
-            stack.enter_context(without_free_descriptors())
+            stack.enter_context(file_descriptor_exhaustion())
 
         install_spawn_callback(exhaust_descriptors)
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
@@ -138,14 +141,14 @@ async def test_process_group_start_without_free_descriptor_raises_emfile_and_kil
     await procfs.wait_for_process_end(pids)
 
 
-async def test_reap_on_exit_marks_already_reaped_leader_as_exited_without_free_descriptors(
+async def test_reap_on_exit_sets_exited_for_reaped_leader_if_no_descriptor_is_free(
     install_spawn_callback: InstallCallback,
 ) -> None:
     with ExitStack() as stack:
 
         def reap_leader_and_exhaust_descriptors(pid: int) -> None:
             os.waitpid(pid, 0)
-            stack.enter_context(without_free_descriptors())
+            stack.enter_context(file_descriptor_exhaustion())
 
         install_spawn_callback(reap_leader_and_exhaust_descriptors)
         group = start_group(sh_arguments("exit 3"))
@@ -176,8 +179,8 @@ async def test_process_group_start_raises_start_error_even_if_kill_is_forbidden(
 
         def exhaust_descriptors(pid: int) -> None:
             pids.append(pid)
-            stack.enter_context(without_free_descriptors())
-            stack.enter_context(without_kill_permission())
+            stack.enter_context(file_descriptor_exhaustion())
+            stack.enter_context(user_without_kill_permission())
 
         install_spawn_callback(exhaust_descriptors)
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
@@ -192,7 +195,7 @@ async def test_process_group_start_raises_start_error_even_if_kill_is_forbidden(
     assert vars(record)["pid"] == pids[0]
 
 
-async def test_failed_start_of_missing_program_withdraws_announcement_to_guard() -> None:
+async def test_announcement_to_guard_process_is_withdrawn_if_program_is_missing() -> None:
     guard = RecordingGroupRegistry()
     start = replace(sh_arguments(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):

@@ -43,7 +43,7 @@ def inherited_environment_variables(names: Iterable[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def id_environment_variables(session: Session) -> dict[str, str]:
+def environment_variables_with_ids(session: Session) -> dict[str, str]:
     """Return the variables with the ids of the item, the session and the environment."""
     return {
         "WORKPOOL_WORK_ID": session.item.id,
@@ -57,7 +57,7 @@ def redelivery_environment_variables(session: Session) -> dict[str, str]:
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
-def trace_environment_variables(session: Session) -> dict[str, str]:
+def environment_variables_with_trace_context(session: Session) -> dict[str, str]:
     """Return the variable `TRACEPARENT`, or no variable if the session has no trace context."""
     return {} if session.traceparent is None else {"TRACEPARENT": session.traceparent}
 
@@ -89,7 +89,7 @@ def _format_timestamp(time: datetime | None) -> str | None:
     return None if time is None else time.isoformat().replace("+00:00", "Z")
 
 
-def create_kept_directory(root: Path, name: str) -> Path:
+def ensure_private_directory(root: Path, name: str) -> Path:
     """Return the private directory `name` below `root`, and create it if it does not exist.
 
     Raises:

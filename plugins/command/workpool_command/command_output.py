@@ -105,11 +105,11 @@ class PipeReader:
     """
 
     def __init__(self, name: str, log: OutputLog, progress: Callable[[], None]) -> None:
-        def report_lines(lines: bytes) -> None:
+        def report_progress_and_log_lines(lines: bytes) -> None:
             progress()
             log.add_lines(name, lines)
 
-        self.lines = LineSplitter(report_lines)
+        self.lines = LineSplitter(report_progress_and_log_lines)
         self.writer = -1
         self._reader = -1
         self._log = log

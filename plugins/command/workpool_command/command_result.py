@@ -40,7 +40,7 @@ class CommandFailed(WorkpoolError):
 
 
 @contextmanager
-def convert_start_errors(program: str) -> Iterator[None]:
+def release_or_fail_on_start_error(program: str) -> Iterator[None]:
     """Convert an `OSError` at the start of a command to `Release` or `CommandFailed`.
 
     Raises:

@@ -20,14 +20,14 @@ from workpool import Release
 from workpool.errors import HandoverError, innermost
 from workpool_command.command_inputs import (
     encode_item_as_json,
+    environment_variables_with_trace_context,
     inherited_environment_variables,
     redelivery_environment_variables,
-    trace_environment_variables,
 )
 from workpool_command.command_result import (
     CommandFailed,
-    convert_start_errors,
     describe_exit_status,
+    release_or_fail_on_start_error,
 )
 from workpool_command.process_group import CommandArguments, ProcessGroup, start_group
 
@@ -54,7 +54,7 @@ class DetachedCommandSettings(Protocol):
     timeout: float | None
 
 
-class HoldProcessStarter:
+class WorkpoolHoldStarter:
     """Starts a `workpool hold` process for each session, and reaps each process after its exit."""
 
     def __init__(self, command: DetachedCommandSettings, settings: Settings) -> None:
@@ -85,7 +85,7 @@ class HoldProcessStarter:
                 async with session.handover() as lease:
                     keyless = self._command.item_token
                     lease_variables = lease.keyless_variables if keyless else lease.variables
-                    group = self._start_hold_process(session, cwd, lease_variables)
+                    group = self._start_workpool_hold(session, cwd, lease_variables)
                     early_end = tasks.create_task(
                         self._raise_on_early_exit(group, cwd), name="hold"
                     )
@@ -103,15 +103,18 @@ class HoldProcessStarter:
                 self._groups.add(group)
                 group.reap_leader_on_exit()
 
-    def _start_hold_process(
+    def _start_workpool_hold(
         self, session: Session, cwd: Path, lease_variables: Mapping[str, str]
     ) -> ProcessGroup:
         # With -P, Python imports no modules from the directory `cwd`, which the session can write.
         hold = (sys.executable, "-P", "-m", "workpool", "hold", "--")
-        variables = redelivery_environment_variables(session) | trace_environment_variables(session)
+        variables = {
+            **redelivery_environment_variables(session),
+            **environment_variables_with_trace_context(session),
+        }
         assignments = [f"{name}={value}" for name, value in variables.items()]
         with (
-            convert_start_errors("workpool hold"),
+            release_or_fail_on_start_error("workpool hold"),
             (cwd / OUTPUT_FILE).open("ab") as output,
         ):
             return start_group(
@@ -120,7 +123,7 @@ class HoldProcessStarter:
                     cwd=cwd,
                     env={
                         **inherited_environment_variables(self._command.environment),
-                        **self._environment_of_hold_process(),
+                        **self._workpool_hold_variables(),
                         **lease_variables,
                     },
                     stdin=encode_item_as_json(session.item),
@@ -129,7 +132,7 @@ class HoldProcessStarter:
                 )
             )
 
-    def _environment_of_hold_process(self) -> dict[str, str]:
+    def _workpool_hold_variables(self) -> dict[str, str]:
         """Return environment variables with the pool's settings for `workpool hold`.
 
         `workpool hold` removes them from the environment of the command.

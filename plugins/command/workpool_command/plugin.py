@@ -31,21 +31,21 @@ from workpool import (
 from workpool.settings import CREDENTIAL_PREFIXES
 from workpool_command.command_inputs import (
     DEFAULT_VARIABLES,
-    create_kept_directory,
     encode_item_as_json,
-    id_environment_variables,
+    ensure_private_directory,
+    environment_variables_with_ids,
+    environment_variables_with_trace_context,
     inherited_environment_variables,
     redelivery_environment_variables,
     temporary_directory,
-    trace_environment_variables,
 )
 from workpool_command.command_output import read_output_into_log
 from workpool_command.command_result import (
-    convert_start_errors,
     parse_result,
     raise_for_exit_status,
+    release_or_fail_on_start_error,
 )
-from workpool_command.detached_command import HoldProcessStarter
+from workpool_command.detached_command import WorkpoolHoldStarter
 from workpool_command.guard_process import GuardProcessPipe, running_guard_process
 from workpool_command.process_group import CommandArguments, ProcessGroup, running_process_group
 
@@ -111,7 +111,7 @@ class Command:
         _check_settings(self)
         self._root = None if self.root is None else Path(self.root).absolute()
         self._guard: GuardProcessPipe | None = None
-        self._hold_process_starter: HoldProcessStarter | None = None
+        self._workpool_hold_starter: WorkpoolHoldStarter | None = None
         self._settings: Settings | None = None
         self._threads = DaemonThreads("workpool-command", REMOVAL_THREADS)
 
@@ -149,13 +149,13 @@ class Command:
             except OSError as error:
                 raise PluginError(NAME, f"cannot be used here: {error}") from error
             self._settings = supervisor.settings
-            self._hold_process_starter = stack.enter_context(
-                closing(HoldProcessStarter(self, supervisor.settings))
+            self._workpool_hold_starter = stack.enter_context(
+                closing(WorkpoolHoldStarter(self, supervisor.settings))
             )
             try:
                 yield
             finally:
-                self._guard = self._hold_process_starter = None
+                self._guard = self._workpool_hold_starter = None
 
     def _check_machine_requirements(self) -> None:
         """Check that this machine can run the program, create directories and watch processes.
@@ -187,12 +187,12 @@ class Command:
         os.close(os.pidfd_open(os.getpid()))
 
     async def _run_command(self, session: Session) -> Mapping[str, str] | None:
-        if self._guard is None or self._hold_process_starter is None:
+        if self._guard is None or self._workpool_hold_starter is None:
             raise PluginError(NAME, "runs in a pool only")
         if self.detach and self._root is not None:
-            with convert_start_errors("directory"):
-                cwd = create_kept_directory(self._root, _session_directory_name(session))
-            await self._hold_process_starter.hand_off_session(session, cwd)
+            with release_or_fail_on_start_error("directory"):
+                cwd = ensure_private_directory(self._root, _session_directory_name(session))
+            await self._workpool_hold_starter.hand_off_session(session, cwd)
             return None
         program = Path(self.command[0]).name
         with read_output_into_log(session.log, self.log_lines, session.progress) as (
@@ -200,7 +200,7 @@ class Command:
             stderr,
         ):
             async with AsyncExitStack() as stack:
-                with convert_start_errors(program):
+                with release_or_fail_on_start_error(program):
                     cwd = await stack.enter_async_context(self._working_directory(session))
                     start = self._command_arguments(session, cwd, stdout.writer, stderr.writer)
                     grace = functools.partial(self._grace_seconds, session)
@@ -238,9 +238,10 @@ class Command:
         )
 
     def _working_directory(self, session: Session) -> AbstractAsyncContextManager[Path]:
+        name = _session_directory_name(session)
         if self.keep and self._root is not None:
-            return nullcontext(create_kept_directory(self._root, _session_directory_name(session)))
-        return temporary_directory(self._root, _session_directory_name(session), self._threads)
+            return nullcontext(ensure_private_directory(self._root, name))
+        return temporary_directory(self._root, name, self._threads)
 
     def _command_arguments(
         self, session: Session, cwd: Path, stdout: int, stderr: int
@@ -249,9 +250,9 @@ class Command:
             argv=self.command,
             cwd=cwd,
             env=inherited_environment_variables(self.environment)
-            | id_environment_variables(session)
+            | environment_variables_with_ids(session)
             | redelivery_environment_variables(session)
-            | trace_environment_variables(session)
+            | environment_variables_with_trace_context(session)
             | self._item_token_variables(session),
             stdin=encode_item_as_json(session.item),
             stdout=stdout,

@@ -132,7 +132,7 @@ class ProcessGroup:
             return True
         return False
 
-    def kill_unwatched_group(self) -> None:
+    def kill_group_after_failed_watch(self) -> None:
         """Kill the group and reap its leader, after `watch_group_leader` has failed."""
         self.stop_watching_leader()
         self.send_signal(signal.SIGKILL)
@@ -234,12 +234,12 @@ def start_group(start: CommandArguments) -> ProcessGroup:
     try:
         group.watch_group_leader()
     except BaseException:
-        group.kill_unwatched_group()
+        group.kill_group_after_failed_watch()
         raise
     return group
 
 
-def _announce_and_start_group(
+def _start_group_announced_to_guard(
     start: CommandArguments, registry: ProcessGroupRegistry
 ) -> ProcessGroup:
     registry.announce_process_group(start.unique_entry)
@@ -266,7 +266,7 @@ async def running_process_group(
     Raises:
         OSError: The command cannot be started.
     """
-    group = _announce_and_start_group(start, registry)
+    group = _start_group_announced_to_guard(start, registry)
     try:
         registry.register_process_group(group.number)
         yield group

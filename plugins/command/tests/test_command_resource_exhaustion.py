@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def limited_descriptors(count: int) -> Iterator[None]:
+def file_descriptor_limit(count: int) -> Iterator[None]:
     """Allow this process to open only `count` more descriptors during the `with` block."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken = [os.dup(0)]
@@ -60,8 +60,8 @@ class SessionContextPlugin:
 
 
 @asynccontextmanager
-async def limited_descriptors_context(left: int) -> AsyncIterator[None]:
-    with limited_descriptors(left):
+async def async_file_descriptor_limit(left: int) -> AsyncIterator[None]:
+    with file_descriptor_limit(left):
         yield
 
 
@@ -74,7 +74,7 @@ async def test_command_session_is_released_if_worker_has_no_free_file_descriptor
     The steps are: open the pipes, create the directory, open stdin, spawn the command.
     """
     result = await kit.run_session(
-        shell_command("echo ran"), SessionContextPlugin(limited_descriptors_context(left))
+        shell_command("echo ran"), SessionContextPlugin(async_file_descriptor_limit(left))
     )
     # With 1 to 11 free descriptors, the outcome depends on the versions of Python and the kernel.
     outcomes = {0: {"released"}, 12: {"completed"}}
@@ -108,12 +108,12 @@ async def test_session_completes_although_thread_that_removes_its_directory_cann
         raise RuntimeError("can't start new thread")
 
     @asynccontextmanager
-    async def without_new_threads() -> AsyncIterator[None]:
+    async def failing_thread_starts() -> AsyncIterator[None]:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse_thread_start)
             yield
 
     result = await kit.run_session(
-        shell_command("echo ran"), SessionContextPlugin(without_new_threads())
+        shell_command("echo ran"), SessionContextPlugin(failing_thread_starts())
     )
     assert result.outcome == "completed", repr(result.error)
