@@ -67,7 +67,7 @@ def podman() -> Iterator[PodmanEngine]:
     folder = Path(tempfile.mkdtemp(prefix="workpool-container-"))
     podman = engine(folder)
     try:
-        podman.start_service()
+        podman.start_engine_service()
         podman.run_command(
             "import", "-", IMAGE, stdin=busybox_archive(str(shutil.which("busybox")))
         )
@@ -163,7 +163,7 @@ class ContainerTestbed:
     def stored_item(self, work_id: str) -> Item:
         return self.plane.operations.get_item(self.plane.environments[0], work_id)
 
-    def request_stop(self, work_id: str) -> None:
+    def request_item_stop(self, work_id: str) -> None:
         """Request an item's stop. Deliver the item again, so that the pool sends a heartbeat."""
         self.plane.operations.stop_item(self.plane.environments[0], work_id, force=False)
         delivery = json.dumps(DIALECTS["qoder"].item_json(self.stored_item(work_id))).encode()
@@ -195,7 +195,7 @@ class ContainerTestbed:
         filters = json.dumps({"label": [f"workpool.work_id={work_id}"]})
         return await self.docker_client.containers.list(all=True, filters=filters)
 
-    async def poll_until(self, condition: Callable[[], Awaitable[T]]) -> T:
+    async def wait_until_true(self, condition: Callable[[], Awaitable[T]]) -> T:
         """Call `condition` repeatedly until it returns a true value, and return that value."""
         async with asyncio.timeout(WAIT_SECONDS):
             while not (found := await condition()):  # noqa: ASYNC110 - state of another process
@@ -209,7 +209,7 @@ class ContainerTestbed:
             states = {each["State"]: each.id for each in await self.item_containers(work_id)}
             return states.get("running", "")
 
-        return await self.poll_until(find_running_container_id)
+        return await self.wait_until_true(find_running_container_id)
 
     async def wait_for_exit(self, container: str) -> None:
         """Wait until this container has exited."""
@@ -218,7 +218,7 @@ class ContainerTestbed:
             shown = await self.docker_client.containers.container(container).show()
             return bool(shown["State"]["Status"] == "exited")
 
-        await self.poll_until(container_has_exited)
+        await self.wait_until_true(container_has_exited)
 
     async def wait_for_removal(self, work_id: str) -> None:
         """Wait until the item has no containers, except containers that were never started.
@@ -230,7 +230,7 @@ class ContainerTestbed:
             states = {each["State"] for each in await self.item_containers(work_id)}
             return states <= {"created"}
 
-        await self.poll_until(has_no_started_container)
+        await self.wait_until_true(has_no_started_container)
 
     async def wait_for_output(self, line: str) -> None:
         """Wait until this line of a container's standard output is logged."""

@@ -92,7 +92,7 @@ class PodmanEngine:
     def run_command(self, *arguments: str, stdin: bytes = b"") -> str:
         """Run a `podman` or `docker` command and return its output. An error skips the test."""
         done = subprocess.run(  # noqa: S603 - no input from outside
-            [*self._client_command, *arguments],
+            [*self._client_command_line, *arguments],
             env=self._environment,
             input=stdin,
             capture_output=True,
@@ -103,11 +103,11 @@ class PodmanEngine:
             pytest.skip(f"{self.programs[0]} {arguments[0]}: {done.stderr.decode().strip()[-500:]}")
         return done.stdout.decode().strip()
 
-    def start_service(self) -> None:
+    def start_engine_service(self) -> None:
         """Start the service and wait until it answers."""
         with (self._folder / "service.log").open("ab") as log:
             self._service = subprocess.Popen(  # noqa: S603 - no input from outside
-                self._service_command,
+                self._service_command_line,
                 cwd=self._folder,
                 env=self._environment,
                 stdout=log,
@@ -121,7 +121,7 @@ class PodmanEngine:
                 )
             time.sleep(0.02)
 
-    def stop_service(self) -> None:
+    def stop_engine_service(self) -> None:
         """End the service of the engine. The containers continue to run."""
         if self._service is not None:
             self._service.send_signal(self.end_signal)
@@ -131,19 +131,25 @@ class PodmanEngine:
 
     def close(self) -> None:
         """End the service, and close the listening socket `registry`."""
-        self.stop_service()
+        self.stop_engine_service()
         self.registry.close()
 
     @property
-    def _client_command(self) -> list[str]:
+    def _client_command_line(self) -> list[str]:
         places = [f"--{name}={self._folder / name}" for name in ("root", "runroot", "tmpdir")]
         return ["podman", *places, "--storage-driver=vfs"]
 
     @property
-    def _service_command(self) -> list[str]:
+    def _service_command_line(self) -> list[str]:
         # Let the service end after an hour without requests. Otherwise a killed test run would
         # leave the service running forever.
-        return [*self._client_command, "system", "service", "--time=3600", f"unix://{self.socket}"]
+        return [
+            *self._client_command_line,
+            "system",
+            "service",
+            "--time=3600",
+            f"unix://{self.socket}",
+        ]
 
 
 class DockerEngine(PodmanEngine):
@@ -158,11 +164,11 @@ class DockerEngine(PodmanEngine):
         subprocess.run(["umount", str(self._folder / "data")], check=False)  # noqa: S603, S607 - no input from outside
 
     @property
-    def _client_command(self) -> list[str]:
+    def _client_command_line(self) -> list[str]:
         return ["docker", "--host", f"unix://{self.socket}"]
 
     @property
-    def _service_command(self) -> list[str]:
+    def _service_command_line(self) -> list[str]:
         places = {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}
         return [
             *("dockerd", "--host", f"unix://{self.socket}", "--live-restore"),

@@ -37,7 +37,9 @@ async def engine_with_removal_handler(
         await runner.cleanup()
 
 
-async def test_container_removal_is_repeated_if_engine_refuses_it_twice(tmp_path: Path) -> None:
+async def test_third_removal_of_container_succeeds_if_engine_refuses_two(
+    tmp_path: Path,
+) -> None:
     problem = {"message": "cannot remove container: container state improper: stopped"}
     responses = [web.json_response(problem, status=500), web.json_response(problem, status=500)]
 

@@ -73,7 +73,7 @@ class ControlledSessionRun:
 
 
 @pytest.fixture(autouse=True)
-def long_removal_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+def _increase_removal_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow more time for the removal of a container, which is slow on a loaded machine."""
     monkeypatch.setattr(container_run, "REMOVAL_SECONDS", 60.0)
 
@@ -117,11 +117,11 @@ async def test_cancellation_at_any_engine_call_leaves_no_running_container(
 ) -> None:
     original = getattr(engine, call)
 
-    async def cancel_task_soon_and_call(*arguments: Any) -> Any:
+    async def cancel_task_soon_and_call_engine(*arguments: Any) -> Any:
         _call_after_loop_iterations(turns, task.cancel)
         return await original(*arguments)
 
-    monkeypatch.setattr(engine, call, cancel_task_soon_and_call)
+    monkeypatch.setattr(engine, call, cancel_task_soon_and_call_engine)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(ControlledSessionRun(testbed, engine).run_session())
         await asyncio.wait({task})
@@ -142,7 +142,7 @@ async def test_second_cancellation_during_cleanup_leaves_no_container(
 ) -> None:
     original = getattr(engine, call)
 
-    async def cancel_second_time_and_call(*arguments: Any) -> Any:
+    async def cancel_task_again_and_call_engine(*arguments: Any) -> Any:
         loop = asyncio.get_running_loop()
         loop.call_soon(_call_after_loop_iterations, turns, task.cancel)
         return await original(*arguments)
@@ -150,7 +150,7 @@ async def test_second_cancellation_during_cleanup_leaves_no_container(
     async with asyncio.TaskGroup() as group:
         task = group.create_task(ControlledSessionRun(testbed, engine).run_session())
         await testbed.wait_for_output("ready")
-        monkeypatch.setattr(engine, call, cancel_second_time_and_call)
+        monkeypatch.setattr(engine, call, cancel_task_again_and_call_engine)
         task.cancel()
         await asyncio.wait({task})
     assert task.cancelled()
@@ -192,11 +192,11 @@ async def test_container_is_not_started_if_lease_of_item_ends_before_start(
     worker = ControlledSessionRun(testbed, engine)
     states = []
 
-    async def end_lease_after_creation(patch: dict[str, str]) -> None:
+    async def end_lease_after_container_creation(patch: dict[str, str]) -> None:
         states.append((await container_states(testbed))[patch[CONTAINER_ID_KEY]])
         worker.lease.remaining = 0.0
 
-    monkeypatch.setattr(worker.lease, "update_metadata", end_lease_after_creation)
+    monkeypatch.setattr(worker.lease, "update_metadata", end_lease_after_container_creation)
     with pytest.raises(Release):
         await worker.run_session()
     assert states == ["created"]
@@ -234,7 +234,7 @@ async def test_container_is_stopped_if_worker_runs_out_of_memory(
 
 
 @pytest.mark.parametrize("kind", ["not named by the item", "given up", "never started"])
-async def test_container_that_cannot_be_adopted_is_removed_before_another_starts(
+async def test_worker_removes_unadoptable_container_before_it_starts_new_one(
     testbed: ContainerTestbed, engine: EngineClient, kind: str
 ) -> None:
     old = ControlledSessionRun(testbed, engine)
@@ -242,7 +242,7 @@ async def test_container_that_cannot_be_adopted_is_removed_before_another_starts
     left = await engine.create_container(name, container_specification(old.options, old.session))
     if kind != "never started":
         await engine.start_container(left)
-        await testbed.poll_until(lambda: container_has_state(testbed, left, "running"))
+        await testbed.wait_until_true(lambda: container_has_state(testbed, left, "running"))
     worker = ControlledSessionRun(
         testbed, engine, container_id="" if kind == "not named by the item" else left
     )

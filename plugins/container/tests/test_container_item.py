@@ -54,10 +54,10 @@ def test_item_passed_to_container_has_creation_time_or_null(
 async def test_container_session_is_released_if_worker_lacks_memory_or_descriptors(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    async def raise_exhaustion_error(_run: ContainerRun) -> None:
+    async def raise_memory_or_descriptor_error(_run: ContainerRun) -> None:
         raise error
 
-    monkeypatch.setattr(ContainerRun, "run_container", raise_exhaustion_error)
+    monkeypatch.setattr(ContainerRun, "run_container", raise_memory_or_descriptor_error)
     monkeypatch.setattr(Container, "_engine", None, raising=False)
     monkeypatch.setattr(Container, "_settings", Settings(), raising=False)
     session: Any = SimpleNamespace(item=SimpleNamespace(id="work_1"))
@@ -67,7 +67,7 @@ async def test_container_session_is_released_if_worker_lacks_memory_or_descripto
 
 
 @pytest.mark.parametrize("item_token", [True, False])
-async def test_container_gets_token_of_item_only_with_setting_item_token(
+async def test_container_gets_token_of_item_only_if_item_token_setting_is_true(
     monkeypatch: pytest.MonkeyPatch, *, item_token: bool
 ) -> None:
     specifications: list[dict[str, Any]] = []

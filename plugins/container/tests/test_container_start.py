@@ -101,13 +101,13 @@ async def image_registry(podman: PodmanEngine, directory: Path) -> AsyncIterator
     async def answer_blob_request(request: web.Request) -> web.FileResponse:
         return web.FileResponse(directory / request.match_info["digest"])
 
-    async def answer_unknown_image_request(_: web.Request) -> web.Response:
+    async def answer_request_for_unknown_image(_: web.Request) -> web.Response:
         return web.json_response({"errors": [{"code": "MANIFEST_UNKNOWN"}]}, status=404)
 
     app.router.add_get("/v2/", answer_version_request)
     app.router.add_get("/v2/given/manifests/{reference}", answer_manifest_request)
     app.router.add_get("/v2/given/blobs/sha256:{digest}", answer_blob_request)
-    app.router.add_get("/v2/withheld/manifests/{reference}", answer_unknown_image_request)
+    app.router.add_get("/v2/withheld/manifests/{reference}", answer_request_for_unknown_image)
     runner = web.AppRunner(app)
     await runner.setup()
     try:
@@ -117,7 +117,7 @@ async def image_registry(podman: PodmanEngine, directory: Path) -> AsyncIterator
         await runner.cleanup()
 
 
-async def test_missing_image_is_pulled_only_with_setting_pull_missing(
+async def test_missing_image_is_pulled_only_if_pull_setting_allows_it(
     testbed: ContainerTestbed, podman: PodmanEngine, tmp_path: Path
 ) -> None:
     async with image_registry(podman, tmp_path) as image:
@@ -206,6 +206,6 @@ async def test_container_sweep_removes_leftovers_but_keeps_adoptable_and_unknown
         return min(gets.count(adoptable), gets.count(unknown)) >= 2
 
     async with testbed.make_pool("true", sweep_seconds=0.1, metadata={"job": "none"}):
-        await testbed.poll_until(both_items_were_read_twice)
+        await testbed.wait_until_true(both_items_were_read_twice)
     left = {each.id for each in await testbed.docker_client.containers.list()}
     assert left == {container[adoptable], container[unknown]}

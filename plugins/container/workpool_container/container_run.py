@@ -142,7 +142,7 @@ class ContainerRun:
         item = self._session.item
         adopted = False
         for listed in await self._engine.list_containers(WORK_ID_LABEL, item.id):
-            self._check_lease()
+            self._raise_if_lease_ended()
             if self._is_adoptable(listed) and await self._engine.rename_container(
                 listed.name, self._name
             ):
@@ -152,11 +152,11 @@ class ContainerRun:
                     extra={"container_id": listed.id[:12], "state": listed.state},
                 )
             else:
-                self._check_lease()
+                self._raise_if_lease_ended()
                 await self._engine.remove_container(listed.id)
         return adopted
 
-    def _check_lease(self) -> None:
+    def _raise_if_lease_ended(self) -> None:
         """Raise `Release` if the lease has ended: another worker may own the container by now.
 
         A worker that was suspended for longer than its lease runs for a moment before its pool
@@ -181,7 +181,7 @@ class ContainerRun:
             await self._engine.pull_image(self._options.image)
             self._id = await self._engine.create_container(self._name, specification)
         await self._session.update_metadata({CONTAINER_ID_KEY: self._id})
-        self._check_lease()
+        self._raise_if_lease_ended()
         await self._engine.start_container(self._id)
         self._session.log.info("container started", extra=self._container_log_fields())
 
@@ -277,11 +277,11 @@ class ContainerRun:
                     await asyncio.wait({removal})
                 except asyncio.CancelledError as error:
                     second_cancellation = error
-                    self._skip_remaining_grace_period()
+                    self._end_container_stop_grace()
         if second_cancellation is not None:
             raise second_cancellation
 
-    def _skip_remaining_grace_period(self) -> None:
+    def _end_container_stop_grace(self) -> None:
         self._without_grace = True
         if self._grace_timeout is not None and not self._grace_timeout.expired():
             self._grace_timeout.reschedule(asyncio.get_running_loop().time())

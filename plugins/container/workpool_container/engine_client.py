@@ -224,7 +224,7 @@ class EngineClient:
                 status = await self._exit_status(container)
                 if status is not None:
                     return status
-                await self._wait_for_next_exit(container, patience)
+                await self._wait_for_next_container_exit(container, patience)
                 failures, patience = 0, min(2 * patience, EXIT_WAIT_SECONDS[1])
             except EngineError as error:
                 if error.is_not_found:
@@ -250,7 +250,7 @@ class EngineClient:
             state = (await self._container_by_id_or_name(container).show())["State"]
         return int(state["ExitCode"]) if str(state["Status"]).lower() in _EXITED_STATES else None
 
-    async def _wait_for_next_exit(self, container: str, patience: float) -> None:
+    async def _wait_for_next_container_exit(self, container: str, patience: float) -> None:
         """Wait at most `patience` seconds until the container exits. Ignore exits before this call.
 
         The condition is `next-exit`, because Podman uses a whole core for any other one.

@@ -127,13 +127,13 @@ class ContainerOptions(BaseModel):
             return cls.model_validate(settings)
         except ValidationError as error:
             details = error.errors(include_url=False, include_context=False, include_input=False)
-            problems = [f"{_dotted_setting_path(each['loc'])}: {each['msg']}" for each in details]
+            problems = [f"{_dotted_setting_name(each['loc'])}: {each['msg']}" for each in details]
         # This error is raised after the except block, so that its traceback does not show the
         # ValidationError, which quotes values that may be secrets.
         raise ValueError("; ".join(problems))
 
 
-def _dotted_setting_path(location: tuple[int | str, ...]) -> str:
+def _dotted_setting_name(location: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in location)
 
 

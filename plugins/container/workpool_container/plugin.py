@@ -70,11 +70,11 @@ class Container:
         settings = supervisor.settings
         for file in (settings.token_file, settings.api_key_file):
             if file is not None:
-                self._check_mounts(Path(file))
+                self._reject_mounts_of_token_file(Path(file))
         self._settings = settings
         socket = find_socket(self._options.socket)
         async with EngineClient(socket) as engine, WorkClient(settings) as client:
-            await self._check_engine(engine)
+            await self._ensure_engine_has_image(engine)
             self._engine = engine
             sweeper = LeftoverSweeper(
                 engine, client, settings.environment_id or "", self._running_item_ids
@@ -122,7 +122,7 @@ class Container:
         finally:
             self._running_item_ids.discard(work_id)
 
-    def _check_mounts(self, token_file: Path) -> None:
+    def _reject_mounts_of_token_file(self, token_file: Path) -> None:
         """Raise an error if a mount would show the worker's token file to a container."""
         token = Path(os.path.realpath(token_file))
         for mount in self._options.mounts:
@@ -130,7 +130,7 @@ class Container:
             if source.startswith("/") and token.is_relative_to(os.path.realpath(source)):
                 raise PluginError("container", f"mount {mount}: shows the token file {token_file}")
 
-    async def _check_engine(self, engine: EngineClient) -> None:
+    async def _ensure_engine_has_image(self, engine: EngineClient) -> None:
         """Check that the engine answers and has the image. Pull a missing image if this is allowed.
 
         Raises:

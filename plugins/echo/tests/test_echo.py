@@ -33,7 +33,7 @@ async def test_echo_runs_for_requested_seconds(workpool: Kit) -> None:
     assert 3600 <= result.seconds < 3601
 
 
-async def test_echo_stopped_by_operator_returns_stopped_early(workpool: Kit) -> None:
+async def test_echo_handler_returns_stopped_early_after_stop_by_operator(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata=ONE_HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)
@@ -44,7 +44,7 @@ async def test_echo_stopped_by_operator_returns_stopped_early(workpool: Kit) -> 
     assert workpool.item(item).metadata["echo"] == "stopped early"
 
 
-async def test_echo_that_runs_during_drain_releases_its_item(workpool: Kit) -> None:
+async def test_echo_handler_that_runs_during_drain_releases_its_item(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata=ONE_HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)

@@ -27,7 +27,7 @@ KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
 
 
 @pytest.fixture(autouse=True)
-def long_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def _increase_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow more time for events of the pool, which come late on a loaded machine."""
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
 
@@ -100,7 +100,7 @@ class PodAPIServer:
         new.write_text(f"{self.token}\n")
         new.replace(self.service_account / "token")
 
-    async def wait_for_cost(self, cost: str) -> None:
+    async def wait_for_deletion_cost(self, cost: str) -> None:
         """Wait until the plugin writes this deletion cost."""
         async with asyncio.timeout(WAIT_SECONDS):
             while await self.costs.get() != cost:
@@ -133,7 +133,7 @@ class PodAPIServer:
         return self.failures.pop(0) if self.failures else 200
 
 
-class WarningLog(logging.Handler):
+class LoggedWarnings(logging.Handler):
     """A logging handler that stores the plugin's warnings."""
 
     def __init__(self) -> None:
@@ -143,15 +143,15 @@ class WarningLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.put_nowait(record.getMessage())
 
-    async def next_warning(self) -> str:
+    async def wait_for_warning(self) -> str:
         """Wait for a warning, and return its text."""
         async with asyncio.timeout(WAIT_SECONDS):
             return await self.texts.get()
 
 
 @pytest.fixture
-async def warning_log() -> AsyncIterator[WarningLog]:
-    handler = WarningLog()
+async def logged_warnings() -> AsyncIterator[LoggedWarnings]:
+    handler = LoggedWarnings()
     logger = logging.getLogger("workpool.kubernetes")
     logger.addHandler(handler)
     yield handler

@@ -26,9 +26,9 @@ class WriterTestbed:
         self.writes: list[tuple[float, int]] = []
         self.failing = False
         self.write_seconds = 0.0
-        self.writer = CostWriter(lambda: self.cost, self._record_cost_write, interval)
+        self.writer = CostWriter(lambda: self.cost, self._record_deletion_cost_write, interval)
 
-    async def _record_cost_write(self, cost: int) -> None:
+    async def _record_deletion_cost_write(self, cost: int) -> None:
         self.writes.append((asyncio.get_running_loop().time(), cost))
         await asyncio.sleep(self.write_seconds)
         if self.failing:
@@ -36,12 +36,12 @@ class WriterTestbed:
 
     def set_deletion_cost(self, cost: int) -> None:
         self.cost = cost
-        self.writer.request_cost_update()
+        self.writer.request_deletion_cost_update()
 
     @asynccontextmanager
-    async def running_writer(self) -> AsyncIterator[None]:
+    async def running_cost_writer(self) -> AsyncIterator[None]:
         async with asyncio.TaskGroup() as group:
-            task = group.create_task(self.writer.write_cost_changes())
+            task = group.create_task(self.writer.write_deletion_cost_changes())
             await asyncio.sleep(0.001)
             try:
                 yield
@@ -52,7 +52,7 @@ class WriterTestbed:
 @in_virtual_time
 async def test_cost_is_written_at_start_and_then_only_after_changes() -> None:
     testbed = WriterTestbed()
-    async with testbed.running_writer():
+    async with testbed.running_cost_writer():
         await asyncio.sleep(1000)
         testbed.set_deletion_cost(0)
         await asyncio.sleep(10)
@@ -65,7 +65,7 @@ async def test_cost_is_written_at_start_and_then_only_after_changes() -> None:
 @in_virtual_time
 async def test_cost_that_changes_quickly_is_written_once_per_interval() -> None:
     testbed = WriterTestbed(interval=5.0)
-    async with testbed.running_writer():
+    async with testbed.running_cost_writer():
         for cost in range(1, 100):
             testbed.set_deletion_cost(cost)
             await asyncio.sleep(0.1)
@@ -80,7 +80,7 @@ async def test_cost_that_changes_quickly_is_written_once_per_interval() -> None:
 async def test_cost_that_changes_during_write_is_written_afterwards() -> None:
     testbed = WriterTestbed()
     testbed.write_seconds = 8.0
-    async with testbed.running_writer():
+    async with testbed.running_cost_writer():
         testbed.set_deletion_cost(3)
         await asyncio.sleep(40)
     assert [cost for _, cost in testbed.writes] == [0, 3]
@@ -89,7 +89,7 @@ async def test_cost_that_changes_during_write_is_written_afterwards() -> None:
 @in_virtual_time
 async def test_cost_that_changes_and_changes_back_within_interval_is_not_written() -> None:
     testbed = WriterTestbed()
-    async with testbed.running_writer():
+    async with testbed.running_cost_writer():
         testbed.set_deletion_cost(1)
         testbed.set_deletion_cost(0)
         await asyncio.sleep(20)
@@ -97,9 +97,9 @@ async def test_cost_that_changes_and_changes_back_within_interval_is_not_written
 
 
 @in_virtual_time
-async def test_changed_cost_without_update_request_is_written_at_next_recheck() -> None:
+async def test_deletion_cost_changed_without_request_is_written_after_recheck_interval() -> None:
     testbed = WriterTestbed()
-    async with testbed.running_writer():
+    async with testbed.running_cost_writer():
         await asyncio.sleep(10)
         testbed.cost = 4
         await asyncio.sleep(RECHECK_SECONDS + 1)
@@ -113,7 +113,7 @@ async def test_failed_cost_write_is_repeated_after_pauses_that_grow_to_limit(
     caplog.set_level(logging.INFO)
     testbed = WriterTestbed(interval=5.0)
     testbed.failing = True
-    async with testbed.running_writer():
+    async with testbed.running_cost_writer():
         await asyncio.sleep(3600)
         times = [at for at, _ in testbed.writes]
         pauses = [later - earlier for earlier, later in pairwise(times)]
@@ -130,10 +130,10 @@ async def test_failed_cost_write_is_repeated_after_pauses_that_grow_to_limit(
 
 
 @in_virtual_time
-async def test_previous_cost_is_written_again_after_failed_write_of_other_cost() -> None:
+async def test_deletion_cost_is_written_again_after_failed_write_of_different_cost() -> None:
     """A write whose answer is lost counts as failed, but the API server may have applied it."""
     testbed = WriterTestbed()
-    async with testbed.running_writer():
+    async with testbed.running_cost_writer():
         await asyncio.sleep(10)
         testbed.failing = True
         testbed.set_deletion_cost(1)

@@ -19,7 +19,7 @@ from workpool_kubernetes.plugin import DELETION_COST
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from plugins.kubernetes.tests.conftest import PodAPIServer, WarningLog
+    from plugins.kubernetes.tests.conftest import LoggedWarnings, PodAPIServer
     from workpool.testing import Kit
 
 
@@ -30,7 +30,7 @@ class BlockingHandler:
         self.end = asyncio.Event()
 
     @handler
-    async def wait_until_released(self, session: Session) -> None:
+    async def wait_for_end_event(self, session: Session) -> None:
         del session
         await self.end.wait()
 
@@ -45,53 +45,53 @@ async def test_deletion_cost_of_pod_equals_its_number_of_running_sessions(
 ) -> None:
     blocked = BlockingHandler()
     async with workpool.pool(api_server.make_plugin(), blocked):
-        await api_server.wait_for_cost("0")
+        await api_server.wait_for_deletion_cost("0")
         workpool.enqueue(3)
-        await api_server.wait_for_cost("3")
+        await api_server.wait_for_deletion_cost("3")
         blocked.end.set()
-        await api_server.wait_for_cost("0")
+        await api_server.wait_for_deletion_cost("0")
     assert api_server.pod["metadata"]["annotations"] == {"kept": "yes", DELETION_COST: "0"}
 
 
-async def test_sessions_of_two_pools_in_one_process_are_added_to_one_cost(
+async def test_deletion_cost_is_number_of_sessions_of_all_pools_in_process(
     workpool: Kit, api_server: PodAPIServer
 ) -> None:
     blocked = BlockingHandler()
     first = workpool.pool(api_server.make_plugin(), blocked, concurrency=2)
     async with first:
-        await api_server.wait_for_cost("0")
+        await api_server.wait_for_deletion_cost("0")
         async with workpool.pool(api_server.make_plugin(), blocked, concurrency=2):
             workpool.enqueue(4)
-            await api_server.wait_for_cost("4")
+            await api_server.wait_for_deletion_cost("4")
             await first.drain(0)
             await first.wait()
             # The first pool has ended, so the plugin of the second pool writes the cost now.
-            await api_server.wait_for_cost("2")
+            await api_server.wait_for_deletion_cost("2")
             blocked.end.set()
-            await api_server.wait_for_cost("0")
+            await api_server.wait_for_deletion_cost("0")
 
 
 async def test_write_after_rotation_of_token_uses_new_token(
-    workpool: Kit, api_server: PodAPIServer, warning_log: WarningLog
+    workpool: Kit, api_server: PodAPIServer, logged_warnings: LoggedWarnings
 ) -> None:
     blocked = BlockingHandler()
     async with workpool.pool(api_server.make_plugin(), blocked):
-        await api_server.wait_for_cost("0")
+        await api_server.wait_for_deletion_cost("0")
         api_server.rotate_token()
         workpool.enqueue()
-        await api_server.wait_for_cost("1")
+        await api_server.wait_for_deletion_cost("1")
         blocked.end.set()
-    assert warning_log.texts.empty()
+    assert logged_warnings.texts.empty()
 
 
 async def test_service_account_without_role_runs_sessions_and_logs_missing_role(
-    workpool: Kit, api_server: PodAPIServer, warning_log: WarningLog
+    workpool: Kit, api_server: PodAPIServer, logged_warnings: LoggedWarnings
 ) -> None:
     api_server.failures = [403] * 100
     workpool.enqueue()
     async with workpool.pool(api_server.make_plugin(), return_at_once):
         finished = await workpool.wait_for(SessionFinished)
-        text = await warning_log.next_warning()
+        text = await logged_warnings.wait_for_warning()
     assert finished.outcome == "completed"
     assert f"may not patch the pod {POD}" in text
     assert f"in namespace {NAMESPACE}, it needs a Role with the verb patch for pods" in text
@@ -99,13 +99,13 @@ async def test_service_account_without_role_runs_sessions_and_logs_missing_role(
 
 @pytest.mark.parametrize("status", [429, 500, 503, 302])
 async def test_cost_is_written_again_after_error_of_api_server(
-    workpool: Kit, api_server: PodAPIServer, warning_log: WarningLog, status: int
+    workpool: Kit, api_server: PodAPIServer, logged_warnings: LoggedWarnings, status: int
 ) -> None:
     api_server.failures = [status]
     async with workpool.pool(api_server.make_plugin(), return_at_once):
-        text = await warning_log.next_warning()
-        await api_server.wait_for_cost("0")
-    assert warning_log.texts.empty()
+        text = await logged_warnings.wait_for_warning()
+        await api_server.wait_for_deletion_cost("0")
+    assert logged_warnings.texts.empty()
     assert f"the API server answered {status}" in text
 
 
@@ -113,23 +113,23 @@ async def test_unknown_pod_name_is_logged_with_variable_to_set(
     workpool: Kit,
     api_server: PodAPIServer,
     monkeypatch: pytest.MonkeyPatch,
-    warning_log: WarningLog,
+    logged_warnings: LoggedWarnings,
 ) -> None:
     monkeypatch.delenv("POD_NAME")
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
     async with workpool.pool(api_server.make_plugin(), return_at_once):
-        text = await warning_log.next_warning()
+        text = await logged_warnings.wait_for_warning()
     assert "has no pod node-7: set POD_NAME from metadata.name" in text
 
 
 async def test_api_server_with_untrusted_certificate_receives_no_token(
-    workpool: Kit, api_server: PodAPIServer, certificates: Path, warning_log: WarningLog
+    workpool: Kit, api_server: PodAPIServer, certificates: Path, logged_warnings: LoggedWarnings
 ) -> None:
     (api_server.service_account / "ca.crt").write_bytes((certificates / "other.pem").read_bytes())
     workpool.enqueue()
     async with workpool.pool(api_server.make_plugin(), return_at_once):
         finished = await workpool.wait_for(SessionFinished)
-        text = await warning_log.next_warning()
+        text = await logged_warnings.wait_for_warning()
     assert finished.outcome == "completed"
     assert "Certificate" in text
     assert api_server.answers == []
@@ -150,24 +150,24 @@ async def test_api_server_that_never_answers_delays_neither_session_nor_pool_end
 async def test_refused_token_is_not_logged(
     workpool: Kit,
     api_server: PodAPIServer,
-    warning_log: WarningLog,
+    logged_warnings: LoggedWarnings,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     token, api_server.token = api_server.token, "another"
     async with workpool.pool(api_server.make_plugin(), return_at_once):
-        text = await warning_log.next_warning()
+        text = await logged_warnings.wait_for_warning()
     assert "refuses the token in" in text
     assert token not in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", "two\nlines", "töken"])
 async def test_malformed_token_file_is_logged_without_its_content(
-    workpool: Kit, api_server: PodAPIServer, warning_log: WarningLog, content: str
+    workpool: Kit, api_server: PodAPIServer, logged_warnings: LoggedWarnings, content: str
 ) -> None:
     (api_server.service_account / "token").write_text(content)
     async with workpool.pool(api_server.make_plugin(), return_at_once):
-        text = await warning_log.next_warning()
+        text = await logged_warnings.wait_for_warning()
     assert text.endswith("token holds no token")
 
 

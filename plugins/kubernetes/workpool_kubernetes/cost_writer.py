@@ -22,7 +22,7 @@ MAX_BACKOFF_SECONDS: Final = 300.0
 
 
 class CostWriter:
-    """Computes the deletion cost after each `request_cost_update`, and writes it if it has changed.
+    """Computes the deletion cost after each request for an update, and writes it if it has changed.
 
     Args:
         cost: Computes the cost; returns None if this writer must not write now.
@@ -43,11 +43,11 @@ class CostWriter:
         self._written: int | None = None
         self._failures = 0
 
-    def request_cost_update(self) -> None:
-        """Make `write_cost_changes` compute the cost now, and write it if it has changed."""
+    def request_deletion_cost_update(self) -> None:
+        """Make the running writer compute the cost now, and write it if it has changed."""
         self._changed.set()
 
-    async def write_cost_changes(self) -> None:
+    async def write_deletion_cost_changes(self) -> None:
         """Write the cost at once and after each change, until cancelled."""
         while True:
             self._changed.clear()
@@ -92,10 +92,10 @@ class CostWriter:
 
 
 @asynccontextmanager
-async def running_writer(writer: CostWriter) -> AsyncIterator[CostWriter]:
-    """Run `writer.write_cost_changes` in a task during the `with` block."""
+async def running_cost_writer(writer: CostWriter) -> AsyncIterator[CostWriter]:
+    """Run `writer.write_deletion_cost_changes` in a task during the `with` block."""
     async with asyncio.TaskGroup() as group:
-        task = group.create_task(writer.write_cost_changes(), name="deletion-cost")
+        task = group.create_task(writer.write_deletion_cost_changes(), name="deletion-cost")
         try:
             yield writer
         finally:

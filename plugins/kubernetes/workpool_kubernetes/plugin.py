@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from workpool import PluginError, Supervisor, hookimpl
 from workpool_kubernetes.api_server import APIServerError, PodClient
-from workpool_kubernetes.cost_writer import CostWriter, running_writer
+from workpool_kubernetes.cost_writer import CostWriter, running_cost_writer
 from workpool_kubernetes.own_pod import SERVICE_ACCOUNT, NoPodError, find_own_pod
 
 if TYPE_CHECKING:
@@ -72,8 +72,10 @@ class Kubernetes:
             pod = find_own_pod(os.environ, Path(self.service_account), self.pod)
             async with PodClient(pod) as client:
                 write = partial(client.set_annotation, DELETION_COST)
-                self._writer = CostWriter(partial(deletion_cost, supervisor), write, self.interval)
-                async with running_writer(self._writer) as writer:
+                self._writer = CostWriter(
+                    partial(compute_deletion_cost, supervisor), write, self.interval
+                )
+                async with running_cost_writer(self._writer) as writer:
                     with _count_pool_sessions(supervisor, writer):
                         yield
         except (NoPodError, APIServerError) as error:
@@ -85,10 +87,10 @@ class Kubernetes:
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         """Request an update of the cost, because the number of sessions may have changed."""
         if self._writer is not None:
-            _request_cost_update()
+            _request_deletion_cost_update()
 
 
-def deletion_cost(supervisor: Supervisor) -> int | None:
+def compute_deletion_cost(supervisor: Supervisor) -> int | None:
     """Return the number of sessions in this process, or None if another pool writes the number.
 
     A worker for several environments has several pools in one process. Only the plugin of the first
@@ -109,16 +111,18 @@ def running_sessions(supervisor: Supervisor) -> int:
 def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator[None]:
     """Include the sessions of this pool in the deletion cost during the `with` block."""
     loop = asyncio.get_running_loop()
-    _UPDATE_REQUESTS[supervisor] = partial(loop.call_soon_threadsafe, writer.request_cost_update)
-    _request_cost_update()
+    _UPDATE_REQUESTS[supervisor] = partial(
+        loop.call_soon_threadsafe, writer.request_deletion_cost_update
+    )
+    _request_deletion_cost_update()
     try:
         yield
     finally:
         del _UPDATE_REQUESTS[supervisor]
-        _request_cost_update()
+        _request_deletion_cost_update()
 
 
-def _request_cost_update() -> None:
+def _request_deletion_cost_update() -> None:
     """Request an update from the first pool's plugin. That plugin writes the cost of all pools."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
         # Ignore the RuntimeError of a closed event loop: the first pool may have ended.

@@ -35,7 +35,7 @@ async def run_item(kit: Kit, plugins: list[object], **metadata: str) -> SessionF
 
 
 @handler
-async def write_phase_metadata(session: Session) -> dict[str, str]:
+async def write_session_metadata(session: Session) -> dict[str, str]:
     await session.update_metadata({"phase": "half"})
     return {"seen": session.traceparent or ""}
 
@@ -63,7 +63,7 @@ def make_traceparent_of_span(span: ReadableSpan) -> str:
 async def test_session_has_one_span_with_its_requests_as_children(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
-    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase_metadata])
+    finished = await run_item(kit, [span_recorder.make_plugin(), write_session_metadata])
     item, environment = finished.session.item, finished.session.item.environment_id
     [span] = span_recorder.find_spans_by_name(f"process {environment}")
     assert span.kind is SpanKind.CONSUMER
@@ -111,7 +111,9 @@ async def test_trace_context_in_metadata_is_parent_of_session_span(
     metadata: dict[str, str] = {}
     with tracer.start_as_current_span("create work") as creating:
         propagate.inject(metadata)
-    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase_metadata], **metadata)
+    finished = await run_item(
+        kit, [span_recorder.make_plugin(), write_session_metadata], **metadata
+    )
     [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
     assert parent_span_id(span) == creating.get_span_context().span_id
 
@@ -158,11 +160,11 @@ async def test_retry_of_handler_is_recorded_as_event_of_session_span(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     @handler(retry=Retry(on=RuntimeError, times=1, backoff=0.01))
-    async def fail_first_call(session: Session) -> None:
+    async def fail_first_handler_call(session: Session) -> None:
         if session.retry == 0:
             raise RuntimeError("a secret")
 
-    finished = await run_item(kit, [span_recorder.make_plugin(), fail_first_call])
+    finished = await run_item(kit, [span_recorder.make_plugin(), fail_first_handler_call])
     [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
     [event] = span.events
     assert (event.name, dict(event.attributes or {})) == (
@@ -189,7 +191,7 @@ async def test_span_of_failed_request_has_error_status(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     kit.faults.add(status(503), "stop", times=1)
-    finished = await run_item(kit, [span_recorder.make_plugin(), write_phase_metadata])
+    finished = await run_item(kit, [span_recorder.make_plugin(), write_session_metadata])
     stops = span_recorder.find_spans_by_name(f"stop {finished.session.item.environment_id}")
     # The pool's events contain "5xx" for every status from 500 to 599.
     assert span_attributes(stops[0])["error.type"] == "5xx"
@@ -201,7 +203,7 @@ async def test_trace_context_is_written_to_metadata_unless_write_context_is_fals
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     written = kit.enqueue()[0]
-    async with kit.pool(span_recorder.make_plugin(), write_phase_metadata):
+    async with kit.pool(span_recorder.make_plugin(), write_session_metadata):
         finished = await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
     [span] = span_recorder.find_spans_by_name(f"process {written.environment_id}")
     assert item_metadata(kit, written)["workpool.traceparent"] == make_traceparent_of_span(span)
@@ -211,7 +213,7 @@ async def test_trace_context_is_written_to_metadata_unless_write_context_is_fals
         == finished.session.traceparent
     )
     [unwritten] = kit.enqueue()
-    async with kit.pool(span_recorder.make_plugin(write_context=False), write_phase_metadata):
+    async with kit.pool(span_recorder.make_plugin(write_context=False), write_session_metadata):
         await kit.wait_for(SessionFinished, timeout=WAIT_SECONDS)
     assert "workpool.traceparent" not in item_metadata(kit, unwritten)
 
@@ -226,11 +228,11 @@ async def test_span_that_handler_creates_is_child_of_session_span(
     tracer = span_recorder.provider.get_tracer("reports")
 
     @handler
-    async def create_render_span(_: Session) -> None:
+    async def create_child_span(_: Session) -> None:
         with tracer.start_as_current_span("render"):
             await asyncio.sleep(0)
 
-    finished = await run_item(kit, [span_recorder.make_plugin(), create_render_span])
+    finished = await run_item(kit, [span_recorder.make_plugin(), create_child_span])
     [span] = span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}")
     [child] = span_recorder.find_spans_by_name("render")
     assert parent_span_id(child) == span_id(span)
@@ -252,7 +254,7 @@ async def test_item_whose_ack_is_refused_leaves_no_span(
 ) -> None:
     plugin = span_recorder.make_plugin()
     kit.faults.add(status(409), "ack", times=1)
-    finished = await run_item(kit, [plugin, write_phase_metadata])
+    finished = await run_item(kit, [plugin, write_session_metadata])
     assert (
         len(span_recorder.find_spans_by_name(f"process {finished.session.item.environment_id}"))
         == 1
@@ -264,9 +266,9 @@ async def test_plugin_object_in_two_running_pools_raises_plugin_error(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     plugin = span_recorder.make_plugin()
-    async with kit.pool(plugin, write_phase_metadata):
+    async with kit.pool(plugin, write_session_metadata):
         with pytest.raises(PluginError, match="one object serves one pool"):
-            async with kit.pool(plugin, write_phase_metadata):
+            async with kit.pool(plugin, write_session_metadata):
                 pass
 
 
@@ -287,5 +289,5 @@ def test_otel_plugin_setting_of_wrong_type_raises_type_error() -> None:
         Otel(**settings)
 
 
-def test_plugin_with_own_provider_sets_no_global_provider() -> None:
+def test_plugin_with_own_tracer_provider_sets_no_global_provider() -> None:
     assert isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)

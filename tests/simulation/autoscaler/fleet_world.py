@@ -31,7 +31,7 @@ from workpool.scaling import ReplicaRule, scaling_numbers
 from workpool.server.timestamps import SECOND
 from workpool.testing.fault import Fault
 from workpool.wire.protocol import STOPPED
-from workpool_kubernetes.cost_writer import CostWriter, running_writer
+from workpool_kubernetes.cost_writer import CostWriter, running_cost_writer
 from workpool_kubernetes.plugin import Kubernetes, running_sessions
 
 if TYPE_CHECKING:
@@ -84,14 +84,14 @@ class DeletionCostPlugin:
             return
         write = partial(machine.cluster.write_deletion_cost, machine.pod)
         writer = CostWriter(partial(running_sessions, supervisor), write, Kubernetes.interval)
-        async with running_writer(writer) as machine.writer:
+        async with running_cost_writer(writer) as machine.writer:
             yield
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         machine = current_machine()
         if isinstance(machine, PodMachine) and machine.writer is not None:
-            machine.writer.request_cost_update()
+            machine.writer.request_deletion_cost_update()
 
 
 FLEET_PLUGINS: Final = (*PLUGINS, DeletionCostPlugin())

@@ -40,7 +40,7 @@ async def test_stop_request_ends_container_and_stores_exit_status(
     (item,) = testbed.plane.enqueue()
     async with testbed.make_pool(testbed.endless_script):
         await testbed.wait_for_output("ready")
-        testbed.request_stop(item.id)
+        testbed.request_item_stop(item.id)
         finished = await testbed.wait_for_session_end(item.id)
     assert finished.outcome == "stopped"
     assert testbed.stored_item(item.id).metadata["exit_status"] == "9"
@@ -53,7 +53,7 @@ async def test_container_that_ignores_sigterm_is_killed_after_grace(
     (item,) = testbed.plane.enqueue()
     async with testbed.make_pool("trap '' TERM; echo ready; sleep 1000", grace=0.2):
         await testbed.wait_for_output("ready")
-        testbed.request_stop(item.id)
+        testbed.request_item_stop(item.id)
         finished = await testbed.wait_for_session_end(item.id)
     assert finished.outcome == "stopped"
     assert testbed.stored_item(item.id).metadata["exit_status"] == "137"
@@ -180,7 +180,7 @@ async def test_container_left_running_by_drain_is_adopted_by_next_run(
     assert await testbed.item_containers(item.id) == []
 
 
-async def test_exit_status_of_container_that_ended_between_runs_is_reported(
+async def test_next_run_reports_exit_status_of_container_that_ended_between_session_runs(
     testbed: ContainerTestbed, mounted_directory: Path
 ) -> None:
     script = RECORD_START + "while [ ! -e /kept/end ]; do sleep 0.05; done; exit 4"
@@ -199,7 +199,7 @@ async def test_exit_status_of_container_that_ended_between_runs_is_reported(
     assert count_container_starts(mounted_directory) == 1
 
 
-async def test_container_of_killed_worker_is_adopted(
+async def test_new_worker_adopts_container_of_killed_worker(
     testbed: ContainerTestbed, mounted_directory: Path
 ) -> None:
     script = RECORD_START + "while [ ! -e /kept/end ]; do sleep 0.05; done"
@@ -210,13 +210,13 @@ async def test_container_of_killed_worker_is_adopted(
         worker.kill()
         await worker.wait()
 
-    async def was_adopted() -> bool:
+    async def container_was_adopted() -> bool:
         (found,) = await testbed.item_containers(item.id)
         return bool(found["Names"] != name)
 
     expire_lease(testbed.plane, item.id)
     async with testbed.make_pool(script):
-        await testbed.poll_until(was_adopted)
+        await testbed.wait_until_true(container_was_adopted)
         (mounted_directory / "end").touch()
         assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
     assert testbed.stored_item(item.id).metadata[CONTAINER_ID_KEY] == container
@@ -230,12 +230,12 @@ async def test_output_and_exit_of_container_are_read_after_restart_of_engine(
     (item,) = testbed.plane.enqueue()
     async with testbed.make_pool(script):
         await testbed.wait_for_output("ready")
-        podman.stop_service()
+        podman.stop_engine_service()
         await testbed.log.wait_until(
             lambda: any("output interrupted" in line for line in testbed.log.lines)
         )
         testbed.log.lines.clear()
-        podman.start_service()
+        podman.start_engine_service()
         await testbed.wait_for_output("ready")
         (mounted_directory / "end").touch()
         assert (await testbed.wait_for_session_end(item.id)).outcome == "completed"
