@@ -25,7 +25,7 @@ PICTURE: Final = Path(__file__).parents[1] / "workpool/docs/demo.svg"
 COLUMNS: Final = 112
 
 
-class RecordingView(DemoView):
+class DemoViewWithoutLiveOutput(DemoView):
     """A demo view that prints the demo's own messages, but no log lines and no live tables."""
 
     def print_worker_line(self, worker: str, line: str) -> None:
@@ -40,7 +40,9 @@ async def record_demo() -> str:
     console = Console(
         record=True, width=COLUMNS, file=io.StringIO(), highlight=False, color_system="truecolor"
     )
-    runner = DemoRunner(EXAMPLE, make_sessions_for_handler(EXAMPLE, {}, 40), RecordingView(console))
+    runner = DemoRunner(
+        EXAMPLE, make_sessions_for_handler(EXAMPLE, {}, 40), DemoViewWithoutLiveOutput(console)
+    )
     with SignalEvents() as signals:
         async with runner.plane:
             await runner.run(signals)

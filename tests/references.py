@@ -36,7 +36,7 @@ def markdown_table(*head: str) -> list[str]:
     return [markdown_row(*head), "|" + "---|" * len(head)]
 
 
-def settings_reference() -> Iterator[str]:
+def settings_reference_lines() -> Iterator[str]:
     yield from markdown_table("setting", "default", "meaning")
     for name, text in DESCRIPTIONS.items():
         found = re.fullmatch(r"(.*?) ?Default: (.*)\.", text)
@@ -46,7 +46,7 @@ def settings_reference() -> Iterator[str]:
         yield markdown_row(f"`{name}`", default, meaning)
 
 
-def metrics_reference() -> Iterator[str]:
+def metrics_reference_lines() -> Iterator[str]:
     yield from markdown_table("metric", "type", "labels", "meaning")
     for each in DEFINITIONS:
         labels = " ".join(
@@ -108,7 +108,7 @@ def parameter_table(command: Any, *, settings: bool = True) -> Iterator[str]:
         yield markdown_row(format_parameter_usage(each), meaning)
 
 
-def cli_reference() -> Iterator[str]:
+def cli_reference_lines() -> Iterator[str]:
     root = typer.main.get_command(app)
     yield "### `workpool`"
     yield ""
@@ -124,13 +124,13 @@ def cli_reference() -> Iterator[str]:
 
 
 PAGES: Final[dict[str, Callable[[], Iterator[str]]]] = {
-    "settings.md": settings_reference,
-    "metrics.md": metrics_reference,
-    "cli.md": cli_reference,
+    "settings.md": settings_reference_lines,
+    "metrics.md": metrics_reference_lines,
+    "cli.md": cli_reference_lines,
 }
 
 
-def replace_generated_part(text: str, lines: Iterator[str]) -> str:
+def replace_generated_part_of_page(text: str, lines: Iterator[str]) -> str:
     """Return the text of a page with its generated part replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -139,11 +139,11 @@ def replace_generated_part(text: str, lines: Iterator[str]) -> str:
     return before + BEGIN + "\n".join(["", *lines, "", ""]) + END + after
 
 
-def write_references() -> None:
+def write_generated_parts_of_pages() -> None:
     for name, lines in PAGES.items():
         page = DOCS / name
-        page.write_text(replace_generated_part(page.read_text(), lines()))
+        page.write_text(replace_generated_part_of_page(page.read_text(), lines()))
 
 
 if __name__ == "__main__":
-    write_references()
+    write_generated_parts_of_pages()

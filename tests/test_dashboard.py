@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from tests.alerts.cause_setup import AlertCauseSetup
-from tests.alerts.causes import AlertCause, start_idle_worker
+from tests.alerts.alert_cause_setup import AlertCauseSetup
+from tests.alerts.alert_causes import AlertCause, start_idle_worker
 from tests.alerts.prometheus import run_prometheus
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.testing.fault import silence

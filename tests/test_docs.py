@@ -72,7 +72,7 @@ def find_code_block_containing(marker: str, language: str = "python") -> str:
 @pytest.mark.parametrize("name", references.PAGES)
 def test_generated_part_of_documentation_page_matches_code(name: str) -> None:
     """If this test fails, `python -m tests.references` writes the pages anew."""
-    assert references.replace_generated_part(
+    assert references.replace_generated_part_of_page(
         read_page_text(name), references.PAGES[name]()
     ) == read_page_text(name)
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 
-from tests.alerts.cause_setup import ROOT, AlertCauseSetup
-from tests.alerts.causes import CAUSES
+from tests.alerts.alert_cause_setup import ROOT, AlertCauseSetup
+from tests.alerts.alert_causes import CAUSES
 from tests.alerts.prometheus import run_prometheus
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import aiohttp
 import orjson
 
-from tests.alerts.cause_setup import find_free_port
+from tests.alerts.alert_cause_setup import find_free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

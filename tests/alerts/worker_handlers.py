@@ -63,7 +63,7 @@ class FailingObserver:
         raise ValueError(f"{event.outcome} was not expected")
 
 
-class CrashingPollerPlugin:
+class PluginThatCrashesPoller:
     """A plugin that makes a poller of the pool crash once, as a bug in the pool would."""
 
     def __init__(self) -> None:

@@ -62,7 +62,7 @@ class ControlPlaneConfig:
     faults: str = ""
 
 
-class JournaledHistory(History):
+class ItemHistoryInJournalFile(History):
     """A history that writes each line to a file immediately, so that a `kill -9` loses none."""
 
     def __init__(self, path: str, offset: float) -> None:
@@ -70,7 +70,7 @@ class JournaledHistory(History):
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._offset = offset
 
-    def write_line(self, what: str, **facts: Any) -> None:
+    def write_journal_line(self, what: str, **facts: Any) -> None:
         os.write(
             self._file, orjson.dumps({"t": seconds_since_boot(), "what": what, **facts}) + b"\n"
         )
@@ -80,12 +80,12 @@ class JournaledHistory(History):
         for name in ("time", "lease_end"):
             if facts[name] is not None:
                 facts[name] -= self._offset
-        self.write_line("record", **facts)
+        self.write_journal_line("record", **facts)
 
     def write_snapshot(self, what: str, plane: ControlPlane) -> None:
         """Write the state of all items; the fields are those of `storm_checker.SnapshotItem`."""
         items = plane.operations.list_items(plane.environments[0], 1_000_000).items
-        self.write_line(
+        self.write_journal_line(
             what,
             items=[
                 (
@@ -106,17 +106,17 @@ class JournaledHistory(History):
     ) -> web.StreamResponse:
         """Outermost middleware: write the arrival of each request."""
         if "work_id" in request.match_info:
-            self.write_line("came", **_describe_request_for_journal(request))
+            self.write_journal_line("came", **_describe_request_for_journal(request))
         return await handler(request)
 
     @web.middleware
-    async def record_successful_calls(
+    async def record_successful_requests(
         self, request: web.Request, handler: Handler
     ) -> web.StreamResponse:
         """Innermost middleware: write each successful call before a fault changes its answer."""
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
-            self.write_line("durable", **_describe_request_for_journal(request))
+            self.write_journal_line("durable", **_describe_request_for_journal(request))
         return response
 
 
@@ -128,7 +128,10 @@ def _describe_request_for_journal(request: web.Request) -> dict[str, str | None]
 
 
 def install_faults(
-    config: ControlPlaneConfig, faults: Faults, plane: ControlPlane, journal: JournaledHistory
+    config: ControlPlaneConfig,
+    faults: Faults,
+    plane: ControlPlane,
+    journal: ItemHistoryInJournalFile,
 ) -> None:
     """Inject the faults that the file lists, and record each injection in the journal."""
     if not config.faults:
@@ -137,19 +140,21 @@ def install_faults(
     for rule, planned in zip(faults.rules, read_fault_plan(Path(config.faults)).fault, strict=True):
         name = f"{planned.kind} {getattr(planned, 'code', '')}".strip()
         assert isinstance(rule.fault, Fault)
-        rule.fault = add_journal_entry_to_fault(rule.fault, name, journal)
+        rule.fault = make_fault_with_journal_entry(rule.fault, name, journal)
 
 
-def add_journal_entry_to_fault(fault: Fault, name: str, journal: JournaledHistory) -> Fault:
+def make_fault_with_journal_entry(
+    fault: Fault, name: str, journal: ItemHistoryInJournalFile
+) -> Fault:
     """Return a fault that writes an entry to the journal, and then does the same as `fault`."""
 
     def write_fault_to_journal(_environment_id: str, work_id: str | None) -> None:
-        journal.write_line("fault", kind=name, work_id=work_id)
+        journal.write_journal_line("fault", kind=name, work_id=work_id)
 
     return nest_faults([Fault(before=write_fault_to_journal), fault])
 
 
-async def record_loop_lag(journal: JournaledHistory) -> None:
+async def record_loop_lag(journal: ItemHistoryInJournalFile) -> None:
     """Write a line to the journal after each delay of this event loop.
 
     A delayed event loop reads requests late, so the checker allows requests to arrive late then.
@@ -159,17 +164,17 @@ async def record_loop_lag(journal: JournaledHistory) -> None:
         await asyncio.sleep(TICK_SECONDS)
         lag = seconds_since_boot() - before - TICK_SECONDS
         if lag > LAG_SECONDS:
-            journal.write_line("lag", seconds=lag)
+            journal.write_journal_line("lag", seconds=lag)
 
 
 def build_control_plane(
-    config: ControlPlaneConfig, faults: Faults, journal: JournaledHistory
+    config: ControlPlaneConfig, faults: Faults, journal: ItemHistoryInJournalFile
 ) -> ControlPlane:
     """Return the control plane with its store and middlewares."""
     middlewares = [
         journal.record_arriving_requests,
         faults.middleware,
-        journal.record_successful_calls,
+        journal.record_successful_requests,
     ]
     if config.store.startswith(DATABASE):
         return ControlPlane(
@@ -192,7 +197,7 @@ def build_control_plane(
 
 
 async def serve_control_plane(config: ControlPlaneConfig) -> None:
-    journal = JournaledHistory(config.journal, config.offset)
+    journal = ItemHistoryInJournalFile(config.journal, config.offset)
     faults = Faults(config.seed, remember=False)
     plane = build_control_plane(config, faults, journal)
     install_faults(config, faults, plane, journal)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.chaos.control_plane import seconds_since_boot
-from tests.chaos.recorded_history import find_history_violations, read_history
+from tests.chaos.history_checker import find_history_violations, read_history
 from tests.chaos.storm import KINDS, Storm, StormSettings, format_report, parse_settings
 from tests.chaos.storm_processes import SECONDS, StartError, StormProcesses
 from tests.postgres.cluster import remove_cluster, start_cluster
@@ -84,7 +84,7 @@ class DatabaseStorm(Storm):
         while True:
             await asyncio.sleep(every * self._random.uniform(0.7, 1.3))
             number = self._random.randrange(PLANES)
-            self._record_action("kill plane")
+            self._record_storm_action("kill plane")
             await self._fleet.kill_control_plane(number)
             await asyncio.sleep(self._random.uniform(0, 2))
             await self._start_control_plane(number, str(self._faults))
@@ -94,10 +94,10 @@ class DatabaseStorm(Storm):
         while True:
             await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
-            self._record_action("database killed" if crash else "database stopped")
+            self._record_storm_action("database killed" if crash else "database stopped")
             # If this task is cancelled, the thread still restarts the database. So keep the task of
-            # the thread: `_finish_without_faults` waits for it.
-            self._restart = asyncio.create_task(  # noqa: TID251 - `_finish_without_faults` awaits it
+            # the thread: `_end_faults_and_drain_queue` waits for it.
+            self._restart = asyncio.create_task(  # noqa: TID251 - `_end_faults_and_drain_queue` awaits it
                 asyncio.to_thread(self._restart_database, away, crash=crash)
             )
             await asyncio.shield(self._restart)
@@ -111,7 +111,7 @@ class DatabaseStorm(Storm):
         time.sleep(away)
         self._cluster.start()
 
-    def _record_action(self, what: str) -> None:
+    def _record_storm_action(self, what: str) -> None:
         self._fleet.actions.append({"t": seconds_since_boot(), "what": what, "pid": 0})
 
     async def _take_snapshot(self, what: str) -> None:
@@ -120,21 +120,21 @@ class DatabaseStorm(Storm):
             item[3] = None if item[3] is None else item[3] / 1e6 - self._fleet.offset
         self._snapshots.append({**found, "t": found["t"] - self._fleet.offset, "what": what})
 
-    async def _finish_without_faults(self, *args: Any) -> None:
+    async def _end_faults_and_drain_queue(self, *args: Any) -> None:
         if self._restart is not None:
             await self._restart
-        await super()._finish_without_faults(*args)
+        await super()._end_faults_and_drain_queue(*args)
         await self._take_snapshot("end")
 
-    def _read_journal(self) -> list[dict[str, Any]]:
+    def _read_storm_journal(self) -> list[dict[str, Any]]:
         """Return the lines of control planes, database and snapshots in order of time."""
         history = read_history(self._cluster, self._url, self._fleet.offset)
         records = [{"t": each.time, "what": "record", **each._asdict()} for each in history]
-        found = [*super()._read_journal(), *records, *self._snapshots]
+        found = [*super()._read_storm_journal(), *records, *self._snapshots]
         return sorted(found, key=lambda line: float(line["t"]))
 
-    def _check_guarantees(self) -> StormResult:
-        verdict = super()._check_guarantees()
+    def _check_workpool_guarantees(self) -> StormResult:
+        verdict = super()._check_workpool_guarantees()
         history = read_history(self._cluster, self._url, self._fleet.offset)
         verdict.broken += [
             *find_history_violations(history),

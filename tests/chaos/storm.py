@@ -114,9 +114,9 @@ class Storm:
             await self._start_control_planes(str(self._faults))
             for name in NAMES:
                 await self._start_worker(name, proxy)
-            await self._create_work_and_faults(http, proxy)
-            await self._finish_without_faults(http, proxy)
-        return self._check_guarantees()
+            await self._enqueue_items_and_inject_faults(http, proxy)
+            await self._end_faults_and_drain_queue(http, proxy)
+        return self._check_workpool_guarantees()
 
     def _make_storm_processes(self, folder: Path) -> StormProcesses:
         return StormProcesses(folder, self.settings.write_rate)
@@ -127,7 +127,9 @@ class Storm:
     async def _start_worker(self, name: str, proxy: Proxy) -> None:
         await self._fleet.start_worker(name, proxy.base_url if name == BEHIND_PROXY else "")
 
-    async def _create_work_and_faults(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+    async def _enqueue_items_and_inject_faults(
+        self, http: aiohttp.ClientSession, proxy: Proxy
+    ) -> None:
         async with asyncio.TaskGroup() as group:
             disturbances = [
                 group.create_task(disturbance)
@@ -253,7 +255,7 @@ class Storm:
             if lag > LAG_SECONDS:
                 self._lags.append({"t": seconds_since_boot(), "what": "lag", "seconds": lag})
 
-    async def _finish_without_faults(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+    async def _end_faults_and_drain_queue(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         proxy.heal()
         if self.settings.fresh:
             for name in NAMES:
@@ -293,10 +295,10 @@ class Storm:
                 return False
             after = f"&after_id={page['last_id']}"
 
-    def _check_guarantees(self) -> StormResult:
+    def _check_workpool_guarantees(self) -> StormResult:
         folder = self._fleet.folder
         checker = StormChecker(
-            self._read_journal(),
+            self._read_storm_journal(),
             read_json_lines(folder / "trace"),
             self._fleet.actions,
             self._fleet.worker_ids_by_pid(),
@@ -306,7 +308,7 @@ class Storm:
         verdict.broken += self._fleet.broken
         return verdict
 
-    def _read_journal(self) -> list[dict[str, Any]]:
+    def _read_storm_journal(self) -> list[dict[str, Any]]:
         return [*read_json_lines(self._fleet.folder / "journal"), *self._lags]
 
 

@@ -109,11 +109,13 @@ class StormChecker:
                 self._durable[line["work_id"]].add(line["op"])
             elif what in {"boot", "end"}:
                 self.verdict.counts["boots"] += what == "boot"
-                self._check_snapshot(line["t"], [SnapshotItem(*item) for item in line["items"]])
+                self._check_answered_calls_are_stored(
+                    line["t"], [SnapshotItem(*item) for item in line["items"]]
+                )
             elif what == "fault":
                 self._record_fault(line["kind"], line["work_id"])
         self._check_no_item_is_lost(enqueued)
-        self._check_handler_runs()
+        self._check_runs_against_leases()
         self.verdict.counts.update(f"action: {action['what']}" for action in self._actions)
         return self.verdict
 
@@ -165,7 +167,7 @@ class StormChecker:
         """Return for how many seconds event loops were delayed near the time `at`, in total."""
         return float(sum(lag for since, until, lag in self._lags if since <= at <= until))
 
-    def _check_snapshot(self, at: float, items: Sequence[SnapshotItem]) -> None:
+    def _check_answered_calls_are_stored(self, at: float, items: Sequence[SnapshotItem]) -> None:
         """Check that the effects of all answered calls are in a snapshot of the store."""
         known = {item.id: item for item in items}
         for work_id, ops in self._durable.items():
@@ -191,7 +193,7 @@ class StormChecker:
             if states.get(work_id) != "stopped":
                 self._add_violation(f"{work_id} is lost: {states.get(work_id)}")
 
-    def _check_handler_runs(self) -> None:
+    def _check_runs_against_leases(self) -> None:
         for work_id, runs in self._group_runs_by_item().items():
             self.verdict.counts["runs"] += len(runs)
             self.verdict.counts["runs again"] += len(runs) - 1

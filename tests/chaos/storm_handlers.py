@@ -21,7 +21,7 @@ def write_trace_line(session: Session, what: str) -> None:
 
 
 @handler
-async def run_storm_session(session: Session) -> dict[str, str]:
+async def work_and_end_as_requested(session: Session) -> dict[str, str]:
     """Work for `seconds`, and then end as `end` says; both values are metadata of the item."""
     metadata = session.item.metadata
     write_trace_line(session, "start")

@@ -79,7 +79,7 @@ class StormProcesses:
         self._planes: dict[int, Process] = {}
         self._logs: dict[int, Path] = {}
         self.offset = datetime.now(UTC).timestamp() - seconds_since_boot()
-        self._ports, [port] = _free_ports(planes), _free_ports(1)
+        self._ports, [port] = _find_free_ports(planes), _find_free_ports(1)
         self._balancer = Balancer(port, self._ports) if planes > 1 else None
         self.base_url = f"http://127.0.0.1:{port if planes > 1 else self._ports[0]}/api/v1/cloud"
 
@@ -245,7 +245,7 @@ class StormProcesses:
         return {pid: found[1] for pid, found in said.items() if found}
 
 
-def _free_ports(number: int) -> list[int]:
+def _find_free_ports(number: int) -> list[int]:
     with ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
         return [each.getsockname()[1] for each in free]

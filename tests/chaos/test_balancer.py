@@ -18,14 +18,14 @@ def make_echo_node(
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
     """Return a server callback that answers each line with `name`, a space and the same line."""
 
-    async def echo_lines_with_name(
+    async def echo_lines_with_node_name(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         while line := await reader.readline():
             writer.write(name + b" " + line)
         writer.close()
 
-    return echo_lines_with_name
+    return echo_lines_with_node_name
 
 
 def find_free_port() -> int:

@@ -14,7 +14,9 @@ SLACK = 1.0
 Lines = list[dict[str, Any]]
 
 
-def make_record(t: float, kind: str, worker: str | None, lease_end: float | None = None) -> Any:
+def make_history_record(
+    t: float, kind: str, worker: str | None, lease_end: float | None = None
+) -> Any:
     return {
         "t": t,
         "what": "record",
@@ -26,7 +28,7 @@ def make_record(t: float, kind: str, worker: str | None, lease_end: float | None
     }
 
 
-def make_request_arrival(t: float, op: str, worker: str | None) -> Any:
+def make_arrived_request(t: float, op: str, worker: str | None) -> Any:
     return {"t": t, "what": "came", "op": op, "work_id": "w", "worker": worker}
 
 
@@ -44,16 +46,19 @@ def make_trace_line(t: float, pid: int, what: str) -> Any:
 
 def make_lease_records(t: float, worker: str) -> Lines:
     """Return the records of an ack with a lease of 60 s and of a heartbeat with a lease of 10 s."""
-    return [make_record(t, "acked", worker, t + 60), make_record(t, "heartbeat", worker, t + 10)]
+    return [
+        make_history_record(t, "acked", worker, t + 60),
+        make_history_record(t, "heartbeat", worker, t + 10),
+    ]
 
 
 STOPPED = [
-    make_request_arrival(8, "stop", A),
-    make_record(8, "stopped", A),
+    make_arrived_request(8, "stop", A),
+    make_history_record(8, "stopped", A),
     make_answered_call(8, "stop", A),
 ]
 CALM = [
-    make_record(0, "created", None),
+    make_history_record(0, "created", None),
     *make_lease_records(1, A),
     *STOPPED,
     make_snapshot(9, "end"),
@@ -61,10 +66,10 @@ CALM = [
 CALM_TRACE = [make_trace_line(2, 1, "start"), make_trace_line(7, 1, "returned")]
 LEASE_PASSED_TO_B = [
     *make_lease_records(0, A),
-    make_record(10, "lapsed", A),
+    make_history_record(10, "lapsed", A),
     *make_lease_records(12, B),
 ]
-END = [make_record(15, "stopped", B), make_snapshot(30, "end")]
+END = [make_history_record(15, "stopped", B), make_snapshot(30, "end")]
 
 
 def check_storm_records(journal: Lines, trace: Lines, actions: Lines | None = None) -> StormResult:
@@ -93,22 +98,22 @@ def test_storm_checker_finds_no_violation_in_trace_without_faults() -> None:
             "answered ['ack'], then forgotten",
         ),
         (
-            [*LEASE_PASSED_TO_B, make_request_arrival(13, "stop", A), *END],
+            [*LEASE_PASSED_TO_B, make_arrived_request(13, "stop", A), *END],
             [],
             f"{A} sent stop for w 3.00 s after",
         ),
         (
-            [*LEASE_PASSED_TO_B, make_request_arrival(13, "update", A), *END],
+            [*LEASE_PASSED_TO_B, make_arrived_request(13, "update", A), *END],
             [],
             f"{A} sent update for w 3.00 s after",
         ),
         (
-            [*LEASE_PASSED_TO_B, make_request_arrival(13, "heartbeat", A), *END],
+            [*LEASE_PASSED_TO_B, make_arrived_request(13, "heartbeat", A), *END],
             [],
             f"{A} sent heartbeat for w 3.00 s",
         ),
         (
-            [*make_lease_records(0, A), make_request_arrival(1, "stop", B), *CALM],
+            [*make_lease_records(0, A), make_arrived_request(1, "stop", B), *CALM],
             [],
             f"{B} sent stop for w, which it never held",
         ),
@@ -147,7 +152,7 @@ def test_storm_checker_reports_each_kind_of_violation(
 
 
 def test_storm_checker_accepts_late_request_if_event_loop_was_delayed() -> None:
-    journal = [*LEASE_PASSED_TO_B, make_request_arrival(12.5, "update", A), *END]
+    journal = [*LEASE_PASSED_TO_B, make_arrived_request(12.5, "update", A), *END]
     assert check_storm_records(journal, []).broken
     assert (
         check_storm_records([*journal, {"t": 12.6, "what": "lag", "seconds": 2.0}], []).broken == []
@@ -158,8 +163,8 @@ def test_storm_checker_accepts_late_request_if_event_loop_was_delayed() -> None:
 def test_storm_checker_accepts_acks_and_stop_requests_of_operators_without_a_lease() -> None:
     journal = [
         *LEASE_PASSED_TO_B,
-        make_request_arrival(13, "stop", None),
-        make_request_arrival(14, "ack", A),
+        make_arrived_request(13, "stop", None),
+        make_arrived_request(14, "ack", A),
         *END,
     ]
     assert check_storm_records(journal, []).broken == []
@@ -187,7 +192,7 @@ def test_storm_checker_accepts_run_that_ends_shortly_after_its_process_resumes()
     )
     assert any("went on with w" in text for text in late.broken)
     sent = check_storm_records(
-        [*LEASE_PASSED_TO_B, make_request_arrival(16.1, "update", A), *END], WOKEN, STOP
+        [*LEASE_PASSED_TO_B, make_arrived_request(16.1, "update", A), *END], WOKEN, STOP
     )
     assert any("sent update" in text for text in sent.broken)
 
@@ -203,7 +208,7 @@ def test_storm_checker_accepts_lease_that_an_injected_fault_ended_early() -> Non
     handed_on = [
         *make_lease_records(0, A),
         fault,
-        make_record(3, "lapsed", A),
+        make_history_record(3, "lapsed", A),
         *make_lease_records(4, B),
         *END,
     ]

@@ -249,7 +249,7 @@ class WorkerContainer:
     async def send_signal(self, name: str) -> None:
         await asyncio.to_thread(self._engine.run_command, "kill", f"--signal={name}", self._name)
 
-    async def wait_for_end(self) -> int:
+    async def wait_for_container_end(self) -> int:
         async with asyncio.timeout(120):
             self.err += (await self._stderr.read()).decode()
             status = await self._process.wait()
@@ -290,7 +290,7 @@ class WorkerStarter:
         )
         return WorkerContainer(self._engine, name, process)
 
-    def list_history_kinds_of_item(self, item: Item) -> list[str]:
+    def list_record_kinds_of_item(self, item: Item) -> list[str]:
         return [record.kind for record in self.plane.history.records_of_item(item.id)]
 
 
@@ -315,7 +315,7 @@ async def test_ten_sessions_run_without_privileges_under_an_init_process(
 ) -> None:
     items = worker_starter.plane.enqueue(count=10, metadata={"do": "look"})
     worker = await worker_starter.start_worker("handlers", "--drain")
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_container_end() == 0
     for item in items:
         found = worker_starter.plane.operations.get_item(
             worker_starter.plane.environments[0], item.id
@@ -334,9 +334,9 @@ async def test_sigterm_during_start_ends_the_container_with_status_0(
     await worker.wait_for_log("importing handlers")
     await worker.send_signal("TERM")
     (worker_starter.folder / "go").touch()
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_container_end() == 0
     assert "drained result=clean" in worker.err
-    assert worker_starter.list_history_kinds_of_item(item) == ["created"]
+    assert worker_starter.list_record_kinds_of_item(item) == ["created"]
 
 
 async def test_sigterm_lets_one_session_complete_and_releases_the_endless_session(
@@ -348,9 +348,9 @@ async def test_sigterm_lets_one_session_complete_and_releases_the_endless_sessio
     await worker.wait_for_log("wait runs")
     await worker.wait_for_log("linger runs")
     await worker.send_signal("TERM")
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_container_end() == 0
     assert "drained result=deadline" in worker.err
-    assert worker_starter.list_history_kinds_of_item(waiting)[-1] == "stopped"
+    assert worker_starter.list_record_kinds_of_item(waiting)[-1] == "stopped"
     found = worker_starter.plane.operations.get_item(
         worker_starter.plane.environments[0], lingering.id
     )

@@ -125,7 +125,7 @@ def rendered_overlay(kubectl: str, request: pytest.FixtureRequest) -> list[Manif
     return render_overlay(kubectl, KUBERNETES / request.param)
 
 
-def find_builtin_manifests(found: list[Manifest]) -> Iterator[Manifest]:
+def find_manifests_of_builtin_kinds(found: list[Manifest]) -> Iterator[Manifest]:
     """Yield the manifests of kinds built into Kubernetes, and the job in each ScaledJob."""
     for each in found:
         if each["kind"] == "ScaledJob":
@@ -145,7 +145,7 @@ def validate_custom_resource(manifest: Manifest) -> None:
     jsonschema.validate(manifest, schema)
 
 
-def validate_builtin_resource(manifest: Manifest, version: str = VERSIONS[-1]) -> None:
+def validate_resource_of_builtin_kind(manifest: Manifest, version: str = VERSIONS[-1]) -> None:
     kubernetes_validate.validate(manifest, version, strict=True)
 
 
@@ -153,15 +153,15 @@ def validate_builtin_resource(manifest: Manifest, version: str = VERSIONS[-1]) -
 def test_overlay_manifests_are_valid_for_kubernetes(
     rendered_overlay: list[Manifest], version: str
 ) -> None:
-    for each in find_builtin_manifests(rendered_overlay):
-        validate_builtin_resource(each, version)
+    for each in find_manifests_of_builtin_kinds(rendered_overlay):
+        validate_resource_of_builtin_kind(each, version)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_manifest_files_match_schemas_of_kubernetes_version(version: str) -> None:
     """Unlike the check of rendered overlays, this check also runs without kubectl."""
-    for each in find_builtin_manifests(manifests_in_files()):
-        validate_builtin_resource(each, version)
+    for each in find_manifests_of_builtin_kinds(manifests_in_files()):
+        validate_resource_of_builtin_kind(each, version)
 
 
 def test_custom_resources_have_no_unknown_fields() -> None:
@@ -178,7 +178,7 @@ def test_unknown_field_of_a_manifest_is_reported() -> None:
         check = (
             validate_custom_resource
             if schema_path_of_manifest(wrong).exists()
-            else validate_builtin_resource
+            else validate_resource_of_builtin_kind
         )
         with pytest.raises(jsonschema.ValidationError):
             check(wrong)
@@ -253,8 +253,8 @@ def test_documented_kustomization_sets_namespace_image_and_settings(
     )
     assert "reports" in manifest_of_kind(found, "ConfigMap")["data"]["workpool.toml"]
     assert {each["metadata"]["namespace"] for each in found} == {"workers"}
-    for each in find_builtin_manifests(found):
-        validate_builtin_resource(each)
+    for each in find_manifests_of_builtin_kinds(found):
+        validate_resource_of_builtin_kind(each)
 
 
 @pytest.mark.parametrize("overlay", AUTOSCALED)
@@ -274,8 +274,8 @@ def test_deletion_cost_component_binds_role_and_gives_pod_its_name_and_token(
     found = render_overlay(
         kubectl, write_overlay_with_deletion_cost("overlays/autoscaled", tmp_path)
     )
-    for each in find_builtin_manifests(found):
-        validate_builtin_resource(each)
+    for each in find_manifests_of_builtin_kinds(found):
+        validate_resource_of_builtin_kind(each)
     deployment = manifest_of_kind(found, "Deployment")
     assert pod_spec_of_manifest(deployment)["automountServiceAccountToken"] is True
     variables = {each["name"]: each for each in worker_container(deployment)["env"]}

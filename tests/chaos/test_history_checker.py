@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.chaos.recorded_history import find_history_violations
+from tests.chaos.history_checker import find_history_violations
 from workpool.server import Record
 
 if TYPE_CHECKING:

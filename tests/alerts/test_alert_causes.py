@@ -9,7 +9,7 @@ import importlib
 
 import pytest
 
-from tests.alerts.causes import CAUSES
+from tests.alerts.alert_causes import CAUSES
 
 PLUGINS = sorted({name for cause in CAUSES.values() for name in cause.plugins})
 

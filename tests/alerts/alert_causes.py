@@ -17,7 +17,7 @@ from workpool.testing.fault import silence
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
-    from tests.alerts.cause_setup import AlertCauseSetup
+    from tests.alerts.alert_cause_setup import AlertCauseSetup
 
 PLUGIN = "tests.alerts.worker_handlers:"
 MINUTE = 60.0
@@ -82,14 +82,14 @@ async def block_event_loop_often(setup: AlertCauseSetup) -> None:
     setup.enqueue_items(do="block often")
 
 
-async def fail_heartbeats(setup: AlertCauseSetup) -> None:
+async def inject_heartbeat_errors(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(count=6, seconds="600")
     await setup.wait_for_claims(6)
     setup.faults.add(status(503), "heartbeat")
 
 
-async def enqueue_unwanted_items(setup: AlertCauseSetup) -> None:
+async def enqueue_items_without_handler(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     setup.enqueue_items(count=40, kind="of another pool")
 
@@ -110,7 +110,7 @@ async def roll_out_update(setup: AlertCauseSetup) -> None:
         process.send_signal(signal.SIGTERM)
 
 
-async def refuse_credential(setup: AlertCauseSetup) -> None:
+async def reject_credential_of_worker(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
     setup.faults.add(status(401))
@@ -137,7 +137,7 @@ async def make_handlers_hang(setup: AlertCauseSetup) -> None:
     process.send_signal(signal.SIGTERM)
 
 
-async def fail_plugin(setup: AlertCauseSetup) -> None:
+async def run_failing_plugin(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(60)
     setup.enqueue_items()
@@ -154,23 +154,19 @@ async def enqueue_too_much_work(setup: AlertCauseSetup) -> None:
     setup.enqueue_items(count=20, seconds="90")
 
 
-async def fail_statistics(setup: AlertCauseSetup) -> None:
+async def inject_statistics_errors(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
     setup.faults.add(status(500), "stats")
 
 
-async def read_statistics_rarely(setup: AlertCauseSetup) -> None:
-    await setup.start_worker()
-
-
-async def fail_polls(setup: AlertCauseSetup) -> None:
+async def inject_poll_errors(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await asyncio.sleep(45)
     setup.faults.add(status(502, html=True), "poll")
 
 
-async def acknowledge_late(setup: AlertCauseSetup) -> None:
+async def delay_acks(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await setup.start_worker()
     setup.faults.add(delay(7.0), "ack", probability=0.5)
@@ -179,7 +175,7 @@ async def acknowledge_late(setup: AlertCauseSetup) -> None:
         await asyncio.sleep(2)
 
 
-async def run_two_pools(setup: AlertCauseSetup) -> None:
+async def run_two_workers_under_light_load(setup: AlertCauseSetup) -> None:
     await setup.start_worker()
     await setup.start_worker()
     for _ in range(60):
@@ -187,7 +183,7 @@ async def run_two_pools(setup: AlertCauseSetup) -> None:
         await asyncio.sleep(5)
 
 
-def add_alert_prefix(*names: str) -> frozenset[str]:
+def full_alert_names(*names: str) -> frozenset[str]:
     """Return the given alert names with the prefix `Workpool` added to each name."""
     return frozenset(f"Workpool{name}" for name in names)
 
@@ -195,54 +191,56 @@ def add_alert_prefix(*names: str) -> frozenset[str]:
 CAUSES: Mapping[str, AlertCause] = {
     "idle": AlertCause(start_idle_worker),
     "burst": AlertCause(enqueue_burst),
-    "kill -9 of one worker": AlertCause(kill_one_worker, add_alert_prefix("FewerWorkers")),
-    "an outage of 90 s": AlertCause(cause_outage, add_alert_prefix("SessionsLost", "LeaseLate")),
+    "kill -9 of one worker": AlertCause(kill_one_worker, full_alert_names("FewerWorkers")),
+    "an outage of 90 s": AlertCause(cause_outage, full_alert_names("SessionsLost", "LeaseLate")),
     "throttled with 429": AlertCause(
-        throttle_requests, add_alert_prefix("Throttled"), add_alert_prefix("StatsStale")
+        throttle_requests, full_alert_names("Throttled"), full_alert_names("StatsStale")
     ),
-    "a handler blocks the loop": AlertCause(block_event_loop, add_alert_prefix("LoopBlocked")),
+    "a handler blocks the loop": AlertCause(block_event_loop, full_alert_names("LoopBlocked")),
     "a handler blocks the loop often": AlertCause(
-        block_event_loop_often, add_alert_prefix("LoopLag"), add_alert_prefix("LoopBlocked")
+        block_event_loop_often, full_alert_names("LoopLag"), full_alert_names("LoopBlocked")
     ),
-    "heartbeats fail": AlertCause(fail_heartbeats, add_alert_prefix("SessionsLost", "LeaseLate")),
+    "heartbeats fail": AlertCause(
+        inject_heartbeat_errors, full_alert_names("SessionsLost", "LeaseLate")
+    ),
     "unwanted items": AlertCause(
-        enqueue_unwanted_items,
-        add_alert_prefix("QueueNotTaken", "PollsWasted", "ItemsNotAcknowledged"),
+        enqueue_items_without_handler,
+        full_alert_names("QueueNotTaken", "PollsWasted", "ItemsNotAcknowledged"),
     ),
     "an operator's stops": AlertCause(stop_items_as_operator),
     "a rolling update": AlertCause(roll_out_update),
     "a refused credential": AlertCause(
-        refuse_credential,
-        add_alert_prefix("Refused"),
-        add_alert_prefix("NoSuccessfulPoll", "StatsStale"),
+        reject_credential_of_worker,
+        full_alert_names("Refused"),
+        full_alert_names("NoSuccessfulPoll", "StatsStale"),
     ),
-    "a handler fails": AlertCause(fail_sessions, add_alert_prefix("SessionsFail")),
+    "a handler fails": AlertCause(fail_sessions, full_alert_names("SessionsFail")),
     "a handler stalls": AlertCause(
-        stall_sessions, add_alert_prefix("SessionsStall"), settings={"STALL_TIMEOUT": "20"}
+        stall_sessions, full_alert_names("SessionsStall"), settings={"STALL_TIMEOUT": "20"}
     ),
     "a handler ignores cancellation": AlertCause(
         make_handlers_hang,
-        add_alert_prefix("HandlersStuck", "DrainKilled"),
-        add_alert_prefix("SessionsLost", "SessionsFail"),
+        full_alert_names("HandlersStuck", "DrainKilled"),
+        full_alert_names("SessionsLost", "SessionsFail"),
         {"SESSION_TIMEOUT": "20", "DRAIN_TIMEOUT": "5"},
     ),
     "a plugin fails": AlertCause(
-        fail_plugin, add_alert_prefix("PluginErrors"), plugins=(PLUGIN + "FailingObserver",)
+        run_failing_plugin, full_alert_names("PluginErrors"), plugins=(PLUGIN + "FailingObserver",)
     ),
     "a poller crashes": AlertCause(
-        crash_poller, add_alert_prefix("PollerCrashed"), plugins=(PLUGIN + "CrashingPollerPlugin",)
+        crash_poller,
+        full_alert_names("PollerCrashed"),
+        plugins=(PLUGIN + "PluginThatCrashesPoller",),
     ),
     "more work than slots": AlertCause(
-        enqueue_too_much_work, add_alert_prefix("Backlog"), settings={"CONCURRENCY": "1"}
+        enqueue_too_much_work, full_alert_names("Backlog"), settings={"CONCURRENCY": "1"}
     ),
-    "statistics fail": AlertCause(fail_statistics, add_alert_prefix("StatsStale")),
-    "statistics every 120 s": AlertCause(
-        read_statistics_rarely, settings={"STATS_INTERVAL": "120"}
-    ),
-    "no statistics": AlertCause(read_statistics_rarely, settings={"STATS_INTERVAL": "0"}),
-    "polls fail": AlertCause(fail_polls, add_alert_prefix("NoSuccessfulPoll")),
+    "statistics fail": AlertCause(inject_statistics_errors, full_alert_names("StatsStale")),
+    "statistics every 120 s": AlertCause(start_idle_worker, settings={"STATS_INTERVAL": "120"}),
+    "no statistics": AlertCause(start_idle_worker, settings={"STATS_INTERVAL": "0"}),
+    "polls fail": AlertCause(inject_poll_errors, full_alert_names("NoSuccessfulPoll")),
     "acks are late": AlertCause(
-        acknowledge_late, add_alert_prefix("AckLate"), add_alert_prefix("QueueNotTaken", "Backlog")
+        delay_acks, full_alert_names("AckLate"), full_alert_names("QueueNotTaken", "Backlog")
     ),
-    "two pools on one environment": AlertCause(run_two_pools),
+    "two pools on one environment": AlertCause(run_two_workers_under_light_load),
 }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import Iterator
 
-    from tests.alerts.causes import AlertCause
+    from tests.alerts.alert_causes import AlertCause
     from workpool.server import Item
 
 ROOT = Path(__file__).parents[2]
