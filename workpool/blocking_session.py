@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class LoopCalls(Protocol):
+class LoopCaller(Protocol):
     """The interface for running coroutines on the handlers' event loop from a thread."""
 
-    def run_on_loop(self, make: Callable[[], Awaitable[T]]) -> T:
+    def run_on_handlers_loop(self, make: Callable[[], Awaitable[T]]) -> T:
         """Call `make` on the loop, await its awaitable, and return the result to this thread."""
 
-    def enter_context_on_loop(
+    def enter_context_on_handlers_loop(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
     ) -> AbstractContextManager[T]:
         """Return a blocking context manager around the asynchronous one that `make` returns.
@@ -53,7 +53,7 @@ class BlockingSession:
             slot is occupied until then.
     """
 
-    def __init__(self, session: Session, calls: LoopCalls) -> None:
+    def __init__(self, session: Session, calls: LoopCaller) -> None:
         self.cancelled = threading.Event()
         self._session = session
         self._calls = calls
@@ -161,11 +161,11 @@ class BlockingSession:
             NotPermittedError: The pool's credential may not write metadata.
             ControlPlaneError: The control plane refused, or did not answer in time.
         """
-        return self._calls.run_on_loop(lambda: self._session.update_metadata(patch))
+        return self._calls.run_on_handlers_loop(lambda: self._session.update_metadata(patch))
 
     def handover(self) -> AbstractContextManager[HandedLease]:
         """Hand the item off to a child process. See `Session.handover`."""
-        return self._calls.enter_context_on_loop(self._session.handover)
+        return self._calls.enter_context_on_handlers_loop(self._session.handover)
 
     def interrupt(self, *, cancel: bool = False) -> None:
         """Make `interrupted()` return at once; with `cancel`, also set the event `cancelled`.
@@ -183,28 +183,31 @@ class BlockingEvents:
     See `workpool.wire.events.session_events`.
     """
 
-    def __init__(self, session: Session, calls: LoopCalls) -> None:
+    def __init__(self, session: Session, calls: LoopCaller) -> None:
         self._session = session
         self._calls = calls
 
     def list(self) -> Iterator[SessionEvent]:
         """Iterate over the whole history, oldest first, page by page."""
 
-        async def open_history() -> Any:
+        async def open_event_history() -> Any:
             return self._session.events.list()
 
-        events = self._calls.run_on_loop(open_history)
+        events = self._calls.run_on_handlers_loop(open_event_history)
         try:
-            while (event := self._calls.run_on_loop(lambda: anext(events, None))) is not None:
+            while (
+                event := self._calls.run_on_handlers_loop(lambda: anext(events, None))
+            ) is not None:
                 yield event
         finally:
-            # If the session has ended, `events` is closed already and `run_on_loop` raises.
+            # If the session has ended, `events` is closed already and `run_on_handlers_loop`
+            # raises.
             with suppress(SessionGoneError):
-                self._calls.run_on_loop(events.aclose)
+                self._calls.run_on_handlers_loop(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
         """Append either all of these events or none of them, and return the stored events."""
-        return self._calls.run_on_loop(lambda: self._session.events.send(*events))
+        return self._calls.run_on_handlers_loop(lambda: self._session.events.send(*events))
 
     def _open_stream(self) -> EventStream:
         return self._session.events.stream()
@@ -212,14 +215,14 @@ class BlockingEvents:
     @contextmanager
     def stream(self) -> Iterator[BlockingStream]:
         """Follow the session: first its history, then new events; reconnect after a failure."""
-        with self._calls.enter_context_on_loop(self._open_stream) as stream:
+        with self._calls.enter_context_on_handlers_loop(self._open_stream) as stream:
             yield BlockingStream(stream, self._calls)
 
 
 class BlockingStream(Iterator["SessionEvent"]):
     """The events of one session, past and new, in order."""
 
-    def __init__(self, stream: EventStream, calls: LoopCalls) -> None:
+    def __init__(self, stream: EventStream, calls: LoopCaller) -> None:
         self._stream = stream
         self._calls = calls
 
@@ -229,7 +232,7 @@ class BlockingStream(Iterator["SessionEvent"]):
         return self._stream.caught_up
 
     def __next__(self) -> SessionEvent:
-        event = self._calls.run_on_loop(lambda: anext(self._stream, None))
+        event = self._calls.run_on_handlers_loop(lambda: anext(self._stream, None))
         if event is None:
             raise StopIteration
         return event

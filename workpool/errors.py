@@ -252,7 +252,7 @@ def exhausted(error: BaseException | None) -> bool:
         each = left.pop()
         if each is None or id(each) in seen:
             continue
-        if _is_exhaustion(each):
+        if _shows_resource_exhaustion(each):
             return True
         seen.add(id(each))
         left.append(each.__cause__ or each.__context__)
@@ -261,7 +261,7 @@ def exhausted(error: BaseException | None) -> bool:
     return False
 
 
-def _is_exhaustion(error: BaseException) -> bool:
+def _shows_resource_exhaustion(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):  # Python raises a RuntimeError if no thread can start.
         return error.args == ("can't start new thread",)
     number = error.errno if isinstance(error, OSError) else None

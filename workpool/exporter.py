@@ -24,7 +24,7 @@ from aiohttp import web
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 
 from workpool.errors import ListenError
-from workpool.inbound_connections import HttpLog, InboundConnections, names_an_address
+from workpool.inbound_connections import HttpLog, InboundConnections, host_is_address_or_localhost
 from workpool.log_fields import pool_logger
 from workpool.pages import CONFINED, add_page
 from workpool.wire.http.daemon_threads import DaemonThreads
@@ -148,7 +148,7 @@ class Exporter:
             stack.push_async_callback(runner.cleanup)
             await runner.setup()
             server = await self._listen(runner, stack)
-            self.url, self.port = _url_and_port(server)
+            self.url, self.port = _find_server_url_and_port(server)
             self._exit = stack.pop_all()
         return self
 
@@ -240,16 +240,16 @@ class Exporter:
             await self._renderer.close()
 
     def _new_app(self) -> web.Application:
-        app = web.Application(middlewares=[self._connections.middleware])
+        app = web.Application(middlewares=[self._connections.request_tracking_middleware])
         app.router.add_get("/", self._serve_index)
         app.router.add_get("/metrics", self._serve_metrics)
         app.router.add_get("/healthz", self._serve_healthz)
         app.router.add_get("/readyz", self._serve_readyz)
         if self.scale is not None:
-            app.router.add_get("/scale", partial(_serve_scale, self.scale))
+            app.router.add_get("/scale", partial(_serve_autoscaler_numbers, self.scale))
         if self._live_page is not None:
             self._page = add_page(app.router, "worker")
-            app.router.add_get("/live.json", self._serve_live_json)
+            app.router.add_get("/live.json", self._serve_live_page_data)
         return app
 
     async def _serve_index(self, request: web.Request) -> web.StreamResponse:
@@ -263,13 +263,13 @@ class Exporter:
         ]
         return web.Response(text="\n".join(["workpool", "", *lines, ""]))
 
-    async def _serve_live_json(self, request: web.Request) -> web.Response:
+    async def _serve_live_page_data(self, request: web.Request) -> web.Response:
         if self._live_page is None:
             raise web.HTTPNotFound
         # Check the `Host` header, too: otherwise the web page of another site could read the ids of
         # items and sessions, through a host name of that site that resolves to the loopback
         # address.
-        local = _is_loopback(self._host) and names_an_address(request.host)
+        local = _is_loopback(self._host) and host_is_address_or_localhost(request.host)
         data = await self._render_on_thread(
             self._live_page.status, local or self._live_page.always_ids
         )
@@ -307,7 +307,7 @@ class Exporter:
         return _make_health_response("ready", self._readiness())
 
 
-async def _serve_scale(numbers: Numbers, _: web.Request) -> web.Response:
+async def _serve_autoscaler_numbers(numbers: Numbers, _: web.Request) -> web.Response:
     found = numbers()
     if found is None:
         reason = {"status": "unknown", "reasons": ["the numbers are too old"]}
@@ -341,7 +341,7 @@ def _encode_and_compress(encode: Encoder, registry: CollectorRegistry) -> bytes:
     return gzip.compress(encode(registry))
 
 
-def _url_and_port(server: asyncio.Server) -> tuple[str, int]:
+def _find_server_url_and_port(server: asyncio.Server) -> tuple[str, int]:
     """Return the URL and the port of a server.
 
     The URL of a server that listens on all addresses has the loopback address.

@@ -72,9 +72,9 @@ class Retry:
         if not classes:
             raise ValueError("Retry: on must name an error")
         _check_whole_number("Retry: times", self.times)
-        _check_at_least_one("Retry: times", self.times)
+        _check_number_at_least_one("Retry: times", self.times)
         for name, seconds in (("backoff", self.backoff), ("backoff_max", self.backoff_max)):
-            _check_seconds(f"Retry: {name}", seconds)
+            _check_positive_seconds(f"Retry: {name}", seconds)
         if self.backoff > self.backoff_max:
             raise ValueError("Retry: backoff must not be more than backoff_max")
 
@@ -193,11 +193,11 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
 
     def decorate(function: Function) -> Function:
         name = getattr(function, "__qualname__", repr(function))
-        _check_function(name, function)
-        _check_match(name, type, metadata)
-        _check_optional_seconds(f"@handler: timeout of {name}", timeout)
-        _check_optional_seconds(f"@handler: stall_timeout of {name}", stall_timeout)
-        _check_slots(name, max_sessions, reserved_sessions)
+        _check_handler_function(name, function)
+        _check_type_and_metadata(name, type, metadata)
+        _check_positive_seconds_or_none(f"@handler: timeout of {name}", timeout)
+        _check_positive_seconds_or_none(f"@handler: stall_timeout of {name}", stall_timeout)
+        _check_session_limits(name, max_sessions, reserved_sessions)
         if retry is not None and not isinstance(retry, Retry):
             raise TypeError(f"@handler: retry of {name} must be a Retry, or None")
         match = MappingProxyType(dict(metadata))
@@ -211,7 +211,7 @@ def handler(  # noqa: PLR0913 - the arguments are documented one by one
     return decorate if function is None else decorate(function)
 
 
-def rule_of(call: object) -> HandlerRule | None:
+def find_handler_rule(call: object) -> HandlerRule | None:
     """Return the `@handler` rule of a function, method or `functools.partial`; None without one."""
     inner = _unwrap_function(call)
     # Read the attribute of functions only: reading an attribute of another object may run its code.
@@ -242,7 +242,7 @@ def _unwrap_function(call: object) -> object:
     return call
 
 
-def _check_function(name: str, function: object) -> None:
+def _check_handler_function(name: str, function: object) -> None:
     if inspect.isclass(function):
         raise TypeError(f"@handler: {name} is a class; mark its methods instead")
     if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
@@ -258,11 +258,11 @@ def _check_function(name: str, function: object) -> None:
             f"@handler: {name} is a plain `def` around an `async def`; "
             "the decorator below @handler must give an `async def`"
         )
-    if rule_of(function) is not None:
+    if find_handler_rule(function) is not None:
         raise TypeError(f"@handler: {name} is marked twice; one function has one rule")
 
 
-def _check_match(name: str, type_: object, metadata: object) -> None:
+def _check_type_and_metadata(name: str, type_: object, metadata: object) -> None:
     if not isinstance(type_, str):
         raise TypeError(f"@handler: type of {name} must be a string")
     if not type_:
@@ -277,23 +277,23 @@ def _check_match(name: str, type_: object, metadata: object) -> None:
         raise TypeError(f"@handler: metadata of {name} must map strings to strings")
 
 
-def _check_optional_seconds(what: str, seconds: object) -> None:
+def _check_positive_seconds_or_none(what: str, seconds: object) -> None:
     if seconds is not None:
-        _check_seconds(what, seconds, ", or None")
+        _check_positive_seconds(what, seconds, ", or None")
 
 
-def _check_seconds(what: str, seconds: object, otherwise: str = "") -> None:
+def _check_positive_seconds(what: str, seconds: object, otherwise: str = "") -> None:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"{what} must be a number of seconds{otherwise}")
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"{what} must be more than 0 seconds and finite")
 
 
-def _check_slots(name: str, max_sessions: int | None, reserved_sessions: int) -> None:
+def _check_session_limits(name: str, max_sessions: int | None, reserved_sessions: int) -> None:
     if max_sessions is not None:
         what = f"@handler: max_sessions of {name}"
         _check_whole_number(what, max_sessions, ", or None")
-        _check_at_least_one(what, max_sessions)
+        _check_number_at_least_one(what, max_sessions)
     _check_whole_number(f"@handler: reserved_sessions of {name}", reserved_sessions)
     if reserved_sessions < 0:
         raise ValueError(f"@handler: reserved_sessions of {name} must not be negative")
@@ -309,6 +309,6 @@ def _check_whole_number(what: str, number: object, otherwise: str = "") -> None:
         raise TypeError(f"{what} must be a whole number{otherwise}")
 
 
-def _check_at_least_one(what: str, number: int) -> None:
+def _check_number_at_least_one(what: str, number: int) -> None:
     if number < 1:
         raise ValueError(f"{what} must be at least 1")

@@ -75,7 +75,9 @@ class InboundConnections:
         return lambda: _Connection(self, new_protocol())
 
     @web.middleware
-    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def request_tracking_middleware(
+        self, request: web.Request, handler: Handler
+    ) -> web.StreamResponse:
         """Outermost aiohttp middleware: records which connections have an open request."""
         connection = self._open.get(cast("asyncio.BaseTransport", request.transport))
         if connection is None:
@@ -120,7 +122,7 @@ class InboundConnections:
         self._serving.pop(connection, None)
         self.remove_unread_bytes(connection)
 
-    def add_unread_bytes(self, connection: _Connection) -> None:
+    def record_unread_bytes(self, connection: _Connection) -> None:
         """Record that the client of this connection has not read all bytes that were sent to it."""
         self._unread[connection] = size = connection.count_unread_bytes()
         self._unread_bytes += size
@@ -213,7 +215,7 @@ class _Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.read_due = asyncio.get_running_loop().time() + READ_SECONDS
         self._protocol.pause_writing()
-        self._connections.add_unread_bytes(self)
+        self._connections.record_unread_bytes(self)
 
     def resume_writing(self) -> None:
         self.read_due = 0.0
@@ -242,7 +244,7 @@ class HttpLog(logging.LoggerAdapter[logging.Logger]):
         super().log(level, msg, *args, **kwargs)
 
 
-def names_an_address(host: str) -> bool:
+def host_is_address_or_localhost(host: str) -> bool:
     """Return whether a `Host` header has an IP address or `localhost`, with or without a port."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     try:

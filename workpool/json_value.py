@@ -25,7 +25,7 @@ class JSONArray(Protocol[T_co]):
         """Return the position of the first element that equals the value."""
 
 
-class JSONRecord(Protocol):
+class JSONTypedDict(Protocol):
     """The type of a `TypedDict`, which type checkers do not accept as a mapping of JSON values."""
 
     __required_keys__: ClassVar[frozenset[str]]
@@ -33,6 +33,6 @@ class JSONRecord(Protocol):
 
 
 JSON: TypeAlias = (
-    bool | int | float | str | JSONArray["JSON"] | Mapping[str, "JSON"] | JSONRecord | None
+    bool | int | float | str | JSONArray["JSON"] | Mapping[str, "JSON"] | JSONTypedDict | None
 )
 """A value that JSON can express. The types of the values of a `TypedDict` are not checked."""

@@ -62,7 +62,7 @@ _IDS: ContextVar[Mapping[str, str] | None] = ContextVar("workpool_log_ids", defa
 
 
 @contextmanager
-def logging_with_ids(ids: Mapping[str, str]) -> Iterator[None]:
+def pool_log_ids_context(ids: Mapping[str, str]) -> Iterator[None]:
     """Add a pool's ids to the log records of a `with` block and of tasks that the block starts."""
     token = _IDS.set(ids)
     try:

@@ -56,15 +56,15 @@ _lock = threading.Lock()
 
 def hide_token(token: str) -> None:
     """Redact a client's token from all later results of `readable`."""
-    _add_redacted_token(_tokens, token, TOKENS)
+    _add_token_to_redact(_tokens, token, TOKENS)
 
 
 def hide_item_token(token: str) -> None:
     """Redact the token of one item from all later results of `readable`."""
-    _add_redacted_token(_item_tokens, token, ITEM_TOKENS)
+    _add_token_to_redact(_item_tokens, token, ITEM_TOKENS)
 
 
-def _add_redacted_token(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
+def _add_token_to_redact(tokens: dict[str, Sequence[str]], token: str, limit: int) -> None:
     if token in tokens or token in _REDACTED or len(token) < TOKEN_CHARACTERS_MIN:
         return
     with _lock:
@@ -100,7 +100,7 @@ def _redact_tokens(text: str) -> str:
     for tokens in (_tokens, _item_tokens):
         for token, forms in tuple(tokens.items()):
             if not forms:
-                forms = tokens[token] = _list_token_forms(token)  # noqa: PLW2901 - the same, computed now
+                forms = tokens[token] = _list_token_encodings(token)  # noqa: PLW2901 - the same, computed now
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
@@ -110,7 +110,7 @@ def _redact_tokens(text: str) -> str:
     return text
 
 
-def _list_token_forms(token: str) -> Sequence[str]:
+def _list_token_encodings(token: str) -> Sequence[str]:
     """Return the forms in which a text may contain the token: plain, quoted and encoded."""
     return list({token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")})
 

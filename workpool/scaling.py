@@ -42,7 +42,7 @@ class FleetLoad:
         return self.queued + self.pending + self.running
 
 
-def total_load(loads: Sequence[FleetLoad]) -> FleetLoad:
+def sum_fleet_loads(loads: Sequence[FleetLoad]) -> FleetLoad:
     """Return the sum of the loads of several environments."""
     return FleetLoad(
         queued=sum(load.queued for load in loads),
@@ -100,7 +100,7 @@ FLEET_NUMBERS: Final[Mapping[str, str]] = {
 """The numbers of an environment, in the order of their JSON, and what they mean."""
 
 
-def scaling_numbers(
+def calculate_scaling_numbers(
     load: FleetLoad, rule: ReplicaRule, *, age_seconds: float = 0.0
 ) -> dict[str, float]:
     """Return the load and the recommended workers as a flat JSON object, for autoscalers.

@@ -37,12 +37,12 @@ def setting(parse: Parser, default: object, text: str) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def optional_parser(parse: Parser) -> Parser:
+def optional_value_parser(parse: Parser) -> Parser:
     """Return a parser that also accepts None."""
     return lambda value: None if value is None else parse(value)
 
 
-def unlimited_parser(parse: Parser) -> Parser:
+def unlimited_value_parser(parse: Parser) -> Parser:
     """Return a parser that also accepts None, and the word `unlimited`, which becomes None."""
 
     def parse_value(value: object) -> object:
@@ -94,12 +94,12 @@ def choice_parser(*words: str) -> Parser:
     return parse_value
 
 
-def pattern_parser(pattern: str, description: str) -> Parser:
+def matching_text_parser(pattern: str, description: str) -> Parser:
     """Return a parser for texts that match `pattern`; its error is "must be `description`"."""
     match = re.compile(pattern).fullmatch
 
     def parse_value(value: object) -> str:
-        word = parse_text(value)
+        word = parse_stripped_text(value)
         if match(word) is None:
             raise ValueError(f"must be {description}")
         return word
@@ -109,10 +109,10 @@ def pattern_parser(pattern: str, description: str) -> Parser:
 
 def checked_text_parser(check: Callable[[str], str]) -> Parser:
     """Return a parser that returns `check(text)`; `check` raises an error for a wrong text."""
-    return lambda value: check(parse_text(value))
+    return lambda value: check(parse_stripped_text(value))
 
 
-def parse_text(value: object) -> str:
+def parse_stripped_text(value: object) -> str:
     """Parse a text, and remove the spaces around it."""
     if not isinstance(value, str):
         raise ValueError("must be a text")  # noqa: TRY004 - parsers raise nothing else

@@ -25,15 +25,15 @@ from workpool.errors import SettingsError
 from workpool.setting_values import (
     checked_text_parser,
     choice_parser,
+    matching_text_parser,
     number_parser,
-    optional_parser,
+    optional_value_parser,
     parse_names,
     parse_path,
     parse_secret,
     parse_secrets_by_name,
-    pattern_parser,
     setting,
-    unlimited_parser,
+    unlimited_value_parser,
     whole_number_parser,
 )
 from workpool.wire import protocol
@@ -104,7 +104,7 @@ class Address(NamedTuple):
     port: int
 
 
-def parse_listen(value: str) -> Address | None:
+def parse_listen_address(value: str) -> Address | None:
     """Read `HOST:PORT`, `[V6]:PORT`, `:PORT`, or `off` (None).
 
     Raises:
@@ -136,7 +136,7 @@ def _check_host(host: str) -> None:
 
 
 def _check_listen_address(value: str) -> str:
-    parse_listen(value)
+    parse_listen_address(value)
     return value
 
 
@@ -236,19 +236,19 @@ class _ConfigFile(NamedTuple):
     plugins: Mapping[str, Table]
     environments: Mapping[str, Table]
 
-    def process_settings(self) -> dict[str, _SourcedValue]:
+    def list_process_settings(self) -> dict[str, _SourcedValue]:
         """Return the settings of the table `[workpool]`."""
         return {name: _SourcedValue(value, str(self.path)) for name, value in self.table.items()}
 
-    def environment_settings(self, environment_id: str) -> dict[str, _SourcedValue]:
+    def list_environment_settings(self, environment_id: str) -> dict[str, _SourcedValue]:
         """Return the settings of the table `[workpool.environments.ID]` for this id."""
         table = {**self.environments[environment_id], "environment_id": environment_id}
-        origin = self.table_name(environment_id)
+        origin = self.environment_table_name(environment_id)
         return {
             name: _SourcedValue(value, origin) for name, value in table.items() if name != "plugin"
         }
 
-    def table_name(self, environment_id: str) -> str:
+    def environment_table_name(self, environment_id: str) -> str:
         """Return the name of an environment's table for error messages."""
         return f"{self.path} [workpool.environments.{environment_id}]"
 
@@ -308,25 +308,25 @@ class Settings:
         f"The variant of the protocol: {_join_with_or(DIALECTS)}. Default: `{protocol.QODER}`.",
     )
     token: Secret | None = setting(
-        optional_parser(parse_secret),
+        optional_value_parser(parse_secret),
         None,
         "The credential. Default: the variable "
         f"{_join_with_or(rules.credential_variable for rules in DIALECTS.values())}.",
     )
     token_file: Path | None = setting(
-        optional_parser(parse_path),
+        optional_value_parser(parse_path),
         None,
         "A file with the credential, read again after a refusal. Default: none.",
     )
     api_key: Secret | None = setting(
-        optional_parser(parse_secret),
+        optional_value_parser(parse_secret),
         None,
         "A second credential, for calls that some control planes refuse a worker's: those "
         "that read an item, write its metadata or query statistics. Default: none, so they "
         "use `token`.",
     )
     api_key_file: Path | None = setting(
-        optional_parser(parse_path),
+        optional_value_parser(parse_path),
         None,
         "A file with the second credential, read again after a refusal. Default: none.",
     )
@@ -337,27 +337,27 @@ class Settings:
         "a variable a JSON object, in the TOML file a table. Default: none.",
     )
     ca_file: Path | None = setting(
-        optional_parser(parse_path),
+        optional_value_parser(parse_path),
         None,
         "Certificates (PEM) to trust instead of the system's. Default: none.",
     )
     client_cert_file: Path | None = setting(
-        optional_parser(parse_path),
+        optional_value_parser(parse_path),
         None,
         "The worker's certificate (PEM), if the control plane asks for one. Default: none.",
     )
     client_key_file: Path | None = setting(
-        optional_parser(parse_path),
+        optional_value_parser(parse_path),
         None,
         "The private key (PEM) of the certificate, not encrypted. Default: in `client_cert_file`.",
     )
     environment_id: str | None = setting(
-        optional_parser(pattern_parser(protocol.ID_PATTERN, _ID)),
+        optional_value_parser(matching_text_parser(protocol.ID_PATTERN, _ID)),
         None,
         "The environment whose queue is polled; needed to connect. Default: none.",
     )
     worker_id: str = setting(
-        pattern_parser(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters"),
+        matching_text_parser(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters"),
         _default_worker_name,
         "The name of this worker in its requests; each start adds 8 random digits. Default: "
         "the host name.",
@@ -390,7 +390,7 @@ class Settings:
         "The time for which a poll waits for an item, in milliseconds, 1 to 999. Default: 999.",
     )
     reclaim_older_than_ms: int | None = setting(
-        optional_parser(whole_number_parser(0)),
+        optional_value_parser(whole_number_parser(0)),
         None,
         "Receive items again that were delivered this many milliseconds ago and not "
         "acknowledged; the lowest value of all workers decides. Some control planes also end "
@@ -408,36 +408,36 @@ class Settings:
         "The time between a stop request and the cancellation of the handler. Default: 30.",
     )
     session_timeout: float | None = setting(
-        optional_parser(_SOME_SECONDS),
+        optional_value_parser(_SOME_SECONDS),
         None,
         "The limit of the duration of a session; a handler's own `timeout` replaces it. "
         "Default: no limit.",
     )
     stall_timeout: float | None = setting(
-        optional_parser(_SOME_SECONDS),
+        optional_value_parser(_SOME_SECONDS),
         None,
         "The time without progress after which a session is ended; a handler's own "
         "`stall_timeout` replaces it. Default: no limit.",
     )
     drain_timeout: float | None = setting(
-        unlimited_parser(_SECONDS),
+        unlimited_value_parser(_SECONDS),
         20.0,
         "The time that running sessions have in a drain; `unlimited` = until they end. "
         "Default: 20.",
     )
     exit_after_sessions: int | None = setting(
-        optional_parser(whole_number_parser(1)),
+        optional_value_parser(whole_number_parser(1)),
         None,
         "End after this many sessions; 1 = a process for each session. Default: no limit.",
     )
     exit_after_idle: float | None = setting(
-        optional_parser(_SOME_SECONDS),
+        optional_value_parser(_SOME_SECONDS),
         None,
         "End once polls have brought nothing for this long while no session ran. Default: no "
         "limit.",
     )
     exit_after_uptime: float | None = setting(
-        optional_parser(_SOME_SECONDS),
+        optional_value_parser(_SOME_SECONDS),
         None,
         "Claim nothing more after this time, and end after the running sessions. Default: no "
         "limit.",
@@ -465,27 +465,27 @@ class Settings:
         "`type`, or also its `message` or reason, which may contain secrets. Default: `type`.",
     )
     read_rate: float | None = setting(
-        optional_parser(_SECONDS),
+        optional_value_parser(_SECONDS),
         None,
         "Read requests per second; 0 = no limit. Default: 50 at the dialect's own `base_url`, "
         "else 0.",
     )
     write_rate: float | None = setting(
-        optional_parser(_SECONDS),
+        optional_value_parser(_SECONDS),
         None,
         "Write requests per second; 0 = no limit. Default: 20 at the dialect's own "
         "`base_url`, else 0.",
     )
     rate_limit_group: str | None = setting(
-        optional_parser(
-            pattern_parser(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters")
+        optional_value_parser(
+            matching_text_parser(r"[\x21-\x7e]{1,128}", "1 to 128 printable ASCII characters")
         ),
         None,
         "Environments of one process with the same group share their rate limits, as those "
         "of one account should. Default: those with the same `base_url` and credential.",
     )
     metrics_listen: str | None = setting(
-        optional_parser(checked_text_parser(_check_listen_address)),
+        optional_value_parser(checked_text_parser(_check_listen_address)),
         None,
         "The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or "
         "`off`. Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded.",
@@ -512,7 +512,7 @@ class Settings:
         "The format of the command line's logs: `text` or `json`. Default: `text`.",
     )
     control_socket: str | None = setting(
-        optional_parser(checked_text_parser(_check_control_socket)),
+        optional_value_parser(checked_text_parser(_check_control_socket)),
         None,
         "The path of the Unix socket for `workpool pause`, `resume` and `drain`, or `off`. "
         "Default: a new one in a directory of the user under `workpool run`, `off` when embedded.",
@@ -522,12 +522,12 @@ class Settings:
 
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
         file = self._read_file(config)
-        variables, keywords = _read_settings_from_variables(), self._keyword_values(values)
+        variables, keywords = _read_settings_from_variables(), self._add_sources_to_keywords(values)
         given = {**variables, **keywords}.get("environment_id", _SourcedValue(None, ""))
         layer: dict[str, _SourcedValue] = {}
         problems = _find_environment_id_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
-            layer = file.environment_settings(given.value)
+            layer = file.list_environment_settings(given.value)
             problems = _find_environment_table_problems(file, given.value)
         self._load_layers(file, (variables, layer, keywords), problems, chosen=bool(given.value))
 
@@ -550,8 +550,8 @@ class Settings:
         for environment_id in process.environment_ids:
             layers = (
                 _read_settings_from_variables(),
-                file.environment_settings(environment_id),
-                cls._keyword_values(values),
+                file.list_environment_settings(environment_id),
+                cls._add_sources_to_keywords(values),
             )
             one = cls.__new__(cls)
             try:
@@ -593,14 +593,14 @@ class Settings:
         Raises:
             SettingsError: There are problems, or some settings are wrong.
         """
-        given, more = _merge_setting_layers(file.process_settings(), *layers)
+        given, more = _merge_setting_layers(file.list_process_settings(), *layers)
         parsed, wrong = _parse_setting_values(given)
         origins = {name: each.origin for name, each in given.items()}
         problems = [
             *problems,
             *(_append_setting_sources(each, origins) for each in (*more, *wrong)),
         ]
-        self._raise_problems(problems, {})
+        self._raise_error_for_problems(problems, {})
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
         sources = _Sources(
@@ -614,23 +614,24 @@ class Settings:
     @classmethod
     def _read_file(cls, config: str | os.PathLike[str] | None) -> _ConfigFile:
         if config:
-            return _read_config_file(config, cls._source_name("config"))
+            return _read_config_file(config, cls._keyword_source_name("config"))
         return _read_config_file(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
 
     @classmethod
-    def _keyword_values(cls, values: Mapping[str, Any]) -> dict[str, _SourcedValue]:
+    def _add_sources_to_keywords(cls, values: Mapping[str, Any]) -> dict[str, _SourcedValue]:
         return {
-            name: _SourcedValue(value, cls._source_name(name)) for name, value in values.items()
+            name: _SourcedValue(value, cls._keyword_source_name(name))
+            for name, value in values.items()
         }
 
     @staticmethod
-    def _source_name(name: str) -> str:
+    def _keyword_source_name(name: str) -> str:
         """Return the source of a keyword argument for error messages, such as its flag."""
         del name
         return ""
 
     @staticmethod
-    def _raise_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
+    def _raise_error_for_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
         """Raise `SettingsError` if there are problems, and name the source of each."""
         found = tuple(_append_setting_sources(problem, origins) for problem in problems)
         if found:
@@ -667,7 +668,7 @@ class Settings:
     @property
     def metrics_address(self) -> Address | None:
         """The parsed address of the setting `metrics_listen`; None if that is `off` or not set."""
-        return None if self.metrics_listen is None else parse_listen(self.metrics_listen)
+        return None if self.metrics_listen is None else parse_listen_address(self.metrics_listen)
 
     @property
     def read_limit(self) -> float:
@@ -738,7 +739,7 @@ class Settings:
                 read()
             except SettingsError as error:
                 problems += error.problems
-        self._raise_problems(problems, self._sources.origins)
+        self._raise_error_for_problems(problems, self._sources.origins)
 
     def warnings(self) -> tuple[str, ...]:
         """Return a sentence for each setting that is allowed but probably a mistake."""
@@ -808,7 +809,7 @@ def _read_config_file(file: str | os.PathLike[str] | None, origin: str) -> _Conf
         twice = "a table or key is given twice" if " twice " in str(error) else "not TOML"
         table, problem = None, f"{twice} {place[0]}" if place else "not TOML"
     if isinstance(table, dict):
-        problem = _find_table_problem(table)
+        problem = _find_config_table_problem(table)
         if not problem:
             below = table.pop("plugin", {}), table.pop("environments", {})
             return _ConfigFile(Path(file), table, *below)
@@ -816,7 +817,7 @@ def _read_config_file(file: str | os.PathLike[str] | None, origin: str) -> _Conf
     raise SettingsError((found,))
 
 
-def _find_table_problem(table: Table) -> str:
+def _find_config_table_problem(table: Table) -> str:
     """Return a text about wrong sub-tables of `[workpool]`; empty if all are correct."""
     for name in ("plugin", "environments"):
         below = table.get(name, {})
@@ -860,7 +861,7 @@ def _find_environment_table_problems(file: _ConfigFile, environment_id: str) -> 
         "plugin": "the tables of plugins are [workpool.plugin.NAME], for all environments",
         **dict.fromkeys(PROCESS_SETTINGS, "is for all environments; move it to [workpool]"),
     }
-    table, origin = file.environments[environment_id], file.table_name(environment_id)
+    table, origin = file.environments[environment_id], file.environment_table_name(environment_id)
     problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
     return problems + _find_environment_id_problems(file, _SourcedValue(None, ""))
 

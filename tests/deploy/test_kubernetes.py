@@ -23,7 +23,7 @@ from workpool import Settings
 from workpool.metrics.definitions import DEFINITIONS
 from workpool.pool.lease import RENEW_PART
 from workpool.scaling import FLEET_NUMBERS
-from workpool.settings import lease_margin, parse_listen
+from workpool.settings import lease_margin, parse_listen_address
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -508,7 +508,7 @@ def test_scale_process_listens_on_the_port_of_service_and_probes() -> None:
     command, flag, address = container["args"]
     assert (command, flag) == ("scale", "--metrics-listen")
     [port] = container["ports"]
-    listen = parse_listen(address)
+    listen = parse_listen_address(address)
     assert listen is not None
     assert (listen.host, listen.port) == (None, port["containerPort"])
     [served] = manifest_of_kind(manifests_in_files(), "Service")["spec"]["ports"]

@@ -12,7 +12,7 @@ import pytest
 from tests.integration.shared_handlers import UncancellableHandler
 from workpool import handler
 from workpool.events import SessionFinished
-from workpool.handlers import rule_of
+from workpool.handlers import find_handler_rule
 from workpool.pool import completion, diagnostics, drain, lease
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import literal
@@ -111,7 +111,7 @@ def run_one_item(
 
     async def run_pool_until_end(call: Callable[[Any], Any], **settings: Any) -> EndedItem:
         (item,) = control_plane.enqueue()
-        plugin = call if rule_of(call) else handler(call)
+        plugin = call if find_handler_rule(call) else handler(call)
         async with make_pool(plugin, **settings):
             await wait_for_end(item.id)
         return await wait_for_end(item.id)

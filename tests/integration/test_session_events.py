@@ -13,7 +13,7 @@ from aiohttp import web
 from workpool import LeaseLost, Session, SessionEnded, handler
 from workpool.errors import ConflictError, TransientError
 from workpool.events import SessionFinished
-from workpool.handlers import rule_of
+from workpool.handlers import find_handler_rule
 from workpool.pool import item_requests
 from workpool.server import DEFAULT_ENVIRONMENT, ControlPlane
 from workpool.testing import Faults, Hold, expire_lease, lost, reset, status
@@ -75,7 +75,7 @@ def run_scripted_session(
 
     async def run_pool_until_end(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
         (item,) = control_plane.enqueue(script=script)
-        plugin = call if rule_of(call) else handler(call)
+        plugin = call if find_handler_rule(call) else handler(call)
         async with make_pool(plugin, **settings):
             return await wait_for_end(item.id)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from workpool.cli.fleet_reader import FleetReader
 from workpool.cli.fleet_scaling import FleetLoadReaders
-from workpool.scaling import FleetLoad, ReplicaRule, total_load
+from workpool.scaling import FleetLoad, ReplicaRule, sum_fleet_loads
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
 
@@ -55,4 +55,4 @@ def test_fleet_totals_are_none_until_every_environment_has_been_read() -> None:
 
 
 def test_total_load_of_no_environment_is_zero() -> None:
-    assert total_load([]) == FleetLoad(0, 0, 0)
+    assert sum_fleet_loads([]) == FleetLoad(0, 0, 0)

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from workpool.handlers import Handler, Retry, callable_name, handler, is_async_callable, rule_of
+from workpool.handlers import (
+    Handler,
+    Retry,
+    callable_name,
+    find_handler_rule,
+    handler,
+    is_async_callable,
+)
 from workpool.session import Session
 
 Signature = Callable[[Session], Coroutine[Any, Any, dict[str, str]]]
@@ -35,7 +42,7 @@ def test_handler_without_arguments_takes_every_session() -> None:
     # This annotation makes mypy check that the decorator keeps the signature.
     marked: Signature = handler(function)
     assert marked is function
-    rule = rule_of(function)
+    rule = find_handler_rule(function)
     assert rule is not None
     assert (rule.type, dict(rule.metadata)) == ("session", {})
     assert (rule.timeout, rule.max_sessions) == (None, None)
@@ -46,7 +53,7 @@ def test_arguments_of_handler_decorator_become_fields_of_handler_rule() -> None:
     mark = handler(type="build", metadata={"job": "a"}, timeout=1.5, max_sessions=2)
     marked: Signature = mark(function)
     assert marked is function
-    rule = rule_of(function)
+    rule = find_handler_rule(function)
     assert rule is not None
     assert (rule.type, dict(rule.metadata)) == ("build", {"job": "a"})
     assert (rule.timeout, rule.max_sessions) == (1.5, 2)
@@ -56,7 +63,7 @@ def test_later_change_of_metadata_argument_does_not_change_handler_rule() -> Non
     metadata = {"job": "a"}
     function = handler(metadata=metadata)(make_handler_function())
     metadata["job"] = "b"
-    rule = rule_of(function)
+    rule = find_handler_rule(function)
     assert rule is not None
     assert rule.metadata["job"] == "a"
 
@@ -66,16 +73,17 @@ def test_bound_method_has_the_handler_rule_of_its_decorated_function() -> None:
         @handler(max_sessions=3)
         async def daily_report(self, session: Session) -> None: ...
 
-    rule = rule_of(ClassWithHandlerMethod().daily_report)
+    rule = find_handler_rule(ClassWithHandlerMethod().daily_report)
     assert rule is not None
     assert rule.max_sessions == 3
 
 
 def test_functools_partial_of_decorated_function_has_its_handler_rule() -> None:
     assert (
-        rule_of(functools.partial(functools.partial(handler(make_handler_function())))) is not None
+        find_handler_rule(functools.partial(functools.partial(handler(make_handler_function()))))
+        is not None
     )
-    assert rule_of(functools.partial(make_handler_function())) is None
+    assert find_handler_rule(functools.partial(make_handler_function())) is None
 
 
 def test_object_with_dynamic_attributes_does_not_count_as_decorated_handler() -> None:
@@ -83,7 +91,7 @@ def test_object_with_dynamic_attributes_does_not_count_as_decorated_handler() ->
         def __getattr__(self, name: str) -> str:
             return name
 
-    assert rule_of(ObjectWithEveryAttribute()) is None
+    assert find_handler_rule(ObjectWithEveryAttribute()) is None
 
 
 def sync_function(session: Session) -> None: ...
@@ -176,7 +184,7 @@ def test_error_about_invalid_argument_of_handler_decorator_names_that_argument(
     function = make_handler_function()
     with pytest.raises(error, match=sentence):
         handler(**arguments)(function)
-    assert rule_of(function) is None
+    assert find_handler_rule(function) is None
 
 
 @pytest.mark.parametrize(
@@ -252,6 +260,6 @@ def test_error_about_wrong_argument_of_retry_names_that_argument(
 
 def test_handler_rule_contains_retry_settings_of_decorator() -> None:
     retry = Retry(on=(ConnectionError, TimeoutError), times=5)
-    rule = rule_of(handler(retry=retry)(make_handler_function()))
+    rule = find_handler_rule(handler(retry=retry)(make_handler_function()))
     assert rule is not None
     assert rule.retry == retry

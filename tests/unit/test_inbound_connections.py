@@ -55,7 +55,7 @@ class ServerWithConnectionLimit:
 
     @asynccontextmanager
     async def open_server(self) -> AsyncIterator[ServerWithConnectionLimit]:
-        application = web.Application(middlewares=[self.connections.middleware])
+        application = web.Application(middlewares=[self.connections.request_tracking_middleware])
         application.router.add_get("/", self.send_small_response)
         application.router.add_get("/big", self.send_big_response)
         application.router.add_get("/wait", self.respond_when_released)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import workpool
-from workpool.log_fields import FIELDS, PoolIds, logging_with_ids, pool_logger
+from workpool.log_fields import FIELDS, PoolIds, pool_log_ids_context, pool_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +114,7 @@ def test_log_record_has_pool_ids_only_inside_block_that_sets_them(
     capture_log_records: list[logging.LogRecord],
 ) -> None:
     log = pool_logger("workpool.test")
-    with logging_with_ids(IDS):
+    with pool_log_ids_context(IDS):
         log.warning("inside", extra={"worker_id": "given"})
     log.warning("outside")
     inside, outside = map(vars, capture_log_records)

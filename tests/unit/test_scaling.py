@@ -15,7 +15,7 @@ from workpool.scaling import (
     SLOTS_PER_WORKER,
     FleetLoad,
     ReplicaRule,
-    scaling_numbers,
+    calculate_scaling_numbers,
 )
 from workpool.settings import Settings
 
@@ -71,7 +71,7 @@ def test_replica_rule_with_invalid_number_raises_value_error(wrong: tuple[int, i
 
 
 def test_scaling_numbers_are_a_flat_mapping_with_listed_fields() -> None:
-    numbers = scaling_numbers(
+    numbers = calculate_scaling_numbers(
         FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20), age_seconds=2.5
     )
     assert numbers == {

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from workpool.errors import SettingsError
-from workpool.settings import DESCRIPTIONS, Address, Settings, parse_listen
+from workpool.settings import DESCRIPTIONS, Address, Settings, parse_listen_address
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -590,7 +590,7 @@ def test_default_rate_limits_apply_only_to_public_service_address_of_dialect() -
     ],
 )
 def test_metrics_listen_is_parsed_into_address(value: str, address: Address | None) -> None:
-    assert parse_listen(value) == address
+    assert parse_listen_address(value) == address
     assert Settings(metrics_listen=value).metrics_address == address
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import orjson
 
 from workpool.errors import ListenError
-from workpool.setting_values import number_parser, unlimited_parser
+from workpool.setting_values import number_parser, unlimited_value_parser
 from workpool.settings import OFF
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ BACKLOG: Final = 16
 PAUSE_REASON: Final = "workpool pause"
 """The reason of a pause whose request gives none."""
 ROOT: Final = 0
-_read_timeout = unlimited_parser(number_parser(zero=True))
+_read_timeout = unlimited_value_parser(number_parser(zero=True))
 
 
 def list_socket_directories() -> list[Path]:

@@ -93,7 +93,7 @@ class FlagSettings(Settings):
     """The source of a command's setting that has no flag."""
 
     @classmethod
-    def _source_name(cls, name: str) -> str:
+    def _keyword_source_name(cls, name: str) -> str:
         return cls.names.get(name) or flag_name(name)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from workpool.scaling import ReplicaRule, scaling_numbers, total_load
+from workpool.scaling import ReplicaRule, calculate_scaling_numbers, sum_fleet_loads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,8 +55,8 @@ class FleetLoadReaders:
         known = [each for each in found.values() if each is not None]
         if len(known) < len(found) or None in loads:
             return None
-        total = total_load([load for load in loads if load is not None])
-        numbers = scaling_numbers(
+        total = sum_fleet_loads([load for load in loads if load is not None])
+        numbers = calculate_scaling_numbers(
             total, self._rule, age_seconds=max(each["age_seconds"] for each in known)
         )
         wanted = [numbers, *known]
@@ -72,7 +72,7 @@ class FleetLoadReaders:
         load, age = reader.last_load, reader.age_seconds
         if load is None or age is None:
             return None
-        return scaling_numbers(load, self._rules[environment_id], age_seconds=age)
+        return calculate_scaling_numbers(load, self._rules[environment_id], age_seconds=age)
 
     def unready_reasons(self) -> list[str]:
         """Return a reason for each environment whose load is unknown; empty if all loads are known.

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
 from workpool import events, hookspecs
 from workpool.errors import PluginError
-from workpool.handlers import Handler, HandlerRule, callable_name, is_async_callable, rule_of
+from workpool.handlers import (
+    Handler,
+    HandlerRule,
+    callable_name,
+    find_handler_rule,
+    is_async_callable,
+)
 from workpool.hookspecs import PROJECT
 from workpool.plugins.discovery import (
     FoundPlugin,
@@ -89,7 +95,7 @@ def load(
 
 def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) -> Plugin:
     target = _instantiate_plugin_class(found, options, where)
-    rule = rule_of(target)
+    rule = find_handler_rule(target)
     if rule is not None:
         route = _new_route(found.name, callable_name(target), target, rule)
         return Plugin(found.name, found.source, {}, (route,))
@@ -98,7 +104,7 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
     for name, member in _list_possible_hooks_and_handlers(target):
         if _is_hook(found.name, name, member):
             hooks[name] = member
-        rule = rule_of(member)
+        rule = find_handler_rule(member)
         if rule is not None:
             route = _new_route(found.name, name, member, rule)
             routes.setdefault(getattr(member, "__func__", member), route)
@@ -234,7 +240,7 @@ def new_handler(plugin: str, name: str, call: Any) -> Handler:
     The decorator `@handler` of `call` sets the timeout and the other limits. A callable that is not
     async is a plain handler.
     """
-    rule = rule_of(call)
+    rule = find_handler_rule(call)
     return Handler(
         name=f"{plugin}.{name}",
         call=call,

@@ -22,7 +22,7 @@ import pluggy
 from workpool import hookspecs
 from workpool.errors import PluginError
 from workpool.events import PluginFailed
-from workpool.handlers import Handler, callable_name, is_async_callable, rule_of
+from workpool.handlers import Handler, callable_name, find_handler_rule, is_async_callable
 from workpool.hookspecs import PROJECT, hookimpl
 from workpool.log_fields import pool_logger
 from workpool.plugins.discovery import call_plugin
@@ -332,7 +332,7 @@ def _convert_to_handler(plugin: str, answer: object) -> Handler:
     name = call_plugin(plugin, looking, callable_name, answer)
     # Accept a plain function only with `@handler`: without that mark, it may be a function that
     # returns a coroutine.
-    rule = call_plugin(plugin, looking, rule_of, answer)
+    rule = call_plugin(plugin, looking, find_handler_rule, answer)
     plain = rule is not None and rule.blocking
     if plain or call_plugin(plugin, looking, is_async_callable, answer):
         return new_handler(plugin, name, answer)

@@ -71,7 +71,7 @@ class HandlerThreads:
             Release: The machine cannot start a thread.
         """
         async with asyncio.TaskGroup() as group:
-            calls = _LoopCallsFromThread(item, group, self._clock)
+            calls = _LoopCallerForThread(item, group, self._clock)
             blocking = BlockingSession(session, calls)
             waiting = group.create_task(_interrupt_blocking_session(session, blocking))
             try:
@@ -95,7 +95,7 @@ class HandlerThreads:
         item: PoolItem,
         function: Function,
         blocking: BlockingSession,
-        calls: _LoopCallsFromThread,
+        calls: _LoopCallerForThread,
     ) -> object:
         run = functools.partial(copy_context().run, self._wrap_function(item, function), blocking)
         try:
@@ -148,11 +148,12 @@ class HandlerThreads:
         await self._threads.close()
 
 
-class _LoopCallsFromThread:
+class _LoopCallerForThread:
     """Runs coroutines on the handlers' loop for the thread of one plain handler.
 
-    `run_on_loop` and `enter_context_on_loop` block the calling thread until the coroutine has
-    ended. They may be used on any thread but the loop's; the other methods are used on the loop.
+    `run_on_handlers_loop` and `enter_context_on_handlers_loop` block the calling thread until the
+    coroutine has ended. They may be used on any thread but the loop's; the other methods are used
+    on the loop.
     """
 
     def __init__(self, item: PoolItem, group: asyncio.TaskGroup, clock: Clock) -> None:
@@ -164,7 +165,7 @@ class _LoopCallsFromThread:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    def run_on_loop(self, make: Callable[[], Awaitable[T]]) -> T:
+    def run_on_handlers_loop(self, make: Callable[[], Awaitable[T]]) -> T:
         """Call `make` on the loop, await what it returns, and return the result to this thread.
 
         Raises:
@@ -174,7 +175,7 @@ class _LoopCallsFromThread:
         return self._submit_call(make).result()
 
     @contextmanager
-    def enter_context_on_loop(
+    def enter_context_on_handlers_loop(
         self, make: Callable[[], AbstractAsyncContextManager[T]]
     ) -> Iterator[T]:
         """Return a blocking context manager around the asynchronous one that `make` returns.

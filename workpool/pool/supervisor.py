@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from workpool.errors import PluginError, WorkpoolError, innermost
 from workpool.events import PoolFailed
-from workpool.log_fields import logging_with_ids, pool_logger
+from workpool.log_fields import pool_log_ids_context, pool_logger
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
 from workpool.plugins.lifespan import Lifespan
@@ -532,7 +532,7 @@ class Supervisor:
 
     def _log_ids(self) -> AbstractContextManager[None]:
         """Return a context manager that adds the pool's ids to the log records made inside it."""
-        return logging_with_ids(self.log_ids)
+        return pool_log_ids_context(self.log_ids)
 
     def _require_pool_task(self) -> asyncio.Task[None]:
         if self._root is None:

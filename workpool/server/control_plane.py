@@ -285,7 +285,7 @@ class ControlPlane:
         runner = web.AppRunner(
             make_application(
                 routes=routes,
-                middlewares=(connections.middleware, *self._middlewares),
+                middlewares=(connections.request_tracking_middleware, *self._middlewares),
             ),
             handler_cancellation=True,
             auto_decompress=False,

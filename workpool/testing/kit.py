@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from workpool.events import DrainFinished, ItemDeclined, SessionFinished
-from workpool.handlers import callable_name, rule_of
+from workpool.handlers import callable_name, find_handler_rule
 from workpool.pool.supervisor import Supervisor
 from workpool.server import ControlPlane
 from workpool.settings import Settings
@@ -357,7 +357,11 @@ def _timeout_seconds(timeout: float | None) -> float:
 
 
 def _describe_declined_item(event: ItemDeclined, plugins: Sequence[object]) -> str:
-    rules = [f"{callable_name(each)} takes {rule}" for each in plugins if (rule := rule_of(each))]
+    rules = [
+        f"{callable_name(each)} takes {rule}"
+        for each in plugins
+        if (rule := find_handler_rule(each))
+    ]
     had = " ".join(f"{key}={value}" for key, value in event.item.metadata.items())
     return "\n".join(
         [f"the item was declined as {event.reason}; it has: {had or 'no metadata'}", *rules]

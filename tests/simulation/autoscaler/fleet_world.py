@@ -27,7 +27,7 @@ from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool import Supervisor, hookimpl
 from workpool.cli.fleet_reader import FleetReader
 from workpool.pool.status import compute_worker_scaling_numbers
-from workpool.scaling import ReplicaRule, scaling_numbers
+from workpool.scaling import ReplicaRule, calculate_scaling_numbers
 from workpool.server.timestamps import SECOND
 from workpool.testing.fault import Fault
 from workpool.wire.protocol import STOPPED
@@ -199,7 +199,7 @@ class FleetWorld(SimulatedWorld):
                 compute_worker_scaling_numbers(each.status())["busy"] for each in supervisors
             )
             return busy + load.queued + load.pending
-        return scaling_numbers(load, self._rule)[self._fleet.settings.metric]
+        return calculate_scaling_numbers(load, self._rule)[self._fleet.settings.metric]
 
     def _started_processes(self) -> list[PoolProcess]:
         """Return the running processes whose supervisor has started."""

@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Final, NamedTuple
 
 from workpool.errors import PluginError
-from workpool.handlers import HandlerRule, rule_of
+from workpool.handlers import HandlerRule, find_handler_rule
 from workpool.hookspecs import PROJECT
 from workpool.plugins.discovery import find_plugin
 from workpool.wire.protocol import SESSION
@@ -60,8 +60,8 @@ def find_handler_rules(plugin: str) -> list[HandlerRule]:
     """
     target = find_plugin(plugin).target
     if not isinstance(target, ModuleType):
-        rule = rule_of(target)
+        rule = find_handler_rule(target)
         return [] if rule is None else [rule]
     if any(name.startswith(f"{PROJECT}_") for name in vars(target)):
         return []
-    return [rule for each in vars(target).values() if (rule := rule_of(each)) is not None]
+    return [rule for each in vars(target).values() if (rule := find_handler_rule(each)) is not None]

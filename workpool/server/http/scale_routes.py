@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from workpool.inbound_connections import names_an_address
+from workpool.inbound_connections import host_is_address_or_localhost
 from workpool.scaling import (
     REPLICAS_MAX,
     SLOTS_PER_WORKER,
     FleetLoad,
     ReplicaRule,
-    scaling_numbers,
+    calculate_scaling_numbers,
 )
 from workpool.server.api_errors import APIError
 from workpool.server.http.server_dialects import ANTHROPIC
@@ -53,7 +53,7 @@ class ScaleRoutes:
         # A request on the loopback interface needs no token if its Host header is an IP address or
         # localhost. Through a proxy, or from a web page of another site, the header is a host name,
         # and the request needs a token.
-        if not (self._local and names_an_address(request.host)):
+        if not (self._local and host_is_address_or_localhost(request.host)):
             # Authenticate as in the anthropic dialect, which also accepts a token in X-Api-Key.
             caller = self._tokens.authenticate(request.headers, ANTHROPIC)
             caller.check_environment_access(environment_id)
@@ -61,7 +61,9 @@ class ScaleRoutes:
         await self._engine.check_environment(environment_id)
         rule = _parse_replica_rule(request)
         return json_response(
-            scaling_numbers(_to_fleet_load(await self._engine.queue_stats(environment_id)), rule)
+            calculate_scaling_numbers(
+                _to_fleet_load(await self._engine.queue_stats(environment_id)), rule
+            )
         )
 
 
