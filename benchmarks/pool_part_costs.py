@@ -30,7 +30,7 @@ from throughput import compare_programs
 from workpool import hookimpl
 from workpool.log_fields import PoolIds
 from workpool.logs import JsonFormatter, TextFormatter
-from workpool.testing.loop_supervisor import LoopSupervisor
+from workpool.testing.loop_supervisor import ThreadlessSupervisor
 
 if TYPE_CHECKING:
     from benchmark_runs import ControlPlaneAddress, ProgramMeter
@@ -116,7 +116,7 @@ ENTRIES = (
     make_benchmark_entry_for_pool("an observer", plugins=(AllEventsObserver,)),
     make_benchmark_entry_for_pool("an observer of one type", plugins=(SingleEventObserver,)),
     make_benchmark_entry_for_pool("a wrapper", plugins=(SessionWrappingPlugin,)),
-    make_benchmark_entry_for_pool("one loop", supervisor=LoopSupervisor),
+    make_benchmark_entry_for_pool("one loop", supervisor=ThreadlessSupervisor),
     make_benchmark_entry_for_pool("stats_interval=0", stats_interval=0),
     make_benchmark_entry_for_pool("stats_interval=1", stats_interval=1),
     make_benchmark_entry_for_pool("rates=100000", read_rate=100_000, write_rate=100_000),

@@ -23,7 +23,7 @@ from aiohttp import web
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane, History, PostgresStore, ServeError, SqliteStore
 from workpool.testing import Faults
-from workpool.testing.fault import Fault, nest_faults
+from workpool.testing.fault import Fault, combine_faults
 from workpool.testing.fault_plan import read_fault_plan
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def install_faults(
     """Inject the faults that the file lists, and record each injection in the journal."""
     if not config.faults:
         return
-    read_fault_plan(Path(config.faults)).install(faults, plane)
+    read_fault_plan(Path(config.faults)).add_rules_to(faults, plane)
     for rule, planned in zip(faults.rules, read_fault_plan(Path(config.faults)).fault, strict=True):
         name = f"{planned.kind} {getattr(planned, 'code', '')}".strip()
         assert isinstance(rule.fault, Fault)
@@ -151,7 +151,7 @@ def make_fault_with_journal_entry(
     def write_fault_to_journal(_environment_id: str, work_id: str | None) -> None:
         journal.write_journal_line("fault", kind=name, work_id=work_id)
 
-    return nest_faults([Fault(before=write_fault_to_journal), fault])
+    return combine_faults([Fault(before=write_fault_to_journal), fault])
 
 
 async def record_loop_lag(journal: ItemHistoryInJournalFile) -> None:

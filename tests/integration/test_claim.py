@@ -27,7 +27,7 @@ from workpool.events import (
 from workpool.server import Poll
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Hold, expire_lease, literal, status
-from workpool.testing.bounded_wait import StateChanges
+from workpool.testing.bounded_wait import BoundedCondition
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,14 +44,14 @@ class CountingGatedHandler:
     def __init__(self) -> None:
         self.opened = asyncio.Event()
         self.running = self.most = self.runs = 0
-        self._changes = StateChanges()
+        self._changes = BoundedCondition()
 
     @handler
     async def count_session_and_wait(self, _: Session) -> None:
         self.running += 1
         self.runs += 1
         self.most = max(self.most, self.running)
-        self._changes.notify()
+        self._changes.notify_all()
         try:
             await self.opened.wait()
         finally:

@@ -23,8 +23,8 @@ from workpool.pool.handoff_child import HandoffChild
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.fault import Fault
-from workpool.testing.local_client import LocalClient, Script
-from workpool.testing.loop_supervisor import LoopSupervisor
+from workpool.testing.local_client import FaultScript, LocalClient
+from workpool.testing.loop_supervisor import ThreadlessSupervisor
 from workpool.testing.virtual_time import VirtualLoop, in_virtual_time
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ TAKE_BACK_SECONDS = 60 - 6 - 15
 """Seconds after which a parent takes back an item with the default TTL of 60 s."""
 
 
-class ChildInVirtualTime(LoopSupervisor, HandoffChild):
+class ChildInVirtualTime(ThreadlessSupervisor, HandoffChild):
     """The supervisor of a child process, in virtual time."""
 
 
@@ -65,14 +65,14 @@ class HandoffTestbed:
         self.lease: HandedLease
         self.outcome = ""
         self._children: list[asyncio.Task[None]] = []
-        self._script = Script(**faults)
+        self._script = FaultScript(**faults)
         (item,) = self.operations.enqueue(ENVIRONMENT)
         self.work_id = item.id
 
     async def run_handler(
         self,
         hand_off_item: Callable[[Session], Awaitable[Any]],
-        meanwhile: Callable[[LoopSupervisor], Awaitable[None]] | None = None,
+        meanwhile: Callable[[ThreadlessSupervisor], Awaitable[None]] | None = None,
         **values: Any,
     ) -> str:
         """Run a pool with the handler `hand_off_item` for one session; return its outcome."""
@@ -85,7 +85,7 @@ class HandoffTestbed:
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
         )
         connect = partial(LocalClient, self.operations, faults=self._record_request)
-        pool = LoopSupervisor(
+        pool = ThreadlessSupervisor(
             settings, plugins=[handler_under_test, self.recorder], connect=connect
         )
         child = LocalClient(self.operations, settings, worker_id="child")
@@ -435,7 +435,7 @@ async def test_drain_during_handoff_releases_item_that_no_child_has_taken(comes:
                 testbed.start_child(3)
             entered.set()
 
-    async def drain_pool(pool: LoopSupervisor) -> None:
+    async def drain_pool(pool: ThreadlessSupervisor) -> None:
         await entered.wait()
         began = testbed.loop.time()
         await pool.drain(6)
@@ -521,7 +521,7 @@ async def run_pool_with_child(
 
     recorder = Recorder()
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
-    connect = partial(LocalClient, testbed.operations, faults=Script(**faults))
+    connect = partial(LocalClient, testbed.operations, faults=FaultScript(**faults))
 
     async def hand_off_item(session: Session) -> None:
         async with session.handover() as testbed.lease:

@@ -15,8 +15,8 @@ from workpool.server import Item, Operations
 from workpool.testing import Recorder
 from workpool.testing.fault import Fault
 from workpool.testing.local_client import LocalClient
-from workpool.testing.loop_supervisor import LoopSupervisor
-from workpool.testing.virtual_time import VirtualLoop, run_virtual
+from workpool.testing.loop_supervisor import ThreadlessSupervisor
+from workpool.testing.virtual_time import VirtualLoop, run_on_virtual_loop
 
 if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
@@ -98,7 +98,7 @@ def test_pool_completes_all_items_after_an_hour_of_garbled_answers(seed: int) ->
                 running.discard(session.item.id)
 
         settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=60)
-        supervisor = LoopSupervisor(
+        supervisor = ThreadlessSupervisor(
             settings,
             plugins=[write_metadata_and_return, recorder],
             connect=partial(LocalClient, operations, faults=garbage),
@@ -118,4 +118,4 @@ def test_pool_completes_all_items_after_an_hour_of_garbled_answers(seed: int) ->
         assert not recorder.of(PollerRestarted)
         assert not recorder.of(PluginFailed)
 
-    run_virtual(run_pool_for_two_hours())
+    run_on_virtual_loop(run_pool_for_two_hours())

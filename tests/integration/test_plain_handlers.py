@@ -27,7 +27,7 @@ from workpool.events import HandlerRetried, SessionFinished, SessionStarted
 from workpool.handlers import Handler
 from workpool.pool import handler_executor
 from workpool.testing import Kit
-from workpool.testing.virtual_time import run_virtual
+from workpool.testing.virtual_time import run_on_virtual_loop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -449,7 +449,7 @@ def test_error_in_virtual_time_names_plain_handler_that_blocks_its_thread(
             await kit.run_session(resize_image)
 
     with pytest.raises(RuntimeError, match=r"cannot wait for the thread of \S*resize"):
-        run_virtual(run_in_virtual_time())
+        run_on_virtual_loop(run_in_virtual_time())
 
 
 async def test_plain_handler_is_retried_in_same_session_after_error(workpool: Kit) -> None:

@@ -20,7 +20,7 @@ from workpool.events import (
     StopRequested,
 )
 from workpool.testing import Hold, expire_lease, lost, status
-from workpool.testing.bounded_wait import StateChanges
+from workpool.testing.bounded_wait import BoundedCondition
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -36,7 +36,7 @@ class CancellationIgnoringHandler:
         self.cancelled = self.left = False
         self.may_end = asyncio.Event()
         self.raised: list[type[BaseException]] = []
-        self._changes = StateChanges()
+        self._changes = BoundedCondition()
 
     @handler
     async def ignore_cancellation(self, session: Session) -> dict[str, str]:
@@ -45,7 +45,7 @@ class CancellationIgnoringHandler:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             self.cancelled = True
-            self._changes.notify()
+            self._changes.notify_all()
         try:
             await session.update_metadata({"late": "yes"})
         except Exception as error:  # noqa: BLE001 - noted, whatever it is

@@ -324,13 +324,13 @@ class SimulatedClient(LocalClient):
             run_operation = _raise_permission_error
         return await super()._send_call(endpoint, work_id, run_operation, timeout, options)
 
-    async def _wait_before_sending(
+    async def _wait_for_permit_and_fault(
         self, op: str, fault: Fault, options: CallOptions, until: float
     ) -> None:
         # Read `_work_id` before the first `await`. During a wait, another call may replace the
         # value that `_fault_for_request` stored for this call.
         work_id = self._work_id
-        await super()._wait_before_sending(op, fault, options, until)
+        await super()._wait_for_permit_and_fault(op, fault, options, until)
         await self._open_connection(op, work_id, options, until - _current_loop().time())
 
     async def _open_connection(
@@ -350,7 +350,7 @@ class SimulatedClient(LocalClient):
             raise TransientError(op, None, "no answer in time", reason="timeout") from None
         self._connected = True
 
-    def _schedule_arrival(self, seconds: float, arrive: Callable[[], None]) -> None:
+    def _schedule_request_delivery(self, seconds: float, arrive: Callable[[], None]) -> None:
         loop = _current_loop()
         loop.call_at(loop.now + seconds, arrive, context=NETWORK)
 

@@ -38,7 +38,7 @@ from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
 from workpool.settings import Settings
 from workpool.testing.fault import Fault
-from workpool.testing.loop_supervisor import LoopRenewer, LoopSupervisor
+from workpool.testing.loop_supervisor import ThreadlessLeaseRenewer, ThreadlessSupervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -67,7 +67,7 @@ HALTS: Final[Mapping[str, tuple[HaltKind, float]]] = {
 Ts = TypeVarTuple("Ts")
 
 
-class SimulatedRenewer(LoopRenewer):
+class SimulatedRenewer(ThreadlessLeaseRenewer):
     """A lease renewer on the event loop of the simulation, instead of a thread with its own loop.
 
     Its callbacks run in a context with `EVENT_LOOP` "renewer". So the simulated client notices
@@ -89,7 +89,7 @@ class SimulatedRenewer(LoopRenewer):
         self._loop.call_soon(callback, context=self._handlers_context)
 
 
-class SimulatedSupervisor(LoopSupervisor):
+class SimulatedSupervisor(ThreadlessSupervisor):
     """A supervisor on a simulated machine, whose events the trace records."""
 
     _renewer = SimulatedRenewer

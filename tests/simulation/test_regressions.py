@@ -25,8 +25,8 @@ from workpool.hookspecs import hookimpl
 from workpool.server import Operations, Poll
 from workpool.testing import Recorder
 from workpool.testing.fault import Fault
-from workpool.testing.local_client import LocalClient, Script
-from workpool.testing.loop_supervisor import LoopSupervisor
+from workpool.testing.local_client import FaultScript, LocalClient
+from workpool.testing.loop_supervisor import ThreadlessSupervisor
 from workpool.testing.virtual_time import VirtualLoop, in_virtual_time
 from workpool.wire.protocol import NO_HEARTBEAT
 
@@ -73,7 +73,7 @@ class PoolTestbed:
         settings = Settings(
             environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0, **values
         )
-        self.supervisor = LoopSupervisor(
+        self.supervisor = ThreadlessSupervisor(
             settings,
             plugins=[plugin, self.recorder, *([observer] if observer else [])],
             connect=partial(LocalClient, self.operations, faults=script),
@@ -88,7 +88,7 @@ class PoolTestbed:
 async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
     """Formerly the drain waited for the ack until the drain timeout, and abandoned the session."""
     refusal = Fault(answer=503, applied=False, retry_after=40)
-    bench = PoolTestbed(Script(ack=[refusal]), drain_timeout=10)
+    bench = PoolTestbed(FaultScript(ack=[refusal]), drain_timeout=10)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
@@ -103,7 +103,7 @@ async def test_drain_does_not_wait_for_ack_with_long_retry_after() -> None:
 @in_virtual_time
 async def test_drain_releases_session_whose_first_heartbeat_got_a_long_retry_after() -> None:
     """Formerly the drain abandoned the session, and its item was not released."""
-    script = Script(heartbeat=[Fault(answer=429, applied=False, retry_after=40)])
+    script = FaultScript(heartbeat=[Fault(answer=429, applied=False, retry_after=40)])
     bench = PoolTestbed(script, drain_timeout=1)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -124,7 +124,7 @@ async def test_drain_releases_session_whose_first_heartbeat_got_a_long_retry_aft
 
 @in_virtual_time
 async def test_second_heartbeat_waits_for_answer_to_first_if_drain_begins_meanwhile() -> None:
-    script = Script(heartbeat=[Fault(request_delay=4, answer_delay=4)])
+    script = FaultScript(heartbeat=[Fault(request_delay=4, answer_delay=4)])
     bench = PoolTestbed(script, drain_timeout=20)
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -139,7 +139,7 @@ async def test_second_heartbeat_waits_for_answer_to_first_if_drain_begins_meanwh
 @in_virtual_time
 async def test_session_whose_stop_is_rejected_until_lease_expires_has_outcome_lease_lost() -> None:
     """Formerly the session counted as completed, although its item was queued and run again."""
-    script = Script(stop=[Fault(answer=429, applied=False, retry_after=30)])
+    script = FaultScript(stop=[Fault(answer=429, applied=False, retry_after=30)])
     bench = PoolTestbed(script, lease_ttl=10)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -155,7 +155,7 @@ async def test_session_whose_stop_is_rejected_until_lease_expires_has_outcome_le
 @in_virtual_time
 async def test_abandoned_session_counts_as_stopped_if_operator_stopped_its_item() -> None:
     """Formerly the session counted as `released`, but a stopped item is not delivered again."""
-    bench = PoolTestbed(Script(), ignore_cancellation, lease_ttl=10)
+    bench = PoolTestbed(FaultScript(), ignore_cancellation, lease_ttl=10)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await asyncio.sleep(1)
@@ -168,7 +168,7 @@ async def test_abandoned_session_counts_as_stopped_if_operator_stopped_its_item(
 @in_virtual_time
 async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
     """Formerly a stop request was reported only if the answer to a later heartbeat contained it."""
-    bench = PoolTestbed(Script(heartbeat=[Fault(request_delay=1)]))
+    bench = PoolTestbed(FaultScript(heartbeat=[Fault(request_delay=1)]))
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -182,7 +182,7 @@ async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
 @in_virtual_time
 async def test_one_second_session_claimed_after_machine_pause_sends_one_heartbeat() -> None:
     """Formerly a pause before the claim made the first write wait for a second heartbeat."""
-    script = Script()
+    script = FaultScript()
     bench = PoolTestbed(script)
     async with bench.supervisor:
         bench.loop.pause(60)
@@ -195,7 +195,7 @@ async def test_one_second_session_claimed_after_machine_pause_sends_one_heartbea
 @in_virtual_time
 async def test_write_after_machine_pause_verifies_the_lease_at_once() -> None:
     """Formerly the write waited some seconds for the periodic heartbeat that verifies the lease."""
-    bench = PoolTestbed(Script())
+    bench = PoolTestbed(FaultScript())
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
@@ -220,7 +220,7 @@ async def hand_off_after_pause(session: Session) -> None:
 @in_virtual_time
 async def test_handoff_after_machine_pause_succeeds_because_heartbeat_verifies_lease() -> None:
     """Formerly a handoff after a pause failed, although its first heartbeat verifies the lease."""
-    bench = PoolTestbed(Script(), hand_off_after_pause, lease_ttl=10)
+    bench = PoolTestbed(FaultScript(), hand_off_after_pause, lease_ttl=10)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished, timeout=60)
@@ -233,7 +233,7 @@ async def test_first_heartbeat_is_not_sent_if_machine_paused_after_the_ack() -> 
 
     The first heartbeat of a lease names no earlier one, so the control plane accepts it.
     """
-    script = Script(heartbeat=[Fault(wait=3)])
+    script = FaultScript(heartbeat=[Fault(wait=3)])
     bench = PoolTestbed(script, drain_timeout=0)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -252,7 +252,7 @@ async def test_handler_does_not_start_if_lease_began_before_machine_pause() -> N
 
     The lease clock does not count the time of a pause.
     """
-    bench = PoolTestbed(Script(heartbeat=[Fault(answer_delay=3)]), drain_timeout=0)
+    bench = PoolTestbed(FaultScript(heartbeat=[Fault(answer_delay=3)]), drain_timeout=0)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(AckFinished)
@@ -283,7 +283,7 @@ async def test_handler_does_not_start_after_machine_slept_longer_than_the_lease(
 
     The machine can sleep between these two steps, and another worker can then run the item.
     """
-    bench = PoolTestbed(Script(), observer=MachinePausingPlugin())
+    bench = PoolTestbed(FaultScript(), observer=MachinePausingPlugin())
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished)
@@ -294,7 +294,7 @@ async def test_handler_does_not_start_after_machine_slept_longer_than_the_lease(
 @in_virtual_time
 async def test_heartbeat_whose_answer_arrives_after_machine_pause_is_repeated_at_once() -> None:
     """Formerly the pool trusted the answer, although the heartbeat was sent before the pause."""
-    script = Script(heartbeat=[None, Fault(answer_delay=8)])
+    script = FaultScript(heartbeat=[None, Fault(answer_delay=8)])
     bench = PoolTestbed(script, ignore_cancellation, lease_ttl=60)
     async with bench.supervisor as pool:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -324,7 +324,7 @@ async def test_pool_does_not_stop_item_that_another_worker_took_during_machine_p
     operations = OperationsWithUncheckedHeartbeats(
         [ENVIRONMENT], now=lambda: START + loop.wall_time()
     )
-    bench = PoolTestbed(Script(), operations=operations, concurrency=1)
+    bench = PoolTestbed(FaultScript(), operations=operations, concurrency=1)
     async with bench.supervisor:
         (item,) = operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)
@@ -341,7 +341,7 @@ async def test_pool_does_not_stop_item_that_another_worker_took_during_machine_p
 @in_virtual_time
 async def test_drain_after_machine_pause_writes_no_metadata_to_lost_item() -> None:
     """Formerly the drain wrote a release mark, so the attempt of the other worker did not count."""
-    bench = PoolTestbed(Script(ack=[Fault(answer_delay=7)]))
+    bench = PoolTestbed(FaultScript(ack=[Fault(answer_delay=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
@@ -360,7 +360,7 @@ async def test_handler_does_not_start_after_machine_was_paused_during_claim() ->
 
     The lease clock does not count the time of a pause.
     """
-    bench = PoolTestbed(Script(), observer=MachinePausingPlugin(unseen=True))
+    bench = PoolTestbed(FaultScript(), observer=MachinePausingPlugin(unseen=True))
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionFinished)
@@ -371,7 +371,7 @@ async def test_handler_does_not_start_after_machine_was_paused_during_claim() ->
 @in_virtual_time
 async def test_completion_after_machine_pause_is_sent_as_soon_as_lease_is_verified() -> None:
     """Formerly the completion was sent up to 3 s later, after the pause between two tries."""
-    script = Script(heartbeat=[None, Fault(request_delay=0.001, answer_delay=8)])
+    script = FaultScript(heartbeat=[None, Fault(request_delay=0.001, answer_delay=8)])
     bench = PoolTestbed(script, lease_ttl=60)
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -391,7 +391,7 @@ async def test_item_whose_first_ack_got_lost_is_completed_after_machine_slept() 
 
     No worker could claim the item for another 60 s, and its next run was its second attempt.
     """
-    bench = PoolTestbed(Script(ack=[Fault(answer="reset", applied=False), Fault(wait=1)]))
+    bench = PoolTestbed(FaultScript(ack=[Fault(answer="reset", applied=False), Fault(wait=1)]))
     async with bench.supervisor:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(ItemReceived)
@@ -420,7 +420,7 @@ async def test_unanswered_completion_request_is_retried_until_one_second_before_
     The next heartbeat follows at once, but here it gets no answer.
     """
     silence = Fault(answer="silence", applied=False)
-    script = Script(heartbeat=[None, Fault(wait=1), *[silence] * 20], update=[silence] * 40)
+    script = FaultScript(heartbeat=[None, Fault(wait=1), *[silence] * 20], update=[silence] * 40)
     bench = PoolTestbed(script, work_for_five_seconds, lease_ttl=10)
     async with bench.supervisor:
         bench.operations.enqueue(ENVIRONMENT)
@@ -472,7 +472,7 @@ async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None
     end.
     """
     silence = Fault(answer="silence", applied=False)
-    bench = PoolTestbed(Script(heartbeat=[None, *[silence] * 20]), begin_handoff_without_child)
+    bench = PoolTestbed(FaultScript(heartbeat=[None, *[silence] * 20]), begin_handoff_without_child)
     async with bench.supervisor as pool:
         bench.operations.enqueue(ENVIRONMENT)
         await bench.recorder.wait_for(SessionStarted)

@@ -20,8 +20,8 @@ from workpool.pool.lease_renewer import RenewerCallbacks
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations, Poll
 from workpool.testing.fault import Fault
-from workpool.testing.local_client import LocalClient, Script
-from workpool.testing.loop_supervisor import LoopRenewer
+from workpool.testing.local_client import FaultScript, LocalClient
+from workpool.testing.loop_supervisor import ThreadlessLeaseRenewer
 from workpool.testing.virtual_time import VirtualLoop
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 
@@ -92,7 +92,7 @@ class RecordingClient(LocalClient):
         self._bench.sent.append(SentCall(self._bench.clock(), op))
 
 
-class LeaseRenewerOnTestLoop(LoopRenewer):
+class LeaseRenewerOnTestLoop(ThreadlessLeaseRenewer):
     """A lease renewer that runs on the loop of the test and ticks every second."""
 
     tick_seconds = 1.0
@@ -130,7 +130,7 @@ class LeaseTestbed:
         self.results: list[tuple[float, HeartbeatFinished]] = []
         self.changes: list[tuple[float, str]] = []
         self.lost_at: dict[str, float] = {}
-        self.script = Script(**faults)
+        self.script = FaultScript(**faults)
         self.operations = Operations(
             [ENVIRONMENT], now=lambda: START + self.wall_clock(), history_limit=None
         )

@@ -14,8 +14,8 @@ from workpool.errors import TransientError
 from workpool.server import Operations
 from workpool.testing import in_virtual_time, local_events
 from workpool.testing.fault import Fault
-from workpool.testing.local_client import LocalClient, Script
-from workpool.testing.virtual_time import run_virtual
+from workpool.testing.local_client import FaultScript, LocalClient
+from workpool.testing.virtual_time import run_on_virtual_loop
 from workpool.wire import endpoints
 from workpool.wire.events import event_stream
 from workpool.wire.events.event_calls import EventPage, LeaselessGuard
@@ -41,7 +41,7 @@ class SessionEventsTestbed:
         self.operations = Operations([ENVIRONMENT], now=lambda: START + self.loop.time())
         (item,) = self.operations.enqueue(ENVIRONMENT)
         self.session_id = item.session_id
-        self.script = Script(**faults)
+        self.script = FaultScript(**faults)
         self.settings = Settings(
             environment_id=ENVIRONMENT, base_url="http://127.0.0.1:1", token=ENVIRONMENT
         )
@@ -360,7 +360,7 @@ def test_event_stream_yields_each_event_once_and_in_order_despite_any_failures(
         assert [event["id"] for event in received] == bench.ids_of_emitted_events
         assert flags[-1:] in ([], [True])
 
-    run_virtual(follow_events())
+    run_on_virtual_loop(follow_events())
 
 
 async def emit_events(bench: SessionEventsTestbed, pauses: Sequence[float]) -> None:

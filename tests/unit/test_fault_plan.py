@@ -27,7 +27,7 @@ def test_documented_fault_file_is_read_as_described(tmp_path: Path) -> None:
     plan = read_fault_plan(fault_file(tmp_path, text))
     assert (plan.seed, plan.clock_skew) == (7, 30)
     faults = Faults(plan.seed)
-    plan.install(faults, ControlPlane())
+    plan.add_rules_to(faults, ControlPlane())
     poll, ack, anything, heartbeat = faults.rules
     assert poll.ops == {"poll"}
     assert poll.limits == {"skip": 0, "probability": 0.1, "between": (5.0, 65.0)}
@@ -41,7 +41,7 @@ def test_fault_file_in_json_is_read_like_toml(tmp_path: Path) -> None:
     text = '{"fault": [{"kind": "reset", "ops": ["stop"], "between": [0, 1]}]}'
     plan = read_fault_plan(fault_file(tmp_path, text, "faults.json"))
     assert plan.fault[0].kind == "reset"
-    assert plan.fault[0].rule_limits() == {"skip": 0, "probability": 1.0, "between": (0, 1)}
+    assert plan.fault[0].make_rule_limits() == {"skip": 0, "probability": 1.0, "between": (0, 1)}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_fault_file_in_json_is_read_like_toml(tmp_path: Path) -> None:
 def test_fault_file_may_contain_every_kind_of_fault(tmp_path: Path, fault: str) -> None:
     plan = read_fault_plan(fault_file(tmp_path, f"[[fault]]\n{fault}\n"))
     faults = Faults()
-    plan.install(faults, ControlPlane())
+    plan.add_rules_to(faults, ControlPlane())
     assert len(faults.rules) == 1
 
 

@@ -15,7 +15,7 @@ from workpool.errors import LeaseLost, TransientError
 from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import NEW_CONNECTIONS_PER_SECOND, WIDTH_MIN, WIDTH_SECONDS
 from workpool.testing.fault import Fault
-from workpool.testing.local_client import LocalClient, Script
+from workpool.testing.local_client import FaultScript, LocalClient
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.items import Heartbeat
 
@@ -198,7 +198,7 @@ async def test_lease_is_lost_before_deadline_while_heartbeat_waits_for_connectio
     one = testbed(ttl=10)
     async with one.open_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(200)]
-        one.script = Script(heartbeat=[UNSENT] * 9_999)
+        one.script = FaultScript(heartbeat=[UNSENT] * 9_999)
         await asyncio.sleep(30)
     assert len(one.lost_at) == 200
     assert all(one.lost_at[lease.item.id] <= lease.deadline - 1 + LOOK for lease in leases)

@@ -22,9 +22,9 @@ from workpool.pool.lease import Lease, PauseDetector, lease_clock
 from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations
-from workpool.testing.bounded_wait import StateChanges
+from workpool.testing.bounded_wait import BoundedCondition
 from workpool.testing.fault import Fault
-from workpool.testing.local_client import LocalClient, Script
+from workpool.testing.local_client import FaultScript, LocalClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -40,7 +40,7 @@ class LeaseRenewerTestbed:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.changes = StateChanges()
+        self.changes = BoundedCondition()
         self.events: list[Event] = []
         self.failures: list[LeaseRenewerError] = []
         self.ended: list[LeaseRenewerError | None] = []
@@ -48,7 +48,7 @@ class LeaseRenewerTestbed:
         self.blocked = threading.Event()
         self.ahead = 0.0
         self.fault: BaseException | None = None
-        self.script = Script()
+        self.script = FaultScript()
         self.sent = threading.Semaphore(0)
         self.threads: set[str] = set()
         self.operations = Operations(
@@ -74,11 +74,11 @@ class LeaseRenewerTestbed:
     def record_lease_change(self, item: PoolItem) -> None:
         assert item.lease is not None
         self.reported.append(item.lease.status)
-        self.changes.notify()
+        self.changes.notify_all()
 
     def record_failure(self, error: LeaseRenewerError) -> None:
         self.failures.append(error)
-        self.changes.notify()
+        self.changes.notify_all()
 
     def record_end_of_renewal(self, error: LeaseRenewerError | None) -> None:
         """Record the end of renewal; called on the renewer thread."""
@@ -88,7 +88,7 @@ class LeaseRenewerTestbed:
 
     def _notify_state_changes_on_loop(self) -> None:
         with contextlib.suppress(RuntimeError):  # The test has closed the loop.
-            self.loop.call_soon_threadsafe(self.changes.notify)
+            self.loop.call_soon_threadsafe(self.changes.notify_all)
 
     def make_renewer(
         self, *services: contextlib.AbstractAsyncContextManager[Any], **values: Any
@@ -514,7 +514,7 @@ async def test_renewer_thread_ends_lease_before_deadline_although_heartbeat_hang
     async with renewer:
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         testbed.sent.acquire()
-        testbed.script = Script(heartbeat=[Fault(answer="silence", applied=False)])
+        testbed.script = FaultScript(heartbeat=[Fault(answer="silence", applied=False)])
         renewer.send_heartbeat_soon(lease)
         assert await asyncio.to_thread(testbed.sent.acquire, timeout=5)
         testbed.ahead += 53.5

@@ -15,8 +15,8 @@ from workpool.events import SessionFinished
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.fault import Fault
-from workpool.testing.local_client import LocalClient, Script
-from workpool.testing.virtual_time import in_virtual_time, run_virtual
+from workpool.testing.local_client import FaultScript, LocalClient
+from workpool.testing.virtual_time import in_virtual_time, run_on_virtual_loop
 from workpool.wire.http.call_options import CallOptions
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def test_sleep_of_a_year_in_virtual_time_takes_no_real_time() -> None:
         return asyncio.get_running_loop().time()
 
     before = time.monotonic()
-    assert run_virtual(sleep_for_a_virtual_year()) == 365 * 86_400
+    assert run_on_virtual_loop(sleep_for_a_virtual_year()) == 365 * 86_400
     assert time.monotonic() - before < 10
 
 
 def test_wait_without_timer_in_virtual_time_raises_runtime_error() -> None:
     with pytest.raises(RuntimeError, match="no timer"):
-        run_virtual(asyncio.Event().wait())
+        run_on_virtual_loop(asyncio.Event().wait())
 
 
 @in_virtual_time
@@ -138,7 +138,7 @@ async def test_pool_with_local_client_completes_session_in_real_time() -> None:
         return {"seen": session.id}
 
     operations = Operations([ENVIRONMENT])
-    recorder, script = Recorder(), Script(ack=[Fault(answer=503, applied=False)])
+    recorder, script = Recorder(), FaultScript(ack=[Fault(answer=503, applied=False)])
     settings = Settings(environment_id=ENVIRONMENT, token=ENVIRONMENT, stats_interval=0)
     connect = partial(LocalClient, operations, faults=script)
     (item,) = operations.enqueue(ENVIRONMENT)
@@ -172,7 +172,7 @@ async def test_local_client_sends_no_request_that_request_check_refuses() -> Non
 
 @in_virtual_time
 async def test_local_client_stop_that_ignores_returned_item_accepts_any_json_object() -> None:
-    script = Script(stop=[Fault(answer=b"{}"), Fault(answer=b"{}"), Fault(answer=b"no JSON")])
+    script = FaultScript(stop=[Fault(answer=b"{}"), Fault(answer=b"{}"), Fault(answer=b"no JSON")])
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(Operations([ENVIRONMENT]), settings, faults=script) as client:
         assert await client.stop("work_1", read_item=False) is None

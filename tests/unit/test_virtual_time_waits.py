@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from workpool.testing.virtual_time import run_virtual
+from workpool.testing.virtual_time import run_on_virtual_loop
 
 
 def hash_bytes(release: threading.Event) -> str:
@@ -40,7 +40,7 @@ def test_virtual_time_error_names_awaited_thread_function(
     with pytest.raises(
         RuntimeError, match=r"virtual time cannot wait for the thread of hash_bytes\b"
     ):
-        run_virtual(wait_for_executor())
+        run_on_virtual_loop(wait_for_executor())
     release.set()
 
 
@@ -55,7 +55,7 @@ def test_thread_that_has_finished_causes_no_error_in_virtual_time() -> None:
 
     release = threading.Event()
     release.set()
-    run_virtual(sleep_after_thread_returned())
+    run_on_virtual_loop(sleep_after_thread_returned())
 
 
 def test_virtual_time_error_names_awaited_socket() -> None:
@@ -69,7 +69,7 @@ def test_virtual_time_error_names_awaited_socket() -> None:
             client.settimeout(0)
             text = f"virtual time cannot wait for the socket connected to 127.0.0.1:{port}$"
             with pytest.raises(RuntimeError, match=text):
-                run_virtual(wait_for_socket())
+                run_on_virtual_loop(wait_for_socket())
 
 
 @pytest.mark.parametrize("output", [None, asyncio.subprocess.PIPE])
@@ -84,7 +84,7 @@ def test_virtual_time_error_names_awaited_process(output: int | None) -> None:
             await process.wait()  # Virtual time has failed by now, so this wait takes real time.
 
     with pytest.raises(RuntimeError, match=r"virtual time cannot wait for process \d+ \(sleep\)$"):
-        run_virtual(wait_for_process())
+        run_on_virtual_loop(wait_for_process())
 
 
 def test_wait_for_event_that_is_never_set_raises_error_naming_running_threads() -> None:
@@ -93,7 +93,7 @@ def test_wait_for_event_that_is_never_set_raises_error_naming_running_threads() 
     thread.start()
     try:
         with pytest.raises(RuntimeError, match=r"no timer is set; .*does not wait .* database"):
-            run_virtual(asyncio.Event().wait())
+            run_on_virtual_loop(asyncio.Event().wait())
     finally:
         release.set()
         thread.join()

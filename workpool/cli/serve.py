@@ -160,7 +160,7 @@ def serve(
             history_limit=0,  # Keep no history: only tests and the demo read it.
             middlewares=middlewares,
         )
-        plan.install(injected, plane)
+        plan.add_rules_to(injected, plane)
         if faults is not None:
             log_config.log.warning(
                 "faults injected", extra={"file": str(faults), "count": len(plan.fault)}

@@ -16,13 +16,13 @@ VIRTUAL_WAIT_SECONDS = 86_400.0
 """The bound of a wait in virtual time. A session that never ends costs seconds of real time."""
 
 
-class StateChanges:
+class BoundedCondition:
     """A condition variable for one event loop, whose waits have a time limit."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
 
-    def notify(self) -> None:
+    def notify_all(self) -> None:
         """Wake all waiting tasks, so that they check their condition again."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 from workpool.hookspecs import hookimpl
-from workpool.testing.bounded_wait import WAIT_SECONDS, StateChanges
+from workpool.testing.bounded_wait import WAIT_SECONDS, BoundedCondition
 from workpool.testing.wait_failure import count_event_names
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class Recorder:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self._changes = StateChanges()
+        self._changes = BoundedCondition()
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
         """Record an event, and wake the tasks that wait for events."""
         self.events.append(event)
-        self._changes.notify()
+        self._changes.notify_all()
 
     def of(self, kind: type[E], where: Callable[[E], bool] | None = None) -> list[E]:
         """Return the recorded events of the class `kind`, oldest first.

@@ -85,15 +85,15 @@ class Fault:
 NO_FAULT: Final = Fault()
 
 
-def nest_faults(faults: Sequence[Fault]) -> Fault:
+def combine_faults(faults: Sequence[Fault]) -> Fault:
     """Return one fault with the effects of several faults, as if they were nested middlewares.
 
     The first fault is the outermost: it receives the request first and changes the answer last.
     """
-    return reduce(_nest_two_faults, faults, NO_FAULT) if len(faults) != 1 else faults[0]
+    return reduce(_combine_two_faults, faults, NO_FAULT) if len(faults) != 1 else faults[0]
 
 
-def _nest_two_faults(outer: Fault, inner: Fault) -> Fault:
+def _combine_two_faults(outer: Fault, inner: Fault) -> Fault:
     if not outer.applied:
         # The request does not get past the outer fault, so the inner fault has no effect.
         return outer
@@ -103,29 +103,29 @@ def _nest_two_faults(outer: Fault, inner: Fault) -> Fault:
         request_delay=outer.request_delay + inner.request_delay,
         answer_delay=outer.answer_delay + inner.answer_delay,
         byte_seconds=outer.byte_seconds + inner.byte_seconds,
-        before=_combine_callbacks(outer.before, inner.before),
+        before=_combine_before_callbacks(outer.before, inner.before),
         applied=inner.applied,
         answer=replaced.answer,
         retry_after=replaced.retry_after,
-        rewrite=_compose_rewrites(outer.rewrite, inner.rewrite),
+        rewrite=_combine_answer_rewrites(outer.rewrite, inner.rewrite),
     )
 
 
-def _combine_callbacks(
-    first: Callable[[str, str | None], None] | None,
-    second: Callable[[str, str | None], None] | None,
+def _combine_before_callbacks(
+    outer: Callable[[str, str | None], None] | None,
+    inner: Callable[[str, str | None], None] | None,
 ) -> Callable[[str, str | None], None] | None:
-    if first is None or second is None:
-        return first or second
+    if outer is None or inner is None:
+        return outer or inner
 
-    def call_both_callbacks(environment_id: str, work_id: str | None) -> None:
-        first(environment_id, work_id)
-        second(environment_id, work_id)
+    def call_outer_then_inner(environment_id: str, work_id: str | None) -> None:
+        outer(environment_id, work_id)
+        inner(environment_id, work_id)
 
-    return call_both_callbacks
+    return call_outer_then_inner
 
 
-def _compose_rewrites(
+def _combine_answer_rewrites(
     outer: Callable[[Any], Any] | None, inner: Callable[[Any], Any] | None
 ) -> Callable[[Any], Any] | None:
     if outer is None or inner is None:

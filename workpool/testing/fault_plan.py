@@ -33,8 +33,8 @@ class _StrictFileModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _FaultConditions(_StrictFileModel):
-    """The keys of a faults file that select the calls to which one fault applies.
+class _FaultEntry(_StrictFileModel):
+    """One fault of a faults file: the keys that select the calls to which it applies.
 
     The keys have the meaning of the keys of `fault_rules.RuleLimits`.
     """
@@ -46,12 +46,12 @@ class _FaultConditions(_StrictFileModel):
     between: Annotated[tuple[_Seconds, _Seconds], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
-    def _check_time_window(self) -> Self:
+    def _validate_time_window(self) -> Self:
         if self.between is not None and self.between[0] >= self.between[1]:
             raise ValueError("between: the window must end after it begins")
         return self
 
-    def rule_limits(self) -> RuleLimits:
+    def make_rule_limits(self) -> RuleLimits:
         limits = RuleLimits(skip=self.skip, probability=self.probability)
         if self.times is not None:
             limits["times"] = self.times
@@ -60,7 +60,7 @@ class _FaultConditions(_StrictFileModel):
         return limits
 
 
-class _StatusFaultEntry(_FaultConditions):
+class _StatusFaultEntry(_FaultEntry):
     kind: Literal["status"]
     code: Annotated[int, Field(ge=300, le=599)]
     retry_after: _Seconds | str | None = None
@@ -73,7 +73,7 @@ class _StatusFaultEntry(_FaultConditions):
         )
 
 
-class _LostAnswerFaultEntry(_FaultConditions):
+class _LostAnswerFaultEntry(_FaultEntry):
     kind: Literal["lost", "reset", "garbled"]
     applied: bool = True
 
@@ -82,7 +82,7 @@ class _LostAnswerFaultEntry(_FaultConditions):
         return makers[self.kind](applied=self.applied)
 
 
-class _DelayFaultEntry(_FaultConditions):
+class _DelayFaultEntry(_FaultEntry):
     kind: Literal["delay"]
     seconds: _Seconds
     applied: bool = False
@@ -91,7 +91,7 @@ class _DelayFaultEntry(_FaultConditions):
         return effects.delay(self.seconds, applied=self.applied)
 
 
-class _TrickleFaultEntry(_FaultConditions):
+class _TrickleFaultEntry(_FaultEntry):
     kind: Literal["trickle"]
     seconds: _Seconds
 
@@ -99,7 +99,7 @@ class _TrickleFaultEntry(_FaultConditions):
         return effects.trickle(self.seconds)
 
 
-class _ExpiredLeaseFaultEntry(_FaultConditions):
+class _ExpiredLeaseFaultEntry(_FaultEntry):
     kind: Literal["expired"]
 
     def make_fault(self, plane: ControlPlane) -> effects.Fault:
@@ -138,10 +138,10 @@ class FaultPlan(_StrictFileModel):
             isinstance(each, _ExpiredLeaseFaultEntry) for each in self.fault
         )
 
-    def install(self, faults: Faults, plane: ControlPlane) -> None:
+    def add_rules_to(self, faults: Faults, plane: ControlPlane) -> None:
         """Inject the faults of the plan into calls of the control plane from now on."""
         for each in self.fault:
-            faults.add(each.make_fault(plane), *(each.ops or ()), **each.rule_limits())
+            faults.add(each.make_fault(plane), *(each.ops or ()), **each.make_rule_limits())
 
 
 _WORDING: Final = {"Extra inputs are not permitted": "there is no such key"}
@@ -165,11 +165,11 @@ def read_fault_plan(path: Path) -> FaultPlan:
     try:
         return FaultPlan.model_validate(found)
     except ValidationError as error:
-        problems = [_describe_problem(each["loc"], each["msg"]) for each in error.errors()]
+        problems = [_describe_mistake_in_file(each["loc"], each["msg"]) for each in error.errors()]
         raise ServeError(f"faults file: {path}: {'; '.join(problems)}") from None
 
 
-def _describe_problem(place: tuple[int | str, ...], message: str) -> str:
+def _describe_mistake_in_file(place: tuple[int | str, ...], message: str) -> str:
     """Describe one mistake in a faults file, as in `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):

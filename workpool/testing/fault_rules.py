@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 import orjson
 from aiohttp import web
 
-from workpool.testing.bounded_wait import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, StateChanges
-from workpool.testing.fault import Fault, Op, nest_faults
+from workpool.testing.bounded_wait import VIRTUAL_WAIT_SECONDS, WAIT_SECONDS, BoundedCondition
+from workpool.testing.fault import Fault, Op, combine_faults
 from workpool.testing.http_faults import (
     answer_with_fault,
     find_operation_of_request,
@@ -157,7 +157,7 @@ class Faults:
         self.rules: list[Rule] = []
         self.seed = seed
         self._random = random.Random(seed)  # noqa: S311 - faults must be repeatable
-        self._changes = StateChanges()
+        self._changes = BoundedCondition()
         self._remember = remember
         self._over_http = over_http
         self._began: float | None = None
@@ -263,17 +263,17 @@ class Faults:
             if request.body_exists and request.content.is_eof():
                 with suppress(ConnectionError):
                     seen.body = _parse_json(await request.read())
-            self._changes.notify()
+            self._changes.notify_all()
 
     def fault_for_call(self, request: Request) -> Fault:
         """Record a call of a `LocalClient`, and return the fault to inject into this call."""
         rules = self._record_request(request)
-        return nest_faults([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
+        return combine_faults([rule.fault for rule in rules if isinstance(rule.fault, Fault)])
 
     def record_answer_status(self, request: Request, status: int | None) -> None:
         """Record the status of the answer to a call of a `LocalClient`; None means no answer."""
         request.status, request.lost = status, status is None
-        self._changes.notify()
+        self._changes.notify_all()
 
     def _record_request(self, request: Request) -> list[Rule]:
         """Record a request, and return the rules that apply to it."""
@@ -281,7 +281,7 @@ class Faults:
             self._began = request.at
         if self._remember:
             self.seen.append(request)
-        self._changes.notify()
+        self._changes.notify_all()
         return [rule for rule in self.rules if rule.applies(request)]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
-from workpool.testing.bounded_wait import WAIT_SECONDS, StateChanges
+from workpool.testing.bounded_wait import WAIT_SECONDS, BoundedCondition
 from workpool.testing.http_faults import reset_connection
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Proxy:
         self._drops_all_bytes = False
         self._delay = 0.0
         self._bytes_per_second: float | None = None
-        self._changes = StateChanges()
+        self._changes = BoundedCondition()
         self._stack = AsyncExitStack()
 
     def blackhole(self) -> None:
@@ -136,7 +136,7 @@ class Proxy:
                 group.create_task(
                     self._forward_connection(proxy_ends, reader, writer), name="proxy-connection"
                 )
-                self._changes.notify()
+                self._changes.notify_all()
 
             server = await asyncio.start_server(accept_connection, _HOST, 0, limit=_CHUNK_BYTES)
             stack.callback(server.close)
@@ -186,12 +186,14 @@ class Proxy:
         connection.plane = plane
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._forward_direction(connection, reader, plane))
-                group.create_task(self._forward_direction(connection, answers, connection.worker))
+                group.create_task(self._forward_bytes_of_direction(connection, reader, plane))
+                group.create_task(
+                    self._forward_bytes_of_direction(connection, answers, connection.worker)
+                )
         finally:
             plane.transport.abort()
 
-    async def _forward_direction(
+    async def _forward_bytes_of_direction(
         self,
         connection: _ProxiedConnection,
         source: asyncio.StreamReader,
@@ -202,13 +204,13 @@ class Proxy:
         # the other side.
         with suppress(OSError):
             while chunk := await source.read(self._next_read_size()):
-                await self._wait_for_network(len(chunk))
+                await self._wait_for_injected_failures(len(chunk))
                 if self._drops_bytes(connection):
                     continue
                 if not (connection.half_closed and sink is connection.worker):
                     sink.write(chunk)
                     await sink.drain()
-            await self._wait_for_network(0)
+            await self._wait_for_injected_failures(0)
             if not self._drops_bytes(connection):
                 sink.write_eof()
                 return
@@ -227,7 +229,7 @@ class Proxy:
             return _CHUNK_BYTES
         return max(1, int(self._bytes_per_second / 10))
 
-    async def _wait_for_network(self, count: int) -> None:
+    async def _wait_for_injected_failures(self, count: int) -> None:
         """Wait for the injected delay, the throttle and the end of a partition."""
         pace = self._bytes_per_second
         await asyncio.sleep(self._delay + (count / pace if pace else 0.0))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, get_args
 from aiohttp import web
 
 from workpool.server.http.server_dialects import WORKER_ID_HEADERS
-from workpool.testing.bounded_wait import StateChanges
+from workpool.testing.bounded_wait import BoundedCondition
 from workpool.testing.fault import Fault, Op
 from workpool.wire.response import Response
 
@@ -149,20 +149,20 @@ class Hold:
         self.held = 0
         self._applied = applied
         self._released = asyncio.Event()
-        self._changes = StateChanges()
+        self._changes = BoundedCondition()
 
     async def __call__(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Delay one request, or the answer to it, until the test calls `release()`."""
         if self._applied:
             response = await handler(request)
-            await self._wait_for_release()
+            await self._hold_until_release()
             return response
-        await self._wait_for_release()
+        await self._hold_until_release()
         return await handler(request)
 
-    async def _wait_for_release(self) -> None:
+    async def _hold_until_release(self) -> None:
         self.held += 1
-        self._changes.notify()
+        self._changes.notify_all()
         await self._released.wait()
 
     async def reached(self, count: int = 1) -> None:

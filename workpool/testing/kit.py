@@ -26,7 +26,7 @@ from workpool.testing.event_recorder import Recorder
 from workpool.testing.fault import expire_lease
 from workpool.testing.fault_rules import Faults
 from workpool.testing.local_client import LocalClient
-from workpool.testing.loop_supervisor import LoopSupervisor
+from workpool.testing.loop_supervisor import ThreadlessSupervisor
 from workpool.testing.virtual_time import VirtualLoop
 from workpool.testing.wait_failure import count_event_names, describe_item_progress
 from workpool.wire.protocol import STOPPED
@@ -337,7 +337,7 @@ class _HeartbeatOnDemandPool(Supervisor):
                     self._context.renewer.send_heartbeat_soon(lease)
 
 
-class _VirtualTimePool(_HeartbeatOnDemandPool, LoopSupervisor):
+class _VirtualTimePool(_HeartbeatOnDemandPool, ThreadlessSupervisor):
     """A pool in virtual time with a method that sends an item's heartbeat at once."""
 
 

@@ -21,7 +21,7 @@ from workpool.server.pagination import page_json
 from workpool.server.state_machine import heartbeat_answer
 from workpool.testing.fault import NO_FAULT, Fault, Op
 from workpool.testing.fault_rules import Request
-from workpool.testing.local_events import LocalEvents
+from workpool.testing.local_events import LocalEventCalls
 from workpool.wire import endpoints
 from workpool.wire.events.session_events import SessionEvents
 from workpool.wire.http.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
@@ -55,10 +55,10 @@ _ABSENT: Final = "\x00"
 _ABOUT_SESSIONS: Final = frozenset({"events", "send", "stream"})
 
 
-class Script:
+class FaultScript:
     """The faults for the first calls of each operation.
 
-        Script(heartbeat=[None, silence()], ack=[status(503)])
+        FaultScript(heartbeat=[None, silence()], ack=[status(503)])
 
     The n-th fault is injected into the n-th call; None injects no fault.
 
@@ -164,19 +164,17 @@ class LocalClient:
 
         async def receive_answer() -> Response | NoAnswer:
             await asyncio.sleep(fault.wait + fault.request_delay)
-            self._run_before_arrival_callback(request, fault)
+            self._call_before_callback(request, fault)
             item = None
             if fault.applied:
-                item = await self._operations.long_poll(
-                    self._environment_id, poll, _never_disconnected
-                )
+                item = await self._operations.long_poll(self._environment_id, poll, _is_client_gone)
             answer = run_operation_with_fault(
                 fault, lambda: None if item is None else QODER.item_json(item)
             )
             if answer == "silence":
                 await asyncio.Event().wait()
-            await asyncio.sleep(answer_delay(fault, answer))
-            self._report_answer(request, answer)
+            await asyncio.sleep(compute_answer_delay(fault, answer))
+            self._report_answer_status(request, answer)
             return answer
 
         seconds = self._timeout + poll.block_ms / 1000 if timeout is None else timeout
@@ -192,13 +190,13 @@ class LocalClient:
     ) -> WorkItem:
         """Acknowledge an item, as `WorkClient.ack` does."""
 
-        def run_ack() -> object:
+        def answer_ack_call() -> object:
             return QODER.item_json(
                 self._operations.ack_item(self._environment_id, work_id, self.worker_id)
             )
 
         options = options._replace(permit=permit or options.permit)
-        item = await self._send_call(endpoints.ACK, work_id, run_ack, timeout, options)
+        item = await self._send_call(endpoints.ACK, work_id, answer_ack_call, timeout, options)
         return endpoints.check_same_item(endpoints.ACK, work_id, item)
 
     async def heartbeat(
@@ -212,7 +210,7 @@ class LocalClient:
     ) -> Heartbeat:
         """Send a heartbeat, as `WorkClient.heartbeat` does."""
 
-        def run_heartbeat() -> object:
+        def answer_heartbeat_call() -> object:
             item = self._operations.heartbeat(
                 self._environment_id, work_id, expected, ttl or TTL_DEFAULT_SECONDS, self.worker_id
             )
@@ -220,7 +218,9 @@ class LocalClient:
 
         if self.rate_limits.write.limited:
             self.rate_limits.write.charge()
-        return await self._send_call(endpoints.HEARTBEAT, work_id, run_heartbeat, timeout, options)
+        return await self._send_call(
+            endpoints.HEARTBEAT, work_id, answer_heartbeat_call, timeout, options
+        )
 
     async def stop(
         self,
@@ -233,7 +233,7 @@ class LocalClient:
     ) -> WorkItem | None:
         """Stop an item, as `WorkClient.stop` does."""
 
-        def run_stop() -> object:
+        def answer_stop_call() -> object:
             return QODER.item_json(
                 self._operations.stop_item(
                     self._environment_id, work_id, self.worker_id, force=force
@@ -241,7 +241,7 @@ class LocalClient:
             )
 
         stop = endpoints.STOP if read_item else endpoints.STOP_UNREAD
-        return await self._send_call(stop, work_id, run_stop, timeout, options)
+        return await self._send_call(stop, work_id, answer_stop_call, timeout, options)
 
     async def update_metadata(
         self,
@@ -253,14 +253,16 @@ class LocalClient:
     ) -> WorkItem:
         """Merge metadata, as `WorkClient.update_metadata` does."""
 
-        def run_update() -> object:
+        def answer_update_call() -> object:
             return QODER.item_json(
                 self._operations.update_metadata(
                     self._environment_id, work_id, patch, self.worker_id
                 )
             )
 
-        return await self._send_call(endpoints.UPDATE, work_id, run_update, timeout, options)
+        return await self._send_call(
+            endpoints.UPDATE, work_id, answer_update_call, timeout, options
+        )
 
     async def get(
         self,
@@ -271,10 +273,10 @@ class LocalClient:
     ) -> WorkItem:
         """Read an item, as `WorkClient.get` does."""
 
-        def run_get() -> object:
+        def answer_get_call() -> object:
             return QODER.item_json(self._operations.get_item(self._environment_id, work_id))
 
-        item = await self._send_call(endpoints.GET, work_id, run_get, timeout, options)
+        item = await self._send_call(endpoints.GET, work_id, answer_get_call, timeout, options)
         return endpoints.check_same_item(endpoints.GET, work_id, item)
 
     async def list(
@@ -285,11 +287,11 @@ class LocalClient:
         while left > 0:
             size = min(left, LIST_LIMIT_MAX)
 
-            def run_list(size: int = size, after: str = after) -> object:
+            def answer_list_call(size: int = size, after: str = after) -> object:
                 page = self._operations.list_items(self._environment_id, size, after=after)
                 return page_json(page, QODER.item_json)
 
-            page = await self._send_call(endpoints.LIST, None, run_list, timeout)
+            page = await self._send_call(endpoints.LIST, None, answer_list_call, timeout)
             for item in page.items:
                 yield item
             if page.next_page is None:
@@ -302,16 +304,16 @@ class LocalClient:
         """Return the events of a session, as `WorkClient.events` does."""
         del token
         return SessionEvents(
-            LocalEvents(self._operations, session_id, self._send_call), session_id, guard
+            LocalEventCalls(self._operations, session_id, self._send_call), session_id, guard
         )
 
     async def stats(self) -> QueueStats:
         """Read the queue's statistics, as `WorkClient.stats` does."""
 
-        def run_stats() -> object:
+        def answer_stats_call() -> object:
             return self._operations.queue_stats(self._environment_id).to_json()
 
-        return await self._send_call(endpoints.STATS, None, run_stats, None)
+        return await self._send_call(endpoints.STATS, None, answer_stats_call, None)
 
     async def _send_call(
         self,
@@ -326,19 +328,19 @@ class LocalClient:
         request = self._new_request(endpoint.op, work_id)
         fault = self._fault_for_request(request)
         until = loop.time() + (self._timeout if timeout is None else timeout)
-        await self._wait_before_sending(endpoint.op, fault, options, until)
+        await self._wait_for_permit_and_fault(endpoint.op, fault, options, until)
         if options.check is not None:
             options.check()
         self._record_sent_call(endpoint.op, work_id, fault)
 
-        def arrive_at_control_plane() -> None:
-            self._run_before_arrival_callback(request, fault)
+        def deliver_request() -> None:
+            self._call_before_callback(request, fault)
             answer = run_operation_with_fault(fault, run_operation)
             if answer != "silence":
-                loop.call_later(answer_delay(fault, answer), deliver_answer, answer)
+                loop.call_later(compute_answer_delay(fault, answer), deliver_answer, answer)
 
         def deliver_answer(answer: Response | NoAnswer) -> None:
-            self._report_answer(request, answer)
+            self._report_answer_status(request, answer)
             if not answered.done():
                 answered.set_result(answer)
 
@@ -346,10 +348,10 @@ class LocalClient:
             return await answered
 
         # From here on, the request arrives even if the caller is cancelled.
-        self._schedule_arrival(fault.request_delay, arrive_at_control_plane)
+        self._schedule_request_delivery(fault.request_delay, deliver_request)
         return await self._await_answer(endpoint, receive_answer(), until - loop.time())
 
-    async def _wait_before_sending(
+    async def _wait_for_permit_and_fault(
         self, op: str, fault: Fault, options: CallOptions, until: float
     ) -> None:
         """Wait for a permit of the client's rate limit, and for the seconds of `fault.wait`."""
@@ -378,7 +380,7 @@ class LocalClient:
             if self.on_rate_limit_wait is not None:
                 self.on_rate_limit_wait(limiter.kind, loop.time() - started)
 
-    def _schedule_arrival(self, seconds: float, arrive: Callable[[], None]) -> None:
+    def _schedule_request_delivery(self, seconds: float, arrive: Callable[[], None]) -> None:
         asyncio.get_running_loop().call_later(seconds, arrive)
 
     def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
@@ -394,11 +396,11 @@ class LocalClient:
     def _fault_for_request(self, request: Request) -> Fault:
         return (self._faults(request) if self._faults else None) or NO_FAULT
 
-    def _run_before_arrival_callback(self, request: Request, fault: Fault) -> None:
+    def _call_before_callback(self, request: Request, fault: Fault) -> None:
         if fault.before is not None:
             fault.before(self._environment_id, request.work_id)
 
-    def _report_answer(self, request: Request, answer: Response | NoAnswer) -> None:
+    def _report_answer_status(self, request: Request, answer: Response | NoAnswer) -> None:
         if self._on_answer is not None:
             self._on_answer(request, answer.status if isinstance(answer, Response) else None)
 
@@ -435,7 +437,7 @@ def run_operation_with_fault(
     )
 
 
-def answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
+def compute_answer_delay(fault: Fault, answer: Response | NoAnswer) -> float:
     """Return the seconds from the operation until the last byte of its answer arrives."""
     body = answer.body if isinstance(answer, Response) else b""
     return fault.answer_delay + fault.byte_seconds * len(body)
@@ -448,5 +450,5 @@ def _make_operation_response(run_operation: Callable[[], object]) -> Response:
         return Response(refusal.status, {}, orjson.dumps(refusal.to_envelope()))
 
 
-def _never_disconnected() -> bool:
+def _is_client_gone() -> bool:
     return False

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def _parse_position(obj: Any) -> int:
+def _parse_stream_position(obj: Any) -> int:
     return int(obj["position"])
 
 
-_OPEN: Final[Endpoint[int]] = endpoints.Endpoint(endpoints.STREAM, "GET", _parse_position)
+_OPEN: Final[Endpoint[int]] = endpoints.Endpoint(endpoints.STREAM, "GET", _parse_stream_position)
 
 
-class CallSender(Protocol):
+class LocalCallSender(Protocol):
     """The interface of a function that makes one call with its injected faults."""
 
     def __call__(
@@ -47,12 +47,12 @@ class CallSender(Protocol):
         """Make the call and return the parsed answer."""
 
 
-class LocalEvents:
+class LocalEventCalls:
     """The calls for one session's events, made in the same process; implements `EventCalls`."""
 
     resumes = True
 
-    def __init__(self, operations: Operations, session_id: str, send: CallSender) -> None:
+    def __init__(self, operations: Operations, session_id: str, send: LocalCallSender) -> None:
         self._operations = operations
         self._session_id = session_id
         self._send_call = send
@@ -66,29 +66,31 @@ class LocalEvents:
         """
         after = after_id or (page or "").partition("-")[2]
 
-        def run_list_events() -> object:
+        def answer_event_list_call() -> object:
             events = self._read_conversation().list_events(limit + 1, after=after)
             return page_json(make_page(events, limit, backwards=False), event_json)
 
-        return await self._send_call(endpoints.EVENTS, self._session_id, run_list_events, None)
+        return await self._send_call(
+            endpoints.EVENTS, self._session_id, answer_event_list_call, None
+        )
 
     async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
         """Append events to the session, and return them as the control plane stored them."""
 
-        def run_append_events() -> object:
+        def answer_append_call() -> object:
             stored = self._operations.send_events(self._session_id, parse_event_batch(body))
             return {"data": [event_json(event) for event in stored]}
 
         return await self._send_call(
-            endpoints.SEND, self._session_id, run_append_events, None, options
+            endpoints.SEND, self._session_id, answer_append_call, None, options
         )
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
         """Open a stream of the events after the event `last_id`; None means new events only."""
 
-        def run_open_stream() -> object:
+        def answer_stream_call() -> object:
             history = self._read_conversation()
             return {
                 "position": len(history.events)
@@ -96,7 +98,7 @@ class LocalEvents:
                 else history.find_position_after_event(last_id)
             }
 
-        position = await self._send_call(_OPEN, self._session_id, run_open_stream, None)
+        position = await self._send_call(_OPEN, self._session_id, answer_stream_call, None)
         return _LocalStream(self._operations, self._session_id, position)
 
     def _read_conversation(self) -> Conversation:

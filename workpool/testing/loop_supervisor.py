@@ -13,7 +13,7 @@ TICK_SECONDS: Final = 5.0
 """Seconds between two ticks of the renewer: longer than on a thread, since each tick costs time."""
 
 
-class LoopRenewer(LeaseRenewer):
+class ThreadlessLeaseRenewer(LeaseRenewer):
     """A lease renewer on the handlers' loop, without a thread of its own."""
 
     tick_seconds = TICK_SECONDS
@@ -26,13 +26,13 @@ class LoopRenewer(LeaseRenewer):
         """Do nothing, since the lease renewer has no thread."""
 
 
-class LoopSupervisor(Supervisor):
+class ThreadlessSupervisor(Supervisor):
     """A supervisor without a renewer thread, for a pool in virtual time.
 
     Its lease renewer runs on the handlers' loop, and its lease clock is the clock of that loop.
     """
 
-    _renewer = LoopRenewer
+    _renewer = ThreadlessLeaseRenewer
 
     async def _open_and_run_pool(self) -> None:
         self._use_virtual_clocks()

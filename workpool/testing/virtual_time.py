@@ -43,7 +43,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self.slept = self.paused = 0.0
-        self._real_time_waits = _RealTimeWaits()
+        self._real_time_resources = _RealTimeResources()
         self._jumping_selector = _JumpingSelector(self._advance_to_next_timer)
         super().__init__(self._jumping_selector)
         self._own_files = {key.fd for key in self._jumping_selector.get_map().values()}
@@ -83,8 +83,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Future[T]:
         """Call a function on a thread, and record that a task may wait for the thread."""
         future = super().run_in_executor(executor, func, *args)
-        self._real_time_waits.threads[future] = _function_name(func)
-        future.add_done_callback(self._real_time_waits.threads.pop)
+        self._real_time_resources.threads[future] = _function_name(func)
+        future.add_done_callback(self._real_time_resources.threads.pop)
         return future
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
@@ -100,13 +100,13 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     async def subprocess_exec(self, *args: Any, **kwargs: Any) -> Any:
         """Start a process, and record that a task may wait for the process."""
         transport, protocol = await super().subprocess_exec(*args, **kwargs)
-        self._real_time_waits.processes[transport] = os.fsdecode(args[1])
+        self._real_time_resources.processes[transport] = os.fsdecode(args[1])
         return transport, protocol
 
     async def subprocess_shell(self, *args: Any, **kwargs: Any) -> Any:
         """Start a shell, and record that a task may wait for the shell."""
         transport, protocol = await super().subprocess_shell(*args, **kwargs)
-        self._real_time_waits.processes[transport] = "shell"
+        self._real_time_resources.processes[transport] = "shell"
         return transport, protocol
 
     def _advance_to_next_timer(self, seconds: float | None) -> None:
@@ -121,18 +121,18 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             for key in self._jumping_selector.get_map().values()
             if key.fd not in self._own_files
         ]
-        if self._real_time_waits.threads or self._real_time_waits.processes or files:
-            real_time_waits = self._real_time_waits.describe(files)
-            if real_time_waits and not self._jumping_selector.real_seconds:
+        if self._real_time_resources.threads or self._real_time_resources.processes or files:
+            resources = self._real_time_resources.describe_resources(files)
+            if resources and not self._jumping_selector.real_seconds:
                 self._jumping_selector.real_seconds = CLEANUP_SECONDS
-                raise RuntimeError(f"virtual time cannot wait for {', '.join(real_time_waits)}")
+                raise RuntimeError(f"virtual time cannot wait for {', '.join(resources)}")
         if seconds is None:
             # Without a timer, no task can ever continue: the test would hang without this error.
-            raise RuntimeError(f"every task waits, and no timer is set{_find_running_threads()}")
+            raise RuntimeError(f"every task waits, and no timer is set{_describe_other_threads()}")
         self._now += seconds
 
 
-class _RealTimeWaits:
+class _RealTimeResources:
     """The threads and processes that tasks of one loop may wait for, which takes real time."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ class _RealTimeWaits:
             weakref.WeakKeyDictionary()
         )
 
-    def describe(self, files: Iterable[int]) -> list[str]:
+    def describe_resources(self, files: Iterable[int]) -> list[str]:
         """Describe the threads, the processes, and the sockets among the file descriptors `files`.
 
         The descriptions are part of an error message.
@@ -152,7 +152,7 @@ class _RealTimeWaits:
             for transport, name in self.processes.items()
             if transport.get_returncode() is None
         ]
-        return names + [name for file in files if (name := _socket_name(file))]
+        return names + [name for file in files if (name := _describe_socket(file))]
 
 
 def _function_name(func: Any) -> str:
@@ -166,7 +166,7 @@ def _function_name(func: Any) -> str:
     return str(getattr(func, "__qualname__", type(func).__qualname__))
 
 
-def _socket_name(file: int) -> str | None:
+def _describe_socket(file: int) -> str | None:
     """Describe the socket of a file descriptor; return None if it is not a socket."""
     try:
         copy = socket.socket(fileno=os.dup(file))
@@ -183,7 +183,7 @@ def _format_address(address: Any) -> str:
     return f"{address[0]}:{address[1]}" if isinstance(address, tuple) else repr(address)
 
 
-def _find_running_threads() -> str:
+def _describe_other_threads() -> str:
     names = [each.name for each in threading.enumerate() if each is not threading.current_thread()]
     return f"; virtual time does not wait for the threads {', '.join(names)}" if names else ""
 
@@ -208,7 +208,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         return ready
 
 
-def run_virtual(main: Coroutine[object, object, T]) -> T:
+def run_on_virtual_loop(main: Coroutine[object, object, T]) -> T:
     """Run `main` in virtual time, as `asyncio.run` does in real time.
 
     Raises:
@@ -223,6 +223,6 @@ def in_virtual_time(test: Callable[P, Coroutine[object, object, T]]) -> Callable
 
     @functools.wraps(test)
     def run_test_in_virtual_time(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run_virtual(test(*args, **kwargs))
+        return run_on_virtual_loop(test(*args, **kwargs))
 
     return run_test_in_virtual_time

@@ -19,7 +19,7 @@ from yarl import URL
 from workpool.errors import RefusedError
 from workpool.wire import endpoints, protocol, request_bodies
 from workpool.wire.client_dialects import DIALECTS
-from workpool.wire.events.http_events import HttpEvents
+from workpool.wire.events.http_events import HttpEventCalls
 from workpool.wire.events.session_events import SessionEvents
 from workpool.wire.http.call_options import CLAIM_OPTIONS, DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.rate_limiter import RateLimits
@@ -392,7 +392,7 @@ class WorkClient:
         """
         _check_id("session_id", session_id)
         own = self._transport
-        http_events = HttpEvents(
+        http_events = HttpEventCalls(
             own if token is None else own.with_own_token(token.get_secret_value()),
             self.rate_limits,
             f"{self._sessions}/{session_id}/events",

@@ -33,7 +33,7 @@ from workpool.events import SessionFinished
 from workpool.server import ControlPlane
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Faults, Recorder, literal
-from workpool.testing.bounded_wait import StateChanges
+from workpool.testing.bounded_wait import BoundedCondition
 from workpool_container import Container
 from workpool_container.engine_client import EngineClient
 
@@ -243,11 +243,11 @@ class SessionLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        self._changes = StateChanges()
+        self._changes = BoundedCondition()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
-        self._changes.notify()
+        self._changes.notify_all()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         await self._changes.wait_until(condition, lambda: "\n".join(self.lines), WAIT_SECONDS)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from workpool.wire.http.transport import Transport
 
 
-class HttpEvents:
+class HttpEventCalls:
     """Calls for one session's events over HTTP (an implementation of `EventCalls`).
 
     Args:
