@@ -43,7 +43,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.trial)
 
 
-class ToolCaller:
+class FakeAgent:
     """Calls the tools of a session as an agent does, and returns their results."""
 
     def __init__(self, toolbox: Toolbox, folder: Path, shown: str) -> None:
@@ -72,7 +72,7 @@ def result_text(result: ToolResult) -> str:
     return "\n".join(str(block.get("text")) for block in result.content)
 
 
-def make_tool_caller(
+def create_fake_agent(
     isolation: Isolation,
     folder: Path,
     roots: Sequence[WorkspaceRoot] = (),
@@ -80,7 +80,7 @@ def make_tool_caller(
     custom: Any = None,
     bounds: CallLimits = CallLimits(bash_seconds=40.0, tool_seconds=55.0),  # noqa: B008 - frozen
     threads: ToolThreads,
-) -> ToolCaller:
+) -> FakeAgent:
     owner = isolation.file_owner(SESSION)
     if owner:
         os.chown(folder, *owner)
@@ -99,7 +99,7 @@ def make_tool_caller(
         bounds=bounds,
         threads=threads,
     )
-    return ToolCaller(toolbox, folder, shown)
+    return FakeAgent(toolbox, folder, shown)
 
 
 @pytest.fixture(scope="session")
@@ -131,38 +131,38 @@ async def tool_threads() -> AsyncIterator[ToolThreads]:
 
 
 @pytest.fixture
-async def make_tool_callers(
+async def fake_agent_factory(
     workspace_directory: Path, tool_threads: ToolThreads
-) -> AsyncIterator[Callable[..., ToolCaller]]:
-    """Return a function that makes a `ToolCaller` with the given isolation and options."""
-    callers: list[ToolCaller] = []
+) -> AsyncIterator[Callable[..., FakeAgent]]:
+    """Return a function that makes a `FakeAgent` with the given isolation and options."""
+    agents: list[FakeAgent] = []
 
-    def make_caller(isolation: Isolation = NoIsolation(), **options: Any) -> ToolCaller:  # noqa: B008 - frozen
-        callers.append(
-            make_tool_caller(isolation, workspace_directory, **{"threads": tool_threads} | options)
+    def create_agent(isolation: Isolation = NoIsolation(), **options: Any) -> FakeAgent:  # noqa: B008 - frozen
+        agents.append(
+            create_fake_agent(isolation, workspace_directory, **{"threads": tool_threads} | options)
         )
-        return callers[-1]
+        return agents[-1]
 
-    yield make_caller
-    for agent in callers:
+    yield create_agent
+    for agent in agents:
         await agent.toolbox.close_shell()
 
 
 @pytest.fixture(
     params=["agent_without_sandbox", pytest.param("agent_with_sandbox", marks=pytest.mark.trial)]
 )
-def agent(request: pytest.FixtureRequest) -> ToolCaller:
-    """A `ToolCaller`. Each test that uses it runs twice: without and with a sandbox."""
-    caller: ToolCaller = request.getfixturevalue(request.param)
-    return caller
+def agent(request: pytest.FixtureRequest) -> FakeAgent:
+    """A `FakeAgent`. Each test that uses it runs twice: without and with a sandbox."""
+    chosen: FakeAgent = request.getfixturevalue(request.param)
+    return chosen
 
 
 @pytest.fixture
 async def agent_without_sandbox(
     workspace_directory: Path, tool_threads: ToolThreads
-) -> AsyncIterator[ToolCaller]:
-    """A `ToolCaller` whose commands run without isolation."""
-    agent = make_tool_caller(NoIsolation(), workspace_directory, threads=tool_threads)
+) -> AsyncIterator[FakeAgent]:
+    """A `FakeAgent` whose commands run without isolation."""
+    agent = create_fake_agent(NoIsolation(), workspace_directory, threads=tool_threads)
     yield agent
     await agent.toolbox.close_shell()
 
@@ -170,8 +170,8 @@ async def agent_without_sandbox(
 @pytest.fixture
 async def agent_with_sandbox(
     sandbox: Bubblewrap, workspace_directory: Path, tool_threads: ToolThreads
-) -> AsyncIterator[ToolCaller]:
-    """A `ToolCaller` whose commands run in a sandbox."""
-    agent = make_tool_caller(sandbox, workspace_directory, threads=tool_threads)
+) -> AsyncIterator[FakeAgent]:
+    """A `FakeAgent` whose commands run in a sandbox."""
+    agent = create_fake_agent(sandbox, workspace_directory, threads=tool_threads)
     yield agent
     await agent.toolbox.close_shell()

@@ -49,7 +49,7 @@ async def shout(call):
 """
 
 
-def make_counted_bash_call(
+def make_bash_call_that_logs_number(
     number: int, before: str = "", permission: str = "allow"
 ) -> dict[str, Any]:
     """Return a Bash call whose command appends the number of the call to a file."""
@@ -62,30 +62,30 @@ def make_scripted_call(name: str, **fields: Any) -> dict[str, Any]:
 
 
 SCRIPT: list[dict[str, Any]] = [
-    make_counted_bash_call(1),
+    make_bash_call_that_logs_number(1),
     make_scripted_call("Write", file_path="notes/plan.txt", content="first\nsecond\n"),
     make_scripted_call("Read", file_path="notes/plan.txt"),
     make_scripted_call("Edit", file_path="notes/plan.txt", old_string="second", new_string="2nd"),
     make_scripted_call("Glob", pattern="**/*.txt"),
     make_scripted_call("Grep", pattern="2nd|log"),
-    make_counted_bash_call(7, "cat notes/plan.txt; "),
+    make_bash_call_that_logs_number(7, "cat notes/plan.txt; "),
     make_scripted_call("Read", file_path="missing.txt"),
     make_scripted_call("Bash", command="echo to stderr >&2; (exit 3)"),
     make_scripted_call("Bash", command="echo begun; sleep 60", timeout_ms=300),
     make_scripted_call("Bash", restart=True),
-    make_counted_bash_call(12, permission="ask"),
-    make_counted_bash_call(13, permission="deny"),
-    make_counted_bash_call(14, permission="ask"),
+    make_bash_call_that_logs_number(12, permission="ask"),
+    make_bash_call_that_logs_number(13, permission="deny"),
+    make_bash_call_that_logs_number(14, permission="ask"),
     {"name": "shout", "input": {"line": "15"}, "custom": True},
     make_scripted_call(
         "Bash", command="env; cat /proc/*/environ; cat ../* ../../*; ls -la /", restart=True
     ),
     make_scripted_call("Read", file_path="/proc/self/environ"),
-    *(make_counted_bash_call(number) for number in range(18, 24)),
+    *(make_bash_call_that_logs_number(number) for number in range(18, 24)),
     {"name": "shout", "input": {"line": "24"}, "custom": True},
     make_scripted_call("Read", file_path="notes/plan.txt", view_range=[2, 2]),
     make_scripted_call("Write", file_path="notes/done.txt", content="done\n"),
-    *(make_counted_bash_call(number) for number in range(27, 31)),
+    *(make_bash_call_that_logs_number(number) for number in range(27, 31)),
 ]
 VERDICTS = {12: "allow", 14: "deny"}
 DENIED = {13, 14}
@@ -176,16 +176,16 @@ class ScriptedSession:
             async with events.stream() as stream:
                 async for event in stream:
                     for name in event.get("stop_reason", {}).get("event_ids", ()):
-                        if self._tool_name(name) == "Bash":
+                        if self._find_tool_name(name) == "Bash":
                             verdict = {"tool_use_id": name, "result": waiting.pop(0)}
                             await events.send({"type": "user.tool_confirmation", **verdict})
                     if not waiting:
                         return
 
-    def _tool_name(self, call: str) -> object:
+    def _find_tool_name(self, call: str) -> object:
         return next(event["name"] for event in self.session_events if event["id"] == call)
 
-    async def wait_for_answers(self, answers: int) -> None:
+    async def wait_for_answered_calls(self, answers: int) -> None:
         """Wait until this many calls are answered, or the session has ended."""
         async with (
             WorkClient(self.settings) as client,
@@ -223,7 +223,7 @@ class ScriptedSession:
             while killed < kills and not self.session_has_ended():
                 async with self.running_worker():
                     # The worker is killed during the call that follows this answer.
-                    await self.wait_for_answers(self.count_answered_calls() + 1)
+                    await self.wait_for_answered_calls(self.count_answered_calls() + 1)
                     await asyncio.sleep(self.random.choice((0.0, 0.01, 0.02, 0.05, 0.1, 0.2)))
                 if not self.session_has_ended():
                     killed += 1
@@ -278,13 +278,13 @@ async def main(kills: int, seed: int, *, sleeping: bool, quiet: bool) -> int:
             faults = Faults()
             async with ControlPlane(tokens={TOKEN: None}, middlewares=[faults.middleware]) as plane:
                 run = ScriptedSession(plane, faults, Path(name), seed, sleeping=sleeping)
-                killed, wrong = await run_and_check_session(run, left, quiet=quiet)
+                killed, wrong = await run_session_and_find_violations(run, left, quiet=quiet)
         left, seed, failed = left - killed, seed + 1, failed or bool(wrong)
         if left <= 0 or failed:
             return int(failed)
 
 
-async def run_and_check_session(
+async def run_session_and_find_violations(
     run: ScriptedSession, kills: int, *, quiet: bool
 ) -> tuple[int, list[str]]:
     """Run and check one session. Return the number of killed workers, and all violations."""

@@ -22,7 +22,7 @@ WAIT_SECONDS = 50.0
 """The time limit of a wait, which a loaded machine does not exceed."""
 
 
-def process_descriptors(word: str) -> list[int]:
+def open_pidfds(word: str) -> list[int]:
     """Return pidfds of all processes that have this word in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -47,7 +47,7 @@ async def wait_for_process_end(*processes: int) -> None:
             os.close(process)
 
 
-async def test_shell_keeps_directory_variables_and_functions_between_calls(agent: Any) -> None:
+async def test_shell_keeps_variables_functions_and_directory_between_calls(agent: Any) -> None:
     await agent.expect_tool_success(
         "Bash", command="mkdir sub && cd sub; export A=1; f() { echo f $A; }"
     )
@@ -127,7 +127,7 @@ async def test_error_of_command_that_exits_shell_names_status_and_restart_option
 async def test_exit_of_shell_does_not_wait_for_background_job(agent: Any) -> None:
     failed = await agent.expect_tool_error("bash", command="sleep 60.253 & echo bye; exit 7")
     assert failed == "bye\n\nthe shell ended with status 7; use restart=true for a new one"
-    await wait_for_process_end(*process_descriptors("60.253"))
+    await wait_for_process_end(*open_pidfds("60.253"))
 
 
 async def test_exit_of_shell_does_not_wait_for_background_job_that_prints_endlessly(
@@ -180,7 +180,7 @@ async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox
     await agent_without_sandbox.expect_tool_success(
         "bash", command=f"trap '' TERM; {start_two}; trap - TERM; {start_two}"
     )
-    processes = process_descriptors(PROCESS_WORD)
+    processes = open_pidfds(PROCESS_WORD)
     assert len(processes) == 4
     await agent_without_sandbox.toolbox.close_shell()
     await wait_for_process_end(*processes)
@@ -190,7 +190,7 @@ async def test_closing_sandboxed_shell_ends_its_processes_in_every_process_group
     agent_with_sandbox: Any,
 ) -> None:
     await agent_with_sandbox.expect_tool_success("bash", command=two_process_command("setsid sh"))
-    processes = process_descriptors(PROCESS_WORD)
+    processes = open_pidfds(PROCESS_WORD)
     assert len(processes) == 2
     await agent_with_sandbox.toolbox.close_shell()
     await wait_for_process_end(*processes)
@@ -204,7 +204,7 @@ async def test_cancelled_command_kills_its_shell(agent: Any, workspace_directory
         calling = group.create_task(agent.call_tool("bash", command=command))
         await asyncio.to_thread((workspace_directory / "ready").read_text)
         calling.cancel()
-    await wait_for_process_end(*process_descriptors("60.127"))
+    await wait_for_process_end(*open_pidfds("60.127"))
     assert "restart" in await agent.expect_tool_error("bash", command="echo x")
 
 
@@ -213,7 +213,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
 ) -> None:
     wait = asyncio.subprocess.Process.wait
 
-    async def cancel_close_at_process_exit(process: asyncio.subprocess.Process) -> int:
+    async def wait_and_cancel_shell_close(process: asyncio.subprocess.Process) -> int:
         status = await wait(process)
         closing.cancel()
         await asyncio.sleep(0)
@@ -222,10 +222,10 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
     shell = BashShell(BASH, {"PATH": os.environ["PATH"]}, workspace_directory)
     async with asyncio.timeout(WAIT_SECONDS), asyncio.TaskGroup() as group:
         await shell.run_command(f"trap '' TERM; {two_process_command('sh')}; trap - TERM")
-        processes = process_descriptors(PROCESS_WORD)
+        processes = open_pidfds(PROCESS_WORD)
         assert len(processes) == 2
         with monkeypatch.context() as patch:
-            patch.setattr(asyncio.subprocess.Process, "wait", cancel_close_at_process_exit)
+            patch.setattr(asyncio.subprocess.Process, "wait", wait_and_cancel_shell_close)
             closing = group.create_task(shell.close())
             await asyncio.wait({closing})
     await wait_for_process_end(*processes)
@@ -319,7 +319,7 @@ def test_sandbox_of_worker_without_root_hides_host_files(
         assert "unshare failed" in done.stderr
 
 
-def test_sandbox_of_root_gives_each_session_its_own_user() -> None:
+def test_sandbox_started_by_root_user_gives_each_session_its_own_user() -> None:
     isolation = Bubblewrap(ProcessLimits(), as_root=True)
     users = {isolation.file_owner(f"sess_{number}") for number in range(200)}
     assert len(users) == 200

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed resource <UVProcessTransport:ResourceWarning")
-def test_sandbox_check_reports_problem_if_other_code_reaped_its_process(
+def test_sandbox_check_reports_problem_if_code_outside_plugin_reaped_sandbox_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command_sandbox, "PROBE_SECONDS", 0.5)
@@ -42,12 +42,12 @@ def test_sandbox_check_reports_problem_if_other_code_reaped_its_process(
         kill_and_reap_process(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
         return process
 
-    async def check_sandbox() -> str | None:
+    async def find_problem_of_reaped_sandbox() -> str | None:
         monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_reap_process)
         return await find_sandbox_problem(sandbox, tmp_path)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(check_sandbox()) == "bwrap did not answer"
+        assert runner.run(find_problem_of_reaped_sandbox()) == "bwrap did not answer"
 
 
 def kill_and_reap_process(pid: int) -> None:
@@ -56,8 +56,8 @@ def kill_and_reap_process(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def run_seccomp_filter(machine: str, architecture: int, number: int) -> int:
-    """Run the seccomp filter for a system call, and return its decision."""
+def evaluate_seccomp_filter(machine: str, architecture: int, number: int) -> int:
+    """Evaluate the seccomp filter for a system call, and return its decision."""
     program = list(struct.iter_unpack("=HBBI", sandbox_launcher.seccomp_filter(machine)))
     call, accumulator, place = struct.pack("=II", number, architecture), 0, 0
     while True:
@@ -75,7 +75,7 @@ def run_seccomp_filter(machine: str, architecture: int, number: int) -> int:
 
 
 X32 = 0x40000000
-KEY_CALLS = [
+KEYRING_CALLS = [
     ("x86_64", 0xC000003E, {248, 249, 250, 248 | X32, 249 | X32, 250 | X32}),
     ("x86_64", 0x40000003, {286, 287, 288}),
     ("aarch64", 0xC00000B7, {217, 218, 219}),
@@ -83,26 +83,26 @@ KEY_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("machine", "architecture", "numbers"), KEY_CALLS)
-def test_seccomp_filter_refuses_key_calls_in_every_instruction_set(
+@pytest.mark.parametrize(("machine", "architecture", "numbers"), KEYRING_CALLS)
+def test_seccomp_filter_refuses_keyring_calls_in_every_instruction_set(
     machine: str, architecture: int, numbers: set[int]
 ) -> None:
     calls = {*range(600), *(number | X32 for number in range(600)), 0xFFFFFFFF}
     refused = {
         one
         for one in calls
-        if run_seccomp_filter(machine, architecture, one) == sandbox_launcher.REFUSE
+        if evaluate_seccomp_filter(machine, architecture, one) == sandbox_launcher.REFUSE
     }
     assert {number & ~X32 for number in refused} == {number & ~X32 for number in numbers}
     assert numbers <= refused
-    assert {run_seccomp_filter(machine, architecture, one) for one in calls - refused} == {
+    assert {evaluate_seccomp_filter(machine, architecture, one) for one in calls - refused} == {
         sandbox_launcher.ALLOW
     }
 
 
 def test_seccomp_filter_refuses_all_calls_of_unknown_instruction_set() -> None:
     for machine in sandbox_launcher.CALLS:
-        assert run_seccomp_filter(machine, 0xC0000016, 1) == sandbox_launcher.REFUSE
+        assert evaluate_seccomp_filter(machine, 0xC0000016, 1) == sandbox_launcher.REFUSE
 
 
 def test_sandbox_launcher_gives_program_a_new_session_keyring(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ sys.exit(subprocess.run(sys.argv[3:]).returncode)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_sandbox_launcher_starts_program_for_user_at_key_quota() -> None:
+def test_sandbox_launcher_starts_program_for_user_at_kernel_key_quota() -> None:
     python = str(shutil.which("python3", path=os.defpath))
     launch = [python, "-I", "-S", "-c", inspect.getsource(sandbox_launcher), "/bin/echo"]
     add_key, _, keyctl = map(str, sandbox_launcher.CALLS[os.uname().machine][0][1:])
@@ -163,7 +163,7 @@ async def test_sandbox_on_architecture_without_seccomp_filter_is_refused(
     assert found == f"its system calls cannot be filtered on {machine}"
 
 
-KEY_CALLS_PROGRAM = """
+KEYRING_CALLS_PROGRAM = """
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
 calls = {"x86_64": (248, 249, 250), "aarch64": (217, 218, 219)}[os.uname().machine]
@@ -174,7 +174,7 @@ for number, *given in zip(calls, (b"user", b"user", 0), (b"workpool-test", b"x",
 
 async def test_sandboxed_session_cannot_use_kernel_keyrings(agent_with_sandbox: Any) -> None:
     output = await agent_with_sandbox.expect_tool_success(
-        "bash", command=f"python3 -c {shlex.quote(KEY_CALLS_PROGRAM)}"
+        "bash", command=f"python3 -c {shlex.quote(KEYRING_CALLS_PROGRAM)}"
     )
     assert output == "-1 ENOSYS\n" * 3
     assert "Permission denied" in await agent_with_sandbox.expect_tool_error(
@@ -209,9 +209,9 @@ async def test_sandboxed_session_cannot_use_keyrings_by_32_bit_calls(
 
 
 async def test_in_memory_directories_share_one_size_limit(
-    make_tool_callers: Any, sandbox: Any
+    fake_agent_factory: Any, sandbox: Any
 ) -> None:
-    agent = make_tool_callers(
+    agent = fake_agent_factory(
         isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64))
     )
     await agent.expect_tool_success("bash", command="head -c 40M /dev/zero > /tmp/a")
@@ -223,10 +223,10 @@ async def test_in_memory_directories_share_one_size_limit(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can bound the number of files")
-async def test_number_of_files_in_in_memory_directories_is_limited(
-    make_tool_callers: Any, sandbox: Any
+async def test_in_memory_directories_hold_limited_number_of_files(
+    fake_agent_factory: Any, sandbox: Any
 ) -> None:
-    agent = make_tool_callers(
+    agent = fake_agent_factory(
         isolation=dataclasses.replace(sandbox, limits=ProcessLimits(memory_mb=64))
     )
     script = "cd /dev/shm && for n in {1..5000}; do : > $n || break; done; ls | wc -l"

@@ -60,7 +60,7 @@ def test_next_tool_call_is_oldest_call_without_answer() -> None:
     assert uses.next_tool_call is None
 
 
-def test_conversation_waits_for_person_who_must_confirm_or_send_message() -> None:
+def test_conversation_waits_for_person_to_confirm_call_or_send_message() -> None:
     uses = ConversationTestbed().add_tool_use("a", evaluated_permission="ask")
     assert uses.now.waits_for_person_or_application
     assert uses.end_turn("requires_action").now.waits_for_person_or_application
@@ -76,7 +76,7 @@ def test_conversation_waits_for_person_who_must_confirm_or_send_message() -> Non
     )
 
 
-def test_result_that_arrives_before_its_call_answers_call() -> None:
+def test_call_needs_no_answer_if_its_result_arrived_first() -> None:
     assert (
         ConversationTestbed()
         .apply_event("user.tool_result", tool_use_id="a")
@@ -86,7 +86,7 @@ def test_result_that_arrives_before_its_call_answers_call() -> None:
     )
 
 
-def test_answered_call_whose_event_is_repeated_is_not_next_call() -> None:
+def test_repeated_event_of_answered_call_opens_no_new_call() -> None:
     uses = ConversationTestbed().add_tool_use("a")
     uses.now.mark_call_answered("a")
     assert uses.add_tool_use("a").next_tool_call is None
@@ -131,7 +131,7 @@ def test_denied_call_is_never_run(verdict: object) -> None:
 
 
 @pytest.mark.parametrize(("verdict", "follows"), [("allow", "a"), ("deny", None)])
-def test_early_confirmation_is_applied_when_its_call_arrives(
+def test_call_is_allowed_or_denied_by_confirmation_that_arrived_first(
     verdict: str, follows: str | None
 ) -> None:
     uses = ConversationTestbed().apply_event(
@@ -153,7 +153,7 @@ def test_automatically_permitted_call_is_not_run_after_person_denied_it() -> Non
     ("reason", "idle"),
     [("end_turn", True), ("retries_exhausted", True), (None, True), ("requires_action", False)],
 )
-def test_conversation_is_idle_after_every_end_of_turn_except_requires_action(
+def test_conversation_is_idle_after_every_stop_reason_except_requires_action(
     reason: object, *, idle: bool
 ) -> None:
     assert ConversationTestbed().end_turn(reason).now.is_idle is idle

@@ -42,7 +42,7 @@ async def test_written_file_is_read_back_unchanged(
     assert [path.name for path in (workspace_directory / "new/deep").iterdir()] == ["a.txt"]
 
 
-async def test_overwritten_file_keeps_mode_without_setuid(
+async def test_overwriting_file_keeps_its_mode_but_clears_setuid_bit(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "run.sh").write_text("old")
@@ -167,21 +167,21 @@ async def test_large_file_is_readable_only_by_range(
     )
 
 
-async def test_other_sessions_can_read_files_after_reads_of_huge_file_time_out(
-    make_tool_callers: Any, workspace_directory: Path
+async def test_slow_reads_of_huge_file_do_not_block_reads_of_other_sessions(
+    fake_agent_factory: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "small").write_text("here")
     with (workspace_directory / "large").open("wb") as file:
         file.truncate(1 << 40)
     threads = ToolThreads(DaemonThreads("test", 2), DaemonThreads("test", 2))
-    hostile = make_tool_callers(
+    hostile = fake_agent_factory(
         bounds=CallLimits(bash_seconds=20, tool_seconds=0.1), threads=threads
     )
     async with asyncio.TaskGroup() as group:
         for _ in range(6):
             group.create_task(hostile.call_tool("read", file_path="large", view_range=[9, 9]))
     assert (
-        await make_tool_callers(threads=threads).expect_tool_success("read", file_path="small")
+        await fake_agent_factory(threads=threads).expect_tool_success("read", file_path="small")
         == "here"
     )
     await threads.files.close()
@@ -218,28 +218,28 @@ async def test_file_read_with_line_range_stops_at_byte_limit_and_time_limit(
 
 
 async def test_file_tools_still_run_while_custom_tools_block_their_threads(
-    make_tool_callers: Any, workspace_directory: Path
+    fake_agent_factory: Any, workspace_directory: Path
 ) -> None:
     release = threading.Event()
     (workspace_directory / "small").write_text("here")
     bounds = CallLimits(bash_seconds=20, tool_seconds=0.1)
-    agent = make_tool_callers(custom={"hang": lambda _: release.wait()}, bounds=bounds)
+    agent = fake_agent_factory(custom={"hang": lambda _: release.wait()}, bounds=bounds)
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(2 * THREAD_COUNT):
                 group.create_task(agent.call_tool("hang", custom=True))
-        assert await make_tool_callers().expect_tool_success("read", file_path="small") == "here"
+        assert await fake_agent_factory().expect_tool_success("read", file_path="small") == "here"
     finally:
         release.set()
 
 
 async def test_configured_size_limits_apply_to_each_type_of_file(
-    make_tool_callers: Any, workspace_directory: Path
+    fake_agent_factory: Any, workspace_directory: Path
 ) -> None:
     bounds = CallLimits(
         bash_seconds=20, tool_seconds=30, sizes=FileSizeLimits(text=10, image=20, pdf=30)
     )
-    agent = make_tool_callers(bounds=bounds)
+    agent = fake_agent_factory(bounds=bounds)
     for name, limit in (("a.txt", 10), ("b.png", 20), ("c.pdf", 30)):
         (workspace_directory / name).write_bytes(b"x" * limit)
         assert not (await agent.call_tool("read", file_path=name)).is_error
@@ -354,7 +354,7 @@ async def test_edit_replaces_one_occurrence_but_several_need_replace_all(
 
 
 async def test_additional_roots_are_writable_or_read_only_as_configured(
-    make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
+    fake_agent_factory: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared, frozen, nested = tmp_path / "shared", tmp_path / "frozen", tmp_path / "shared/frozen"
     nested.mkdir(parents=True)
@@ -365,7 +365,7 @@ async def test_additional_roots_are_writable_or_read_only_as_configured(
         WorkspaceRoot(str(shared), shared),
         *(WorkspaceRoot(str(r), r, writable=False) for r in (frozen, nested)),
     ]
-    agent = make_tool_callers(roots=roots)
+    agent = fake_agent_factory(roots=roots)
     await agent.expect_tool_success("write", file_path=f"{shared}/b", content="new")
     assert await agent.expect_tool_success("read", file_path="to/b") == "new"
     assert await agent.expect_tool_success("read", file_path=f"{frozen}/a") == "kept"
@@ -382,17 +382,17 @@ async def test_additional_roots_are_writable_or_read_only_as_configured(
 
 
 async def test_file_tools_reach_every_path_if_slash_is_allowed_root(
-    make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
+    fake_agent_factory: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "outside").write_text("seen")
     (workspace_directory / "link").symlink_to("/")
-    agent = make_tool_callers(roots=[WorkspaceRoot("/", Path("/"))])
+    agent = fake_agent_factory(roots=[WorkspaceRoot("/", Path("/"))])
     for path in (f"{tmp_path}/outside", "../outside", f"link{tmp_path}/outside"):
         assert await agent.expect_tool_success("read", file_path=path) == "seen"
 
 
 async def test_sandboxed_shell_writes_allowed_root_but_not_read_only_root(
-    make_tool_callers: Any, sandbox: Any, tmp_path: Path
+    fake_agent_factory: Any, sandbox: Any, tmp_path: Path
 ) -> None:
     shared, frozen = tmp_path / "shared", tmp_path / "frozen"
     for path in (shared, frozen):
@@ -400,7 +400,7 @@ async def test_sandboxed_shell_writes_allowed_root_but_not_read_only_root(
         path.chmod(0o777)
         (path / "a").write_text("here\n")
     roots = (WorkspaceRoot(str(shared), shared), WorkspaceRoot(str(frozen), frozen, writable=False))
-    agent = make_tool_callers(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
+    agent = fake_agent_factory(isolation=dataclasses.replace(sandbox, roots=roots), roots=roots)
     assert (
         await agent.expect_tool_success("bash", command=f"cat {shared}/a {frozen}/a")
         == "here\nhere\n"

@@ -39,12 +39,12 @@ def files_outside_workspace(
     (other / "deep").mkdir(parents=True)
     (other / "secret.txt").write_text(TOKEN)
     (other / "deep/secret.txt").write_text(TOKEN)
-    before = hash_outside_files(outside)
+    before = hash_files_outside_workspace(outside)
     yield outside
-    assert hash_outside_files(outside) == before
+    assert hash_files_outside_workspace(outside) == before
 
 
-def hash_outside_files(outside: Path) -> dict[str, str]:
+def hash_files_outside_workspace(outside: Path) -> dict[str, str]:
     """Return a hash of the content of each file outside the workspace, by path."""
     return {
         str(path.relative_to(outside)): hashlib.sha256(
@@ -59,7 +59,7 @@ def join_result_text(result: ToolResult) -> str:
     return str(result.content)
 
 
-def create_outward_links(folder: Path) -> None:
+def create_links_out_of_workspace(folder: Path) -> None:
     """Create symbolic links in the workspace, most of which lead outside, as a session could."""
     outside = folder.parent
     (folder / "src").mkdir()
@@ -154,21 +154,21 @@ FIELD = {"glob": "path", "grep": "path"}
 
 
 @pytest.mark.parametrize("tool", INPUTS)
-async def test_hostile_path_in_sandboxed_workspace_reaches_no_file_outside(
+async def test_hostile_path_with_sandbox_reaches_no_file_outside_workspace(
     agent_with_sandbox: Any, workspace_directory: Path, tool: str
 ) -> None:
-    await check_hostile_paths(agent_with_sandbox, workspace_directory, tool)
+    await assert_hostile_paths_reveal_nothing(agent_with_sandbox, workspace_directory, tool)
 
 
 @pytest.mark.parametrize("tool", INPUTS)
-async def test_hostile_path_without_sandbox_reaches_no_file_outside(
+async def test_hostile_path_without_sandbox_reaches_no_file_outside_workspace(
     agent_without_sandbox: Any, workspace_directory: Path, tool: str
 ) -> None:
-    await check_hostile_paths(agent_without_sandbox, workspace_directory, tool)
+    await assert_hostile_paths_reveal_nothing(agent_without_sandbox, workspace_directory, tool)
 
 
-async def check_hostile_paths(agent: Any, folder: Path, tool: str) -> None:
-    create_outward_links(folder)
+async def assert_hostile_paths_reveal_nothing(agent: Any, folder: Path, tool: str) -> None:
+    create_links_out_of_workspace(folder)
     for path in hostile_paths(folder):
         for fields in INPUTS[tool]:
             result = await agent.call_tool(tool, **{FIELD.get(tool, "file_path"): path}, **fields)
@@ -188,7 +188,7 @@ PATTERNS = [
 async def test_hostile_glob_pattern_finds_no_file_outside_workspace(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
-    create_outward_links(workspace_directory)
+    create_links_out_of_workspace(workspace_directory)
     for pattern in PATTERNS:
         answer = join_result_text(await agent_with_sandbox.call_tool("glob", pattern=pattern))
         assert "secret.txt" not in answer or "secret.txt" in pattern, pattern
@@ -204,7 +204,7 @@ GREPS = [
 async def test_hostile_grep_pattern_is_not_taken_for_an_option(
     agent_with_sandbox: Any, workspace_directory: Path
 ) -> None:
-    create_outward_links(workspace_directory)
+    create_links_out_of_workspace(workspace_directory)
     for pattern in GREPS:
         assert TOKEN not in join_result_text(
             await agent_with_sandbox.call_tool("grep", pattern=pattern)
@@ -324,7 +324,7 @@ while True:
 
 
 @pytest.fixture
-def exchange_files_with_links(workspace_directory: Path) -> Iterator[None]:
+def process_that_swaps_files_with_links(workspace_directory: Path) -> Iterator[None]:
     """Run a process that keeps exchanging a directory and a file with links to the outside."""
     (workspace_directory / "place").mkdir()
     (workspace_directory / "place/secret.txt").write_text("own")
@@ -344,7 +344,7 @@ def exchange_files_with_links(workspace_directory: Path) -> Iterator[None]:
         process.kill()
 
 
-@pytest.mark.usefixtures("exchange_files_with_links")
+@pytest.mark.usefixtures("process_that_swaps_files_with_links")
 async def test_file_tools_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:
@@ -368,7 +368,7 @@ async def test_file_tools_stay_in_workspace_while_files_become_links(
             outcomes.add((tool, result.is_error))
 
 
-@pytest.mark.usefixtures("exchange_files_with_links")
+@pytest.mark.usefixtures("process_that_swaps_files_with_links")
 async def test_searches_stay_in_workspace_while_files_become_links(
     agent_without_sandbox: Any,
 ) -> None:

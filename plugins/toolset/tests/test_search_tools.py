@@ -93,14 +93,14 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
 
 
 async def test_glob_follows_only_links_that_lead_to_roots(
-    make_tool_callers: Any, workspace_directory: Path, tmp_path: Path
+    fake_agent_factory: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
     (shared / "inner").mkdir(parents=True)
     (shared / "inner/file").touch()
     (workspace_directory / "link").symlink_to(shared / "inner")
-    assert await make_tool_callers().expect_tool_success("glob", pattern="**") == "no matches"
-    agent = make_tool_callers(roots=[WorkspaceRoot(str(shared), shared)])
+    assert await fake_agent_factory().expect_tool_success("glob", pattern="**") == "no matches"
+    agent = fake_agent_factory(roots=[WorkspaceRoot(str(shared), shared)])
     assert set((await agent.expect_tool_success("glob", pattern="**")).splitlines()) == {
         "link",
         "link/file",
@@ -138,7 +138,7 @@ async def test_grep_without_ripgrep_finds_matching_lines(
         await agent_without_sandbox.expect_tool_success("grep", pattern="import n")
         == "wide:2:import narrow\n"
     )
-    await check_matches_of_both_searches(agent_without_sandbox)
+    await assert_grep_finds_expected_matches(agent_without_sandbox)
     assert "not a regular expression" in await agent_without_sandbox.expect_tool_error(
         "grep", pattern="("
     )
@@ -154,13 +154,13 @@ async def test_grep_with_ripgrep_finds_matching_lines(
         *("a.py:1:import x0", "b.txt:1:import x1", "src/c.py:1:import x2"),
         "src/deep/d.py:1:import x3",
     ]
-    await check_matches_of_both_searches(agent_with_sandbox)
+    await assert_grep_finds_expected_matches(agent_with_sandbox)
     assert "not a regular expression" in await agent_with_sandbox.expect_tool_error(
         "grep", pattern="("
     )
 
 
-async def check_matches_of_both_searches(agent: Any) -> None:
+async def assert_grep_finds_expected_matches(agent: Any) -> None:
     assert await agent.expect_tool_success("grep", pattern="last", path="src/deep") == (
         "src/deep/d.py:2:last line of src/deep/d.py\n"
     )

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(autouse=True)
-def long_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+def _increase_wait_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow more time for the start of processes, which is slow on a loaded machine."""
     monkeypatch.setattr("workpool.testing.kit.WAIT_SECONDS", WAIT_SECONDS)
 
@@ -64,7 +64,7 @@ def make_bash_call(command: str, **more: Any) -> dict[str, Any]:
     return {"name": "Bash", "input": {"command": command}} | more
 
 
-def answers_in_call_order(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+def list_answers_in_call_order(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
     """Return the answers in the order of the calls, and check that no call has two answers."""
     calls = [event["id"] for event in events if event["type"].endswith("tool_use")]
     answers: dict[str, tuple[str, bool]] = {}
@@ -107,7 +107,7 @@ async def test_session_that_calls_every_tool_gets_expected_results(
         ],
     )
     assert result.outcome == "completed"
-    assert answers_in_call_order(result.events) == [
+    assert list_answers_in_call_order(result.events) == [
         ("wrote 4 bytes to a.txt", False),
         ("replaced 1 occurrence in a.txt", False),
         ("0ne\n", False),
@@ -132,13 +132,13 @@ async def test_session_of_worker_that_may_not_write_metadata_is_completed(
     toolset = make_toolset()
     result = await workpool.run_session(toolset, script=[make_bash_call("echo one")])
     assert result.outcome == "completed"
-    assert answers_in_call_order(result.events) == [("one\n", False)]
+    assert list_answers_in_call_order(result.events) == [("one\n", False)]
     assert (session_directory(tmp_path, result.item.session_id) / "journal" / "name").exists()
     assert len(workpool.faults.of("update")) == 1
 
 
 @contextlib.asynccontextmanager
-async def running_confirmation_answerer(
+async def automatic_confirmations(
     workpool: Kit, session: str, *verdicts: str
 ) -> AsyncIterator[None]:
     """Answer each confirmation request with the next of `verdicts` during the `with` block."""
@@ -172,12 +172,12 @@ async def test_confirmed_calls_run_and_denied_calls_return_errors(
     [item] = workpool.enqueue(script=script)
     async with (
         workpool.pool(make_toolset()),
-        running_confirmation_answerer(workpool, item.session_id, "allow", "deny"),
+        automatic_confirmations(workpool, item.session_id, "allow", "deny"),
     ):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
     events = workpool.server.events(item.session_id)
-    answers = answers_in_call_order(events)
+    answers = list_answers_in_call_order(events)
     assert answers[0] == ("(no output)", False)
     assert [error for _, error in answers] == [False, True, True, False]
     assert answers[3] == ("allowed\n", False)
@@ -205,11 +205,11 @@ async def test_session_that_waits_for_confirmation_is_not_stalled(
     async with workpool.pool(make_toolset(), stall_timeout=600.0):
         async with asyncio.timeout(WAIT_SECONDS):
             await waiting.wait()
-        async with running_confirmation_answerer(workpool, item.session_id, "allow"):
+        async with automatic_confirmations(workpool, item.session_id, "allow"):
             finished = await workpool.wait_for(SessionFinished)
     assert not waiting.is_set()
     assert finished.outcome == "completed"
-    assert answers_in_call_order(workpool.server.events(item.session_id)) == [("one\n", False)]
+    assert list_answers_in_call_order(workpool.server.events(item.session_id)) == [("one\n", False)]
 
 
 async def test_session_whose_command_does_not_end_is_stalled(
@@ -219,7 +219,7 @@ async def test_session_whose_command_does_not_end_is_stalled(
         make_toolset(), script=[make_bash_call("sleep 600")], stall_timeout=1.0
     )
     assert result.outcome == "stalled"
-    assert answers_in_call_order(result.events) == []
+    assert list_answers_in_call_order(result.events) == []
 
 
 async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
@@ -236,7 +236,10 @@ async def test_call_of_tool_owned_by_another_client_is_left_to_that_client(
                     await events.send({"type": "user.custom_tool_result", **reply})
                     break
         await workpool.wait_for(SessionFinished)
-    assert answers_in_call_order(workpool.server.events(item.session_id))[1] == ("after\n", False)
+    assert list_answers_in_call_order(workpool.server.events(item.session_id))[1] == (
+        "after\n",
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ async def test_tool_call_has_one_execution_and_result_despite_lost_answers(
         make_toolset(), script=[make_bash_call(f"echo {n} >> log") for n in range(3)]
     )
     assert result.outcome == "completed"
-    assert answers_in_call_order(result.events) == [("(no output)", False)] * 3
+    assert list_answers_in_call_order(result.events) == [("(no output)", False)] * 3
     log = session_directory(tmp_path, result.item.session_id) / "workspace/log"
     assert log.read_text() == "0\n1\n2\n"
 
@@ -264,7 +267,7 @@ async def test_result_refused_by_control_plane_is_replaced_by_error(
     result = await workpool.run_session(
         make_toolset(), script=[make_bash_call("echo 1"), make_bash_call("echo 2")]
     )
-    assert answers_in_call_order(result.events) == [
+    assert list_answers_in_call_order(result.events) == [
         (tool_call_answerer.RESULT_REFUSED, True),
         ("2\n", False),
     ]
@@ -275,7 +278,7 @@ async def test_result_refused_once_with_status_400_is_sent_again(
 ) -> None:
     workpool.faults.add(status(400), "send", times=1)
     result = await workpool.run_session(make_toolset(), script=[make_bash_call("echo 1")])
-    assert answers_in_call_order(result.events) == [("1\n", False)]
+    assert list_answers_in_call_order(result.events) == [("1\n", False)]
 
 
 async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
@@ -290,7 +293,9 @@ async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     expire_lease(workpool.server, result.item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers_in_call_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert list_answers_in_call_order(workpool.server.events(result.item.session_id)) == [
+        ("1\n", False)
+    ]
     log = session_directory(tmp_path, result.item.session_id) / "workspace/log"
     assert log.read_text() == "1\n"
 
@@ -303,7 +308,7 @@ async def create_journal_of_earlier_worker(folder: Path) -> CallJournal:
     return journal
 
 
-async def wait_for_command(tmp_path: Path, session: str) -> None:
+async def wait_for_ready_file(tmp_path: Path, session: str) -> None:
     """Wait until a command of the session has created the file `ready`."""
     await wait_for_file(session_directory(tmp_path, session) / "workspace/ready")
 
@@ -322,16 +327,16 @@ async def test_command_interrupted_by_user_ends_with_error_result(
         script=[make_bash_call("touch ready; sleep 600"), make_bash_call("echo never")]
     )
     async with workpool.pool(make_toolset()), WorkClient(workpool.settings()) as client:
-        await wait_for_command(tmp_path, item.session_id)
+        await wait_for_ready_file(tmp_path, item.session_id)
         await client.events(item.session_id).send({"type": "user.interrupt"})
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    [(text, error)] = answers_in_call_order(workpool.server.events(item.session_id))
+    [(text, error)] = list_answers_in_call_order(workpool.server.events(item.session_id))
     assert error
     assert "interrupted" in text
 
 
-async def test_forced_stop_ends_session_before_running_call_gets_result(
+async def test_forced_stop_ends_session_without_result_for_current_tool_call(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     script = [
@@ -341,11 +346,11 @@ async def test_forced_stop_ends_session_before_running_call_gets_result(
     [item] = workpool.enqueue(script=script)
     workspace = session_directory(tmp_path, item.session_id) / "workspace"
     async with workpool.pool(make_toolset()):
-        await wait_for_command(tmp_path, item.session_id)
+        await wait_for_ready_file(tmp_path, item.session_id)
         workpool.stop(item, force=True)
         finished = await workpool.wait_for(SessionFinished)
         assert finished.outcome == "stopped"
-    assert answers_in_call_order(workpool.server.events(item.session_id)) == []
+    assert list_answers_in_call_order(workpool.server.events(item.session_id)) == []
     assert not (workspace / "log").exists()
     shell = Path(f"/proc/{(workspace / 'pid').read_text().strip()}")
     async with asyncio.timeout(WAIT_SECONDS):
@@ -363,12 +368,12 @@ async def test_two_workers_with_one_session_run_no_call_twice(
     ]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset(), concurrency=1):
-        await wait_for_command(tmp_path, item.session_id)
+        await wait_for_ready_file(tmp_path, item.session_id)
         # Expire the lease of the first worker, which continues to run.
         expire_lease(workpool.server, item.id)
         async with workpool.pool(make_toolset()):
             await workpool.wait_for(SessionFinished, count=2)
-    answers = answers_in_call_order(workpool.server.events(item.session_id))
+    answers = list_answers_in_call_order(workpool.server.events(item.session_id))
     assert len(answers) == len(script)
     assert answers[0] == (tool_call_answerer.UNKNOWN_OUTCOME, True)
     log = session_directory(tmp_path, item.session_id) / "workspace/log"
@@ -387,16 +392,18 @@ async def test_stop_request_ends_session_after_its_running_call(
     ]
     [item] = workpool.enqueue(script=script)
     async with workpool.pool(make_toolset()):
-        await wait_for_command(tmp_path, item.session_id)
+        await wait_for_ready_file(tmp_path, item.session_id)
         workpool.stop(item)
         await workpool.wait_for(StopRequested)
         (session_directory(tmp_path, item.session_id) / "workspace/go").touch()
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "stopped"
-    assert answers_in_call_order(workpool.server.events(item.session_id)) == [("done\n", False)]
+    assert list_answers_in_call_order(workpool.server.events(item.session_id)) == [
+        ("done\n", False)
+    ]
 
 
-async def test_drain_lets_running_call_end_and_releases_remaining_calls(
+async def test_drain_finishes_current_tool_call_and_leaves_others_to_next_worker(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     script = [
@@ -406,7 +413,7 @@ async def test_drain_lets_running_call_end_and_releases_remaining_calls(
     [item] = workpool.enqueue(script=script)
     toolset = make_toolset()
     async with workpool.pool(toolset) as pool:
-        await wait_for_command(tmp_path, item.session_id)
+        await wait_for_ready_file(tmp_path, item.session_id)
         pool.request_drain(timeout=None)
         (session_directory(tmp_path, item.session_id) / "workspace/go").touch()
     expire_lease(workpool.server, item.id)
@@ -415,7 +422,7 @@ async def test_drain_lets_running_call_end_and_releases_remaining_calls(
     assert [end.outcome for end in workpool.recorder.of(SessionFinished)] == [
         *("released", "completed"),
     ]
-    assert answers_in_call_order(workpool.server.events(item.session_id)) == [
+    assert list_answers_in_call_order(workpool.server.events(item.session_id)) == [
         ("1\n", False),
         ("2\n", False),
     ]
@@ -436,7 +443,7 @@ async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
     await journal.begin_call(call)
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
-    answers = answers_in_call_order(workpool.server.events(item.session_id))
+    answers = list_answers_in_call_order(workpool.server.events(item.session_id))
     assert answers == [(tool_call_answerer.UNKNOWN_OUTCOME, True), ("(no output)", False)]
     assert (folder / "workspace/log").read_text() == "2\n"
 
@@ -452,13 +459,13 @@ async def test_result_computed_before_crash_is_sent_without_second_run(
     await journal.store_result(call, ToolResult.from_value("computed before"))
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished)
-    assert answers_in_call_order(workpool.server.events(item.session_id)) == [
+    assert list_answers_in_call_order(workpool.server.events(item.session_id)) == [
         ("computed before", False)
     ]
     assert not (folder / "workspace/log").exists()
 
 
-async def test_result_computed_before_interrupt_is_sent(
+async def test_interrupted_calls_that_earlier_worker_began_are_all_answered(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue()
@@ -475,7 +482,7 @@ async def test_result_computed_before_interrupt_is_sent(
         workpool.server.emit(item.session_id, idle)
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert len(answers_in_call_order(workpool.server.events(item.session_id))) == 2
+    assert len(list_answers_in_call_order(workpool.server.events(item.session_id))) == 2
 
 
 async def test_call_is_not_executed_if_another_machine_may_have_begun_it(
@@ -485,12 +492,12 @@ async def test_call_is_not_executed_if_another_machine_may_have_begun_it(
         script=[make_bash_call("touch ready; sleep 600"), make_bash_call("echo 2")]
     )
     async with workpool.pool(make_toolset()) as pool:
-        await wait_for_command(tmp_path, item.session_id)
+        await wait_for_ready_file(tmp_path, item.session_id)
         await pool.drain(timeout=0)
     expire_lease(workpool.server, item.id)
     async with workpool.pool(make_toolset(state=str(tmp_path / "elsewhere"))):
         await workpool.wait_for(SessionFinished, count=2)
-    answers = answers_in_call_order(workpool.server.events(item.session_id))
+    answers = list_answers_in_call_order(workpool.server.events(item.session_id))
     assert answers == [(tool_call_answerer.UNKNOWN_OUTCOME, True), ("2\n", False)]
 
 
@@ -513,7 +520,7 @@ async def test_call_is_not_executed_again_if_run_on_another_machine_began_it(
         expire_lease(workpool.server, item.id)
     async with workpool.pool(make_toolset(state=str(tmp_path / "here"))):
         await workpool.wait_for(SessionFinished, count=3)
-    answers = answers_in_call_order(workpool.server.events(item.session_id))
+    answers = list_answers_in_call_order(workpool.server.events(item.session_id))
     assert answers == [
         (tool_call_answerer.UNKNOWN_OUTCOME, True),
         (tool_call_answerer.UNKNOWN_OUTCOME, True),
@@ -538,7 +545,9 @@ async def test_call_is_not_executed_until_metadata_contain_journal_name(
     expire_lease(workpool.server, result.item.id)
     async with workpool.pool(toolset):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers_in_call_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert list_answers_in_call_order(workpool.server.events(result.item.session_id)) == [
+        ("1\n", False)
+    ]
 
 
 async def test_tool_result_is_sent_although_full_disk_prevents_storing_it(
@@ -552,7 +561,7 @@ async def test_tool_result_is_sent_although_full_disk_prevents_storing_it(
     monkeypatch.setattr(CallJournal, "_write_temporary_file", raise_disk_full)
     result = await workpool.run_session(make_toolset(), script=[make_bash_call("echo 1")])
     assert result.outcome == "released"
-    assert answers_in_call_order(result.events) == []
+    assert list_answers_in_call_order(result.events) == []
     monkeypatch.undo()
     expire_lease(workpool.server, result.item.id)
 
@@ -560,7 +569,9 @@ async def test_tool_result_is_sent_although_full_disk_prevents_storing_it(
     monkeypatch.setattr(CallJournal, "_write_result", raise_disk_full)
     async with workpool.pool(make_toolset()):
         await workpool.wait_for(SessionFinished, count=2)
-    assert answers_in_call_order(workpool.server.events(result.item.session_id)) == [("1\n", False)]
+    assert list_answers_in_call_order(workpool.server.events(result.item.session_id)) == [
+        ("1\n", False)
+    ]
     assert workpool.recorder.of(SessionFinished)[-1].outcome == "completed"
 
 
@@ -576,7 +587,7 @@ async def test_terminated_session_completes_without_executing_its_calls(
     async with workpool.pool(make_toolset(max_idle=float("inf"))):
         finished = await workpool.wait_for(SessionFinished)
     assert finished.outcome == "completed"
-    assert answers_in_call_order(workpool.server.events(item.session_id)) == []
+    assert list_answers_in_call_order(workpool.server.events(item.session_id)) == []
 
 
 async def test_idle_time_of_session_is_counted_from_last_end_of_turn(

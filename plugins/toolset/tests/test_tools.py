@@ -96,22 +96,22 @@ def test_long_error_text_of_tool_result_is_cut_to_limit() -> None:
 
 
 async def test_async_custom_tools_run_on_loop_and_sync_tools_in_threads(
-    make_tool_callers: Any,
+    fake_agent_factory: Any,
 ) -> None:
     main = threading.current_thread()
 
-    async def answer_on_event_loop(call: ToolCall) -> object:
+    async def async_custom_tool(call: ToolCall) -> object:
         await asyncio.sleep(0)
         return [call.session, threading.current_thread() is main]
 
-    def answer_in_thread(call: ToolCall) -> object:
+    def sync_custom_tool(call: ToolCall) -> object:
         return {"input": call.input, "thread": threading.current_thread() is main}
 
     def broken_tool(call: ToolCall) -> object:
         return {"a": object} if call.input else 1 / 0
 
-    agent = make_tool_callers(
-        custom={"later": answer_on_event_loop, "plain": answer_in_thread, "broken": broken_tool}
+    agent = fake_agent_factory(
+        custom={"later": async_custom_tool, "plain": sync_custom_tool, "broken": broken_tool}
     )
     assert await agent.expect_tool_success("later", custom=True) == '["sess_1", true]'
     output = await agent.expect_tool_success("plain", custom=True, a=1)
@@ -125,7 +125,7 @@ async def test_async_custom_tools_run_on_loop_and_sync_tools_in_threads(
     assert not agent.toolbox.is_call_for_this_worker(call)
 
 
-async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
+async def test_unexpected_tool_error_reveals_no_file_path_to_agent(
     agent_without_sandbox: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def raise_error(*_: object) -> None:
@@ -139,27 +139,27 @@ async def test_unexpected_tool_error_shows_agent_no_path_of_machine(
     assert "/secret/place" in caplog.text
 
 
-async def test_custom_tool_beyond_time_limit_fails(make_tool_callers: Any) -> None:
+async def test_custom_tool_beyond_time_limit_fails(fake_agent_factory: Any) -> None:
     async def never_return(_: ToolCall) -> None:
         await asyncio.sleep(600)
 
-    agent = make_tool_callers(
+    agent = fake_agent_factory(
         custom={"sleep": never_return}, bounds=CallLimits(bash_seconds=20, tool_seconds=0.1)
     )
     assert await agent.expect_tool_error("sleep", custom=True) == "sleep: took more than 0.1 s"
 
 
-async def test_command_timeout_above_limit_is_reduced_to_limit(make_tool_callers: Any) -> None:
-    agent = make_tool_callers(bounds=CallLimits(bash_seconds=20, tool_seconds=10.2))
+async def test_command_timeout_above_limit_is_reduced_to_limit(fake_agent_factory: Any) -> None:
+    agent = fake_agent_factory(bounds=CallLimits(bash_seconds=20, tool_seconds=10.2))
     output = await agent.expect_tool_error("bash", command="sleep 600", timeout_ms=3_600_000)
     assert output.startswith("killed after 0.2 s")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, -0.5, float("nan"), None])
 async def test_command_with_timeout_of_zero_or_less_uses_default(
-    make_tool_callers: Any, timeout: object
+    fake_agent_factory: Any, timeout: object
 ) -> None:
-    agent = make_tool_callers(bounds=CallLimits(bash_seconds=0.3, tool_seconds=30))
+    agent = fake_agent_factory(bounds=CallLimits(bash_seconds=0.3, tool_seconds=30))
     output = await agent.expect_tool_error("bash", command="sleep 600", timeout_ms=timeout)
     assert output.startswith("killed after 0.3 s")
 
@@ -220,7 +220,7 @@ async def test_read_only_root_that_contains_token_file_is_refused_at_start(
             pass
 
 
-async def test_root_below_directory_that_session_can_replace_is_refused(
+async def test_root_is_refused_if_session_can_replace_its_parent_directory(
     workpool: Kit, tmp_path: Path
 ) -> None:
     """With the roots `open` and `open/between/deep`, a session can replace `between` by a link."""
@@ -263,7 +263,7 @@ async def test_broken_or_missing_bubblewrap_is_error_at_start(
 
 @pytest.mark.usefixtures("sandbox")
 @pytest.mark.parametrize("isolation", ["none", "bubblewrap"])
-async def test_start_logs_which_isolation_is_used(
+async def test_pool_start_logs_isolation_of_toolset(
     workpool: Kit, tmp_path: Path, isolation: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with workpool.pool(Toolset(state=str(tmp_path / "state"), isolation=isolation)):

@@ -25,7 +25,7 @@ SPARE_DESCRIPTORS = 256
 
 
 @contextmanager
-def limited_descriptors(count: int) -> Iterator[None]:
+def file_descriptor_limit(count: int) -> Iterator[None]:
     """Allow this process to open only `count` more descriptors during the `with` block.
 
     Child processes inherit the limit, so it stays above the highest descriptor that a shell uses.
@@ -61,7 +61,7 @@ async def test_tool_call_reports_exhaustion_if_no_file_descriptors_are_free(
     ]
     outcomes = set()
     for tool, fields, expected in calls:
-        with limited_descriptors(left):
+        with file_descriptor_limit(left):
             result = await agent_without_sandbox.call_tool(tool, **fields)
         output = result.content[0]["text"]
         assert output == expected or output.endswith(": the worker has run out of resources"), (
@@ -77,12 +77,12 @@ async def test_tool_call_reports_exhaustion_if_no_file_descriptors_are_free(
 
 
 @pytest.mark.parametrize("left", range(3))
-async def test_journal_lets_call_begin_again_if_its_record_was_not_written(
+async def test_journal_reports_call_as_new_again_if_begin_record_was_not_written(
     tmp_path: Path, tool_threads: Any, left: int
 ) -> None:
     journal = CallJournal(tmp_path / "journal", tool_threads.files)
     await journal.open_directory()
-    with limited_descriptors(left):
+    with file_descriptor_limit(left):
         try:
             record: object = await journal.begin_call("evt_1")
         except OSError:
