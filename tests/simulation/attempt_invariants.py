@@ -51,7 +51,7 @@ def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
     mark has the number of an earlier try, and cancels the count of that one.
     """
     for work_id in case.runs:
-        if has_late_attempt_write(case, work_id):
+        if has_late_write_of_attempt_metadata(case, work_id):
             continue
         least = most = 1
         for one in _list_attempts(case, work_id):
@@ -91,7 +91,7 @@ def runs_that_lost_their_lease_are_counted(case: FinishedSimulation) -> Iterator
                         (run for run in runs if run.started <= at), key=lambda run: run.started
                     )
                     released = latest.result == "released" or (
-                        latest.result == "retried" and node.was_halted(latest.ended, at)
+                        latest.result == "retried" and node.was_machine_halted(latest.ended, at)
                     )
                     lost[work_id] += not released
                 started.discard(work_id)
@@ -107,13 +107,14 @@ def released_items_have_a_release_mark(case: FinishedSimulation) -> Iterator[str
     for work_id in case.runs:
         for one in _list_attempts(case, work_id):
             lease = one.leases[-1]
-            node = case.process_of_lease(lease)
+            node = case.find_process_of_lease(lease)
             if one.marked or one.denied or lease.stop_requested < FOREVER:
                 continue
-            if case.had_fault_during_lease(node, lease):
+            if case.pool_had_fault_during_lease(node, lease):
                 continue
             not_begun = (
-                node.child or case.claim_with_active_ack(node, work_id, lease.ended) is not None
+                node.child
+                or case.find_claim_with_uncertain_owner(node, work_id, lease.ended) is not None
             )
             if not_begun and not any(run.node is node for run in one.runs):
                 continue
@@ -128,15 +129,17 @@ def no_item_has_a_release_mark_and_an_error(case: FinishedSimulation) -> Iterato
     Items are not checked if the writes to their metadata arrived out of order.
     """
     for work_id in case.runs:
-        calls = list_attempt_writes(case, work_id)
-        if has_late_attempt_write(case, work_id) or calls != sorted(calls, key=_call_send_time):
+        calls = list_writes_of_attempt_metadata(case, work_id)
+        if has_late_write_of_attempt_metadata(case, work_id) or calls != sorted(
+            calls, key=_time_when_call_was_sent
+        ):
             continue
         standing: set[str] = set()
         for call in calls:
             standing -= call.patch.keys()
             standing |= {key for key, value in call.patch.items() if value is not None}
             if {_RELEASED, _ERROR} <= standing:
-                yield f"{work_id} has a mark and an error since {call.arrives_at:.3f}"
+                yield f"{work_id} has a mark and an error since {call.arrival_time:.3f}"
                 break
 
 
@@ -150,42 +153,48 @@ def _list_attempts(case: FinishedSimulation, work_id: str) -> list[_ItemAttempt]
 
 
 def _add_lease_to_attempt(case: FinishedSimulation, one: _ItemAttempt, lease: GrantedLease) -> None:
-    node = case.process_of_lease(lease)
+    node = case.find_process_of_lease(lease)
     one.leases.append(lease)
     one.runs += [
         run
         for run in case.runs[lease.work_id]
-        if run.node is node and case.lease_at(node, lease.work_id, run.started) is lease
+        if run.node is node
+        and case.find_last_lease_of_pool(node, lease.work_id, run.started) is lease
     ]
-    one.denied |= node.pool.worker_key or case.permission_denied_at(node, "update") < lease.ended
+    one.denied |= (
+        node.pool.worker_key or case.find_denial_time_of_operation(node, "update") < lease.ended
+    )
     one.refused |= any(
         call.answer in DENIED and call.patch.keys() & _NOTES
         for call in case.sent[node, lease.work_id]
-        if case.lease_at(node, lease.work_id, call.at) is lease
+        if case.find_last_lease_of_pool(node, lease.work_id, call.at) is lease
     )
-    for call in list_attempt_writes(case, lease.work_id):
-        if call.node is node and case.lease_at(node, lease.work_id, call.at) is lease:
+    for call in list_writes_of_attempt_metadata(case, lease.work_id):
+        if (
+            call.node is node
+            and case.find_last_lease_of_pool(node, lease.work_id, call.at) is lease
+        ):
             one.marked = call.patch.get(_RELEASED, one.marked or None) is not None
 
 
-def list_attempt_writes(case: FinishedSimulation, work_id: str) -> list[SentCall]:
+def list_writes_of_attempt_metadata(case: FinishedSimulation, work_id: str) -> list[SentCall]:
     """Return the writes of attempt number, retry number, error and release mark, by arrival."""
     found = [
         call
         for (_, of_item), calls in case.sent.items()
         if of_item == work_id
         for call in calls
-        if call.patch.keys() & _NOTES and call.arrives_at < FOREVER
+        if call.patch.keys() & _NOTES and call.arrival_time < FOREVER
         if not call.node.pool.worker_key
     ]
-    return sorted(found, key=lambda call: call.arrives_at)
+    return sorted(found, key=lambda call: call.arrival_time)
 
 
-def has_late_attempt_write(case: FinishedSimulation, work_id: str) -> bool:
+def has_late_write_of_attempt_metadata(case: FinishedSimulation, work_id: str) -> bool:
     """Return whether a write of attempt metadata arrived after its pool had lost the lease."""
-    for call in list_attempt_writes(case, work_id):
-        lease = case.lease_at(call.node, work_id, call.at)
-        if lease is None or call.arrives_at > lease.ended:
+    for call in list_writes_of_attempt_metadata(case, work_id):
+        lease = case.find_last_lease_of_pool(call.node, work_id, call.at)
+        if lease is None or call.arrival_time > lease.ended:
             return True
     return False
 
@@ -200,5 +209,5 @@ def _session_was_released(node: PoolProcess, lease: GrantedLease) -> bool:
     )
 
 
-def _call_send_time(call: SentCall) -> float:
+def _time_when_call_was_sent(call: SentCall) -> float:
     return call.at

@@ -64,13 +64,13 @@ def _describe_wrong_outcome(
     case: FinishedSimulation, node: PoolProcess, event: SessionFinished, at: float
 ) -> str | None:
     work_id = event.session.item.id
-    if event.outcome in {"lease_lost", "released"} and case.item_may_have_another_owner(
+    if event.outcome in {"lease_lost", "released"} and case.is_item_owner_uncertain(
         node, work_id, at
     ):
         # After an ack answered `active`, both outcomes are right: another worker may own the item,
         # or a drain has ended the claim.
         return None
-    lease = case.lease_at(node, work_id, at)
+    lease = case.find_last_lease_of_pool(node, work_id, at)
     if lease is None:
         owned = not node.child or event.outcome in {"completed", "failed", "timed_out", "stalled"}
         return "finished an item that it never owned" if owned else None
@@ -84,16 +84,16 @@ def pools_do_not_own_items_that_they_report_as_lost(case: FinishedSimulation) ->
         for at, event in node.events:
             if not isinstance(event, ItemReclaimed) or event.direction != "lost":
                 continue
-            lease = case.lease_at(node, event.item.id, at)
+            lease = case.find_last_lease_of_pool(node, event.item.id, at)
             if lease is None or lease.extended_by is not None or event.stage == "ack":
                 continue
-            if case.item_may_have_another_owner(node, event.item.id, at):
+            if case.is_item_owner_uncertain(node, event.item.id, at):
                 continue
-            if lease.ended > at and not _is_loss_about_another_ack(case, node, lease, at):
+            if lease.ended > at and not _is_reported_loss_of_another_ack(case, node, lease, at):
                 yield f"{node.machine.name}: {lease.work_id[-6:]} is not lost at {at:.3f}"
 
 
-def _is_loss_about_another_ack(
+def _is_reported_loss_of_another_ack(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
     """Return whether the loss reported at `at` concerns another ack than that of `lease`.
@@ -102,7 +102,7 @@ def _is_loss_about_another_ack(
     began `lease`.
     """
     return any(
-        call.answered_at == at or call.answered_at < lease.began <= call.arrives_at + 0.01
+        call.answered_at == at or call.answered_at < lease.began <= call.arrival_time + 0.01
         for call in case.sent[node, lease.work_id]
         if call.op == "ack"
     )
@@ -111,45 +111,49 @@ def _is_loss_about_another_ack(
 def _find_contradiction_of_outcome(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, outcome: str, at: float
 ) -> str | None:
-    run = case.last_run_of_lease(node, lease)
+    run = case.find_last_handler_run(node, lease)
     handed = lease.end_kind == "detached" and lease.ended <= at
     # A pool that may not read items cannot find out whether a 409 means that the item is stopped.
     # Such a pool does not even notice that its own child process stopped the item.
-    unread = case.permission_denied_at(node, "get") <= at
+    unread = case.find_denial_time_of_operation(node, "get") <= at
     if handed != (outcome == "detached") and not (
-        case.had_fault_during_lease(node, lease)
+        case.pool_had_fault_during_lease(node, lease)
         or node.abandoned
-        or (unread and _was_item_stopped_before(case, lease, at))
+        or (unread and _was_item_stopped_at_time(case, lease, at))
     ):
         return "a child has taken it" if handed else "no child has taken it"
     match outcome:
         case "completed" | "timed_out" | "stalled" if not (
-            unread or _was_item_stopped_before(case, lease, at) or case.lease_was_ended_early(lease)
+            unread
+            or _was_item_stopped_at_time(case, lease, at)
+            or case.lease_was_ended_early(lease)
         ):
             return "it is not stopped"
         case "completed" if run is None or run.result != "returned":
             return "its handler has not returned"
-        case "timed_out" | "stalled" if _timeout_that_causes_outcome(node.pool, outcome) is None:
+        case "timed_out" | "stalled" if (
+            _find_timeout_setting_of_outcome(node.pool, outcome) is None
+        ):
             return "there is no timeout"
         case "stopped" if not _was_item_ended_by_others(case, node, lease, at):
             return "nobody else has ended it"
-        case "lease_lost" if not case.had_fault_during_lease(
+        case "lease_lost" if not case.pool_had_fault_during_lease(
             node, lease
         ) and not _is_near_lease_end(lease, at):
-            return f"its lease was granted until {lease.granted_end_at(at):.3f}"
-        case "released" if _was_item_stopped_before(
+            return f"its lease was granted until {lease.lease_end_granted_before(at):.3f}"
+        case "released" if _was_item_stopped_at_time(
             case, lease, _arrival_of_last_answered_heartbeat(case, node, lease, at)
-        ) and not (unread or case.had_fault_during_lease(node, lease)):
+        ) and not (unread or case.pool_had_fault_during_lease(node, lease)):
             return "it is stopped"
         case _:
             return _describe_unexpected_outcome(case, node, lease, run, outcome)
 
 
-def _timeout_that_causes_outcome(pool: PoolSettings, outcome: str) -> float | None:
+def _find_timeout_setting_of_outcome(pool: PoolSettings, outcome: str) -> float | None:
     return pool.session_timeout if outcome == "timed_out" else pool.stall_timeout
 
 
-def _was_item_stopped_before(case: FinishedSimulation, lease: GrantedLease, at: float) -> bool:
+def _was_item_stopped_at_time(case: FinishedSimulation, lease: GrantedLease, at: float) -> bool:
     stopped = case.stopped.get(lease.work_id)
     return stopped is not None and stopped.time <= at
 
@@ -162,7 +166,7 @@ def _arrival_of_last_answered_heartbeat(
     The pool knows the state that the lease had then, but no later state.
     """
     applied = [
-        call.arrives_at
+        call.arrival_time
         for call in case.sent[node, lease.work_id]
         if call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= at
     ]
@@ -180,15 +184,15 @@ def _describe_unexpected_outcome(
 
     An outcome that a fault may have caused is no contradiction.
     """
-    if run is None or run.cancelled_at < FOREVER or case.had_fault_during_lease(node, lease):
+    if run is None or run.cancelled_at < FOREVER or case.pool_had_fault_during_lease(node, lease):
         return None
-    if min(lease.stop_requested, _time_of_stop_by_others(lease)) <= run.ended + 1:
+    if min(lease.stop_requested, _time_of_stop_by_non_owner(lease)) <= run.ended + 1:
         return None
     expected = "failed" if run.behaviour == "return_wrong_type" else _EXPECTED.get(str(run.result))
     return None if expected in {None, outcome} else f"its handler has {run.result}"
 
 
-def _time_of_stop_by_others(lease: GrantedLease) -> float:
+def _time_of_stop_by_non_owner(lease: GrantedLease) -> float:
     foreign = lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id
     return lease.ended if foreign else FOREVER
 
@@ -208,7 +212,7 @@ def _was_item_ended_by_others(
 
 
 def _is_near_lease_end(lease: GrantedLease, at: float) -> bool:
-    return lease.ended <= at or lease.granted_end_at(at) - GIVE_UP_SECONDS <= at
+    return lease.ended <= at or lease.lease_end_granted_before(at) - GIVE_UP_SECONDS <= at
 
 
 def metrics_agree_with_calls(case: FinishedSimulation) -> Iterator[str]:
@@ -238,10 +242,10 @@ def _add_event_counts(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) 
                 seen[name, getattr(event, label)] += 1
     for node in case.trace.nodes:
         if node.crashed == FOREVER:
-            _add_wrong_event_counts(case, node, seen)
+            _add_counts_of_misreported_events(case, node, seen)
 
 
-def _add_wrong_event_counts(
+def _add_counts_of_misreported_events(
     case: FinishedSimulation, node: PoolProcess, seen: Counter[tuple[str, ...]]
 ) -> None:
     """Add to `seen` the expected count of each kind of event whose reported count is wrong."""
@@ -263,7 +267,7 @@ def all_received_items_are_reported(case: FinishedSimulation) -> Iterator[str]:
     for node in case.trace.nodes:
         if node.crashed < FOREVER or node.child:
             continue
-        for what, reported, least, most in _list_event_count_bounds(case, node):
+        for what, reported, least, most in _list_event_counts_with_bounds(case, node):
             if not least <= reported <= most:
                 yield f"{node.machine.name}: {reported} {what}, not {least} to {most}"
     started = sum(
@@ -274,7 +278,7 @@ def all_received_items_are_reported(case: FinishedSimulation) -> Iterator[str]:
         yield f"{good:g} successful heartbeats, not {started} to {sent}"
 
 
-def _list_event_count_bounds(
+def _list_event_counts_with_bounds(
     case: FinishedSimulation, node: PoolProcess
 ) -> Iterator[tuple[str, int, int, float]]:
     """Yield the name, the count and the lowest and highest correct count of each event kind."""

@@ -59,18 +59,18 @@ class GrantedLease:
     settled: bool = True
     extended_by: str | None = None
 
-    def granted_end_at(self, at: float) -> float:
+    def lease_end_granted_before(self, at: float) -> float:
         """Return the end of the lease that the last answer before the time `at` granted."""
         place = bisect_right(self.ends, (at, FOREVER)) - 1
         return self.ends[max(place, 0)][1]
 
     @property
-    def last_granted_end(self) -> float:
+    def last_granted_lease_end(self) -> float:
         """The end of this lease that the control plane's last answer granted."""
         return self.ends[-1][1]
 
 
-class ClaimWithActiveAck(NamedTuple):
+class ClaimWithUncertainOwner(NamedTuple):
     """A claim whose ack was answered `active`, so that the owner of the item is not certain.
 
     Attributes:
@@ -81,15 +81,15 @@ class ClaimWithActiveAck(NamedTuple):
     polled_at: float
     calls: list[SentCall]
 
-    def heartbeats_answered_until(self, at: float) -> list[SentCall]:
+    def list_heartbeats_answered_before(self, at: float) -> list[SentCall]:
         """Return the heartbeats of this claim that were answered by the time `at`."""
         return [each for each in self.calls if each.op == "heartbeat" and each.answered_at <= at]
 
-    def is_ownership_proven_at(self, at: float) -> bool:
+    def is_pool_proven_owner(self, at: float) -> bool:
         """Return whether a heartbeat answered by the time `at` showed the pool to be the owner."""
         return any(
             each.answer == "ok" and getattr(each.value, "state", None) == ACTIVE
-            for each in self.heartbeats_answered_until(at)
+            for each in self.list_heartbeats_answered_before(at)
         )
 
 
@@ -132,7 +132,9 @@ class FinishedSimulation:
         for run in self.trace.runs:
             self.runs[run.work_id].append(run)
 
-    def lease_at(self, node: PoolProcess, work_id: str, at: float) -> GrantedLease | None:
+    def find_last_lease_of_pool(
+        self, node: PoolProcess, work_id: str, at: float
+    ) -> GrantedLease | None:
         """Return the pool's last lease of the item that began at `at` or before."""
         found = None
         for lease in self.leases.get(work_id, ()):
@@ -140,9 +142,9 @@ class FinishedSimulation:
                 found = lease
         return found
 
-    def claim_with_active_ack(
+    def find_claim_with_uncertain_owner(
         self, node: PoolProcess, work_id: str, at: float
-    ) -> ClaimWithActiveAck | None:
+    ) -> ClaimWithUncertainOwner | None:
         """Return the pool's last claim of the item before `at` if the ack's answer was `active`."""
         calls = self.sent.get((node, work_id), [])
         ack = max(
@@ -161,14 +163,14 @@ class FinishedSimulation:
             and getattr(call.value, "id", None) == work_id
         )
         later = [call for call in calls if ack.answered_at <= call.at]
-        return ClaimWithActiveAck(polled_at, [call for call in later if call.op != "ack"])
+        return ClaimWithUncertainOwner(polled_at, [call for call in later if call.op != "ack"])
 
-    def item_may_have_another_owner(self, node: PoolProcess, work_id: str, at: float) -> bool:
+    def is_item_owner_uncertain(self, node: PoolProcess, work_id: str, at: float) -> bool:
         """Return whether the pool claimed the item, but may not be its owner at the time `at`."""
-        claim = self.claim_with_active_ack(node, work_id, at)
-        return claim is not None and not claim.is_ownership_proven_at(at)
+        claim = self.find_claim_with_uncertain_owner(node, work_id, at)
+        return claim is not None and not claim.is_pool_proven_owner(at)
 
-    def permission_denied_at(self, node: PoolProcess, op: str) -> float:
+    def find_denial_time_of_operation(self, node: PoolProcess, op: str) -> float:
         """Return when the pool's key was refused the operation `op`; infinite if it is allowed."""
         answered = sorted(
             (call for call in self.trace.sent if call.node is node and call.op == op),
@@ -181,13 +183,13 @@ class FinishedSimulation:
                 return call.answered_at
         return FOREVER
 
-    def extended_lease_of_another_worker(self, node: PoolProcess, work_id: str) -> bool:
+    def has_extended_lease_of_another_worker(self, node: PoolProcess, work_id: str) -> bool:
         """Return whether the pool lost its lease and then extended the lease of another worker."""
         leases = self.leases.get(work_id, ())
         extended_another = any(lease.extended_by == node.worker_id for lease in leases)
         return extended_another and any(broken == work_id for _, broken in self.trace.broken)
 
-    def process_of_lease(self, lease: GrantedLease) -> PoolProcess:
+    def find_process_of_lease(self, lease: GrantedLease) -> PoolProcess:
         """Return the process that owned the lease."""
         return next(node for node in self.trace.nodes if node.worker_id == lease.worker_id)
 
@@ -198,22 +200,24 @@ class FinishedSimulation:
             for lease in leases:
                 yield nodes[lease.worker_id], lease
 
-    def last_run_of_lease(self, node: PoolProcess, lease: GrantedLease) -> HandlerRun | None:
+    def find_last_handler_run(self, node: PoolProcess, lease: GrantedLease) -> HandlerRun | None:
         """Return the last handler run during a lease; None if no handler ran."""
         found = None
         for run in self.runs.get(lease.work_id, ()):
-            if run.node is node and lease is self.lease_at(node, lease.work_id, run.started):
+            if run.node is node and lease is self.find_last_lease_of_pool(
+                node, lease.work_id, run.started
+            ):
                 found = run
         return found
 
-    def had_fault_during_lease(
+    def pool_had_fault_during_lease(
         self, node: PoolProcess, lease: GrantedLease, until: float = FOREVER
     ) -> bool:
         """Return whether the pool or its calls for the item had a fault during the lease."""
         since = lease.began - 0.01
         return (
             any(
-                call.fault is not None and call.may_have_effect_until >= since and call.at <= until
+                call.fault is not None and call.latest_effect_time >= since and call.at <= until
                 for call in self.sent[node, lease.work_id]
             )
             # A worker's key may read an item only from the list of all items, so a fault of a list
@@ -221,7 +225,7 @@ class FinishedSimulation:
             or any(
                 call.op == "list" and call.node is node and call.fault is not None
                 for call in self.trace.sent
-                if call.may_have_effect_until >= since and call.at <= until
+                if call.latest_effect_time >= since and call.at <= until
             )
             or any(
                 delay.node is node
@@ -230,19 +234,19 @@ class FinishedSimulation:
                 and delay.since <= until
                 for delay in self.trace.delays
             )
-            or node.was_halted(since, min(until, lease.last_granted_end + 1))
+            or node.was_machine_halted(since, min(until, lease.last_granted_lease_end + 1))
             # A pause before the ack may have delayed the ack, so the pause counts as a fault.
-            or node.was_paused_unnoticed(since - ACK_SECONDS, until)
-            or node.crashed <= min(until, lease.last_granted_end)
+            or node.lease_clock_stood_still(since - ACK_SECONDS, until)
+            or node.crashed <= min(until, lease.last_granted_lease_end)
             or self.lease_was_ended_early(lease)
         )
 
     def lease_was_ended_early(self, lease: GrantedLease) -> bool:
         """Return whether the control plane ended the lease before the end that it had granted."""
         return any(
-            work_id == lease.work_id and lease.began <= at <= lease.last_granted_end
+            work_id == lease.work_id and lease.began <= at <= lease.last_granted_lease_end
             for at, work_id in self.trace.broken
-        ) or (lease.end_kind == "lapsed" and lease.ended < lease.last_granted_end - 0.001)
+        ) or (lease.end_kind == "lapsed" and lease.ended < lease.last_granted_lease_end - 0.001)
 
 
 def _build_leases(
@@ -266,7 +270,7 @@ def _build_leases(
             leases[-1].settled, leases[-1].worker_id = True, str(record.worker_id)
         if record.kind == "heartbeat" and record.worker_id != leases[-1].worker_id:
             if children & {str(record.worker_id), leases[-1].worker_id}:
-                leases.append(_replace_by_lease_of_child(leases[-1], record))
+                leases.append(_hand_off_lease_to_child(leases[-1], record))
             else:
                 leases[-1].extended_by = record.worker_id
             continue
@@ -277,11 +281,11 @@ def _build_leases(
 def _lease_from_record(record: Record) -> GrantedLease:
     """Return a lease that begins at the time of the given ack or heartbeat."""
     lease = GrantedLease(record.work_id, str(record.worker_id), record.time)
-    lease.ends.append((record.time, _lease_end_of_record(record)))
+    lease.ends.append((record.time, _read_lease_end(record)))
     return lease
 
 
-def _replace_by_lease_of_child(lease: GrantedLease, record: Record) -> GrantedLease:
+def _hand_off_lease_to_child(lease: GrantedLease, record: Record) -> GrantedLease:
     lease.ended, lease.end_kind = record.time, "detached"
     child = _lease_from_record(record)
     child.stop_requested = lease.stop_requested
@@ -290,7 +294,7 @@ def _replace_by_lease_of_child(lease: GrantedLease, record: Record) -> GrantedLe
 
 def _apply_record_to_lease(lease: GrantedLease, record: Record) -> None:
     if record.kind == "heartbeat":
-        lease.ends.append((record.time, _lease_end_of_record(record)))
+        lease.ends.append((record.time, _read_lease_end(record)))
     elif record.kind == "stop_requested":
         lease.stop_requested = min(lease.stop_requested, record.time)
     elif record.kind in {"lapsed", "stopped"}:
@@ -299,5 +303,5 @@ def _apply_record_to_lease(lease: GrantedLease, record: Record) -> None:
         lease.stopped_by = record.worker_id
 
 
-def _lease_end_of_record(record: Record) -> float:
+def _read_lease_end(record: Record) -> float:
     return FOREVER if record.lease_end is None else record.lease_end - START

@@ -19,16 +19,18 @@ def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
 
     No heartbeat may be in flight when the handoff begins.
     """
-    for block in case.trace.handoff_blocks:
-        until = min(block.left, block.entered + block.ttl / 2)
+    for period in case.trace.handoff_periods:
+        until = min(period.left, period.entered + period.ttl / 2)
         # If the handler is cancelled as the handoff begins, there is nothing to check: the parent
         # sends calls again at once.
-        if block.left <= block.entered or block.node.was_halted(block.entered - 1, until):
+        if period.left <= period.entered or period.node.was_machine_halted(
+            period.entered - 1, until
+        ):
             continue
-        for call in case.sent[block.node, block.work_id]:
-            under_way = call.op == "heartbeat" and call.at <= block.entered < call.answered_at
-            if under_way or (call.op in WRITES and block.entered <= call.at < until):
-                yield f"{call} was sent; its handoff began at {block.entered:.3f}"
+        for call in case.sent[period.node, period.work_id]:
+            under_way = call.op == "heartbeat" and call.at <= period.entered < call.answered_at
+            if under_way or (call.op in WRITES and period.entered <= call.at < until):
+                yield f"{call} was sent; its handoff began at {period.entered:.3f}"
 
 
 def only_a_child_process_takes_over_an_item(case: FinishedSimulation) -> Iterator[str]:
@@ -56,9 +58,12 @@ def _check_calls_after_handoff(
 ) -> Iterator[str]:
     tries = 0
     for call in case.sent[node, lease.work_id]:
-        if call.at <= lease.ended or case.lease_at(node, lease.work_id, call.at) is not lease:
+        if (
+            call.at <= lease.ended
+            or case.find_last_lease_of_pool(node, lease.work_id, call.at) is not lease
+        ):
             continue
-        if case.item_may_have_another_owner(node, lease.work_id, call.at):
+        if case.is_item_owner_uncertain(node, lease.work_id, call.at):
             continue  # The call belongs to a later claim of the item, which 3g checks.
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"

@@ -31,14 +31,14 @@ from tests.simulation.order_invariants import (
     acks_do_not_wait_for_permits,
     claims_pause_after_repeated_handler_failures,
     clients_are_used_on_the_loop_that_created_them,
-    completions_are_tried_while_the_lease_is_held,
+    completions_are_retried_until_shortly_before_lease_end,
     completions_get_permits_before_new_claims,
-    ignored_cancellations_are_repeated,
+    handlers_that_ignore_cancellation_are_cancelled_again,
+    heartbeats_of_an_item_do_not_overlap,
     nothing_is_written_after_a_pause_until_the_lease_is_verified,
-    one_heartbeat_at_a_time,
     pools_back_off_after_refused_acks,
     refused_optional_calls_are_not_repeated,
-    sessions_share_no_context,
+    sessions_share_no_context_variables,
     writes_time_out_early_enough_to_be_sent_again,
 )
 from tests.simulation.retry_invariants import (
@@ -100,7 +100,7 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
     cancel the handler late, by at most one tick of its lease renewer.
     """
     for run in case.trace.runs:
-        lease = case.lease_at(run.node, run.work_id, run.started)
+        lease = case.find_last_lease_of_pool(run.node, run.work_id, run.started)
         if lease is None:
             yield f"{_describe_run(run)} started without a lease"
             continue
@@ -110,26 +110,28 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
             if call.answered_at >= lease.began
         ):
             yield f"{_describe_run(run)} started before a heartbeat was answered"
-        if _run_started_too_late(case, lease, run):
-            granted = lease.granted_end_at(run.started)
+        if _is_handler_start_too_late(case, lease, run):
+            granted = lease.lease_end_granted_before(run.started)
             yield f"{_describe_run(run)} started; granted until {granted:.3f}"
-        until = run.ended_or_cancelled_at
-        limit = lease.granted_end_at(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
+        until = run.time_of_end_or_cancellation
+        limit = lease.lease_end_granted_before(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
             _machine_was_halted_shortly_before(run.node, until)
-            or case.extended_lease_of_another_worker(run.node, run.work_id)
-            or run.node.was_paused_unnoticed(lease.began, until)
+            or case.has_extended_lease_of_another_worker(run.node, run.work_id)
+            or run.node.lease_clock_stood_still(lease.began, until)
         )
         if until > limit and not excused:
             yield f"{_describe_run(run)} ran until {until:.3f}, allowed until {limit:.3f}"
 
 
-def _run_started_too_late(case: FinishedSimulation, lease: GrantedLease, run: HandlerRun) -> bool:
+def _is_handler_start_too_late(
+    case: FinishedSimulation, lease: GrantedLease, run: HandlerRun
+) -> bool:
     late = (
-        run.started > lease.granted_end_at(run.started) + MARGIN_SECONDS
+        run.started > lease.lease_end_granted_before(run.started) + MARGIN_SECONDS
         and run.behaviour != "alone"
     )
-    return late and not case.extended_lease_of_another_worker(run.node, run.work_id)
+    return late and not case.has_extended_lease_of_another_worker(run.node, run.work_id)
 
 
 def no_two_handlers_run_one_item(case: FinishedSimulation) -> Iterator[str]:
@@ -140,17 +142,19 @@ def no_two_handlers_run_one_item(case: FinishedSimulation) -> Iterator[str]:
     """
     for runs in case.runs.values():
         for one, two in combinations(sorted(runs, key=lambda run: run.started), 2):
-            if two.started < one.ended and not _is_allowed_overlap(case, one, two):
+            if two.started < one.ended and not _is_overlap_of_runs_allowed(case, one, two):
                 yield f"{_describe_run(one)} and {_describe_run(two)} ran at the same time"
 
 
-def _is_allowed_overlap(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> bool:
+def _is_overlap_of_runs_allowed(case: FinishedSimulation, one: HandlerRun, two: HandlerRun) -> bool:
     if one.node is two.node:
         return False
-    leases = [case.lease_at(run.node, run.work_id, run.started) for run in (one, two)]
+    leases = [
+        case.find_last_lease_of_pool(run.node, run.work_id, run.started) for run in (one, two)
+    ]
     broken = any(lease is not None and case.lease_was_ended_early(lease) for lease in leases)
     ignored = one.cancelled_at <= two.started and one.behaviour in IGNORES_CANCELLATION
-    unseen = one.node.was_paused_unnoticed(one.started, two.started)
+    unseen = one.node.lease_clock_stood_still(one.started, two.started)
     return (
         ignored
         or broken
@@ -172,35 +176,37 @@ def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]
     for call in case.trace.sent:
         if call.op not in WRITES or call.work_id is None:
             continue
-        lease = case.lease_at(call.node, call.work_id, call.at)
-        if call.op == "heartbeat" and _is_sent_before_owner_is_known(case, call):
+        lease = case.find_last_lease_of_pool(call.node, call.work_id, call.at)
+        if call.op == "heartbeat" and _is_item_owner_still_unknown(case, call):
             continue
         if lease is None:
             if call.op != "heartbeat" or not call.node.child:
                 yield f"{call} was sent without a lease"
-        elif call.at > lease.granted_end_at(call.at) + MARGIN_SECONDS and not (
-            _is_verifying_heartbeat(case, lease, call)
+        elif call.at > lease.lease_end_granted_before(call.at) + MARGIN_SECONDS and not (
+            _is_heartbeat_after_unnoticed_pause(case, lease, call)
         ):
-            yield f"{call} was sent; granted until {lease.granted_end_at(call.at):.3f}"
+            yield f"{call} was sent; granted until {lease.lease_end_granted_before(call.at):.3f}"
 
 
-def _is_sent_before_owner_is_known(case: FinishedSimulation, call: SentCall) -> bool:
+def _is_item_owner_still_unknown(case: FinishedSimulation, call: SentCall) -> bool:
     """Return whether the pool cannot know yet which worker owns the item of the call.
 
     An ack that is answered `active` does not show the owner. The next heartbeat shows it.
     """
-    claim = case.claim_with_active_ack(call.node, str(call.work_id), call.at)
+    claim = case.find_claim_with_uncertain_owner(call.node, str(call.work_id), call.at)
     return (
         claim is not None
-        and not claim.is_ownership_proven_at(call.at)
+        and not claim.is_pool_proven_owner(call.at)
         and (
             call.at <= claim.polled_at + ACK_SECONDS + MARGIN_SECONDS
-            or call.node.was_paused_unnoticed(claim.polled_at, call.at)
+            or call.node.lease_clock_stood_still(claim.polled_at, call.at)
         )
     )
 
 
-def only_heartbeats_are_sent_until_the_owner_is_known(case: FinishedSimulation) -> Iterator[str]:
+def only_heartbeats_are_sent_until_owner_of_item_is_known(
+    case: FinishedSimulation,
+) -> Iterator[str]:
     """Invariant 3g: after the ack answer `active`, only heartbeats are sent until one succeeds.
 
     The answer `active` does not show which worker owns the item. After a refused heartbeat the pool
@@ -209,18 +215,20 @@ def only_heartbeats_are_sent_until_the_owner_is_known(case: FinishedSimulation) 
     for call in case.trace.sent:
         if call.work_id is None or call.op in {"ack", "poll"}:
             continue
-        claim = case.claim_with_active_ack(call.node, call.work_id, call.at)
+        claim = case.find_claim_with_uncertain_owner(call.node, call.work_id, call.at)
         if claim is None:
             continue
-        if claim.is_ownership_proven_at(call.at):
+        if claim.is_pool_proven_owner(call.at):
             continue
         if call.op != "heartbeat":
             yield f"{call} was sent for an item that may be another worker's"
-        elif any(each.answer in OWNED for each in claim.heartbeats_answered_until(call.at)):
+        elif any(each.answer in OWNED for each in claim.list_heartbeats_answered_before(call.at)):
             yield f"{call} was sent for an item that another worker owns"
 
 
-def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call: SentCall) -> bool:
+def _is_heartbeat_after_unnoticed_pause(
+    case: FinishedSimulation, lease: GrantedLease, call: SentCall
+) -> bool:
     """Return whether the call is a heartbeat after a pause in which the lease clock stood still.
 
     The pool cannot know how much of the lease is left after such a pause. The heartbeat names the
@@ -230,7 +238,9 @@ def _is_verifying_heartbeat(case: FinishedSimulation, lease: GrantedLease, call:
         each.op == "heartbeat" and each.answer == "ok" and lease.began < each.answered_at <= call.at
         for each in case.sent[call.node, lease.work_id]
     )
-    return call.op == "heartbeat" and begun and call.node.was_paused_unnoticed(lease.began, call.at)
+    return (
+        call.op == "heartbeat" and begun and call.node.lease_clock_stood_still(lease.began, call.at)
+    )
 
 
 def nothing_is_sent_after_an_answer_that_ends_the_lease(case: FinishedSimulation) -> Iterator[str]:
@@ -239,27 +249,27 @@ def nothing_is_sent_after_an_answer_that_ends_the_lease(case: FinishedSimulation
         for lease in case.leases.get(work_id, ()):
             if lease.worker_id != node.worker_id:
                 continue
-            # The lease of a child process begins when the first call arrives, so `lease_at` does
-            # not find it at the time at which that call was sent.
+            # The lease of a child process begins when the first call arrives, so
+            # `find_last_lease_of_pool` does not find it at the time at which that call was sent.
             following = [
                 call
                 for call in calls
-                if node.child or case.lease_at(node, work_id, call.at) is lease
+                if node.child or case.find_last_lease_of_pool(node, work_id, call.at) is lease
             ]
             known_at = min(
-                (_lease_end_reported_at(case, call, following, lease) for call in following),
+                (_time_of_reported_lease_end(case, call, following, lease) for call in following),
                 default=FOREVER,
             )
             for call in following:
                 if (
                     call.op in WRITES
                     and call.at > known_at
-                    and not _is_sent_before_owner_is_known(case, call)
+                    and not _is_item_owner_still_unknown(case, call)
                 ):
                     yield f"{call} was sent; its lease was known to be over at {known_at:.3f}"
 
 
-def _lease_end_reported_at(
+def _time_of_reported_lease_end(
     case: FinishedSimulation, call: SentCall, calls: list[SentCall], lease: GrantedLease
 ) -> float:
     """Return when the call's answer showed that the lease had ended; infinite if it did not."""
@@ -274,10 +284,10 @@ def _lease_end_reported_at(
             lease.end_kind == "detached"
             or (call.node.child and not any(each.answer == "ok" for each in before))
             or any(
-                block.node is call.node
-                and block.work_id == call.work_id
-                and lease.began <= block.entered <= call.at
-                for block in case.trace.handoff_blocks
+                period.node is call.node
+                and period.work_id == call.work_id
+                and lease.began <= period.entered <= call.at
+                for period in case.trace.handoff_periods
             )
         )
         # A heartbeat that got no connection was not sent, but the pool cannot know that. The pool
@@ -296,19 +306,19 @@ def _lease_end_reported_at(
     return call.answered_at if over and call.answered_at >= lease.began else FOREVER
 
 
-def stops_are_justified(case: FinishedSimulation) -> Iterator[str]:
+def items_are_stopped_only_after_handler_end_or_request(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 3c: a pool stops an item only after the handler's end or a stop request."""
     for call in case.trace.sent:
         if call.op != "stop" or call.work_id is None:
             continue
-        lease = case.lease_at(call.node, call.work_id, call.at)
+        lease = case.find_last_lease_of_pool(call.node, call.work_id, call.at)
         # Invariant 3a reports the stops that were sent without a lease.
         if lease is not None and lease.stop_requested > call.at:
-            run = case.last_run_of_lease(call.node, lease)
+            run = case.find_last_handler_run(call.node, lease)
             if problem := _describe_unjustified_stop(call, run):
                 yield f"{call} was sent {problem}"
         elif lease is not None:
-            run = case.last_run_of_lease(call.node, lease)
+            run = case.find_last_handler_run(call.node, lease)
             if run is not None and call.at < run.ended:
                 yield f"{call} was sent while its handler ran"
 
@@ -326,29 +336,31 @@ def _describe_unjustified_stop(call: SentCall, run: HandlerRun | None) -> str | 
     return f"for an item that was {run.result}" if untouched else None
 
 
-def finished_items_are_stopped(case: FinishedSimulation) -> Iterator[str]:
+def items_are_stopped_soon_after_handler_end(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 4: without faults, a pool stops an item within a second after the handler's end."""
     for node, lease in case.all_leases():
-        run = case.last_run_of_lease(node, lease)
+        run = case.find_last_handler_run(node, lease)
         if run is None or run.cancelled_at < FOREVER or run.result not in {"returned", "raised"}:
             continue
-        if case.had_fault_during_lease(node, lease) or _has_stopped_claiming(node, run.ended):
+        if case.pool_had_fault_during_lease(node, lease) or _has_pool_stopped_claiming(
+            node, run.ended
+        ):
             continue
         if lease.end_kind != "stopped" or lease.ended > run.ended + 1:
             yield f"{_describe_run(run)} was {run.result}, but not stopped"
 
 
-def acknowledged_items_are_run(case: FinishedSimulation) -> Iterator[str]:
+def every_acknowledged_item_is_handled(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 5a: an acknowledged item is handled unless the pool drains or the item stops."""
     for node, lease in case.all_leases():
-        if case.last_run_of_lease(node, lease) is not None or case.had_fault_during_lease(
+        if case.find_last_handler_run(node, lease) is not None or case.pool_had_fault_during_lease(
             node, lease
         ):
             continue
         if not lease.settled or _heartbeat_answer_was_lost(case, node, lease):
             continue  # no answer has shown that the pool owns the item
         wished = min(lease.stop_requested, lease.ended if lease.end_kind == "stopped" else FOREVER)
-        if not _has_stopped_claiming(node, lease.began + 1) and wished > lease.began + 1:
+        if not _has_pool_stopped_claiming(node, lease.began + 1) and wished > lease.began + 1:
             yield f"{lease.work_id} was acknowledged by {node.machine.name} and not run"
 
 
@@ -410,14 +422,17 @@ def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
     for call in polls:
         at = call.at
         under_way = sum(
-            one.at <= at < min(one.answered_at, _slots_freed_at(one.node)) for one in polls
+            one.at <= at < min(one.answered_at, _time_when_slots_are_freed(one.node))
+            for one in polls
         )
-        running = sum(run.started <= at < min(run.ended, _slots_freed_at(run.node)) for run in runs)
+        running = sum(
+            run.started <= at < min(run.ended, _time_when_slots_are_freed(run.node)) for run in runs
+        )
         if under_way + running > total:
             yield f"{call}: {under_way} polls and {running} runs in {total} shared slots"
 
 
-def _slots_freed_at(node: PoolProcess) -> float:
+def _time_when_slots_are_freed(node: PoolProcess) -> float:
     """Return when the pool begins to drain, closes or crashes, and so may free its slots."""
     drain = FOREVER if node.drain is None else node.drain[0]
     return min(node.crashed, node.closed, drain)
@@ -439,12 +454,12 @@ def claims_never_exceed_exit_limit(case: FinishedSimulation) -> Iterator[str]:
         ends = {
             event.session: at for at, event in node.events if isinstance(event, SessionFinished)
         }
-        claimed = {event.session for _, event in node.events if _proves_claim_of_session(event)}
+        claimed = {event.session for _, event in node.events if _is_event_of_claimed_session(event)}
         if len(claimed) > limit:
             yield f"{node.machine.name} claimed {len(claimed)} of {limit} sessions"
         if len(claimed) == limit and claimed <= ends.keys() and node.crashed == FOREVER:
             ended = max(ends.values())
-            if node.closed - ended > CLOSE_SECONDS + node.halted_seconds(ended, FOREVER):
+            if node.closed - ended > CLOSE_SECONDS + node.seconds_of_machine_halts(ended, FOREVER):
                 yield f"{node.machine.name} closed {node.closed - ended:.1f} s after its sessions"
 
 
@@ -459,7 +474,7 @@ def nothing_is_claimed_during_a_pause(case: FinishedSimulation) -> Iterator[str]
                     yield f"{node.machine.name} took {event.item.id} in a pause, at {at:.3f}"
 
 
-def _proves_claim_of_session(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
+def _is_event_of_claimed_session(event: Event) -> TypeGuard[SessionStarted | SessionFinished]:
     """Return whether the event proves that the pool claimed the event's session.
 
     A session whose lease was lost before the session started does not count as claimed.
@@ -509,7 +524,7 @@ def _had_unanswered_calls(case: FinishedSimulation, node: PoolProcess) -> bool:
         and call.op != "poll"
         and call.fault is not None
         and call.at <= node.closed
-        and call.may_have_effect_until >= node.closed - DRAIN_SECONDS
+        and call.latest_effect_time >= node.closed - DRAIN_SECONDS
         for call in case.trace.sent
     )
 
@@ -521,10 +536,10 @@ def closed_pools_own_no_items_and_run_no_handlers(case: FinishedSimulation) -> I
             continue
         if (
             lease.settled
-            and lease.last_granted_end > node.closed + RELEASED_SECONDS
-            and not case.had_fault_during_lease(node, lease, node.closed)
+            and lease.last_granted_lease_end > node.closed + RELEASED_SECONDS
+            and not case.pool_had_fault_during_lease(node, lease, node.closed)
             # After an ack answered `active`, another worker may own the item, which is allowed.
-            and not case.item_may_have_another_owner(node, lease.work_id, node.closed)
+            and not case.is_item_owner_uncertain(node, lease.work_id, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"
     for call in case.trace.sent:
@@ -546,7 +561,7 @@ def pools_and_pollers_do_not_crash(case: FinishedSimulation) -> Iterator[str]:
                 yield f"{node.machine.name}: a poller crashed: {event.error!r}"
 
 
-def _has_stopped_claiming(node: PoolProcess, at: float) -> bool:
+def _has_pool_stopped_claiming(node: PoolProcess, at: float) -> bool:
     return node.error is not None or (node.drain is not None and node.drain[0] <= at)
 
 
@@ -566,13 +581,13 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     no_two_handlers_run_one_session,
     nothing_is_sent_without_the_lease,
     nothing_is_sent_after_an_answer_that_ends_the_lease,
-    only_heartbeats_are_sent_until_the_owner_is_known,
+    only_heartbeats_are_sent_until_owner_of_item_is_known,
     nothing_is_sent_during_a_handoff,
     only_a_child_process_takes_over_an_item,
     parent_writes_nothing_after_a_handoff,
-    stops_are_justified,
-    finished_items_are_stopped,
-    acknowledged_items_are_run,
+    items_are_stopped_only_after_handler_end_or_request,
+    items_are_stopped_soon_after_handler_end,
+    every_acknowledged_item_is_handled,
     claims_and_runs_never_exceed_concurrency,
     claims_never_exceed_exit_limit,
     shared_slots_are_never_exceeded,
@@ -587,16 +602,16 @@ INVARIANTS: Final[tuple[Invariant, ...]] = (
     acks_do_not_wait_for_permits,
     pools_back_off_after_refused_acks,
     claims_pause_after_repeated_handler_failures,
-    ignored_cancellations_are_repeated,
+    handlers_that_ignore_cancellation_are_cancelled_again,
     handlers_without_progress_are_cancelled,
     sessions_with_progress_do_not_end_as_stalled,
     nothing_is_written_after_a_pause_until_the_lease_is_verified,
-    one_heartbeat_at_a_time,
+    heartbeats_of_an_item_do_not_overlap,
     writes_time_out_early_enough_to_be_sent_again,
-    sessions_share_no_context,
+    sessions_share_no_context_variables,
     refused_optional_calls_are_not_repeated,
     clients_are_used_on_the_loop_that_created_them,
-    completions_are_tried_while_the_lease_is_held,
+    completions_are_retried_until_shortly_before_lease_end,
     outcomes_agree_with_history,
     pools_do_not_own_items_that_they_report_as_lost,
     metrics_agree_with_calls,

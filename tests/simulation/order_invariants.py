@@ -48,27 +48,27 @@ def completions_get_permits_before_new_claims(case: FinishedSimulation) -> Itera
     for run in case.trace.runs:
         permits = run.node.claim_permits
         if permits and run.behaviour in PROMPT and run.result in {"returned", "raised"}:
-            yield from _find_claims_before_completion(case, run, permits)
+            yield from _find_claims_permitted_before_completion(case, run, permits)
 
 
-def _find_claims_before_completion(
+def _find_claims_permitted_before_completion(
     case: FinishedSimulation, run: HandlerRun, permits: list[float]
 ) -> Iterator[str]:
-    lease = case.lease_at(run.node, run.work_id, run.started)
+    lease = case.find_last_lease_of_pool(run.node, run.work_id, run.started)
     writes = [
         call
         for call in case.sent[run.node, run.work_id]
         if call.op in {"update", "stop"}
         and call.at >= run.ended
-        and case.lease_at(run.node, run.work_id, call.at) is lease
+        and case.find_last_lease_of_pool(run.node, run.work_id, call.at) is lease
     ]
     stop = next((call for call in writes if call.op == "stop"), None)
-    if stop is None or run.node.was_halted(run.ended, stop.at):
+    if stop is None or run.node.was_machine_halted(run.ended, stop.at):
         return
-    if run.node.was_paused_unnoticed(run.started, stop.at):
+    if run.node.lease_clock_stood_still(run.started, stop.at):
         return  # after an unnoticed pause, the stop waits for a heartbeat that verifies the lease
     writes = [call for call in writes if call.at <= stop.at]
-    delayed = _item_was_delayed(case, run.node, run.work_id, run.ended, stop.at)
+    delayed = _had_halt_or_missing_connection(case, run.node, run.work_id, run.ended, stop.at)
     if delayed or any(call.fault is not None for call in writes):
         return
     for at in permits:
@@ -97,16 +97,18 @@ def _find_acks_sent_too_late(
     for call in case.sent[node, event.item.id]:
         if call.op == "ack" and began - INSTANT_SECONDS <= call.at <= at:
             late = call.at - began > MARGIN_SECONDS
-            if late and not (call.fault or _item_was_delayed(case, node, call.work_id, began, at)):
+            if late and not (
+                call.fault or _had_halt_or_missing_connection(case, node, call.work_id, began, at)
+            ):
                 yield f"{call} was sent; its item had a slot since {began:.3f}"
             return
 
 
-def _item_was_delayed(
+def _had_halt_or_missing_connection(
     case: FinishedSimulation, node: PoolProcess, work_id: str | None, since: float, until: float
 ) -> bool:
     """Return whether the pool's machine was halted, or a call for the item got no connection."""
-    return node.was_halted(since - 1, until) or any(
+    return node.was_machine_halted(since - 1, until) or any(
         each.node is node and each.work_id == work_id and since - 1 <= each.since <= until
         for each in case.trace.delays
     )
@@ -150,8 +152,8 @@ def _find_claims_made_too_early(
         if node.pool.max_sessions is None and _has_retrying_handler(event) != retried:
             continue
         if isinstance(event, SessionFinished):
-            failed, grown = _failures_and_pause_after(event, failed, pause)
-            if grown != pause or _session_failed_quickly(event):
+            failed, grown = _update_failures_and_pause(event, failed, pause)
+            if grown != pause or _has_failed_within_a_second(event):
                 resume_at, pause = at + grown, grown
         elif _is_claim_event(event, at, declined) and at < resume_at - INSTANT_SECONDS:
             name = node.machine.name
@@ -166,11 +168,11 @@ def _has_retrying_handler(event: Event) -> bool:
     return item is not None and item.metadata.get("behaviour") == "retry"
 
 
-def _failures_and_pause_after(
+def _update_failures_and_pause(
     event: SessionFinished, failed: set[str], pause: float
 ) -> tuple[set[str], float]:
     """Return the items that failed in a row up to `event`, and the pause before the next claim."""
-    if _session_failed_quickly(event):
+    if _has_failed_within_a_second(event):
         failed = failed | {event.session.item.id}
         return failed, min(30.0, 2 * pause or 1.0) if len(failed) >= FAILURES else 0.0
     if event.outcome in {"completed", "failed", "timed_out", "stalled"}:
@@ -178,7 +180,7 @@ def _failures_and_pause_after(
     return failed, pause
 
 
-def _session_failed_quickly(event: SessionFinished) -> bool:
+def _has_failed_within_a_second(event: SessionFinished) -> bool:
     return event.outcome == "failed" and event.seconds < 1
 
 
@@ -190,7 +192,9 @@ def _is_claim_event(event: Event, at: float, declined: set[tuple[float, str]]) -
     )
 
 
-def ignored_cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str]:
+def handlers_that_ignore_cancellation_are_cancelled_again(
+    case: FinishedSimulation,
+) -> Iterator[str]:
     """Invariant 9e: a handler that ignores its cancellation is cancelled again after 10 s."""
     for run in case.trace.runs:
         if (
@@ -199,7 +203,7 @@ def ignored_cancellations_are_repeated(case: FinishedSimulation) -> Iterator[str
             or run.node.abandoned
         ):
             continue
-        halted = run.node.halted_seconds(run.cancelled_at, run.ended)
+        halted = run.node.seconds_of_machine_halts(run.cancelled_at, run.ended)
         if run.ended - run.cancelled_at > REPEAT_SECONDS + MARGIN_SECONDS + halted:
             yield f"{run.work_id[-6:]} was cancelled at {run.cancelled_at:.3f} and ran on"
 
@@ -218,7 +222,7 @@ def nothing_is_written_after_a_pause_until_the_lease_is_verified(
                 continue
             for call in calls:
                 if call.op in {"stop", "update"} and call.at >= until:
-                    lease = case.lease_at(node, work_id, call.at)
+                    lease = case.find_last_lease_of_pool(node, work_id, call.at)
                     if (
                         lease is not None
                         and lease.began < until
@@ -237,15 +241,16 @@ def _lease_was_verified(calls: list[SentCall], since: float, until: SentCall) ->
     )
 
 
-def one_heartbeat_at_a_time(case: FinishedSimulation) -> Iterator[str]:
+def heartbeats_of_an_item_do_not_overlap(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 9g: a pool sends no heartbeat for an item while another heartbeat is in flight."""
     for (node, work_id), calls in case.sent.items():
         heartbeats = [call for call in calls if call.op == "heartbeat"]
         for one, two in pairwise(heartbeats):
             # The heartbeats may overlap if the first one belongs to an earlier lease: the pool
             # ignores the answer to the first one.
-            again = case.lease_at(node, work_id, one.at) is not case.lease_at(node, work_id, two.at)
-            if two.at < one.answered_at and not again:
+            first = case.find_last_lease_of_pool(node, work_id, one.at)
+            second = case.find_last_lease_of_pool(node, work_id, two.at)
+            if two.at < one.answered_at and first is second:
                 yield f"{two} was sent while {one} was under way"
 
 
@@ -255,12 +260,14 @@ def writes_time_out_early_enough_to_be_sent_again(case: FinishedSimulation) -> I
         for call in calls:
             if call.op not in {"stop", "update"} or call.answered_at == FOREVER:
                 continue
-            lease = case.lease_at(node, work_id, call.at)
+            lease = case.find_last_lease_of_pool(node, work_id, call.at)
             if lease is None:
                 continue
-            left = (lease.granted_end_at(call.at) - call.at) / TRY_PART
+            left = (lease.lease_end_granted_before(call.at) - call.at) / TRY_PART
             most = min(node.pool.request_timeout, max(0.0, left)) + MARGIN_SECONDS
-            if call.answered_at - call.at > most + node.halted_seconds(call.at, call.answered_at):
+            if call.answered_at - call.at > most + node.seconds_of_machine_halts(
+                call.at, call.answered_at
+            ):
                 yield f"{call} was given up at {call.answered_at:.3f} only"
 
 
@@ -273,7 +280,7 @@ def refused_optional_calls_are_not_repeated(case: FinishedSimulation) -> Iterato
     """
     for node in case.trace.nodes:
         for op in OPTIONAL:
-            permission_denied_at = case.permission_denied_at(node, op)
+            permission_denied_at = case.find_denial_time_of_operation(node, op)
             forgotten_at = min(
                 (
                     call.answered_at
@@ -290,13 +297,13 @@ def refused_optional_calls_are_not_repeated(case: FinishedSimulation) -> Iterato
                     call.node is node
                     and call.op == op
                     and permission_denied_at < call.at < forgotten_at
-                    and not _repeats_unanswered_call(case, call, permission_denied_at)
-                    and not _call_waited_for_connection(case, call, permission_denied_at)
+                    and not _is_repetition_of_unanswered_call(case, call, permission_denied_at)
+                    and not _has_call_waited_for_connection(case, call, permission_denied_at)
                 ):
                     yield f"{call} was sent; it was refused at {permission_denied_at:.3f}"
 
 
-def _call_waited_for_connection(case: FinishedSimulation, call: SentCall, since: float) -> bool:
+def _has_call_waited_for_connection(case: FinishedSimulation, call: SentCall, since: float) -> bool:
     """Return whether the call began to wait for a connection at the time `since` or before."""
     return any(
         each.node is call.node
@@ -306,7 +313,9 @@ def _call_waited_for_connection(case: FinishedSimulation, call: SentCall, since:
     )
 
 
-def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: float) -> bool:
+def _is_repetition_of_unanswered_call(
+    case: FinishedSimulation, call: SentCall, since: float
+) -> bool:
     """Return whether the call began before `since`, or repeats a call unanswered at `since`."""
     waited = any(
         delay.node is call.node
@@ -324,7 +333,7 @@ def _repeats_unanswered_call(case: FinishedSimulation, call: SentCall, since: fl
     return waited or repeated
 
 
-def sessions_share_no_context(case: FinishedSimulation) -> Iterator[str]:
+def sessions_share_no_context_variables(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 9i: no handler sees a context variable that another session's handler has set."""
     for run in case.trace.runs:
         if run.leaked:
@@ -337,7 +346,9 @@ def clients_are_used_on_the_loop_that_created_them(case: FinishedSimulation) -> 
         yield f"{node.machine.name}: {op} at {at:.3f} on another event loop than its client's"
 
 
-def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> Iterator[str]:
+def completions_are_retried_until_shortly_before_lease_end(
+    case: FinishedSimulation,
+) -> Iterator[str]:
     """Invariant 9l: a pool gives up a completion only shortly before its lease ends.
 
     The pool counts the lease from the time at which it decided to send the last heartbeat that
@@ -352,28 +363,30 @@ def completions_are_tried_while_the_lease_is_held(case: FinishedSimulation) -> I
             if not isinstance(event, SessionFinished) or event.outcome != "released":
                 continue
             work_id = event.session.item.id
-            lease = case.lease_at(node, work_id, at)
-            run = None if lease is None else case.last_run_of_lease(node, lease)
+            lease = case.find_last_lease_of_pool(node, work_id, at)
+            run = None if lease is None else case.find_last_handler_run(node, lease)
             if run is None or run.cancelled_at < FOREVER or at >= leaving:
                 continue
             if run.result not in {"returned", "raised"}:
                 continue
-            left = _known_lease_end(case, node, work_id, at) - at
+            left = _lease_end_known_to_pool(case, node, work_id, at) - at
             if left > RETRY_SECONDS:
                 yield f"{node.machine.name}: {work_id[-6:]} was given up {left:.1f} s too early"
 
 
-def _known_lease_end(case: FinishedSimulation, node: PoolProcess, work_id: str, at: float) -> float:
+def _lease_end_known_to_pool(
+    case: FinishedSimulation, node: PoolProcess, work_id: str, at: float
+) -> float:
     """Return the end of the lease as the pool counts it from the last successful heartbeat."""
     decided = [
-        _decided_to_send_at(case, call)
+        _time_of_decision_to_send(case, call)
         for call in case.sent[node, work_id]
         if call.op == "heartbeat" and call.answer == "ok" and call.answered_at <= at
     ]
     return max(decided, default=at) + node.pool.lease_ttl
 
 
-def _decided_to_send_at(case: FinishedSimulation, call: SentCall) -> float:
+def _time_of_decision_to_send(case: FinishedSimulation, call: SentCall) -> float:
     """Return when the pool decided to send the call, which is before any wait in its client.
 
     The pool counts its lease from that time, the control plane from the call's arrival. The

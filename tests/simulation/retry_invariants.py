@@ -5,7 +5,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from tests.simulation.attempt_invariants import has_late_attempt_write, list_attempt_writes
+from tests.simulation.attempt_invariants import (
+    has_late_write_of_attempt_metadata,
+    list_writes_of_attempt_metadata,
+)
 from tests.simulation.scripted_handlers import RETRY
 from tests.simulation.trace import FOREVER
 from workpool.events import DrainStarted, HandlerRetried, SessionFinished, StopRequested
@@ -29,9 +32,9 @@ def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
             if run is None or run.result != "retried":
                 continue
             until = run.ended + min(RETRY.backoff * 2.0**number, RETRY.backoff_max) + MARGIN_SECONDS
-            until += node.halted_seconds(run.ended, FOREVER)
+            until += node.seconds_of_machine_halts(run.ended, FOREVER)
             if following is None:
-                if not _session_may_have_ended_by(case, node, lease, until):
+                if not _may_session_have_ended_before(case, node, lease, until):
                     yield f"{_describe_run(run)} failed, and is not called again until {until:.3f}"
             elif following.retry != run.retry + 1 or following.started > until:
                 again = _describe_run(following)
@@ -66,12 +69,12 @@ def no_retry_begins_after_a_drain_or_stop_request(case: FinishedSimulation) -> I
 def retry_number_is_stored_for_the_next_run(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 11c: a pool that releases a session stores the retry number for the next run."""
     for work_id, runs in case.runs.items():
-        if has_late_attempt_write(case, work_id) or not any(
+        if has_late_write_of_attempt_metadata(case, work_id) or not any(
             run.behaviour == "retry" for run in runs
         ):
             continue
         for lease in case.leases.get(work_id, ()):
-            node = case.process_of_lease(lease)
+            node = case.find_process_of_lease(lease)
             calls = _list_handler_calls(case, node, lease)
             if not calls:
                 continue
@@ -95,11 +98,11 @@ def _list_handler_calls(
         for run in case.runs[lease.work_id]
         if run.node is node
         and run.behaviour == "retry"
-        and case.lease_at(node, lease.work_id, run.started) is lease
+        and case.find_last_lease_of_pool(node, lease.work_id, run.started) is lease
     ]
 
 
-def _session_may_have_ended_by(
+def _may_session_have_ended_before(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, until: float
 ) -> bool:
     """Return whether the session may have ended before `until`, so that no retry is due."""
@@ -111,7 +114,7 @@ def _session_may_have_ended_by(
         or node.pool.session_timeout is not None
         or lease.stop_requested <= until
         or (lease.end_kind == "stopped" and lease.stopped_by != lease.worker_id)
-        or case.had_fault_during_lease(node, lease)
+        or case.pool_had_fault_during_lease(node, lease)
     )
 
 
@@ -119,10 +122,10 @@ def _session_was_released(case: FinishedSimulation, node: PoolProcess, lease: Gr
     """Return whether the pool released the session and was able to write metadata before that."""
     return (
         lease.stop_requested == FOREVER
-        and not case.had_fault_during_lease(node, lease)
+        and not case.pool_had_fault_during_lease(node, lease)
         and not node.abandoned
         and not node.pool.worker_key
-        and case.permission_denied_at(node, "update") == FOREVER
+        and case.find_denial_time_of_operation(node, "update") == FOREVER
         and any(
             isinstance(event, SessionFinished)
             and event.session.item.id == lease.work_id
@@ -136,8 +139,8 @@ def _session_was_released(case: FinishedSimulation, node: PoolProcess, lease: Gr
 def _stored_retry_number(case: FinishedSimulation, work_id: str, at: float) -> int:
     """Return the next retry number that the item's metadata had at the time `at`."""
     standing: dict[str, str] = {}
-    for call in list_attempt_writes(case, work_id):
-        if call.arrives_at > at:
+    for call in list_writes_of_attempt_metadata(case, work_id):
+        if call.arrival_time > at:
             break
         for key, value in call.patch.items():
             standing.pop(key, None)

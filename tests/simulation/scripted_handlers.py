@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.simulation.simulated_machine import current_machine
-from tests.simulation.trace import HandlerRun, HandoffBlock
+from tests.simulation.trace import HandlerRun, HandoffPeriod
 from workpool import Release, Retry, Session, handler, hookimpl
 from workpool.errors import ControlPlaneError, HandoverError
 from workpool.handlers import Handler
@@ -323,8 +323,8 @@ class SimulatedHandlers:
         fails: bool,
     ) -> None:
         """Start the child inside the handoff block, and record the end of the handler's own run."""
-        block = HandoffBlock(self._node, session.item.id, lease.ttl, self._now())
-        self._trace.handoff_blocks.append(block)
+        period = HandoffPeriod(self._node, session.item.id, lease.ttl, self._now())
+        self._trace.handoff_periods.append(period)
         run.ended, run.result = self._now(), "handed"
         if delay is not None:
             self._start_handoff_child(self._node, lease, delay)
@@ -333,4 +333,4 @@ class SimulatedHandlers:
             if fails:
                 raise ValueError("on purpose")
         finally:
-            block.left = self._now()
+            period.left = self._now()

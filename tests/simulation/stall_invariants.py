@@ -25,10 +25,10 @@ def handlers_without_progress_are_cancelled(case: FinishedSimulation) -> Iterato
     """
     for run in case.trace.runs:
         limit = run.node.pool.stall_timeout
-        until = run.ended_or_cancelled_at
-        if limit is None or run.waits or run.node.was_halted(run.progressed_at, until):
+        until = run.time_of_end_or_cancellation
+        if limit is None or run.waits or run.node.was_machine_halted(run.progressed_at, until):
             continue
-        halted_before = run.node.was_halted(run.progressed_at - limit, run.progressed_at)
+        halted_before = run.node.was_machine_halted(run.progressed_at - limit, run.progressed_at)
         latest = run.progressed_at + limit * (1 + UNNOTICED_PART * halted_before)
         if min(until, run.node.crashed) > latest + MARGIN_SECONDS:
             name = f"{run.node.machine.name}:{run.behaviour}({run.work_id[-6:]})"
@@ -49,7 +49,7 @@ def sessions_with_progress_do_not_end_as_stalled(case: FinishedSimulation) -> It
                 (run for run in case.runs[work_id] if run.node is node and run.started <= at),
                 key=lambda run: run.started,
             )
-            halted = node.halted_seconds(run.progressed_at, run.cancelled_at)
+            halted = node.seconds_of_machine_halts(run.progressed_at, run.cancelled_at)
             silence = run.cancelled_at - run.progressed_at - halted
             least = (node.pool.stall_timeout or 0.0) * (1 - UNNOTICED_PART * bool(halted))
             if run.waits or silence < least - MARGIN_SECONDS:

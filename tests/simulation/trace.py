@@ -51,14 +51,14 @@ class SentCall:
         return f"{self.node.machine.name}:{self.op}({str(self.work_id)[-6:]})@{self.at:.3f}"
 
     @property
-    def arrives_at(self) -> float:
+    def arrival_time(self) -> float:
         """The time at which the control plane applies the call; infinite if it is never applied."""
         if self.fault is None:
             return self.at + LATENCY_SECONDS
         return self.at + self.fault.request_delay if self.fault.applied else FOREVER
 
     @property
-    def may_have_effect_until(self) -> float:
+    def latest_effect_time(self) -> float:
         """The latest time at which the call can take effect, even if its sender gave up before."""
         fault = self.fault
         late = 0.0
@@ -125,13 +125,13 @@ class HandlerRun:
         self.progressed_at = self.started
 
     @property
-    def ended_or_cancelled_at(self) -> float:
+    def time_of_end_or_cancellation(self) -> float:
         """The time at which the handler ended or was first cancelled, whichever was earlier."""
         return min(self.ended, self.cancelled_at)
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class HandoffBlock:
+class HandoffPeriod:
     """The time that a handler spent in one block `async with session.handover()`.
 
     Attributes:
@@ -188,16 +188,16 @@ class PoolProcess:
     claim_permits: list[float] = field(default_factory=list)
     events: list[tuple[float, Event]] = field(default_factory=list)
 
-    def was_halted(self, start: float, end: float) -> bool:
+    def was_machine_halted(self, start: float, end: float) -> bool:
         """Return whether the machine was halted at any time between `start` and `end`."""
         return any(since < end and until > start for since, until in self.machine.pauses)
 
-    def halted_seconds(self, start: float, end: float) -> float:
+    def seconds_of_machine_halts(self, start: float, end: float) -> float:
         """Return the seconds between `start` and `end` for which the machine was halted."""
         pauses = self.machine.pauses
         return sum(max(0.0, min(end, until) - max(start, since)) for since, until in pauses)
 
-    def was_paused_unnoticed(self, start: float, end: float) -> bool:
+    def lease_clock_stood_still(self, start: float, end: float) -> bool:
         """Return whether the lease clock stood still at any time between `start` and `end`."""
         return any(since < end and until > start for since, until in self.machine.unseen)
 
@@ -218,7 +218,7 @@ class Trace:
     nodes: list[PoolProcess] = field(default_factory=list)
     sent: list[SentCall] = field(default_factory=list)
     runs: list[HandlerRun] = field(default_factory=list)
-    handoff_blocks: list[HandoffBlock] = field(default_factory=list)
+    handoff_periods: list[HandoffPeriod] = field(default_factory=list)
     delays: list[DelayedCall] = field(default_factory=list)
     broken: list[tuple[float, str]] = field(default_factory=list)
     misplaced: list[tuple[PoolProcess, str, float]] = field(default_factory=list)

@@ -111,8 +111,9 @@ def scale_down_cuts_no_session(fleet: FinishedFleet) -> Iterator[str]:
     for deletion in fleet.record.deletions:
         if deletion.kind == "scale-down":
             for run in find_cut_sessions(fleet.trace, deletion):
+                seconds = run.time_of_end_or_cancellation - run.started
                 yield (
-                    f"{run.work_id} was cut after {run.ended_or_cancelled_at - run.started:.1f} s;"
+                    f"{run.work_id} was cut after {seconds:.1f} s;"
                     f" its pod was removed at {deletion.at:.3f}"
                 )
 
