@@ -195,7 +195,7 @@ class LeaseTestbed:
         raise AssertionError(error)
 
     @asynccontextmanager
-    async def open_clients(self) -> AsyncIterator[None]:
+    async def opened_clients(self) -> AsyncIterator[None]:
         """Keep the clients of both workers and the renewer open during the `async with` block."""
         async with self.client, self.rival, self.renewer:
             yield
@@ -234,7 +234,7 @@ class LeaseTestbed:
     @asynccontextmanager
     async def renewed_lease(self) -> AsyncIterator[Lease]:
         """Open the clients and yield the lease of a new item, which the renewer extends."""
-        async with self.open_clients():
+        async with self.opened_clients():
             yield await self.send_first_heartbeat(await self.claim_item())
 
     @asynccontextmanager
@@ -274,7 +274,7 @@ def testbed() -> type[LeaseTestbed]:
 
 
 @pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def environment_without_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Remove the environment variables that settings read."""
     for name in list(os.environ):
         if name.upper().startswith(("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")):

@@ -62,13 +62,13 @@ async def test_released_queue_place_goes_to_first_waiting_task() -> None:
     await queue.reserve_place()
     order: list[str] = []
 
-    async def reserve_place_and_record_name(name: str) -> None:
+    async def reserve_place_and_record_waiter(name: str) -> None:
         await queue.reserve_place()
         order.append(name)
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(reserve_place_and_record_name("first"))
-        group.create_task(reserve_place_and_record_name("second"))
+        group.create_task(reserve_place_and_record_waiter("first"))
+        group.create_task(reserve_place_and_record_waiter("second"))
         await run_ready_tasks()
         queue.release_reserved_place()
         await run_ready_tasks()

@@ -30,7 +30,7 @@ START = 1_772_366_400.0
 RECLAIM_SECONDS = RECLAIM_OLDER_THAN_MS / 1000
 
 
-def make_refusal_fault(status: int, retry_after: float | None = None) -> Fault:
+def make_fault_that_refuses_request(status: int, retry_after: float | None = None) -> Fault:
     return Fault(answer=status, applied=False, retry_after=retry_after)
 
 
@@ -89,7 +89,7 @@ def test_lease_starts_at_first_ack_that_control_plane_may_have_applied(
     @in_virtual_time
     async def acknowledge_despite_fault() -> None:
         one = testbed(ack=[fault])
-        async with one.open_clients():
+        async with one.opened_clients():
             item, result = await ClaimerTestbed(one).acknowledge_item()
         assert result == "ok"
         earlier, later = one.get_send_times("ack")
@@ -103,8 +103,8 @@ def test_lease_starts_at_first_ack_that_control_plane_may_have_applied(
 async def test_ack_answered_with_429_is_repeated_until_item_would_be_redelivered(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(ack=[make_refusal_fault(429)] * 999)
-    async with one.open_clients():
+    one = testbed(ack=[make_fault_that_refuses_request(429)] * 999)
+    async with one.opened_clients():
         _, result = await ClaimerTestbed(one).acknowledge_item()
         assert result == "error"
         assert one.clock() <= RECLAIM_SECONDS
@@ -116,7 +116,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
-    async with one.open_clients():
+    async with one.opened_clients():
         _, result = await ClaimerTestbed(one).acknowledge_item()
         assert result == "error"
         assert RECLAIM_SECONDS < one.clock() < ACK_LEASE_SECONDS
@@ -128,7 +128,7 @@ async def test_ack_that_may_have_been_applied_is_not_repeated_once_its_lease_has
 ) -> None:
     """The pool counts the lease from the first ack, so the lease from a later ack is useless."""
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
-    async with one.open_clients():
+    async with one.opened_clients():
         _, result = await ClaimerTestbed(one, window=300).acknowledge_item()
         assert result == "error"
         assert one.clock() < ACK_LEASE_SECONDS
@@ -139,7 +139,7 @@ async def test_repeated_ack_delayed_beyond_end_of_lease_is_not_sent(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[Fault(answer=500, applied=False), Fault(wait=1)])
-    async with one.open_clients(), asyncio.TaskGroup() as group:
+    async with one.opened_clients(), asyncio.TaskGroup() as group:
         task = group.create_task(ClaimerTestbed(one).acknowledge_item())
         await asyncio.sleep(0.9)  # By now the second ack waits for the rate limit or a connection.
         one.loop.suspend(ACK_LEASE_SECONDS)
@@ -159,21 +159,21 @@ def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
     """A reported refusal makes pollers pause. An item that is gone (404) must not cause a pause."""
 
     @in_virtual_time
-    async def acknowledge_with_refusal() -> None:
-        one = testbed(ack=[make_refusal_fault(status)])
-        async with one.open_clients():
+    async def assert_refused_ack_is_not_repeated() -> None:
+        one = testbed(ack=[make_fault_that_refuses_request(status)])
+        async with one.opened_clients():
             claims = ClaimerTestbed(one)
             assert (await claims.acknowledge_item())[1] == result
         assert len(one.get_send_times("ack")) == 1
         assert [error is not None for error in claims.acks] == [True] * reported
 
-    acknowledge_with_refusal()
+    assert_refused_ack_is_not_repeated()
 
 
 @in_virtual_time
 async def test_accepted_ack_is_reported_and_updates_item(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         claims = ClaimerTestbed(one)
         item, _ = await claims.acknowledge_item()
     assert claims.acks == [None]
@@ -195,7 +195,7 @@ def test_result_of_repeated_ack_depends_on_state_of_item(
     @in_virtual_time
     async def acknowledge_item_in_state() -> None:
         one = testbed(ack=[make_fault_that_changes_state(state)])
-        async with one.open_clients():
+        async with one.opened_clients():
             assert (await ClaimerTestbed(one).acknowledge_item())[1] == result
 
     acknowledge_item_in_state()
@@ -206,7 +206,7 @@ async def test_ack_keeps_session_token_and_trace_that_came_with_polled_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         claims = ClaimerTestbed(one)
         item = await claims.deliver_item()
         token, trace = Secret("token-of-the-session"), "00-" + "1" * 32 + "-" + "2" * 16 + "-01"
@@ -218,8 +218,8 @@ async def test_ack_keeps_session_token_and_trace_that_came_with_polled_item(
 
 @in_virtual_time
 async def test_ack_is_no_longer_repeated_after_drain_begins(testbed: type[LeaseTestbed]) -> None:
-    one = testbed(ack=[make_refusal_fault(503, retry_after=20)] * 9)
-    async with one.open_clients(), asyncio.TaskGroup() as group:
+    one = testbed(ack=[make_fault_that_refuses_request(503, retry_after=20)] * 9)
+    async with one.opened_clients(), asyncio.TaskGroup() as group:
         claims = ClaimerTestbed(one)
         item = await claims.deliver_item()
         task = group.create_task(claims.acknowledge_item(item))
@@ -235,7 +235,7 @@ async def test_first_heartbeat_is_sent_at_once_and_begins_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
     assert item.lease.begun
@@ -248,7 +248,7 @@ async def test_lost_answer_of_first_heartbeat_is_recovered_by_reading_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[Fault(answer="silence")])
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
     assert one.heartbeat_results() == ["timeout", "recovered", "ok"]
@@ -260,8 +260,8 @@ async def test_lost_answer_of_first_heartbeat_is_recovered_by_reading_item(
 async def test_first_heartbeat_that_fails_is_repeated_until_lease_ends(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[make_refusal_fault(503)] * 999)
-    async with one.open_clients():
+    one = testbed(heartbeat=[make_fault_that_refuses_request(503)] * 999)
+    async with one.opened_clients():
         item = await one.claim_item()
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
         assert one.clock() == pytest.approx(54)
@@ -275,7 +275,7 @@ async def test_unanswered_first_heartbeat_with_short_ttl_is_repeated_within_ttl(
 ) -> None:
     """If the unanswered heartbeat was applied, the lease lasts only 10 s from then on."""
     one = testbed(ttl=10, heartbeat=[Fault(answer="silence")])
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
         assert one.clock() < 5
@@ -287,7 +287,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         one.ahead += 300
         one.claim_as_other_worker(item.id)
@@ -302,7 +302,7 @@ async def test_lease_of_item_held_by_another_worker_is_lost_without_get_request(
 ) -> None:
     """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""
     one = testbed(ack=[make_fault_that_changes_state("active")], heartbeat=[UNSENT])
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
@@ -315,7 +315,7 @@ async def test_ack_of_active_item_forbids_writes_until_heartbeat_succeeds(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[make_fault_that_changes_state("active")])
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         with pytest.raises(LeaseLost):
             one.sender.check_may_write(item, by_handler=False)
@@ -329,7 +329,7 @@ async def test_drain_before_first_heartbeat_releases_lease_with_that_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         claims = ClaimerTestbed(one)
         claims.begin_drain(item)
@@ -343,8 +343,8 @@ async def test_drain_before_first_heartbeat_releases_lease_with_that_heartbeat(
 async def test_drain_does_not_wait_for_retry_delay_of_refused_first_heartbeat(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[make_refusal_fault(503, retry_after=20)])
-    async with one.open_clients(), asyncio.TaskGroup() as group:
+    one = testbed(heartbeat=[make_fault_that_refuses_request(503, retry_after=20)])
+    async with one.opened_clients(), asyncio.TaskGroup() as group:
         item = await one.claim_item()
         claims = ClaimerTestbed(one)
         task = group.create_task(claims.claimer.send_first_heartbeats(item))
@@ -359,9 +359,9 @@ async def test_drain_does_not_wait_for_retry_delay_of_refused_first_heartbeat(
 async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[make_refusal_fault(503)] * 999)
+    one = testbed(heartbeat=[make_fault_that_refuses_request(503)] * 999)
     one.latency = 0.01
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         claims = ClaimerTestbed(one)
         claims.begin_drain(item)
@@ -375,7 +375,7 @@ async def test_first_heartbeat_whose_task_was_cancelled_counts_as_unanswered_hea
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[Fault(answer_delay=5), None])
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         claims = ClaimerTestbed(one)
         async with asyncio.TaskGroup() as group:

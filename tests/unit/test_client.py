@@ -112,7 +112,7 @@ async def qoder_client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]
         yield client
 
 
-async def poll_existing_item(client: WorkClient) -> WorkItem:
+async def poll_and_expect_item(client: WorkClient) -> WorkItem:
     item = await client.poll()
     assert item is not None
     return item
@@ -122,7 +122,7 @@ async def test_item_goes_through_all_client_calls_from_poll_to_stop(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     control_plane.enqueue(metadata={"job": "a"})
-    delivered = await poll_existing_item(client)
+    delivered = await poll_and_expect_item(client)
     assert (delivered.state, delivered.type, delivered.metadata) == (
         "queued",
         "session",
@@ -169,7 +169,7 @@ async def test_first_stop_without_force_requests_stop_and_second_confirms_it(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     control_plane.enqueue()
-    item = await poll_existing_item(qoder_client)
+    item = await poll_and_expect_item(qoder_client)
     await qoder_client.ack(item.id)
     asked = await qoder_client.stop(item.id)
     assert asked is not None
@@ -186,7 +186,7 @@ async def test_anthropic_stop_returns_no_item_and_raises_conflict_error_when_rep
 ) -> None:
     control_plane.enqueue()
     async with WorkClient(make_settings_for_control_plane(control_plane, "anthropic")) as client:
-        item = await poll_existing_item(client)
+        item = await poll_and_expect_item(client)
         assert await client.stop(item.id, force=True) is None
         with pytest.raises(ConflictError):
             await client.stop(item.id, force=True)
@@ -222,7 +222,7 @@ async def test_client_returns_session_with_the_id_from_polled_item(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     control_plane.enqueue()
-    item = await poll_existing_item(client)
+    item = await poll_and_expect_item(client)
     session = await client.session(item.session_id)
     assert session["id"] == item.session_id
     assert session["type"] == "session"
@@ -245,7 +245,7 @@ async def test_each_error_status_raises_its_own_exception_class(
     assert unknown.value.error_type == "not_found_error"
 
     control_plane.enqueue()
-    item = await poll_existing_item(client)
+    item = await poll_and_expect_item(client)
     with pytest.raises(ConflictError):
         await client.heartbeat(item.id)  # A queued item has no lease that a heartbeat could extend.
     await client.ack(item.id)
@@ -259,7 +259,7 @@ async def test_each_error_status_raises_its_own_exception_class(
         make_settings_for_control_plane(control_plane), worker_id="other"
     ) as other:
         control_plane.enqueue()
-        await poll_existing_item(other)
+        await poll_and_expect_item(other)
     await client.stop(item.id, force=True)
     with pytest.raises(ConflictError):
         await client.ack(item.id)
@@ -269,7 +269,7 @@ async def test_ack_by_second_worker_id_raises_conflict(
     control_plane: ControlPlane, qoder_client: WorkClient
 ) -> None:
     control_plane.enqueue()
-    item = await poll_existing_item(qoder_client)
+    item = await poll_and_expect_item(qoder_client)
     async with WorkClient(
         make_settings_for_control_plane(control_plane), worker_id="other"
     ) as other:
@@ -288,7 +288,7 @@ async def test_expected_last_heartbeat_is_sent_unchanged_as_query_parameter(
     control_plane: ControlPlane, qoder_client: WorkClient, middleware: RecordingMiddleware
 ) -> None:
     control_plane.enqueue()
-    item = await poll_existing_item(qoder_client)
+    item = await poll_and_expect_item(qoder_client)
     for expected in ("2026-01-01T00:00:00.5+02:00", "a&b=c#d e%/", None):
         with pytest.raises(ControlPlaneError):
             await qoder_client.heartbeat(item.id, expected, 10)
@@ -610,7 +610,7 @@ async def test_read_and_write_requests_have_separate_rate_limits(
         make_settings_for_control_plane(control_plane, read_rate=0.004, write_rate=0.004)
     ) as client:
         # This poll uses the only read request that the rate limit allows in four minutes.
-        item = await poll_existing_item(client)
+        item = await poll_and_expect_item(client)
         with pytest.raises(TransientError, match="our own rate limit") as raised:
             await client.stats(timeout=0.01)
         assert raised.value.reason == "timeout"
@@ -656,7 +656,7 @@ async def test_ack_with_permit_acquired_before_poll_does_not_wait_for_rate_limit
     ) as client:
         await client.acquire_ack_permit()
         assert acquire_all_tokens(client.rate_limits.write) == 0
-        item = await poll_existing_item(client)
+        item = await poll_and_expect_item(client)
         await client.ack(item.id, permit=True)
         client.release_ack_permit()
         await client.acquire_ack_permit()
@@ -691,7 +691,7 @@ async def test_client_with_unlimited_rates_never_calls_its_rate_limiters(
     async with client:
         await client.acquire_ack_permit()
         client.release_ack_permit()
-        item = await poll_existing_item(client)
+        item = await poll_and_expect_item(client)
         await client.ack(item.id, permit=True)
         await client.heartbeat(item.id)
         await client.stop(item.id, force=True)

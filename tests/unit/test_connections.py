@@ -38,7 +38,7 @@ STOP = CallOptions(priority=Priority.COMPLETION)
 
 
 @dataclass
-class ConnectionServer:
+class ConnectionCountingServer:
     """A server that records the first line of each request and counts its connections.
 
     Attributes:
@@ -87,8 +87,8 @@ class ConnectionServer:
 @asynccontextmanager
 async def running_server(
     answer: Callable[[str, int], bytes | None] = lambda _line, _connection: ANSWER,
-) -> AsyncIterator[ConnectionServer]:
-    server = ConnectionServer(answer)
+) -> AsyncIterator[ConnectionCountingServer]:
+    server = ConnectionCountingServer(answer)
     listener = await asyncio.start_server(server.answer_connection, "127.0.0.1", 0)
     server.port = listener.sockets[0].getsockname()[1]
     async with listener:
@@ -423,7 +423,7 @@ def test_endless_informational_responses_do_not_block_event_loop() -> None:
                 times.append(time.thread_time())
                 await asyncio.sleep(0)
 
-        server = ConnectionServer(port=port)
+        server = ConnectionCountingServer(port=port)
         client = WorkClient(server.settings_for_url(request_timeout=30))
         async with client, asyncio.TaskGroup() as group:
             noting = group.create_task(record_time_of_each_loop_turn())

@@ -118,12 +118,12 @@ def test_queued_held_and_ended_sessions_of_demo_always_add_up_to_total() -> None
 
 
 @handler(metadata={"job": "daily-report"})
-async def daily_report(_: Session) -> None:
+async def handle_daily_report(_: Session) -> None:
     pass
 
 
 @handler(type="import")
-async def handle_import_session(_: Session) -> None:
+async def handle_import(_: Session) -> None:
     pass
 
 
@@ -133,34 +133,34 @@ def workpool_session_handler() -> None:
 
 
 @pytest.fixture
-def reports_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def module_with_two_handlers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("demo_reports")
-    module.__dict__.update(daily_report=daily_report, handle_import_session=handle_import_session)
+    module.__dict__.update(handle_daily_report=handle_daily_report, handle_import=handle_import)
     monkeypatch.setitem(sys.modules, "demo_reports", module)
     return module
 
 
-@pytest.mark.usefixtures("reports_module")
+@pytest.mark.usefixtures("module_with_two_handlers")
 def test_demo_without_given_metadata_enqueues_sessions_that_match_handler_rules() -> None:
     daily, rows = DemoSession("session", {"job": "daily-report"}), DemoSession("import", {})
-    assert make_sessions_for_handler("demo_reports:daily_report", {}, 2) == [daily, daily]
+    assert make_sessions_for_handler("demo_reports:handle_daily_report", {}, 2) == [daily, daily]
     assert make_sessions_for_handler("demo_reports", {}, 3) == [daily, rows, daily]
 
 
-@pytest.mark.usefixtures("reports_module")
+@pytest.mark.usefixtures("module_with_two_handlers")
 def test_demo_metadata_that_no_handler_rule_matches_raise_plugin_error() -> None:
     given = {"job": "daily-report", "day": "monday"}
-    assert make_sessions_for_handler("demo_reports:daily_report", given, 1) == [
+    assert make_sessions_for_handler("demo_reports:handle_daily_report", given, 1) == [
         DemoSession("session", given)
     ]
     with pytest.raises(PluginError, match=r"takes type=session job=daily-report, not job=weekly"):
-        make_sessions_for_handler("demo_reports:daily_report", {"job": "weekly"}, 1)
+        make_sessions_for_handler("demo_reports:handle_daily_report", {"job": "weekly"}, 1)
 
 
 def test_demo_does_not_check_metadata_if_plugin_has_handler_hook(
-    reports_module: ModuleType,
+    module_with_two_handlers: ModuleType,
 ) -> None:
-    reports_module.__dict__["workpool_session_handler"] = workpool_session_handler
+    module_with_two_handlers.__dict__["workpool_session_handler"] = workpool_session_handler
     assert make_sessions_for_handler("demo_reports", {"a": "b"}, 1) == [
         DemoSession("session", {"a": "b"})
     ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def start_waiting_threads() -> Iterator[
+def start_threads_joined_after_test() -> Iterator[
     Callable[[int, Callable[[], object]], list[threading.Thread]]
 ]:
     """Return a function that starts threads, which end once `release` is set."""
@@ -40,11 +40,11 @@ def start_waiting_threads() -> Iterator[
 
 
 def test_error_in_diagnostic_report_on_thread_is_raised_in_caller() -> None:
-    def write_failing_report() -> None:
+    def raise_while_writing_report() -> None:
         raise SystemExit("from a log handler")
 
     with pytest.raises(SystemExit, match="from a log handler"):
-        write_report_on_thread(write_failing_report)
+        write_report_on_thread(raise_while_writing_report)
 
 
 def test_diagnostic_report_that_hangs_returns_after_time_limit(
@@ -53,12 +53,12 @@ def test_diagnostic_report_that_hangs_returns_after_time_limit(
     monkeypatch.setattr(diagnostics, "REPORT_SECONDS", 0.05)
     began, release, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def write_hanging_report() -> None:
+    def hang_while_writing_report() -> None:
         began.set()
         release.wait()
         ended.set()
 
-    write_report_on_thread(write_hanging_report)
+    write_report_on_thread(hang_while_writing_report)
     assert began.is_set()
     assert not ended.is_set()
     release.set()
@@ -76,7 +76,7 @@ def test_thread_stacks_are_returned_without_a_temporary_directory(
 
 
 def test_stack_report_of_many_threads_is_limited_and_begins_with_requested_thread(
-    start_waiting_threads: Callable[[int, Callable[[], object]], list[threading.Thread]],
+    start_threads_joined_after_test: Callable[[int, Callable[[], object]], list[threading.Thread]],
 ) -> None:
     count = THREADS_MAX + 5
     all_deep, release = threading.Barrier(count + 1), threading.Event()
@@ -88,7 +88,7 @@ def test_stack_report_of_many_threads_is_limited_and_begins_with_requested_threa
         release.wait()
         return None
 
-    threads = start_waiting_threads(count, recurse_deeply)
+    threads = start_threads_joined_after_test(count, recurse_deeply)
     try:
         all_deep.wait(20)
         first = threads[-1]

@@ -109,7 +109,7 @@ async def test_drain_cancels_handlers_that_still_run_at_its_deadline() -> None:
 @pytest.mark.parametrize("second", [0, 20.0])
 def test_second_drain_shortens_deadline(first: float | None, second: float) -> None:
     @in_virtual_time
-    async def run_drain_requested_twice() -> None:
+    async def run_drain_with_two_requests() -> None:
         drain, sessions = Drain(), DispatcherStandIn(1)
         drain.request(first)
         sessions.loop.call_later(5, drain.request, second)
@@ -117,20 +117,20 @@ def test_second_drain_shortens_deadline(first: float | None, second: float) -> N
         assert sessions.cancelled_at == pytest.approx(5 + second)
         assert drain.timeout == first
 
-    run_drain_requested_twice()
+    run_drain_with_two_requests()
 
 
 @pytest.mark.parametrize("second", [None, 1000.0, 30.0])
 def test_second_drain_never_extends_deadline(second: float | None) -> None:
     @in_virtual_time
-    async def run_drain_requested_again_later() -> None:
+    async def run_drain_with_later_second_request() -> None:
         drain, sessions = Drain(), DispatcherStandIn(1)
         drain.request(20)
         sessions.loop.call_later(5, drain.request, second)
         await sessions.run_drain(drain)
         assert sessions.cancelled_at == pytest.approx(20)
 
-    run_drain_requested_again_later()
+    run_drain_with_later_second_request()
 
 
 @in_virtual_time

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = pytest.mark.usefixtures("clean_environment")
+pytestmark = pytest.mark.usefixtures("environment_without_settings")
 
 HIDDEN = "hunter2-hunter2"
 TWO = """
@@ -33,9 +33,7 @@ plugins = ["chat"]
 """
 
 
-def read_problems_of_refused_settings(
-    read: Callable[..., object], **values: Any
-) -> tuple[str, ...]:
+def collect_settings_problems(read: Callable[..., object], **values: Any) -> tuple[str, ...]:
     with pytest.raises(SettingsError) as raised:
         read(**values)
     assert HIDDEN not in str(raised.value)
@@ -100,7 +98,7 @@ def test_concurrency_of_environment_never_exceeds_concurrency_of_whole_process(
 def test_concurrency_below_number_of_environments_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
-    problems = read_problems_of_refused_settings(
+    problems = collect_settings_problems(
         Settings.of_environments, config=write_config(TWO), concurrency=1
     )
     assert problems == ("concurrency: must be 2 or more, one for each environment",)
@@ -119,9 +117,7 @@ def test_error_in_environment_table_names_file_table_and_key(
         token = "x"
         token_file = "y"
         """)
-    assert read_problems_of_refused_settings(
-        Settings.of_environments, config=path, block_ms=10
-    ) == (
+    assert collect_settings_problems(Settings.of_environments, config=path, block_ms=10) == (
         "concurrency: must be a whole number, 1 or more "
         f"(from {path} [workpool.environments.env_a])",
         f"token, token_file: set one of the two (from {path} [workpool.environments.env_b])",
@@ -139,7 +135,7 @@ def test_setting_of_whole_process_in_environment_table_is_refused(
         Settings.of_environments,
         lambda **given: Settings(environment_id="env_a", **given),
     ):
-        problems = read_problems_of_refused_settings(read, config=path)
+        problems = collect_settings_problems(read, config=path)
         assert problems[0].startswith(f"{name}: ")
         assert problems[0].endswith(f"(from {path} [workpool.environments.env_a])")
 
@@ -162,7 +158,7 @@ def test_malformed_environment_tables_are_refused_with_file_name(
     write_config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     path = write_config(f"[workpool]\n{text}")
-    [found] = read_problems_of_refused_settings(Settings, config=path)
+    [found] = collect_settings_problems(Settings, config=path)
     assert str(path) in found
     assert problem in found
 
@@ -171,7 +167,7 @@ def test_environment_table_named_by_invalid_id_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
     path = write_config('[workpool.environments."a b"]')
-    [problem] = read_problems_of_refused_settings(Settings.of_environments, config=path)
+    [problem] = collect_settings_problems(Settings.of_environments, config=path)
     assert problem.startswith("environment_id: must be 1 to 128 letters, digits, _ or - (from ")
 
 
@@ -179,7 +175,7 @@ def test_config_file_with_environment_id_and_environment_tables_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
     path = write_config(TWO.replace("[workpool]", '[workpool]\nenvironment_id = "env_a"'))
-    [problem] = read_problems_of_refused_settings(Settings.of_environments, config=path)
+    [problem] = collect_settings_problems(Settings.of_environments, config=path)
     assert "the tables [workpool.environments.ID] name the environments" in problem
     assert str(path) in problem
 
@@ -189,7 +185,7 @@ def test_environment_id_without_table_in_file_is_refused(
 ) -> None:
     monkeypatch.setenv("WORKPOOL_ENVIRONMENT_ID", HIDDEN)
     path = write_config(TWO)
-    assert read_problems_of_refused_settings(Settings, config=path) == (
+    assert collect_settings_problems(Settings, config=path) == (
         f"environment_id: {path} has tables of env_a, env_b, and none of this one "
         "(from WORKPOOL_ENVIRONMENT_ID)",
     )
@@ -200,7 +196,7 @@ def test_error_about_missing_environment_id_lists_environments_of_config_file(
 ) -> None:
     settings = Settings(config=write_config(TWO))
     assert settings.environment_ids == ("env_a", "env_b")
-    assert read_problems_of_refused_settings(settings.require_connection)[0] == (
+    assert collect_settings_problems(settings.require_connection)[0] == (
         "environment_id: not set (set WORKPOOL_ENVIRONMENT_ID to one of env_a, env_b)"
     )
 

@@ -251,7 +251,7 @@ class FailingEventCalls:
     async def list_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        await self.apply_next_scripted_condition()
+        await self.simulate_next_network_condition()
         return await self._calls.list_page(min(limit, 3), after_id=after_id, page=page)
 
     async def append_events(
@@ -260,11 +260,11 @@ class FailingEventCalls:
         return await self._calls.append_events(body, options=options)
 
     async def open_stream(self, last_id: str | None) -> OpenEventStream:
-        await self.apply_next_scripted_condition()
+        await self.simulate_next_network_condition()
         stream = await self._calls.open_stream(last_id if self._replays else None)
         return FailingEventStream(stream, self)
 
-    async def apply_next_scripted_condition(self) -> str:
+    async def simulate_next_network_condition(self) -> str:
         condition = next(self.conditions, "fine")
         if condition == "slow":
             await asyncio.sleep(2.5)
@@ -284,7 +284,7 @@ class FailingEventStream:
     async def read(self) -> bytes:
         if self._cut:
             return b""
-        condition = await self._way.apply_next_scripted_condition()
+        condition = await self._way.simulate_next_network_condition()
         self._silent = self._silent or condition == "silent"
         if self._silent:
             await asyncio.Event().wait()
@@ -339,7 +339,7 @@ def test_event_stream_yields_each_event_once_and_in_order_despite_any_failures(
     resumes: bool,
     replays: bool,
 ) -> None:
-    async def follow_events() -> None:
+    async def read_events_despite_failures() -> None:
         bench = SessionEventsTestbed()
         received: list[SessionEvent] = []
         flags: list[bool] = []
@@ -360,7 +360,7 @@ def test_event_stream_yields_each_event_once_and_in_order_despite_any_failures(
         assert [event["id"] for event in received] == bench.ids_of_emitted_events
         assert flags[-1:] in ([], [True])
 
-    run_on_virtual_loop(follow_events())
+    run_on_virtual_loop(read_events_despite_failures())
 
 
 async def emit_events(bench: SessionEventsTestbed, pauses: Sequence[float]) -> None:

@@ -31,7 +31,7 @@ FDS = Path("/proc/self/fd")
 COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in /proc")
 
 
-class HealthFailureReasons:
+class FakeHealthFailureReasons:
     """The reasons for which `/healthz` and `/readyz` report failure; a test changes them."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class FailingCollector(Collector):
 
 
 def make_exporter(
-    registry: CollectorRegistry, verdicts: HealthFailureReasons, port: int = 0
+    registry: CollectorRegistry, verdicts: FakeHealthFailureReasons, port: int = 0
 ) -> Exporter:
     return Exporter(
         "127.0.0.1", port, registry,
@@ -76,13 +76,13 @@ def registry() -> CollectorRegistry:
 
 
 @pytest.fixture
-def health_failure_reasons() -> HealthFailureReasons:
-    return HealthFailureReasons()
+def health_failure_reasons() -> FakeHealthFailureReasons:
+    return FakeHealthFailureReasons()
 
 
 @pytest.fixture
 async def exporter(
-    registry: CollectorRegistry, health_failure_reasons: HealthFailureReasons
+    registry: CollectorRegistry, health_failure_reasons: FakeHealthFailureReasons
 ) -> AsyncIterator[Exporter]:
     async with make_exporter(registry, health_failure_reasons) as exporter:
         yield exporter
@@ -95,7 +95,9 @@ async def http_client() -> AsyncIterator[aiohttp.ClientSession]:
         yield session
 
 
-async def get_path(http: aiohttp.ClientSession, url: str, **headers: str) -> tuple[int, bytes, Any]:
+async def send_get_request(
+    http: aiohttp.ClientSession, url: str, **headers: str
+) -> tuple[int, bytes, Any]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     async with http.get(url, headers={"Accept-Encoding": "identity", **named}) as response:
         return response.status, await response.read(), response.headers
@@ -104,7 +106,7 @@ async def get_path(http: aiohttp.ClientSession, url: str, **headers: str) -> tup
 async def test_metrics_are_text_by_default(
     exporter: Exporter, http_client: aiohttp.ClientSession
 ) -> None:
-    status, body, headers = await get_path(http_client, f"{exporter.url}/metrics")
+    status, body, headers = await send_get_request(http_client, f"{exporter.url}/metrics")
     assert status == 200
     assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
     samples = [s for f in parse_text(body.decode()) for s in f.samples]
@@ -115,7 +117,9 @@ async def test_metrics_are_openmetrics_on_request(
     exporter: Exporter, http_client: aiohttp.ClientSession
 ) -> None:
     accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
-    status, body, headers = await get_path(http_client, f"{exporter.url}/metrics", Accept=accept)
+    status, body, headers = await send_get_request(
+        http_client, f"{exporter.url}/metrics", Accept=accept
+    )
     assert status == 200
     assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
     assert body.endswith(b"# EOF\n")
@@ -129,7 +133,9 @@ async def test_metrics_are_openmetrics_on_request(
 async def test_malformed_accept_header_gets_metrics_as_text(
     exporter: Exporter, http_client: aiohttp.ClientSession, accept: str
 ) -> None:
-    status, body, headers = await get_path(http_client, f"{exporter.url}/metrics", Accept=accept)
+    status, body, headers = await send_get_request(
+        http_client, f"{exporter.url}/metrics", Accept=accept
+    )
     assert (status, headers["Content-Type"].partition(";")[0]) == (200, "text/plain")
     assert b"eggs_total 7.0" in body
 
@@ -137,7 +143,7 @@ async def test_malformed_accept_header_gets_metrics_as_text(
 async def test_metrics_are_compressed_on_request(
     exporter: Exporter, http_client: aiohttp.ClientSession
 ) -> None:
-    status, body, headers = await get_path(
+    status, body, headers = await send_get_request(
         http_client, f"{exporter.url}/metrics", Accept_Encoding="br, gzip"
     )
     assert (status, headers["Content-Encoding"]) == (200, "gzip")
@@ -149,7 +155,7 @@ async def test_metrics_are_compressed_on_request(
 )
 async def test_failing_health_response_states_its_reasons(
     exporter: Exporter, http_client: aiohttp.ClientSession,
-    health_failure_reasons: HealthFailureReasons, path: str, good: str, bad: str,
+    health_failure_reasons: FakeHealthFailureReasons, path: str, good: str, bad: str,
 ) -> None:  # fmt: skip
     async with http_client.get(f"{exporter.url}/{path}") as response:
         assert (response.status, await response.json()) == (200, {"status": good})
@@ -161,13 +167,13 @@ async def test_failing_health_response_states_its_reasons(
         assert response.status == 503
         assert await response.json() == {"status": bad, "reasons": reasons}
     other = "readyz" if path == "healthz" else "healthz"
-    assert (await get_path(http_client, f"{exporter.url}/{other}"))[0] == 200
+    assert (await send_get_request(http_client, f"{exporter.url}/{other}"))[0] == 200
 
 
 async def test_index_page_lists_all_paths(
     exporter: Exporter, http_client: aiohttp.ClientSession
 ) -> None:
-    status, body, _ = await get_path(http_client, f"{exporter.url}/")
+    status, body, _ = await send_get_request(http_client, f"{exporter.url}/")
     assert status == 200
     assert all(path in body for path in (b"/metrics", b"/healthz", b"/readyz"))
 
@@ -186,15 +192,15 @@ async def test_head_is_answered_and_post_is_refused_on_every_path(
 async def test_unknown_path_is_not_found(
     exporter: Exporter, http_client: aiohttp.ClientSession, path: str
 ) -> None:
-    assert (await get_path(http_client, exporter.url + path))[0] == 404
+    assert (await send_get_request(http_client, exporter.url + path))[0] == 404
 
 
 async def test_requests_to_exporter_are_not_logged(
     exporter: Exporter, http_client: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    await get_path(http_client, f"{exporter.url}/metrics")
-    await get_path(http_client, f"{exporter.url}/nothing")
+    await send_get_request(http_client, f"{exporter.url}/metrics")
+    await send_get_request(http_client, f"{exporter.url}/nothing")
     assert caplog.records == []
 
 
@@ -203,12 +209,12 @@ async def test_failing_collector_fails_one_scrape_and_reveals_nothing_to_client(
 ) -> None:
     broken = FailingCollector()
     registry.register(broken)
-    status, body, _ = await get_path(http_client, f"{exporter.url}/metrics")
+    status, body, _ = await send_get_request(http_client, f"{exporter.url}/metrics")
     assert status == 500
     assert b"sess_secret" not in body
-    assert (await get_path(http_client, f"{exporter.url}/healthz"))[0] == 200
+    assert (await send_get_request(http_client, f"{exporter.url}/healthz"))[0] == 200
     registry.unregister(broken)
-    assert (await get_path(http_client, f"{exporter.url}/metrics"))[0] == 200
+    assert (await send_get_request(http_client, f"{exporter.url}/metrics"))[0] == 200
 
 
 async def test_scrapes_beyond_limit_are_refused_while_health_is_answered(
@@ -218,20 +224,20 @@ async def test_scrapes_beyond_limit_are_refused_while_health_is_answered(
     registry.register(stuck)
     async with asyncio.TaskGroup() as group:
         scrapes = {
-            group.create_task(get_path(http_client, f"{exporter.url}/metrics"))
+            group.create_task(send_get_request(http_client, f"{exporter.url}/metrics"))
             for _ in range(SCRAPES_MAX + 1)
         }
         done, waiting = await asyncio.wait(scrapes, return_when=asyncio.FIRST_COMPLETED)
         refused = [task.result() for task in done]
         assert [(status, headers["Retry-After"]) for status, _, headers in refused] == [(503, "1")]
-        assert (await get_path(http_client, f"{exporter.url}/healthz"))[0] == 200
+        assert (await send_get_request(http_client, f"{exporter.url}/healthz"))[0] == 200
         stuck.released.set()
         assert [(await task)[0] for task in waiting] == [200] * SCRAPES_MAX
-    assert (await get_path(http_client, f"{exporter.url}/metrics"))[0] == 200
+    assert (await send_get_request(http_client, f"{exporter.url}/metrics"))[0] == 200
 
 
 async def test_exporters_on_port_0_get_different_free_ports(
-    registry: CollectorRegistry, health_failure_reasons: HealthFailureReasons
+    registry: CollectorRegistry, health_failure_reasons: FakeHealthFailureReasons
 ) -> None:
     async with (
         make_exporter(registry, health_failure_reasons) as one,
@@ -252,7 +258,7 @@ async def test_exporter_url_of_wildcard_address_can_be_opened_locally(
         pytest.skip("this machine has no IPv6")
     async with Exporter(host, 0, registry, health=list, readiness=list) as exporter:
         assert exporter.url == url.format(exporter.port)
-        assert (await get_path(http_client, f"{exporter.url}/healthz"))[0] == 200
+        assert (await send_get_request(http_client, f"{exporter.url}/healthz"))[0] == 200
 
 
 @pytest.mark.parametrize("host", ["", "localhost"])
@@ -264,7 +270,7 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
     addresses = {family.AF_INET: "127.0.0.1", family.AF_INET6: "::1"}
     every = {kind for kind, *_ in socket.getaddrinfo(host or None, 0, flags=socket.AI_PASSIVE)}
 
-    async def connect_to_each_address() -> None:
+    async def assert_each_address_accepts_connections() -> None:
         exporter = Exporter(host, 0, registry, health=list, readiness=list)
         async with asyncio.timeout(20), exporter:
             for kind in every:
@@ -273,11 +279,13 @@ def test_exporter_on_port_0_uses_same_port_on_each_address(
                 await writer.wait_closed()
 
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(connect_to_each_address())
+        runner.run(assert_each_address_accepts_connections())
 
 
 async def test_port_in_use_raises_error_that_suggests_solutions(
-    exporter: Exporter, registry: CollectorRegistry, health_failure_reasons: HealthFailureReasons
+    exporter: Exporter,
+    registry: CollectorRegistry,
+    health_failure_reasons: FakeHealthFailureReasons,
 ) -> None:
     with pytest.raises(ListenError) as caught:
         async with make_exporter(registry, health_failure_reasons, exporter.port):
@@ -364,7 +372,7 @@ def test_connected_clients_do_not_delay_closing_of_exporter(
         runner.run(close_exporter_within_time_limit())
 
 
-class ExporterLifeWithStages:
+class ObservedExporterRun:
     """Opens, uses and closes an exporter; a test can wait for each of these stages."""
 
     STAGES = ("starting", "serving", "closing")
@@ -374,40 +382,40 @@ class ExporterLifeWithStages:
         self.ended_in = ""
         self._last = last
 
-    async def run_exporter_through_stages(self) -> None:
-        self._mark_stage_as_begun("starting")
+    async def open_use_and_close_exporter(self) -> None:
+        self._record_exporter_stage("starting")
         async with Exporter("127.0.0.1", 0, CollectorRegistry(), health=list, readiness=list):
-            self._mark_stage_as_begun("serving")
+            self._record_exporter_stage("serving")
             if self._last == "serving":
                 await asyncio.Event().wait()
-            self._mark_stage_as_begun("closing")
+            self._record_exporter_stage("closing")
         self.ended_in = "nothing"
 
-    def _mark_stage_as_begun(self, stage: str) -> None:
+    def _record_exporter_stage(self, stage: str) -> None:
         self.ended_in = stage
         self.begun[stage].set()
 
 
 @COUNTS_FILES
-@pytest.mark.parametrize("stage", ExporterLifeWithStages.STAGES)
+@pytest.mark.parametrize("stage", ObservedExporterRun.STAGES)
 @pytest.mark.parametrize("new_loop", LOOP_FACTORIES)
 def test_exporter_cancelled_at_any_stage_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop], stage: str
 ) -> None:
-    async def cancel_exporter_in_stage(turns: int) -> str:
-        life = ExporterLifeWithStages(stage)
+    async def cancel_exporter_after_loop_turns(turns: int) -> str:
+        run = ObservedExporterRun(stage)
         async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-            task = group.create_task(life.run_exporter_through_stages())
-            await life.begun[stage].wait()
+            task = group.create_task(run.open_use_and_close_exporter())
+            await run.begun[stage].wait()
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
-        return life.ended_in
+        return run.ended_in
 
     async def cancel_exporter_after_each_loop_turn() -> None:
         before = count_open_resources()
         for turns in range(20):
-            ended_in = await cancel_exporter_in_stage(turns)
+            ended_in = await cancel_exporter_after_loop_turns(turns)
             assert count_open_resources() == before, turns
             assert turns or ended_in == stage
 
@@ -422,13 +430,13 @@ async def test_exporter_opened_fifty_times_leaves_nothing_open(registry: Collect
     for _ in range(50):
         exporter = Exporter("127.0.0.1", exporter.port, registry, health=list, readiness=list)
         async with exporter, aiohttp.ClientSession() as http:
-            assert (await get_path(http, f"{exporter.url}/metrics"))[0] == 200
+            assert (await send_get_request(http, f"{exporter.url}/metrics"))[0] == 200
     assert count_open_resources() == before
 
 
 async def test_hanging_collector_does_not_delay_closing_of_exporter(
     registry: CollectorRegistry,
-    health_failure_reasons: HealthFailureReasons,
+    health_failure_reasons: FakeHealthFailureReasons,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stuck = HangingCollector()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def make_load_readers(
+def make_fleet_load_readers(
     loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
 ) -> FleetLoadReaders:
     """Return load readers of several environments; None is the load before the first read."""
@@ -29,7 +29,7 @@ def make_load_readers(
 
 def test_fleet_totals_sum_item_counts_and_contain_longest_queue_time() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
-    numbers = make_load_readers(loads, {"env_a": 8, "env_b": 8}).fleet_scaling_numbers()
+    numbers = make_fleet_load_readers(loads, {"env_a": 8, "env_b": 8}).fleet_scaling_numbers()
     assert numbers is not None
     assert (numbers["queued"], numbers["pending"], numbers["running"]) == (4, 1, 10)
     assert (numbers["oldest_queued_seconds"], numbers["lower_bound"]) == (9.0, True)
@@ -38,7 +38,7 @@ def test_fleet_totals_sum_item_counts_and_contain_longest_queue_time() -> None:
 
 def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
     loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
-    fleet = make_load_readers(loads, {"env_a": 8, "env_b": 2})
+    fleet = make_fleet_load_readers(loads, {"env_a": 8, "env_b": 2})
     numbers, few = fleet.fleet_scaling_numbers(), fleet.environment_scaling_numbers("env_b")
     assert numbers is not None
     assert few is not None
@@ -46,7 +46,7 @@ def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
 
 
 def test_fleet_totals_are_none_until_every_environment_has_been_read() -> None:
-    fleet = make_load_readers(
+    fleet = make_fleet_load_readers(
         {"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8}
     )
     assert fleet.fleet_scaling_numbers() is None

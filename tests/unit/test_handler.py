@@ -71,9 +71,9 @@ def test_later_change_of_metadata_argument_does_not_change_handler_rule() -> Non
 def test_bound_method_has_the_handler_rule_of_its_decorated_function() -> None:
     class ClassWithHandlerMethod:
         @handler(max_sessions=3)
-        async def daily_report(self, session: Session) -> None: ...
+        async def handle_daily_report(self, session: Session) -> None: ...
 
-    rule = find_handler_rule(ClassWithHandlerMethod().daily_report)
+    rule = find_handler_rule(ClassWithHandlerMethod().handle_daily_report)
     assert rule is not None
     assert rule.max_sessions == 3
 

@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from workpool.session import Outcome
 
 
-async def handler_function(session: Session) -> None:
+async def never_called_handler(session: Session) -> None:
     """A handler that is never called."""
 
 
 BROKEN, OTHER = (
-    Handler(name=name, call=handler_function, plugin="test")
+    Handler(name=name, call=never_called_handler, plugin="test")
     for name in ("test.broken", "test.other")
 )
 
 
-class ItemWithEndedSession:
+class FakeItemWithEndedSession:
     """An item whose session has ended."""
 
     def __init__(self, number: int, handler: Handler | None, error: BaseException | None) -> None:
@@ -63,10 +63,12 @@ class HandlerHealthTestbed:
     ) -> None:
         """End a session of the item with this `number`, or of a new item if `number` is None."""
         self.number += number is None
-        item: Any = ItemWithEndedSession(self.number if number is None else number, handler, error)
+        item: Any = FakeItemWithEndedSession(
+            self.number if number is None else number, handler, error
+        )
         self.health.record_session_end(item, outcome, seconds)
 
-    def fail_sessions(self, times: int = FAILURES) -> None:
+    def end_sessions_as_failed(self, times: int = FAILURES) -> None:
         for _ in range(times):
             self.end_session()
 
@@ -79,7 +81,7 @@ class HandlerHealthTestbed:
 async def test_five_quick_failures_in_a_row_mark_handler_as_failing() -> None:
     bench = HandlerHealthTestbed()
     assert FAILURES == 5
-    bench.fail_sessions(4)
+    bench.end_sessions_as_failed(4)
     assert bench.health.failing_handlers() == []
     assert bench.health.may_claim(BROKEN)
     bench.end_session()
@@ -157,12 +159,12 @@ def test_failing_handler_recovers_after_completed_session_or_failure_after_five_
     @in_virtual_time
     async def assert_failures_are_reset() -> None:
         bench = HandlerHealthTestbed()
-        bench.fail_sessions()
+        bench.end_sessions_as_failed()
         bench.end_session(outcome, seconds)
         assert bench.is_failing != resets
         assert bench.health.may_claim(BROKEN) == resets
         again = HandlerHealthTestbed()
-        again.fail_sessions(4)
+        again.end_sessions_as_failed(4)
         again.end_session(outcome, seconds)
         again.end_session()
         assert again.is_failing != resets  # Without a reset, the handler has failed 4 + 1 times.
@@ -173,7 +175,7 @@ def test_failing_handler_recovers_after_completed_session_or_failure_after_five_
 @in_virtual_time
 async def test_failing_handler_first_claims_nothing_and_then_one_item_at_a_time() -> None:
     bench = HandlerHealthTestbed()
-    bench.fail_sessions()
+    bench.end_sessions_as_failed()
     await asyncio.sleep(0.9)
     assert not bench.health.may_claim(BROKEN)
     await asyncio.sleep(0.2)
@@ -185,7 +187,7 @@ async def test_failing_handler_first_claims_nothing_and_then_one_item_at_a_time(
 @in_virtual_time
 async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     bench = HandlerHealthTestbed()
-    bench.fail_sessions()
+    bench.end_sessions_as_failed()
     pauses = []
     for _ in range(8):
         before = bench.loop.time()
@@ -196,7 +198,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
     assert pauses == pytest.approx([1, 2, 4, 8, 16, 30, 30, 30])
     assert FAILING_PAUSE_MAX_SECONDS == 30
     bench.end_session("completed")
-    bench.fail_sessions()
+    bench.end_sessions_as_failed()
     before = bench.loop.time()
     await bench.health.wait_until_a_handler_may_claim()
     # The success has reset the pause, so the first pause after the new failures lasts 1 s.
@@ -209,7 +211,7 @@ async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() ->
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == 0
     bench.end_session("completed", handler=OTHER)
-    bench.fail_sessions()
+    bench.end_sessions_as_failed()
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == 0
     for _ in range(FAILURES):
@@ -221,15 +223,15 @@ async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() ->
 @in_virtual_time
 async def test_wait_to_claim_ends_when_running_session_of_failing_handler_ends() -> None:
     bench = HandlerHealthTestbed()
-    bench.fail_sessions()
+    bench.end_sessions_as_failed()
     await asyncio.sleep(2)
     bench.owned[BROKEN] = 1
 
-    def end_session_as_completed() -> None:
+    def complete_running_session() -> None:
         bench.owned[BROKEN] = 0
         bench.end_session("completed")
 
-    bench.loop.call_later(100, end_session_as_completed)
+    bench.loop.call_later(100, complete_running_session)
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(102)
     assert not bench.is_failing
@@ -238,7 +240,7 @@ async def test_wait_to_claim_ends_when_running_session_of_failing_handler_ends()
 @in_virtual_time
 async def test_wait_to_claim_ends_with_shorter_pause_of_two_failing_handlers() -> None:
     bench = HandlerHealthTestbed()
-    bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
+    bench.end_sessions_as_failed(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
     await asyncio.sleep(1)
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
@@ -255,7 +257,7 @@ async def test_wait_to_claim_ends_with_pause_of_failing_handler_although_another
     for _ in range(FAILURES):
         bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
     bench.owned[OTHER] = 1
-    bench.fail_sessions(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
+    bench.end_sessions_as_failed(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(4)
     assert bench.health.may_claim(BROKEN)

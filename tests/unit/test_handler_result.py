@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 LIMITS = MetadataLimits(pairs=2, key_characters=15, value_characters=4)
 
 
-class KeyEnum(enum.StrEnum):
+class EnumUsedAsKey(enum.StrEnum):
     ROWS = "rows"
 
 
 @dataclass
-class OrderResult:
+class PurchaseResult:
     amount: int
 
 
@@ -72,9 +72,9 @@ def test_handler_result_none_writes_no_metadata() -> None:
         # Type checkers reject these results. The pool writes them nevertheless, so that the result
         # of a finished session is not lost.
         ({"at": datetime(2026, 3, 1, tzinfo=UTC)}, '{"at":"2026-03-01T00:00:00+00:00"}'),
-        (OrderResult(7), '{"amount":7}'),
+        (PurchaseResult(7), '{"amount":7}'),
         (uuid.UUID(int=0), '"00000000-0000-0000-0000-000000000000"'),
-        (KeyEnum.ROWS, '"rows"'),
+        (EnumUsedAsKey.ROWS, '"rows"'),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

@@ -35,7 +35,7 @@ def test_hook_specifications_are_five_documented_functions_with_one_argument() -
 
 
 async def test_session_handler_hook_chooses_handler_for_item() -> None:
-    class RoutingPlugin:
+    class PluginWithSessionHandlerHook:
         async def run_session(self, session: Session) -> dict[str, str]:
             return {"ran": session.id}
 
@@ -43,10 +43,13 @@ async def test_session_handler_hook_chooses_handler_for_item() -> None:
         def workpool_session_handler(self, item: Any) -> Callable[..., Any] | None:
             return self.run_session if item.type == "session" else None
 
-    handler = Plugins.load([RoutingPlugin()], [], {}).handler_for(ITEM)
+    handler = Plugins.load([PluginWithSessionHandlerHook()], [], {}).handler_for(ITEM)
 
     assert handler is not None
-    assert (handler.name, handler.plugin) == ("RoutingPlugin.run_session", "RoutingPlugin")
+    assert (handler.name, handler.plugin) == (
+        "PluginWithSessionHandlerHook.run_session",
+        "PluginWithSessionHandlerHook",
+    )
     call: Any = handler.call
     assert await call(Session(ITEM, cast("Any", None), redelivered=False)) == {"ran": "sess_1"}
 
@@ -168,10 +171,10 @@ def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
     called: list[str] = []
 
     @hookimpl
-    def hook_implementation() -> None:
+    def record_hook_call() -> None:
         called.append(hook)
 
-    plugin = type("Plugin", (), {hook: staticmethod(hook_implementation)})()
+    plugin = type("Plugin", (), {hook: staticmethod(record_hook_call)})()
     plugins = Plugins.load([plugin], [], {})
     session = Session(ITEM, cast("Any", None), redelivered=False)
     assert plugins.handler_for(ITEM) is None

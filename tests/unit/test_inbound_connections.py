@@ -150,7 +150,7 @@ def run_coroutine_on_new_loop(
 
 
 @pytest.fixture(autouse=True)
-def shorten_check_interval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def shorten_connection_check_interval(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
     yield
     SlowlyReadingClient.close_all_clients()

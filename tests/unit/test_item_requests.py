@@ -41,7 +41,7 @@ CALL = SendOptions(Priority.HANDLER, by_handler=True)
 @asynccontextmanager
 async def item_with_renewed_lease(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
     """Yield an item with a renewed lease and a running handler."""
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         await one.send_first_heartbeat(item)
         one.tries.clear()
@@ -51,7 +51,7 @@ async def item_with_renewed_lease(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
             yield item
 
 
-async def send_update(
+async def send_metadata_update(
     one: LeaseTestbed,
     item: PoolItem,
     request: SendOptions = WRITE,
@@ -65,7 +65,9 @@ async def send_update(
     return await one.sender.send_with_retries(item, update_metadata, request, before_bytes)
 
 
-def list_update_attempts(one: LeaseTestbed) -> list[tuple[str, float | None, CallOptions]]:
+def get_attempts_to_update_metadata(
+    one: LeaseTestbed,
+) -> list[tuple[str, float | None, CallOptions]]:
     return [each for each in one.tries if each[0] == "update"]
 
 
@@ -129,9 +131,9 @@ def test_request_is_not_sent_if_lease_ends_right_before_sending(
             else:
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
-                await send_update(one, item, request)
+                await send_metadata_update(one, item, request)
             assert (
-                len(list_update_attempts(one)) <= 1
+                len(get_attempts_to_update_metadata(one)) <= 1
             )  # A call that the check refuses is not retried.
         assert not one.get_send_times("update")
 
@@ -145,9 +147,9 @@ async def test_pool_may_write_to_item_after_cancellation_of_handler(
     one = testbed()
     async with item_with_renewed_lease(one) as item:
         item.cancelled_for = EndReason.TIMED_OUT
-        await send_update(one, item, WRITE)
+        await send_metadata_update(one, item, WRITE)
         with pytest.raises(SessionEnded):
-            await send_update(one, item, CALL)
+            await send_metadata_update(one, item, CALL)
     assert len(one.get_send_times("update")) == 1
 
 
@@ -159,7 +161,7 @@ async def test_call_waiting_during_long_machine_sleep_is_not_sent(
     async with item_with_renewed_lease(one) as item:
         one.loop.call_later(4.9, one.loop.suspend, 300)
         with pytest.raises(LeaseLost):
-            await send_update(one, item)
+            await send_metadata_update(one, item)
     assert not one.get_send_times("update")
 
 
@@ -170,7 +172,7 @@ async def test_call_waiting_during_machine_pause_is_sent_after_next_heartbeat(
     one = testbed(update=[Fault(wait=5.0)])
     async with item_with_renewed_lease(one) as item:
         one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
-        await send_update(one, item)
+        await send_metadata_update(one, item)
         (sent,) = one.get_send_times("update")
         heartbeat, *_ = one.get_send_times("heartbeat")
         assert 4.99 <= heartbeat <= sent
@@ -202,7 +204,7 @@ async def test_call_waiting_during_machine_pause_is_not_sent_if_another_worker_c
 
         one.loop.call_later(4.99, simulate_machine_pause)
         with pytest.raises(SessionGoneError):
-            await send_update(one, item)
+            await send_metadata_update(one, item)
     assert not one.get_send_times("update")
 
 
@@ -217,11 +219,11 @@ async def test_callback_before_sending_is_not_called_if_request_is_not_sent(
         def record_time_of_send() -> None:
             called.append(one.clock())
 
-        await send_update(one, item, before_bytes=record_time_of_send)
+        await send_metadata_update(one, item, before_bytes=record_time_of_send)
         assert called == pytest.approx([5.0])
         lose_lease(item)
         with pytest.raises(LeaseLost):
-            await send_update(one, item, before_bytes=record_time_of_send)
+            await send_metadata_update(one, item, before_bytes=record_time_of_send)
     assert len(called) == 1
 
 
@@ -230,11 +232,11 @@ async def test_call_for_item_whose_lease_attribute_is_missing_raises_attribute_e
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         del item.lease
         with pytest.raises(AttributeError, match="lease"):
-            await send_update(one, item)
+            await send_metadata_update(one, item)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_call_refused_by_control_plane_is_never_retried(
         one = testbed(update=[Fault(answer=error.status, applied=False)])
         async with item_with_renewed_lease(one) as item:
             with pytest.raises(type(error)):
-                await send_update(one, item)
+                await send_metadata_update(one, item)
         assert len(one.get_send_times("update")) == 1
 
     assert_single_request()
@@ -271,14 +273,14 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
         # `remove_lease` also marks the session as closed, which this test does not need.
         lease.closed = False
         with pytest.raises(TransientError):
-            await send_update(one, item)
+            await send_metadata_update(one, item)
         sent = one.get_send_times("update")
         assert len(sent) > 5
         assert all(
             seconds is not None and seconds <= (60 - at) / TRY_PART + 1e-6
-            for at, (_, seconds, _) in zip(sent, list_update_attempts(one), strict=True)
+            for at, (_, seconds, _) in zip(sent, get_attempts_to_update_metadata(one), strict=True)
         )
-        assert list_update_attempts(one)[0][1] == pytest.approx(20)
+        assert get_attempts_to_update_metadata(one)[0][1] == pytest.approx(20)
         assert one.clock() <= lease.deadline
 
 
@@ -286,8 +288,8 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
 async def test_attempt_of_call_takes_at_most_request_timeout(testbed: type[LeaseTestbed]) -> None:
     one = testbed(request_timeout=2.0, update=[SILENCE])
     async with item_with_renewed_lease(one) as item:
-        await send_update(one, item)
-    assert [seconds for _, seconds, _ in list_update_attempts(one)] == [2.0, 2.0]
+        await send_metadata_update(one, item)
+    assert [seconds for _, seconds, _ in get_attempts_to_update_metadata(one)] == [2.0, 2.0]
     first, second = one.get_send_times("update")
     assert 2.0 <= second - first <= 2.0 + 0.2
 
@@ -299,11 +301,11 @@ async def test_each_attempt_takes_at_most_a_third_of_time_limit_of_call(
     one = testbed(update=[SILENCE] * 99)
     async with item_with_renewed_lease(one) as item:
         with pytest.raises(TransientError) as caught:
-            await send_update(one, item, WRITE._replace(seconds=3.0))
+            await send_metadata_update(one, item, WRITE._replace(seconds=3.0))
         assert caught.value.reason == "timeout"
         assert 1.0 < one.clock() <= 3.0
-    assert list_update_attempts(one)[0][1] == pytest.approx(1.0)
-    assert len(list_update_attempts(one)) > 1
+    assert get_attempts_to_update_metadata(one)[0][1] == pytest.approx(1.0)
+    assert len(get_attempts_to_update_metadata(one)) > 1
 
 
 @pytest.mark.parametrize(
@@ -324,9 +326,9 @@ def test_call_repeated_because_of_missing_answer_uses_new_connection(
     async def send_two_updates() -> None:
         one = testbed(update=[failure])
         async with item_with_renewed_lease(one) as item:
-            await send_update(one, item)
-            await send_update(one, item)
-        assert [options.new_connection for *_, options in list_update_attempts(one)] == [
+            await send_metadata_update(one, item)
+            await send_metadata_update(one, item)
+        assert [options.new_connection for *_, options in get_attempts_to_update_metadata(one)] == [
             False,
             new,
             False,
@@ -341,14 +343,14 @@ async def test_retries_of_call_keep_its_rate_limiter_priority_and_permit(
 ) -> None:
     one = testbed(update=[SILENCE])
     async with item_with_renewed_lease(one) as item:
-        await send_update(one, item, WRITE)
-        await send_update(one, item, CALL)
-    assert [options.priority for *_, options in list_update_attempts(one)] == [
+        await send_metadata_update(one, item, WRITE)
+        await send_metadata_update(one, item, CALL)
+    assert [options.priority for *_, options in get_attempts_to_update_metadata(one)] == [
         Priority.COMPLETION,
         Priority.COMPLETION,
         Priority.HANDLER,
     ]
-    assert all(options.permit for *_, options in list_update_attempts(one))
+    assert all(options.permit for *_, options in get_attempts_to_update_metadata(one))
 
 
 @in_virtual_time
@@ -357,7 +359,7 @@ async def test_completion_write_is_retried_as_long_as_lease_is_renewed(
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False)] * 200)
     async with item_with_renewed_lease(one) as item:
-        await send_update(one, item)
+        await send_metadata_update(one, item)
         assert one.clock() > 200
         between = [later - earlier for earlier, later in pairwise(one.get_send_times("update"))]
         assert max(between) <= 3.0 + 1e-6
@@ -369,12 +371,12 @@ async def test_retry_delay_of_control_plane_is_limited_to_half_of_remaining_time
 ) -> None:
     one = testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
     async with item_with_renewed_lease(one) as item:
-        await send_update(one, item)
+        await send_metadata_update(one, item)
         assert one.clock() == pytest.approx(5)
     two = testbed(update=[Fault(answer=429, applied=False, retry_after=300)])
     begun_at = two.clock()
     async with item_with_renewed_lease(two) as item:
-        await send_update(two, item, WRITE._replace(seconds=20.0))
+        await send_metadata_update(two, item, WRITE._replace(seconds=20.0))
         assert two.clock() == pytest.approx(begun_at + 10)
 
 
@@ -392,7 +394,7 @@ def test_call_ends_at_once_if_lease_is_lost_meanwhile(
         async with item_with_renewed_lease(one) as item:
             one.loop.call_later(1, report_lost_lease, one, item)
             with pytest.raises(LeaseLost):
-                await send_update(one, item)
+                await send_metadata_update(one, item)
             assert one.clock() == pytest.approx(1)
 
     lose_lease_during_update()
@@ -408,7 +410,7 @@ async def test_call_raises_lease_lost_if_timeout_and_loss_come_in_same_loop_turn
         # The lease ends so soon after the timeout that both happen in one turn of the loop.
         one.loop.call_at(10 + 1e-7, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
-            await send_update(one, item)
+            await send_metadata_update(one, item)
         assert one.clock() < 11
 
 
@@ -418,7 +420,7 @@ async def test_call_raises_cancelled_error_if_calling_task_is_cancelled(
 ) -> None:
     one = testbed(update=[SILENCE])
     async with item_with_renewed_lease(one) as item, asyncio.TaskGroup() as group:
-        task = group.create_task(send_update(one, item))
+        task = group.create_task(send_metadata_update(one, item))
         await asyncio.sleep(1)
         task.cancel()
         await asyncio.wait({task})

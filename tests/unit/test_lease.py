@@ -113,21 +113,21 @@ def fresh_lease() -> Lease:
     return make_lease()
 
 
-def lease_active_at_ack() -> Lease:
+def unsettled_lease() -> Lease:
     """Return a lease without a heartbeat; the ack was answered with the state `active`."""
     return make_lease(state="active")
 
 
-def lease_active_at_ack_without_answer() -> Lease:
+def unsettled_lease_after_unanswered_heartbeat() -> Lease:
     """Return a lease of an item `active` at its ack; the first heartbeat got no answer."""
-    lease = lease_active_at_ack()
+    lease = unsettled_lease()
     begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, make_transient_error())
     return lease
 
 
-def lease_active_at_ack_after_heartbeat() -> Lease:
+def lease_settled_by_heartbeat() -> Lease:
     """Return a lease of an item `active` at its ack; the first heartbeat succeeded."""
-    lease = lease_active_at_ack()
+    lease = unsettled_lease()
     begin_heartbeat_and_apply_answer(lease, BEGUN_AT, BEGUN_AT, make_heartbeat())
     return lease
 
@@ -155,7 +155,7 @@ def lease_with_throttled_heartbeat() -> Lease:
     return lease
 
 
-def lease_after_read() -> Lease:
+def lease_confirmed_by_reading_item() -> Lease:
     """Return a lease that a read of the item has confirmed after a heartbeat got a 409."""
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, CONFLICT)
@@ -230,8 +230,8 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (renewed_lease, make_heartbeat(2, ttl_seconds=600),
      ExpectedLease("held", "ok", deadline=SENT + 600)),
     (renewed_lease, make_heartbeat(2, state="stopping"), HELD),
-    (lease_active_at_ack, make_heartbeat(), HELD),
-    (lease_active_at_ack_without_answer, make_heartbeat(), HELD),
+    (unsettled_lease, make_heartbeat(), HELD),
+    (unsettled_lease_after_unanswered_heartbeat, make_heartbeat(), HELD),
     # The state `stopped` ends the lease at once, whether or not the answer extends the lease.
     (renewed_lease, make_heartbeat(2, state="stopped"),
      ExpectedLease("over", "ok", "stopped", due=LOST)),
@@ -258,13 +258,13 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
      NOT_OURS),
     # If the item was `active` at its ack, only a heartbeat that extends the lease shows that this
     # worker holds the item. A read of the item cannot show it.
-    (lease_active_at_ack, make_heartbeat(lease_extended=False), NOT_OURS),
-    (lease_active_at_ack, make_heartbeat(state="stopping"),
+    (unsettled_lease, make_heartbeat(lease_extended=False), NOT_OURS),
+    (unsettled_lease, make_heartbeat(state="stopping"),
      ExpectedLease("over", "conflict", "lost", due=LOST)),
-    (lease_active_at_ack, CONFLICT, NOT_OURS),
-    (lease_active_at_ack, PRECONDITION, GONE),
-    (lease_active_at_ack_without_answer, PRECONDITION, GONE),
-    (lease_active_at_ack_without_answer, CONFLICT, NOT_OURS),
+    (unsettled_lease, CONFLICT, NOT_OURS),
+    (unsettled_lease, PRECONDITION, GONE),
+    (unsettled_lease_after_unanswered_heartbeat, PRECONDITION, GONE),
+    (unsettled_lease_after_unanswered_heartbeat, CONFLICT, NOT_OURS),
     # After a transient error, another heartbeat is due after a short delay.
     (renewed_lease, make_transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
@@ -286,7 +286,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (fresh_lease, PRECONDITION, GONE),
     (renewed_lease, PRECONDITION, GONE),
     (lease_with_throttled_heartbeat, PRECONDITION, GONE),
-    (lease_after_read, PRECONDITION, GONE),
+    (lease_confirmed_by_reading_item, PRECONDITION, GONE),
     (lease_with_unanswered_heartbeat, PRECONDITION, READ_PRECONDITION),
     (lease_in_handoff, PRECONDITION, READ_PRECONDITION),
     # After 409 the item is always read, because the answer does not show who holds it.
@@ -502,7 +502,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
     (lease_with_unanswered_heartbeat, item_of_this_worker(state="stopping"),
      ExpectedLease("again", "recovered", due=0)),
     # After two reads in a row, the next heartbeat waits, so that requests do not loop.
-    (lease_after_read, item_of_this_worker(),
+    (lease_confirmed_by_reading_item, item_of_this_worker(),
      ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
     (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),
     (stopped_lease, stopped_item(), ExpectedLease("over", "conflict", "finished", due=LOST)),
@@ -511,7 +511,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
     (renewed_lease, item_of_this_worker(state="starting"),
      ExpectedLease("again", "recovered", due=0)),
     # The item was `active` at its ack. If it is `starting` now, it has been claimed again.
-    (lease_active_at_ack_after_heartbeat, item_of_this_worker(state="starting"),
+    (lease_settled_by_heartbeat, item_of_this_worker(state="starting"),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (renewed_lease, item_of_another_worker(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
@@ -790,7 +790,7 @@ class ControlPlaneWithManualClock:
     def read_item(self) -> WorkItem:
         return parse_item(QODER.item_json(self.operations.get_item(ENVIRONMENT, self.work_id)))
 
-    def item_state(self) -> str:
+    def get_item_state(self) -> str:
         self.operations.get_queue(ENVIRONMENT)
         return self.operations.get_item(ENVIRONMENT, self.work_id).state
 
@@ -839,18 +839,18 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.lease = Lease(self.plane.ack_item("ours"), acked_at, ttl=ttl, request_timeout=10.0)
 
     @rule(length=seconds)
-    def advance_clock_up_to_forty_seconds(self, length: float) -> None:
+    def advance_clock_at_most_forty_seconds(self, length: float) -> None:
         self.plane.now += length
         self.lease.end_if_expired(self.current_time)
 
     @rule(length=st.floats(0, 1.0))
-    def advance_clock_up_to_one_second(self, length: float) -> None:
-        self.advance_clock_up_to_forty_seconds(length)
+    def advance_clock_at_most_one_second(self, length: float) -> None:
+        self.advance_clock_at_most_forty_seconds(length)
 
     @rule()
     def advance_clock_to_next_heartbeat(self) -> None:
         assume(self.current_time < self.lease.due_at < math.inf)
-        self.advance_clock_up_to_forty_seconds(self.lease.due_at - self.current_time)
+        self.advance_clock_at_most_forty_seconds(self.lease.due_at - self.current_time)
 
     @precondition(lambda self: not self.rival_has_it)
     @rule(begins=st.booleans())
@@ -928,7 +928,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.attempt is not None)
     @rule()
-    def stop_waiting_for_heartbeat_answer(self) -> None:
+    def give_up_unanswered_heartbeat(self) -> None:
         self.lease.record_unanswered_heartbeat()
         self.attempt = self.answer = None
 
@@ -943,23 +943,23 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.reading)
     @rule()
-    def deliver_read_request(self) -> None:
+    def deliver_get_request(self) -> None:
         self.item = self.plane.read_item()
 
     @precondition(lambda self: self.reading and self.item is not None)
     @rule()
-    def deliver_read_answer(self) -> None:
+    def deliver_answer_to_get_request(self) -> None:
         assert self.item is not None
-        self._apply_read_answer(self.item)
+        self._apply_answer_to_get_request(self.item)
 
     @precondition(lambda self: self.reading)
     @rule(status=statuses | st.none())
-    def fail_read_request(self, status: int | None) -> None:
-        self._apply_read_answer(
+    def fail_get_request(self, status: int | None) -> None:
+        self._apply_answer_to_get_request(
             make_transient_error() if status is None else make_error_for_status(status)
         )
 
-    def _apply_read_answer(self, outcome: WorkItem | ControlPlaneError) -> None:
+    def _apply_answer_to_get_request(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
         self._assert_decision_fits_lease(
             self.lease.apply_read_item(self.current_time, "conflict", outcome)
@@ -984,7 +984,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def assert_held_lease_has_no_other_holder(self) -> None:
         if self.lease.is_held(self.current_time):
             assert not self.rival_has_it
-            assert self.plane.item_state() != "queued"
+            assert self.plane.get_item_state() != "queued"
 
     @invariant()
     def assert_ended_lease_stays_ended(self) -> None:

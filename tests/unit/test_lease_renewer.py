@@ -31,7 +31,7 @@ LOOK = 0.1
 """A little more than the shortest time between two ticks of the renewer."""
 
 
-def make_refusal_fault(status: int) -> Fault:
+def make_fault_that_refuses_request(status: int) -> Fault:
     return Fault(answer=status, applied=False)
 
 
@@ -51,7 +51,7 @@ async def test_lease_added_by_another_thread_during_renewer_tick_raises_no_error
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         items = [await one.claim_item() for _ in range(30)]
         for item in items[:20]:
             one.renewer.add_lease(item.lease, item)
@@ -95,7 +95,7 @@ async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[Lea
 @in_virtual_time
 async def test_lease_added_to_idle_renewer_is_renewed_in_time(testbed: type[LeaseTestbed]) -> None:
     one = testbed(ttl=10)
-    async with one.open_clients():
+    async with one.opened_clients():
         await asyncio.sleep(100.5)
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(100)
@@ -118,7 +118,7 @@ async def test_removed_lease_is_not_renewed(testbed: type[LeaseTestbed]) -> None
 @in_virtual_time
 async def test_ended_lease_is_not_added_to_renewer(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         item.lease.end_lease("lost")
         one.renewer.add_lease(item.lease, item)
@@ -167,7 +167,7 @@ async def test_lost_answer_of_heartbeat_is_recovered_by_reading_item(
 async def test_lease_with_contradictory_heartbeat_answers_is_lost_after_few_requests(
     testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(heartbeat=[None, LOST, *[make_refusal_fault(412)] * 999])
+    one = testbed(heartbeat=[None, LOST, *[make_fault_that_refuses_request(412)] * 999])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(600)
         assert lease.status == "lost"
@@ -196,7 +196,7 @@ async def test_lease_is_lost_before_deadline_while_heartbeat_waits_for_connectio
 ) -> None:
     """No request timeout ends the wait for a connection, so the renewer must end the lease."""
     one = testbed(ttl=10)
-    async with one.open_clients():
+    async with one.opened_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(200)]
         one.script = FaultScript(heartbeat=[UNSENT] * 9_999)
         await asyncio.sleep(30)
@@ -209,7 +209,7 @@ async def test_heartbeat_that_crashes_loses_one_lease_and_keeps_the_other(
     testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(2)]
         leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]  # a bug
         one.renewer.send_heartbeat_soon(leases[0])
@@ -224,7 +224,7 @@ async def test_stop_request_is_reported_once_while_lease_is_renewed(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await one.rival.stop(item.id)
@@ -239,7 +239,7 @@ async def test_renewer_reports_lease_as_stopped_when_another_client_stops_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         await one.send_first_heartbeat(item)
         await one.rival.stop(item.id, force=True)
@@ -264,7 +264,7 @@ async def test_request_to_check_lease_makes_renewer_send_heartbeat_at_once(
 async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]) -> None:
     """The renewer is suspended while the handlers' loop is blocked for too long."""
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         first, second = (
             await one.send_first_heartbeat(await one.claim_item()),
             await one.send_first_heartbeat(await one.claim_item()),
@@ -281,7 +281,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
 @in_virtual_time
 async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
@@ -300,7 +300,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
     @in_virtual_time
     async def assert_release_sends_last_heartbeat() -> None:
         one = testbed(heartbeat=[None, answer, RESET])
-        async with one.open_clients():
+        async with one.opened_clients():
             item = await one.claim_item()
             lease = await one.send_first_heartbeat(item)
             one.renewer.send_heartbeat_soon(lease)
@@ -334,7 +334,7 @@ async def test_lease_is_lost_if_heartbeat_that_releases_it_cannot_be_sent(
 @in_virtual_time
 async def test_release_of_ended_lease_sends_no_heartbeat(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         lease.end_lease("lost")
@@ -356,7 +356,7 @@ async def test_heartbeats_after_machine_sleep_use_at_most_fifty_new_connections_
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(800)]
         await asyncio.sleep(10)
         one.peaks.clear()
@@ -375,7 +375,7 @@ async def test_heartbeats_with_quick_answers_need_few_connections(
 ) -> None:
     """A heartbeat reuses a connection that has become free instead of opening a new one."""
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         for _ in range(300):
             await one.send_first_heartbeat(await one.claim_item())
         one.peaks.clear()
@@ -392,7 +392,7 @@ async def test_limit_on_concurrent_heartbeats_shrinks_when_few_leases_remain(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(400)]
         one.latency = 5.0
         await asyncio.sleep(40)
@@ -435,7 +435,7 @@ async def test_six_thousand_leases_with_half_a_second_latency_stay_held(
     one = testbed()
     client = ClientWithSlowHeartbeats(one)
     one.renewer._connect = lambda: client
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         leases = [Lease(item.work_item, 0.0, ttl=60, request_timeout=10.0) for _ in range(6_000)]
         for lease in leases:
@@ -452,7 +452,7 @@ async def test_leases_after_machine_pause_are_renewed_in_order_of_their_deadline
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         items = []
         for _ in range(100):
             items.append(await one.claim_item())
@@ -523,7 +523,7 @@ async def test_worker_after_machine_pause_sends_only_heartbeats_until_leases_are
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         items = [await one.claim_item() for _ in range(3)]
         for item in items:
             await one.send_first_heartbeat(item)
@@ -561,7 +561,7 @@ async def test_lease_of_item_claimed_elsewhere_during_machine_pause_is_lost_befo
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
@@ -581,7 +581,7 @@ async def test_machine_pause_during_heartbeat_causes_another_heartbeat_at_once(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[None, Fault(answer_delay=2)])
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         one.renewer.send_heartbeat_soon(lease)
@@ -600,7 +600,7 @@ async def test_machine_pause_during_claim_forbids_writes_until_lease_is_verified
 ) -> None:
     """The first item's heartbeat ends before the pause, the second item's heartbeat after it."""
     one = testbed(heartbeat=[None, Fault(answer_delay=2)])
-    async with one.open_clients():
+    async with one.opened_clients():
         first, second = await one.claim_item(), await one.claim_item()
         await one.send_first_heartbeat(first)
         async with asyncio.TaskGroup() as group:
@@ -623,7 +623,7 @@ async def test_machine_pause_before_first_heartbeat_loses_lease(
 ) -> None:
     """After the pause, another worker may hold the item, so the pool must not write to it."""
     one = testbed()
-    async with one.open_clients():
+    async with one.opened_clients():
         item = await one.claim_item()
         await asyncio.sleep(1)
         one.ahead += 300

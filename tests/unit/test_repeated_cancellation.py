@@ -63,7 +63,7 @@ async def running_stubborn_handler(
     )
     async with (
         open_handler_task_group() as handlers,
-        parts.open_clients(),
+        parts.opened_clients(),
         asyncio.TaskGroup() as group,
     ):
         item = await parts.claim_item()

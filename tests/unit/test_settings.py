@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HIDDEN = "hunter2-hunter2"
 GIVEN = "given"
 
-pytestmark = pytest.mark.usefixtures("clean_environment")
+pytestmark = pytest.mark.usefixtures("environment_without_settings")
 
 
 def make_settings_and_return_error(**values: Any) -> SettingsError:
