@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import hypothesis
 import pytest
 
-from tests.postgres.cluster import FIXTURES, database_url, own_postgres, postgres, standby
+from tests.postgres.cluster import FIXTURES, database_url, dedicated_postgres, postgres, standby
 from workpool import Settings, Supervisor, logs
 from workpool.server import ControlPlane
 from workpool.testing import Clock, Faults, Recorder
@@ -22,7 +22,7 @@ hypothesis.settings.register_profile("without_deadline", deadline=None)
 hypothesis.settings.load_profile("without_deadline")
 
 # These imported fixtures are used by pytest only, which finds them by name in this module.
-__all__ = ["database_url", "own_postgres", "postgres", "standby"]
+__all__ = ["database_url", "dedicated_postgres", "postgres", "standby"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

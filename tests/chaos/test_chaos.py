@@ -46,10 +46,10 @@ async def test_storm_of_faults_causes_no_lost_item_and_no_overlapping_runs(tmp_p
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_storm_on_three_nodes_causes_no_lost_item_and_no_overlapping_leases(
-    tmp_path: Path, own_postgres: Cluster, seed: int
+    tmp_path: Path, dedicated_postgres: Cluster, seed: int
 ) -> None:
     settings = StormSettings(seed=seed, seconds=60, slack=1.5)
-    verdict = await DatabaseStorm(settings, tmp_path, own_postgres).run_storm()
+    verdict = await DatabaseStorm(settings, tmp_path, dedicated_postgres).run_storm()
     assert verdict.broken == [], format_report(settings, verdict)
     assert verdict.counts["enqueued"] == verdict.counts["stopped"] > 0
     assert verdict.counts["boots"] >= 1

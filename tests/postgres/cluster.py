@@ -1,9 +1,9 @@
 """A PostgreSQL cluster for tests, with a data directory and a port of its own.
 
 The fixture `postgres` starts one cluster for each process of pytest, which all its tests share, and
-`database_url` makes an empty database for each test. `own_postgres` is a cluster for one test,
-which may stop and kill it. Tests that use one of them are trials, since PostgreSQL is no Python
-package, and are skipped with a reason where it is missing.
+`database_url` makes an empty database for each test. `dedicated_postgres` is a cluster for one
+test, which may stop and kill it. Tests that use one of them are trials, since PostgreSQL is no
+Python package, and are skipped with a reason where it is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SUPERUSER = "workpool"
-FIXTURES = ("postgres", "own_postgres")
+FIXTURES = ("postgres", "dedicated_postgres")
 """The fixtures whose tests are trials."""
 SECONDS = 60
 """Maximum time for the start or the end of a cluster on a loaded machine."""
@@ -90,7 +90,7 @@ class Cluster:
             *("-d", primary.url()),
         )
 
-    def promote(self) -> None:
+    def promote_to_primary(self) -> None:
         """Make a standby a primary, and return once it accepts writes."""
         self._run_pg_ctl("promote")
 
@@ -270,23 +270,23 @@ def postgres() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def own_postgres() -> Iterator[Cluster]:
+def dedicated_postgres() -> Iterator[Cluster]:
     """Return a running cluster of this test alone, which the test may stop and kill."""
     yield from _running_cluster()
 
 
 @pytest.fixture
-def standby(own_postgres: Cluster) -> Iterator[Cluster]:
-    """Return a running standby server of `own_postgres`, with synchronous replication."""
-    standby = Cluster(own_postgres.folder.with_name("standby"))
-    standby.create_standby_directory(own_postgres)
+def standby(dedicated_postgres: Cluster) -> Iterator[Cluster]:
+    """Return a running standby server of `dedicated_postgres`, with synchronous replication."""
+    standby = Cluster(dedicated_postgres.folder.with_name("standby"))
+    standby.create_standby_directory(dedicated_postgres)
     try:
         standby.start()
-        own_postgres.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
-        own_postgres.execute("SELECT pg_reload_conf()")
+        dedicated_postgres.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        dedicated_postgres.execute("SELECT pg_reload_conf()")
         waiting = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'"
         deadline = time.monotonic() + SECONDS
-        while own_postgres.execute(waiting) != "1":
+        while dedicated_postgres.execute(waiting) != "1":
             assert time.monotonic() < deadline, "the standby does not follow"
         yield standby
     finally:

@@ -90,7 +90,7 @@ async def read_line(process: asyncio.subprocess.Process) -> str:
         return (await process.stdout.readline()).decode().strip()
 
 
-async def _serve_node(url: str, call: str) -> None:
+async def _run_node_until_killed(url: str, call: str) -> None:
     @web.middleware
     async def withhold_answer(
         request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -107,4 +107,4 @@ async def _serve_node(url: str, call: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_serve_node(sys.argv[1], "".join(sys.argv[2:])))
+    asyncio.run(_run_node_until_killed(sys.argv[1], "".join(sys.argv[2:])))

@@ -13,17 +13,20 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_restarted_cluster_has_all_committed_rows(own_postgres: Cluster, end: str) -> None:
-    url = own_postgres.create_database()
-    own_postgres.execute("CREATE TABLE number (value int)", url)
-    own_postgres.execute("INSERT INTO number VALUES (7)", url)
-    endings: dict[str, Callable[[], None]] = {"stop": own_postgres.stop, "kill": own_postgres.kill}
+def test_restarted_cluster_has_all_committed_rows(dedicated_postgres: Cluster, end: str) -> None:
+    url = dedicated_postgres.create_database()
+    dedicated_postgres.execute("CREATE TABLE number (value int)", url)
+    dedicated_postgres.execute("INSERT INTO number VALUES (7)", url)
+    endings: dict[str, Callable[[], None]] = {
+        "stop": dedicated_postgres.stop,
+        "kill": dedicated_postgres.kill,
+    }
     endings[end]()
     with pytest.raises(AssertionError, match="refused"):
-        own_postgres.execute("SELECT 1", url)
-    own_postgres.start()
-    assert own_postgres.execute("SELECT value FROM number", url) == "7"
-    recovered = "not properly shut down" in own_postgres.read_log()
+        dedicated_postgres.execute("SELECT 1", url)
+    dedicated_postgres.start()
+    assert dedicated_postgres.execute("SELECT value FROM number", url) == "7"
+    recovered = "not properly shut down" in dedicated_postgres.read_log()
     assert recovered == (end == "kill")
 
 

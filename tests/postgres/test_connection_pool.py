@@ -77,13 +77,13 @@ async def test_transaction_is_undone_if_its_block_raises_exception(pool: Connect
 async def test_transaction_that_continues_after_a_failed_statement_raises_error(
     pool: ConnectionPool,
 ) -> None:
-    async def continue_after_error() -> None:
+    async def continue_transaction_after_error() -> None:
         async with pool.transaction() as connection:
             with suppress(asyncpg.DivisionByZeroError):
                 await connection.fetchval("SELECT 1 / 0")
 
     with pytest.raises(RuntimeError, match="after a failed statement"):
-        await continue_after_error()
+        await continue_transaction_after_error()
     assert await pool.fetchval("SELECT 7") == 7
 
 
@@ -178,17 +178,19 @@ async def test_statement_on_terminated_connection_raises_503(
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
-async def test_pool_reconnects_after_a_database_restart(own_postgres: Cluster, end: str) -> None:
-    pool = ConnectionPool(own_postgres.create_database())
+async def test_pool_reconnects_after_a_database_restart(
+    dedicated_postgres: Cluster, end: str
+) -> None:
+    pool = ConnectionPool(dedicated_postgres.create_database())
     await pool.open()
     try:
         if end == "kill":
-            await asyncio.to_thread(own_postgres.kill)
+            await asyncio.to_thread(dedicated_postgres.kill)
             with pytest.raises(UnavailableError):
                 await pool.fetchval("SELECT 7")
-            await asyncio.to_thread(own_postgres.start)
+            await asyncio.to_thread(dedicated_postgres.start)
         else:
-            await asyncio.to_thread(own_postgres.restart)
+            await asyncio.to_thread(dedicated_postgres.restart)
         await wait_until_available(pool)
     finally:
         await pool.close()
@@ -213,11 +215,11 @@ async def test_statement_without_answer_raises_503_and_its_connection_is_replace
 
 
 async def test_statement_raises_503_if_database_role_has_too_many_connections(
-    own_postgres: Cluster,
+    dedicated_postgres: Cluster,
 ) -> None:
-    url = own_postgres.create_database()
+    url = dedicated_postgres.create_database()
     role = "CREATE ROLE app LOGIN CONNECTION LIMIT 1"
-    own_postgres.execute(role)
+    dedicated_postgres.execute(role)
     pool = ConnectionPool(url.replace("workpool@", "app@"), size=2)
     await pool.open()
     try:

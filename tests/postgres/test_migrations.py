@@ -111,9 +111,9 @@ async def test_migration_without_its_table_lock_fails_with_store_error(
 
 
 async def test_migration_by_role_without_create_rights_accepts_schema_that_is_up_to_date(
-    own_postgres: Cluster,
+    dedicated_postgres: Cluster,
 ) -> None:
-    url = own_postgres.create_database()
+    url = dedicated_postgres.create_database()
     await migrate(url, [FIRST])
-    own_postgres.execute("CREATE ROLE app LOGIN; GRANT SELECT ON schema_versions TO app", url)
+    dedicated_postgres.execute("CREATE ROLE app LOGIN; GRANT SELECT ON schema_versions TO app", url)
     assert await migrate(url.replace("workpool@", "app@"), [FIRST]) == 0

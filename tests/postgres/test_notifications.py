@@ -286,14 +286,14 @@ async def test_end_waits_ends_current_and_later_waits_at_once(
 
 
 async def test_notification_hub_started_without_database_connects_once_database_runs(
-    own_postgres: Cluster,
+    dedicated_postgres: Cluster,
 ) -> None:
-    hub = NotificationHub(own_postgres.url())
-    own_postgres.stop()
+    hub = NotificationHub(dedicated_postgres.url())
+    dedicated_postgres.stop()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         task = group.create_task(hub.run())
         assert not await hub.wait_for_change(WORK, hub.change_count(), 0.3)
-        await asyncio.to_thread(own_postgres.start)
+        await asyncio.to_thread(dedicated_postgres.start)
         await hub.listening.wait()
         task.cancel()
         with suppress(asyncio.CancelledError):

@@ -99,17 +99,17 @@ async def test_sweeper_runs_batches_after_sweep_of_another_node_was_cancelled(
 
 
 async def test_sweeper_continues_after_a_restart_of_the_database(
-    own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
+    dedicated_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "SWEEP_SECONDS", 0.02)
-    pool = ConnectionPool(own_postgres.create_database())
+    pool = ConnectionPool(dedicated_postgres.create_database())
     await pool.open()
     batches = FakeSweepBatch()
     try:
         async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
             task = group.create_task(Sweeper(pool, batches).run())
             await batches.begun.wait()
-            await asyncio.to_thread(own_postgres.restart)
+            await asyncio.to_thread(dedicated_postgres.restart)
             batches.begun.clear()
             await batches.begun.wait()
             task.cancel()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from tests.protocol.postgres_node import PostgresControlPlane
+from tests.protocol.postgres_control_plane import PostgresControlPlane
 from workpool.conformance.api import WorkCallClient
 from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
 from workpool.server.parsing import request_values
@@ -75,10 +75,10 @@ class ApiClient(WorkCallClient[HttpAnswer]):
     environment: str = ENV
 
     @property
-    def base_path(self) -> str:
+    def dialect_base_url(self) -> str:
         return self.plane.base_url if self.dialect == "qoder" else self.plane.anthropic_base_url
 
-    base_url = base_path
+    base_url = dialect_base_url
 
     async def __call__(self, method: str, url: str, **options: Any) -> HttpAnswer:
         headers = {**self.extra_headers, **options.pop("headers", {})}
@@ -163,7 +163,7 @@ def migrated_database_url(postgres: Cluster) -> str:
 
 
 @pytest.fixture
-def emptied_database_url(postgres: Cluster, migrated_database_url: str) -> str:
+def url_of_emptied_database(postgres: Cluster, migrated_database_url: str) -> str:
     """Delete all rows of the database that the tests share, and return its URL."""
     statements = [f"DELETE FROM {each};" for each in TABLES]  # noqa: S608 - our own names
     postgres.execute("".join(statements), migrated_database_url)
@@ -174,7 +174,7 @@ def emptied_database_url(postgres: Cluster, migrated_database_url: str) -> str:
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store | PostgresStore:
     kind = getattr(request, "param", "memory")
     if kind == "postgres":
-        return PostgresStore(request.getfixturevalue("emptied_database_url"), history=True)
+        return PostgresStore(request.getfixturevalue("url_of_emptied_database"), history=True)
     return MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "work.db")
 
 
@@ -237,9 +237,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     stores: list[object] = ["memory"]
     names = {*metafunc.fixturenames}
-    if {"memory_and_sqlite_stores", "every_store"} & names:
+    if {"memory_and_sqlite_stores", "every_kind_of_store"} & names:
         stores.append("sqlite")
-    if {"control_plane", "engine", "every_store"} & names:
+    if {"control_plane", "engine", "every_kind_of_store"} & names:
         stores.append(pytest.param("postgres", marks=pytest.mark.trial))
     metafunc.parametrize("store", stores, indirect=True)
 
@@ -250,7 +250,7 @@ def memory_and_sqlite_stores() -> None:
 
 
 @pytest.fixture
-def every_store() -> None:
+def every_kind_of_store() -> None:
     """Run the test with the memory store, with SQLite and, as a trial, with PostgreSQL.
 
     This fixture is for tests without the fixture `control_plane`.

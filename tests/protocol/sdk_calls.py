@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from workpool.server import Item
 
 
-async def make_work_calls(work: Any, created: Item, clock: MovableClock) -> None:
+async def check_item_calls_of_sdk(work: Any, created: Item, clock: MovableClock) -> None:
     """Acknowledge a delivered item, send a heartbeat for it, update it and read it."""
     acked = await work.ack(created.id, environment_id=ENV)
     assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from tests.protocol.sqlite_server import ENV
+from tests.protocol.sqlite_control_plane import ENV
 from workpool.server import SqliteStore
 from workpool.server.operations import Operations
 

@@ -63,7 +63,7 @@ async def test_responses_about_largest_item_are_readable_by_worker(qoder_api: Ap
         assert [each.id async for each in client.list()] == [work_id]
         await client.stop(work_id, force=True)
     session_id = item.session_id
-    url = f"{qoder_api.base_path}/sessions/{session_id}"
+    url = f"{qoder_api.base_url}/sessions/{session_id}"
     async with qoder_api.http.get(url, headers={"Authorization": f"Bearer {TOKEN}"}) as response:
         assert len(await response.read()) <= ANSWER_LIMIT_BYTES
 
@@ -122,7 +122,7 @@ async def test_environment_or_session_with_metadata_above_limit_is_refused(
     anthropic_api: ApiClient, suffix: str, body: dict[str, Any]
 ) -> None:
     content = {**body, "metadata": make_metadata_of_size(NEW_METADATA_LIMIT_BYTES + 1)}
-    answer = await post_json(anthropic_api, anthropic_api.base_path + suffix, content)
+    answer = await post_json(anthropic_api, anthropic_api.base_url + suffix, content)
     assert (answer.status, answer.error["param"]) == (400, "metadata")
 
 
@@ -197,7 +197,7 @@ async def test_session_pages_are_shortened_to_response_limit(
     for _ in range(7):
         anthropic_api.plane.enqueue(metadata=make_metadata_of_size(MEGABYTE))
     ids, largest = await read_ids_and_largest_page_size(
-        anthropic_api, anthropic_api.base_path + "/sessions", order=order
+        anthropic_api, anthropic_api.base_url + "/sessions", order=order
     )
     assert len(set(ids)) == 7
     assert ids == sorted(ids, reverse=order == "desc")

@@ -35,11 +35,11 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 
 async def post_json(api: ApiClient, path: str, body: object = None) -> HttpAnswer:
     options = {} if body is None else {"json": body}
-    return await api("POST", f"{api.base_path}{path}", **options)
+    return await api("POST", f"{api.base_url}{path}", **options)
 
 
 async def get_json(api: ApiClient, path: str, *params: tuple[str, str]) -> HttpAnswer:
-    return await api("GET", f"{api.base_path}{path}", params=list(params))
+    return await api("GET", f"{api.base_url}{path}", params=list(params))
 
 
 async def create_session(api: ApiClient, **fields: object) -> dict[str, Any]:
@@ -163,11 +163,11 @@ async def test_created_session_has_item_with_its_metadata(anthropic_api: ApiClie
 
 @pytest.mark.usefixtures("allow_polls_of_one_minute")
 async def test_creation_of_session_wakes_waiting_poll(anthropic_api: ApiClient) -> None:
-    async def wait_for_item() -> HttpAnswer:
+    async def poll_for_one_minute() -> HttpAnswer:
         return await anthropic_api.poll(params={"block_ms": "60000"})
 
     async with asyncio.TaskGroup() as group:
-        polling = group.create_task(wait_for_item())
+        polling = group.create_task(poll_for_one_minute())
         session = await create_session(anthropic_api)
     assert polling.result().body["data"]["id"] == session["id"]
 

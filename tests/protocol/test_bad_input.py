@@ -371,7 +371,7 @@ suffixes = st.sampled_from(["", "/poll", "/stats", "/{id}", "/{id}/ack", "/{id}/
 )
 
 
-async def open_http_session() -> aiohttp.ClientSession:
+async def open_http_client_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession()
 
 
@@ -383,7 +383,7 @@ def test_arbitrary_json_and_query_are_answered_without_500(
         path = tmp_path_factory.mktemp("abuse") / "work.db"
         plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(path))
         runner.run(plane.__aenter__())
-        http = runner.run(open_http_session())
+        http = runner.run(open_http_client_session())
         dialects = [ApiClient(plane, http, "qoder"), ApiClient(plane, http, "anthropic")]
 
         @settings(max_examples=60, deadline=None)

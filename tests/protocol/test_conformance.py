@@ -51,7 +51,7 @@ def make_suite_that_advances_clock(
 ) -> Suite:
     """Return a conformance suite that advances the control plane's clock instead of waiting."""
 
-    async def move_clock(seconds: float) -> None:
+    async def advance_clock(seconds: float) -> None:
         clock.advance(seconds)
 
     address = plane.base_url if dialect == "qoder" else plane.anthropic_base_url
@@ -59,7 +59,7 @@ def make_suite_that_advances_clock(
     if api_key is not None:
         options["creator"] = api.copy_as_application(api_key)
     return Suite(
-        api, **{"source": EnqueuedItemSource(), "now": clock, "sleep": move_clock, **options}
+        api, **{"source": EnqueuedItemSource(), "now": clock, "sleep": advance_clock, **options}
     )
 
 
@@ -92,7 +92,7 @@ class ClockOfConcurrentClauses:
         self._waiting.append((self._clock() + seconds, wake))
         await wake
 
-    async def move_clock(self) -> None:
+    async def advance_clock_for_waiting_clauses(self) -> None:
         while True:
             await asyncio.sleep(0)
             names = [task.get_name() for task in asyncio.all_tasks()]
@@ -116,7 +116,7 @@ async def test_every_clause_holds_when_suite_runs_clauses_concurrently(
     )
     started = clock()
     async with asyncio.TaskGroup() as group:
-        moving = group.create_task(sleepers.move_clock())
+        moving = group.create_task(sleepers.advance_clock_for_waiting_clauses())
         findings = await suite.run(CLAUSES)
         moving.cancel()
     assert [each for each in findings if each.verdict is not Verdict.HOLDS] == []
@@ -356,13 +356,13 @@ async def test_conformance_suite_ends_if_another_client_creates_an_item_during_r
         http_session,
         clock,
         "qoder",
-        source=ItemSourceWithItemsOfAnotherClient(control_plane),
+        source=ItemSourceWithForeignItems(control_plane),
     )
     with pytest.raises(ForeignItemsError, match="not created by the suite, came"):
         await suite.run(select_clauses_by_name("ack-starts", "lease-held"))
 
 
-class ItemSourceWithItemsOfAnotherClient(EnqueuedItemSource):
+class ItemSourceWithForeignItems(EnqueuedItemSource):
     """A source that creates an item of another client before each item of the suite."""
 
     def __init__(self, plane: ControlPlane) -> None:
@@ -547,12 +547,14 @@ async def test_conformance_run_with_worker_key_fails_only_clauses_with_forbidden
 async def test_conformance_finding_hides_token_that_response_repeats(
     http_session: aiohttp.ClientSession,
 ) -> None:
-    def answer_with_sent_token(request: web.Request) -> web.Response:
+    def repeat_token_in_error(request: web.Request) -> web.Response:
         authorization = request.headers["Authorization"]
         return web.json_response({"error": {"message": f"no: {authorization}"}}, status=404)
 
     finding = await check_clause_against_faulty_control_plane(
-        "stop-body", http_session, make_fault_that_replaces_answers("/stop", answer_with_sent_token)
+        "stop-body",
+        http_session,
+        make_fault_that_replaces_answers("/stop", repeat_token_in_error),
     )
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 

@@ -133,12 +133,12 @@ def make_fault_that_swaps_first_two_deliveries() -> Any:
 def make_fault_that_changes_item_id_at_redelivery() -> Any:
     known: set[str] = set()
 
-    def change_id_if_delivered_before(item: dict[str, Any]) -> dict[str, Any]:
+    def change_id_of_redelivered_item(item: dict[str, Any]) -> dict[str, Any]:
         again = item["id"] in known
         known.add(item["id"])
         return {**item, "id": f"{item['id']}-again"} if again else item
 
-    return make_fault_that_rewrites_answers("/poll", change_id_if_delivered_before)
+    return make_fault_that_rewrites_answers("/poll", change_id_of_redelivered_item)
 
 
 def deliver_stopped_items_again() -> Any:
@@ -157,17 +157,17 @@ def deliver_stopped_items_again() -> Any:
     return deliver_stopped_item
 
 
-def refuse_repeated_first_heartbeats() -> Any:
+def refuse_retries_of_first_heartbeats() -> Any:
     begun: set[str] = set()
 
-    def refuse_first_heartbeat_sent_again(request: web.Request) -> web.Response | None:
+    def refuse_retry_of_first_heartbeat(request: web.Request) -> web.Response | None:
         if request.query.get("expected_last_heartbeat") != "NO_HEARTBEAT":
             return None
         again = request.path in begun
         begun.add(request.path)
         return web.Response(status=412) if again else None
 
-    return make_fault_that_replaces_answers("/heartbeat", refuse_first_heartbeat_sent_again)
+    return make_fault_that_replaces_answers("/heartbeat", refuse_retry_of_first_heartbeat)
 
 
 def refuse_item_reads_and_stats(request: web.Request) -> web.Response | None:
@@ -239,7 +239,7 @@ def make_faulty_control_planes() -> list[FaultyControlPlane]:
             "heartbeat-ttl-zero",
             make_fault_that_changes_query("/heartbeat", desired_ttl_seconds=None),
         ),
-        FaultyControlPlane("lease-first-heartbeat", refuse_repeated_first_heartbeats()),
+        FaultyControlPlane("lease-first-heartbeat", refuse_retries_of_first_heartbeats()),
         FaultyControlPlane(
             "lease-former-holder heartbeat-mismatch heartbeat-first-again heartbeat-malformed",
             make_fault_that_changes_query("/heartbeat", expected_last_heartbeat=None),

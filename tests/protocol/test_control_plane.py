@@ -56,7 +56,7 @@ async def test_session_with_two_items_has_metadata_of_first_and_status_of_second
         api = ApiClient(plane, http_session, "qoder")
         await api.ack(second.id)
         await api.heartbeat(second.id)
-        session = (await api("GET", f"{api.base_path}/sessions/{first.session_id}")).body
+        session = (await api("GET", f"{api.base_url}/sessions/{first.session_id}")).body
         assert (session["status"], session["metadata"]) == ("running", {"of": "the session"})
 
 
@@ -165,7 +165,7 @@ async def test_middlewares_of_control_plane_can_replace_every_response(
 
     async with ControlPlane(middlewares=[replace_404_by_503]) as plane:
         api = ApiClient(plane, http_session, "qoder", token=plane.token)
-        assert (await api("GET", api.base_path)).status == 503
+        assert (await api("GET", api.base_url)).status == 503
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
 
 

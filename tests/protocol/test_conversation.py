@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tests.protocol.sqlite_server import ENV, TOKEN
+from tests.protocol.sqlite_control_plane import ENV, TOKEN
 from tests.protocol.test_sqlite import start_server
 from workpool.server import APIError
 from workpool.server.conversation import Conversation, EventFilter, StoredEvent
@@ -32,7 +32,7 @@ USES = {"agent.tool_use", "agent.custom_tool_use"}
 RESULTS = {"user.tool_result", "user.custom_tool_result", "agent.tool_result"}
 
 
-def get_id_of_answered_tool_use(event: StoredEvent) -> str:
+def get_tool_use_id_of_answer(event: StoredEvent) -> str:
     """Return the id of the tool use that this event answers, allows or denies."""
     value = event.value
     return str(value.get("tool_use_id", value.get("custom_tool_use_id")))
@@ -45,9 +45,9 @@ class ConversationStateMachine(RuleBasedStateMachine):
     def start_session(self, script: list[dict[str, Any]] | None) -> None:
         self.script = None if script is None else parse_script(script)
         self.conversation = Conversation(self.script)
-        self.emit_script_events_until_wait()
+        self.emit_server_events_until_waiting()
 
-    def emit_script_events_until_wait(self) -> None:
+    def emit_server_events_until_waiting(self) -> None:
         for _ in range(50):
             if (fields := self.conversation.next_server_event()) is None:
                 return
@@ -65,27 +65,27 @@ class ConversationStateMachine(RuleBasedStateMachine):
             return False
         for fields in events:
             self.append_event(fields)
-        self.emit_script_events_until_wait()
+        self.emit_server_events_until_waiting()
         return True
 
-    def tool_uses(self) -> list[StoredEvent]:
+    def list_tool_use_events(self) -> list[StoredEvent]:
         return [event for event in self.conversation.events if event.type in USES]
 
     def make_tool_result_event(self, pick: int, *, custom: bool) -> dict[str, Any]:
-        uses = self.tool_uses()
+        uses = self.list_tool_use_events()
         use_id = uses[pick % len(uses)].id if uses else "evt_none"
         if custom:
             return {"type": "user.custom_tool_result", "custom_tool_use_id": use_id}
         return {"type": "user.tool_result", "tool_use_id": use_id}
 
     @rule(picks=st.lists(st.integers(0, 9), min_size=1, max_size=2), custom=st.booleans())
-    def send_answer(self, picks: list[int], *, custom: bool) -> None:
+    def send_tool_results(self, picks: list[int], *, custom: bool) -> None:
         self.append_client_events_if_accepted(
             *[self.make_tool_result_event(pick, custom=custom) for pick in picks]
         )
 
     @rule(pick=st.integers(0, 9), verdict=st.sampled_from(["allow", "deny"]), at_once=st.booleans())
-    def send_confirmation(self, pick: int, verdict: str, *, at_once: bool) -> None:
+    def send_tool_confirmation(self, pick: int, verdict: str, *, at_once: bool) -> None:
         use_id = self.make_tool_result_event(pick, custom=False)["tool_use_id"]
         said = [{"type": "user.tool_confirmation", "tool_use_id": use_id, "result": verdict}]
         if at_once:
@@ -117,45 +117,45 @@ class ConversationStateMachine(RuleBasedStateMachine):
             assert self.script is not None
             return
         self.append_event(event)
-        self.emit_script_events_until_wait()
+        self.emit_server_events_until_waiting()
 
     @invariant()
     def every_tool_use_is_answered_at_most_once(self) -> None:
         answers = [
-            get_id_of_answered_tool_use(event)
+            get_tool_use_id_of_answer(event)
             for event in self.conversation.events
             if event.type in RESULTS
         ]
         assert len(answers) == len(set(answers))
-        assert set(answers) <= {event.id for event in self.tool_uses()}
+        assert set(answers) <= {event.id for event in self.list_tool_use_events()}
 
     @invariant()
     def script_emits_one_tool_use_at_a_time(self) -> None:
         if self.script is not None:
-            uses = self.tool_uses()
+            uses = self.list_tool_use_events()
             assert len(uses) <= len(self.script)
             answers = {
-                get_id_of_answered_tool_use(event)
+                get_tool_use_id_of_answer(event)
                 for event in self.conversation.events
                 if event.type in RESULTS
             }
             assert all(use.id in answers for use in uses[:-1])
 
     @invariant()
-    def idle_event_lists_waiting_tool_uses(self) -> None:
+    def stop_reason_has_ids_of_waiting_tool_uses(self) -> None:
         answers = {
-            get_id_of_answered_tool_use(event)
+            get_tool_use_id_of_answer(event)
             for event in self.conversation.events
             if event.type in RESULTS
         }
         allowed = {
-            get_id_of_answered_tool_use(event)
+            get_tool_use_id_of_answer(event)
             for event in self.conversation.events
             if event.type == "user.tool_confirmation" and event.value["result"] == "allow"
         }
         waiting = [
             use.id
-            for use in self.tool_uses()
+            for use in self.list_tool_use_events()
             if use.id not in answers
             and (use.type == "agent.custom_tool_use" or use.id not in allowed)
             and (use.type == "agent.custom_tool_use" or use.value["evaluated_permission"] == "ask")
@@ -181,16 +181,16 @@ class ConversationStateMachine(RuleBasedStateMachine):
             return
         self.append_client_events_if_accepted({"type": "user.message", "content": []})
         for _ in range(len(self.script or ())):
-            use = self.tool_uses()[-1]
+            use = self.list_tool_use_events()[-1]
             self.append_client_events_if_accepted(
                 {"type": "user.tool_confirmation", "tool_use_id": use.id, "result": "allow"}
             )
-            at = len(self.tool_uses()) - 1
+            at = len(self.list_tool_use_events()) - 1
             self.append_client_events_if_accepted(
                 self.make_tool_result_event(at, custom=use.type == "agent.custom_tool_use")
             )
         assert self.conversation.events[-1].value.get("stop_reason") == {"type": "end_turn"}
-        assert len(self.tool_uses()) == len(self.script or ())
+        assert len(self.list_tool_use_events()) == len(self.script or ())
 
 
 ConversationStateMachine.TestCase.settings = settings(

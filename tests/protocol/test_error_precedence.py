@@ -138,7 +138,7 @@ async def test_token_without_permission_is_403(api: ApiClient) -> None:
     ["", "/", "/environment", f"/environments/{ENV}/x", f"/environments/{ENV}/work/", "/work"],
 )
 async def test_unknown_path_is_404_with_error_body(api: ApiClient, path: str) -> None:
-    answer = await api("GET", api.base_path + path)
+    answer = await api("GET", api.base_url + path)
     assert answer.status == 404
     assert answer.error["type"] == "not_found_error"
 
@@ -167,7 +167,7 @@ async def test_wrong_method_is_405_with_error_body(
 
 
 async def test_each_dialect_answers_only_under_its_own_prefix(qoder_api: ApiClient) -> None:
-    origin = qoder_api.base_path.removesuffix("/api/v1/cloud")
+    origin = qoder_api.base_url.removesuffix("/api/v1/cloud")
     for prefix, status in {"/api/v1/cloud": 200, "/v1": 200, "": 404, "/api/v1": 404}.items():
         url = f"{origin}{prefix}/environments/{ENV}/work/poll"
         assert (await qoder_api("GET", url)).status == status

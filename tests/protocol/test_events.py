@@ -30,7 +30,7 @@ TEXT = [{"type": "text", "text": "hello"}]
 
 def events_path(api: ApiClient, session_id: str, suffix: str = "/events") -> str:
     written = session_id if api.dialect == "qoder" else session_id.replace("sess_", "session_")
-    return f"{api.base_path}/sessions/{written}{suffix}"
+    return f"{api.base_url}/sessions/{written}{suffix}"
 
 
 async def event_history(api: ApiClient, session_id: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}
 SELF_HOSTED = {"name": "mine", "config": {"type": "self_hosted"}}
 
 
-def decode_item_token_from_secret(item: dict[str, Any]) -> str:
+def decode_token_of_item(item: dict[str, Any]) -> str:
     padding = "=" * (-len(item["secret"]) % 4)
     content = json.loads(base64.urlsafe_b64decode(item["secret"] + padding))
     assert set(content) == {"sessions_token"}
@@ -35,9 +35,7 @@ async def claim_item_with_token(
     """Create and poll an item. Return the item, and a client that has only its token."""
     api.plane.enqueue(script=[BASH], environment_id=environment)
     item = (await api.poll(environment)).body
-    return item, ApiClient(
-        api.plane, api.http, "anthropic", token=decode_item_token_from_secret(item)
-    )
+    return item, ApiClient(api.plane, api.http, "anthropic", token=decode_token_of_item(item))
 
 
 def session_path(api: ApiClient, item: dict[str, Any], suffix: str = "/events") -> str:
@@ -61,11 +59,11 @@ async def test_item_token_allows_calls_for_item_from_ack_to_stop(anthropic_api: 
     assert (await own.stop(item["id"], json={"force": True})).status == 204
 
 
-async def send_calls_forbidden_to_item_token(
+async def make_forbidden_calls_with_item_token(
     own: ApiClient, item: dict[str, Any], other: dict[str, Any]
 ) -> list[HttpAnswer]:
     """Make every call that the token of `item` does not allow; return the answers."""
-    base, work_id = own.base_path, item["id"]
+    base, work_id = own.base_url, item["id"]
     events = {"events": [MESSAGE]}
     return [
         await own.poll(),
@@ -98,7 +96,7 @@ async def test_every_call_that_item_token_does_not_allow_is_403(
 ) -> None:
     item, own = await claim_item_with_token(anthropic_api)
     other, _ = await claim_item_with_token(anthropic_api, environment)
-    answers = await send_calls_forbidden_to_item_token(own, item, other)
+    answers = await make_forbidden_calls_with_item_token(own, item, other)
     assert [answer.status for answer in answers] == [403] * len(answers)
     assert {answer.error["type"] for answer in answers} == {"permission_error"}
     assert await anthropic_api.item_state(item["id"]) == "queued"

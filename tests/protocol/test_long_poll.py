@@ -155,7 +155,7 @@ def test_waiting_polls_receive_one_item_each_in_order() -> None:
 
 
 def test_thousand_waiting_polls_receive_one_item_each() -> None:
-    async def enqueue_for_thousand_polls(operations: Operations) -> None:
+    async def enqueue_one_item_per_poll(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [
                 group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
@@ -168,7 +168,7 @@ def test_thousand_waiting_polls_receive_one_item_each() -> None:
         assert len({item.id for item in items if item is not None}) == 1000
         assert {poll.result()[0] for poll in polls} == {0.1}
 
-    run_in_virtual_time(enqueue_for_thousand_polls)
+    run_in_virtual_time(enqueue_one_item_per_poll)
 
 
 def test_end_waits_method_answers_all_waiting_polls() -> None:

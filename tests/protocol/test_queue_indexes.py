@@ -230,7 +230,7 @@ class QueueStateMachine(RuleBasedStateMachine):
         assert stats.oldest_queued_at == min((item.created_at for item in queued), default=None)
 
     @invariant()
-    def leases_exist_in_leased_states_only_and_are_unexpired(self) -> None:
+    def leases_are_unexpired_and_only_of_acknowledged_items(self) -> None:
         now = int(self.clock.seconds * 1_000_000)
         for item in self.list_all_items():
             held = item.state in {"starting", "active", "stopping"}
@@ -265,7 +265,7 @@ def test_python_function_calls_of_poll_do_not_increase_with_stopped_items() -> N
     Otherwise the next poll would need time to skip the ids of all stopped items.
     """
 
-    def count_function_calls_of_poll(stopped: int) -> int:
+    def count_python_calls_of_poll(stopped: int) -> int:
         operations = Operations([ENV], history_limit=0)
         items = operations.enqueue(ENV, count=stopped + 1)
         for item in items[:stopped][::-1]:
@@ -286,7 +286,7 @@ def test_python_function_calls_of_poll_do_not_increase_with_stopped_items() -> N
         assert found.id == items[-1].id
         return calls
 
-    assert count_function_calls_of_poll(2000) < 2 * count_function_calls_of_poll(2)
+    assert count_python_calls_of_poll(2000) < 2 * count_python_calls_of_poll(2)
 
 
 @pytest.mark.trial

@@ -230,7 +230,7 @@ async def test_session_status_follows_state_of_item(
     work_id = await qoder_api.create_item_in_state(state)
     await qoder_api.update(work_id, json={"metadata": {"only": "the item's"}})
     session_id = (await qoder_api.get(work_id)).body["data"]["id"]
-    answer = await qoder_api("GET", f"{qoder_api.base_path}/sessions/{session_id}")
+    answer = await qoder_api("GET", f"{qoder_api.base_url}/sessions/{session_id}")
     assert answer.status == 200
     assert answer.body["id"] == session_id
     assert answer.body["type"] == "session"
@@ -243,7 +243,7 @@ async def test_session_status_follows_state_of_item(
 async def test_anthropic_session_of_stopping_item_is_running(anthropic_api: ApiClient) -> None:
     work_id = await anthropic_api.create_item_in_state("stopping")
     session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
-    answer = await anthropic_api("GET", f"{anthropic_api.base_path}/sessions/{session_id}")
+    answer = await anthropic_api("GET", f"{anthropic_api.base_url}/sessions/{session_id}")
     assert answer.body["status"] == "running"
 
 
@@ -255,7 +255,7 @@ async def test_update_time_of_session_changes_with_item_and_events(
     session_id = (await api.get(work_id)).body["data"]["id"]
 
     async def read_item_update_time() -> str:
-        body = (await api("GET", f"{api.base_path}/sessions/{session_id}")).body
+        body = (await api("GET", f"{api.base_url}/sessions/{session_id}")).body
         updated: str = body["updated_at"]
         return updated
 
@@ -277,7 +277,7 @@ async def test_anthropic_session_is_found_by_id_with_prefix_session_or_sesn(
 ) -> None:
     (item,) = anthropic_api.plane.enqueue(metadata={"k": "v"})
     digits = item.session_id.removeprefix("sess_")
-    answer = await anthropic_api("GET", f"{anthropic_api.base_path}/sessions/{prefix}{digits}")
+    answer = await anthropic_api("GET", f"{anthropic_api.base_url}/sessions/{prefix}{digits}")
     assert answer.status == 200
     assert answer.body["id"] == f"session_{digits}"
     assert answer.body["metadata"] == {"k": "v"}
@@ -286,12 +286,12 @@ async def test_anthropic_session_is_found_by_id_with_prefix_session_or_sesn(
 async def test_unknown_session_is_404(api: ApiClient) -> None:
     (item,) = api.plane.enqueue()
     for session_id in ("sess_" + "0" * 32, "session_", "x", item.id, "%00"):
-        assert (await api("GET", f"{api.base_path}/sessions/{session_id}")).status == 404
+        assert (await api("GET", f"{api.base_url}/sessions/{session_id}")).status == 404
 
 
 async def test_read_of_session_in_environment_that_token_forbids_is_403(api: ApiClient) -> None:
     (item,) = api.plane.enqueue(environment_id=OTHER)
-    url = f"{api.base_path}/sessions/{item.session_id}"
+    url = f"{api.base_url}/sessions/{item.session_id}"
     assert (await api("GET", url)).status == 200
     api.token = LIMITED
     assert (await api("GET", url)).status == 403

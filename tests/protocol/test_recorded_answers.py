@@ -55,7 +55,7 @@ CALLS: dict[str, Callable[[WorkClient, str], Awaitable[Any]]] = {
 }
 
 
-def read_result_attribute_as_json(value: object, name: str) -> object:
+def convert_attribute_to_json(value: object, name: str) -> object:
     """Return an attribute of an object that the client returned, as a JSON value."""
     found = getattr(value, name)
     if isinstance(found, Secret):
@@ -96,9 +96,7 @@ async def test_client_parses_each_recorded_response_into_expected_result(
                 return
             returned = await call
     if isinstance(expected["returns"], dict):
-        found = {
-            name: read_result_attribute_as_json(returned, name) for name in expected["returns"]
-        }
+        found = {name: convert_attribute_to_json(returned, name) for name in expected["returns"]}
         assert found == expected["returns"]
     else:
         assert returned == expected["returns"]

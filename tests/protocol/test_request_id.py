@@ -16,7 +16,7 @@ async def test_anthropic_responses_have_distinct_request_ids(anthropic_api: ApiC
         await anthropic_api.poll(),
         await anthropic_api.poll(),
         await anthropic_api.get("work_unknown"),
-        await anthropic_api("GET", anthropic_api.base_path + "/unknown"),
+        await anthropic_api("GET", anthropic_api.base_url + "/unknown"),
     ]
     assert [answer.status for answer in answers] == [200, 200, 404, 404]
     ids = {answer.headers["request-id"] for answer in answers}

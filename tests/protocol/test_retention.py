@@ -51,7 +51,7 @@ def make_control_plane(
 @pytest.fixture
 async def control_plane(clock: MovableClock, store: Store) -> AsyncIterator[ControlPlane]:
     if isinstance(store, PostgresStore):
-        pytest.skip("sweeps delete on PostgreSQL, which tests/postgres/test_two_nodes.py tests")
+        pytest.skip("sweeps delete on PostgreSQL: see tests/postgres/test_two_server_nodes.py")
     async with make_control_plane(store, clock) as plane:
         yield plane
 

@@ -54,7 +54,7 @@ async def fetch_scale_numbers(
         return answer.status, await answer.json()
 
 
-@pytest.mark.usefixtures("every_store")
+@pytest.mark.usefixtures("every_kind_of_store")
 async def test_scale_route_counts_unfinished_items_and_recommends_workers(
     store: Store | PostgresStore,
 ) -> None:

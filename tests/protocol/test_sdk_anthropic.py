@@ -17,7 +17,7 @@ from anthropic import (
 )
 
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, wait_until
-from tests.protocol.sdk_calls import make_work_calls
+from tests.protocol.sdk_calls import check_item_calls_of_sdk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -70,7 +70,7 @@ async def test_anthropic_sdk_makes_all_eight_work_calls(
     assert (item.id, item.state, item.metadata) == (created.id, "queued", {"job": "report"})
     assert item.data.id == created.session_id.replace("sess_", "session_")
 
-    await make_work_calls(work, created, clock)
+    await check_item_calls_of_sdk(work, created, clock)
 
     # The SDK expects an item in the answer to a stop, but the service answers 204 without body.
     raw = sdk.beta.environments.work.with_raw_response

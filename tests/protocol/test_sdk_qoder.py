@@ -11,7 +11,7 @@ from qca import AsyncManaged, ConflictError, Managed, NotFoundError
 from qca.common import APIStatusError, AuthenticationError, BadRequestError, PermissionDeniedError
 
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
-from tests.protocol.sdk_calls import make_work_calls
+from tests.protocol.sdk_calls import check_item_calls_of_sdk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -122,7 +122,7 @@ async def test_qoder_sdk_makes_all_eight_work_calls(
     assert item.data is not None
     assert (item.data.type, item.data.id) == ("session", created.session_id)
 
-    await make_work_calls(work, created, clock)
+    await check_item_calls_of_sdk(work, created, clock)
     session = await sdk_client.sessions.retrieve(created.session_id)
     assert (session.id, session.status) == (created.session_id, "running")
 

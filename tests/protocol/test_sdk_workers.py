@@ -111,7 +111,7 @@ async def confirm_first_and_deny_second_tool_use(
         ended: bool = event.type == "session.status_idle" and (event.stop_reason.type == "end_turn")
         return ended
 
-    async def all_events_in_order() -> AsyncGenerator[Any, None]:
+    async def iterate_past_and_new_events() -> AsyncGenerator[Any, None]:
         """Yield all events; the stream is opened before the history is read, so none is missed."""
         async with await events.stream(session_id) as stream:
             async for past in events.list(session_id):
@@ -119,7 +119,7 @@ async def confirm_first_and_deny_second_tool_use(
             async for event in stream:
                 yield event
 
-    async with aclosing(all_events_in_order()) as events_in_order:
+    async with aclosing(iterate_past_and_new_events()) as events_in_order:
         async for event in events_in_order:
             if event.id not in seen and await answer_event_and_return_whether_turn_ended(event):
                 return

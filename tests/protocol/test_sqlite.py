@@ -54,7 +54,7 @@ async def test_items_sessions_and_stats_survive_restart(
         plane.enqueue(metadata={"nul": "\0", "emoji": "🙂"}, environment_id=OTHER)
         assert (await api.claim_item(worker="a"))["state"] == "queued"
         sessions = [
-            (await api("GET", f"{api.base_path}/sessions/{item['data']['id']}")).body
+            (await api("GET", f"{api.base_url}/sessions/{item['data']['id']}")).body
             for item in (await api("GET", api.work_url())).body["data"]
         ]
         before = [(await api("GET", api.work_url("", env))).body for env in (ENV, OTHER)]
@@ -64,7 +64,7 @@ async def test_items_sessions_and_stats_survive_restart(
         assert [(await api("GET", api.work_url("", env))).body for env in (ENV, OTHER)] == before
         assert (await api.queue_stats()) == {**stats, "workers_polling": 0}
         for session in sessions:
-            url = f"{api.base_path}/sessions/{session['id']}"
+            url = f"{api.base_url}/sessions/{session['id']}"
             assert (await api("GET", url)).body == session
         _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
         # Worker `a` received this item before the restart, so that worker `b` may not ack it.
@@ -361,7 +361,7 @@ STATE_ORDER = ["queued", "starting", "active", "stopped"]
 
 @asynccontextmanager
 async def start_server(path: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
-    script = Path(__file__).with_name("sqlite_server.py")
+    script = Path(__file__).with_name("sqlite_control_plane.py")
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(script), str(path), stdout=asyncio.subprocess.PIPE
     )

@@ -95,7 +95,7 @@ async def test_session_and_events_are_returned_only_after_they_are_stored(
 ) -> None:
     api.plane.enqueue(script=[{"name": "Bash", "input": {}}])
     [item] = (await api("GET", api.work_url())).body["data"]
-    session = f"{api.base_path}/sessions/{item['data']['id']}"
+    session = f"{api.base_url}/sessions/{item['data']['id']}"
     assert (
         await assert_answer_comes_after_commit(store_with_blocked_commits, api("GET", session))
     ).status == 200

@@ -39,7 +39,7 @@ CALLS = {
 """The calls of `Operations` that the engine has with the same parameters."""
 
 
-class BlockingNode:
+class NodeWithBlockingCalls:
     """A server node on a thread of its own. Each call blocks until the node returns the result.
 
     The calls have the names and parameters of those of `Operations`.
@@ -66,10 +66,10 @@ class BlockingNode:
         if name not in CALLS:
             pytest.skip(f"`operations.{name}` is of the index in memory")
 
-        def call_engine(*arguments: Any, **options: Any) -> Any:
+        def call_engine_and_wait(*arguments: Any, **options: Any) -> Any:
             return self._wait_for_result(getattr(self._engine, name)(*arguments, **options))
 
-        return call_engine
+        return call_engine_and_wait
 
     def list_items(self, environment_id: str, limit: int = 20) -> ListPage[Item]:
         found: ListPage[Item] = self._wait_for_result(
@@ -90,7 +90,7 @@ class PostgresControlPlane(ControlPlane):
 
     def __init__(self, *, store: PostgresStore, **options: Any) -> None:
         super().__init__(store=store, **options)
-        self.node = BlockingNode(ControlPlane(store=store, **options).engine)
+        self.node = NodeWithBlockingCalls(ControlPlane(store=store, **options).engine)
 
     @property
     def operations(self) -> Operations:

@@ -76,7 +76,9 @@ class WorkersUnderLoad:
             group.create_task(self._create_items(self._make_client(0, "creator")))
             for number in range(WORKERS):
                 group.create_task(
-                    self._work_until_done(self._make_client(number, f"worker-{number}"))
+                    self._process_items_until_all_stopped(
+                        self._make_client(number, f"worker-{number}")
+                    )
                 )
 
     def _make_client(self, number: int, worker: str) -> NodeClient:
@@ -111,7 +113,7 @@ class WorkersUnderLoad:
             self.created += [item["id"] for item in answer.body["data"]]
             await asyncio.sleep(0.01)
 
-    async def _work_until_done(self, client: NodeClient) -> None:
+    async def _process_items_until_all_stopped(self, client: NodeClient) -> None:
         params = {"block_ms": "500", "reclaim_older_than_ms": str(RECLAIM_MS)}
         while not self._are_all_items_stopped():
             item = (await self._call_until_answered(partial(client.poll, params=params))).body
@@ -137,7 +139,7 @@ class WorkersUnderLoad:
 
 
 @asynccontextmanager
-async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkersUnderLoad]:
+async def run_nodes_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkersUnderLoad]:
     """Run nodes under load; afterwards check that all items are stopped in the database."""
     async with asyncio.timeout(4 * SECONDS), AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
@@ -148,7 +150,7 @@ async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkersUnder
             yield load
             load.has_enough_items = True
         summary = summarize(await planes[0].engine.read_history())
-        items = await stack.enter_async_context(_stored_states(url))
+        items = await stack.enter_async_context(_stored_item_states(url))
         assert {work_id: items.get(work_id) for work_id in load.created} == dict.fromkeys(
             load.created, "stopped"
         )
@@ -159,7 +161,7 @@ async def run_under_load(url: str, nodes: int = 2) -> AsyncIterator[WorkersUnder
 
 
 @asynccontextmanager
-async def _stored_states(url: str) -> AsyncIterator[dict[str, str]]:
+async def _stored_item_states(url: str) -> AsyncIterator[dict[str, str]]:
     connection = await open_connection(url)
     try:
         yield {row[0]: row[1] for row in await connection.fetch("SELECT id, state FROM items")}
@@ -173,57 +175,59 @@ async def execute_sql(cluster: Cluster, statement: str, url: str | None = None) 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 async def test_database_that_restarts_under_load_loses_no_item(
-    own_postgres: Cluster, end: str
+    dedicated_postgres: Cluster, end: str
 ) -> None:
-    async with run_under_load(own_postgres.create_database()) as load:
+    async with run_nodes_under_load(dedicated_postgres.create_database()) as load:
         for _ in range(2):
             await load.wait_for_stopped_items(5)
-            await asyncio.to_thread(own_postgres.stop if end == "stop" else own_postgres.kill)
+            await asyncio.to_thread(
+                dedicated_postgres.stop if end == "stop" else dedicated_postgres.kill
+            )
             await load.wait_for_503()
-            await asyncio.to_thread(own_postgres.start)
+            await asyncio.to_thread(dedicated_postgres.start)
             await load.wait_for_stopped_items(1)
     assert load.refusals > 0
 
 
 async def test_terminated_database_connections_under_load_lose_no_item(
-    own_postgres: Cluster,
+    dedicated_postgres: Cluster,
 ) -> None:
-    async with run_under_load(own_postgres.create_database()) as load:
+    async with run_nodes_under_load(dedicated_postgres.create_database()) as load:
         while load.refusals < 5:
             await asyncio.sleep(0.05)
-            await execute_sql(own_postgres, CUT)
+            await execute_sql(dedicated_postgres, CUT)
 
 
 async def test_temporarily_read_only_database_gives_503s_and_loses_no_item(
-    own_postgres: Cluster,
+    dedicated_postgres: Cluster,
 ) -> None:
-    url = own_postgres.create_database()
+    url = dedicated_postgres.create_database()
     name = url.rpartition("/")[2]
-    async with run_under_load(url) as load:
+    async with run_nodes_under_load(url) as load:
         await execute_sql(
-            own_postgres, f"ALTER DATABASE {name} SET default_transaction_read_only = on"
+            dedicated_postgres, f"ALTER DATABASE {name} SET default_transaction_read_only = on"
         )
-        await execute_sql(own_postgres, CUT)
+        await execute_sql(dedicated_postgres, CUT)
         for _ in range(20):
             await load.wait_for_503()
         # The open connections stay read-only, as after a failover, so the pool must replace them.
         await execute_sql(
-            own_postgres, f"ALTER DATABASE {name} RESET default_transaction_read_only"
+            dedicated_postgres, f"ALTER DATABASE {name} RESET default_transaction_read_only"
         )
 
 
 async def test_failover_to_a_standby_under_load_loses_no_item(
-    own_postgres: Cluster, standby: Cluster
+    dedicated_postgres: Cluster, standby: Cluster
 ) -> None:
-    name = own_postgres.create_database().rpartition("/")[2]
-    hosts = f"127.0.0.1:{own_postgres.port},127.0.0.1:{standby.port}"
+    name = dedicated_postgres.create_database().rpartition("/")[2]
+    hosts = f"127.0.0.1:{dedicated_postgres.port},127.0.0.1:{standby.port}"
     url = f"postgresql://workpool@{hosts}/{name}?target_session_attrs=read-write"
-    async with run_under_load(url) as load:
+    async with run_nodes_under_load(url) as load:
         await load.wait_for_stopped_items(10)
-        await asyncio.to_thread(own_postgres.kill)
+        await asyncio.to_thread(dedicated_postgres.kill)
         for _ in range(20):
             await load.wait_for_503()
-        await asyncio.to_thread(standby.promote)
+        await asyncio.to_thread(standby.promote_to_primary)
         await load.wait_for_stopped_items(10)
 
 
@@ -231,7 +235,7 @@ async def test_failover_to_a_standby_under_load_loses_no_item(
     ("size", "reason"), [(20, "a statement took too long"), (2, "all connections are in use")]
 )
 async def test_locked_table_gives_503s_and_logs_the_reason(
-    own_postgres: Cluster,
+    dedicated_postgres: Cluster,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     size: int,
@@ -241,8 +245,8 @@ async def test_locked_table_gives_503s_and_logs_the_reason(
     monkeypatch.setattr(connection_pool, "_LOG_SECONDS", 0.0)
     monkeypatch.setattr(connection_pool, "ACQUIRE_SECONDS", 0.1 if size == 2 else 20.0)
     monkeypatch.setattr(connection_pool, "POOL_SIZE", size)
-    url = own_postgres.create_database()
-    async with run_under_load(url) as load:
+    url = dedicated_postgres.create_database()
+    async with run_nodes_under_load(url) as load:
         blocker = await open_connection(url, statement_seconds=SECONDS)
         async with blocker.transaction():
             await blocker.execute("LOCK TABLE items IN ACCESS EXCLUSIVE MODE")
@@ -308,12 +312,12 @@ async def _expect_no_answer(call: Awaitable[NodeAnswer]) -> None:
 
 
 async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
-    own_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
+    dedicated_postgres: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("STATEMENT_SECONDS", "ACQUIRE_SECONDS"):
         # Extend the time limits. Otherwise slow statements on a busy machine would cause 503s.
         monkeypatch.setattr(connection_pool, name, SECONDS)
-    url = own_postgres.create_database()
+    url = dedicated_postgres.create_database()
     steps = migrations.load_migrations()
     version = steps[-1].version + 1
     step = Migration(
@@ -324,13 +328,13 @@ async def test_nodes_of_two_releases_share_a_database_during_an_upgrade(
         "ALTER TABLE events ADD COLUMN region text;"
         "CREATE TABLE regions (name text PRIMARY KEY);",
     )
-    async with run_under_load(url) as load:
+    async with run_nodes_under_load(url) as load:
         await load.wait_for_stopped_items(20)
         releases = migrations.load_migrations
         monkeypatch.setattr(migrations, "load_migrations", lambda: (*steps, step))
         async with make_node(url) as newer:  # a node of the next release migrates the schema
             stored = await execute_sql(
-                own_postgres, "SELECT max(version) FROM schema_versions", url
+                dedicated_postgres, "SELECT max(version) FROM schema_versions", url
             )
             assert stored == str(version)
             client = NodeClient(load._http, newer.base_url, "newer")

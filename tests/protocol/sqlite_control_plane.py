@@ -1,6 +1,6 @@
 """Program that runs a control plane on SQLite, for tests that kill it.
 
-Usage: `sqlite_server.py FILE`.
+Usage: `sqlite_control_plane.py FILE`.
 """
 
 from __future__ import annotations
