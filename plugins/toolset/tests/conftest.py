@@ -12,7 +12,7 @@ import pytest
 from workpool_toolset.command_sandbox import (
     BASH,
     Bubblewrap,
-    Isolation,
+    CommandIsolation,
     NoIsolation,
     ProcessLimits,
     find_sandbox_problem,
@@ -53,7 +53,7 @@ class FakeAgent:
 
     async def call_tool(self, name: str, *, custom: bool = False, **fields: Any) -> ToolResult:
         call = ToolCall(id="evt_1", name=name, input=fields, custom=custom, session=SESSION)
-        return await self.toolbox.run_call(call)
+        return await self.toolbox.run_tool_call(call)
 
     async def expect_tool_success(self, name: str, **fields: Any) -> str:
         """Call a tool, check that it succeeds, and return the text of its result."""
@@ -73,7 +73,7 @@ def result_text(result: ToolResult) -> str:
 
 
 def create_fake_agent(
-    isolation: Isolation,
+    isolation: CommandIsolation,
     folder: Path,
     roots: Sequence[WorkspaceRoot] = (),
     *,
@@ -81,14 +81,14 @@ def create_fake_agent(
     bounds: CallLimits = CallLimits(bash_seconds=40.0, tool_seconds=55.0),  # noqa: B008 - frozen
     threads: ToolThreads,
 ) -> FakeAgent:
-    owner = isolation.file_owner(SESSION)
+    owner = isolation.owner_of_session_files(SESSION)
     if owner:
         os.chown(folder, *owner)
     shown = isolation.workspace_path(folder)
     workspace = Workspace([WorkspaceRoot(shown, folder, owner=owner), *roots])
     prefix, environment = (
         isolation.command_line(SESSION, folder, ()),
-        isolation.command_environment(None),
+        isolation.command_environment_variables(None),
     )
     sandbox = SandboxCommand(prefix, environment) if isolation.is_sandboxed else None
     toolbox = Toolbox(
@@ -137,7 +137,7 @@ async def fake_agent_factory(
     """Return a function that makes a `FakeAgent` with the given isolation and options."""
     agents: list[FakeAgent] = []
 
-    def create_agent(isolation: Isolation = NoIsolation(), **options: Any) -> FakeAgent:  # noqa: B008 - frozen
+    def create_agent(isolation: CommandIsolation = NoIsolation(), **options: Any) -> FakeAgent:  # noqa: B008 - frozen
         agents.append(
             create_fake_agent(isolation, workspace_directory, **{"threads": tool_threads} | options)
         )

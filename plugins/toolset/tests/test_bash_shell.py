@@ -235,7 +235,7 @@ async def test_shell_close_that_is_cancelled_leaves_no_process(
 async def test_sandboxed_processes_end_when_worker_is_killed(
     sandbox: Bubblewrap, workspace_directory: Path
 ) -> None:
-    os.chown(workspace_directory, *(sandbox.file_owner("s") or (-1, -1)))
+    os.chown(workspace_directory, *(sandbox.owner_of_session_files("s") or (-1, -1)))
     words = sandbox.command_line(
         "s", workspace_directory, [*BASH, "-c", "echo up; setsid sleep 61.25"]
     )
@@ -259,9 +259,9 @@ def test_shell_environment_contains_only_allowed_variables(
     for name in ("QODER_PAT", "ANTHROPIC_ENVIRONMENT_KEY", "WORKPOOL_TOKEN", "AWS_SECRET", "LANG"):
         monkeypatch.setenv(name, "C.UTF-8")
     allowed = {"PATH", "HOME", "LANG", "TZ", "TMPDIR", "PS1", "PS2", "TERM"}
-    assert isolation.command_environment(None).keys() <= allowed
-    assert isolation.command_environment(None)["LANG"] == "C.UTF-8"
-    only = isolation.command_environment({"A": "1"})
+    assert isolation.command_environment_variables(None).keys() <= allowed
+    assert isolation.command_environment_variables(None)["LANG"] == "C.UTF-8"
+    only = isolation.command_environment_variables({"A": "1"})
     assert only == {"A": "1", "PS1": "", "PS2": "", "TERM": "dumb"}
 
 
@@ -302,7 +302,7 @@ def test_sandbox_of_worker_without_root_hides_host_files(
         )
         done = subprocess.run(  # noqa: S603 - no input from outside
             other.command_line("s", folder, [*BASH, "-c", script]),
-            env=other.command_environment(None),
+            env=other.command_environment_variables(None),
             capture_output=True,
             text=True,
             check=False,
@@ -321,10 +321,10 @@ def test_sandbox_of_worker_without_root_hides_host_files(
 
 def test_sandbox_started_by_root_user_gives_each_session_its_own_user() -> None:
     isolation = Bubblewrap(ProcessLimits(), as_root=True)
-    users = {isolation.file_owner(f"sess_{number}") for number in range(200)}
+    users = {isolation.owner_of_session_files(f"sess_{number}") for number in range(200)}
     assert len(users) == 200
     assert all(user and 1_900_000_000 <= user[0] < 2_100_000_000 for user in users)
-    assert Bubblewrap(ProcessLimits(), as_root=False).file_owner("sess_1") is None
+    assert Bubblewrap(ProcessLimits(), as_root=False).owner_of_session_files("sess_1") is None
 
 
 async def test_command_is_not_sent_to_shell_that_never_answers(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class ProcessLimits:
     processes: int = 512
     file_mb: int = 4096
 
-    def process_setup_script(self) -> str:
+    def make_setup_script(self) -> str:
         """Return a script that enters the workspace, sets the limits and runs its arguments."""
         # Enter the workspace here and not with `--chdir`: the `bwrap` of a root worker may not
         # enter it. Limit the data size (`-d`) and not the address space (`-v`), because programs
@@ -95,7 +95,7 @@ class ProcessLimits:
         )
 
 
-class Isolation(Protocol):
+class CommandIsolation(Protocol):
     """Isolates the commands of sessions. `NoIsolation` and `Bubblewrap` implement it."""
 
     @property
@@ -109,13 +109,13 @@ class Isolation(Protocol):
     def workspace_path(self, workspace: Path, /) -> str:
         """Return the path under which the session sees its workspace."""
 
-    def file_owner(self, session: str, /) -> tuple[int, int] | None:
+    def owner_of_session_files(self, session: str, /) -> tuple[int, int] | None:
         """Return the user and group id for the session's files. None means this process's ids."""
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return the command line that runs the command `words` in isolation for the session."""
 
-    def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
+    def command_environment_variables(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return all environment variables of commands: `explicit`, or defaults if it is None."""
 
 
@@ -130,14 +130,14 @@ class NoIsolation:
         """Return the real path of the workspace."""
         return str(workspace)
 
-    def file_owner(self, _session: str, /) -> None:
+    def owner_of_session_files(self, _session: str, /) -> None:
         """Return None, because the files belong to the user of this process."""
 
     def command_line(self, _session: str, _workspace: Path, words: Sequence[str], /) -> list[str]:
         """Return the command `words` without a sandbox around it."""
         return list(words)
 
-    def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
+    def command_environment_variables(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return `explicit`. If it is None, return the `INHERITED_VARIABLES` of this process."""
         allowed = {name: os.environ[name] for name in INHERITED_VARIABLES if name in os.environ}
         return _QUIET | (allowed if explicit is None else dict(explicit))
@@ -165,7 +165,7 @@ class Bubblewrap:
         """Return `HOME`, because the workspace has this path in every sandbox."""
         return HOME
 
-    def file_owner(self, session: str) -> tuple[int, int] | None:
+    def owner_of_session_files(self, session: str) -> tuple[int, int] | None:
         """Return user and group ids derived from the session's id, or None if not `as_root`."""
         if not self.as_root:
             return None
@@ -174,7 +174,7 @@ class Bubblewrap:
 
     def command_line(self, session: str, workspace: Path, words: Sequence[str]) -> list[str]:
         """Return a `bwrap` command line that sets the user and the limits, and runs `words`."""
-        owner = self.file_owner(session)
+        owner = self.owner_of_session_files(session)
         user: list[str] = []
         rights = ["--unshare-user", "--disable-userns", "--cap-drop", "ALL"]
         if owner:
@@ -182,15 +182,15 @@ class Bubblewrap:
             for right in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):
                 rights += ["--cap-add", right]
             user = [
-                *(*BASH, "-c", self._in_memory_directory_script(), "memory"),
+                *(*BASH, "-c", self._script_that_mounts_in_memory_directories(), "memory"),
                 *(SETPRIV, f"--reuid={owner[0]}", f"--regid={owner[1]}", "--clear-groups"),
                 *("--inh-caps=-all", "--no-new-privs", "--"),
             ]
-        limited = [*BASH, "-c", self.limits.process_setup_script(), "limited", *words]
+        limited = [*BASH, "-c", self.limits.make_setup_script(), "limited", *words]
         bwrap = [sys.executable, "-I", "-S", _LAUNCHER, self.program, *_NAMESPACES, *rights]
         return [*bwrap, *self._mount_options(workspace), "--", *user, *limited]
 
-    def command_environment(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
+    def command_environment_variables(self, explicit: Mapping[str, str] | None) -> dict[str, str]:
         """Return `explicit`. If it is None, return default variables that fit the sandbox."""
         if explicit is not None:
             return _QUIET | dict(explicit)
@@ -202,8 +202,8 @@ class Bubblewrap:
         """Return `bwrap` options for `/tmp` and `/dev/shm`, which share the size `memory_mb`."""
         size = self.limits.memory_mb << 20
         if self.as_root:
-            # Create a directory below `/tmp`. `_in_memory_directory_script` mounts it as
-            # `/dev/shm`.
+            # Create a directory below `/tmp`, which `_script_that_mounts_in_memory_directories`
+            # mounts as `/dev/shm`.
             shared = ["--perms", "1777", "--dir", f"{_TMP}/{_SHARED}"]
             return ["--perms", "1777", "--size", str(size), "--tmpfs", _TMP, *shared]
         sizes = {_TMP: size - size // 4, _SHM: size // 4}
@@ -213,7 +213,7 @@ class Bubblewrap:
             for word in ("--perms", "1777", "--size", str(part), "--tmpfs", place)
         ]
 
-    def _in_memory_directory_script(self) -> str:
+    def _script_that_mounts_in_memory_directories(self) -> str:
         """Return a script that limits `/tmp`, mounts `/dev/shm` and runs its arguments.
 
         The limit of `/tmp` is a number of files.
@@ -231,7 +231,7 @@ class Bubblewrap:
                 words += ["--symlink", str(folder.readlink()), str(folder)]
             elif folder.exists():
                 words += ["--ro-bind", str(folder), str(folder)]
-        words += _parent_directory_options("/etc/ssl/certs")
+        words += _options_that_create_parents("/etc/ssl/certs")
         for name in _ETC:
             words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
         words += [
@@ -247,12 +247,12 @@ class Bubblewrap:
             words += ["--ro-bind-try", "/dev/null", name]
         # Mount outer directories first, or they would hide the inner ones.
         for root in sorted(self.roots, key=lambda root: len(root.shown)):
-            words += _parent_directory_options(root.shown)
+            words += _options_that_create_parents(root.shown)
             words += ["--bind" if root.writable else "--ro-bind", str(root.host), root.shown]
         return [*words, "--bind", str(workspace), HOME, "--chdir", "/", "--remount-ro", "/"]
 
 
-def _parent_directory_options(path: str) -> list[str]:
+def _options_that_create_parents(path: str) -> list[str]:
     """Return `bwrap` options that create the parents of a path. All users may read the parents."""
     parents = [str(parent) for parent in reversed(Path(path).parents) if str(parent) != "/"]
     return [word for parent in parents for word in ("--perms", "0755", "--dir", parent)]
@@ -274,7 +274,7 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
         if shutil.which(program) is None:
             return f"{program} is not installed"
     with tempfile.TemporaryDirectory(dir=folder, prefix=".probe-") as probe:
-        owner = sandbox.file_owner("probe")
+        owner = sandbox.owner_of_session_files("probe")
         if owner:
             os.chown(probe, *owner)
         words = sandbox.command_line("probe", Path(probe), [*BASH, "-c", "echo $$ > works"])
@@ -283,7 +283,7 @@ async def find_sandbox_problem(sandbox: Bubblewrap, folder: Path) -> str | None:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env=sandbox.command_environment(None),
+            env=sandbox.command_environment_variables(None),
         )
         try:
             async with asyncio.timeout(PROBE_SECONDS):

@@ -29,8 +29,8 @@ _KEEPS_CLOCK: Final = frozenset({_CONFIRMATION, _THREAD_ENDED})
 
 
 @dataclass(slots=True)
-class _OpenToolCall:
-    """A tool call that has no result yet. `allowed` is None until it is allowed or denied."""
+class _UnansweredToolCall:
+    """An open call: it has no answer yet. `allowed` is None until it is allowed or denied."""
 
     call: ToolCall
     thread: str | None
@@ -59,7 +59,7 @@ class Conversation:
     turn_over: bool = False
     agent_idle: bool = False
     answered: set[str] = field(default_factory=set)
-    _open: dict[str, _OpenToolCall] = field(default_factory=dict)
+    _open: dict[str, _UnansweredToolCall] = field(default_factory=dict)
     _decisions: dict[str, bool] = field(default_factory=dict)
 
     @property
@@ -102,10 +102,10 @@ class Conversation:
         kind = str(event.get("type"))
         if kind not in _KEEPS_CLOCK:
             self.agent_idle = kind == "session.status_idle"
-            self.turn_over = self.agent_idle and _stop_reason_type(event) != _NEEDS_ACTION
+            self.turn_over = self.agent_idle and _read_stop_reason_type(event) != _NEEDS_ACTION
         if kind in _CALLS:
             self._add_tool_call(event, custom=_CALLS[kind])
-        elif answered := answered_call_id(event):
+        elif answered := find_answered_call_id(event):
             self.mark_call_answered(answered)
         elif kind == _CONFIRMATION:
             self._apply_permission_decision(
@@ -141,7 +141,7 @@ class Conversation:
             return
         permission = event.get("evaluated_permission", "allow")
         allowed = permission == "allow" if permission in ("allow", "deny") else None
-        self._open[call.id] = _OpenToolCall(call, _session_thread_id(event), allowed)
+        self._open[call.id] = _UnansweredToolCall(call, _session_thread_id(event), allowed)
         if allowed is None:
             allowed = self._decisions.get(call.id)
         if allowed is not None:
@@ -159,13 +159,13 @@ class Conversation:
             waiting.allowed = True
 
 
-def answered_call_id(event: Event) -> str | None:
+def find_answered_call_id(event: Event) -> str | None:
     """Return the id of the call that this event answers, or None for other events."""
     name = _RESULTS.get(str(event.get("type")))
     return str(event.get(name)) if name else None
 
 
-def _stop_reason_type(event: Event) -> object:
+def _read_stop_reason_type(event: Event) -> object:
     reason = event.get("stop_reason")
     return reason.get("type") if isinstance(reason, Mapping) else reason
 

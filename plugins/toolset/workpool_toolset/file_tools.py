@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from workpool_toolset.tool_result import Block
-    from workpool_toolset.workspace import PathTarget, Workspace
+    from workpool_toolset.workspace import ResolvedPath, Workspace
 
 MAX_SCANNED_BYTES: Final = 256 << 20
 """The largest number of bytes that `read` searches for the lines of a range."""
@@ -135,7 +135,7 @@ def edit_file(
 
 
 @contextlib.contextmanager
-def _open_regular_file(spot: PathTarget, path: str) -> Iterator[tuple[BinaryIO, int]]:
+def _open_regular_file(spot: ResolvedPath, path: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file. Refuse other files, because opening a device may have side effects."""
     _check_regular_file(os.stat(spot.name, dir_fd=spot.directory, follow_symlinks=False), path)
     # Use O_NONBLOCK. If a pipe has replaced the file since the check, the open would otherwise
@@ -214,7 +214,7 @@ def _image_or_pdf_block(content: bytes, suffix: str) -> Block:
     }
 
 
-def _replace_file(spot: PathTarget, path: str, content: bytes) -> None:
+def _replace_file(spot: ResolvedPath, path: str, content: bytes) -> None:
     """Write a temporary file and rename it, so that no reader sees an unfinished file."""
     mode = 0o644
     with contextlib.suppress(FileNotFoundError):

@@ -23,7 +23,7 @@ from workpool_toolset.command_sandbox import (
     BASH,
     VISIBLE_PATHS,
     Bubblewrap,
-    Isolation,
+    CommandIsolation,
     NoIsolation,
     ProcessLimits,
     find_sandbox_problem,
@@ -103,7 +103,7 @@ class Toolset:
     file_mb: int = 4096
     """The largest file that a process may write, in MiB; sandboxed."""
 
-    _isolation: Isolation | None = field(default=None, init=False, repr=False)
+    _isolation: CommandIsolation | None = field(default=None, init=False, repr=False)
     _threads: ToolThreads | None = field(default=None, init=False, repr=False)
     _roots: tuple[WorkspaceRoot, ...] = field(default=(), init=False, repr=False)
     _tools: Mapping[str, CustomTool] = field(default_factory=dict, init=False, repr=False)
@@ -112,7 +112,7 @@ class Toolset:
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         """Check the settings and the sandbox. Start the threads of the tools for this pool."""
-        self._check_number_settings()
+        self._reject_invalid_numbers()
         state, settings = self._state_directory(), supervisor.settings
         credentials = (settings.token_file, settings.api_key_file)
         private = [state, *(path for path in credentials if path)]
@@ -122,9 +122,9 @@ class Toolset:
         except OSError as error:
             raise PluginError(NAME, f"state {state}: {error.strerror}") from error
         self._roots = tuple(self._root_directories(private))
-        self._check_nested_roots()
+        self._reject_roots_with_replaceable_parents()
         self._tools = {name: _load_custom_tool(name, tool) for name, tool in self.tools.items()}
-        self._isolation = await self._choose_isolation(state)
+        self._isolation = await self._create_isolation_from_setting(state)
         async with running_tool_threads() as self._threads:
             yield
 
@@ -141,21 +141,22 @@ class Toolset:
                 await journal.open_directory()
             toolbox = self._make_toolbox(session.id, folder / "workspace", isolation, threads)
             try:
-                await ToolCallAnswerer(session, toolbox, journal, self.max_idle).answer_session()
+                answerer = ToolCallAnswerer(session, toolbox, journal, self.max_idle)
+                await answerer.answer_calls_of_session()
             finally:
                 await toolbox.close_shell()
 
     def _make_toolbox(
-        self, session: str, workspace: Path, isolation: Isolation, threads: ToolThreads
+        self, session: str, workspace: Path, isolation: CommandIsolation, threads: ToolThreads
     ) -> Toolbox:
-        owner = isolation.file_owner(session)
+        owner = isolation.owner_of_session_files(session)
         roots = Workspace(
             [
                 WorkspaceRoot(isolation.workspace_path(workspace), workspace, owner=owner),
                 *self._roots,
             ]
         )
-        environment = isolation.command_environment(self.environment)
+        environment = isolation.command_environment_variables(self.environment)
         prefix = isolation.command_line(session, workspace, ())
         sandbox = SandboxCommand(prefix, environment) if isolation.is_sandboxed else None
         return Toolbox(
@@ -179,7 +180,7 @@ class Toolset:
         workspace = folder / "workspace"
         folder.mkdir(mode=0o700, exist_ok=True)
         workspace.mkdir(mode=0o700, exist_ok=True)
-        owner = self._isolation.file_owner(session) if self._isolation else None
+        owner = self._isolation.owner_of_session_files(session) if self._isolation else None
         if owner:
             os.chown(workspace, *owner)
         return folder
@@ -187,7 +188,7 @@ class Toolset:
     def _state_directory(self) -> Path:
         return Path(os.path.realpath(Path(self.state).expanduser()))
 
-    async def _choose_isolation(self, state: Path) -> Isolation:
+    async def _create_isolation_from_setting(self, state: Path) -> CommandIsolation:
         if self.isolation == "none":
             _log.warning("toolset: isolation is none: sessions may do all that this worker may")
             return NoIsolation()
@@ -211,7 +212,7 @@ class Toolset:
         _log.info("toolset: isolation is bubblewrap", extra={"path": str(state)})
         return sandbox
 
-    def _check_number_settings(self) -> None:
+    def _reject_invalid_numbers(self) -> None:
         for name in NUMBERS:
             value: Any = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -228,7 +229,7 @@ class Toolset:
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(visible)):
                     raise PluginError(NAME, f"{path}: lies in {visible}, which sessions may read")
 
-    def _check_nested_roots(self) -> None:
+    def _reject_roots_with_replaceable_parents(self) -> None:
         """Raise an error if a session could replace a parent directory of a root by a link."""
         hosts = {root.host for root in self._roots}
         for inner in hosts:

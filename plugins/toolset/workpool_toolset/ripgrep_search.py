@@ -36,11 +36,11 @@ def ripgrep_glob_options(where: str, include: str | None) -> Iterator[str]:
     wanted = (include or "").removeprefix("!")
     way = "/" + _escaped_path_pattern(f"{where}/").lstrip("/")
     start = ("!" if wanted != include else "") + (
-        way if walker.include_matches_whole_path(wanted) else ""
+        way if walker.pattern_applies_to_whole_path(wanted) else ""
     )
     for pattern in walker.split_glob_pattern(wanted) if include else ():
         if pattern:
-            yield f"--glob={start}{'/'.join(map(_translate_path_component, pattern))}"
+            yield f"--glob={start}{'/'.join(map(_convert_fnmatch_to_ripgrep_pattern, pattern))}"
     yield from (f"--glob=!{name}/" for name in sorted(walker.SKIPPED_DIRECTORIES))
 
 
@@ -49,8 +49,8 @@ def _escaped_path_pattern(path: str) -> str:
     return re.sub(r"([][*?{}!\\])", r"\\\1", path)
 
 
-def _translate_path_component(pattern: str) -> str:
-    """Translate one path component of an `fnmatch` pattern to a ripgrep pattern."""
+def _convert_fnmatch_to_ripgrep_pattern(pattern: str) -> str:
+    """Convert one path component of an `fnmatch` pattern to a ripgrep pattern."""
     if pattern == "**":
         return pattern
     kept = re.compile(r"\[!?\]?[^]]*\]|\*+|\?|.", re.DOTALL)
@@ -103,7 +103,7 @@ class RipgrepMatches:
             *messages, part = (part + chunk).split(b"\n")
             for message in messages:
                 if not (dropped or self.cut or len(message) > MAX_MESSAGE_BYTES):
-                    self._process_ripgrep_message(json.loads(message))
+                    self._apply_ripgrep_message(json.loads(message))
                 dropped = False
             # Drop a message of this length, because the line in it exceeds the limit for a line.
             if len(part) > MAX_MESSAGE_BYTES:
@@ -111,12 +111,12 @@ class RipgrepMatches:
             if self.cut:
                 enough()
 
-    def _process_ripgrep_message(self, message: dict[str, Any]) -> None:
+    def _apply_ripgrep_message(self, message: dict[str, Any]) -> None:
         kind, data = message["type"], message.get("data", {})
         if kind == "match":
             self._add_matching_line(data)
         elif kind == "end":
-            self._finish_matches_of_file(searched=data["binary_offset"] is None)
+            self._keep_or_drop_matches_of_file(searched=data["binary_offset"] is None)
         elif kind == "summary":
             self.complete = True
 
@@ -128,12 +128,12 @@ class RipgrepMatches:
         text = f"{path}:{data['line_number']}:{walker.decode_line(line)}\n"
         self._file_size += len(text.encode())
         if self._size + self._file_size > self._limit:
-            self._finish_matches_of_file(searched=True)
+            self._keep_or_drop_matches_of_file(searched=True)
             self.cut = self.complete = True
         else:
             self._file.append(text)
 
-    def _finish_matches_of_file(self, *, searched: bool) -> None:
+    def _keep_or_drop_matches_of_file(self, *, searched: bool) -> None:
         if searched:
             self._lines += self._file
             self._size += self._file_size

@@ -27,7 +27,7 @@ from workpool_toolset.tool_result import MAX_ERROR_CHARACTERS, ToolError
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
 
-    from workpool_toolset.workspace import PathTarget, Workspace
+    from workpool_toolset.workspace import ResolvedPath, Workspace
 
 RIPGREP: Final = Path("/usr/bin/rg")
 """The path of `rg`. The PATH is not searched, so that an `rg` of the session never runs."""
@@ -63,7 +63,7 @@ class SearchTools:
         """Return the paths of at most 200 matching files and directories, newest first."""
         if pattern.startswith("/") or ".." in pattern.split("/"):
             raise ToolError("the pattern must be relative, without `..`")
-        roots = [(root.shown, str(root.host)) for root in self._workspace.roots]
+        roots = [(root.shown, str(root.host)) for root in self._workspace.root_directories]
         with self._workspace.open_directory(path) as spot:
             request = {"tool": "glob", "pattern": pattern, "roots": roots}
             found = await self._run_walker(spot, request)
@@ -94,15 +94,15 @@ class SearchTools:
                 found = await self._run_ripgrep(self._sandboxed, spot, pattern, globs)
             elif is_file:
                 found = await self._run_walker(
-                    spot, _walker_grep_request(pattern, include) | {"name": spot.name}
+                    spot, _make_grep_request(pattern, include) | {"name": spot.name}
                 )
             else:
                 with self._workspace.open_directory(path) as inner:
-                    found = await self._run_walker(inner, _walker_grep_request(pattern, include))
+                    found = await self._run_walker(inner, _make_grep_request(pattern, include))
         return found or "no matches"
 
     async def _run_ripgrep(
-        self, sandboxed: SandboxCommand, spot: PathTarget, pattern: str, globs: Sequence[str]
+        self, sandboxed: SandboxCommand, spot: ResolvedPath, pattern: str, globs: Sequence[str]
     ) -> str:
         where = self._workspace.relative_path(spot.shown)
         words = [
@@ -122,7 +122,7 @@ class SearchTools:
             raise ToolError(ripgrep_search.regex_error_text(error_text))
         return matches.format_matches() + (CUT if matches.cut else "")
 
-    async def _run_walker(self, spot: PathTarget, request: dict[str, Any]) -> str:
+    async def _run_walker(self, spot: ResolvedPath, request: dict[str, Any]) -> str:
         where = self._workspace.relative_path(spot.shown)
         prefix = where if "name" in request or not where else f"{where}/"
         directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=spot.directory)
@@ -142,7 +142,7 @@ class SearchTools:
         return output.text
 
 
-def _walker_grep_request(pattern: str, include: str | None) -> dict[str, Any]:
+def _make_grep_request(pattern: str, include: str | None) -> dict[str, Any]:
     return {"tool": "grep", "pattern": pattern, "include": include}
 
 

@@ -23,7 +23,7 @@ from workpool.errors import (
     TransientError,
     innermost,
 )
-from workpool_toolset.conversation import Conversation, answered_call_id
+from workpool_toolset.conversation import Conversation, find_answered_call_id
 from workpool_toolset.tool_result import ToolResult
 from workpool_toolset.tracing import tool_span
 
@@ -79,7 +79,7 @@ class ToolCallAnswerer:
         self._idle_since: float | None = None
         self._running: tuple[ToolCall, asyncio.Timeout] | None = None
 
-    async def answer_session(self) -> None:
+    async def answer_calls_of_session(self) -> None:
         """Answer calls until the session ends, is idle or is interrupted.
 
         Raises:
@@ -108,22 +108,22 @@ class ToolCallAnswerer:
                 self._conversation.apply_event(event)
                 self._session.progress()
                 self._caught_up = stream.caught_up
-                self._react_to_conversation_change()
-                if answered := answered_call_id(event):
+                self._update_idle_time_and_running_call()
+                if answered := find_answered_call_id(event):
                     with release_on_journal_error():
                         await self._journal.delete_result(answered)
         self._conversation.ended = self._caught_up = True
-        self._react_to_conversation_change()
+        self._update_idle_time_and_running_call()
 
     async def _wake_answerer_on_interrupt(self) -> None:
         await self._session.interrupted()
         self._changed.set()
 
-    def _react_to_conversation_change(self) -> None:
-        """React to a change of the conversation, and wake `_answer_tool_calls`.
+    def _update_idle_time_and_running_call(self) -> None:
+        """Update the state after a change of the conversation, and wake `_answer_tool_calls`.
 
-        The time since which the session is idle is updated. A running call that needs no result
-        anymore is cancelled.
+        Update the time since which the session is idle. Cancel a running call that needs no result
+        anymore.
         """
         now = asyncio.get_running_loop().time()
         if not self._conversation.is_idle:
@@ -198,7 +198,7 @@ class ToolCallAnswerer:
         return True
 
     async def _answer_tool_call(self, call: ToolCall) -> None:
-        self._check_lease()
+        self._raise_if_lease_ended()
         with release_on_journal_error():
             known = await self._journal.begin_call(call.id)
         if known != "new":
@@ -213,7 +213,7 @@ class ToolCallAnswerer:
             result = ToolResult.from_error(INTERRUPTED_BY_USER)
         else:
             # Check the lease again, because it may have expired while the journal was written.
-            self._check_lease()
+            self._raise_if_lease_ended()
             with tool_span(call) as record:
                 result = await self._execute_tool_call(call)
                 record(result)
@@ -221,7 +221,7 @@ class ToolCallAnswerer:
         if call.id not in self._conversation.answered:
             await self._send_result_or_error(call, result)
         self._conversation.mark_call_answered(call.id)
-        self._react_to_conversation_change()
+        self._update_idle_time_and_running_call()
 
     async def _store_result(self, call: ToolCall, result: ToolResult) -> None:
         try:
@@ -231,7 +231,7 @@ class ToolCallAnswerer:
             # crashes before it has sent the result, the outcome of the call is unknown.
             self._session.log.exception("toolset: result not kept", extra={"call_id": call.id})
 
-    def _check_lease(self) -> None:
+    def _raise_if_lease_ended(self) -> None:
         if self._session.lease_remaining <= 0:
             raise LeaseLost(self._session.item.id)
 
@@ -242,8 +242,8 @@ class ToolCallAnswerer:
             async with asyncio.timeout(None) as scope:
                 self._running = call, scope
                 # Cancel the call at once if an interrupt arrived while the journal was written.
-                self._react_to_conversation_change()
-                result = await self._toolbox.run_call(call)
+                self._update_idle_time_and_running_call()
+                result = await self._toolbox.run_tool_call(call)
         except TimeoutError:
             result = ToolResult.from_error(INTERRUPTED_BY_USER)
         finally:

@@ -150,7 +150,7 @@ class Toolbox:
         """Return whether the call is for a tool of this worker."""
         return call.name in self._custom if call.custom else call.name.lower() in self._tools
 
-    async def run_call(self, call: ToolCall) -> ToolResult:
+    async def run_tool_call(self, call: ToolCall) -> ToolResult:
         """Execute a call within its time limit. An error becomes the result of the call."""
         try:
             async with asyncio.timeout(self._bounds.tool_seconds):
@@ -260,13 +260,13 @@ class Toolbox:
         return await self._search.grep(_read_text_field(fields, "pattern"), path, include or None)
 
 
-def _first_present_field(fields: Fields, *names: str) -> Any:
+def _read_first_given_field(fields: Fields, *names: str) -> Any:
     """Return the value of the first field in `names` that has a value, or None."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def _read_text_field(fields: Fields, *names: str, default: str | None = None) -> str:
-    value = _first_present_field(fields, *names)
+    value = _read_first_given_field(fields, *names)
     if value is None:
         if default is None:
             raise ToolError(f"{names[0]} is missing")
@@ -277,14 +277,14 @@ def _read_text_field(fields: Fields, *names: str, default: str | None = None) ->
 
 
 def _read_boolean_field(fields: Fields, name: str) -> bool:
-    value = _first_present_field(fields, name)
+    value = _read_first_given_field(fields, name)
     if value is None or isinstance(value, bool):
         return bool(value)
     raise ToolError(f"{name} must be true or false")
 
 
 def _read_number_field(fields: Fields, *names: str) -> float | None:
-    value = _first_present_field(fields, *names)
+    value = _read_first_given_field(fields, *names)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -298,7 +298,7 @@ def _read_line_range_fields(fields: Fields) -> tuple[int, int] | None:
     `offset` is a line, from 1, and `limit` a number of lines. An empty `view_range` is ignored. A
     first line of 0 means line 1.
     """
-    view_range = _first_present_field(fields, "view_range")
+    view_range = _read_first_given_field(fields, "view_range")
     if view_range == []:
         return None
     if view_range is not None:
@@ -314,7 +314,7 @@ def _read_line_range_fields(fields: Fields) -> tuple[int, int] | None:
 
 
 def _read_count_field(fields: Fields, name: str) -> int | None:
-    value = _first_present_field(fields, name)
+    value = _read_first_given_field(fields, name)
     count = _convert_to_int(value)
     if count is None and value is not None:
         raise ToolError(f"{name} must be a number")

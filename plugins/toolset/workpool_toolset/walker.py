@@ -104,7 +104,7 @@ class DirectoryWalk:
                     yield from self._list_entries_of_link(place, name)
                 elif stat.S_ISDIR(state.st_mode):
                     opened = os.open(name, _LISTED, dir_fd=place.opened)
-                    yield from self._directory_with_entries(
+                    yield from self._list_directory_and_entries(
                         place, name, opened, posixpath.join(place.shown, name)
                     )
                 elif stat.S_ISREG(state.st_mode):
@@ -136,13 +136,15 @@ class DirectoryWalk:
             # Enter a directory through links only once, because links may form a cycle.
             again = (state.st_dev, state.st_ino) in self._linked
             self._linked.add((state.st_dev, state.st_ino))
-            yield from self._directory_with_entries(place, name, opened, shown, listed=not again)
+            yield from self._list_directory_and_entries(
+                place, name, opened, shown, listed=not again
+            )
             return
         os.close(opened)
         if stat.S_ISREG(state.st_mode):
             yield DirectoryEntry(place.opened, name, (*place.parts, name), state)
 
-    def _directory_with_entries(
+    def _list_directory_and_entries(
         self, place: SearchedDirectory, name: str, opened: int, shown: str, *, listed: bool = True
     ) -> Iterator[DirectoryEntry]:
         """Yield a directory and the entries below it, then close the directory's descriptor."""
@@ -233,17 +235,17 @@ def path_matches_pattern(parts: Sequence[str], patterns: list[str]) -> bool:
         patterns = [*patterns, "*"]
     reached = {0}
     for part in parts:
-        reached = _add_pattern_positions_after_wildcards(reached, patterns)
+        reached = _add_positions_after_double_star(reached, patterns)
         reached = {
             place if patterns[place] == "**" else place + 1
             for place in reached
             if place < len(patterns)
             and (patterns[place] == "**" or fnmatch.fnmatchcase(part, patterns[place]))
         }
-    return len(patterns) in _add_pattern_positions_after_wildcards(reached, patterns)
+    return len(patterns) in _add_positions_after_double_star(reached, patterns)
 
 
-def _add_pattern_positions_after_wildcards(reached: set[int], patterns: list[str]) -> set[int]:
+def _add_positions_after_double_star(reached: set[int], patterns: list[str]) -> set[int]:
     """Return the reached positions of a pattern, and the position after each reached `**`.
 
     A `**` may match no component, so the component after it is reached at the same time.
@@ -261,7 +263,7 @@ def file_matches_include_pattern(parts: Sequence[str], include: str) -> bool:
     searched directory. A pattern that begins with `!` excludes files and directories.
     """
     wanted, patterns = include.removeprefix("!"), split_glob_pattern(include.removeprefix("!"))
-    anchored = include_matches_whole_path(wanted)
+    anchored = pattern_applies_to_whole_path(wanted)
     if wanted == include:
         return any(
             path_matches_pattern(parts if anchored else parts[-1:], each) for each in patterns
@@ -271,7 +273,7 @@ def file_matches_include_pattern(parts: Sequence[str], include: str) -> bool:
     return not any(path_matches_pattern(part, each) for part in left_out for each in patterns)
 
 
-def include_matches_whole_path(include: str) -> bool:
+def pattern_applies_to_whole_path(include: str) -> bool:
     """Return whether an `include` pattern is compared with the whole path of a file.
 
     Otherwise the pattern is compared only with the name of the file.

@@ -61,7 +61,7 @@ class WorkspaceRoot:
 
 
 @dataclass(frozen=True, slots=True)
-class PathTarget:
+class ResolvedPath:
     """The file that a path leads to, as an open directory and a name in this directory.
 
     Attributes:
@@ -89,7 +89,7 @@ class Workspace:
         self._roots = tuple(roots)
 
     @property
-    def roots(self) -> tuple[WorkspaceRoot, ...]:
+    def root_directories(self) -> tuple[WorkspaceRoot, ...]:
         """All root directories of the session. The first one is the session's working directory."""
         return self._roots
 
@@ -101,7 +101,7 @@ class Workspace:
     @contextlib.contextmanager
     def open_parent_directory(
         self, path: str, *, write: bool = False, make: bool = False
-    ) -> Iterator[PathTarget]:
+    ) -> Iterator[ResolvedPath]:
         """Follow the links of `path`, and open the directory that contains the target.
 
         Args:
@@ -117,12 +117,12 @@ class Workspace:
             yield self._resolve_path(path, stack, write=write, make=make)
 
     @contextlib.contextmanager
-    def open_directory(self, path: str) -> Iterator[PathTarget]:
-        """Open the directory `path`, and yield it as a `PathTarget` with the name `.`."""
+    def open_directory(self, path: str) -> Iterator[ResolvedPath]:
+        """Open the directory `path`, and yield it as a `ResolvedPath` with the name `.`."""
         with self.open_parent_directory(path) as spot:
             opened = os.open(spot.name, _ENTER & ~os.O_PATH, dir_fd=spot.directory)
             try:
-                yield PathTarget(opened, ".", spot.shown, spot.root)
+                yield ResolvedPath(opened, ".", spot.shown, spot.root)
             finally:
                 os.close(opened)
 
@@ -133,7 +133,7 @@ class Workspace:
 
     def _resolve_path(
         self, path: str, stack: contextlib.ExitStack, *, write: bool, make: bool
-    ) -> PathTarget:
+    ) -> ResolvedPath:
         _check_path_characters(path)
         wanted = _normalized_path(posixpath.join(self.session_root.shown, path))
         for _ in range(MAX_LINKS + 1):
@@ -141,7 +141,7 @@ class Workspace:
             if write and not root.writable:
                 raise ToolError(f"{path}: read-only")
             found = _follow_path_components(root, parts, make=make)
-            if isinstance(found, PathTarget):
+            if isinstance(found, ResolvedPath):
                 stack.callback(os.close, found.directory)
                 return found
             wanted = found
@@ -175,8 +175,8 @@ def convert_os_errors(path: str) -> Iterator[None]:
 
 def _follow_path_components(
     root: WorkspaceRoot, parts: list[str], *, make: bool
-) -> PathTarget | str:
-    """Follow `parts` from the root to a file, and return the file as a `PathTarget`.
+) -> ResolvedPath | str:
+    """Follow `parts` from the root to a file, and return the file as a `ResolvedPath`.
 
     If a component is a link, the path of the link's target is returned instead.
     """
@@ -188,7 +188,7 @@ def _follow_path_components(
             if target is not None:
                 os.close(directory)
                 return _normalized_path(posixpath.join(here, target, *parts[index + 1 :]))
-            spot = PathTarget(directory, name, posixpath.join(here, name), root)
+            spot = ResolvedPath(directory, name, posixpath.join(here, name), root)
             if index == len(parts) - 1:
                 return spot
             entered = _open_or_make_directory(spot, make=make)
@@ -199,10 +199,10 @@ def _follow_path_components(
     except BaseException:
         os.close(directory)
         raise
-    return PathTarget(directory, ".", here, root)
+    return ResolvedPath(directory, ".", here, root)
 
 
-def _open_or_make_directory(spot: PathTarget, *, make: bool) -> int:
+def _open_or_make_directory(spot: ResolvedPath, *, make: bool) -> int:
     try:
         return os.open(spot.name, _ENTER, dir_fd=spot.directory)
     except FileNotFoundError:
