@@ -9,7 +9,11 @@ import time
 from pathlib import Path
 
 from tests.simulation.replay import list_replay_lines
-from tests.simulation.runner import schedule_for_seed, simulate_in_processes, simulate_schedule
+from tests.simulation.runner import (
+    generate_schedule_for_seed,
+    simulate_in_parallel,
+    simulate_schedule,
+)
 
 
 def main() -> int:
@@ -25,12 +29,12 @@ def main() -> int:
     options = parser.parse_args()
     out = sys.stdout
     if options.replay is not None:
-        schedule = schedule_for_seed(options.replay)
+        schedule = generate_schedule_for_seed(options.replay)
         case, violations = simulate_schedule(schedule)
         out.writelines(f"{line}\n" for line in [*list_replay_lines(schedule, case), *violations])
         return 1 if violations else 0
     started = time.monotonic()
-    report = simulate_in_processes(
+    report = simulate_in_parallel(
         options.seed, options.schedules, options.processes, options.progress
     )
     out.write(f"{report}\nseed {options.seed}, {time.monotonic() - started:.1f} s\n")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workpool.server.stored_item import Item
 
 
-class OperationsWithActiveAcks(Operations):
+class OperationsThatAckForAnyWorker(Operations):
     """Control plane operations that answer every ack with the state `active`.
 
     Args:

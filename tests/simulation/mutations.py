@@ -15,7 +15,7 @@ import textwrap
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.simulation.runner import schedule_for_seed, simulate_schedule
+from tests.simulation.runner import generate_schedule_for_seed, simulate_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -655,10 +655,10 @@ def _compile_edited_function(module: Any, original: Any, edit: SourceEdit) -> An
     return member
 
 
-def find_violations(seed: int) -> list[str]:
+def find_invariant_violations(seed: int) -> list[str]:
     """Simulate a seed's schedule; an exception of the mutated pool counts as a violation."""
     try:
-        _, violations = simulate_schedule(schedule_for_seed(seed))
+        _, violations = simulate_schedule(generate_schedule_for_seed(seed))
     except BaseExceptionGroup as group:
         return [f"crash: {group.exceptions[0]!r}"]
     return violations
@@ -667,7 +667,7 @@ def find_violations(seed: int) -> list[str]:
 def find_invariants_that_catch_mutation(
     edits: list[SourceEdit],
     seeds: range,
-    find: Callable[[int], list[str]] = find_violations,
+    find: Callable[[int], list[str]] = find_invariant_violations,
 ) -> tuple[int, list[str]] | None:
     """Return the number of schedules up to the first violation, and the violated invariants.
 
@@ -683,7 +683,7 @@ def find_invariants_that_catch_mutation(
 def report_mutations(
     mutations: Mapping[str, list[SourceEdit]],
     seeds: range,
-    find: Callable[[int], list[str]] = find_violations,
+    find: Callable[[int], list[str]] = find_invariant_violations,
 ) -> int:
     """Print the invariants that caught each mutation; return how many mutations survived."""
     survived = 0

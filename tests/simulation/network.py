@@ -76,11 +76,11 @@ class SimulatedNetwork:
         self._share = schedule.fault_share
         self._kinds = schedule.fault_kinds
 
-    def fault_for_call(self, node: PoolProcess, op: str, work_id: str | None) -> Fault:
+    def choose_fault_for_call(self, node: PoolProcess, op: str, work_id: str | None) -> Fault:
         """Return the fault of a call, or `node.no_fault`, which has only the usual latency."""
         if self.over:
             return SILENCE
-        fault = None if self.healed else self._draw_fault(node, op)
+        fault = None if self.healed else self._generate_fault(node, op)
         if fault is None:
             return node.no_fault
         self.trace.faults += 1
@@ -89,7 +89,7 @@ class SimulatedNetwork:
             self.trace.delays.append(DelayedCall(node, op, work_id, now, now + fault.wait))
         return fault
 
-    def _draw_fault(self, node: PoolProcess, op: str) -> Fault | None:
+    def _generate_fault(self, node: PoolProcess, op: str) -> Fault | None:
         if _is_now_within_any_span(node.cuts):
             return SILENCE
         if op == "ack" and _is_now_within_any_span(node.denials):
@@ -97,13 +97,13 @@ class SimulatedNetwork:
         if not self._share or self._random.random() >= self._share:
             return None
         kind = self._random.choice(self._kinds)
-        fault = draw_fault_of_kind(kind, self._random)
+        fault = generate_fault_of_kind(kind, self._random)
         if (
             kind == "asleep" and op != "poll"
         ):  # the machine halts while the call waits in the client
             self._schedule_machine_halt(node, fault.wait / 2)
         elif kind == "drowsy":  # the machine halts while it processes the answer
-            fault = self._halt_machine_around_answer(node, fault)
+            fault = self._halt_machine_when_answer_arrives(node, fault)
         # The fault `fading` delays the answer to this call, and then cuts the network for a while.
         elif kind == "fading" and op in FADING:
             now = _current_loop().now
@@ -122,7 +122,7 @@ class SimulatedNetwork:
         self.trace.sent.append(sent)
         return sent
 
-    def _halt_machine_around_answer(self, node: PoolProcess, fault: Fault) -> Fault:
+    def _halt_machine_when_answer_arrives(self, node: PoolProcess, fault: Fault) -> Fault:
         """Halt the machine as the answer arrives; sometimes delay the answer beyond the halt."""
         seconds, steps = fault.request_delay + fault.answer_delay, self._random.randint(0, 12)
         if self._random.random() < OUTLASTING_SHARE:
@@ -146,8 +146,8 @@ class SimulatedNetwork:
         return length
 
 
-def draw_fault_of_kind(kind: str, random: Random) -> Fault:
-    """Draw the delays and the status of a fault of one of the kinds `schedule.FAULT_KINDS`."""
+def generate_fault_of_kind(kind: str, random: Random) -> Fault:
+    """Generate the delays and the status of a fault of one of the kinds `schedule.FAULT_KINDS`."""
     match kind:
         case "wait" | "asleep":
             return _add_usual_latency(Fault(wait=random.uniform(0.05, 9.0)))
@@ -243,7 +243,7 @@ class SimulatedClient(LocalClient):
         answered: asyncio.Future[Reply] = loop.create_future()
         window = RECLAIM_OLDER_THAN_MS if reclaim_older_than_ms is None else reclaim_older_than_ms
         poll = Poll(self.worker_id, self._network.patience_ms, window)
-        travel = partial(self._start_answering_poll, poll, fault, answered)
+        travel = partial(self._create_poll_answer_task, poll, fault, answered)
         loop.call_at(loop.now + fault.request_delay, travel, context=NETWORK)
 
         async def receive_answer() -> Reply:
@@ -263,15 +263,15 @@ class SimulatedClient(LocalClient):
     ) -> WorkItem:
         """Update the metadata of an item, and record the patch."""
 
-        def check_and_record_patch() -> None:
+        def run_check_and_record_metadata() -> None:
             if options.check is not None:
                 options.check()
             self._patch = dict(patch)  # `_record_sent_call` records the patch of this call
 
-        noting = options._replace(check=check_and_record_patch)
+        noting = options._replace(check=run_check_and_record_metadata)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)
 
-    def _start_answering_poll(
+    def _create_poll_answer_task(
         self, poll: Poll, fault: Fault, answered: asyncio.Future[Reply]
     ) -> None:
         """Answer a poll that arrived, in a task of the control plane."""
@@ -359,7 +359,7 @@ class SimulatedClient(LocalClient):
             self._network.trace.misplaced.append((self._node, request.op, request.at))
             raise RuntimeError("the client belongs to another event loop")
         self._work_id = request.work_id
-        return self._network.fault_for_call(self._node, request.op, request.work_id)
+        return self._network.choose_fault_for_call(self._node, request.op, request.work_id)
 
     def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
         self._sent = self._network.record_sent_call(self._node, op, work_id, fault)

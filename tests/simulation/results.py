@@ -29,7 +29,7 @@ class SimulationReport(NamedTuple):
     checked: int = 0
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
-    def merge(self, other: SimulationReport) -> SimulationReport:
+    def add_report(self, other: SimulationReport) -> SimulationReport:
         """Return the sum of this report and `other`."""
         return SimulationReport(
             self.schedules + other.schedules,

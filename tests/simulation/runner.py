@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from tests.simulation.invariants import INVARIANTS, check_invariants
 from tests.simulation.results import ProgressFile, SimulationReport
-from tests.simulation.schedule import Schedule, draw_schedule
+from tests.simulation.schedule import Schedule, generate_schedule
 from tests.simulation.scripted_handlers import PLUGINS
 from tests.simulation.simulated_machine import run_machines
 from tests.simulation.simulated_world import SimulatedWorld
@@ -39,9 +39,9 @@ COLLECT_EVERY: Final = 8
 """Garbage is collected after so many simulations: during one, a collection finds nothing."""
 
 
-def schedule_for_seed(seed: int) -> Schedule:
+def generate_schedule_for_seed(seed: int) -> Schedule:
     """Return the schedule that a seed determines."""
-    return draw_schedule(random.Random(seed), seed)
+    return generate_schedule(random.Random(seed), seed)
 
 
 def simulate_schedule(schedule: Schedule) -> tuple[FinishedSimulation, list[str]]:
@@ -75,10 +75,10 @@ def simulate_seeds(seeds: Iterable[int], until: float = float("inf")) -> Simulat
     for seed in iterate_with_rare_garbage_collection(seeds):
         if time.monotonic() >= until:
             break
-        case, violations = simulate_schedule(schedule_for_seed(seed))
+        case, violations = simulate_schedule(generate_schedule_for_seed(seed))
         failures = ((seed, tuple(violations)),) if violations else ()
         trace = case.trace
-        report = report.merge(
+        report = report.add_report(
             SimulationReport(1, trace.faults, trace.actions, len(INVARIANTS), failures)
         )
     return report
@@ -99,7 +99,7 @@ def iterate_with_rare_garbage_collection(seeds: Iterable[int]) -> Iterator[int]:
         gc.unfreeze()
 
 
-def simulate_in_processes(
+def simulate_in_parallel(
     seed: int, schedules: int, processes: int, file: Path | None = None
 ) -> SimulationReport:
     """Run `schedules` simulations in several processes, with consecutive seeds from `seed` on.
@@ -113,14 +113,16 @@ def simulate_in_processes(
     progress = None if file is None else ProgressFile(file)
     finished = {} if progress is None else progress.read_finished_seed_ranges()
     report = functools.reduce(
-        SimulationReport.merge, (finished[p] for p in parts if p in finished), SimulationReport()
+        SimulationReport.add_report,
+        (finished[p] for p in parts if p in finished),
+        SimulationReport(),
     )
     missing = [part for part in parts if part not in finished]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for part, result in pool.imap_unordered(_simulate_range_of_seeds, missing):
             if progress is not None:
                 progress.append_finished_seed_range(part, result)
-            report = report.merge(result)
+            report = report.add_report(result)
     return report
 
 

@@ -135,19 +135,19 @@ class Schedule:
     shared_slots: int | None = None
 
 
-def draw_schedule(random: Random, seed: int) -> Schedule:
-    """Draw a schedule with the given random generator."""
+def generate_schedule(random: Random, seed: int) -> Schedule:
+    """Generate a random schedule with the given generator of random numbers."""
     return _share_slots_between_some_pools(
-        _draw_schedule_without_shared_slots(random, seed), random
+        _generate_schedule_without_shared_slots(random, seed), random
     )
 
 
-def _draw_schedule_without_shared_slots(random: Random, seed: int) -> Schedule:
-    pools = tuple(_draw_pool_settings(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
-    work = [_draw_work_action(random) for _ in range(random.randint(1, 4))]
+def _generate_schedule_without_shared_slots(random: Random, seed: int) -> Schedule:
+    pools = tuple(_generate_pool_settings(random) for _ in range(random.choice((1, 2, 2, 2, 3))))
+    work = [_generate_enqueue_action(random) for _ in range(random.randint(1, 4))]
     if random.random() < BURST_SHARE:
-        work.append(_draw_burst_of_work(random))
-    actions = [_draw_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
+        work.append(_generate_burst_of_work(random))
+    actions = [_generate_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
     actions = [
         _move_some_actions_close_to_work(random.choice(work), action, random) for action in actions
     ]
@@ -157,30 +157,31 @@ def _draw_schedule_without_shared_slots(random: Random, seed: int) -> Schedule:
     if control_plane != "strict" and random.random() < CROWDED_SHARE:
         # Let items wait for a slot during most of their lease while the network delays heartbeats.
         pools = tuple(replace(pool, concurrency=1, prefetch=2) for pool in pools)
-        work += _draw_work_that_fills_all_slots(random)
+        work += _generate_work_that_fills_all_slots(random)
     actions = sorted([*work, *actions], key=_time_of_action)
     if random.random() < WORKER_KEY_SHARE:
         pools = tuple(
             replace(pool, worker_key=random.choice((True, True, False))) for pool in pools
         )
     if random.random() < LIMITS_SHARE:
-        pools = tuple(_draw_exit_limits(pool, random) for pool in pools)
+        pools = tuple(_generate_exit_limits(pool, random) for pool in pools)
     if random.random() < HANDLER_LIMIT_SHARE:
         pools = tuple(
             replace(pool, concurrency=3, max_sessions=random.choice((1, 1, 2))) for pool in pools
         )
     if random.random() < REFRAIN_SHARE:
         pauses = [
-            replace(_draw_action(random), kind="refrain") for _ in range(random.randint(1, 3))
+            replace(_generate_action(random), kind="refrain") for _ in range(random.randint(1, 3))
         ]
         pauses = [
             _move_some_actions_close_to_work(random.choice(work), pause, random) for pause in pauses
         ]
         actions = sorted([*actions, *pauses], key=_time_of_action)
     if random.random() < RETRY_SHARE:
-        actions = [_draw_retry_behaviour(action, random) for action in actions]
+        actions = [_generate_retry_behaviour(action, random) for action in actions]
         more = [
-            _draw_interruption(random.choice(work), random) for _ in range(random.randint(0, 3))
+            _generate_halt_or_stop_request(random.choice(work), random)
+            for _ in range(random.randint(0, 3))
         ]
         actions = sorted([*actions, *more], key=_time_of_action)
     schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
@@ -208,21 +209,21 @@ def _add_stall_timeouts_and_behaviours(schedule: Schedule, random: Random) -> Sc
     limits = random.choice((4.0, 10.0)), random.choice((None, 4.0, 15.0))
     pools = [replace(pool, stall_timeout=random.choice(limits)) for pool in schedule.pools]
     work = [
-        replace(_draw_work_action(random), behaviour=random.choice(STALL_BEHAVIOURS))
+        replace(_generate_enqueue_action(random), behaviour=random.choice(STALL_BEHAVIOURS))
         for _ in range(random.randint(1, 3))
     ]
     actions = sorted([*schedule.actions, *work], key=_time_of_action)
     return replace(schedule, pools=tuple(pools), actions=tuple(actions))
 
 
-def _draw_interruption(work: Action, random: Random) -> Action:
+def _generate_halt_or_stop_request(work: Action, random: Random) -> Action:
     """Return an action soon after `work`: a long halt of a machine, or a stop request."""
     kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause", "stop", "stop", "stop")
     at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)
     return Action(round(at, 3), random.choice(kinds), random.randrange(4), round(seconds, 3))
 
 
-def _draw_retry_behaviour(action: Action, random: Random) -> Action:
+def _generate_retry_behaviour(action: Action, random: Random) -> Action:
     """Return the action, or a copy with the behaviour `retry` for half of the `work` actions."""
     chosen = action.kind == "work" and random.random() < 0.5
     return replace(action, behaviour="retry") if chosen else action
@@ -242,7 +243,7 @@ def _time_of_action(action: Action) -> float:
     return action.at
 
 
-def _draw_pool_settings(random: Random) -> PoolSettings:
+def _generate_pool_settings(random: Random) -> PoolSettings:
     return PoolSettings(
         concurrency=random.choice((1, 1, 2, 3)),
         prefetch=random.choice((0, 0, 1, 2)),
@@ -258,7 +259,7 @@ def _draw_pool_settings(random: Random) -> PoolSettings:
     )
 
 
-def _draw_exit_limits(pool: PoolSettings, random: Random) -> PoolSettings:
+def _generate_exit_limits(pool: PoolSettings, random: Random) -> PoolSettings:
     return replace(
         pool,
         exit_after_sessions=random.choice((None, 1, 1, 2, 3)),
@@ -267,9 +268,9 @@ def _draw_exit_limits(pool: PoolSettings, random: Random) -> PoolSettings:
     )
 
 
-def _draw_work_action(random: Random) -> Action:
+def _generate_enqueue_action(random: Random) -> Action:
     return Action(
-        at=_draw_action_time(random, 60),
+        at=_generate_action_time(random, 60),
         kind="work",
         target=random.randrange(4),
         seconds=random.choice((0.005, 3.0, 9.0, 20.0, 30.0, 45.0)) * random.uniform(0.8, 1.2),
@@ -278,10 +279,10 @@ def _draw_work_action(random: Random) -> Action:
     )
 
 
-def _draw_burst_of_work(random: Random) -> Action:
+def _generate_burst_of_work(random: Random) -> Action:
     behaviour = random.choice(("raise_error", "work"))
     return Action(
-        _draw_action_time(random, 30),
+        _generate_action_time(random, 30),
         "work",
         seconds=0.005,
         behaviour=behaviour,
@@ -289,9 +290,9 @@ def _draw_burst_of_work(random: Random) -> Action:
     )
 
 
-def _draw_work_that_fills_all_slots(random: Random) -> list[Action]:
+def _generate_work_that_fills_all_slots(random: Random) -> list[Action]:
     """Return work that fills all slots, and actions that delay the answers to heartbeats."""
-    seconds, at = random.uniform(25, 45), _draw_action_time(random, 10)
+    seconds, at = random.uniform(25, 45), _generate_action_time(random, 10)
     work = Action(at, "work", seconds=seconds, count=random.randint(4, 7))
     ends = round(at + seconds - random.uniform(0, 2), 3)
     targets = range(random.choice((1, 3)))
@@ -302,11 +303,11 @@ def _draw_work_that_fills_all_slots(random: Random) -> list[Action]:
     return [work, *cuts, *(Action(cut + 5, "expire", target) for target in range(3))]
 
 
-def _draw_action(random: Random) -> Action:
+def _generate_action(random: Random) -> Action:
     kind = random.choice(ACTION_KINDS)
     seconds = random.choice((0.0, 2.0, 10.0, 20.0, 40.0)) * random.uniform(0.8, 1.2)
-    return Action(_draw_action_time(random, 120), kind, random.randrange(8), round(seconds, 3))
+    return Action(_generate_action_time(random, 120), kind, random.randrange(8), round(seconds, 3))
 
 
-def _draw_action_time(random: Random, until: float) -> float:
+def _generate_action_time(random: Random, until: float) -> float:
     return round(random.choice((0.0, random.uniform(0, 3), random.uniform(0, until))), 3)

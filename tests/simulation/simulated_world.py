@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVarTuple
 
-from tests.simulation.control_planes import OperationsWithActiveAcks
+from tests.simulation.control_planes import OperationsThatAckForAnyWorker
 from tests.simulation.finished_simulation import START, FinishedSimulation
 from tests.simulation.metric_totals import counter_totals
 from tests.simulation.network import SimulatedClient, SimulatedNetwork
@@ -175,7 +175,7 @@ class SimulatedWorld:
         if kind == "strict":
             return Operations([ENVIRONMENT], now=control_plane_time, history_limit=None)
         poll_leases = kind == "poll leases"
-        return OperationsWithActiveAcks(
+        return OperationsThatAckForAnyWorker(
             [ENVIRONMENT], now=control_plane_time, history_limit=None, poll_leases=poll_leases
         )
 

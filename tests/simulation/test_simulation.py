@@ -17,8 +17,8 @@ from tests.simulation.mutations import MUTATIONS
 from tests.simulation.replay import list_replay_lines
 from tests.simulation.results import ProgressFile, SimulationReport
 from tests.simulation.runner import (
-    schedule_for_seed,
-    simulate_in_processes,
+    generate_schedule_for_seed,
+    simulate_in_parallel,
     simulate_schedule,
     simulate_seeds,
 )
@@ -105,7 +105,7 @@ def test_two_simulations_of_one_seed_have_the_same_calls_and_history() -> None:
     """All calls and records have the same times; otherwise no schedule could be replayed."""
 
     def simulate_once() -> list[object]:
-        case, _ = simulate_schedule(schedule_for_seed(7))
+        case, _ = simulate_schedule(generate_schedule_for_seed(7))
         calls = [(call.at, call.op, call.answer) for call in case.trace.sent]
         return [*calls, *((each.time, each.kind, each.state) for each in case.history)]
 
@@ -113,7 +113,7 @@ def test_two_simulations_of_one_seed_have_the_same_calls_and_history() -> None:
 
 
 def test_simulation_replay_prints_lines_for_actions_calls_handlers_and_events() -> None:
-    schedule = schedule_for_seed(7)
+    schedule = generate_schedule_for_seed(7)
     case, _ = simulate_schedule(schedule)
     lines = list(list_replay_lines(schedule, case))
     for word in ("ACTION", "HISTORY", "SENT", "ANSWERED", "HANDLER", "POOL", "EVENT"):
@@ -126,11 +126,11 @@ def test_continued_simulation_reads_finished_results_from_progress_file(tmp_path
     ProgressFile(file).append_finished_seed_range(range(50), failed)
     with file.open("a") as cut:
         cut.write('\n{"source": "')
-    first = simulate_in_processes(0, 60, 1, file)
+    first = simulate_in_parallel(0, 60, 1, file)
     assert first.schedules == 60
     assert first.failures == failed.failures
     assert list(ProgressFile(file).read_finished_seed_ranges()) == [range(50), range(50, 60)]
-    assert simulate_in_processes(0, 60, 1, file) == first
+    assert simulate_in_parallel(0, 60, 1, file) == first
 
 
 def test_progress_file_of_another_version_of_the_code_is_ignored(

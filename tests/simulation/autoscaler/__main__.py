@@ -8,9 +8,9 @@ import sys
 import time
 
 from tests.simulation.autoscaler.fleet_runner import (
-    fleet_schedule_for_seed,
+    generate_fleet_schedule_for_seed,
     simulate_fleet,
-    simulate_fleets_in_processes,
+    simulate_fleets_in_parallel,
 )
 from tests.simulation.autoscaler.fleet_schedule import WITHOUT
 from tests.simulation.replay import list_replay_lines
@@ -33,7 +33,7 @@ def main() -> int:
     options = parser.parse_args()
     out, without = sys.stdout, frozenset(options.without)
     if options.replay is not None:
-        schedule = fleet_schedule_for_seed(options.replay, without)
+        schedule = generate_fleet_schedule_for_seed(options.replay, without)
         result = simulate_fleet(schedule, documented=not without)
         lines = [str(schedule.settings), *map(str, schedule.incidents)]
         lines += [
@@ -44,7 +44,7 @@ def main() -> int:
         out.writelines(f"{line}\n" for line in lines)
         return 1 if result.violations else 0
     started = time.monotonic()
-    report = simulate_fleets_in_processes(
+    report = simulate_fleets_in_parallel(
         options.seed, options.schedules, options.processes, without
     )
     names = ", ".join(sorted(without)) or "nothing"

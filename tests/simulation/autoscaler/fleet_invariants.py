@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.simulation.autoscaler.fleet_schedule import FleetSettings
-    from tests.simulation.autoscaler.kubernetes_cluster import FleetRecord, PodDeletion
+    from tests.simulation.autoscaler.kubernetes_cluster import PodDeletion, RecordedFleetChanges
     from tests.simulation.trace import HandlerRun, Trace
 
 INSTANT_SECONDS: Final = 0.01
@@ -29,7 +29,7 @@ class FinishedFleet(NamedTuple):
     """One finished simulation of a fleet: its trace, pod deletions and settings."""
 
     trace: Trace
-    record: FleetRecord
+    record: RecordedFleetChanges
     settings: FleetSettings
 
 
@@ -54,7 +54,7 @@ class RemovalCounts(NamedTuple):
     evictions: int = 0
     cut_by_evictions: int = 0
 
-    def merge(self, other: RemovalCounts) -> RemovalCounts:
+    def add_counts(self, other: RemovalCounts) -> RemovalCounts:
         """Return the sums of the counts of this object and of `other`."""
         return RemovalCounts(*(one + two for one, two in zip(self, other, strict=True)))
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from tests.simulation.autoscaler.fleet_runner import fleet_schedule_for_seed, simulate_fleet
+from tests.simulation.autoscaler.fleet_runner import (
+    generate_fleet_schedule_for_seed,
+    simulate_fleet,
+)
 from tests.simulation.mutations import SourceEdit, report_mutations
 
 LIMIT: Final = 300
@@ -46,13 +49,13 @@ FLEET_MUTATIONS: Final[dict[str, list[SourceEdit]]] = {
 }
 
 
-def find_fleet_violations(seed: int) -> list[str]:
+def find_fleet_invariant_violations(seed: int) -> list[str]:
     """Simulate the fleet schedule of a seed, and return the violations of invariants."""
-    return simulate_fleet(fleet_schedule_for_seed(seed)).violations
+    return simulate_fleet(generate_fleet_schedule_for_seed(seed)).violations
 
 
 def main() -> int:
-    return report_mutations(FLEET_MUTATIONS, range(LIMIT), find_fleet_violations)
+    return report_mutations(FLEET_MUTATIONS, range(LIMIT), find_fleet_invariant_violations)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tests.simulation.autoscaler.fleet_invariants import (
     check_fleet_invariants,
     count_removed_pods,
 )
-from tests.simulation.autoscaler.fleet_schedule import FleetSchedule, draw_fleet_schedule
+from tests.simulation.autoscaler.fleet_schedule import FleetSchedule, generate_fleet_schedule
 from tests.simulation.autoscaler.fleet_world import FLEET_PLUGINS, FleetWorld
 from tests.simulation.invariants import check_invariants
 from tests.simulation.runner import (
@@ -49,12 +49,12 @@ class FleetReport(NamedTuple):
     counts: RemovalCounts = RemovalCounts()
     failures: tuple[tuple[int, tuple[str, ...]], ...] = ()
 
-    def merge(self, other: FleetReport) -> FleetReport:
+    def add_report(self, other: FleetReport) -> FleetReport:
         """Return the sum of this report and `other`."""
         return FleetReport(
             self.schedules + other.schedules,
             self.faults + other.faults,
-            self.counts.merge(other.counts),
+            self.counts.add_counts(other.counts),
             self.failures + other.failures,
         )
 
@@ -70,9 +70,9 @@ class FleetReport(NamedTuple):
         return "\n".join(lines)
 
 
-def fleet_schedule_for_seed(seed: int, without: Without = DOCUMENTED) -> FleetSchedule:
+def generate_fleet_schedule_for_seed(seed: int, without: Without = DOCUMENTED) -> FleetSchedule:
     """Return the fleet schedule of a seed; `without` names documented settings to leave out."""
-    return draw_fleet_schedule(seed, random.Random(seed), without)
+    return generate_fleet_schedule(seed, random.Random(seed), without)
 
 
 def simulate_fleet(schedule: FleetSchedule, *, documented: bool = True) -> FleetResult:
@@ -98,13 +98,17 @@ def simulate_fleet_seeds(seeds: Iterable[int], without: Without = DOCUMENTED) ->
     """Simulate the fleets of these seeds in this process."""
     report = FleetReport()
     for seed in iterate_with_rare_garbage_collection(seeds):
-        result = simulate_fleet(fleet_schedule_for_seed(seed, without), documented=not without)
+        result = simulate_fleet(
+            generate_fleet_schedule_for_seed(seed, without), documented=not without
+        )
         failures = ((seed, tuple(result.violations)),) if result.violations else ()
-        report = report.merge(FleetReport(1, result.case.trace.faults, result.counts, failures))
+        report = report.add_report(
+            FleetReport(1, result.case.trace.faults, result.counts, failures)
+        )
     return report
 
 
-def simulate_fleets_in_processes(
+def simulate_fleets_in_parallel(
     seed: int, schedules: int, processes: int, without: Without = DOCUMENTED
 ) -> FleetReport:
     """Simulate `schedules` fleets in several processes, with consecutive seeds from `seed` on."""
@@ -116,4 +120,4 @@ def simulate_fleets_in_processes(
         reports = pool.imap_unordered(
             functools.partial(simulate_fleet_seeds, without=without), parts
         )
-        return functools.reduce(FleetReport.merge, reports, FleetReport())
+        return functools.reduce(FleetReport.add_report, reports, FleetReport())

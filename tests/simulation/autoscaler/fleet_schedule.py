@@ -58,7 +58,7 @@ NOTICE_SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Incident:
+class FleetIncident:
     """A disturbance of a pod, or of the queue's statistics that the autoscaler reads.
 
     Attributes:
@@ -102,7 +102,7 @@ class FleetSettings:
     start_seconds: tuple[float, float] = (2.0, 20.0)
 
     @property
-    def pods_without_work(self) -> int:
+    def pod_count_without_work(self) -> int:
         """The number of pods that the autoscaler keeps if there is no work."""
         return 0 if self.to_zero else self.rules.minimum
 
@@ -119,11 +119,11 @@ class FleetSchedule:
 
     world: Schedule
     settings: FleetSettings
-    incidents: tuple[Incident, ...]
+    incidents: tuple[FleetIncident, ...]
     api_failures: float
 
 
-def _use_default_grace_period(settings: FleetSettings) -> FleetSettings:
+def _set_default_drain_and_grace_periods(settings: FleetSettings) -> FleetSettings:
     pool = replace(settings.pool, drain_timeout=DEFAULT_DRAIN_SECONDS)
     return replace(settings, pool=pool, grace=DEFAULT_GRACE_SECONDS)
 
@@ -140,7 +140,7 @@ def _scale_down_without_delay_or_limit(settings: FleetSettings) -> FleetSettings
 
 WITHOUT: Final[Mapping[str, Callable[[FleetSettings], FleetSettings]]] = {
     "deletion-cost": lambda settings: replace(settings, deletion_cost=False),
-    "grace-period": _use_default_grace_period,
+    "grace-period": _set_default_drain_and_grace_periods,
     "running": _scale_by_queued_items_only,
     "stabilization": _scale_down_without_delay_or_limit,
 }
@@ -152,15 +152,18 @@ cooldown and no limit of the pods that go at once.
 """
 
 
-def draw_fleet_schedule(seed: int, random: Random, without: frozenset[str]) -> FleetSchedule:
-    """Draw a schedule with the documented settings, except those that `without` names."""
-    settings = _draw_fleet_settings(random)
+def generate_fleet_schedule(seed: int, random: Random, without: frozenset[str]) -> FleetSchedule:
+    """Generate a schedule with the documented settings, except those that `without` names."""
+    settings = _generate_fleet_settings(random)
     longest = settings.pool.drain_timeout
-    work = _draw_work_waves(random, settings, longest)
+    work = _generate_waves_of_sessions(random, settings, longest)
     until = work[-1].at + longest
     incidents = tuple(
         sorted(
-            (_draw_incident(random, until) for _ in range(random.choice((0, 0, 1, 2, 3)))),
+            (
+                _generate_fleet_incident(random, until)
+                for _ in range(random.choice((0, 0, 1, 2, 3)))
+            ),
             key=lambda each: each.at,
         )
     )
@@ -173,8 +176,8 @@ def draw_fleet_schedule(seed: int, random: Random, without: frozenset[str]) -> F
     return FleetSchedule(world, settings, incidents, api_failures)
 
 
-def _draw_fleet_settings(random: Random) -> FleetSettings:
-    """Draw settings that workpool/docs/operating.md allows."""
+def _generate_fleet_settings(random: Random) -> FleetSettings:
+    """Generate settings that workpool/docs/operating.md allows."""
     longest = random.choice(LONGEST_SECONDS)
     minimum = random.choice((0, 0, 1, 2))
     concurrency = random.choice((1, 2, 2, 3))
@@ -205,8 +208,10 @@ def _draw_fleet_settings(random: Random) -> FleetSettings:
     )
 
 
-def _draw_work_waves(random: Random, settings: FleetSettings, longest: float) -> tuple[Action, ...]:
-    """Draw waves of sessions, some of which need more slots than the largest fleet has."""
+def _generate_waves_of_sessions(
+    random: Random, settings: FleetSettings, longest: float
+) -> tuple[Action, ...]:
+    """Generate waves of sessions, some of which need more slots than the largest fleet has."""
     slots = settings.rules.maximum * settings.pool.concurrency
     work: list[Action] = []
     at = random.uniform(0, 30)
@@ -227,8 +232,8 @@ def _draw_work_waves(random: Random, settings: FleetSettings, longest: float) ->
     return tuple(sorted(work, key=lambda each: each.at))
 
 
-def _draw_incident(random: Random, until: float) -> Incident:
-    return Incident(
+def _generate_fleet_incident(random: Random, until: float) -> FleetIncident:
+    return FleetIncident(
         round(random.uniform(0, until), 3),
         random.choice(INCIDENTS),
         random.randrange(8),

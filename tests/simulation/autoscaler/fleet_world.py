@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.simulation.autoscaler.fleet_schedule import Incident
+from tests.simulation.autoscaler.fleet_schedule import FleetIncident
 from tests.simulation.autoscaler.horizontal_autoscaler import HorizontalAutoscaler, KedaScaler
 from tests.simulation.autoscaler.kubernetes_cluster import SimulatedCluster
 from tests.simulation.finished_simulation import START
@@ -58,7 +58,7 @@ SETTLED_LOOKS: Final = 100
 """The longest wait, after the last work, for its end and for the removal of the pods."""
 
 
-class PodMachine(SimulatedMachine):
+class MachineInPod(SimulatedMachine):
     """The simulated machine of a process in a pod.
 
     Attributes:
@@ -79,7 +79,7 @@ class DeletionCostPlugin:
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
         machine = current_machine()
-        if not isinstance(machine, PodMachine) or machine.cluster is None:
+        if not isinstance(machine, MachineInPod) or machine.cluster is None:
             yield
             return
         write = partial(machine.cluster.write_deletion_cost, machine.pod)
@@ -90,7 +90,7 @@ class DeletionCostPlugin:
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
         machine = current_machine()
-        if isinstance(machine, PodMachine) and machine.writer is not None:
+        if isinstance(machine, MachineInPod) and machine.writer is not None:
             machine.writer.request_deletion_cost_update()
 
 
@@ -130,7 +130,7 @@ class FleetWorld(SimulatedWorld):
                 )
             ),
         ]
-        self.cluster.set_replicas(self._fleet.settings.pods_without_work)
+        self.cluster.set_replicas(self._fleet.settings.pod_count_without_work)
         await self._perform_scheduled_events()
         await self._wait_for_scale_down()
         self.cluster.close()
@@ -140,15 +140,15 @@ class FleetWorld(SimulatedWorld):
 
     async def _perform_scheduled_events(self) -> None:
         """Create the work and cause the incidents of the schedule, at their times."""
-        events: list[Action | Incident] = [*self.schedule.actions, *self._fleet.incidents]
+        events: list[Action | FleetIncident] = [*self.schedule.actions, *self._fleet.incidents]
         for event in sorted(events, key=lambda each: each.at):
             await asyncio.sleep(max(0.0, event.at - self.loop.now))
-            if isinstance(event, Incident):
+            if isinstance(event, FleetIncident):
                 self._cause_incident(event)
             else:
                 self._perform_action(event)
 
-    def _cause_incident(self, incident: Incident) -> None:
+    def _cause_incident(self, incident: FleetIncident) -> None:
         self.trace.actions += 1
         until = self.loop.now + incident.seconds
         if incident.kind == "blind":
@@ -168,7 +168,7 @@ class FleetWorld(SimulatedWorld):
 
     async def _wait_for_scale_down(self) -> None:
         """Wait until all items are stopped and the autoscaler has removed the superfluous pods."""
-        least = self._fleet.settings.pods_without_work
+        least = self._fleet.settings.pod_count_without_work
         for _ in range(SETTLED_LOOKS):
             if self.cluster.replicas <= least and self._all_items_stopped():
                 return
@@ -213,28 +213,28 @@ class FleetWorld(SimulatedWorld):
                 pods = len(self.cluster.active_pods)
                 now, metric = self.loop.now, self._read_scaling_metric()
                 self._scale_cluster(
-                    scaler.sync_target_size(now, self.cluster.replicas, pods, metric)
+                    scaler.compute_replicas_at_sync(now, self.cluster.replicas, pods, metric)
                 )
 
     async def _run_keda_activation(self) -> None:
         settings = self._fleet.settings
-        keda = KedaScaler(settings.pods_without_work, settings.cooldown)
+        keda = KedaScaler(settings.pod_count_without_work, settings.cooldown)
         while True:
             await asyncio.sleep(settings.polling)
             self._scale_cluster(
-                keda.poll_target_size(
+                keda.compute_replicas_after_poll(
                     self.loop.now, self.cluster.replicas, self._read_scaling_metric()
                 )
             )
 
     def _scale_cluster(self, replicas: int) -> None:
         if replicas < self.cluster.replicas:
-            lowered = (self.loop.now, replicas, self._count_items_in_every_reading())
+            lowered = (self.loop.now, replicas, self._count_items_that_autoscaler_knows())
             self.cluster.record.lowered.append(lowered)
         if replicas != self.cluster.replicas:
             self.cluster.set_replicas(replicas)
 
-    def _count_items_in_every_reading(self) -> int:
+    def _count_items_that_autoscaler_knows(self) -> int:
         """Count the unfinished items that are so old that every reading of the queue has them."""
         known = self.loop.now - KNOWN_SECONDS
         items = [self.operations.get_item(ENVIRONMENT, work_id) for work_id in self.items]
@@ -248,7 +248,7 @@ class FleetWorld(SimulatedWorld):
         return self._start_pool(self._fleet.settings.pool)
 
     def _create_machine(self, name: str, rate: float) -> SimulatedMachine:
-        machine = PodMachine(self.loop, name, rate)
+        machine = MachineInPod(self.loop, name, rate)
         if self._fleet.settings.deletion_cost and not self.cluster.closed:
             machine.pod, machine.cluster = self._pod, self.cluster
         return machine
@@ -269,11 +269,11 @@ class FleetWorld(SimulatedWorld):
         """Return the number of handlers that run in a process."""
         return sum(run.node is process and run.ended == FOREVER for run in self.trace.runs)
 
-    def busy_seconds(self, process: PoolProcess) -> float:
+    def busy_seconds_of_process(self, process: PoolProcess) -> float:
         """Return for how many seconds a process has been running sessions; 0 if it runs none."""
         runs = [run for run in self.trace.runs if run.node is process and run.ended == FOREVER]
         return self.loop.now - min((run.started for run in runs), default=self.loop.now)
 
-    def idle_seconds(self, process: PoolProcess) -> float:
+    def idle_seconds_of_process(self, process: PoolProcess) -> float:
         """Return for how many seconds a process has run no session; 0 if it runs one."""
         return self._supervisors[process].status().idle_seconds

@@ -72,7 +72,9 @@ class HorizontalAutoscaler:
         self._recommended: list[tuple[float, int]] = []
         self._changes: list[tuple[float, int]] = []
 
-    def sync_target_size(self, now: float, replicas: int, pods: int, metric: float | None) -> int:
+    def compute_replicas_at_sync(
+        self, now: float, replicas: int, pods: int, metric: float | None
+    ) -> int:
         """Return the number of pods that the scaled workload should have.
 
         Args:
@@ -89,7 +91,7 @@ class HorizontalAutoscaler:
         elif metric is None:
             return replicas
         else:
-            wanted = _pods_for_metric(metric, pods, rules)
+            wanted = _pods_required_by_metric(metric, pods, rules)
             desired = self._limit_change_of_replicas(
                 now, replicas, self._stabilize_recommendation(now, replicas, wanted)
             )
@@ -115,7 +117,7 @@ class HorizontalAutoscaler:
         if desired > replicas:
             allowed = max(
                 replicas,
-                self._largest_change_by_policies(
+                self._replicas_that_policies_allow(
                     now, replicas, rules.up, _increase_replicas_by_policy
                 ),
             )
@@ -123,14 +125,14 @@ class HorizontalAutoscaler:
         if desired < replicas:
             allowed = min(
                 replicas,
-                self._largest_change_by_policies(
+                self._replicas_that_policies_allow(
                     now, replicas, rules.down, _decrease_replicas_by_policy
                 ),
             )
             return max(desired, allowed, rules.minimum)
         return desired
 
-    def _largest_change_by_policies(
+    def _replicas_that_policies_allow(
         self,
         now: float,
         replicas: int,
@@ -150,7 +152,7 @@ class HorizontalAutoscaler:
         return sum(change for at, change in self._changes if at > now - period)
 
 
-def _pods_for_metric(metric: float, pods: int, rules: AutoscalerSpec) -> int:
+def _pods_required_by_metric(metric: float, pods: int, rules: AutoscalerSpec) -> int:
     """Return the number of pods for a metric, or `pods` if the metric is within the tolerance."""
     capacity = rules.target * pods
     if capacity and abs(1.0 - metric / capacity) <= rules.tolerance:
@@ -183,7 +185,7 @@ class KedaScaler:
         self._cooldown = cooldown
         self._active_at = -math.inf
 
-    def poll_target_size(self, now: float, replicas: int, metric: float | None) -> int:
+    def compute_replicas_after_poll(self, now: float, replicas: int, metric: float | None) -> int:
         """Return the number of pods that KEDA wants, after it has polled the metric.
 
         Args:

@@ -86,7 +86,7 @@ class Pod:
 
 
 @dataclass(frozen=True, slots=True)
-class RemovedBusyPod:
+class RemovalOfBusyPod:
     """The record of a scale-down that removed a ready pod with running sessions.
 
     Attributes:
@@ -102,7 +102,7 @@ class RemovedBusyPod:
 
 
 @dataclass(slots=True)
-class FleetRecord:
+class RecordedFleetChanges:
     """The record of all deletions and scale-downs of one simulated fleet.
 
     Attributes:
@@ -113,7 +113,7 @@ class FleetRecord:
     """
 
     deletions: list[PodDeletion] = field(default_factory=list)
-    choices: list[RemovedBusyPod] = field(default_factory=list)
+    choices: list[RemovalOfBusyPod] = field(default_factory=list)
     lowered: list[tuple[float, int, int]] = field(default_factory=list)
 
 
@@ -128,7 +128,7 @@ class SimulatedCluster:
 
     def __init__(self, world: FleetWorld, schedule: FleetSchedule, random: Random) -> None:
         self.replicas = 0
-        self.record = FleetRecord()
+        self.record = RecordedFleetChanges()
         self._world = world
         self._schedule = schedule
         self._random = random
@@ -193,23 +193,23 @@ class SimulatedCluster:
             by_uid = {pod.uid: pod for pod in active}
             states = [pod.to_pod_state() for pod in active]
             chosen = [by_uid[each.uid] for each in pods_to_delete(states, superfluous, self.now)]
-            self._record_busy_removals(chosen, [pod for pod in active if pod not in chosen])
+            self._record_removals_of_busy_pods(chosen, [pod for pod in active if pod not in chosen])
             for pod in chosen:
                 self._delete_pod(pod, "scale-down", self._schedule.settings.grace)
 
-    def _record_busy_removals(self, removed: list[Pod], kept: list[Pod]) -> None:
+    def _record_removals_of_busy_pods(self, removed: list[Pod], kept: list[Pod]) -> None:
         """Record each removed pod that runs sessions, with the idle times of the kept pods."""
         for pod in removed:
             if pod.process is None or pod.ready_since is None:
                 continue
-            busy = self._world.busy_seconds(pod.process)
+            busy = self._world.busy_seconds_of_process(pod.process)
             idle = tuple(
-                self._world.idle_seconds(each.process)
+                self._world.idle_seconds_of_process(each.process)
                 for each in kept
                 if each.process is not None and each.ready_since is not None
             )
             if busy > 0:
-                self.record.choices.append(RemovedBusyPod(self.now, busy, idle, pod.cost_failed))
+                self.record.choices.append(RemovalOfBusyPod(self.now, busy, idle, pod.cost_failed))
 
     def _create_pod(self) -> None:
         uid = f"{self._random.getrandbits(64):016x}"

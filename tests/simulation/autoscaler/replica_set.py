@@ -57,20 +57,20 @@ def _compare_by_deletion_order(
     hosts: Counter[str | None], now: float, one: PodState, two: PodState
 ) -> int:
     """Return a number below 0 if `one` is deleted before `two`, and above 0 if after `two`."""
-    ranks = _deletion_ranks(hosts, one), _deletion_ranks(hosts, two)
+    ranks = _deletion_sort_key(hosts, one), _deletion_sort_key(hosts, two)
     if ranks[0] != ranks[1]:
         return -1 if ranks[0] < ranks[1] else 1
     first, second = one.ready_since, two.ready_since
     if first is not None and second is not None and first != second:
-        return _compare_age_magnitudes(now, first, second) or _compare_uids(one, two)
+        return _compare_logarithms_of_ages(now, first, second) or _compare_uids(one, two)
     if one.restarts != two.restarts:
         return two.restarts - one.restarts
     if one.created != two.created:
-        return _compare_age_magnitudes(now, one.created, two.created) or _compare_uids(one, two)
+        return _compare_logarithms_of_ages(now, one.created, two.created) or _compare_uids(one, two)
     return 0
 
 
-def _deletion_ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
+def _deletion_sort_key(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
     """Return a pod's sort key by the first five rules. The pod with the lowest key goes first."""
     return (
         pod.host is not None,
@@ -81,11 +81,11 @@ def _deletion_ranks(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...
     )
 
 
-def _compare_age_magnitudes(now: float, one: float, two: float) -> int:
-    return _age_magnitude(now - one) - _age_magnitude(now - two)
+def _compare_logarithms_of_ages(now: float, one: float, two: float) -> int:
+    return _logarithm_of_age(now - one) - _logarithm_of_age(now - two)
 
 
-def _age_magnitude(age: float) -> int:
+def _logarithm_of_age(age: float) -> int:
     """Return the base-2 logarithm of an age in nanoseconds, rounded down."""
     nanoseconds = age * 1e9
     return int(math.log2(nanoseconds)) if nanoseconds > 0 else -1

@@ -11,11 +11,11 @@ import yaml
 from tests.simulation.autoscaler.fleet_mutations import (
     FLEET_MUTATIONS,
     LIMIT,
-    find_fleet_violations,
+    find_fleet_invariant_violations,
 )
 from tests.simulation.autoscaler.fleet_runner import (
     DOCUMENTED,
-    fleet_schedule_for_seed,
+    generate_fleet_schedule_for_seed,
     simulate_fleet,
     simulate_fleet_seeds,
 )
@@ -58,8 +58,8 @@ def test_scale_down_without_documented_settings_cuts_sessions() -> None:
 def test_omitted_documented_setting_changes_only_the_settings_of_a_fleet_schedule(
     name: str,
 ) -> None:
-    documented = fleet_schedule_for_seed(1, DOCUMENTED)
-    without = fleet_schedule_for_seed(1, frozenset({name}))
+    documented = generate_fleet_schedule_for_seed(1, DOCUMENTED)
+    without = generate_fleet_schedule_for_seed(1, frozenset({name}))
     assert without.world == documented.world
     assert without.settings != documented.settings
 
@@ -71,7 +71,7 @@ def test_documented_fleet_settings_equal_those_of_kubernetes_manifests() -> None
     [policy] = down["policies"]
     assert down["stabilizationWindowSeconds"] in WINDOW_SECONDS
     assert ScalingPolicy(policy["type"], policy["value"], policy["periodSeconds"]) == ONE_PER_MINUTE
-    settings = fleet_schedule_for_seed(1).settings
+    settings = generate_fleet_schedule_for_seed(1).settings
     assert spec["pollingInterval"] == settings.polling
     assert spec.get("cooldownPeriod", 300) == settings.cooldown
     [trigger] = spec["triggers"]
@@ -80,7 +80,7 @@ def test_documented_fleet_settings_equal_those_of_kubernetes_manifests() -> None
 
 def test_two_simulations_of_one_fleet_have_the_same_calls_and_history() -> None:
     def simulate_once() -> list[object]:
-        case, counts, _ = simulate_fleet(fleet_schedule_for_seed(3))
+        case, counts, _ = simulate_fleet(generate_fleet_schedule_for_seed(3))
         calls = [(call.at, call.op, call.answer) for call in case.trace.sent]
         return [counts, *calls, *((each.time, each.kind, each.state) for each in case.history)]
 
@@ -88,7 +88,7 @@ def test_two_simulations_of_one_fleet_have_the_same_calls_and_history() -> None:
 
 
 def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
-    schedule = fleet_schedule_for_seed(3)
+    schedule = generate_fleet_schedule_for_seed(3)
     lines = list(list_replay_lines(schedule.world, simulate_fleet(schedule).case))
     for word in ("ACTION", "HISTORY", "HANDLER", "POOL"):
         assert any(word in line for line in lines), word
@@ -105,6 +105,6 @@ def test_each_edit_of_a_fleet_mutation_matches_exactly_one_place_in_source(name:
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
 def test_fleet_mutation_is_caught_by_simulation(name: str) -> None:
     found = find_invariants_that_catch_mutation(
-        FLEET_MUTATIONS[name], range(LIMIT), find_fleet_violations
+        FLEET_MUTATIONS[name], range(LIMIT), find_fleet_invariant_violations
     )
     assert found is not None, f"{name}: {LIMIT} schedules did not catch it"

@@ -45,21 +45,22 @@ def test_number_of_pods_follows_metric_that_differs_from_target_beyond_tolerance
     target: float, average: float, pods: int, desired: int
 ) -> None:
     assert (
-        make_autoscaler(target=target).sync_target_size(0.0, pods, pods, average * pods) == desired
+        make_autoscaler(target=target).compute_replicas_at_sync(0.0, pods, pods, average * pods)
+        == desired
     )
 
 
 def test_unreadable_metric_does_not_change_number_of_pods() -> None:
-    assert make_autoscaler().sync_target_size(0.0, 7, 7, None) == 7
+    assert make_autoscaler().compute_replicas_at_sync(0.0, 7, 7, None) == 7
 
 
 def test_number_of_pods_outside_limits_is_corrected_even_without_metric() -> None:
-    assert make_autoscaler(minimum=2, maximum=5).sync_target_size(0.0, 9, 9, None) == 5
-    assert make_autoscaler(minimum=2, maximum=5).sync_target_size(0.0, 1, 1, None) == 2
+    assert make_autoscaler(minimum=2, maximum=5).compute_replicas_at_sync(0.0, 9, 9, None) == 5
+    assert make_autoscaler(minimum=2, maximum=5).compute_replicas_at_sync(0.0, 1, 1, None) == 2
 
 
 def test_autoscaler_starts_no_pod_if_replicas_are_zero() -> None:
-    assert make_autoscaler().sync_target_size(0.0, 0, 0, 50.0) == 0
+    assert make_autoscaler().compute_replicas_at_sync(0.0, 0, 0, 50.0) == 0
 
 
 def test_scale_down_from_eighty_pods_uses_the_policy_that_removes_most() -> None:
@@ -70,7 +71,9 @@ def test_scale_down_from_eighty_pods_uses_the_policy_that_removes_most() -> None
     scaler = make_autoscaler(minimum=10, down=ScalingRules(0.0, FOUR_OR_TENTH))
     numbers = [80]
     for minute in range(20):
-        numbers.append(scaler.sync_target_size(minute * 61.0, numbers[-1], numbers[-1], 10.0))
+        numbers.append(
+            scaler.compute_replicas_at_sync(minute * 61.0, numbers[-1], numbers[-1], 10.0)
+        )
     assert numbers[:3] == [80, 72, 64]
     below = numbers[next(i for i, each in enumerate(numbers) if each <= 40) :]
     assert below[:3] == [below[0], below[0] - 4, below[0] - 8]
@@ -79,79 +82,83 @@ def test_scale_down_from_eighty_pods_uses_the_policy_that_removes_most() -> None
 
 def test_policy_of_four_pods_a_minute_removes_at_most_four_pods_in_a_minute() -> None:
     scaler = make_autoscaler(down=ScalingRules(0.0, (ScalingPolicy("Pods", 4, 60.0),)))
-    assert scaler.sync_target_size(0.0, 20, 20, 1.0) == 16
-    assert scaler.sync_target_size(15.0, 16, 16, 1.0) == 16
-    assert scaler.sync_target_size(59.0, 16, 16, 1.0) == 16
-    assert scaler.sync_target_size(61.0, 16, 16, 1.0) == 12
+    assert scaler.compute_replicas_at_sync(0.0, 20, 20, 1.0) == 16
+    assert scaler.compute_replicas_at_sync(15.0, 16, 16, 1.0) == 16
+    assert scaler.compute_replicas_at_sync(59.0, 16, 16, 1.0) == 16
+    assert scaler.compute_replicas_at_sync(61.0, 16, 16, 1.0) == 12
 
 
 def test_scale_down_with_select_policy_min_uses_the_smallest_change() -> None:
     """The documentation of Kubernetes gives this example: at most 10 % and 5 pods a minute."""
     policies = (ScalingPolicy("Percent", 10, 60.0), ScalingPolicy("Pods", 5, 60.0))
     assert (
-        make_autoscaler(down=ScalingRules(0.0, policies, "Min")).sync_target_size(0.0, 80, 80, 1.0)
+        make_autoscaler(down=ScalingRules(0.0, policies, "Min")).compute_replicas_at_sync(
+            0.0, 80, 80, 1.0
+        )
         == 75
     )
     assert (
-        make_autoscaler(down=ScalingRules(0.0, policies, "Min")).sync_target_size(0.0, 20, 20, 1.0)
+        make_autoscaler(down=ScalingRules(0.0, policies, "Min")).compute_replicas_at_sync(
+            0.0, 20, 20, 1.0
+        )
         == 18
     )
 
 
 def test_disabled_scale_down_removes_no_pods() -> None:
     down = ScalingRules(0.0, SCALE_DOWN.policies, "Disabled")
-    assert make_autoscaler(down=down).sync_target_size(0.0, 20, 20, 1.0) == 20
+    assert make_autoscaler(down=down).compute_replicas_at_sync(0.0, 20, 20, 1.0) == 20
 
 
 def test_scale_up_doubles_or_adds_four_pods_every_fifteen_seconds() -> None:
     scaler = make_autoscaler()
-    assert scaler.sync_target_size(0.0, 1, 1, 100.0) == 5
-    assert scaler.sync_target_size(14.0, 5, 5, 100.0) == 5
-    assert scaler.sync_target_size(15.1, 5, 5, 100.0) == 10
-    assert scaler.sync_target_size(30.2, 10, 10, 100.0) == 20
+    assert scaler.compute_replicas_at_sync(0.0, 1, 1, 100.0) == 5
+    assert scaler.compute_replicas_at_sync(14.0, 5, 5, 100.0) == 5
+    assert scaler.compute_replicas_at_sync(15.1, 5, 5, 100.0) == 10
+    assert scaler.compute_replicas_at_sync(30.2, 10, 10, 100.0) == 20
 
 
 def test_scale_down_uses_highest_recommendation_of_the_last_five_minutes() -> None:
     scaler = make_autoscaler(down=SCALE_DOWN)
-    assert scaler.sync_target_size(0.0, 10, 10, 10.0) == 10
-    assert scaler.sync_target_size(15.0, 10, 10, 4.0) == 10
-    assert scaler.sync_target_size(299.0, 10, 10, 2.0) == 10
-    assert scaler.sync_target_size(301.0, 10, 10, 2.0) == 4
-    assert scaler.sync_target_size(316.0, 4, 4, 2.0) == 2
+    assert scaler.compute_replicas_at_sync(0.0, 10, 10, 10.0) == 10
+    assert scaler.compute_replicas_at_sync(15.0, 10, 10, 4.0) == 10
+    assert scaler.compute_replicas_at_sync(299.0, 10, 10, 2.0) == 10
+    assert scaler.compute_replicas_at_sync(301.0, 10, 10, 2.0) == 4
+    assert scaler.compute_replicas_at_sync(316.0, 4, 4, 2.0) == 2
 
 
 def test_stabilization_window_of_scale_down_does_not_delay_scale_up() -> None:
     scaler = make_autoscaler(down=SCALE_DOWN)
-    assert scaler.sync_target_size(0.0, 4, 4, 4.0) == 4
-    assert scaler.sync_target_size(15.0, 4, 4, 8.0) == 8
+    assert scaler.compute_replicas_at_sync(0.0, 4, 4, 4.0) == 4
+    assert scaler.compute_replicas_at_sync(15.0, 4, 4, 8.0) == 8
 
 
 def test_number_of_pods_is_unchanged_if_metric_is_within_tolerance_of_target() -> None:
-    assert make_autoscaler().sync_target_size(0.0, 11, 11, 10.0) == 11
-    assert make_autoscaler().sync_target_size(0.0, 9, 9, 8.0) == 8
+    assert make_autoscaler().compute_replicas_at_sync(0.0, 11, 11, 10.0) == 11
+    assert make_autoscaler().compute_replicas_at_sync(0.0, 9, 9, 8.0) == 8
 
 
 def test_keda_starts_at_least_the_minimum_of_pods_for_first_work() -> None:
-    assert KedaScaler(0, 300.0).poll_target_size(0.0, 0, 1.0) == 1
-    assert KedaScaler(3, 300.0).poll_target_size(0.0, 0, 1.0) == 3
-    assert KedaScaler(0, 300.0).poll_target_size(0.0, 6, 1.0) == 6
+    assert KedaScaler(0, 300.0).compute_replicas_after_poll(0.0, 0, 1.0) == 1
+    assert KedaScaler(3, 300.0).compute_replicas_after_poll(0.0, 0, 1.0) == 3
+    assert KedaScaler(0, 300.0).compute_replicas_after_poll(0.0, 6, 1.0) == 6
 
 
 def test_keda_removes_all_pods_after_cooldown_since_last_activity() -> None:
     keda = KedaScaler(0, 300.0)
-    assert keda.poll_target_size(0.0, 5, 2.0) == 5
-    assert keda.poll_target_size(15.0, 5, 0.0) == 5
-    assert keda.poll_target_size(300.0, 5, 0.0) == 5
-    assert keda.poll_target_size(315.0, 5, 0.0) == 0
+    assert keda.compute_replicas_after_poll(0.0, 5, 2.0) == 5
+    assert keda.compute_replicas_after_poll(15.0, 5, 0.0) == 5
+    assert keda.compute_replicas_after_poll(300.0, 5, 0.0) == 5
+    assert keda.compute_replicas_after_poll(315.0, 5, 0.0) == 0
 
 
 def test_keda_removes_no_pods_while_the_metric_cannot_be_read() -> None:
     keda = KedaScaler(0, 300.0)
-    assert keda.poll_target_size(0.0, 5, 2.0) == 5
-    assert keda.poll_target_size(1000.0, 5, None) == 5
+    assert keda.compute_replicas_after_poll(0.0, 5, 2.0) == 5
+    assert keda.compute_replicas_after_poll(1000.0, 5, None) == 5
 
 
 def test_keda_keeps_the_minimum_of_two_pods_without_work() -> None:
     keda = KedaScaler(2, 300.0)
-    assert keda.poll_target_size(0.0, 2, 1.0) == 2
-    assert keda.poll_target_size(1000.0, 2, 0.0) == 2
+    assert keda.compute_replicas_after_poll(0.0, 2, 1.0) == 2
+    assert keda.compute_replicas_after_poll(1000.0, 2, 0.0) == 2
