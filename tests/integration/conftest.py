@@ -42,7 +42,7 @@ async def check_no_task_or_error_left() -> AsyncIterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def tolerate_loaded_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def relax_time_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Increase the time limits for loop lag, drains and release marks, for loaded machines.
 
     Tests of blocked loops replace this fixture.
@@ -84,7 +84,7 @@ class OneItemRunner(Protocol):
 
 
 @pytest.fixture
-def wait_for_end(
+def wait_for_session_end(
     control_plane: ControlPlane, faults: Faults, recorder: Recorder
 ) -> SessionEndWaiter:
     """Return a function that waits until an item's session ends, and returns an `EndedItem`."""
@@ -105,18 +105,18 @@ def wait_for_end(
 
 @pytest.fixture
 def run_one_item(
-    control_plane: ControlPlane, make_pool: PoolFactory, wait_for_end: SessionEndWaiter
+    control_plane: ControlPlane, make_pool: PoolFactory, wait_for_session_end: SessionEndWaiter
 ) -> OneItemRunner:
     """Return a function that runs a pool with one handler until one item's session has ended."""
 
-    async def run_pool_until_end(call: Callable[[Any], Any], **settings: Any) -> EndedItem:
+    async def run_pool_until_session_ends(call: Callable[[Any], Any], **settings: Any) -> EndedItem:
         (item,) = control_plane.enqueue()
         plugin = call if find_handler_rule(call) else handler(call)
         async with make_pool(plugin, **settings):
-            await wait_for_end(item.id)
-        return await wait_for_end(item.id)
+            await wait_for_session_end(item.id)
+        return await wait_for_session_end(item.id)
 
-    return run_pool_until_end
+    return run_pool_until_session_ends
 
 
 @pytest.fixture
@@ -127,23 +127,23 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
     """
 
     def request_heartbeat(work_id: str) -> None:
-        def encode_item() -> bytes:
+        def encode_polled_item() -> bytes:
             item = control_plane.operations.get_item(control_plane.environments[0], work_id)
             return orjson.dumps(DIALECTS["qoder"].item_json(item))
 
-        faults.add(literal(encode_item), "poll", times=1)
+        faults.add(literal(encode_polled_item), "poll", times=1)
 
     return request_heartbeat
 
 
 @pytest.fixture
-def short_mark_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_release_mark_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a drain give up an unanswered write of a release mark after 0.1 s."""
     monkeypatch.setattr(completion, "MARK_SECONDS", 0.1)
 
 
 @pytest.fixture
-def fast_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+def frequent_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Renew leases ten times a second instead of every third of their TTL."""
     monkeypatch.setattr(lease, "RENEW_PART", 600)
 

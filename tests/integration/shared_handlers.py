@@ -21,7 +21,7 @@ class GatedHandler:
         self.interrupted: list[bool] = []
 
     @handler
-    async def wait_until_open(self, session: Session) -> None:
+    async def wait_until_test_allows_end(self, session: Session) -> None:
         await self.may_end.wait()
         self.interrupted.append(session.draining or session.stopping)
 

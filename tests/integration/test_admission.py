@@ -58,7 +58,7 @@ class ClaimRefusingPlugin:
 
 
 @pytest.fixture(autouse=True)
-def fast_refusal_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_refusal_check_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "ASK_SECONDS", 0.02)
 
 

@@ -40,11 +40,11 @@ def handler_ended_by_drain(end: Callable[[], Any]) -> Any:
     """Return a handler that waits for an interruption, and then returns the result of `end()`."""
 
     @handler
-    async def end_after_interruption(session: Session) -> Any:
+    async def end_session_after_interruption(session: Session) -> Any:
         await session.interrupted()
         return end()
 
-    return end_after_interruption
+    return end_session_after_interruption
 
 
 def raise_value_error() -> None:
@@ -129,7 +129,7 @@ def item_testbed(
 
 
 @pytest.fixture
-def short_attempt_number_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_attempt_number_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_runner, "ATTEMPT_SECONDS", 0.1)
 
 
@@ -168,12 +168,12 @@ async def test_drained_runs_do_not_use_up_max_attempts(
 
 async def test_release_by_handler_is_not_counted_as_attempt(item_testbed: ItemTestbed) -> None:
     @handler
-    async def raise_release(_: Session) -> None:
+    async def release_session(_: Session) -> None:
         raise Release("later")
 
     for _ in range(3):
         assert (
-            await item_testbed.run_one_session(raise_release, max_attempts=1)
+            await item_testbed.run_one_session(release_session, max_attempts=1)
         ).outcome == "released"
     assert (
         await item_testbed.run_one_session(return_at_once, max_attempts=1)
@@ -238,11 +238,11 @@ async def test_attempt_number_counts_crash_of_another_worker_while_item_waited_f
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_permission_to_end(_: Session) -> None:
+    async def wait_until_test_allows_end(_: Session) -> None:
         await may_end.wait()
 
     (second,) = item_testbed.plane.enqueue()
-    async with item_testbed.make_pool(wait_for_permission_to_end, concurrency=1, prefetch=1):
+    async with item_testbed.make_pool(wait_until_test_allows_end, concurrency=1, prefetch=1):
         await item_testbed.recorder.wait_for(ItemReceived, count=2)
         await item_testbed.recorder.wait_for(SessionStarted)
         clock.advance(6)  # The reclaim window is over, so the next poll receives the item again.
@@ -302,7 +302,7 @@ async def test_session_that_fails_while_release_mark_is_written_leaves_no_mark(
     assert item_testbed.item_metadata == {"workpool.error": "ValueError"}
 
 
-@pytest.mark.usefixtures("short_mark_retries")
+@pytest.mark.usefixtures("short_release_mark_timeout")
 async def test_drained_session_is_released_although_write_of_release_mark_is_never_answered(
     item_testbed: ItemTestbed,
 ) -> None:
@@ -343,7 +343,7 @@ async def test_drain_abandons_uncancellable_session_if_write_of_release_mark_is_
     assert metadata == {}
 
 
-@pytest.mark.usefixtures("short_mark_retries")
+@pytest.mark.usefixtures("short_release_mark_timeout")
 async def test_release_by_drain_counts_as_attempt_if_release_mark_cannot_be_written(
     item_testbed: ItemTestbed,
 ) -> None:
@@ -361,18 +361,18 @@ async def test_release_by_handler_replaces_reason_written_by_drain(
     may_end = asyncio.Event()
 
     @handler
-    async def wait_and_release(_: Session) -> None:
+    async def wait_and_release_session(_: Session) -> None:
         await may_end.wait()
         raise Release("page 7")
 
-    async with item_testbed.draining_pool(wait_and_release):
+    async with item_testbed.draining_pool(wait_and_release_session):
         await item_testbed.faults.wait_for("update", answered=True)
         may_end.set()
         await item_testbed.recorder.wait_for(SessionFinished)
     assert item_testbed.item_metadata == {"workpool.released": "Release"}
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_session_stopped_by_operator_during_drain_leaves_no_release_mark(
     item_testbed: ItemTestbed,
 ) -> None:
@@ -384,7 +384,7 @@ async def test_session_stopped_by_operator_during_drain_leaves_no_release_mark(
     assert item_testbed.item_metadata == {}
 
 
-@pytest.mark.usefixtures("short_mark_retries")
+@pytest.mark.usefixtures("short_release_mark_timeout")
 async def test_item_of_completed_session_is_stopped_although_release_mark_cannot_be_deleted(
     item_testbed: ItemTestbed,
 ) -> None:
@@ -422,18 +422,18 @@ async def test_attempt_is_counted_once_although_write_of_attempt_number_is_not_a
     ids=["crashed", "released"],
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
-@pytest.mark.usefixtures("short_attempt_number_retries")
+@pytest.mark.usefixtures("short_attempt_number_timeout")
 async def test_attempt_is_not_counted_and_item_is_released_if_number_cannot_be_written(
     item_testbed: ItemTestbed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     notes: Any, number: int, *, applied: bool,
 ) -> None:  # fmt: skip
-    def attempt_write_is_still_retried(_: object) -> bool:
+    def is_attempt_number_write_retried(_: object) -> bool:
         return "attempt not counted" not in caplog.text
 
     item_testbed.run_item_and_crash()
     item_testbed.write_metadata(**notes)
     item_testbed.faults.add(
-        status(503, applied=applied), "update", where=attempt_write_is_still_retried
+        status(503, applied=applied), "update", where=is_attempt_number_write_retried
     )
     assert (await item_testbed.run_one_session(endless_handler)).outcome == "released"
     assert item_testbed.attempt_numbers == []
@@ -442,7 +442,7 @@ async def test_attempt_is_not_counted_and_item_is_released_if_number_cannot_be_w
     assert item_testbed.attempt_numbers == [number]
 
 
-@pytest.mark.usefixtures("short_attempt_number_retries", "short_mark_retries")
+@pytest.mark.usefixtures("short_attempt_number_timeout", "short_release_mark_timeout")
 async def test_release_mark_remains_if_attempt_number_cannot_be_written(
     item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

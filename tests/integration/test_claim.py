@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
 
 
-class CountingGatedHandler:
+class SessionCountingHandler:
     """A handler that counts its sessions, and lets them end when the test sets `opened`."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class CountingGatedHandler:
 
 
 @pytest.fixture(autouse=True)
-def short_poll_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_backoff_between_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.poller.BACKOFF_SECONDS", 0.01)
 
 
@@ -93,7 +93,7 @@ async def test_number_of_claimed_items_never_exceeds_slots_plus_prefetch(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, shape: Any
 ) -> None:
     concurrency, prefetch, pollers = shape
-    gate, places = CountingGatedHandler(), concurrency + prefetch
+    gate, places = SessionCountingHandler(), concurrency + prefetch
     control_plane.enqueue(places + 10)
     pool = make_pool(gate, concurrency=concurrency, prefetch=prefetch, pollers=pollers)
     async with pool as supervisor:
@@ -114,7 +114,7 @@ async def test_poller_without_free_slot_does_not_poll(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """The first poll reserves the only slot, so the other two pollers wait."""
-    gate, hold = CountingGatedHandler(), Hold()
+    gate, hold = SessionCountingHandler(), Hold()
     faults.add(hold, "poll")
     control_plane.enqueue(3)
     async with make_pool(gate, pollers=3, concurrency=1):
@@ -128,7 +128,7 @@ async def test_poller_without_free_slot_does_not_poll(
 async def test_duplicate_delivery_of_waiting_item_is_dropped(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = CountingGatedHandler()
+    gate = SessionCountingHandler()
     first, second = control_plane.enqueue(2)
     faults.add(literal(lambda: make_item_body(control_plane, second.id)), "poll", skip=2, times=1)
     async with make_pool(gate, concurrency=1, prefetch=2, block_ms=20):
@@ -150,7 +150,7 @@ async def test_duplicate_delivery_of_running_item_causes_heartbeat_and_no_second
     recorder: Recorder,
     heartbeat_now: Any,
 ) -> None:
-    gate = CountingGatedHandler()
+    gate = SessionCountingHandler()
     (item,) = control_plane.enqueue()
     async with make_pool(gate, block_ms=20):
         await recorder.wait_for(SessionStarted)
@@ -191,14 +191,14 @@ async def test_released_item_delivered_again_is_run_again(
     runs = 0
 
     @handler
-    async def release_first_run(_: Session) -> None:
+    async def release_first_session(_: Session) -> None:
         nonlocal runs
         runs += 1
         if runs == 1:
             raise Release
 
     (item,) = control_plane.enqueue()
-    async with make_pool(release_first_run, block_ms=20):
+    async with make_pool(release_first_session, block_ms=20):
         await recorder.wait_for(SessionFinished)
         expire_lease(control_plane, item.id)
         last = await recorder.wait_for(SessionFinished, count=2)
@@ -211,7 +211,7 @@ async def test_released_item_delivered_again_is_run_again(
 async def test_second_item_of_running_session_is_not_acknowledged(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = CountingGatedHandler()
+    gate = SessionCountingHandler()
     (first,) = control_plane.enqueue()
     (second,) = control_plane.enqueue(session_id=first.session_id)
     async with make_pool(gate, block_ms=20, reclaim_older_than_ms=30):
@@ -273,11 +273,11 @@ async def test_item_is_declined_while_its_handler_is_at_max_sessions(
     opened = asyncio.Event()
 
     @handler(max_sessions=2)
-    async def handler_of_two_sessions(_: Session) -> None:
+    async def handler_limited_to_two_sessions(_: Session) -> None:
         await opened.wait()
 
     control_plane.enqueue(3)
-    async with make_pool(handler_of_two_sessions, block_ms=20, reclaim_older_than_ms=30):
+    async with make_pool(handler_limited_to_two_sessions, block_ms=20, reclaim_older_than_ms=30):
         declined = await recorder.wait_for(ItemDeclined)
         assert declined.reason == "busy"
         await recorder.wait_for(SessionStarted, count=2)
@@ -347,12 +347,12 @@ async def test_item_of_unknown_type_is_offered_to_plugins(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="index")
-    async def handle_index_item(_: Session) -> dict[str, str]:
+    async def handle_item_of_type_index(_: Session) -> dict[str, str]:
         return {"indexed": "yes"}
 
     (other,) = control_plane.enqueue(work_type="unheard_of")
     (ours,) = control_plane.enqueue(work_type="index")
-    async with make_pool(handle_index_item, block_ms=20):
+    async with make_pool(handle_item_of_type_index, block_ms=20):
         finished = await recorder.wait_for(SessionFinished)
         declined = await recorder.wait_for(ItemDeclined)
     assert finished.session.item.id == ours.id
@@ -365,7 +365,7 @@ async def test_items_of_custom_type_without_session_run_concurrently(
     opened = asyncio.Event()
 
     @handler(type="index")
-    async def wait_for_permission_to_end(_: Session) -> None:
+    async def wait_until_test_allows_end(_: Session) -> None:
         await opened.wait()
 
     items = control_plane.enqueue(2, work_type="index")
@@ -374,7 +374,7 @@ async def test_items_of_custom_type_without_session_run_concurrently(
         faults.add(literal(bare), "poll", skip=number, times=1)
         acked = make_item_body(control_plane, item.id, data={"type": "index"}, state="starting")
         faults.add(literal(acked, applied=True), "ack", where=is_request_for_item(item.id))
-    async with make_pool(wait_for_permission_to_end, block_ms=20):
+    async with make_pool(wait_until_test_allows_end, block_ms=20):
         await recorder.wait_for(SessionStarted, count=2)
         assert not recorder.of(ItemDeclined)
         opened.set()
@@ -455,7 +455,7 @@ async def test_pool_without_environment_id_refuses_to_start(make_pool: Any) -> N
 async def test_ack_of_waiting_item_reports_item_lost_if_another_worker_acknowledged_it(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
-    gate = CountingGatedHandler()
+    gate = SessionCountingHandler()
     first, second = control_plane.enqueue(2)
     async with make_pool(gate, concurrency=1, prefetch=1):
         await recorder.wait_for(SessionStarted)

@@ -51,7 +51,7 @@ def handler_ended_by_cancellation(end: Callable[[], Any]) -> Any:
     return end_when_cancelled
 
 
-def make_function_raising(error: BaseException) -> Callable[[], Any]:
+def make_function_that_raises(error: BaseException) -> Callable[[], Any]:
     def raise_error() -> Any:
         raise error
 
@@ -159,17 +159,17 @@ async def test_base_exception_of_handler_fails_session(
 async def test_session_that_exceeds_session_timeout_has_outcome_timed_out(
     control_plane: ControlPlane,
     make_pool: Any,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     own: float | None,
     setting: float | None,
 ) -> None:
     @handler(timeout=own)
-    async def wait_with_timeout(session: Session) -> None:
+    async def exceed_handler_timeout(session: Session) -> None:
         await wait_forever(session)
 
     (item,) = control_plane.enqueue()
-    async with make_pool(wait_with_timeout, session_timeout=setting):
-        final = await wait_for_end(item.id)
+    async with make_pool(exceed_handler_timeout, session_timeout=setting):
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("timed_out", "stopped")
     assert final.request_names == [*FIRST_CALLS, "update", "stop"]
     assert final.metadata == {"workpool.error": "TimeoutError"}
@@ -239,15 +239,15 @@ async def test_exception_group_of_releases_releases_session_with_longest_delay(
 
 
 async def test_release_raised_in_task_group_of_handler_releases_session(run_one_item: Any) -> None:
-    async def raise_release() -> None:
+    async def raise_release_exception() -> None:
         raise Release("come back later", delay=45)
 
-    async def raise_release_in_task(session: Session) -> None:
+    async def raise_release_exception_in_task(session: Session) -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(raise_release())
+            group.create_task(raise_release_exception())
             group.create_task(wait_forever(session))
 
-    final = await run_one_item(raise_release_in_task)
+    final = await run_one_item(raise_release_exception_in_task)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": "Release"}
 
@@ -279,10 +279,10 @@ async def test_deeply_nested_exception_group_of_release_releases_session(
     for _ in range(5000):
         error = ExceptionGroup("", [error])
 
-    async def raise_nested_group(_: Session) -> None:
+    async def raise_nested_exception_group(_: Session) -> None:
         raise error
 
-    final = await run_one_item(raise_nested_group)
+    final = await run_one_item(raise_nested_exception_group)
     assert (final.outcome, final.item.state) == ("released", "active")
 
 
@@ -299,13 +299,13 @@ async def test_session_is_released_although_reason_cannot_be_written(
 
 
 async def test_session_that_still_runs_at_drain_deadline_is_released(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_session_end: Any
 ) -> None:
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler()) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.metadata == {"workpool.released": "the pool is draining"}
     assert final.request_names[-1] == "heartbeat"
@@ -316,7 +316,7 @@ async def test_session_outcome_is_stopped_and_result_is_written_after_stop_reque
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     heartbeat_now: Any,
 ) -> None:
     async def return_after_interruption(session: Session) -> dict[str, str]:
@@ -328,7 +328,7 @@ async def test_session_outcome_is_stopped_and_result_is_written_after_stop_reque
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
     assert final.metadata == {"stopping": "True", "draining": "False"}
     assert final.request_names == [*FIRST_CALLS, "heartbeat", "update", "stop"]
@@ -341,7 +341,7 @@ async def test_session_that_ignores_stop_request_is_stopped_after_stop_grace(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -349,7 +349,7 @@ async def test_session_that_ignores_stop_request_is_stopped_after_stop_grace(
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
     assert final.request_names == [*FIRST_CALLS, "heartbeat", "stop"]
 
@@ -358,7 +358,7 @@ async def test_stop_request_before_first_heartbeat_stops_item_without_calling_ha
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     faults: Faults,
 ) -> None:
     hold = Hold()
@@ -368,7 +368,7 @@ async def test_stop_request_before_first_heartbeat_stops_item_without_calling_ha
         await hold.reached()
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         hold.release()
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
     assert final.request_names == [*FIRST_CALLS, "stop"]
     assert not recorder.of(SessionStarted)
@@ -378,7 +378,7 @@ async def test_pool_sends_no_write_for_item_after_another_client_stopped_it(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -386,21 +386,21 @@ async def test_pool_sends_no_write_for_item_after_another_client_stopped_it(
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", {})
     assert final.request_names == [*FIRST_CALLS, "heartbeat", "get"]
     assert not recorder.of(StopFinished)
 
 
 async def test_session_whose_item_is_queued_again_loses_lease(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_session_end: Any
 ) -> None:
     (item,) = control_plane.enqueue()
     async with make_pool(endless_handler(), reclaim_older_than_ms=600_000):
         await recorder.wait_for(SessionStarted)
         # The lease expires, and the next poll of this pool receives the item again.
         expire_lease(control_plane, item.id)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "queued", {})
     assert final.request_names == [*FIRST_CALLS, "heartbeat", "get"]
 
@@ -408,8 +408,8 @@ async def test_session_whose_item_is_queued_again_loses_lease(
 HANDLER_ENDS = {
     "returns": lambda: None,
     "returns_a_result": lambda: {"a": "b"},
-    "raises": make_function_raising(ValueError()),
-    "releases": make_function_raising(Release("why")),
+    "raises": make_function_that_raises(ValueError()),
+    "releases": make_function_that_raises(Release("why")),
 }
 
 
@@ -418,7 +418,7 @@ async def test_outcome_lease_lost_does_not_depend_on_how_handler_ends(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     heartbeat_now: Any,
     end: Any,
 ) -> None:
@@ -428,7 +428,7 @@ async def test_outcome_lease_lost_does_not_depend_on_how_handler_ends(
         expire_lease(control_plane, item.id)
         control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
         heartbeat_now(item.id)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
     # All earlier heartbeats were answered, so a 412 proves that the lease is lost, and the pool
     # need not read the item to find its holder.
@@ -440,23 +440,23 @@ async def test_outcome_lease_lost_does_not_depend_on_how_handler_ends(
     [
         (lambda: {"a": "b"}, ("timed_out", "stop", {"workpool.error": "TimeoutError"})),
         (
-            make_function_raising(ValueError()),
+            make_function_that_raises(ValueError()),
             ("timed_out", "stop", {"workpool.error": "ValueError"}),
         ),
         (
-            make_function_raising(Release("why")),
+            make_function_that_raises(Release("why")),
             ("released", "heartbeat", {"workpool.released": "Release"}),
         ),
     ],
     ids=["returned", "raised", "released"],
 )
 async def test_outcome_of_timed_out_session_depends_on_how_handler_ends(
-    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, end: Any, expected: Any
+    control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any, end: Any, expected: Any
 ) -> None:
     outcome, last, metadata = expected
     (item,) = control_plane.enqueue()
     async with make_pool(handler_ended_by_cancellation(end), session_timeout=0.05):
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.metadata) == (outcome, metadata)
     assert final.request_names == [*FIRST_CALLS, "update", last]
 
@@ -465,20 +465,20 @@ async def test_outcome_of_timed_out_session_depends_on_how_handler_ends(
     ("end", "metadata"),
     [
         (lambda: {"a": "b"}, {"workpool.released": "the pool is draining"}),
-        (make_function_raising(ValueError()), {"workpool.released": "the pool is draining"}),
-        (make_function_raising(Release("why", delay=60)), {"workpool.released": "Release"}),
+        (make_function_that_raises(ValueError()), {"workpool.released": "the pool is draining"}),
+        (make_function_that_raises(Release("why", delay=60)), {"workpool.released": "Release"}),
     ],
     ids=["returned", "raised", "released"],
 )
 async def test_drain_releases_session_whether_handler_returns_or_raises(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_end: Any, end: Any,
-    metadata: dict[str, str],
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, wait_for_session_end: Any,
+    end: Any, metadata: dict[str, str],
 ) -> None:  # fmt: skip
     (item,) = control_plane.enqueue()
     async with make_pool(handler_ended_by_cancellation(end)) as supervisor:
         await recorder.wait_for(SessionStarted)
         await supervisor.drain(timeout=0)
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("released", "active", metadata)
     assert "stop" not in final.request_names
 
@@ -487,8 +487,8 @@ async def test_drain_releases_session_whether_handler_returns_or_raises(
     "ending",
     [
         (lambda: {"a": "b"}, {"a": "b"}),
-        (make_function_raising(ValueError()), {}),
-        (make_function_raising(Release("why")), {}),
+        (make_function_that_raises(ValueError()), {}),
+        (make_function_that_raises(Release("why")), {}),
     ],
     ids=["returned", "raised", "released"],
 )
@@ -496,7 +496,7 @@ async def test_stop_request_stops_session_whether_handler_returns_or_raises(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     heartbeat_now: Any,
     ending: Any,
 ) -> None:
@@ -506,7 +506,7 @@ async def test_stop_request_stops_session_whether_handler_returns_or_raises(
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat_now(item.id)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("stopped", "stopped", metadata)
     assert final.request_names[-1] == "stop"
 
@@ -515,7 +515,7 @@ async def test_session_with_stop_request_is_stopped_and_not_released_by_drain(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     heartbeat_now: Any,
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -525,7 +525,7 @@ async def test_session_with_stop_request_is_stopped_and_not_released_by_drain(
         heartbeat_now(item.id)
         await started.session.interrupted()
         await supervisor.drain(timeout=0)
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
 
 
@@ -534,7 +534,7 @@ async def test_outcome_is_stopped_however_handler_ends_after_another_client_stop
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     heartbeat_now: Any,
     end: Any,
 ) -> None:
@@ -543,6 +543,6 @@ async def test_outcome_is_stopped_however_handler_ends_after_another_client_stop
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
         heartbeat_now(item.id)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.metadata) == ("stopped", {})
     assert final.request_names == [*FIRST_CALLS, "heartbeat", "get"]

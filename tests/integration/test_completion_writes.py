@@ -49,7 +49,7 @@ def run_until_drain_deadline(
     control_plane: ControlPlane,
     make_pool: Any,
     faults: Faults,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """Return a function that runs one session that is still completing at the drain's deadline."""
@@ -59,7 +59,7 @@ def run_until_drain_deadline(
         (item,) = control_plane.enqueue()
         async with make_pool(call, drain_timeout=0.1):
             await faults.wait_for(op, count=count)
-        return await wait_for_end(item.id)
+        return await wait_for_session_end(item.id)
 
     return run_session
 
@@ -146,7 +146,7 @@ async def test_refused_stop_call_fails_session(
     assert [event.result for event in recorder.of(StopFinished)] == [result_label]
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_session_completes_if_heartbeat_conflict_follows_unanswered_stop_call(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
@@ -160,7 +160,7 @@ async def test_session_completes_if_heartbeat_conflict_follows_unanswered_stop_c
     assert final.request_names[-1] == "get"
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_stopped(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
@@ -175,18 +175,20 @@ async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_st
     assert [event.result for event in recorder.of(StopFinished)] == ["ok"]
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_session_outcome_is_stopped_if_another_client_stops_item_after_throttled_stop(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
     """The pool's stop was answered 429 and not applied, so another client stopped the item."""
 
-    def stop_by_another_client() -> bytes:
+    def stop_item_as_another_client() -> bytes:
         work_id = faults.of("ack")[-1].work_id
         control_plane.operations.stop_item(control_plane.environments[0], work_id or "", force=True)
         return b""
 
-    faults.add(literal(stop_by_another_client, 429, headers={"Retry-After": "60"}), "stop", times=1)
+    faults.add(
+        literal(stop_item_as_another_client, 429, headers={"Retry-After": "60"}), "stop", times=1
+    )
     final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("stopped", "stopped")
     assert final.request_names.count("stop") == 1
@@ -231,12 +233,16 @@ async def test_result_whose_first_write_is_never_answered_is_written_again(
 
 @pytest.mark.parametrize("code", [401, 403])
 async def test_refused_result_write_fails_session_if_earlier_result_was_written(
-    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any, code: int
+    control_plane: ControlPlane,
+    faults: Faults,
+    make_pool: Any,
+    wait_for_session_end: Any,
+    code: int,
 ) -> None:
     """Only a refusal of its first write shows that a credential is not permitted to write."""
     faults.add(status(code), "update", skip=1, times=1)
     async with make_pool(return_result, concurrency=1):
-        ended = [await wait_for_end(item.id) for item in control_plane.enqueue(2)]
+        ended = [await wait_for_session_end(item.id) for item in control_plane.enqueue(2)]
     assert [final.outcome for final in ended] == ["completed", "failed"]
 
 
@@ -283,9 +289,9 @@ async def test_item_is_stopped_although_write_of_handler_error_is_refused(
     assert final.request_names == [*FIRST_CALLS, "update", "stop"]
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_item_is_neither_written_nor_stopped_after_lease_is_lost_during_completion(
-    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_session_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
@@ -294,15 +300,15 @@ async def test_item_is_neither_written_nor_stopped_after_lease_is_lost_during_co
         await hold.reached()
         expire_lease(control_plane, item.id)
         control_plane.operations.ack_item(control_plane.environments[0], item.id, "another")
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state, final.metadata) == ("lease_lost", "starting", {})
     assert "stop" not in final.request_names
     assert final.request_names.count("update") == 1
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_session_outcome_is_stopped_if_another_client_stops_item_during_completion(
-    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_session_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
@@ -310,14 +316,14 @@ async def test_session_outcome_is_stopped_if_another_client_stops_item_during_co
     async with make_pool(return_result):
         await hold.reached()
         control_plane.operations.stop_item(control_plane.environments[0], item.id, force=True)
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.metadata) == ("stopped", {})
     assert "stop" not in final.request_names
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_lease_is_renewed_during_completion(
-    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_end: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, wait_for_session_end: Any
 ) -> None:
     hold = Hold()
     faults.add(hold, "update")
@@ -327,7 +333,7 @@ async def test_lease_is_renewed_during_completion(
         heartbeats = len(faults.of("heartbeat"))
         await faults.wait_for("heartbeat", count=heartbeats + 3, answered=True)
         hold.release()
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "7"})
 
 
@@ -336,7 +342,7 @@ async def test_session_completion_continues_after_cancellation_of_task_that_runs
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
 ) -> None:
     """The embedder is cancelled while the result is written, and the item is still stopped."""
     hold = Hold()
@@ -355,7 +361,7 @@ async def test_session_completion_continues_after_cancellation_of_task_that_runs
         await asyncio.wait({embedder})
     assert embedder.cancelled()
     assert len(recorder.of(SessionFinished)) == 1
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert final.request_names == [*FIRST_CALLS, "update", "stop"]
 

@@ -109,7 +109,7 @@ async def test_item_is_released_without_session_if_its_ack_succeeds_during_drain
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
 ) -> None:
     hold = Hold()
     faults.add(hold, "ack")
@@ -119,7 +119,7 @@ async def test_item_is_released_without_session_if_its_ack_succeeds_during_drain
         group.create_task(supervisor.drain(timeout=LONG_SECONDS))
         await wait_for_drain_start(supervisor, recorder)
         hold.release()
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert final.outcome == "released"
     assert final.request_names == ["ack", "update", "heartbeat"]
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
@@ -150,7 +150,7 @@ async def test_drain_during_first_heartbeat_sends_last_heartbeat_with_short_ttl(
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
 ) -> None:
     hold = Hold()
     faults.add(hold, "heartbeat", times=1)
@@ -160,20 +160,20 @@ async def test_drain_during_first_heartbeat_sends_last_heartbeat_with_short_ttl(
         group.create_task(supervisor.drain(timeout=LONG_SECONDS))
         await wait_for_drain_start(supervisor, recorder)
         hold.release()
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.request_names == ["ack", "heartbeat", "update", "heartbeat"]
     assert [each.query["desired_ttl_seconds"] for each in final.sent[1::2]] == ["60", "10"]
     assert not recorder.of(SessionStarted)
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_running_sessions_keep_their_leases_during_drain(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
 ) -> None:
     may_end = asyncio.Event()
 
@@ -192,7 +192,7 @@ async def test_running_sessions_keep_their_leases_during_drain(
         heartbeats = len(faults.of("heartbeat"))
         await faults.wait_for("heartbeat", count=heartbeats + 3, answered=True)
         may_end.set()
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     assert final.metadata == {"phase": "last", "draining": "True"}
 
@@ -389,12 +389,12 @@ async def test_cancellation_of_pool_start_at_any_point_leaves_no_task(
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)
         if starting.cancelled():
-            assert asyncio.all_tasks() - {asyncio.current_task()} == control_plane_tasks()
+            assert asyncio.all_tasks() - {asyncio.current_task()} == find_request_handler_tasks()
         else:
             await supervisor.__aexit__(None, None, None)
 
 
-def control_plane_tasks() -> set[Any]:
+def find_request_handler_tasks() -> set[Any]:
     """Return the tasks of the control plane that answer requests."""
     return {task for task in asyncio.all_tasks() if "RequestHandler" in repr(task.get_coro())}
 

@@ -36,13 +36,13 @@ async def return_at_once(_: Session) -> dict[str, str]:
 
 
 @handler
-async def write_metadata_at_once(session: Session) -> dict[str, str]:
+async def write_metadata_immediately(session: Session) -> dict[str, str]:
     await session.update_metadata({"done": "yes"})
     return {}
 
 
 @pytest.mark.parametrize(
-    "work", [return_at_once, write_metadata_at_once], ids=lambda work: work.__name__
+    "work", [return_at_once, write_metadata_immediately], ids=lambda work: work.__name__
 )
 async def test_session_can_be_used_at_once_by_handler_in_eager_task(
     control_plane: ControlPlane, make_pool: Any, work: Any

@@ -38,7 +38,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @handler
-async def wait_if_item_requests_it(session: Session) -> dict[str, str]:
+async def wait_if_metadata_requests_wait(session: Session) -> dict[str, str]:
     if "wait" in session.item.metadata:
         await session.interrupted()
     return {"done": "yes"}
@@ -70,13 +70,15 @@ async def test_running_pool_changes_no_global_state(
 ) -> None:
     before = global_process_state()
     control_plane.enqueue()
-    async with make_pool(wait_if_item_requests_it, metrics_listen="127.0.0.1:0"):
+    async with make_pool(wait_if_metadata_requests_wait, metrics_listen="127.0.0.1:0"):
         await recorder.wait_for(SessionFinished)
         assert global_process_state() == before
     assert global_process_state() == before
 
 
-async def end_pool_at(moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any) -> None:
+async def end_pool_at_moment(
+    moment: int, supervisor: Supervisor, recorder: Recorder, plane: Any
+) -> None:
     """Run a pool and end its `async with` block, normally or with an error, at a given moment."""
     async with supervisor:
         if moment >= 1:
@@ -102,10 +104,12 @@ async def test_end_of_pool_at_any_point_leaves_no_task_or_thread(
         settings = make_settings(
             metrics_listen="127.0.0.1:0", drain_timeout=dice.choice([0, 5]), stats_interval=0.01
         )
-        supervisor = Supervisor(settings, plugins=[wait_if_item_requests_it, recorder])
+        supervisor = Supervisor(settings, plugins=[wait_if_metadata_requests_wait, recorder])
         async with asyncio.TaskGroup() as group:
             task = group.create_task(
-                ignore_lookup_error(end_pool_at(moment, supervisor, recorder, control_plane))
+                await_and_ignore_lookup_error(
+                    end_pool_at_moment(moment, supervisor, recorder, control_plane)
+                )
             )
             if moment >= 6:
                 await recorder.wait_for(SessionStarted)
@@ -133,7 +137,7 @@ def workpool_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "workpool" in thread.name]
 
 
-async def ignore_lookup_error(waiting: Any) -> None:
+async def await_and_ignore_lookup_error(waiting: Any) -> None:
     with suppress(LookupError):
         await waiting
 
@@ -146,7 +150,7 @@ async def test_several_pools_share_one_loop_and_registry(
     pools = [
         Supervisor(
             make_settings(concurrency=1),
-            plugins=[wait_if_item_requests_it, recorder],
+            plugins=[wait_if_metadata_requests_wait, recorder],
             registry=registry,
         )
         for recorder in recorders
@@ -158,7 +162,9 @@ async def test_several_pools_share_one_loop_and_registry(
         text = generate_latest(registry).decode()
         (limit,) = re.findall(r"^workpool_slots_limit{.*} (.*)$", text, re.MULTILINE)
         (active,) = re.findall(
-            r'^workpool_sessions_active{.*wait_if_item_requests_it"} (.*)$', text, re.MULTILINE
+            r'^workpool_sessions_active{.*wait_if_metadata_requests_wait"} (.*)$',
+            text,
+            re.MULTILINE,
         )
         assert (float(limit), float(active)) == (3, 3)
         workers = {request.worker_id for request in faults.of("ack")}
@@ -169,7 +175,7 @@ async def test_several_pools_share_one_loop_and_registry(
 async def test_each_start_uses_a_new_worker_id(faults: Faults, make_pool: Any) -> None:
     for _ in range(3):
         polls = len(faults.of("poll"))
-        async with make_pool(wait_if_item_requests_it, worker_id="me"):
+        async with make_pool(wait_if_metadata_requests_wait, worker_id="me"):
             await faults.wait_for("poll", count=polls + 1)
     names = {request.worker_id for request in faults.seen}
     assert len(names) == 3
@@ -180,7 +186,7 @@ async def test_all_requests_of_pool_have_one_worker_id(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
-    async with make_pool(wait_if_item_requests_it):
+    async with make_pool(wait_if_metadata_requests_wait):
         await recorder.wait_for(SessionFinished)
     assert {request.op for request in faults.seen} == {"poll", "ack", "heartbeat", "update", "stop"}
     assert len({request.worker_id for request in faults.seen}) == 1
@@ -192,7 +198,7 @@ async def test_metrics_registry_of_caller_is_used_and_can_be_reused_afterwards(
     registry = CollectorRegistry()
     Counter("mine", "The caller's own.", registry=registry)
     supervisor = Supervisor(
-        make_settings(), plugins=[wait_if_item_requests_it, recorder], registry=registry
+        make_settings(), plugins=[wait_if_metadata_requests_wait, recorder], registry=registry
     )
     assert supervisor.registry is registry
     control_plane.enqueue()
@@ -201,12 +207,14 @@ async def test_metrics_registry_of_caller_is_used_and_can_be_reused_afterwards(
     text = generate_latest(registry).decode()
     assert "mine_total" in text
     assert re.search(r'^workpool_sessions_total{.*outcome="completed"} 1.0$', text, re.MULTILINE)
-    async with Supervisor(make_settings(), plugins=[wait_if_item_requests_it], registry=registry):
+    async with Supervisor(
+        make_settings(), plugins=[wait_if_metadata_requests_wait], registry=registry
+    ):
         pass
 
 
 async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
-    supervisor = make_pool(wait_if_item_requests_it)
+    supervisor = make_pool(wait_if_metadata_requests_wait)
     async with supervisor:
         with pytest.raises(RuntimeError, match="runs once"):
             await supervisor.__aenter__()
@@ -216,7 +224,7 @@ async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
 
 
 async def test_supervisor_before_start_reports_not_started(make_pool: Any) -> None:
-    supervisor = make_pool(wait_if_item_requests_it)
+    supervisor = make_pool(wait_if_metadata_requests_wait)
     for call in (supervisor.wait, supervisor.drain):
         with pytest.raises(RuntimeError, match="not started"):
             await call()
@@ -228,17 +236,17 @@ async def test_start_error_names_port_that_is_in_use(make_pool: Any, faults: Fau
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ListenError, match="metrics_listen") as caught:
-            await make_pool(wait_if_item_requests_it, metrics_listen=address).__aenter__()
+            await make_pool(wait_if_metadata_requests_wait, metrics_listen=address).__aenter__()
         assert address in str(caught.value)
     assert not faults.seen
     assert not workpool_threads()
 
 
 async def test_second_pool_on_same_port_fails_and_first_continues(make_pool: Any) -> None:
-    async with make_pool(wait_if_item_requests_it, metrics_listen="127.0.0.1:0") as first:
+    async with make_pool(wait_if_metadata_requests_wait, metrics_listen="127.0.0.1:0") as first:
         address = first.metrics_url.removeprefix("http://")
         with pytest.raises(ListenError):
-            await make_pool(wait_if_item_requests_it, metrics_listen=address).__aenter__()
+            await make_pool(wait_if_metadata_requests_wait, metrics_listen=address).__aenter__()
         async with aiohttp.ClientSession() as http, http.get(f"{first.metrics_url}/healthz") as ok:
             assert ok.status == 200
 
@@ -254,14 +262,14 @@ class DatabasePlugin:
     @hookimpl
     def workpool_lifespan(self, supervisor: Supervisor) -> Any:
         Counter("plugins_own", "The plugin's own.", registry=supervisor.registry)
-        return self.database_context()
+        return self.database_connection()
 
     @hookimpl
     def workpool_event(self, event: object) -> None:
         self.trace.append(type(event).__name__)
 
     @asynccontextmanager
-    async def database_context(self) -> AsyncIterator[None]:
+    async def database_connection(self) -> AsyncIterator[None]:
         self.trace.append("opening")
         if self.fails == "opening":
             raise LookupError("no database")
@@ -279,7 +287,7 @@ async def test_lifespan_of_plugin_encloses_all_sessions_and_drain(
 ) -> None:
     plugin = DatabasePlugin()
     control_plane.enqueue(metadata={"wait": "yes"})
-    async with make_pool(wait_if_item_requests_it, plugin) as supervisor:
+    async with make_pool(wait_if_metadata_requests_wait, plugin) as supervisor:
         await recorder.wait_for(SessionStarted)
     facts = [fact for fact in plugin.trace if fact != "RequestFinished"]
     assert facts[0] == "opening"
@@ -292,7 +300,9 @@ async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_p
     first = DatabasePlugin()
     with pytest.raises(LookupError, match="no database") as caught:
         await make_pool(
-            plugin_with_same_context(first), wait_if_item_requests_it, DatabasePlugin("opening")
+            make_plugin_with_same_connection(first),
+            wait_if_metadata_requests_wait,
+            DatabasePlugin("opening"),
         ).__aenter__()
     assert any("'DatabasePlugin'" in note for note in caught.value.__notes__)
     assert first.closed
@@ -300,22 +310,22 @@ async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_p
     assert not workpool_threads()
 
 
-def plugin_with_same_context(plugin: DatabasePlugin) -> object:
+def make_plugin_with_same_connection(plugin: DatabasePlugin) -> object:
     """Return a plugin that opens the context of `plugin` under another plugin name."""
 
-    class FirstPlugin:
+    class ConnectionSharingPlugin:
         @hookimpl
         def workpool_lifespan(self) -> Any:
-            return plugin.database_context()
+            return plugin.database_connection()
 
-    return FirstPlugin()
+    return ConnectionSharingPlugin()
 
 
 async def test_lifespan_that_fails_to_close_raises_after_drain(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(metadata={"wait": "yes"})
-    supervisor = make_pool(wait_if_item_requests_it, DatabasePlugin("closing"))
+    supervisor = make_pool(wait_if_metadata_requests_wait, DatabasePlugin("closing"))
     await supervisor.__aenter__()
     await recorder.wait_for(SessionStarted)
     with pytest.raises(LookupError, match="lost the database"):
@@ -329,7 +339,7 @@ async def test_unknown_plugin_prevents_start_with_error_that_names_it(
     faults: Faults, make_pool: Any
 ) -> None:
     with pytest.raises(PluginError, match="no_such_plugin"):
-        await make_pool(wait_if_item_requests_it, "no_such_plugin:Anywhere").__aenter__()
+        await make_pool(wait_if_metadata_requests_wait, "no_such_plugin:Anywhere").__aenter__()
     assert not faults.seen
 
 
@@ -342,7 +352,7 @@ async def test_failing_observers_do_not_affect_sessions(
             raise LookupError(event)
 
     control_plane.enqueue(5)
-    async with make_pool(FailingObserver(), wait_if_item_requests_it):
+    async with make_pool(FailingObserver(), wait_if_metadata_requests_wait):
         await recorder.wait_for(SessionFinished, count=5)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
 
@@ -353,7 +363,7 @@ async def test_health_endpoint_answers_during_drain_and_closes_with_pool(
     hold = Hold()
     faults.add(hold, "stop")
     control_plane.enqueue()
-    pool = make_pool(wait_if_item_requests_it, metrics_listen="127.0.0.1:0")
+    pool = make_pool(wait_if_metadata_requests_wait, metrics_listen="127.0.0.1:0")
     async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
         running = group.create_task(pool.run())
         await hold.reached()

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from tests.integration.state_waits import wait_until
-from tests.integration.test_live_page import driven_browser
+from tests.integration.test_live_page import headless_browser
 from workpool import Settings, SettingsError
 from workpool.cli import environment_group, exits
 from workpool.cli.environment_group import EnvironmentGroup, GroupMember
@@ -120,7 +120,7 @@ def failure_count(group: EnvironmentGroup, environment_id: str) -> float:
     return value
 
 
-async def call_with_running_group(group: EnvironmentGroup, use: Running) -> None:
+async def call_while_group_runs(group: EnvironmentGroup, use: Running) -> None:
     """Start the group, await `use(group)` while it runs, and drain the group."""
     async with asyncio.timeout(2 * SECONDS), asyncio.TaskGroup() as tasks:
         running = tasks.create_task(group.run())
@@ -142,7 +142,7 @@ async def test_each_environment_has_plugin_instance_and_lifespan_of_its_own(
         await wait_until(lambda: len(plugin_module.ended) == 2)
         assert group.status().ready
 
-    await call_with_running_group(make_environment_group(), run_item_in_each_environment)
+    await call_while_group_runs(make_environment_group(), run_item_in_each_environment)
     assert sorted(plugin_module.opened) == [FIRST, OTHER]
     assert len(set(plugin_module.instances.values())) == 2
 
@@ -175,7 +175,7 @@ async def test_pause_of_failed_environment_remains_after_its_restart(
         assert failure_count(group, OTHER) >= 1
         assert failure_count(group, FIRST) == 0
 
-    await call_with_running_group(make_environment_group(), revoke_and_restore_key)
+    await call_while_group_runs(make_environment_group(), revoke_and_restore_key)
     assert plugin_module.ended == [OTHER]
     assert "environment failed: " in caplog.text
     assert "revoked-Zx9" not in caplog.text
@@ -190,7 +190,7 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
     monkeypatch.setattr(environment_group, "RETRY_SECONDS", 0.05)
     plugin_module.broken.add(OTHER)
 
-    async def run_while_plugin_is_broken(group: EnvironmentGroup) -> None:
+    async def check_group_while_plugin_is_broken(group: EnvironmentGroup) -> None:
         other = group.members_by_id[OTHER]
         await wait_until(lambda: isinstance(other.error, ConnectionError))
         control_plane.enqueue(environment_id=FIRST)
@@ -200,7 +200,7 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
         plugin_module.broken.clear()
         await wait_until(lambda: group.status().ready)
 
-    await call_with_running_group(make_environment_group(), run_while_plugin_is_broken)
+    await call_while_group_runs(make_environment_group(), check_group_while_plugin_is_broken)
     assert plugin_module.opened == [FIRST, OTHER]
 
 
@@ -242,7 +242,7 @@ async def test_process_continues_after_lease_renewer_failed_unless_handler_ignor
             await wait_until(lambda: OTHER in plugin_module.ended)
 
     with pytest.raises(ExceptionGroup) as raised:
-        await call_with_running_group(make_environment_group(), crash_one_renewer)
+        await call_while_group_runs(make_environment_group(), crash_one_renewer)
     assert isinstance(raised.value.exceptions[0], LeaseRenewerError)
 
 
@@ -284,7 +284,7 @@ async def test_environment_with_many_items_yields_shared_slots_to_environment_th
             plugin_module.may_end.release()
         await wait_until(lambda: len(plugin_module.ended) == 20)
 
-    await call_with_running_group(
+    await call_while_group_runs(
         make_environment_group(concurrency=6), fill_first_environment_then_other
     )
 
@@ -360,7 +360,7 @@ async def test_live_page_in_browser_shows_every_environment(
 
     async def assert_live_page_shows_environments(group: EnvironmentGroup) -> None:
         await wait_until(lambda: group.status().running == 2)
-        async with driven_browser(tmp_path) as browser:
+        async with headless_browser(tmp_path) as browser:
             await browser.open_page(f"{group.metrics_url}/")
             rows = "document.getElementById('environments').textContent"
             shown = await browser.wait_for_text(rows, OTHER)
@@ -374,4 +374,4 @@ async def test_live_page_in_browser_shows_every_environment(
         for _ in range(2):
             plugin_module.may_end.release()
 
-    await call_with_running_group(make_environment_group(), assert_live_page_shows_environments)
+    await call_while_group_runs(make_environment_group(), assert_live_page_shows_environments)

@@ -214,7 +214,7 @@ async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
 ) -> None:
     may_crash = asyncio.Event()
 
-    async def raise_error_when_allowed(_: object) -> None:
+    async def wait_and_raise_error(_: object) -> None:
         await may_crash.wait()
         raise RuntimeError("a bug")
 
@@ -222,7 +222,7 @@ async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
         with pytest.raises(RuntimeError, match="a bug"):
             await supervisor.run()
 
-    monkeypatch.setattr(supervisor_module, "read_remote_stats", raise_error_when_allowed)
+    monkeypatch.setattr(supervisor_module, "read_remote_stats", wait_and_raise_error)
     sizes = {"concurrency": 1, "prefetch": 1, "pollers": 1, "stats_interval": 30}
     supervisor = make_pool(GatedHandler(), exit_after_idle=0.001, **sizes)
     share, limits = SharedSlots(4).add_environment(), ExitLimits(supervisor.settings)

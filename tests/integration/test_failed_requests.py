@@ -247,13 +247,13 @@ async def test_refused_call_is_repeated_at_once_with_renewed_token_from_file(
 def accept_renewed_token(plane: ControlPlane) -> FaultMiddleware:
     """Return a middleware that makes the control plane accept the client's renewed token."""
 
-    async def authorize_request(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def add_valid_token_to_request(request: web.Request, handler: Any) -> web.StreamResponse:
         headers = request.headers.copy()
         headers["Authorization"] = f"Bearer {plane.token}"
         answer: web.StreamResponse = await handler(request.clone(headers=headers))
         return answer
 
-    return authorize_request
+    return add_valid_token_to_request
 
 
 class CrashingClient(WorkClient):

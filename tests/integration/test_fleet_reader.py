@@ -42,13 +42,13 @@ def make_fleet_reader(client: WorkClient) -> FleetReader:
     return FleetReader(client, interval=NEVER_SECONDS, max_age=NEVER_SECONDS)
 
 
-async def read_load(reader: FleetReader) -> FleetLoad:
+async def read_fleet_load(reader: FleetReader) -> FleetLoad:
     load = await reader.read_load()
     assert load is not None
     return load
 
 
-def middleware_without_running_count(
+def make_middleware_that_hides_running_count(
     *, statistics: bool = True, after_id: str = "known", newest: bool = False
 ) -> Any:
     """Return a middleware that removes the count of running items from the statistics.
@@ -60,9 +60,7 @@ def middleware_without_running_count(
     """
 
     @web.middleware
-    async def change_request_and_answer(
-        request: web.Request, handler: Answer
-    ) -> web.StreamResponse:
+    async def hide_running_count(request: web.Request, handler: Answer) -> web.StreamResponse:
         if request.path.endswith("/stats"):
             if not statistics:
                 error = {"type": "permission_error", "message": "not for this key"}
@@ -73,13 +71,13 @@ def middleware_without_running_count(
             del stats["running"], stats["stopped"]
             return web.json_response(stats)
         if request.path.endswith("/work"):
-            request = change_list_parameters(request, after_id, newest=newest)
+            request = change_item_list_query(request, after_id, newest=newest)
         return await handler(request)
 
-    return change_request_and_answer
+    return hide_running_count
 
 
-def change_list_parameters(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
+def change_item_list_query(request: web.Request, after_id: str, *, newest: bool) -> web.Request:
     query = dict(request.query)
     if "after_id" in query and after_id == "refused":
         query["after_id"] = "work_of_nobody"
@@ -107,7 +105,7 @@ async def test_fleet_load_is_read_from_statistics_that_include_running_items() -
         plane.enqueue(5)
         await claim_items(client, 2)
         assert await client.poll() is not None
-        load = await read_load(make_fleet_reader(client))
+        load = await read_fleet_load(make_fleet_reader(client))
         assert (load.queued, load.pending, load.running) == (2, 1, 2)
         assert (load.unfinished, load.lower_bound) == (5, False)
         assert 0 <= load.oldest_queued_seconds < 60
@@ -118,14 +116,14 @@ async def test_fleet_load_is_read_from_statistics_that_include_running_items() -
 async def test_running_items_are_counted_in_item_list_if_statistics_omit_running_count(
     caplog: pytest.LogCaptureFixture, *, statistics: bool, newest: bool
 ) -> None:
-    middlewares = [middleware_without_running_count(statistics=statistics, newest=newest)]
+    middlewares = [make_middleware_that_hides_running_count(statistics=statistics, newest=newest)]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         items = plane.enqueue(6)
         await claim_items(client, 3)
         stop_items(plane, items[0].id, items[5].id)
         reader = make_fleet_reader(client)
         for _ in range(2):
-            load = await read_load(reader)
+            load = await read_fleet_load(reader)
             assert (load.queued + load.pending, load.running) == (2, 2)
             assert not load.lower_bound
     assert caplog.text.count("statistics refused") == (0 if statistics else 1)
@@ -137,7 +135,7 @@ async def test_fleet_load_is_unknown_until_reader_has_read_past_all_stopped_item
     """A partial count would miss the running items, and so recommend too few workers."""
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", 2 * PAGE_ITEMS)
     async with (
-        ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
+        ControlPlane(middlewares=[make_middleware_that_hides_running_count()]) as plane,
         make_client(plane) as client,
     ):
         stop_items(plane, *(item.id for item in plane.enqueue(5 * PAGE_ITEMS)))
@@ -146,7 +144,7 @@ async def test_fleet_load_is_unknown_until_reader_has_read_past_all_stopped_item
         reader = make_fleet_reader(client)
         assert [await reader.read_load() for _ in range(2)] == [None, None]
         for _ in range(2):
-            load = await read_load(reader)
+            load = await read_fleet_load(reader)
             assert (load.running, load.lower_bound) == (4, False)
 
 
@@ -156,7 +154,7 @@ async def test_fleet_reader_becomes_ready_after_skipping_many_stopped_items(
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
     monkeypatch.setattr(fleet_reader, "HISTORY_SECONDS", 0.01)
     async with (
-        ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
+        ControlPlane(middlewares=[make_middleware_that_hides_running_count()]) as plane,
         make_client(plane) as client,
     ):
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
@@ -178,7 +176,7 @@ async def test_fleet_load_stays_unknown_if_control_plane_refuses_to_skip_stopped
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
-    middlewares = [middleware_without_running_count(after_id="refused")]
+    middlewares = [make_middleware_that_hides_running_count(after_id="refused")]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         reader = make_fleet_reader(client)
@@ -189,12 +187,12 @@ async def test_fleet_load_is_lower_bound_if_long_item_list_begins_with_newest_it
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)
-    middlewares = [middleware_without_running_count(newest=True)]
+    middlewares = [make_middleware_that_hides_running_count(newest=True)]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(3 * PAGE_ITEMS)))
         plane.enqueue(2)
         await claim_items(client, 2)
-        load = await read_load(make_fleet_reader(client))
+        load = await read_fleet_load(make_fleet_reader(client))
         assert (load.running, load.lower_bound) == (2, True)
 
 
@@ -202,7 +200,7 @@ async def test_fleet_load_is_lower_bound_if_long_item_list_begins_with_newest_it
 async def test_item_count_is_exact_whether_after_id_parameter_is_known_ignored_or_refused(
     after_id: str,
 ) -> None:
-    middlewares = [middleware_without_running_count(after_id=after_id)]
+    middlewares = [make_middleware_that_hides_running_count(after_id=after_id)]
     async with ControlPlane(middlewares=middlewares) as plane, make_client(plane) as client:
         stop_items(plane, *(item.id for item in plane.enqueue(PAGE_ITEMS)))
         plane.enqueue(4)
@@ -245,7 +243,7 @@ async def test_item_counter_skips_stopped_items_only_in_list_ordered_by_creation
 async def test_item_counter_that_skips_stopped_items_still_counts_running_items() -> None:
     """Skipping stopped items must never hide a running item."""
     async with (
-        ControlPlane(middlewares=[middleware_without_running_count()]) as plane,
+        ControlPlane(middlewares=[make_middleware_that_hides_running_count()]) as plane,
         make_client(plane) as client,
     ):
         items = plane.enqueue(PAGE_ITEMS + 3)

@@ -28,11 +28,11 @@ async def test_result_other_than_mapping_of_strings_is_written_as_json(run_one_i
 async def test_result_that_is_not_json_fails_session_and_is_logged(
     run_one_item: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def return_set(_: Session) -> Any:
+    async def return_python_set(_: Session) -> Any:
         return {"rows": {1, 2}}
 
     with caplog.at_level(logging.INFO, "workpool"):
-        final = await run_one_item(return_set)
+        final = await run_one_item(return_python_set)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "ResultError"}
     assert final.request_names.count("ack") == 1

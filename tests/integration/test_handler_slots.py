@@ -29,7 +29,7 @@ def list_acked_items(workpool: Kit) -> list[str]:
     return [each.work_id for each in workpool.server.history if each.kind == "acked"]
 
 
-def counting_handler(
+def make_session_counting_handler(
     seconds: float, running: Counter[str], *, most: int | None = None, reserved: int = 0
 ) -> Callable[[Session], Coroutine[Any, Any, None]]:
     """Return a handler that runs for `seconds` and counts its concurrent sessions in `running`."""
@@ -47,7 +47,7 @@ def counting_handler(
 
 
 @handler
-async def other_handler(session: Session) -> None:
+async def sleep_for_seconds(session: Session) -> None:
     await asyncio.sleep(float(session.item.metadata.get("seconds", "0")))
 
 
@@ -59,7 +59,7 @@ async def test_max_sessions_limits_concurrency_of_handler_without_delay_between_
     running: Counter[str] = Counter()
     workpool.enqueue(count=40, metadata={"kind": "limited"})
     clock = asyncio.get_running_loop().time
-    async with workpool.pool(counting_handler(seconds, running, most=2)):
+    async with workpool.pool(make_session_counting_handler(seconds, running, most=2)):
         started = clock()
         await workpool.wait_for(SessionFinished, count=40)
         elapsed = clock() - started
@@ -73,7 +73,7 @@ async def test_item_of_handler_at_session_limit_is_acknowledged_when_slot_become
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
-    async with workpool.pool(counting_handler(3.0, Counter(), most=1)):
+    async with workpool.pool(make_session_counting_handler(3.0, Counter(), most=1)):
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(2.9)
         assert len(list_acked_items(workpool)) == 1
@@ -87,7 +87,7 @@ async def test_item_is_declined_before_redelivery_if_its_handler_is_at_session_l
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
     clock = asyncio.get_running_loop().time
-    async with workpool.pool(counting_handler(MINUTE_SECONDS, Counter(), most=1)):
+    async with workpool.pool(make_session_counting_handler(MINUTE_SECONDS, Counter(), most=1)):
         started = clock()
         declined = await workpool.wait_for(ItemDeclined)
         assert declined.reason == "busy"
@@ -113,7 +113,9 @@ async def test_item_of_handler_at_limit_starts_when_another_environment_frees_sh
     assert others.take_slot()
     workpool.enqueue(count=4, metadata={"seconds": str(MINUTE_SECONDS)})
     workpool.enqueue(count=2, metadata={"kind": "limited"})
-    pool = workpool.pool(counting_handler(3, Counter(), most=1), other_handler, concurrency=8)
+    pool = workpool.pool(
+        make_session_counting_handler(3, Counter(), most=1), sleep_for_seconds, concurrency=8
+    )
     pool.shared = SharedResources(own, ExitLimits(pool.settings), None)
     clock = asyncio.get_running_loop().time
     slot_of_poller, slot_of_session = asyncio.Event(), asyncio.Event()
@@ -137,10 +139,10 @@ async def test_item_of_handler_at_limit_starts_when_another_environment_frees_sh
 async def test_items_of_other_handlers_overtake_items_of_handler_at_session_limit(
     workpool: Kit,
 ) -> None:
-    limited = counting_handler(3.0, Counter(), most=1)
+    limited = make_session_counting_handler(3.0, Counter(), most=1)
     workpool.enqueue(count=4, metadata={"kind": "limited"})
     (item,) = workpool.enqueue()
-    async with workpool.pool(limited, other_handler):
+    async with workpool.pool(limited, sleep_for_seconds):
         first = await workpool.wait_for(SessionFinished, timeout=1)
         assert first.session.item.id == item.id
 
@@ -150,7 +152,7 @@ async def test_pool_run_until_empty_completes_items_above_session_limit_of_handl
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=5, metadata={"kind": "limited"})
-    limited = counting_handler(0.5, Counter(), most=1)
+    limited = make_session_counting_handler(0.5, Counter(), most=1)
     await workpool.pool(limited).run(until_empty=True)
     assert workpool.server.summary().stopped == 5
 
@@ -160,7 +162,7 @@ async def test_paused_or_draining_pool_claims_no_item_of_handler_at_session_limi
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=4, metadata={"kind": "limited"})
-    limited = counting_handler(2.0, Counter(), most=1)
+    limited = make_session_counting_handler(2.0, Counter(), most=1)
     async with workpool.pool(limited) as pool:
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(1)
@@ -175,9 +177,9 @@ async def test_paused_or_draining_pool_claims_no_item_of_handler_at_session_limi
 @in_virtual_time
 async def test_reserved_slots_stay_free_for_their_handler(workpool: Kit) -> None:
     running: Counter[str] = Counter()
-    urgent = counting_handler(1.0, running, reserved=2)
+    urgent = make_session_counting_handler(1.0, running, reserved=2)
     workpool.enqueue(count=8, metadata={"seconds": "600"})
-    async with workpool.pool(urgent, other_handler, concurrency=5) as pool:
+    async with workpool.pool(urgent, sleep_for_seconds, concurrency=5) as pool:
         await asyncio.sleep(30)
         assert pool.status().running == 3
         workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -190,7 +192,7 @@ async def test_handler_with_reserved_slots_may_use_unreserved_slots_too(workpool
     running: Counter[str] = Counter()
     workpool.enqueue(count=5, metadata={"kind": "limited"})
     async with workpool.pool(
-        counting_handler(1.0, running, reserved=1), other_handler, concurrency=5
+        make_session_counting_handler(1.0, running, reserved=1), sleep_for_seconds, concurrency=5
     ):
         await workpool.wait_for(SessionFinished, count=5)
     assert running["most"] == 5
@@ -203,15 +205,15 @@ async def test_handler_with_reserved_slots_may_use_unreserved_slots_too(workpool
             3,
             "(count_running_sessions.count_running_sessions 3), and concurrency is 2",
         ),
-        (2, "other_handler.other_handler would never run: all 2 slots are reserved"),
+        (2, "sleep_for_seconds.sleep_for_seconds would never run: all 2 slots are reserved"),
     ],
 )
 async def test_reserved_slots_that_leave_no_slot_for_other_handlers_prevent_start(
     workpool: Kit, reserved: int, message: str
 ) -> None:
-    limited = counting_handler(0.0, Counter(), reserved=reserved)
+    limited = make_session_counting_handler(0.0, Counter(), reserved=reserved)
     with pytest.raises(PluginError) as refused:
-        async with workpool.pool(limited, other_handler, concurrency=2):
+        async with workpool.pool(limited, sleep_for_seconds, concurrency=2):
             raise AssertionError("started")
     assert message in str(refused.value)
 
@@ -219,7 +221,7 @@ async def test_reserved_slots_that_leave_no_slot_for_other_handlers_prevent_star
 @in_virtual_time
 async def test_redelivered_item_of_handler_at_session_limit_runs_once(workpool: Kit) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
-    async with workpool.pool(counting_handler(2.0, Counter(), most=1)) as pool:
+    async with workpool.pool(make_session_counting_handler(2.0, Counter(), most=1)) as pool:
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(1)
         assert pool._view is not None

@@ -41,7 +41,7 @@ TAKE_BACK_SECONDS = 60 - 6 - 15
 """Seconds after which a parent takes back an item with the default TTL of 60 s."""
 
 
-class ChildInVirtualTime(ThreadlessSupervisor, HandoffChild):
+class HandoffChildInVirtualTime(ThreadlessSupervisor, HandoffChild):
     """The supervisor of a child process, in virtual time."""
 
 
@@ -125,7 +125,7 @@ class HandoffTestbed:
         labels["environment_id"] = ENVIRONMENT
         return self.pool.registry.get_sample_value(f"workpool_{name}", labels)
 
-    def stop_by_operator(self, *, force: bool = False) -> None:
+    def stop_item_as_operator(self, *, force: bool = False) -> None:
         """Stop the item in the name of an operator, not of a worker."""
         self.operations.stop_item(ENVIRONMENT, self.work_id, "operator", force=force)
 
@@ -133,7 +133,7 @@ class HandoffTestbed:
     def request_names(self) -> list[str]:
         return [op for _, op in self.sent]
 
-    def request_names_after(self, moment: float) -> list[str]:
+    def request_names_sent_after(self, moment: float) -> list[str]:
         return [op for at, op in self.sent if at > moment]
 
     @property
@@ -169,7 +169,7 @@ async def test_session_outcome_is_detached_after_first_heartbeat_of_child_proces
     assert testbed.lease.ttl == 60
     # The first heartbeat starts the lease, and the second one extends it before the handoff.
     assert testbed.request_names.count("heartbeat") == 2
-    assert set(testbed.request_names_after(0)) <= {"get"}
+    assert set(testbed.request_names_sent_after(0)) <= {"get"}
     assert (testbed.current_item.state, dict(testbed.current_item.metadata)) == ("active", {})
     assert testbed.recorder.of(ItemReclaimed) == []
 
@@ -186,7 +186,7 @@ async def test_pool_sends_no_request_for_item_during_handoff() -> None:
             with pytest.raises(LeaseLost):
                 await session.handover().__aenter__()
             await asyncio.sleep(TAKE_BACK_SECONDS - 4)
-            assert testbed.request_names_after(entered) == []
+            assert testbed.request_names_sent_after(entered) == []
             await testbed.send_child_heartbeat()
 
     assert await testbed.run_handler(hand_off_item) == "detached"
@@ -400,9 +400,9 @@ async def test_stop_by_operator_during_handoff_ends_session_at_once(
     async def hand_off_item(session: Session) -> None:
         async with session.handover() as testbed.lease:
             if inside:
-                testbed.stop_by_operator(force=force)
+                testbed.stop_item_as_operator(force=force)
             else:
-                testbed.loop.call_later(3, partial(testbed.stop_by_operator, force=force))
+                testbed.loop.call_later(3, partial(testbed.stop_item_as_operator, force=force))
 
     assert await testbed.run_handler(hand_off_item) == "stopped"
     assert testbed.loop.time() < 12
@@ -415,7 +415,7 @@ async def test_handoff_of_session_with_stop_request_is_refused() -> None:
     testbed = HandoffTestbed()
 
     async def hand_off_item(session: Session) -> None:
-        testbed.stop_by_operator()
+        testbed.stop_item_as_operator()
         async with session.handover():
             raise AssertionError("the block was entered")
 
@@ -485,7 +485,7 @@ async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool)
                 await asyncio.sleep(300)
 
     assert await testbed.run_handler(hand_off_item, reclaim_older_than_ms=60_000) == "lease_lost"
-    assert testbed.request_names_after(54) == []
+    assert testbed.request_names_sent_after(54) == []
     assert testbed.recorder.of(ItemReclaimed) == []
 
 
@@ -508,7 +508,7 @@ async def test_session_outcome_is_lease_lost_if_lease_expires_during_handoff() -
 
 async def run_pool_with_child(
     testbed: HandoffTestbed, **faults: list[Fault | None]
-) -> tuple[ChildInVirtualTime, list[str]]:
+) -> tuple[HandoffChildInVirtualTime, list[str]]:
     """Hand the item off to a child whose requests have the given faults.
 
     Returns:
@@ -529,7 +529,7 @@ async def run_pool_with_child(
 
     async def wait_for_child() -> None:
         lease = testbed.lease
-        child = ChildInVirtualTime(
+        child = HandoffChildInVirtualTime(
             settings,
             lease.work_id,
             lease.last_heartbeat,
@@ -540,7 +540,7 @@ async def run_pool_with_child(
         with suppress(TransientError):
             await child.run()
 
-    children: list[ChildInVirtualTime] = []
+    children: list[HandoffChildInVirtualTime] = []
     testbed.outcome = await testbed.run_handler(hand_off_item, reclaim_older_than_ms=600_000)
     return children[0], [event.outcome for event in recorder.of(SessionFinished)]
 

@@ -38,12 +38,12 @@ async def test_full_pool_is_ready_regardless_of_last_poll(
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_permission_to_end(_: Session) -> None:
+    async def wait_until_test_allows_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
     async with make_pool(
-        wait_for_permission_to_end, concurrency=1, metrics_listen="127.0.0.1:0"
+        wait_until_test_allows_end, concurrency=1, metrics_listen="127.0.0.1:0"
     ) as supervisor:
         await recorder.wait_for(SessionStarted)
         assert await get_health_report(supervisor, "readyz") == (200, {"status": "ready"})
@@ -63,12 +63,12 @@ async def test_pool_is_unhealthy_once_loop_has_been_blocked_for_max_block(
     given_up, may_end = threading.Event(), threading.Event()
 
     @handler
-    async def block_loop(_: Session) -> None:
+    async def block_event_loop(_: Session) -> None:
         may_end.wait(50)  # This call blocks the event loop.
 
     control_plane.enqueue()
     settings = make_settings(max_block=1.5, metrics_listen="127.0.0.1:0")
-    supervisor = Supervisor(settings, plugins=[block_loop])
+    supervisor = Supervisor(settings, plugins=[block_event_loop])
     supervisor.on_blocked = given_up.set
     async with asyncio.TaskGroup() as group:
         try:

@@ -52,14 +52,14 @@ class HostilePlugin:
 
     @hookimpl
     def workpool_wrap_session(self, session: Session) -> None:
-        if session.item.metadata.get("mischief") == "raise in wrapper":
+        if session.item.metadata.get("mischief") == "raise in wrapping hook":
             raise RuntimeError("in the wrapping hook")
 
     @hookimpl
     def workpool_event(self, event: Event) -> None:
         raise RuntimeError(f"in the observing hook, at {type(event).__name__}")
 
-    async def raise_in_wrapper(self, _: Session) -> None:
+    async def raise_in_wrapping_hook(self, _: Session) -> None:
         raise AssertionError("the context was not entered")
 
     async def never_return(self, _: Session) -> None:
@@ -72,7 +72,7 @@ class HostilePlugin:
             except asyncio.CancelledError:
                 continue
 
-    async def return_numbers(self, _: Session) -> Any:
+    async def return_int_keys(self, _: Session) -> Any:
         return {1: 2}
 
     async def exit_process(self, _: Session) -> None:
@@ -105,8 +105,8 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.5)
     mischiefs = [
-        "choose", "not callable", "raise in wrapper", "never return", "swallow cancellation",
-        "return numbers", "exit process", "block loop", "leave thread running",
+        "choose", "not callable", "raise in wrapping hook", "never return", "swallow cancellation",
+        "return int keys", "exit process", "block loop", "leave thread running",
     ]  # fmt: skip
     for mischief in mischiefs:
         control_plane.enqueue(metadata={"mischief": mischief})
@@ -126,8 +126,8 @@ async def test_plugin_with_every_kind_of_fault_does_not_affect_other_plugins(
         for event in recorder.of(SessionFinished)
     }
     assert outcomes == {
-        None: "completed", "raise in wrapper": "failed", "never return": "released",
-        "swallow cancellation": "released", "return numbers": "failed", "exit process": "failed",
+        None: "completed", "raise in wrapping hook": "failed", "never return": "released",
+        "swallow cancellation": "released", "return int keys": "failed", "exit process": "failed",
         "block loop": "completed", "leave thread running": "completed",
     }  # fmt: skip
     assert {event.reason for event in recorder.of(ItemDeclined)} == {"plugin_error"}

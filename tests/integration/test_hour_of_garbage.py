@@ -47,7 +47,7 @@ VALUES: tuple[object, ...] = (
 )
 
 
-class GarbageAnswerScript:
+class RandomGarbageFaults:
     """A fault script that replaces seven of ten answers by garbage of every kind, for an hour."""
 
     def __init__(self, seed: int) -> None:
@@ -83,7 +83,7 @@ def test_pool_completes_all_items_after_an_hour_of_garbled_answers(seed: int) ->
         loop = asyncio.get_running_loop()
         assert isinstance(loop, VirtualLoop)
         operations = Operations([ENVIRONMENT], now=lambda: 1e9 + loop.machine_time())
-        garbage, recorder = GarbageAnswerScript(seed), Recorder()
+        garbage, recorder = RandomGarbageFaults(seed), Recorder()
         running: set[str] = set()
 
         @handler

@@ -45,18 +45,18 @@ async def fetch_text(url: str) -> str:
         return await response.text()
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_heartbeats_and_metrics_continue_while_handler_blocks_loop(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     blocked, may_end = threading.Event(), threading.Event()
 
-    async def block_loop(_: Session) -> None:
+    async def block_event_loop(_: Session) -> None:
         blocked.set()
         may_end.wait(50)  # This call blocks the event loop.
 
     (item,) = control_plane.enqueue()
-    pool = PoolOnThread(make_settings(metrics_listen="127.0.0.1:0"), block_loop)
+    pool = PoolOnThread(make_settings(metrics_listen="127.0.0.1:0"), block_event_loop)
     async with asyncio.TaskGroup() as group:
         group.create_task(pool.run_pool())
         assert await asyncio.to_thread(blocked.wait, 40)
@@ -76,12 +76,12 @@ async def test_handler_that_blocks_event_loop_for_twice_the_lease_ttl_keeps_leas
 ) -> None:
     started = threading.Event()
 
-    async def block_loop(_: Session) -> None:
+    async def block_event_loop(_: Session) -> None:
         started.set()
         time.sleep(45)  # noqa: ASYNC251 - blocking the loop is the point
 
     (item,) = control_plane.enqueue()
-    pool = PoolOnThread(make_settings(lease_ttl=20, metrics_listen="127.0.0.1:0"), block_loop)
+    pool = PoolOnThread(make_settings(lease_ttl=20, metrics_listen="127.0.0.1:0"), block_event_loop)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(pool.run_pool())
         assert await asyncio.to_thread(started.wait, 40)

@@ -128,11 +128,11 @@ class UncancellablePlugin:
 
     @asynccontextmanager
     async def uncancellable_context(self) -> AsyncIterator[None]:
-        await self.hold_context_open_at("opening")
+        await self.ignore_cancellation_in_phase("opening")
         yield
-        await self.hold_context_open_at("closing")
+        await self.ignore_cancellation_in_phase("closing")
 
-    async def hold_context_open_at(self, where: str) -> None:
+    async def ignore_cancellation_in_phase(self, where: str) -> None:
         if where != self.where:
             return
         self.reached.set()

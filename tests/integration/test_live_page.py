@@ -180,7 +180,7 @@ class Browser:
 
 
 @asynccontextmanager
-async def driven_browser(folder: Path) -> AsyncIterator[Browser]:
+async def headless_browser(folder: Path) -> AsyncIterator[Browser]:
     """Start headless Chromium with a page and end it afterwards."""
     program = shutil.which("chromium")
     if program is None:
@@ -221,7 +221,7 @@ async def test_live_page_in_browser_shows_sessions_and_escapes_markup(
     async with make_pool(wait_for_interruption, metrics_listen="127.0.0.1:0") as pool:
         await recorder.wait_for(SessionStarted)
         pool.pause("<img src=x onerror=alert(1)> disk full")
-        async with driven_browser(tmp_path) as browser:
+        async with headless_browser(tmp_path) as browser:
             await browser.open_page(f"{pool.metrics_url}/")
             await browser.wait_for_text(
                 "document.getElementById('sessions').textContent", item.session_id
@@ -257,7 +257,7 @@ async def test_queue_page_in_browser_shows_items_after_token_is_entered(
     """The token is entered through the browser's debugging port, since no URL may contain it."""
     (item,) = control_plane.enqueue(work_type="<img src=x onerror=alert(1)>")
     url = control_plane.base_url.partition("/api/")[0] + "/"
-    async with driven_browser(tmp_path) as browser:
+    async with headless_browser(tmp_path) as browser:
         await browser.open_page(url)
         await browser.run_page_script(
             f"document.getElementById('environment').value = {control_plane.environments[0]!r};"

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.integration.state_waits import wait_until
-from tests.integration.test_embedding import ignore_lookup_error, open_file_count, workpool_threads
+from tests.integration.test_embedding import (
+    await_and_ignore_lookup_error,
+    open_file_count,
+    workpool_threads,
+)
 from workpool import Session, Supervisor, handler
 
 if TYPE_CHECKING:
@@ -63,7 +67,7 @@ async def test_five_hundred_concurrent_pools_leave_no_task_or_thread(
     async with asyncio.TaskGroup() as group:
         pool_tasks = [
             group.create_task(
-                ignore_lookup_error(
+                await_and_ignore_lookup_error(
                     run_pool(Supervisor(settings, plugins=[wait_briefly]), dice, end)
                 )
             )

@@ -33,7 +33,7 @@ def read_metric_value(pool: Supervisor, name: str, **labels: str) -> float | Non
 
 
 @handler
-async def run_behaviour_from_metadata(session: Session) -> dict[str, str] | None:
+async def end_session_as_metadata_says(session: Session) -> dict[str, str] | None:
     match session.item.metadata.get("do"):
         case "raise":
             raise ValueError("no such report")
@@ -48,7 +48,7 @@ async def run_behaviour_from_metadata(session: Session) -> dict[str, str] | None
 async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> None:
     for do in ("raise", "wait", "finish"):
         workpool.enqueue(metadata={"do": do})
-    async with workpool.pool(run_behaviour_from_metadata, session_timeout=60) as pool:
+    async with workpool.pool(end_session_as_metadata_says, session_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, count=3, timeout=120)
     counted = {
         error: read_metric_value(pool, "session_errors_total", error=error)
@@ -62,7 +62,7 @@ async def test_failed_sessions_are_counted_by_kind_of_error(workpool: Kit) -> No
 @in_virtual_time
 async def test_session_beyond_max_attempts_is_counted_as_attempts_exceeded(workpool: Kit) -> None:
     (item,) = workpool.enqueue(metadata={"do": "wait"})
-    async with workpool.pool(run_behaviour_from_metadata, max_attempts=1) as pool:
+    async with workpool.pool(end_session_as_metadata_says, max_attempts=1) as pool:
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         failed = await workpool.wait_for(SessionFailed, timeout=120)
@@ -73,7 +73,7 @@ async def test_session_beyond_max_attempts_is_counted_as_attempts_exceeded(workp
 @in_virtual_time
 async def test_lease_taken_by_another_worker_is_counted_as_taken(workpool: Kit) -> None:
     item = workpool.enqueue(metadata={"do": "wait"})[0]
-    async with workpool.pool(run_behaviour_from_metadata) as pool:
+    async with workpool.pool(end_session_as_metadata_says) as pool:
         await workpool.wait_for(SessionStarted)
         workpool.lose(item)
         await workpool.wait_for(SessionFinished, timeout=120)
@@ -84,7 +84,7 @@ async def test_lease_taken_by_another_worker_is_counted_as_taken(workpool: Kit) 
 @in_virtual_time
 async def test_pickup_latency_is_not_measured_for_redelivered_items(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "release"})
-    async with workpool.pool(run_behaviour_from_metadata) as pool:
+    async with workpool.pool(end_session_as_metadata_says) as pool:
         await workpool.wait_for(ItemReceived, count=2, timeout=120)
         assert read_metric_value(pool, "item_pickup_latency_seconds_count") == 1
         assert read_metric_value(pool, "lease_ttl_seconds") == pool.settings.lease_ttl
@@ -96,7 +96,7 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
     may_end = threading.Event()
 
     @handler
-    async def block_loop(_: Session) -> None:
+    async def block_event_loop(_: Session) -> None:
         may_end.wait(50)
 
     seen: list[tuple[float | None, float | None, tuple[str, ...]]] = []
@@ -111,7 +111,7 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
         may_end.set()
 
     control_plane.enqueue()
-    async with make_pool(block_loop, pollers=2) as pool:
+    async with make_pool(block_event_loop, pollers=2) as pool:
         scraper = threading.Thread(target=wait_for_blocked_loop_metric, args=(pool,))
         scraper.start()
         await recorder.wait_for(SessionFinished)
@@ -126,6 +126,6 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
 @in_virtual_time
 async def test_stalled_session_is_counted_as_session_error_of_kind_stalled(workpool: Kit) -> None:
     workpool.enqueue(metadata={"do": "wait"})
-    async with workpool.pool(run_behaviour_from_metadata, stall_timeout=60) as pool:
+    async with workpool.pool(end_session_as_metadata_says, stall_timeout=60) as pool:
         await workpool.wait_for(SessionFinished, timeout=120)
     assert read_metric_value(pool, "session_errors_total", error="stalled") == 1

@@ -120,7 +120,7 @@ async def test_heartbeat_answer_with_last_heartbeat_null_loses_lease_at_once(
     assert [event.result for event in recorder.of(HeartbeatFinished)] == ["conflict"]
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_heartbeat_answer_with_state_stopped_ends_session_at_once(
     run_one_item: Any, faults: Faults
 ) -> None:
@@ -177,7 +177,7 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
         response: web.StreamResponse = await handler(request)
         return response
 
-    async def use_metadata_and_events(session: Session) -> None:
+    async def call_metadata_and_event_methods(session: Session) -> None:
         await session.update_metadata({"a": "b"})
         text = {"type": "text", "text": "hello"}
         await session.events.send({"type": "user.message", "content": [text]})
@@ -187,7 +187,9 @@ async def test_extra_headers_are_sent_with_every_call_and_never_logged(
     faults.add(record_worker_token_header, *get_args(Op))
     with caplog.at_level("DEBUG"):
         final = await run_one_item(
-            use_metadata_and_events, extra_headers={"x-worker-token": "hunter2"}, stats_interval=60
+            call_metadata_and_event_methods,
+            extra_headers={"x-worker-token": "hunter2"},
+            stats_interval=60,
         )
     assert final.outcome == "completed"
     assert set(seen) == {"hunter2"}

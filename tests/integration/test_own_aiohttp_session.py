@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RENEWALS = 5
 
 
-class OwnSessionClient(WorkClient):
+class ClientWithOwnHttpSession(WorkClient):
     """A client that uses an aiohttp session of the caller."""
 
     def __init__(self, settings: Settings) -> None:
@@ -38,15 +38,15 @@ class OwnSessionClient(WorkClient):
         return await super().heartbeat(*arguments, **options)
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_leases_are_renewed_through_aiohttp_sessions_of_the_caller(
     control_plane: ControlPlane, make_settings: Any, recorder: Recorder
 ) -> None:
-    clients: list[OwnSessionClient] = []
+    clients: list[ClientWithOwnHttpSession] = []
     renewed = asyncio.Event()
 
-    def connect(settings: Settings) -> OwnSessionClient:
-        clients.append(OwnSessionClient(settings))
+    def connect(settings: Settings) -> ClientWithOwnHttpSession:
+        clients.append(ClientWithOwnHttpSession(settings))
         return clients[-1]
 
     @handler

@@ -47,7 +47,7 @@ class ThreadGate:
         self.reached = threading.Event()
         self.opened = threading.Event()
 
-    def block_until_opened(self) -> None:
+    def block_until_gate_opens(self) -> None:
         self.reached.set()
         assert self.opened.wait(WAIT_SECONDS)
 
@@ -56,7 +56,7 @@ class ThreadGate:
 
 
 @pytest.fixture
-def gate() -> Iterator[ThreadGate]:
+def thread_gate() -> Iterator[ThreadGate]:
     """Return a gate, and open it after the test so that no thread stays blocked."""
     gate = ThreadGate()
     yield gate
@@ -70,12 +70,12 @@ def handler_thread_names() -> set[str]:
 async def test_plain_handler_runs_on_a_thread_and_its_result_is_written(run_one_item: Any) -> None:
     threads: list[str] = []
 
-    def write_and_return_json(session: BlockingSession) -> JSON:
+    def write_metadata_and_return_json(session: BlockingSession) -> JSON:
         threads.append(threading.current_thread().name)
         item = session.update_metadata({"phase": "counting"})
         return {"rows": len(item.metadata), "attempt": session.attempt}
 
-    final = await run_one_item(write_and_return_json)
+    final = await run_one_item(write_metadata_and_return_json)
     assert final.outcome == "completed"
     assert final.metadata == {"phase": "counting", "workpool.result": '{"rows":1,"attempt":1}'}
     assert threads == ["workpool-handler-1"]
@@ -138,21 +138,21 @@ async def test_pool_starts_threads_on_demand_and_at_most_one_per_slot(
 
 
 async def test_loop_and_other_sessions_continue_while_a_plain_handler_blocks(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: ThreadGate
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, thread_gate: ThreadGate
 ) -> None:
     @handler(metadata={"kind": "plain"})
     def blocking_handler(_: BlockingSession) -> None:
-        gate.block_until_opened()
+        thread_gate.block_until_gate_opens()
 
     @handler
     async def other_handler(_: Session) -> None: ...
 
     control_plane.enqueue(metadata={"kind": "plain"})
     async with make_pool(blocking_handler, other_handler):
-        await gate.wait_until_thread_is_blocked()
+        await thread_gate.wait_until_thread_is_blocked()
         control_plane.enqueue(5)
         await recorder.wait_for(SessionFinished, count=5)
-        gate.opened.set()
+        thread_gate.opened.set()
         await recorder.wait_for(SessionFinished, count=6)
 
 
@@ -172,12 +172,12 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
             return session_context()
 
     @handler
-    def record_variable_and_state(session: BlockingSession) -> None:
+    def record_context_variable_and_state(session: BlockingSession) -> None:
         found.append((seen.get(), session.state["database"]))
 
     seen.set("the embedder's")
     control_plane.enqueue()
-    async with make_pool(record_variable_and_state, ContextVariablePlugin()):
+    async with make_pool(record_context_variable_and_state, ContextVariablePlugin()):
         await recorder.wait_for(SessionFinished)
     assert found == [("the embedder's", "open")]
 
@@ -215,23 +215,23 @@ async def test_lost_lease_cancels_plain_handler_and_later_calls_raise(workpool: 
 
 
 async def test_plain_handler_of_lost_session_keeps_slot_and_item_until_thread_ends(
-    workpool: Kit, gate: ThreadGate
+    workpool: Kit, thread_gate: ThreadGate
 ) -> None:
     runs: list[bool] = []
 
     @handler
-    def wait_in_first_run(session: BlockingSession) -> None:
+    def wait_in_first_session(session: BlockingSession) -> None:
         runs.append(session.redelivered)
         if not session.redelivered:
-            gate.block_until_opened()
+            thread_gate.block_until_gate_opens()
 
     [item] = workpool.enqueue()
-    async with workpool.pool(wait_in_first_run, concurrency=2, reclaim_older_than_ms=0) as pool:
-        await gate.wait_until_thread_is_blocked()
+    async with workpool.pool(wait_in_first_session, concurrency=2, reclaim_older_than_ms=0) as pool:
+        await thread_gate.wait_until_thread_is_blocked()
         workpool.lose(item)
         await workpool.faults.wait_for("poll", count=len(workpool.faults.of("poll")) + 5)
         assert (pool.status().running, runs) == (1, [False])
-        gate.opened.set()
+        thread_gate.opened.set()
         await workpool.wait_for(SessionFinished, lambda event: event.outcome == "completed")
     assert runs == [False, True]
 
@@ -285,7 +285,7 @@ async def test_drain_interrupts_plain_handler_and_waits_for_its_result(workpool:
 
 
 async def test_drain_abandons_plain_handler_that_hangs(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: ThreadGate,
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, thread_gate: ThreadGate,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 1.0)
@@ -293,7 +293,7 @@ async def test_drain_abandons_plain_handler_that_hangs(
 
     @handler
     def block_and_write_metadata(session: BlockingSession) -> None:
-        gate.block_until_opened()
+        thread_gate.block_until_gate_opens()
         try:
             session.update_metadata({"late": "yes"})
         except SessionEnded as error:
@@ -302,12 +302,12 @@ async def test_drain_abandons_plain_handler_that_hangs(
     (item,) = control_plane.enqueue()
     began = time.monotonic()
     async with make_pool(block_and_write_metadata, drain_timeout=0) as pool:
-        await gate.wait_until_thread_is_blocked()
+        await thread_gate.wait_until_thread_is_blocked()
     assert time.monotonic() - began < 40
     assert pool.abandoned == 1
     assert recorder.of(SessionFinished)[0].outcome == "released"
     [thread] = [each for each in threading.enumerate() if each.name == "workpool-handler-1"]
-    gate.opened.set()
+    thread_gate.opened.set()
     await asyncio.to_thread(thread.join, WAIT_SECONDS)
     assert not thread.is_alive()
     assert len(errors) == 1
@@ -318,14 +318,14 @@ async def test_drain_abandons_plain_handler_that_hangs(
 
 
 async def test_plain_handler_that_ignores_cancellation_is_logged_with_its_stack(
-    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, gate: ThreadGate,
+    control_plane: ControlPlane, make_pool: Any, recorder: Recorder, thread_gate: ThreadGate,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(handler_executor, "REPEAT_SECONDS", 0.2)
 
     @handler(timeout=0.1)
     def ignore_cancellation(_: BlockingSession) -> None:
-        gate.block_until_opened()
+        thread_gate.block_until_gate_opens()
 
     control_plane.enqueue()
     with caplog.at_level(logging.INFO, "workpool"):
@@ -334,11 +334,11 @@ async def test_plain_handler_that_ignores_cancellation_is_logged_with_its_stack(
             pool._view.dispatcher.executor.on_stuck = stuck.set
             async with asyncio.timeout(20):
                 await stuck.wait()
-            gate.opened.set()
+            thread_gate.opened.set()
             finished = await recorder.wait_for(SessionFinished)
     assert finished.outcome == "timed_out"
     [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
-    assert "gate.block_until_opened()" in str(report.stack_info)
+    assert "thread_gate.block_until_gate_opens()" in str(report.stack_info)
 
 
 async def test_blocking_session_can_be_used_from_many_threads_at_once(run_one_item: Any) -> None:
@@ -376,7 +376,7 @@ async def test_method_of_blocking_session_raises_session_ended_after_handler_ret
 
 async def test_plain_handler_answers_tool_uses_of_an_agent(workpool: Kit) -> None:
     @handler
-    def answer_tool_uses(session: BlockingSession) -> dict[str, str]:
+    def send_result_of_each_tool_use(session: BlockingSession) -> dict[str, str]:
         before = len(list(session.events.list()))
         done = 0
         with session.events.stream() as stream:
@@ -390,7 +390,7 @@ async def test_plain_handler_answers_tool_uses_of_an_agent(workpool: Kit) -> Non
         return {"done": str(done), "before": "some" if before else "none"}
 
     script = [{"name": "bash", "input": {"command": "ls"}}] * 3
-    result = await workpool.run_session(answer_tool_uses, script=script)
+    result = await workpool.run_session(send_result_of_each_tool_use, script=script)
     assert (result.outcome, dict(result.metadata)) == ("completed", {"done": "3", "before": "some"})
 
 
@@ -398,12 +398,12 @@ async def test_plain_handler_continues_session_after_handoff_block_raised_error(
     workpool: Kit,
 ) -> None:
     @handler
-    def fail_to_start_child(session: BlockingSession) -> dict[str, str]:
+    def raise_error_in_handoff_block(session: BlockingSession) -> dict[str, str]:
         with pytest.raises(ValueError, match="no child"), session.handover() as lease:
             raise ValueError(f"no child for {lease.work_id}")
         return {"took": "back"}
 
-    result = await workpool.run_session(fail_to_start_child)
+    result = await workpool.run_session(raise_error_in_handoff_block)
     assert (result.outcome, dict(result.metadata)) == ("completed", {"took": "back"})
 
 
@@ -438,11 +438,11 @@ async def test_stall_timeout_of_plain_handler_excludes_time_in_session_waiting(
 
 
 def test_error_in_virtual_time_names_plain_handler_that_blocks_its_thread(
-    gate: ThreadGate,
+    thread_gate: ThreadGate,
 ) -> None:
     @handler
     def resize_image(_: BlockingSession) -> None:
-        gate.block_until_opened()
+        thread_gate.block_until_gate_opens()
 
     async def run_in_virtual_time() -> None:
         async with Kit() as kit:
@@ -505,19 +505,19 @@ async def test_plain_method_of_plugin_runs_as_handler(workpool: Kit) -> None:
 
 
 async def test_heartbeats_continue_while_a_plain_handler_blocks_its_thread(
-    workpool: Kit, gate: ThreadGate, fast_heartbeats: None
+    workpool: Kit, thread_gate: ThreadGate, frequent_heartbeats: None
 ) -> None:
-    del fast_heartbeats
+    del frequent_heartbeats
 
     @handler
     def block_thread(_: BlockingSession) -> None:
-        gate.block_until_opened()
+        thread_gate.block_until_gate_opens()
 
     [item] = workpool.enqueue()
     async with workpool.pool(block_thread):
-        await gate.wait_until_thread_is_blocked()
+        await thread_gate.wait_until_thread_is_blocked()
         await workpool.faults.wait_for("heartbeat", work_id=item.id, count=10, answered=True)
-        gate.opened.set()
+        thread_gate.opened.set()
         assert (await workpool.wait_for(SessionFinished)).outcome == "completed"
 
 
@@ -541,21 +541,21 @@ async def test_plain_handler_that_blocks_longer_than_its_lease_keeps_it(
 
 
 def test_embedding_program_ends_although_a_thread_hangs(
-    gate: ThreadGate, monkeypatch: pytest.MonkeyPatch
+    thread_gate: ThreadGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`asyncio.run` waits for all tasks, so no task may wait for the thread."""
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
 
     @handler
     def block_thread(_: BlockingSession) -> None:
-        gate.block_until_opened()
+        thread_gate.block_until_gate_opens()
 
     async def run_embedded_pool() -> Supervisor:
         async with Kit() as kit:
             kit.enqueue()
             pool = kit.pool(block_thread, drain_timeout=0)
             async with pool:
-                await gate.wait_until_thread_is_blocked()
+                await thread_gate.wait_until_thread_is_blocked()
             return pool
 
     began = time.monotonic()
@@ -563,17 +563,19 @@ def test_embedding_program_ends_although_a_thread_hangs(
     assert time.monotonic() - began < 40
 
 
-def test_program_that_never_closes_its_pool_ends_although_thread_hangs(gate: ThreadGate) -> None:
+def test_program_that_never_closes_its_pool_ends_although_thread_hangs(
+    thread_gate: ThreadGate,
+) -> None:
     @handler
     def block_thread(_: BlockingSession) -> None:
-        gate.block_until_opened()
+        thread_gate.block_until_gate_opens()
 
-    async def leave_pool_open() -> None:
+    async def leave_worker_pool_unclosed() -> None:
         async with Kit() as kit:
             kit.enqueue()
             await kit.pool(block_thread).__aenter__()
-            await gate.wait_until_thread_is_blocked()
+            await thread_gate.wait_until_thread_is_blocked()
 
     began = time.monotonic()
-    asyncio.run(leave_pool_open())
+    asyncio.run(leave_worker_pool_unclosed())
     assert time.monotonic() - began < 50

@@ -31,18 +31,18 @@ class SingleEventTypeObserver:
         self.events.append(event)
 
 
-def count_built_events(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def count_created_events(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the event objects that are built from now on, by type."""
     built: Counter[str] = Counter()
 
     def count_events_of_type(event_type: Any) -> None:
         init = event_type.__init__
 
-        def count_event_and_initialize(*args: Any, **kwargs: Any) -> None:
+        def initialize_and_count_event(*args: Any, **kwargs: Any) -> None:
             built[event_type.__name__] += 1
             init(*args, **kwargs)
 
-        monkeypatch.setattr(event_type, "__init__", count_event_and_initialize)
+        monkeypatch.setattr(event_type, "__init__", initialize_and_count_event)
 
     for event_type in get_args(Event):
         count_events_of_type(event_type)
@@ -66,7 +66,7 @@ def read_counter_value(pool: Supervisor, metric: str, **labels: str) -> float:
 async def test_events_without_observer_are_counted_but_no_event_object_is_created(
     control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = count_built_events(monkeypatch)
+    built = count_created_events(monkeypatch)
     pool = await enqueue_and_run_items(control_plane, make_settings, 3)
     assert not built
     assert read_counter_value(pool, "items_received_total", origin="new", type="session") == 3
@@ -83,7 +83,7 @@ async def test_event_objects_are_created_only_for_types_that_have_an_observer(
     control_plane: ControlPlane, make_settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finished = SingleEventTypeObserver()
-    built = count_built_events(monkeypatch)
+    built = count_created_events(monkeypatch)
     await enqueue_and_run_items(control_plane, make_settings, 3, finished)
     assert built == {"SessionFinished": 3}
     assert [event.outcome for event in finished.events] == ["completed"] * 3
@@ -103,7 +103,7 @@ class RequestObserver:
             self.renewed.set()
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_current_work_id_is_set_while_observer_receives_event_about_item_request(
     control_plane: ControlPlane, make_settings: Any
 ) -> None:

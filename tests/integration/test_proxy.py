@@ -21,7 +21,7 @@ WAIT_SECONDS = 30.0
 SILENT_SECONDS = 0.3
 
 
-class ConnectionEndpoint(NamedTuple):
+class ProxyConnectionEnd(NamedTuple):
     """The client's end or the server's end of a connection through the proxy."""
 
     reader: asyncio.StreamReader
@@ -53,16 +53,16 @@ class ConnectionEndpoint(NamedTuple):
 class ProxyTestbed:
     """A proxy between test clients and a test server."""
 
-    def __init__(self, proxy: Proxy, accepted: asyncio.Queue[ConnectionEndpoint]) -> None:
+    def __init__(self, proxy: Proxy, accepted: asyncio.Queue[ProxyConnectionEnd]) -> None:
         self.proxy = proxy
         self._accepted = accepted
         self._writers: list[asyncio.StreamWriter] = []
 
-    async def connect_through_proxy(self) -> tuple[ConnectionEndpoint, ConnectionEndpoint]:
+    async def connect_through_proxy(self) -> tuple[ProxyConnectionEnd, ProxyConnectionEnd]:
         """Open a connection through the proxy; return the client's end and the server's end."""
         port = int(self.proxy.base_url.rpartition(":")[2])
         async with asyncio.timeout(WAIT_SECONDS):
-            client = ConnectionEndpoint(*await asyncio.open_connection("127.0.0.1", port))
+            client = ProxyConnectionEnd(*await asyncio.open_connection("127.0.0.1", port))
             server = await self._accepted.get()
         self._writers += [client.writer, server.writer]
         return client, server
@@ -74,9 +74,9 @@ class ProxyTestbed:
 
 @pytest.fixture
 async def testbed() -> AsyncIterator[ProxyTestbed]:
-    accepted: asyncio.Queue[ConnectionEndpoint] = asyncio.Queue()
+    accepted: asyncio.Queue[ProxyConnectionEnd] = asyncio.Queue()
     listening = await asyncio.start_server(
-        lambda reader, writer: accepted.put_nowait(ConnectionEndpoint(reader, writer)),
+        lambda reader, writer: accepted.put_nowait(ProxyConnectionEnd(reader, writer)),
         "127.0.0.1",
         0,
     )
@@ -219,7 +219,7 @@ async def test_exception_inside_async_with_block_of_proxy_is_raised_unchanged(
 async def test_proxy_without_control_plane_closes_connections() -> None:
     async with Proxy("http://127.0.0.1:9") as proxy:
         port = int(proxy.base_url.rpartition(":")[2])
-        client = ConnectionEndpoint(*await asyncio.open_connection("127.0.0.1", port))
+        client = ProxyConnectionEnd(*await asyncio.open_connection("127.0.0.1", port))
         await client.expect_end_of_stream()
         client.writer.transport.abort()
 
@@ -238,7 +238,7 @@ async def test_worker_without_network_loses_item_to_another_worker(
     fault: str,
 ) -> None:
     @handler
-    async def wait_in_first_run(session: Session) -> None:
+    async def wait_in_first_session(session: Session) -> None:
         if session.redelivered:
             return
         await asyncio.Event().wait()
@@ -247,11 +247,13 @@ async def test_worker_without_network_loses_item_to_another_worker(
     (item,) = control_plane.enqueue()
     async with Proxy(control_plane.base_url) as proxy:
         settings = make_settings(base_url=proxy.base_url, lease_ttl=10, request_timeout=1)
-        async with Supervisor(settings, plugins=[wait_in_first_run, cut_off]):
+        async with Supervisor(settings, plugins=[wait_in_first_session, cut_off]):
             await cut_off.wait_for(SessionStarted)
             getattr(proxy, fault)()
             held = control_plane.operations.get_item(control_plane.environments[0], item.id).holder
-            async with Supervisor(make_settings(lease_ttl=10), plugins=[wait_in_first_run, free]):
+            async with Supervisor(
+                make_settings(lease_ttl=10), plugins=[wait_in_first_session, free]
+            ):
                 lost = await cut_off.wait_for(SessionFinished, timeout=45)
                 assert lost.outcome == "lease_lost"
                 done = await free.wait_for(SessionFinished, timeout=45)
@@ -272,7 +274,7 @@ async def test_worker_without_network_loses_item_to_another_worker(
     assert control_plane.summary().overlapping == 0
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_pool_behind_slow_connection_keeps_leases(
     control_plane: ControlPlane, recorder: Recorder, make_pool: PoolFactory
 ) -> None:

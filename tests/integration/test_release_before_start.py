@@ -57,7 +57,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released(
     worker_losing_item: WorkClient,
     clock: Clock,
     pool_drained_during_ack: Any,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     recorder: Recorder,
 ) -> None:
     """After the last heartbeat the pool writes nothing, not even the number of the attempt."""
@@ -67,7 +67,7 @@ async def test_redelivered_item_acknowledged_during_drain_is_released(
     clock.advance(100)
     async with pool_drained_during_ack():
         pass
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert final.outcome == "released"
     assert not recorder.of(SessionStarted)
     assert final.request_names[-1] == "heartbeat"
@@ -78,7 +78,7 @@ async def test_item_acknowledged_during_drain_counts_as_stopped_if_stop_was_requ
     control_plane: ControlPlane,
     pool_drained_during_ack: Any,
     faults: Faults,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     recorder: Recorder,
 ) -> None:
     """No other worker gets the item, because it becomes `stopped` when its lease expires."""
@@ -89,7 +89,7 @@ async def test_item_acknowledged_during_drain_counts_as_stopped_if_stop_was_requ
         await heartbeat.reached()
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         heartbeat.release()
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert final.outcome == "stopped"
     assert not recorder.of(SessionStarted)
 
@@ -98,7 +98,7 @@ async def test_session_outcome_is_stopped_if_stop_request_precedes_drain(
     control_plane: ControlPlane,
     make_pool: Any,
     faults: Faults,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     recorder: Recorder,
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -106,6 +106,6 @@ async def test_session_outcome_is_stopped_if_stop_request_precedes_drain(
         await recorder.wait_for(SessionStarted)
         control_plane.operations.stop_item(control_plane.environments[0], item.id)
         await supervisor.drain(timeout=0)
-    final = await wait_for_end(item.id)
+    final = await wait_for_session_end(item.id)
     assert final.outcome == "stopped"
     assert faults.of("heartbeat")

@@ -28,7 +28,7 @@ async def endless_handler(_: Session) -> None:
     await asyncio.Event().wait()
 
 
-class RaisingLogHandler(logging.Handler):
+class LogHandlerThatRaises(logging.Handler):
     """A log handler that raises for every message with a given beginning."""
 
     def __init__(self, beginning: str, error: BaseException) -> None:
@@ -42,10 +42,10 @@ class RaisingLogHandler(logging.Handler):
 
 
 @pytest.fixture
-def raising_log_handler(request: pytest.FixtureRequest) -> Iterator[float]:
+def log_handler_that_raises(request: pytest.FixtureRequest) -> Iterator[float]:
     """Add a log handler that raises. Yield the test's value of the setting `max_block`."""
     beginning, max_block, error = request.param
-    added = RaisingLogHandler(beginning, error)
+    added = LogHandlerThatRaises(beginning, error)
     logging.getLogger().addHandler(added)
     yield max_block
     logging.getLogger().removeHandler(added)
@@ -67,12 +67,12 @@ async def run_pool_on_thread(supervisor: Supervisor) -> WorkpoolError | None:
 
 
 @pytest.fixture
-def tolerate_loaded_machine() -> None:
+def relax_time_limits() -> None:
     """Override the fixture of this name: these tests need the default limit of loop lag."""
 
 
 @pytest.mark.parametrize(
-    "raising_log_handler",
+    "log_handler_that_raises",
     [
         ("event loop is blocked", 300, RuntimeError("log")),
         ("event loop is blocked", 300, SystemExit("log")),
@@ -85,13 +85,13 @@ async def test_pool_fails_if_logging_handler_raises_while_event_loop_is_blocked(
     control_plane: ControlPlane,
     faults: Faults,
     make_settings: Callable[..., Settings],
-    raising_log_handler: float,
+    log_handler_that_raises: float,
 ) -> None:
     called, may_end = threading.Event(), threading.Event()
     calls: list[BaseException | None] = []
 
     @handler
-    async def block_loop(_: Session) -> None:
+    async def block_event_loop(_: Session) -> None:
         may_end.wait(50)  # This call blocks the event loop.
 
     def record_pool_error() -> None:
@@ -99,7 +99,9 @@ async def test_pool_fails_if_logging_handler_raises_while_event_loop_is_blocked(
         called.set()
 
     (item,) = control_plane.enqueue()
-    supervisor = Supervisor(make_settings(max_block=raising_log_handler), plugins=[block_loop])
+    supervisor = Supervisor(
+        make_settings(max_block=log_handler_that_raises), plugins=[block_event_loop]
+    )
     supervisor.on_blocked = record_pool_error
     async with asyncio.TaskGroup() as group:
         running = group.create_task(run_pool_on_thread(supervisor))
@@ -114,7 +116,7 @@ async def test_pool_fails_if_logging_handler_raises_while_event_loop_is_blocked(
     assert len(faults.of("heartbeat", work_id=item.id)) == sent
     assert not faults.of("stop")
     assert isinstance(supervisor.status().error, LeaseRenewerError)
-    assert isinstance(calls[-1], LeaseRenewerError) or raising_log_handler == 1.5
+    assert isinstance(calls[-1], LeaseRenewerError) or log_handler_that_raises == 1.5
 
 
 async def test_exception_on_renewer_thread_invokes_callback_on_blocked_although_loop_runs(
@@ -152,11 +154,11 @@ async def test_pool_continues_after_loop_was_blocked_for_max_block(
     called, may_end = threading.Event(), threading.Event()
 
     @handler
-    async def block_loop(_: Session) -> None:
+    async def block_event_loop(_: Session) -> None:
         may_end.wait(50)  # This call blocks the event loop.
 
     control_plane.enqueue()
-    supervisor = Supervisor(make_settings(max_block=1), plugins=[block_loop])
+    supervisor = Supervisor(make_settings(max_block=1), plugins=[block_event_loop])
     supervisor.on_blocked = called.set
     async with asyncio.TaskGroup() as group:
         running = group.create_task(run_pool_on_thread(supervisor))

@@ -41,10 +41,10 @@ def retrying_handler(
     dependency: FailingDependency, retry: Retry = RETRY_CONNECTION_ERRORS, **arguments: Any
 ) -> Any:
     @handler(retry=retry, **arguments)
-    async def call_dependency(session: Session) -> dict[str, str]:
+    async def call_failing_dependency(session: Session) -> dict[str, str]:
         return await dependency.fail_first_calls(session)
 
-    return call_dependency
+    return call_failing_dependency
 
 
 async def wait_for_first_failure(workpool: Kit, dependency: FailingDependency) -> None:
@@ -114,10 +114,10 @@ async def test_release_and_invalid_result_are_not_retried(workpool: Kit) -> None
     assert dependency.calls == [0]
 
     @handler(retry=retry)
-    async def return_set(session: Session) -> Any:
+    async def return_python_set(session: Session) -> Any:
         return {session.retry}
 
-    assert (await workpool.run_session(return_set)).outcome == "failed"
+    assert (await workpool.run_session(return_python_set)).outcome == "failed"
     assert not workpool.recorder.of(HandlerRetried)
 
 
@@ -236,14 +236,14 @@ async def test_handler_that_fails_after_its_handoff_is_not_called_again(workpool
     loop, operations = asyncio.get_running_loop(), workpool.server.operations
 
     @handler(retry=RETRY_CONNECTION_ERRORS)
-    async def hand_off(session: Session) -> None:
+    async def hand_off_item_and_raise(session: Session) -> None:
         calls.append(session.retry)
         async with session.handover() as lease:
             first_heartbeat = (lease.environment_id, lease.work_id, lease.last_heartbeat, lease.ttl)
             loop.call_soon(operations.heartbeat, *first_heartbeat, "child")
         raise ConnectionError
 
-    result = await workpool.run_session(hand_off)
+    result = await workpool.run_session(hand_off_item_and_raise)
     assert (result.outcome, calls) == ("detached", [0])
     assert result.seconds < 5
 
@@ -268,10 +268,10 @@ async def test_plugin_context_is_entered_once_around_all_retries(workpool: Kit) 
     class ContextRecordingPlugin:
         @hookimpl
         def workpool_wrap_session(self) -> Any:
-            return self.record_context_exit()
+            return self.context_that_records_exit()
 
         @asynccontextmanager
-        async def record_context_exit(self) -> AsyncIterator[None]:
+        async def context_that_records_exit(self) -> AsyncIterator[None]:
             try:
                 yield
             except ConnectionError:

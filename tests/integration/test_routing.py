@@ -31,7 +31,7 @@ async def any_session_handler(_: Session) -> dict[str, str]:
 
 
 @handler(metadata={"job": "report"}, timeout=5 * MINUTE_SECONDS)
-async def report_handler(session: Session) -> dict[str, str]:
+async def handle_report_item(session: Session) -> dict[str, str]:
     return await sleep_for_minutes(session, "report")
 
 
@@ -45,7 +45,7 @@ async def job_handler(_: Session) -> dict[str, str]:
     return {"by": "job"}
 
 
-class WeightSelectingPlugin:
+class HeavyItemPlugin:
     """A plugin whose hook selects items by weight, because no rule can compare weights."""
 
     @hookimpl
@@ -63,9 +63,9 @@ async def sleep_for_minutes(session: Session, by: str) -> dict[str, str]:
 
 
 ALL_HANDLERS = (
-    WeightSelectingPlugin(),
+    HeavyItemPlugin(),
     any_session_handler,
-    report_handler,
+    handle_report_item,
     huge_report_handler,
     job_handler,
 )
@@ -157,7 +157,7 @@ async def test_items_of_another_pool_cost_polls_but_do_not_delay_matching_items(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=3, metadata={"job": "of another pool"})
-    async with workpool.pool(report_handler, pollers=pollers) as pool:
+    async with workpool.pool(handle_report_item, pollers=pollers) as pool:
         for count in range(1, 30):
             await asyncio.sleep(20)
             workpool.enqueue(metadata={"job": "report"})
@@ -172,7 +172,7 @@ async def test_wanted_item_is_never_delivered_if_too_many_unwanted_items_are_que
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=30, metadata={"job": "of another pool"})
-    async with workpool.pool(report_handler, pollers=pollers) as pool:
+    async with workpool.pool(handle_report_item, pollers=pollers) as pool:
         await asyncio.sleep(60)
         (wanted,) = workpool.enqueue(metadata={"job": "report"})
         await asyncio.sleep(10 * MINUTE_SECONDS)

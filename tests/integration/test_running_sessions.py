@@ -127,18 +127,20 @@ async def test_handler_reads_item_and_lease_time_and_logger_from_session(
     remaining: list[float] = []
 
     @handler
-    async def log_and_record_lease(session: Session) -> None:
+    async def log_and_store_lease_time(session: Session) -> None:
         remaining.append(session.lease_remaining)
-        session.log.warning("at log_and_record_lease")
+        session.log.warning("at log_and_store_lease_time")
 
     (item,) = control_plane.enqueue(metadata={"a": "b"})
-    async with make_pool(log_and_record_lease, lease_ttl=120):
+    async with make_pool(log_and_store_lease_time, lease_ttl=120):
         session = (await recorder.wait_for(SessionFinished)).session
     assert (session.id, session.item.id) == (item.session_id, item.id)
     assert session.item.metadata == {"a": "b"}
     assert not session.redelivered
     assert 60 < remaining[0] <= 120
-    (record,) = [record for record in caplog.records if record.message == "at log_and_record_lease"]
+    (record,) = [
+        record for record in caplog.records if record.message == "at log_and_store_lease_time"
+    ]
     assert getattr(record, "work_id", None) == item.id
 
 
@@ -260,7 +262,7 @@ async def test_use_of_session_after_its_end_raises_and_sends_no_request(
     assert not faults.of("update")
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
@@ -289,7 +291,7 @@ async def test_metadata_write_in_progress_is_cancelled_when_lease_is_lost(
 
 
 async def test_metadata_writes_of_handler_are_merged_and_return_updated_item(
-    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
+    control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any
 ) -> None:
     answers: list[dict[str, str]] = []
 
@@ -301,7 +303,7 @@ async def test_metadata_writes_of_handler_are_merged_and_return_updated_item(
 
     (item,) = control_plane.enqueue(metadata={"given": "yes"})
     async with make_pool(write_metadata_twice):
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert answers == [{"given": "yes", "a": "1", "b": "2"}, {"given": "yes", "b": "2"}]
     assert final.metadata == {"given": "yes", "b": "2", "c": "3"}
     assert final.request_names == ["ack", "heartbeat", "update", "update", "update", "stop"]
@@ -380,10 +382,10 @@ class ContextEntryRecordingPlugin:
 
     @hookimpl
     def workpool_wrap_session(self, session: Session) -> Any:
-        return self.recording_context(session)
+        return self.context_that_records_its_calls(session)
 
     @asynccontextmanager
-    async def recording_context(self, _: Session) -> AsyncIterator[None]:
+    async def context_that_records_its_calls(self, _: Session) -> AsyncIterator[None]:
         self.trace.append(f"enter {self.name}")
         try:
             yield
@@ -456,7 +458,7 @@ class ErrorRaisingPlugin:
 
 @pytest.mark.parametrize("where", ["hook", "enter", "leave"])
 async def test_exception_of_plugin_context_fails_session(
-    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, where: str
+    control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any, where: str
 ) -> None:
     ran: list[bool] = []
 
@@ -470,7 +472,7 @@ async def test_exception_of_plugin_context_fails_session(
     async with make_pool(
         make_plugin_with_name("A", trace), ErrorRaisingPlugin(where), record_handler_run
     ):
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "LookupError"}
     assert bool(ran) is (where == "leave")
@@ -491,7 +493,7 @@ class ErrorSwallowingPlugin:
 
 
 async def test_plugin_context_can_swallow_exception_of_handler(
-    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
+    control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any
 ) -> None:
     @handler
     async def raise_error(_: Session) -> None:
@@ -499,23 +501,23 @@ async def test_plugin_context_can_swallow_exception_of_handler(
 
     (item,) = control_plane.enqueue()
     async with make_pool(ErrorSwallowingPlugin(), raise_error):
-        final = await wait_for_end(item.id)
+        final = await wait_for_session_end(item.id)
     assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
 
 
 async def test_item_whose_lease_another_worker_lost_runs_as_second_attempt(
-    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, recorder: Recorder
+    control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []
 
     @handler
-    async def record_metadata(session: Session) -> None:
+    async def record_item_metadata(session: Session) -> None:
         item = control_plane.operations.get_item(control_plane.environments[0], session.item.id)
         seen.append((session.redelivered, dict(item.metadata)))
 
     work_id = enqueue_redelivered_item(control_plane)
-    async with make_pool(record_metadata):
-        final = await wait_for_end(work_id)
+    async with make_pool(record_item_metadata):
+        final = await wait_for_session_end(work_id)
     # The attempt number was written before the handler was called.
     assert seen == [(True, {"workpool.attempt": "2"})]
     assert final.request_names == ["ack", "heartbeat", "update", "stop"]
@@ -526,7 +528,7 @@ async def test_item_whose_lease_another_worker_lost_runs_as_second_attempt(
     ("before", "after"), [("2", "3"), ("9", "10"), ("nonsense", "2"), ("-4", "2"), ("9" * 40, "2")]
 )
 async def test_attempt_number_continues_from_metadata(
-    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any, before: str, after: str
+    control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any, before: str, after: str
 ) -> None:
     @handler
     async def return_at_once(_: Session) -> None:
@@ -534,7 +536,7 @@ async def test_attempt_number_continues_from_metadata(
 
     work_id = enqueue_redelivered_item(control_plane, **{"workpool.attempt": before})
     async with make_pool(return_at_once):
-        final = await wait_for_end(work_id)
+        final = await wait_for_session_end(work_id)
     assert final.metadata == {"workpool.attempt": after}
 
 
@@ -543,7 +545,7 @@ async def test_attempt_beyond_max_attempts_fails_session_before_handler_runs(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
-    wait_for_end: Any,
+    wait_for_session_end: Any,
     limit: int,
     *,
     runs: bool,
@@ -554,7 +556,7 @@ async def test_attempt_beyond_max_attempts_fails_session_before_handler_runs(
 
     work_id = enqueue_redelivered_item(control_plane)
     async with make_pool(return_at_once, max_attempts=limit):
-        final = await wait_for_end(work_id)
+        final = await wait_for_session_end(work_id)
     assert bool(recorder.of(SessionStarted)) is runs
     assert final.item.state == "stopped"
     assert final.outcome == ("completed" if runs else "failed")
@@ -567,8 +569,8 @@ async def test_session_redelivered_attribute_is_false_for_item_without_earlier_l
     run_one_item: Any,
 ) -> None:
     @handler
-    async def return_redelivered_attribute(session: Session) -> dict[str, str]:
+    async def return_value_of_redelivered(session: Session) -> dict[str, str]:
         return {"redelivered": str(session.redelivered)}
 
-    final = await run_one_item(return_redelivered_attribute, max_attempts=1)
+    final = await run_one_item(return_value_of_redelivered, max_attempts=1)
     assert final.metadata == {"redelivered": "False"}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from workpool.testing import Recorder
 
 
-async def fetch_scale_numbers(pool: Supervisor) -> dict[str, Any]:
+async def fetch_scale_endpoint(pool: Supervisor) -> dict[str, Any]:
     async with aiohttp.ClientSession() as http, http.get(f"{pool.metrics_url}/scale") as answer:
         assert answer.status == 200
         numbers: dict[str, Any] = await answer.json()
@@ -31,15 +31,15 @@ async def test_scale_endpoint_reports_busy_and_idle_slots_of_worker(
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_permission_to_end(_: Session) -> None:
+    async def wait_until_test_allows_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue(2)
     async with make_pool(
-        wait_for_permission_to_end, concurrency=3, metrics_listen="127.0.0.1:0"
+        wait_until_test_allows_end, concurrency=3, metrics_listen="127.0.0.1:0"
     ) as pool:
         await recorder.wait_for(SessionStarted, count=2)
-        assert await fetch_scale_numbers(pool) == {
+        assert await fetch_scale_endpoint(pool) == {
             "busy": 2,
             "idle": 1,
             "slots": 3,
@@ -53,11 +53,11 @@ async def test_scale_endpoint_reports_busy_and_idle_slots_of_worker(
         await recorder.wait_for(SessionFinished, count=2)
         async with asyncio.timeout(20):
             # The slots become free shortly after SessionFinished, so wait for the free slots.
-            while not (numbers := await fetch_scale_numbers(pool))["idle_seconds"]:  # noqa: ASYNC110 - no event
+            while not (numbers := await fetch_scale_endpoint(pool))["idle_seconds"]:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
             assert (numbers["busy"], numbers["idle"]) == (0, 3)
             first = numbers["idle_seconds"]
-            while (await fetch_scale_numbers(pool))["idle_seconds"] <= first:  # noqa: ASYNC110 - no event
+            while (await fetch_scale_endpoint(pool))["idle_seconds"] <= first:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
 
 
@@ -67,22 +67,22 @@ async def test_scale_numbers_show_that_paused_or_draining_worker_claims_nothing(
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_permission_to_end(_: Session) -> None:
+    async def wait_until_test_allows_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
     async with make_pool(
-        wait_for_permission_to_end, concurrency=2, metrics_listen="127.0.0.1:0"
+        wait_until_test_allows_end, concurrency=2, metrics_listen="127.0.0.1:0"
     ) as pool:
         await recorder.wait_for(SessionStarted)
         pool.pause("the database is moved")
-        numbers = await fetch_scale_numbers(pool)
+        numbers = await fetch_scale_endpoint(pool)
         assert (numbers["claiming"], numbers["paused"], numbers["busy"]) == (False, True, 1)
         assert "database" not in str(numbers)
         pool.resume()
-        assert (await fetch_scale_numbers(pool))["claiming"]
+        assert (await fetch_scale_endpoint(pool))["claiming"]
         pool.request_drain(None)
-        numbers = await fetch_scale_numbers(pool)
+        numbers = await fetch_scale_endpoint(pool)
         assert (numbers["claiming"], numbers["draining"], numbers["busy"]) == (False, True, 1)
         may_end.set()
         await pool.wait()

@@ -46,7 +46,7 @@ class ConnectionOpeningPlugin:
             self.errors.append(error)
 
 
-async def returning_handler(_: Session) -> None:
+async def return_none(_: Session) -> None:
     return None
 
 
@@ -70,7 +70,7 @@ async def hanging_handler(_: Session) -> None:
 @pytest.mark.parametrize(
     ("act", "outcome", "error"),
     [
-        (returning_handler, "completed", None),
+        (return_none, "completed", None),
         (failing_handler, "failed", ValueError),
         (releasing_handler, "released", Release),
         (wrong_result_handler, "failed", ResultError),
@@ -85,12 +85,12 @@ async def test_context_manager_of_plugin_reads_outcome_after_handler_ended(
     error: type[BaseException] | None,
 ) -> None:
     @handler
-    async def handler_with_connection(session: Session) -> Any:
+    async def check_connection_and_act(session: Session) -> Any:
         assert session.state["connection"] == f"to {session.id}"
         return await act(session)
 
     connecting = ConnectionOpeningPlugin()
-    result = await workpool.run_session(handler_with_connection, connecting, stall_timeout=5)
+    result = await workpool.run_session(check_connection_and_act, connecting, stall_timeout=5)
     assert connecting.outcomes == [outcome] == [result.outcome]
     assert connecting.errors == [error]
 
@@ -147,12 +147,12 @@ async def test_deadline_of_session_follows_from_session_timeout(
     left: list[float | None] = []
 
     @handler
-    async def record_seconds_left(session: Session) -> None:
+    async def record_seconds_until_deadline(session: Session) -> None:
         now = asyncio.get_running_loop().time()
         left.append(None if session.deadline is None else session.deadline - now)
 
-    await workpool.run_session(record_seconds_left)
-    await workpool.run_session(record_seconds_left, session_timeout=60)
+    await workpool.run_session(record_seconds_until_deadline)
+    await workpool.run_session(record_seconds_until_deadline, session_timeout=60)
     none, seconds = left
     assert none is None
     assert seconds is not None
@@ -164,18 +164,18 @@ async def test_session_deadline_is_earlier_after_drain_or_stop_request(workpool:
     left: list[float] = []
 
     @handler(timeout=3600)
-    async def record_seconds_left(session: Session) -> None:
+    async def record_seconds_until_deadline(session: Session) -> None:
         await session.interrupted()
         assert session.deadline is not None
         left.append(session.deadline - asyncio.get_running_loop().time())
 
     workpool.enqueue()
-    async with workpool.pool(record_seconds_left) as supervisor:
+    async with workpool.pool(record_seconds_until_deadline) as supervisor:
         await workpool.wait_for(SessionStarted)
         await supervisor.drain(timeout=45)
         await workpool.wait_for(SessionFinished)
     (item,) = workpool.enqueue()
-    async with workpool.pool(record_seconds_left, stop_grace=15):
+    async with workpool.pool(record_seconds_until_deadline, stop_grace=15):
         await workpool.wait_for(SessionStarted)
         workpool.stop(item)
         await workpool.wait_for(SessionFinished)
@@ -189,13 +189,13 @@ async def test_drain_without_timeout_leaves_deadline_of_handler_timeout_unchange
     left: list[float | None] = []
 
     @handler(timeout=100)
-    async def record_seconds_left(session: Session) -> None:
+    async def record_seconds_until_deadline(session: Session) -> None:
         await session.interrupted()
         assert session.deadline is not None
         left.append(round(session.deadline - asyncio.get_running_loop().time()))
 
     workpool.enqueue()
-    async with workpool.pool(record_seconds_left) as supervisor:
+    async with workpool.pool(record_seconds_until_deadline) as supervisor:
         await workpool.wait_for(SessionStarted)
         await asyncio.sleep(30)
         await supervisor.drain(timeout=None)

@@ -69,17 +69,19 @@ def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_scripted_session(
-    control_plane: ControlPlane, make_pool: Any, wait_for_end: Any
+    control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any
 ) -> Callable[..., Awaitable[Any]]:
     """Return a function that runs a pool until its only session, a scripted one, has ended."""
 
-    async def run_pool_until_end(call: Any, *script: dict[str, Any], **settings: Any) -> Any:
+    async def run_pool_until_session_ends(
+        call: Any, *script: dict[str, Any], **settings: Any
+    ) -> Any:
         (item,) = control_plane.enqueue(script=script)
         plugin = call if find_handler_rule(call) else handler(call)
         async with make_pool(plugin, **settings):
-            return await wait_for_end(item.id)
+            return await wait_for_session_end(item.id)
 
-    return run_pool_until_end
+    return run_pool_until_session_ends
 
 
 async def test_handler_answers_every_tool_use_of_scripted_session(
@@ -158,7 +160,7 @@ async def test_event_history_is_read_again_after_unanswered_send_and_failed_read
 async def test_second_and_different_result_for_tool_use_raises_conflict_error(
     control_plane: ControlPlane, run_scripted_session: Any
 ) -> None:
-    async def send_different_result(session: Session) -> None:
+    async def send_conflicting_result(session: Session) -> None:
         use = control_plane.events(session.id)[-1]
         control_plane.operations.send_events(
             session.id, [{**tool_result_event(use), "content": []}]
@@ -166,7 +168,7 @@ async def test_second_and_different_result_for_tool_use_raises_conflict_error(
         with pytest.raises(ConflictError):
             await session.events.send(tool_result_event(use))
 
-    assert (await run_scripted_session(send_different_result, BASH)).outcome == "completed"
+    assert (await run_scripted_session(send_conflicting_result, BASH)).outcome == "completed"
 
 
 async def test_events_after_lost_lease_are_neither_sent_nor_read(
@@ -271,7 +273,7 @@ async def test_events_after_end_of_session_are_neither_sent_nor_read(
     assert not faults.of("send", "events", "stream")
 
 
-class ItemSecretMiddleware:
+class SecretAddingMiddleware:
     """A middleware that adds a secret to every polled item and records the tokens of requests."""
 
     def __init__(self, secret: object) -> None:
@@ -279,7 +281,9 @@ class ItemSecretMiddleware:
         self.used_tokens: dict[str, set[str]] = {}
 
     @web.middleware
-    async def handle_request(self, request: web.Request, handler: Any) -> web.StreamResponse:
+    async def add_secret_to_polled_item(
+        self, request: web.Request, handler: Any
+    ) -> web.StreamResponse:
         tail = request.path.rpartition("/")[2]
         self.used_tokens.setdefault(tail, set()).add(request.headers["Authorization"])
         response = await handler(request)
@@ -318,20 +322,20 @@ async def test_item_token_is_used_only_for_event_calls_and_never_logged(
     caplog.set_level("DEBUG")
     shown: list[str] = []
 
-    async def record_representations_and_answer(session: Session) -> None:
+    async def record_reprs_and_answer_tool_uses(session: Session) -> None:
         shown.append(f"{session!r} {session.item!r} {session.item}")
         await answer_all_tool_uses(session)
 
-    secrets, faults = ItemSecretMiddleware(secret), Faults()
+    secrets, faults = SecretAddingMiddleware(secret), Faults()
     faults.add(status(500), "send", "stream", times=2)
     tokens = {"environment-key": None, SESSIONS_TOKEN: frozenset({DEFAULT_ENVIRONMENT})}
     async with ControlPlane(
-        tokens=tokens, middlewares=[secrets.handle_request, faults.middleware]
+        tokens=tokens, middlewares=[secrets.add_secret_to_polled_item, faults.middleware]
     ) as plane:
         (item,) = plane.enqueue(script=[BASH])
         settings = {"base_url": plane.anthropic_base_url, "token": "environment-key"}
         async with make_pool(
-            handler(record_representations_and_answer), dialect="anthropic", **settings
+            handler(record_reprs_and_answer_tool_uses), dialect="anthropic", **settings
         ):
             await recorder.wait_for(SessionFinished)
         assert plane.events(item.session_id)[-1]["stop_reason"] == {"type": "end_turn"}

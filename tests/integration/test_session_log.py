@@ -23,7 +23,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 @handler
-async def run_behaviour_from_metadata(session: Session) -> None:
+async def end_session_as_metadata_says(session: Session) -> None:
     session.log.info("at work", extra={"reason": "a report"})
     if session.item.metadata.get("do") == "fail":
         raise RuntimeError("as it was asked to")
@@ -31,7 +31,9 @@ async def run_behaviour_from_metadata(session: Session) -> None:
         raise Release("busy\nhere")
 
 
-def log_fields_of_message(caplog: pytest.LogCaptureFixture, message: str) -> list[dict[str, Any]]:
+def read_log_fields_of_message(
+    caplog: pytest.LogCaptureFixture, message: str
+) -> list[dict[str, Any]]:
     """Return the fields of each log record whose message is `message`."""
     names = {*FIELDS, "levelname"}
     return [
@@ -51,10 +53,10 @@ async def test_each_session_ends_with_one_log_line_at_level_info(
     control_plane.enqueue()
     control_plane.enqueue(metadata={"do": "fail"})
     control_plane.enqueue(metadata={"do": "release"})
-    async with make_pool(run_behaviour_from_metadata) as pool:
+    async with make_pool(end_session_as_metadata_says) as pool:
         await recorder.wait_for(SessionFinished, count=3)
         ids = pool.log_ids
-    lines = log_fields_of_message(caplog, "session ended")
+    lines = read_log_fields_of_message(caplog, "session ended")
     assert sorted(line["outcome"] for line in lines) == ["completed", "failed", "released"]
     ended = {event.session.item.id: event for event in recorder.of(SessionFinished)}
     for line in lines:
@@ -80,15 +82,15 @@ async def test_handler_failure_is_logged_with_item_and_session_ids(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "fail"})
-    async with make_pool(run_behaviour_from_metadata) as pool:
+    async with make_pool(end_session_as_metadata_says) as pool:
         await recorder.wait_for(SessionFinished)
         ids = pool.log_ids
-    (line,) = log_fields_of_message(caplog, "handler failed")
+    (line,) = read_log_fields_of_message(caplog, "handler failed")
     assert line == {
         "levelname": "ERROR",
         "work_id": item.id,
         "session_id": item.session_id,
-        "handler": "run_behaviour_from_metadata.run_behaviour_from_metadata",
+        "handler": "end_session_as_metadata_says.end_session_as_metadata_says",
         **ids,
     }
 
@@ -102,7 +104,7 @@ async def test_every_log_record_of_pool_has_pool_ids(
     """The lease renewer's thread and the tasks of the embedder log the ids of the pool, too."""
     caplog.set_level(logging.DEBUG, "workpool")
     control_plane.enqueue(2)
-    async with make_pool(run_behaviour_from_metadata) as pool:
+    async with make_pool(end_session_as_metadata_says) as pool:
         await recorder.wait_for(SessionFinished, count=2)
         pool.pause("for lunch")
         pool.resume()
@@ -131,7 +133,7 @@ async def test_every_log_record_of_pool_has_pool_ids(
     assert not without
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_heartbeat_of_renewer_thread_is_logged_with_pool_ids(
     control_plane: ControlPlane,
     make_pool: Any,
@@ -159,20 +161,20 @@ async def test_log_records_of_session_contain_trace_id_of_item(
     recorder: Recorder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def answer_with_traceparent(request: web.Request, handler: Any) -> web.StreamResponse:
+    async def add_traceparent_to_response(request: web.Request, handler: Any) -> web.StreamResponse:
         response: web.StreamResponse = await handler(request)
         response.headers["traceparent"] = TRACE
         return response
 
     caplog.set_level(logging.INFO, "workpool")
-    faults.add(answer_with_traceparent, "poll")
+    faults.add(add_traceparent_to_response, "poll")
     control_plane.enqueue()
-    async with make_pool(run_behaviour_from_metadata):
+    async with make_pool(end_session_as_metadata_says):
         await recorder.wait_for(SessionFinished)
     for message in ("at work", "session ended"):
-        [line] = log_fields_of_message(caplog, message)
+        [line] = read_log_fields_of_message(caplog, message)
         assert line["trace_id"] == TRACE.split("-")[1]
-    assert log_fields_of_message(caplog, "at work")[0]["reason"] == "a report"
+    assert read_log_fields_of_message(caplog, "at work")[0]["reason"] == "a report"
 
 
 async def test_log_line_of_session_contains_trace_id_that_handler_sets(
@@ -190,7 +192,7 @@ async def test_log_line_of_session_contains_trace_id_that_handler_sets(
     control_plane.enqueue(metadata={"trace": "malformed"})
     async with make_pool(set_traceparent_from_metadata):
         await recorder.wait_for(SessionFinished, count=2)
-    lines = log_fields_of_message(caplog, "session ended")
+    lines = read_log_fields_of_message(caplog, "session ended")
     assert sorted(line.get("trace_id", "") for line in lines) == ["", TRACE.split("-")[1]]
 
 
@@ -202,10 +204,10 @@ async def test_pool_at_level_info_logs_no_polls(
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
     control_plane.enqueue()
-    async with make_pool(run_behaviour_from_metadata):
+    async with make_pool(end_session_as_metadata_says):
         await recorder.wait_for(SessionFinished)
     assert not [each for each in caplog.records if each.levelno < logging.INFO]
-    assert len(log_fields_of_message(caplog, "session ended")) == 1
+    assert len(read_log_fields_of_message(caplog, "session ended")) == 1
 
 
 async def test_item_that_another_worker_lost_is_logged_as_reclaimed(
@@ -216,9 +218,9 @@ async def test_item_that_another_worker_lost_is_logged_as_reclaimed(
 ) -> None:
     caplog.set_level(logging.INFO, "workpool")
     work_id = enqueue_redelivered_item(control_plane)
-    async with make_pool(run_behaviour_from_metadata):
+    async with make_pool(end_session_as_metadata_says):
         await recorder.wait_for(SessionFinished)
-    [line] = log_fields_of_message(caplog, "item reclaimed")
+    [line] = read_log_fields_of_message(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (work_id, "gained", "poll")
 
 
@@ -232,7 +234,7 @@ async def test_item_with_ack_conflict_is_logged_as_lost(
     caplog.set_level(logging.INFO, "workpool")
     faults.add(literal(b'{"error": {"type": "conflict"}}', 409), "ack", times=1)
     (item,) = control_plane.enqueue()
-    async with make_pool(run_behaviour_from_metadata, block_ms=20):
+    async with make_pool(end_session_as_metadata_says, block_ms=20):
         await recorder.wait_for(ItemReclaimed)
-    [line] = log_fields_of_message(caplog, "item reclaimed")
+    [line] = read_log_fields_of_message(caplog, "item reclaimed")
     assert (line["work_id"], line["direction"], line["stage"]) == (item.id, "lost", "ack")

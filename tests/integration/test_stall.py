@@ -42,11 +42,11 @@ async def run_stalling_session(
     """
 
     @handler
-    async def run_behaviour(session: Session) -> None:
+    async def run_handler_behaviour(session: Session) -> None:
         await behaviour(session)
 
     result = await workpool.run_session(
-        run_behaviour, **{"stall_timeout": STALL_SECONDS, **settings}
+        run_handler_behaviour, **{"stall_timeout": STALL_SECONDS, **settings}
     )
     return result.outcome, round(result.seconds)
 
@@ -105,7 +105,7 @@ async def test_metadata_writes_and_sent_events_count_as_progress(workpool: Kit) 
 
 @in_virtual_time
 async def test_session_that_waits_for_a_person_is_not_stalled(workpool: Kit) -> None:
-    async def wait_for_person(session: Session) -> None:
+    async def wait_in_nested_waiting_blocks(session: Session) -> None:
         with session.waiting():
             await asyncio.sleep(1_000)
             with session.waiting():
@@ -113,7 +113,7 @@ async def test_session_that_waits_for_a_person_is_not_stalled(workpool: Kit) -> 
             await asyncio.sleep(1_000)
         await wait_forever()
 
-    outcome, seconds = await run_stalling_session(workpool, wait_for_person)
+    outcome, seconds = await run_stalling_session(workpool, wait_in_nested_waiting_blocks)
     assert outcome == "stalled"
     assert 3_000 + STALL_SECONDS <= seconds <= 3_000 + 2 * STALL_SECONDS
 
@@ -121,10 +121,10 @@ async def test_session_that_waits_for_a_person_is_not_stalled(workpool: Kit) -> 
 @in_virtual_time
 async def test_stall_timeout_of_handler_replaces_stall_timeout_of_settings(workpool: Kit) -> None:
     @handler(stall_timeout=5)
-    async def hang_with_own_timeout(_: Session) -> None:
+    async def hang_with_own_stall_timeout(_: Session) -> None:
         await wait_forever()
 
-    result = await workpool.run_session(hang_with_own_timeout, stall_timeout=STALL_SECONDS)
+    result = await workpool.run_session(hang_with_own_stall_timeout, stall_timeout=STALL_SECONDS)
     assert (result.outcome, round(result.seconds)) == ("stalled", 5)
 
 
@@ -169,7 +169,7 @@ async def test_stall_is_logged_with_handler_and_seconds(
     await run_stalling_session(workpool, hang_in_handler)
     [record] = [vars(each) for each in caplog.records if each.message == "session stalled"]
     assert (record["handler"], round(record["seconds"])) == (
-        "run_behaviour.run_behaviour",
+        "run_handler_behaviour.run_handler_behaviour",
         STALL_SECONDS,
     )
 
@@ -240,7 +240,7 @@ async def test_gauge_shows_longest_time_that_handler_made_no_progress(
     go_on, may_end = asyncio.Event(), asyncio.Event()
 
     @handler
-    async def hang_after_waiting(session: Session) -> None:
+    async def hang_after_waiting_block(session: Session) -> None:
         with session.waiting():
             await go_on.wait()
         await may_end.wait()
@@ -251,7 +251,7 @@ async def test_gauge_shows_longest_time_that_handler_made_no_progress(
         return longest
 
     control_plane.enqueue()
-    async with make_pool(hang_after_waiting) as supervisor:
+    async with make_pool(hang_after_waiting_block) as supervisor:
         await recorder.wait_for(SessionStarted)
         await asyncio.sleep(0.1)
         assert read_gauge_value() == 0

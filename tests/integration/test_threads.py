@@ -74,11 +74,11 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
     clients: list[WorkClient] = []
     closing: dict[str, Any] = {}
 
-    def connect(settings: Settings) -> WorkClient:
+    def connect_and_record_client(settings: Settings) -> WorkClient:
         clients.append(WorkClient(settings))
         return clients[-1]
 
-    class CloseRecordingPlugin:
+    class LifespanCloseRecordingPlugin:
         @hookimpl
         def workpool_lifespan(self) -> Any:
             return self.record_lifespan_close()
@@ -94,8 +94,8 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
             closing["stats"] = await clients[0].stats()
 
     control_plane.enqueue()
-    plugins = [return_at_once, CloseRecordingPlugin(), recorder]
-    async with Supervisor(make_settings(), plugins=plugins, connect=connect):
+    plugins = [return_at_once, LifespanCloseRecordingPlugin(), recorder]
+    async with Supervisor(make_settings(), plugins=plugins, connect=connect_and_record_client):
         await recorder.wait_for(SessionFinished)
     assert closing["threads"] == []
     assert closing["stats"].depth == 0

@@ -72,7 +72,7 @@ async def test_lease_survives_first_heartbeat_that_was_applied_but_not_answered(
     assert len(faults.of("get")) == 1
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 @pytest.mark.parametrize("fault", UNANSWERED_FAULTS, ids=FAULT_IDS)
 async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect_handler(
     control_plane: ControlPlane,
@@ -84,11 +84,11 @@ async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect
     may_end = asyncio.Event()
 
     @handler
-    async def wait_for_permission_to_end(_: Session) -> None:
+    async def wait_until_test_allows_end(_: Session) -> None:
         await may_end.wait()
 
     control_plane.enqueue()
-    async with make_pool(wait_for_permission_to_end):
+    async with make_pool(wait_until_test_allows_end):
         await recorder.wait_for(SessionStarted)
         rule = faults.add(fault, "heartbeat", times=1)
         await recorder.wait_for(HeartbeatFinished, lambda event: event.result == "recovered")
@@ -101,7 +101,7 @@ async def test_later_heartbeat_that_was_applied_but_not_answered_does_not_affect
     assert finished.outcome == "completed"
 
 
-@pytest.mark.usefixtures("fast_heartbeats")
+@pytest.mark.usefixtures("frequent_heartbeats")
 async def test_handler_is_cancelled_and_sends_nothing_if_another_worker_holds_its_item(
     control_plane: ControlPlane,
     faults: Faults,

@@ -48,7 +48,7 @@ def unreadable_items(
     """Return a function that makes an item unreadable; apply it to polled items with `bad`."""
     make_unreadable: Callable[[dict[str, Any]], bytes] = request.param
 
-    async def make_bad_items_unreadable(
+    async def corrupt_items_marked_bad(
         request: web.Request, handler: Handler
     ) -> web.StreamResponse:
         response = await handler(request)
@@ -58,7 +58,7 @@ def unreadable_items(
             return response
         return web.Response(body=make_unreadable(item), content_type="application/json")
 
-    faults.add(make_bad_items_unreadable, "poll")
+    faults.add(corrupt_items_marked_bad, "poll")
     return make_unreadable
 
 

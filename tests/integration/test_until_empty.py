@@ -94,7 +94,7 @@ async def test_pool_run_until_empty_ends_although_its_two_pollers_poll_alternate
     """Polls are answered before `block_ms`, so each poller pauses while the other one polls."""
 
     @handler
-    async def wait_for_seven_polls(_: Session) -> None:
+    async def wait_until_seventh_poll(_: Session) -> None:
         await faults.wait_for("poll", count=7)
 
     control_plane.enqueue()
@@ -102,7 +102,7 @@ async def test_pool_run_until_empty_ends_although_its_two_pollers_poll_alternate
     faults.add(delay(EARLY_SECONDS), "poll", skip=1)
     faults.add(literal(b"null"), "poll", skip=1)
     async with asyncio.timeout(20):
-        await make_pool(wait_for_seven_polls, pollers=2, block_ms=100).run(until_empty=True)
+        await make_pool(wait_until_seventh_poll, pollers=2, block_ms=100).run(until_empty=True)
 
 
 async def test_run_until_empty_ends_although_unwanted_items_are_queued(

@@ -25,7 +25,7 @@ class PhaseEnum(enum.StrEnum):
     DONE = "done"
 
 
-class ChangingMapping(Mapping[str, str]):
+class MappingChangedDuringIteration(Mapping[str, str]):
     """A mapping that changes while it is read, as if by another thread."""
 
     def __getitem__(self, key: str) -> str:
@@ -53,10 +53,10 @@ async def test_result_with_enum_keys_is_written_as_strings(run_one_item: Any) ->
 
 
 async def test_result_that_raises_while_it_is_read_fails_session(run_one_item: Any) -> None:
-    async def return_changing_mapping(_: Session) -> Mapping[str, str]:
-        return ChangingMapping()
+    async def return_mapping_changed_during_iteration(_: Session) -> Mapping[str, str]:
+        return MappingChangedDuringIteration()
 
-    final = await run_one_item(return_changing_mapping)
+    final = await run_one_item(return_mapping_changed_during_iteration)
     assert (final.outcome, final.item.state) == ("failed", "stopped")
     assert final.metadata == {"workpool.error": "RuntimeError"}
 
@@ -66,14 +66,14 @@ async def test_result_changed_after_return_is_written_as_returned(
 ) -> None:
     shared: dict[str, Any] = {"rows": "42"}
 
-    def change_result() -> bytes:
+    def change_result_during_request() -> bytes:
         shared["rows"] = 43
         return b""
 
     async def return_mapping(_: Session) -> Mapping[str, str]:
         return shared
 
-    faults.add(literal(change_result, 503), "update", times=1)
+    faults.add(literal(change_result_during_request, 503), "update", times=1)
     final = await run_one_item(return_mapping)
     assert (final.outcome, final.metadata) == ("completed", {"rows": "42"})
 
@@ -105,12 +105,12 @@ async def test_release_reason_of_any_type_is_written_as_text(
 
 @pytest.mark.parametrize("delay", [float("nan"), "60", None])
 async def test_release_with_invalid_delay_uses_default_delay(run_one_item: Any, delay: Any) -> None:
-    async def release_with_delay(_: Session) -> None:
+    async def release_session_with_delay(_: Session) -> None:
         release = Release("later")
         release.delay = delay
         raise release
 
-    final = await run_one_item(release_with_delay)
+    final = await run_one_item(release_session_with_delay)
     assert (final.outcome, final.item.state) == ("released", "active")
     assert final.sent[-1].query["desired_ttl_seconds"] == "10"
 
@@ -127,7 +127,7 @@ async def test_control_plane_response_about_another_item_is_ignored(
 
     ours, other = control_plane.enqueue(2)
 
-    def answer_with_other_item() -> bytes:
+    def make_response_with_other_item() -> bytes:
         item = control_plane.operations.get_item(control_plane.environments[0], other.id)
         return orjson.dumps(DIALECTS["qoder"].item_json(item) | {"state": "starting"})
 
@@ -137,7 +137,7 @@ async def test_control_plane_response_about_another_item_is_ignored(
     if op == "get":
         # The pool reads the item only if a heartbeat was applied but not answered.
         faults.add(status(503, applied=True), "heartbeat", times=1, where=is_request_for_our_item)
-    faults.add(literal(answer_with_other_item), op, times=1, where=is_request_for_our_item)
+    faults.add(literal(make_response_with_other_item), op, times=1, where=is_request_for_our_item)
     async with make_pool(return_at_once):
         await recorder.wait_for(SessionFinished, count=2)
     assert {event.outcome for event in recorder.of(SessionFinished)} == {"completed"}
@@ -181,13 +181,13 @@ async def test_both_agent_sessions_can_run_after_ack_response_with_wrong_session
 
     (item,) = control_plane.enqueue()
 
-    def answer_with_other_session() -> bytes:
+    def make_response_with_other_session() -> bytes:
         acked = DIALECTS["qoder"].item_json(
             control_plane.operations.ack_item(control_plane.environments[0], item.id)
         )
         return orjson.dumps(acked | {"data": {"type": "session", "id": "sess_other"}})
 
-    faults.add(literal(answer_with_other_session), "ack", times=1)
+    faults.add(literal(make_response_with_other_session), "ack", times=1)
     async with make_pool(return_at_once) as pool:
         await recorder.wait_for(SessionFinished)
         again = orjson.dumps(DIALECTS["qoder"].item_json(item) | {"id": "work_again"})

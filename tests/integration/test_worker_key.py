@@ -166,12 +166,14 @@ async def test_pool_counts_attempts_itself_if_worker_key_forbids_metadata_writes
     held = asyncio.Event()
 
     @handler
-    async def record_attempt(session: Session) -> None:
+    async def record_attempt_number_and_wait(session: Session) -> None:
         attempts.append(session.attempt)
         held.set()
         await asyncio.Event().wait()
 
-    async with make_pool(record_attempt, max_attempts=2, reclaim_older_than_ms=0, block_ms=50):
+    async with make_pool(
+        record_attempt_number_and_wait, max_attempts=2, reclaim_older_than_ms=0, block_ms=50
+    ):
         (item,) = control_plane.enqueue()
         for _ in range(2):
             await held.wait()

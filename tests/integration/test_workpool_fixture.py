@@ -39,7 +39,7 @@ async def sleep_for_given_seconds(session: Session) -> dict[str, str]:
 
 
 @handler
-async def release_first_run(session: Session) -> None:
+async def release_first_session(session: Session) -> None:
     if not session.redelivered:
         raise Release("not yet", delay=60)
 
@@ -187,7 +187,7 @@ async def test_session_timeout_in_virtual_time_is_exact(workpool: Kit) -> None:
 @in_virtual_time
 async def test_released_item_is_delivered_again(workpool: Kit) -> None:
     (item,) = workpool.enqueue()
-    async with workpool.pool(release_first_run):
+    async with workpool.pool(release_first_session):
         first = await workpool.wait_for(SessionFinished)
         second = await workpool.wait_for(SessionFinished, count=2)
     assert (first.outcome, second.outcome) == ("released", "completed")
