@@ -141,7 +141,7 @@ class RunningCommand:
     def send_signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    async def wait_for_end(self, seconds: float = SECONDS) -> int:
+    async def wait_for_exit(self, seconds: float = SECONDS) -> int:
         """Wait for the end of the process, read its last output, and return its exit status."""
         async with asyncio.timeout(seconds):
             out, err = await self._process.communicate()
@@ -189,21 +189,21 @@ async def control_plane() -> AsyncIterator[ControlPlane]:
 
 
 @pytest.fixture
-def command_directory(tmp_path: Path) -> Path:
+def command_working_directory(tmp_path: Path) -> Path:
     """Create the current directory of all commands, which contains `handlers.py`."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
     return tmp_path
 
 
 @pytest.fixture
-def launcher() -> tuple[str, ...]:
+def workpool_command_words() -> tuple[str, ...]:
     """Return the command that starts `workpool`, without its arguments."""
     return (sys.executable, "-m", "workpool")
 
 
 @pytest.fixture
-async def start_without_settings(
-    command_directory: Path, launcher: tuple[str, ...]
+async def start_command_without_settings(
+    command_working_directory: Path, workpool_command_words: tuple[str, ...]
 ) -> AsyncIterator[CommandStarter]:
     """Return a function that starts a command with the given settings only."""
     commands: list[RunningCommand] = []
@@ -212,9 +212,9 @@ async def start_without_settings(
     async def start_process(*arguments: str, **variables: str) -> RunningCommand:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         process = await asyncio.create_subprocess_exec(
-            *(*launcher, *arguments),
+            *(*workpool_command_words, *arguments),
             env={**inherited, **variables},
-            cwd=command_directory,
+            cwd=command_working_directory,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -229,7 +229,7 @@ async def start_without_settings(
 
 @pytest.fixture
 def start_command(
-    start_without_settings: CommandStarter, control_plane: ControlPlane
+    start_command_without_settings: CommandStarter, control_plane: ControlPlane
 ) -> CommandStarter:
     """Return a function that starts a command with the settings of the test's control plane."""
 
@@ -240,12 +240,12 @@ def start_command(
             "WORKPOOL_TOKEN": TOKEN,
             "WORKPOOL_METRICS_LISTEN": "127.0.0.1:0",
         }
-        return await start_without_settings(*arguments, **{**defaults, **variables})
+        return await start_command_without_settings(*arguments, **{**defaults, **variables})
 
     return start_process
 
 
-class EndedCommand(NamedTuple):
+class CommandResult(NamedTuple):
     """The exit status and the output of a command that has ended."""
 
     status: int
@@ -254,22 +254,22 @@ class EndedCommand(NamedTuple):
 
 
 class CommandRunner(Protocol):
-    async def __call__(self, *arguments: str, **variables: str) -> EndedCommand: ...
+    async def __call__(self, *arguments: str, **variables: str) -> CommandResult: ...
 
 
 @pytest.fixture
 def run_in_process(
-    control_plane: ControlPlane, command_directory: Path, monkeypatch: pytest.MonkeyPatch
+    control_plane: ControlPlane, command_working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> CommandRunner:
     """Return a function that runs a command in pytest's process.
 
     A new process would take a second to start.
     """
-    monkeypatch.chdir(command_directory)
-    monkeypatch.setattr(sys, "path", [str(command_directory), *sys.path])
+    monkeypatch.chdir(command_working_directory)
+    monkeypatch.setattr(sys, "path", [str(command_working_directory), *sys.path])
     monkeypatch.delitem(sys.modules, "handlers", raising=False)
 
-    async def run_command(*arguments: str, **variables: str) -> EndedCommand:
+    async def run_command(*arguments: str, **variables: str) -> CommandResult:
         environment = dict.fromkeys((n for n in os.environ if n.startswith("WORKPOOL_")), "")
         environment |= {
             "WORKPOOL_BASE_URL": control_plane.base_url,
@@ -284,6 +284,6 @@ def run_in_process(
         assert LIMITED not in result.output
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return EndedCommand(result.exit_code, result.stdout, result.stderr)
+        return CommandResult(result.exit_code, result.stdout, result.stderr)
 
     return run_command

@@ -99,7 +99,7 @@ def install_control_plane(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class OpenManagedAgents:
+class OpenManagedAgentsServer:
     """A running control plane with one self-hosted environment and one agent."""
 
     http: aiohttp.ClientSession
@@ -126,7 +126,9 @@ async def post_json(http: aiohttp.ClientSession, url: str, body: object) -> dict
 
 
 @asynccontextmanager
-async def running_control_plane(python: str, folder: Path) -> AsyncIterator[OpenManagedAgents]:
+async def running_control_plane(
+    python: str, folder: Path
+) -> AsyncIterator[OpenManagedAgentsServer]:
     """Run the control plane on a free port of the loopback interface, with an empty queue."""
     database = f"sqlite+aiosqlite:///{folder / 'open_managed_agents.db'}"
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listening:
@@ -143,7 +145,7 @@ async def running_control_plane(python: str, folder: Path) -> AsyncIterator[Open
             # The socket already listens, so the first request waits until the server has started.
             environment = {"name": "tests", "config": {"type": "self_hosted"}}
             agent = {"name": "tests", "model": "none"}
-            yield OpenManagedAgents(
+            yield OpenManagedAgentsServer(
                 http,
                 base_url,
                 (await post_json(http, f"{base_url}/environments", environment))["id"],

@@ -83,24 +83,24 @@ async def flood(session):
 
 
 @pytest.fixture
-def launcher_where_no_directory_is_writable(
-    request: pytest.FixtureRequest, command_directory: Path
+def command_where_no_directory_is_writable(
+    request: pytest.FixtureRequest, command_working_directory: Path
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the command and the variables that start `workpool` where no directory is writable."""
     if request.param == "no temporary directory":
         return (sys.executable, "-c", NO_TEMPORARY_DIRECTORY), {}
-    launcher = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
+    wrapper = ("unshare", "--mount", "sh", "-c", READ_ONLY, "sh")
     try:
-        subprocess.check_call((*launcher, "true"), cwd=command_directory)  # noqa: S603 - fixed words
+        subprocess.check_call((*wrapper, "true"), cwd=command_working_directory)  # noqa: S603 - fixed words
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("this machine does not permit a read-only mount namespace")
-    return (*launcher, sys.executable, "-m", "workpool"), {"TMPDIR": "/proc"}
+    return (*wrapper, sys.executable, "-m", "workpool"), {"TMPDIR": "/proc"}
 
 
 @pytest.fixture
-def launcher(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    if "launcher_where_no_directory_is_writable" in request.fixturenames:
-        found: tuple[str, ...] = request.getfixturevalue("launcher_where_no_directory_is_writable")[
+def workpool_command_words(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    if "command_where_no_directory_is_writable" in request.fixturenames:
+        found: tuple[str, ...] = request.getfixturevalue("command_where_no_directory_is_writable")[
             0
         ]
         return found
@@ -112,20 +112,20 @@ def read_timestamp_of_log_line(line: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "launcher_where_no_directory_is_writable",
+    "command_where_no_directory_is_writable",
     ["read-only mounts", "no temporary directory"],
     indirect=True,
 )
-async def test_blocked_loop_without_writable_directory_is_logged_and_process_ends(
+async def test_process_without_writable_directory_logs_blocked_loop_and_ends(
     start_command: CommandStarter,
     control_plane: ControlPlane,
-    launcher_where_no_directory_is_writable: tuple[tuple[str, ...], dict[str, str]],
+    command_where_no_directory_is_writable: tuple[tuple[str, ...], dict[str, str]],
 ) -> None:
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_command(
-        "run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **launcher_where_no_directory_is_writable[1]
+        "run", "handlers", WORKPOOL_MAX_BLOCK="1.5", **command_where_no_directory_is_writable[1]
     )
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "event loop blocked" in command.err
     assert "in block" in command.err, "the stack of the handler is printed"
 
@@ -137,7 +137,7 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
     command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
     began = read_timestamp_of_log_line(await command.wait_for_log("block runs"))
     line = await command.wait_for_log("event loop blocked")
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
     blocked = read_timestamp_of_log_line(line) - began
@@ -151,21 +151,29 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit", "KeyboardInterrupt"])
 async def test_exception_in_log_handler_during_blocked_loop_lets_process_end(
-    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path, error: str
+    start_command: CommandStarter,
+    control_plane: ControlPlane,
+    command_working_directory: Path,
+    error: str,
 ) -> None:
-    (command_directory / "raising.py").write_text(RAISING_LOG.format(error=error))
+    (command_working_directory / "raising.py").write_text(RAISING_LOG.format(error=error))
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_command("run", "raising", WORKPOOL_MAX_BLOCK="3600")
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "raised by a log handler" in command.err
 
 
 @pytest.mark.parametrize("do", ["block", "linger"])
 async def test_exporter_that_raises_system_exit_ends_process_with_status_1(
-    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path, do: str
+    start_command: CommandStarter,
+    control_plane: ControlPlane,
+    command_working_directory: Path,
+    do: str,
 ) -> None:
     """The handler `block` blocks the event loop, and the handler `linger` does not block it."""
-    (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
+    (command_working_directory / "raising.py").write_text(
+        RAISING_EXPORTER.format(error="SystemExit")
+    )
     control_plane.enqueue(metadata={"do": do})
     command = await start_command("run", "raising", WORKPOOL_MAX_BLOCK="3600")
     url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
@@ -173,15 +181,17 @@ async def test_exporter_that_raises_system_exit_ends_process_with_status_1(
     async with aiohttp.ClientSession() as http:
         with pytest.raises(aiohttp.ClientError):
             await http.get(url.removesuffix("metrics") + "healthz")
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "raised by the exporter" in command.err
 
 
 async def test_handlers_run_their_cleanup_after_renewer_thread_failed(
-    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_working_directory: Path
 ) -> None:
-    (command_directory / "raising.py").write_text(RAISING_EXPORTER.format(error="SystemExit"))
-    (command_directory / "tidy.py").write_text(CLEANUP)
+    (command_working_directory / "raising.py").write_text(
+        RAISING_EXPORTER.format(error="SystemExit")
+    )
+    (command_working_directory / "tidy.py").write_text(CLEANUP)
     control_plane.enqueue()
     command = await start_command("run", "tidy", "raising")
     url = (await command.wait_for_log("metrics served url=")).partition("url=")[2].split()[0]
@@ -189,20 +199,20 @@ async def test_handlers_run_their_cleanup_after_renewer_thread_failed(
     async with aiohttp.ClientSession() as http:
         with pytest.raises(aiohttp.ClientError):
             await http.get(url.removesuffix("metrics") + "healthz")
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "tidy cleans up" in command.err
     assert "pool failed" in command.err
 
 
 async def test_handler_blocked_on_full_stderr_does_not_keep_process_running(
-    control_plane: ControlPlane, command_directory: Path
+    control_plane: ControlPlane, command_working_directory: Path
 ) -> None:
     """The handler blocks in a write to stderr and holds the log handler's lock: nobody can log."""
-    (command_directory / "flood.py").write_text(FLOOD)
+    (command_working_directory / "flood.py").write_text(FLOOD)
     control_plane.enqueue()
     process = subprocess.Popen(  # noqa: ASYNC220 - it must not be read, which asyncio would
         (sys.executable, "-m", "workpool", "run", "flood"),
-        cwd=command_directory,
+        cwd=command_working_directory,
         env=os.environ
         | {
             "WORKPOOL_BASE_URL": control_plane.base_url,

@@ -20,7 +20,7 @@ async def test_check_command_with_valid_setup_reports_every_check_as_ok(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("check", "handlers")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     lines = command.out.splitlines()
     assert [line.split()[0] for line in lines] == ["ok"] * 5
     for subject in ("settings", "plugins: handlers", "credentials", "control plane", "clock"):
@@ -28,7 +28,7 @@ async def test_check_command_with_valid_setup_reports_every_check_as_ok(
 
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
-async def test_check_command_succeeds_with_key_that_may_not_read_statistics(
+async def test_check_command_succeeds_with_key_without_permission_to_read_statistics(
     run_in_process: CommandRunner, control_plane: ControlPlane, dialect: str
 ) -> None:
     url = {"qoder": control_plane.base_url, "anthropic": control_plane.anthropic_base_url}[dialect]
@@ -92,7 +92,7 @@ async def test_check_command_with_valid_but_harmful_settings_succeeds_and_warns(
         assert any(expected_text in line for line in warnings)
 
 
-async def test_plugins_command_as_json_lists_hooks_and_handlers(
+async def test_plugins_command_with_json_flag_prints_hooks_and_handlers(
     run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("plugins", "handlers:finish", "--json")
@@ -113,7 +113,7 @@ async def test_plugins_command_as_json_lists_hooks_and_handlers(
     ]
 
 
-async def test_plugins_command_as_text_lists_plugins_and_handlers(
+async def test_plugins_command_without_json_flag_prints_plugins_and_handlers(
     run_in_process: CommandRunner,
 ) -> None:
     ended = await run_in_process("plugins", "handlers")

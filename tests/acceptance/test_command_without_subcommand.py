@@ -17,23 +17,25 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
 async def test_command_without_arguments_prints_help(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
-    command = await start_without_settings()
-    assert await command.wait_for_end() == 0
+    command = await start_command_without_settings()
+    assert await command.wait_for_exit() == 0
     for name in ("demo", "run", "serve", "check", "plugins", "new", "work"):
         assert name in command.out
 
 
-async def test_version_flag_prints_version(start_without_settings: CommandStarter) -> None:
-    command = await start_without_settings("--version")
-    assert await command.wait_for_end() == 0
+async def test_version_flag_prints_version(start_command_without_settings: CommandStarter) -> None:
+    command = await start_command_without_settings("--version")
+    assert await command.wait_for_exit() == 0
     assert command.out == f"workpool {workpool.__version__}\n"
 
 
-async def test_unknown_command_ends_with_status_2(start_without_settings: CommandStarter) -> None:
-    command = await start_without_settings("rnu")
-    assert await command.wait_for_end() == 2
+async def test_unknown_command_ends_with_status_2(
+    start_command_without_settings: CommandStarter,
+) -> None:
+    command = await start_command_without_settings("rnu")
+    assert await command.wait_for_exit() == 2
     assert command.out == ""
 
 

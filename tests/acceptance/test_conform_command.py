@@ -141,14 +141,14 @@ async def test_conform_command_for_embedded_control_plane_reports_that_every_cla
     """
     address = control_plane.base_url if dialect == "qoder" else control_plane.anthropic_base_url
     command = await start_command("conform", address, "--dialect", dialect)
-    assert await command.wait_for_end(seconds=290) == 0
+    assert await command.wait_for_exit(seconds=290) == 0
     assert command.out.splitlines()[-1] == f"{len(CLAUSES)} holds"
 
 
 @pytest.mark.trial
 @pytest.mark.timeout(300)
 async def test_conform_command_for_slow_control_plane_reports_that_every_clause_holds(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
     """Each answer takes 0.2 s. The suite must not take this delay for a lost lease."""
     faults = Faults()
@@ -156,7 +156,7 @@ async def test_conform_command_for_slow_control_plane_reports_that_every_clause_
     async with ControlPlane(
         environments=(ENVIRONMENT,), tokens={TOKEN: None}, middlewares=[faults.middleware]
     ) as plane:
-        command = await start_without_settings(
+        command = await start_command_without_settings(
             *("conform", plane.base_url, "--environment-id", ENVIRONMENT), WORKPOOL_TOKEN=TOKEN
         )
-        assert await command.wait_for_end(seconds=290) == 0
+        assert await command.wait_for_exit(seconds=290) == 0

@@ -38,10 +38,10 @@ def is_process_running(pid: int) -> bool:
 
 
 async def test_demo_loses_no_session_although_a_worker_is_killed(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
-    command = await start_without_settings("demo")
-    assert await command.wait_for_end(100) == 0
+    command = await start_command_without_settings("demo")
+    assert await command.wait_for_exit(100) == 0
     assert command.err == ""
     promise = PROMISE.search(command.out)
     assert promise is not None
@@ -62,9 +62,9 @@ async def test_demo_loses_no_session_although_a_worker_is_killed(
 
 
 async def test_demo_command_with_handler_of_user_runs_that_handler(
-    start_without_settings: CommandStarter, command_directory: Path
+    start_command_without_settings: CommandStarter, command_working_directory: Path
 ) -> None:
-    (command_directory / "reports.py").write_text(
+    (command_working_directory / "reports.py").write_text(
         "from workpool import Session, handler\n"
         '@handler(metadata={"job": "daily-report"})\n'
         "async def daily_report(session: Session) -> dict[str, str]:\n"
@@ -72,8 +72,8 @@ async def test_demo_command_with_handler_of_user_runs_that_handler(
         '    print("a printed line")\n'
         '    return {"rows": "42"}\n'
     )
-    command = await start_without_settings("demo", "reports:daily_report")
-    assert await command.wait_for_end(100) == 0
+    command = await start_command_without_settings("demo", "reports:daily_report")
+    assert await command.wait_for_exit(100) == 0
     assert re.search(r"worker-\d  the report of sess_", command.out)
     assert re.search(r"worker-\d  a printed line", command.out)
     promise = PROMISE.search(command.out)
@@ -82,36 +82,36 @@ async def test_demo_command_with_handler_of_user_runs_that_handler(
 
 
 async def test_demo_command_with_unknown_handler_ends_with_status_2(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
-    command = await start_without_settings("demo", "nowhere:nothing")
-    assert await command.wait_for_end() == 2
+    command = await start_command_without_settings("demo", "nowhere:nothing")
+    assert await command.wait_for_exit() == 2
     assert "no module named 'nowhere'" in command.err
     assert "Try next" not in command.out
 
 
 async def test_demo_command_leaves_no_process_after_ctrl_c(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
-    command = await start_without_settings("demo")
+    command = await start_command_without_settings("demo")
     lines = [await command.wait_for_output("runs pid=") for _ in range(2)]
     pids = [int(line.partition("pid=")[2].split()[0]) for line in lines]
     command.send_signal(signal.SIGINT)
-    assert await command.wait_for_end() == 130
+    assert await command.wait_for_exit() == 130
     assert not any(is_process_running(pid) for pid in pids)
 
 
 async def test_demo_command_with_failing_handler_ends_with_status_1(
-    start_without_settings: CommandStarter, command_directory: Path
+    start_command_without_settings: CommandStarter, command_working_directory: Path
 ) -> None:
-    (command_directory / "broken.py").write_text(
+    (command_working_directory / "broken.py").write_text(
         "from workpool import Session, handler\n"
         "@handler\n"
         "async def broken(session: Session) -> None:\n"
         '    raise ValueError("on purpose")\n'
     )
-    command = await start_without_settings("demo", "broken", "--count", "4")
-    assert await command.wait_for_end(100) == 1
+    command = await start_command_without_settings("demo", "broken", "--count", "4")
+    assert await command.wait_for_exit(100) == 1
     assert "session 01 failed: ValueError" in command.out
     promise = PROMISE.search(command.out)
     assert promise is not None
@@ -119,33 +119,37 @@ async def test_demo_command_with_failing_handler_ends_with_status_1(
 
 
 async def test_demo_command_ends_early_with_a_message_if_every_session_fails(
-    start_without_settings: CommandStarter, command_directory: Path
+    start_command_without_settings: CommandStarter, command_working_directory: Path
 ) -> None:
     """Workers claim items of a failing handler ever more slowly, so the demo would seem to hang."""
-    (command_directory / "broken.py").write_text(
+    (command_working_directory / "broken.py").write_text(
         "from workpool import Session, handler\n"
         "@handler\n"
         "async def broken(session: Session) -> None:\n"
         '    raise ValueError("on purpose")\n'
     )
-    command = await start_without_settings("demo", "broken")
-    assert await command.wait_for_end() == 1
+    command = await start_command_without_settings("demo", "broken")
+    assert await command.wait_for_exit() == 1
     assert re.search(r"^\d+ sessions failed, and none was completed: ", command.out, re.MULTILINE)
     assert "does --metadata match" not in command.out
 
 
 async def test_demo_command_with_metadata_that_match_no_handler_ends_at_once(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
-    command = await start_without_settings("demo", "handlers:finish", "--metadata", "do=nothing")
-    assert await command.wait_for_end() == 2
+    command = await start_command_without_settings(
+        "demo", "handlers:finish", "--metadata", "do=nothing"
+    )
+    assert await command.wait_for_exit() == 2
     assert "takes type=session do=finish, not do=nothing: change --metadata" in command.err
 
 
 async def test_demo_command_with_sessions_that_no_handler_takes_ends_with_status_1(
-    command_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command_working_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(command_directory)
+    monkeypatch.chdir(command_working_directory)
     monkeypatch.setattr(demo_runner, "STALL_SECONDS", 4.0)
     runner = demo_runner.DemoRunner(
         "handlers:finish", [DemoSession("session", {"do": "nothing"})] * 4
@@ -156,11 +160,11 @@ async def test_demo_command_with_sessions_that_no_handler_takes_ends_with_status
     assert "does --metadata match" in capsys.readouterr().out
 
 
-async def test_demo_command_on_terminal_shows_live_view(command_directory: Path) -> None:
+async def test_demo_command_on_terminal_shows_live_view(command_working_directory: Path) -> None:
     master, slave = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "workpool", "demo", "--count", "4"),
-        cwd=command_directory,
+        cwd=command_working_directory,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
         stdin=slave,
         stdout=slave,

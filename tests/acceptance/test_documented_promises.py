@@ -44,10 +44,10 @@ ORDER = ["queued", "starting", "active", "stopping", "stopped"]
 
 
 @pytest.fixture
-def handlers_directory(command_directory: Path) -> Path:
+def handlers_directory(command_working_directory: Path) -> Path:
     """Return the workers' current directory, where handlers record the items that they ran."""
-    (command_directory / "works.py").write_text(HANDLER)
-    return command_directory
+    (command_working_directory / "works.py").write_text(HANDLER)
+    return command_working_directory
 
 
 async def start_worker(
@@ -70,7 +70,7 @@ def count_handler_runs_per_item(folder: Path) -> Counter[str]:
 
 
 async def test_worker_sends_four_requests_for_each_of_thousand_items(
-    start_without_settings: CommandStarter, handlers_directory: Path
+    start_command_without_settings: CommandStarter, handlers_directory: Path
 ) -> None:
     faults = Faults()
     async with ControlPlane(
@@ -80,8 +80,10 @@ async def test_worker_sends_four_requests_for_each_of_thousand_items(
         # With a short lease or reclaim window, a slow machine would need a second heartbeat or a
         # second delivery for an item.
         patient = {"WORKPOOL_LEASE_TTL": "600", "WORKPOOL_RECLAIM_OLDER_THAN_MS": "600000"}
-        command = await start_worker(start_without_settings, plane.base_url, "--drain", **patient)
-        assert await command.wait_for_end(SECONDS) == 0
+        command = await start_worker(
+            start_command_without_settings, plane.base_url, "--drain", **patient
+        )
+        assert await command.wait_for_exit(SECONDS) == 0
     assert plane.summary() == (ITEMS, ITEMS, 0, 0, 0)
     assert count_handler_runs_per_item(handlers_directory) == Counter(
         {item.id: 1 for item in items}
@@ -98,7 +100,7 @@ async def test_worker_sends_four_requests_for_each_of_thousand_items(
 
 @pytest.mark.usefixtures("handlers_directory")
 async def test_items_of_killed_worker_are_finished_by_another_worker(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
     faults, clock = Faults(), Clock()
     async with ControlPlane(
@@ -109,23 +111,23 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
     ) as plane:
         items = plane.enqueue(count=HELD, metadata={"do": "hold"})
         victim = await start_worker(
-            start_without_settings, plane.base_url, WORKPOOL_WORKER_ID="victim"
+            start_command_without_settings, plane.base_url, WORKPOOL_WORKER_ID="victim"
         )
         for item in items:
             await faults.wait_for("heartbeat", work_id=item.id, answered=True, timeout=SECONDS)
         successor = await start_worker(
-            start_without_settings, plane.base_url, WORKPOOL_WORKER_ID="heir"
+            start_command_without_settings, plane.base_url, WORKPOOL_WORKER_ID="heir"
         )
         # The second worker must have polled before the first one is killed.
         await successor.wait_for_log("idle")
         victim.send_signal(signal.SIGKILL)
-        assert await victim.wait_for_end() == -signal.SIGKILL
+        assert await victim.wait_for_exit() == -signal.SIGKILL
         # Advance the clock to the end of the killed worker's leases, instead of waiting for it.
         clock.advance(LEASE_SECONDS)
         plane.operations.wake_all_polls()
         await faults.wait_for("stop", count=HELD, answered=True, timeout=SECONDS)
         successor.send_signal(signal.SIGTERM)
-        assert await successor.wait_for_end() == 0
+        assert await successor.wait_for_exit() == 0
     assert plane.summary() == (HELD, HELD, HELD, 0, 0)
     for item in items:
         records = plane.history.records_of_item(item.id)
@@ -193,23 +195,25 @@ class ControlPlaneClient:
 
 
 async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
-    start_without_settings: CommandStarter, handlers_directory: Path
+    start_command_without_settings: CommandStarter, handlers_directory: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     serve = ["serve", "--port", str(port), "--store", "work.db", "--token", TOKEN, "--json"]
     serve += ["--environment", ENVIRONMENT]
-    plane = await start_without_settings(*serve)
+    plane = await start_command_without_settings(*serve)
     base_url = json.loads(await plane.wait_for_output())["base_url"]
-    worker = await start_worker(start_without_settings, base_url, WORKPOOL_REQUEST_TIMEOUT="3")
+    worker = await start_worker(
+        start_command_without_settings, base_url, WORKPOOL_REQUEST_TIMEOUT="3"
+    )
     async with aiohttp.ClientSession() as http:
         shell = ControlPlaneClient(http, port)
         async with asyncio.TaskGroup() as group:
             group.create_task(shell.enqueue_until_control_plane_is_killed())
             await shell.wait_until_items_stopped(50)
             plane.send_signal(signal.SIGKILL)
-        assert await plane.wait_for_end() == -signal.SIGKILL
-        plane = await start_without_settings(*serve)
+        assert await plane.wait_for_exit() == -signal.SIGKILL
+        plane = await start_command_without_settings(*serve)
         await plane.wait_for_output()
         after = {item["id"]: item for item in await shell.list_items()}
         for work_id, item in shell.known.items():
@@ -218,7 +222,7 @@ async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
         items = await shell.wait_until_items_stopped(len(after) + 5)
     assert {item["state"] for item in items} == {"stopped"}
     worker.send_signal(signal.SIGTERM)
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_exit() == 0
     assert set(count_handler_runs_per_item(handlers_directory)) == {item["id"] for item in items}
     plane.send_signal(signal.SIGTERM)
-    assert await plane.wait_for_end() == 0
+    assert await plane.wait_for_exit() == 0

@@ -62,12 +62,14 @@ class ExampleApplicationStarter(Protocol):
 
 @pytest.fixture
 async def start_example_application(
-    command_directory: Path, control_plane: ControlPlane
+    command_working_directory: Path, control_plane: ControlPlane
 ) -> AsyncIterator[ExampleApplicationStarter]:
     """Return a function that starts a process with an example of the page `embedding.md`."""
-    (command_directory / "reports.py").write_text(REPORTS)
+    (command_working_directory / "reports.py").write_text(REPORTS)
     for name in EXAMPLES:
-        (command_directory / f"{name}.py").write_text(find_code_block_containing(f"# {name}.py"))
+        (command_working_directory / f"{name}.py").write_text(
+            find_code_block_containing(f"# {name}.py")
+        )
     commands: list[RunningCommand] = []
 
     async def start_process(module: str, **variables: str) -> RunningApplication:
@@ -86,7 +88,7 @@ async def start_example_application(
             }
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, *arguments),
-                cwd=command_directory,
+                cwd=command_working_directory,
                 env={**inherited, **settings, **variables},
                 pass_fds=[listener.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
@@ -130,19 +132,19 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 async def test_application_under_sigterm_lets_its_session_end(
     start_example_application: ExampleApplicationStarter,
     control_plane: ControlPlane,
-    command_directory: Path,
+    command_working_directory: Path,
     module: str,
     status: int,
 ) -> None:
     if module == "program":
         # The handler of this example ends at once. The test needs a handler that waits for a drain.
-        path = command_directory / "program.py"
+        path = command_working_directory / "program.py"
         path.write_text(path.read_text().replace("[greet]", '["reports"]'))
     [item] = control_plane.enqueue()
     application, _ = await start_example_application(module)
     await application.wait_for_output("session runs")
     application.send_signal(signal.SIGTERM)
-    assert await application.wait_for_end() == status
+    assert await application.wait_for_exit() == status
     assert read_stored_item(control_plane, item).state == "stopped"
     assert read_stored_item(control_plane, item).metadata["done"] == "when asked"
 
@@ -159,7 +161,7 @@ async def test_application_with_a_wrong_token_ends_and_logs_the_reason(
     start_example_application: ExampleApplicationStarter, module: str, status: int
 ) -> None:
     application, _ = await start_example_application(module, QODER_PAT="wrong")
-    assert await application.wait_for_end() == status
+    assert await application.wait_for_exit() == status
     assert "RefusedError: poll: 401" in application.err
 
 
@@ -169,15 +171,15 @@ async def test_application_reports_not_ready_after_wrong_token_stopped_its_pool(
 ) -> None:
     application, url = await start_example_application(module, QODER_PAT="wrong")
 
-    async def live_route_reports_failed_pool() -> bool:
+    async def live_path_answers_503() -> bool:
         return (await get_status_and_text(f"{url}/live"))[0] == 503
 
-    await wait_until(live_route_reports_failed_pool)
+    await wait_until(live_path_answers_503)
     status, body = await get_status_and_text(f"{url}/ready")
     assert status == 503
     assert "failed: RefusedError" in body
     application.send_signal(signal.SIGTERM)
-    await application.wait_for_end()
+    await application.wait_for_exit()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ async def test_application_with_wrong_settings_does_not_start(
     start_example_application: ExampleApplicationStarter, module: str
 ) -> None:
     application, _ = await start_example_application(module, WORKPOOL_CONCURRENCY="many")
-    assert await application.wait_for_end() in {1, 3}
+    assert await application.wait_for_exit() in {1, 3}
     assert "concurrency: must be a whole number, 1 or more (from WORKPOOL_CONCURRENCY)" in (
         application.err
     )

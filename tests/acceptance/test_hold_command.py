@@ -27,7 +27,7 @@ SLOW_TO_END = "trap 'echo asked; exit 3' TERM; echo begun; while :; do sleep 0.0
 IGNORES_SIGTERM = "trap '' TERM; echo begun; while :; do sleep 0.05; done"
 
 
-class ItemInHandoff(NamedTuple):
+class HandedOffItem(NamedTuple):
     """An item with a parent's lease, and the environment variables that hand the lease off."""
 
     work_id: str
@@ -35,7 +35,7 @@ class ItemInHandoff(NamedTuple):
 
 
 class HandoffPreparer(Protocol):
-    async def __call__(self, **variables: str) -> ItemInHandoff: ...
+    async def __call__(self, **variables: str) -> HandedOffItem: ...
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 def prepare_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffPreparer:
     """Return a function that claims an item and prepares its handoff, as a parent process does."""
 
-    async def claim_item_and_prepare_handoff(**variables: str) -> ItemInHandoff:
+    async def claim_item_and_prepare_handoff(**variables: str) -> HandedOffItem:
         (item,) = control_plane.enqueue(environment_id=ENVIRONMENT)
         await client.poll()
         await client.ack(item.id)
         heartbeat = await client.heartbeat(item.id, NO_HEARTBEAT, 60)
-        return ItemInHandoff(
+        return HandedOffItem(
             item.id,
             {
                 "WORKPOOL_HOLD_WORK_ID": item.id,
@@ -67,13 +67,13 @@ def prepare_handoff(control_plane: ControlPlane, client: WorkClient) -> HandoffP
     return claim_item_and_prepare_handoff
 
 
-def history_record_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
+def read_history_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[str]:
     """Return the kinds of the item's history records after the last heartbeat of the parent."""
     return [str(record.kind) for record in plane.history.records_of_item(work_id)][4:]
 
 
-async def start_shell_script_under_hold_command(
-    start: CommandStarter, handed: ItemInHandoff, script: str
+async def start_shell_script_with_hold_command(
+    start: CommandStarter, handed: HandedOffItem, script: str
 ) -> RunningCommand:
     return await start("hold", "--", "sh", "-c", script, **handed.variables)
 
@@ -86,7 +86,7 @@ async def start_shell_script_under_hold_command(
         (3, (1, "stopped", {"workpool.error": "ProgramFailed"})),
     ],
 )
-async def test_exit_status_of_program_under_hold_command_decides_state_of_item(
+async def test_exit_status_of_program_started_by_hold_command_decides_state_of_item(
     client: WorkClient,
     start_command: CommandStarter,
     prepare_handoff: HandoffPreparer,
@@ -94,23 +94,23 @@ async def test_exit_status_of_program_under_hold_command_decides_state_of_item(
     means: object,
 ) -> None:
     handed = await prepare_handoff()
-    command = await start_shell_script_under_hold_command(start_command, handed, f"exit {status}")
-    exits = await command.wait_for_end()
+    command = await start_shell_script_with_hold_command(start_command, handed, f"exit {status}")
+    exits = await command.wait_for_exit()
     item = await client.get(handed.work_id)
     assert (exits, item.state, dict(item.metadata)) == means
 
 
-async def test_program_under_hold_command_gets_ids_but_no_credentials(
+async def test_program_started_by_hold_command_gets_ids_but_no_credentials(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
     prepare_handoff: HandoffPreparer,
 ) -> None:
     handed = await prepare_handoff(KEPT="yes", QODER_PAT="other")
-    command = await start_shell_script_under_hold_command(start_command, handed, "env")
-    assert await command.wait_for_end() == 0
+    command = await start_shell_script_with_hold_command(start_command, handed, "env")
+    assert await command.wait_for_exit() == 0
     item = await client.get(handed.work_id)
-    assert history_record_kinds_after_handoff(control_plane, handed.work_id) == [
+    assert read_history_kinds_after_handoff(control_plane, handed.work_id) == [
         "heartbeat",
         "stopped",
     ]
@@ -125,7 +125,7 @@ async def test_program_under_hold_command_gets_ids_but_no_credentials(
 
 
 @pytest.mark.parametrize("script", [SLOW_TO_END, IGNORES_SIGTERM], ids=["obeys", "ignores_sigterm"])
-async def test_stop_request_ends_program_under_hold_command_and_stops_item(
+async def test_stop_request_ends_program_started_by_hold_command_and_stops_item(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
@@ -134,13 +134,13 @@ async def test_stop_request_ends_program_under_hold_command_and_stops_item(
 ) -> None:
     """The program gets SIGTERM, and SIGKILL if it has not ended after a grace period."""
     handed = await prepare_handoff(WORKPOOL_STOP_GRACE="0.5")
-    command = await start_shell_script_under_hold_command(start_command, handed, script)
+    command = await start_shell_script_with_hold_command(start_command, handed, script)
     await command.wait_for_output("begun")
     await client.stop(handed.work_id)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert ("asked" in command.out) is (script is SLOW_TO_END)
     assert (await client.get(handed.work_id)).state == "stopped"
-    assert history_record_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
+    assert read_history_kinds_after_handoff(control_plane, handed.work_id)[-1] == "stopped"
 
 
 async def test_hold_command_releases_item_after_sigterm(
@@ -148,46 +148,46 @@ async def test_hold_command_releases_item_after_sigterm(
 ) -> None:
     """`docker stop` and the end of a pod send SIGTERM; another worker should then run the item."""
     handed = await prepare_handoff()
-    command = await start_shell_script_under_hold_command(start_command, handed, SLOW_TO_END)
+    command = await start_shell_script_with_hold_command(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "asked" in command.out
     item = await client.get(handed.work_id)
     assert (item.state, dict(item.metadata)) == ("active", {"workpool.released": "Release"})
 
 
-async def test_hold_command_reports_that_exit_limit_variables_have_no_effect(
+async def test_hold_command_logs_that_exit_limit_settings_have_no_effect(
     start_command: CommandStarter, prepare_handoff: HandoffPreparer
 ) -> None:
     handed = await prepare_handoff(
         WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1"
     )
-    command = await start_shell_script_under_hold_command(
+    command = await start_shell_script_with_hold_command(
         start_command, handed, "sleep 0.3; echo done"
     )
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "settings without effect: exit_after_sessions, exit_after_uptime" in command.err
     assert "done" in command.out
 
 
-async def test_lost_lease_ends_program_under_hold_command_without_further_requests(
+async def test_lost_lease_ends_program_started_by_hold_command_without_further_requests(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,
     prepare_handoff: HandoffPreparer,
 ) -> None:
     handed = await prepare_handoff()
-    command = await start_shell_script_under_hold_command(start_command, handed, SLOW_TO_END)
+    command = await start_shell_script_with_hold_command(start_command, handed, SLOW_TO_END)
     await command.wait_for_output("begun")
     queue = control_plane.operations.get_queue(ENVIRONMENT)
     queue.put_item(replace(queue.get_item(handed.work_id), lease_end=0))
     rival = await client.poll(reclaim_older_than_ms=0)
     assert rival is not None
     await client.ack(rival.id)
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "asked" in command.out
-    assert history_record_kinds_after_handoff(control_plane, handed.work_id)[-2:] == [
+    assert read_history_kinds_after_handoff(control_plane, handed.work_id)[-2:] == [
         "acked",
         "conflict",
     ]
@@ -200,8 +200,8 @@ async def test_hold_command_runs_no_program_if_parent_took_item_back(
     handed = await prepare_handoff()
     last = handed.variables["WORKPOOL_HOLD_LAST_HEARTBEAT"]
     back = await client.heartbeat(handed.work_id, last, 60)
-    command = await start_shell_script_under_hold_command(start_command, handed, "echo begun")
-    assert await command.wait_for_end() == 1
+    command = await start_shell_script_with_hold_command(start_command, handed, "echo begun")
+    assert await command.wait_for_exit() == 1
     assert command.out == ""
     item = await client.get(handed.work_id)
     assert (item.state, item.last_heartbeat) == ("active", back.last_heartbeat)
@@ -212,15 +212,15 @@ async def test_sigkill_to_hold_command_also_kills_its_program_with_all_children(
 ) -> None:
     """A surviving program would run at the same time as the next worker that claims the item."""
     handed = await prepare_handoff()
-    command = await start_shell_script_under_hold_command(
+    command = await start_shell_script_with_hold_command(
         start_command, handed, f"({IGNORES_SIGTERM}) & {IGNORES_SIGTERM}"
     )
     await command.wait_for_output("begun")
     await command.wait_for_output("begun")
     command.send_signal(signal.SIGKILL)
-    # `wait_for_end` reads the output to its end. A surviving child process would keep the output
+    # `wait_for_exit` reads the output to its end. A surviving child process would keep the output
     # open, so that the wait would fail.
-    assert await command.wait_for_end() == -signal.SIGKILL
+    assert await command.wait_for_exit() == -signal.SIGKILL
 
 
 PARENT = """
@@ -230,7 +230,7 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 """
 
 
-async def test_program_under_hold_command_survives_end_of_parent_and_terminal(
+async def test_program_started_by_hold_command_survives_end_of_parent_and_terminal(
     control_plane: ControlPlane, client: WorkClient, prepare_handoff: HandoffPreparer, tmp_path: Any
 ) -> None:
     """`workpool hold` also survives, and stops the item when the program ends."""
@@ -265,7 +265,7 @@ async def test_program_under_hold_command_survives_end_of_parent_and_terminal(
         asyncio.get_running_loop().remove_reader(pidfd)
         fifo.write_text("go\n")
         await command.wait_for_output("ended")
-        assert await command.wait_for_end() == -signal.SIGHUP
+        assert await command.wait_for_exit() == -signal.SIGHUP
     finally:
         os.close(pidfd)
         await command.kill()
@@ -290,4 +290,4 @@ async def test_hold_command_for_unknown_item_ends_with_status_3(
     command = await start_command(
         *("hold", "--work-id", "work_unknown", "--last-heartbeat", NO_HEARTBEAT, "true")
     )
-    assert await command.wait_for_end() == 3
+    assert await command.wait_for_exit() == 3

@@ -54,7 +54,7 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 
 @in_virtual_time
-async def test_handover_block_begins_only_after_heartbeats_are_suspended() -> None:
+async def test_body_of_handover_context_runs_only_after_heartbeats_are_suspended() -> None:
     """`async with session.handover()` enters its block only after it has suspended heartbeats.
 
     In this test, the renewer thread never confirms the suspension, until the lease is lost.
@@ -130,7 +130,7 @@ async def test_hold_command_ignores_plugins_in_config_file_shared_with_parent(
 
 
 @pytest.mark.acceptance
-async def test_program_under_hold_command_receives_sighup_although_hold_command_ignores_it(
+async def test_program_started_by_hold_command_receives_sighup_that_the_command_ignores(
     tmp_path: Path,
 ) -> None:
     note = tmp_path / "ended"
@@ -148,7 +148,7 @@ async def test_program_under_hold_command_receives_sighup_although_hold_command_
 
 
 @pytest.mark.acceptance
-async def test_control_plane_does_not_count_handoff_to_hold_command_as_overlap() -> None:
+async def test_handoff_to_hold_command_is_not_counted_as_overlapping_lease() -> None:
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "parent") as parent:
@@ -159,7 +159,7 @@ async def test_control_plane_does_not_count_handoff_to_hold_command_as_overlap()
         assert plane.summary().overlapping == 0
 
 
-async def test_first_heartbeat_counts_as_overlap_if_another_worker_acknowledged_the_item() -> None:
+async def test_first_heartbeat_for_item_of_another_worker_counts_as_overlapping_lease() -> None:
     """Unlike a child in a handoff, the worker does not send the time of the last heartbeat."""
     async with ControlPlane() as plane:
         [item] = plane.enqueue()

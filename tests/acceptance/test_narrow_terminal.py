@@ -55,11 +55,11 @@ async def run_command_and_read_terminal_lines(
 
 @WIDTHS
 async def test_work_list_on_narrow_terminal_shows_whole_ids(
-    control_plane: ControlPlane, command_directory: Path, width: int
+    control_plane: ControlPlane, command_working_directory: Path, width: int
 ) -> None:
     items = control_plane.enqueue(count=3, metadata={"job": "a job with a long description" * 3})
     lines = await run_command_and_read_terminal_lines(
-        control_plane, command_directory, width, "work", "list"
+        control_plane, command_working_directory, width, "work", "list"
     )
     for item in items:
         assert sum(item.id in line for line in lines) == 1
@@ -80,11 +80,11 @@ async def test_work_list_on_narrow_terminal_shows_whole_ids(
 
 @WIDTHS
 async def test_work_get_on_narrow_terminal_shows_whole_ids(
-    control_plane: ControlPlane, command_directory: Path, width: int
+    control_plane: ControlPlane, command_working_directory: Path, width: int
 ) -> None:
     [item] = control_plane.enqueue(metadata={"job": "a job with a long description" * 3})
     lines = await run_command_and_read_terminal_lines(
-        control_plane, command_directory, width, "work", "get", item.id
+        control_plane, command_working_directory, width, "work", "get", item.id
     )
     for text in (item.id, item.session_id, ENVIRONMENT):
         assert any(text in line for line in lines), text
@@ -92,9 +92,9 @@ async def test_work_get_on_narrow_terminal_shows_whole_ids(
 
 
 async def test_plugins_command_on_narrow_terminal_shows_whole_names(
-    control_plane: ControlPlane, command_directory: Path
+    control_plane: ControlPlane, command_working_directory: Path
 ) -> None:
     lines = await run_command_and_read_terminal_lines(
-        control_plane, command_directory, 40, "plugins", "handlers"
+        control_plane, command_working_directory, 40, "plugins", "handlers"
     )
     assert any("handlers.finish" in line for line in lines)

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 LONG = "a" * (NAME_LENGTH + 1)
 
 
-class EndedCommand(NamedTuple):
+class CommandResult(NamedTuple):
     status: int
     out: str
     err: str
@@ -33,11 +33,11 @@ def project_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_workpool_new(*arguments: str) -> EndedCommand:
+def run_workpool_new(*arguments: str) -> CommandResult:
     result = CliRunner().invoke(app, ["new", *arguments], env={"COLUMNS": "200"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return EndedCommand(result.exit_code, result.stdout, result.stderr)
+    return CommandResult(result.exit_code, result.stdout, result.stderr)
 
 
 def run_python(*arguments: str, folder: Path) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tests.acceptance.conftest import CommandStarter
-    from tests.acceptance.open_managed_agents import OpenManagedAgents
+    from tests.acceptance.open_managed_agents import OpenManagedAgentsServer
 
 pytestmark = [pytest.mark.trial, pytest.mark.acceptance, pytest.mark.timeout(400)]
 
@@ -46,17 +46,17 @@ def python_with_installed_control_plane(tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 async def control_plane(
     python_with_installed_control_plane: str, tmp_path: Path
-) -> AsyncIterator[OpenManagedAgents]:
+) -> AsyncIterator[OpenManagedAgentsServer]:
     async with running_control_plane(
         python_with_installed_control_plane, tmp_path
     ) as control_plane:
         yield control_plane
 
 
-async def test_check_list_and_drain_commands_succeed_with_open_managed_agents(
-    control_plane: OpenManagedAgents,
-    start_without_settings: CommandStarter,
-    command_directory: Path,
+async def test_commands_check_and_work_list_and_run_succeed_with_open_managed_agents(
+    control_plane: OpenManagedAgentsServer,
+    start_command_without_settings: CommandStarter,
+    command_working_directory: Path,
 ) -> None:
     variables = {
         "WORKPOOL_DIALECT": "anthropic",
@@ -70,27 +70,27 @@ async def test_check_list_and_drain_commands_succeed_with_open_managed_agents(
     }
 
     async def list_items_by_session() -> dict[str, dict[str, Any]]:
-        command = await start_without_settings(
+        command = await start_command_without_settings(
             "work", "list", "--limit", "1000", "--json", **variables
         )
-        assert await command.wait_for_end() == 0
+        assert await command.wait_for_exit() == 0
         items = json.loads(command.out)
         assert len({item["id"] for item in items}) == len(items)
         return {item["session_id"]: item for item in items}
 
     sessions = {await control_plane.create_session() for _ in range(SESSIONS)}
-    (command_directory / "run_sessions.py").write_text(HANDLER)
+    (command_working_directory / "run_sessions.py").write_text(HANDLER)
 
-    check = await start_without_settings("check", "run_sessions", **variables)
-    assert await check.wait_for_end() == 0
+    check = await start_command_without_settings("check", "run_sessions", **variables)
+    assert await check.wait_for_exit() == 0
     assert "control plane: answered in" in check.out
 
     before = await list_items_by_session()
     assert before.keys() == sessions
     assert {item["state"] for item in before.values()} == {"queued"}
 
-    run = await start_without_settings("run", "run_sessions", "--drain", **variables)
-    assert await run.wait_for_end(180) == 0
+    run = await start_command_without_settings("run", "run_sessions", "--drain", **variables)
+    assert await run.wait_for_exit(180) == 0
     assert "result=clean" in run.err
 
     after = await list_items_by_session()
@@ -107,15 +107,15 @@ def read_documented_verdicts_of_clauses() -> dict[str, str]:
 
 
 async def test_conform_command_for_open_managed_agents_finds_documented_differences(
-    control_plane: OpenManagedAgents, start_without_settings: CommandStarter
+    control_plane: OpenManagedAgentsServer, start_command_without_settings: CommandStarter
 ) -> None:
     variables = {"WORKPOOL_TOKEN": "any"}
-    command = await start_without_settings(
+    command = await start_command_without_settings(
         *("conform", control_plane.base_url, "--dialect", "anthropic", "--json"),
         *("--environment-id", control_plane.environment_id, "--agent", control_plane.agent_id),
         **variables,
     )
-    assert await command.wait_for_end(320) == 1
+    assert await command.wait_for_exit(320) == 1
     clauses = json.loads(command.out)["clauses"]
     found = {each["clause"]: each["verdict"] for each in clauses if each["verdict"] != "holds"}
     assert found == read_documented_verdicts_of_clauses()

@@ -67,7 +67,7 @@ def test_workpool_commands_on_operating_page_exist_with_their_flags() -> None:
         assert {word for word in rest if word.startswith("--")} <= known, words
 
 
-def test_repository_files_in_console_blocks_of_operating_page_exist() -> None:
+def test_repository_files_named_in_console_blocks_of_operating_page_exist() -> None:
     paths = re.findall(r"PATH/TO/(workpool[\w./@-]*)", "\n".join(read_console_lines_of_page()))
     assert len(paths) > 3
     root = Path(__file__).parents[2]
@@ -127,7 +127,7 @@ async def test_documented_upgrade_of_worker_loses_no_session_and_counts_no_attem
     new = await start_command("run", "handlers", "--drain-timeout", "1")
     await wait_until_ready(new)
     old.send_signal(signal.SIGTERM)
-    assert await old.wait_for_end() == 0
+    assert await old.wait_for_exit() == 0
     await new.wait_for_log("linger runs")
     settings = Settings(
         base_url=control_plane.base_url,
@@ -140,4 +140,4 @@ async def test_documented_upgrade_of_worker_loses_no_session_and_counts_no_attem
     assert again.state == "active"
     assert again.metadata.get("workpool.attempt", "1") == "1"
     new.send_signal(signal.SIGTERM)
-    assert await new.wait_for_end() == 0
+    assert await new.wait_for_exit() == 0

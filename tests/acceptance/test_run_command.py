@@ -39,7 +39,7 @@ async def test_run_command_with_drain_flag_ends_with_0_when_queue_is_empty(
 ) -> None:
     items = [enqueue_items(control_plane, "finish") for _ in range(20)]
     command = await start_command("run", "handlers", "--drain")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert [read_stored_item(control_plane, item).state for item in items] == ["stopped"] * 20
     assert {read_stored_item(control_plane, item).metadata["done"] for item in items} == {"yes"}
     assert command.out == "", "logs belong on stderr"
@@ -53,7 +53,7 @@ async def test_run_command_with_module_and_function_name_uses_only_that_handler(
     await command.wait_for_log("finish runs")
     await command.wait_for_log("item declined")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert read_stored_item(control_plane, item).state == "stopped"
     assert read_stored_item(control_plane, other).state == "queued"
 
@@ -66,7 +66,7 @@ async def test_run_command_after_first_signal_waits_for_running_sessions(
     command = await start_command("run", "handlers")
     await command.wait_for_log("wait runs")
     command.send_signal(number)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert read_stored_item(control_plane, item).state == "stopped"
     assert read_stored_item(control_plane, item).metadata["done"] == "when asked"
     assert "result=clean" in command.err
@@ -79,7 +79,7 @@ async def test_drain_releases_running_session_but_does_not_stop_its_item(
     command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0.2")
     await command.wait_for_log("linger runs")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     # A drain shortens the lease of a released item; until the lease lapses, the item is active.
     assert read_stored_item(control_plane, item).state == "active"
     assert "result=deadline" in command.err
@@ -95,12 +95,12 @@ async def test_run_command_after_second_signal_ends_with_128_plus_signal_number(
     command.send_signal(signal.SIGTERM)
     await command.wait_for_log("draining")
     command.send_signal(number)
-    assert await command.wait_for_end() == 128 + number
+    assert await command.wait_for_exit() == 128 + number
     assert read_stored_item(control_plane, item).state == "active"
 
 
 async def test_stall_timeout_ends_silent_session_but_not_session_that_waits_for_human(
-    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_working_directory: Path
 ) -> None:
     silent, asking = enqueue_items(control_plane, "linger"), enqueue_items(control_plane, "ask")
     command = await start_command("run", "handlers", WORKPOOL_STALL_TIMEOUT="1")
@@ -116,9 +116,9 @@ async def test_stall_timeout_ends_silent_session_but_not_session_that_waits_for_
         samples = (await answer.text()).splitlines()
     gauge = f'workpool_session_silence_seconds_max{{environment_id="{ENVIRONMENT}",handler='
     assert f'{gauge}"handlers.ask"}} 0.0' in samples
-    (command_directory / "answer").write_text("yes")
+    (command_working_directory / "answer").write_text("yes")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert read_stored_item(control_plane, asking).metadata["done"] == "answered"
 
 
@@ -129,7 +129,7 @@ async def test_run_command_that_abandons_a_session_ends_with_status_1(
     command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
     await command.wait_for_log("ignore runs")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "abandoned=1" in command.err
 
 
@@ -138,7 +138,7 @@ async def test_task_left_running_by_handler_does_not_keep_process_running(
 ) -> None:
     enqueue_items(control_plane, "spawn")
     command = await start_command("run", "handlers", "--drain")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "abandoned task=orphan" in command.err
 
 
@@ -149,16 +149,16 @@ async def test_blocking_code_in_thread_does_not_keep_process_running(
     command = await start_command("run", "handlers", WORKPOOL_DRAIN_TIMEOUT="0")
     await command.wait_for_log("thread runs")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "thread still runs; abandoned thread_name=workpool-blocking" in command.err
 
 
-async def test_thread_started_by_user_does_not_keep_process_running_and_is_logged(
+async def test_thread_started_by_handler_is_logged_and_does_not_keep_process_running(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "own thread")
     command = await start_command("run", "handlers", "--drain")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "thread still runs; abandoned thread_name=own-thread" in command.err
     assert "idle-pool" not in command.err
 
@@ -168,13 +168,13 @@ async def test_loop_blocked_for_max_block_ends_process_with_status_1(
 ) -> None:
     enqueue_items(control_plane, "block")
     command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="1.5")
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "event loop blocked" in command.err
     assert "in block" in command.err, "the stack of the handler is printed"
 
 
 async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
-    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_working_directory: Path
 ) -> None:
     item = enqueue_items(control_plane, "block")
     command = await start_command("run", "handlers", "--drain")
@@ -189,11 +189,11 @@ async def test_health_and_metrics_are_answered_while_handler_blocks_loop(
         assert 'workpool_slots{environment_id="' in text
         assert "process_cpu_seconds_total" in text
         assert read_stored_item(control_plane, item).state == "active"
-        (command_directory / "free").touch()
+        (command_working_directory / "free").touch()
         await command.wait_for_log("drained result=clean")
         async with http.get("metrics") as answer:
             assert answer.status == 200
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "block ends" in command.err
 
 
@@ -213,7 +213,7 @@ async def test_process_with_scraped_metrics_waits_for_last_scrape_after_drain(
             assert (
                 'workpool_drain_duration_seconds_count{result="clean"} 1.0' in await answer.text()
             )
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
 async def test_second_signal_ends_the_wait_for_the_last_scrape(
@@ -226,7 +226,7 @@ async def test_second_signal_ends_the_wait_for_the_last_scrape(
     command.send_signal(signal.SIGTERM)
     await command.wait_for_log("drained result=clean")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 128 + signal.SIGTERM
+    assert await command.wait_for_exit() == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ async def test_run_command_ends_with_status_3_if_control_plane_refuses_its_polls
     start_command: CommandStarter, variables: dict[str, str], expected_text: str
 ) -> None:
     command = await start_command("run", "handlers", **variables)
-    assert await command.wait_for_end() == 3
+    assert await command.wait_for_exit() == 3
     assert f"poll: {expected_text}" in command.err
 
 
@@ -280,7 +280,7 @@ async def test_run_command_with_unknown_plugins_ends_with_2(
     start_command: CommandStarter, arguments: list[str], expected_text: str
 ) -> None:
     command = await start_command("run", *arguments)
-    assert await command.wait_for_end() == 2
+    assert await command.wait_for_exit() == 2
     assert expected_text in command.err
 
 
@@ -290,15 +290,15 @@ async def test_run_command_names_address_and_ends_with_2_if_port_is_in_use(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         command = await start_command("run", "handlers", "--metrics-listen", address)
-        assert await command.wait_for_end() == 2
+        assert await command.wait_for_exit() == 2
     assert address in command.err
     assert "metrics_listen" in command.err
 
 
 async def test_run_command_with_plugin_that_fails_to_start_ends_with_1(
-    start_command: CommandStarter, command_directory: Path
+    start_command: CommandStarter, command_working_directory: Path
 ) -> None:
-    (command_directory / "broken.py").write_text(
+    (command_working_directory / "broken.py").write_text(
         "from contextlib import asynccontextmanager\n"
         "from workpool import handler, hookimpl\n"
         "@handler\n"
@@ -311,15 +311,15 @@ async def test_run_command_with_plugin_that_fails_to_start_ends_with_1(
         "def workpool_lifespan(supervisor): return database()\n"
     )
     command = await start_command("run", "broken", "--log-format", "json")
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     last = json.loads(command.err.splitlines()[-1])
     assert "the database is away" in last["stack"]
 
 
 async def test_run_command_ends_after_two_signals_although_start_of_plugin_never_ends(
-    start_command: CommandStarter, command_directory: Path
+    start_command: CommandStarter, command_working_directory: Path
 ) -> None:
-    (command_directory / "slow.py").write_text(
+    (command_working_directory / "slow.py").write_text(
         "import asyncio, logging\n"
         "from contextlib import asynccontextmanager\n"
         "from workpool import handler, hookimpl\n"
@@ -339,7 +339,7 @@ async def test_run_command_ends_after_two_signals_although_start_of_plugin_never
     command.send_signal(signal.SIGTERM)
     # Two pending signals are delivered in either order, so either signal can decide the exit
     # status.
-    assert await command.wait_for_end() in {130, 143}
+    assert await command.wait_for_exit() in {130, 143}
 
 
 async def test_json_log_lines_have_ids_and_errors(
@@ -347,7 +347,7 @@ async def test_json_log_lines_have_ids_and_errors(
 ) -> None:
     item, bad = enqueue_items(control_plane, "finish"), enqueue_items(control_plane, "fail")
     command = await start_command("run", "handlers", "--drain", "--log-format", "json", "-v")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     records = [json.loads(line) for line in command.err.splitlines()]
     [ran] = [record for record in records if record["message"] == "finish runs"]
     assert (ran["work_id"], ran["session_id"]) == (item.id, item.session_id)
@@ -360,16 +360,16 @@ async def test_json_log_lines_have_ids_and_errors(
 
 
 async def test_flags_of_run_command_override_variables_and_variables_override_file(
-    start_command: CommandStarter, control_plane: ControlPlane, command_directory: Path
+    start_command: CommandStarter, control_plane: ControlPlane, command_working_directory: Path
 ) -> None:
-    (command_directory / "greeter.py").write_text(
+    (command_working_directory / "greeter.py").write_text(
         "from workpool import handler\n"
         "class Greeter:\n"
         "    def __init__(self, greeting): self.greeting = greeting\n"
         "    @handler\n"
         "    async def greet(self, session): return {'said': self.greeting}\n"
     )
-    (command_directory / "pool.toml").write_text(
+    (command_working_directory / "pool.toml").write_text(
         "[workpool]\nplugins = ['greeter:Greeter']\nlog_level = 'error'\n"
         "base_url = 'http://127.0.0.1:9'\n"
         "[workpool.plugin.Greeter]\ngreeting = 'hello from the file'\n"
@@ -378,7 +378,7 @@ async def test_flags_of_run_command_override_variables_and_variables_override_fi
     command = await start_command(
         "run", "--drain", "--config", "pool.toml", "--log-level", "info", WORKPOOL_LOG_LEVEL="error"
     )
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert read_stored_item(control_plane, item).metadata["said"] == "hello from the file"
     assert "drained result=clean" in command.err
 
@@ -389,7 +389,7 @@ async def test_run_command_with_exit_after_sessions_flag_ends_with_0(
     items = [enqueue_items(control_plane, "finish") for _ in range(3)]
     flags = ("--exit-after-sessions", "2", "--drain-timeout", "unlimited")
     command = await start_command("run", "handlers", *flags)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert sorted(read_stored_item(control_plane, item).state for item in items) == [
         "queued",
         "stopped",
@@ -404,7 +404,7 @@ async def test_run_command_with_idle_limit_and_empty_queue_ends_with_0(
 ) -> None:
     flags = ("--exit-after-sessions", "1", "--exit-after-idle", "0.1")
     command = await start_command("run", "handlers", *flags)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "limit=exit_after_idle" in command.err
 
 
@@ -442,4 +442,4 @@ async def test_sigusr1_pauses_pool_and_sigusr2_resumes_it(
     await command.wait_for_log("resumed")
     await command.wait_for_log("finish runs")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0

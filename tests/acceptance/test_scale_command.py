@@ -26,28 +26,26 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 Numbers = dict[str, Any]
 
 
-async def wait_for_ready_url(command: RunningCommand) -> str:
+async def read_url_from_ready_line(command: RunningCommand) -> str:
     """Return the URL that the ready line reports, without its path."""
     word, url = (await command.wait_for_output()).split()
     assert word == "ready"
     return url.removesuffix("/scale")
 
 
-async def get_status_and_json_or_text(
-    url: str, headers: dict[str, str] | None = None
-) -> tuple[int, Any]:
+async def get_status_and_body(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any]:
     async with aiohttp.ClientSession() as http, http.get(url, headers=headers) as answer:
         body = await (answer.text() if url.endswith("/metrics") else answer.json())
         return answer.status, body
 
 
-async def wait_for_scale_numbers(
+async def wait_for_scale_answer(
     url: str, wanted: Callable[[int, Numbers], bool]
 ) -> tuple[int, Numbers]:
     """Read `/scale` until the answer fulfils a condition, and return that answer."""
     async with asyncio.timeout(SECONDS):
         while True:
-            status, numbers = await get_status_and_json_or_text(f"{url}/scale")
+            status, numbers = await get_status_and_body(f"{url}/scale")
             if wanted(status, numbers):
                 return status, numbers
             await asyncio.sleep(0.1)
@@ -62,8 +60,8 @@ async def test_scale_command_recommends_workers_for_waiting_and_running_items(
     command = await start_command(
         "scale", "--interval", "1", "--slots-per-worker", "2", "--max-replicas", "20"
     )
-    url = await wait_for_ready_url(command)
-    status, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
+    url = await read_url_from_ready_line(command)
+    status, numbers = await wait_for_scale_answer(url, lambda status, _: status == 200)
     assert status == 200
     assert list(numbers) == list(FLEET_NUMBERS)
     assert (numbers["queued"] + numbers["pending"], numbers["running"]) == (3, 2)
@@ -71,7 +69,7 @@ async def test_scale_command_recommends_workers_for_waiting_and_running_items(
     assert numbers["lower_bound"] is False
     assert numbers["age_seconds"] < SECONDS
 
-    status, text = await get_status_and_json_or_text(f"{url}/metrics")
+    status, text = await get_status_and_body(f"{url}/metrics")
     samples = {
         sample.name: (sample.labels, sample.value)
         for family in text_string_to_metric_families(text)
@@ -80,53 +78,55 @@ async def test_scale_command_recommends_workers_for_waiting_and_running_items(
     assert set(samples) == {f"workpool_fleet_{key}" for key in FLEET_NUMBERS}
     labels = {"environment_id": ENVIRONMENT}
     assert samples["workpool_fleet_recommended_replicas"] == (labels, 3)
-    assert await get_status_and_json_or_text(f"{url}/healthz") == (200, {"status": "healthy"})
-    assert await get_status_and_json_or_text(f"{url}/readyz") == (200, {"status": "ready"})
+    assert await get_status_and_body(f"{url}/healthz") == (200, {"status": "healthy"})
+    assert await get_status_and_body(f"{url}/readyz") == (200, {"status": "ready"})
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
-async def test_scale_command_without_control_plane_serves_last_numbers_and_later_503(
-    start_without_settings: CommandStarter,
+async def test_scale_command_without_control_plane_serves_last_numbers_then_status_503(
+    start_command_without_settings: CommandStarter,
 ) -> None:
     async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as control_plane:
         control_plane.enqueue(3)
-        command = await start_without_settings(
+        command = await start_command_without_settings(
             *("scale", "--interval", "1", "--max-age", "8", "--min-replicas", "1"),
             WORKPOOL_BASE_URL=control_plane.base_url,
             WORKPOOL_ENVIRONMENT_ID=ENVIRONMENT,
             WORKPOOL_TOKEN=TOKEN,
             WORKPOOL_METRICS_LISTEN="127.0.0.1:0",
         )
-        url = await wait_for_ready_url(command)
-        await wait_for_scale_numbers(url, lambda status, _: status == 200)
-    _, numbers = await wait_for_scale_numbers(url, lambda _, numbers: numbers["age_seconds"] > 2)
+        url = await read_url_from_ready_line(command)
+        await wait_for_scale_answer(url, lambda status, _: status == 200)
+    _, numbers = await wait_for_scale_answer(url, lambda _, numbers: numbers["age_seconds"] > 2)
     assert (numbers["queued"], numbers["recommended_replicas"]) == (3, 1)
-    _, stale = await wait_for_scale_numbers(url, lambda status, _: status == 503)
+    _, stale = await wait_for_scale_answer(url, lambda status, _: status == 503)
     assert stale == {"status": "unknown", "reasons": ["the numbers are too old"]}
-    assert (await get_status_and_json_or_text(f"{url}/healthz"))[0] == 200
-    status, unready = await get_status_and_json_or_text(f"{url}/readyz")
+    assert (await get_status_and_body(f"{url}/healthz"))[0] == 200
+    status, unready = await get_status_and_body(f"{url}/readyz")
     assert status == 503
     assert unready["reasons"][0].startswith("the queue cannot be read: stats: ")
-    assert "workpool_fleet_queued{" not in (await get_status_and_json_or_text(f"{url}/metrics"))[1]
+    assert "workpool_fleet_queued{" not in (await get_status_and_body(f"{url}/metrics"))[1]
 
     again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=control_plane.port)
     async with again:
         again.enqueue(1)
-        _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
+        _, numbers = await wait_for_scale_answer(url, lambda status, _: status == 200)
         assert numbers["queued"] == 1
         await command.wait_for_log("queue read again")
         command.send_signal(signal.SIGINT)
-        assert await command.wait_for_end() == 0
+        assert await command.wait_for_exit() == 0
     assert command.err.count("queue not read") == 1
 
 
-async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
+async def test_serve_and_scale_commands_report_equal_numbers_to_autoscalers(
+    start_command_without_settings: CommandStarter,
+    run_in_process: CommandRunner,
+    command_working_directory: Path,
 ) -> None:
-    (command_directory / "tokens").write_text(f"{TOKEN}\n")
-    (command_directory / "scale-tokens").write_text(f"{LIMITED} {ENVIRONMENT}\n")
-    serve = await start_without_settings(
+    (command_working_directory / "tokens").write_text(f"{TOKEN}\n")
+    (command_working_directory / "scale-tokens").write_text(f"{LIMITED} {ENVIRONMENT}\n")
+    serve = await start_command_without_settings(
         *("serve", "--port", "0", "--json", "--environment", ENVIRONMENT),
         *("--token-file", "tokens", "--scale-token-file", "scale-tokens"),
     )
@@ -141,23 +141,23 @@ async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
         "work", "enqueue", "--count", "3", "--metadata", "do=linger", **variables
     )
     assert enqueued.status == 0
-    worker = await start_without_settings(
+    worker = await start_command_without_settings(
         "run", "handlers", "--concurrency", "2", "--prefetch", "0", **variables
     )
     await worker.wait_for_log("linger runs", times=2)
     worker_url = (
         (await worker.wait_for_log("metrics served")).partition("url=")[2].partition("/metrics")[0]
     )
-    _, slots = await get_status_and_json_or_text(f"{worker_url}/scale")
+    _, slots = await get_status_and_body(f"{worker_url}/scale")
     assert (slots["busy"], slots["idle"], slots["claiming"]) == (2, 0, True)
 
-    scale = await start_without_settings("scale", "--slots-per-worker", "2", **variables)
-    _, numbers = await wait_for_scale_numbers(
-        await wait_for_ready_url(scale), lambda status, _: status == 200
+    scale = await start_command_without_settings("scale", "--slots-per-worker", "2", **variables)
+    _, numbers = await wait_for_scale_answer(
+        await read_url_from_ready_line(scale), lambda status, _: status == 200
     )
     origin = base_url.removesuffix("/api/v1/cloud")
     url = f"{origin}/scale/{ENVIRONMENT}?slots_per_worker=2"
-    _, served = await get_status_and_json_or_text(url)
+    _, served = await get_status_and_body(url)
     assert list(served) == list(numbers)
     assert {**served, "age_seconds": 0, "oldest_queued_seconds": 0} == {
         **numbers,
@@ -166,25 +166,27 @@ async def test_scale_numbers_of_serve_and_of_scale_command_are_equal(
     }
     assert (served["running"], served["recommended_replicas"]) == (2, 2)
     proxied = {"Host": "queue.example"}
-    assert (await get_status_and_json_or_text(url, proxied))[0] == 401
-    assert (await get_status_and_json_or_text(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
+    assert (await get_status_and_body(url, proxied))[0] == 401
+    assert (await get_status_and_body(url, proxied | {"X-Api-Key": LIMITED}))[0] == 200
     for command in (worker, scale, serve):
         command.send_signal(signal.SIGTERM)
         if command is worker:
             # The first signal begins a drain, which would wait for endless sessions. The second
             # signal ends the process.
             command.send_signal(signal.SIGTERM)
-    assert await scale.wait_for_end() == 0
-    assert await serve.wait_for_end() == 0
+    assert await scale.wait_for_exit() == 0
+    assert await serve.wait_for_exit() == 0
 
 
 async def test_scale_command_reads_all_environments_of_the_file(
-    start_without_settings: CommandStarter, control_plane: ControlPlane, command_directory: Path
+    start_command_without_settings: CommandStarter,
+    control_plane: ControlPlane,
+    command_working_directory: Path,
 ) -> None:
     control_plane.enqueue(3)
     control_plane.enqueue(9, environment_id=FORBIDDEN)
-    (command_directory / "token").write_text(TOKEN)
-    (command_directory / "pool.toml").write_text(
+    (command_working_directory / "token").write_text(TOKEN)
+    (command_working_directory / "pool.toml").write_text(
         f"""
         [workpool]
         base_url = "{control_plane.base_url}"
@@ -195,21 +197,21 @@ async def test_scale_command_reads_all_environments_of_the_file(
         concurrency = 2
         """
     )
-    command = await start_without_settings(
+    command = await start_command_without_settings(
         "scale", "--config", "pool.toml", "--metrics-listen", "127.0.0.1:0"
     )
-    url = await wait_for_ready_url(command)
-    _, numbers = await wait_for_scale_numbers(url, lambda status, _: status == 200)
+    url = await read_url_from_ready_line(command)
+    _, numbers = await wait_for_scale_answer(url, lambda status, _: status == 200)
     assert (numbers["unfinished"], numbers["slots_per_worker"]) == (12, 4)
     # `FORBIDDEN` has 9 items. Each worker has 2 slots for this environment, so 5 workers are
     # needed.
     assert numbers["recommended_replicas"] == 5
-    _, text = await get_status_and_json_or_text(f"{url}/metrics")
+    _, text = await get_status_and_body(f"{url}/metrics")
     for environment_id, queued in ((ENVIRONMENT, 3), (FORBIDDEN, 9)):
         line = f'workpool_fleet_queued{{environment_id="{environment_id}"}} {queued}.0'
         assert line in text
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
 @pytest.mark.parametrize(
@@ -225,5 +227,5 @@ async def test_scale_command_with_invalid_arguments_ends_with_status_2(
     start_command: CommandStarter, arguments: tuple[str, ...], problem: str
 ) -> None:
     command = await start_command("scale", *arguments)
-    assert await command.wait_for_end() == 2
+    assert await command.wait_for_exit() == 2
     assert problem in command.err

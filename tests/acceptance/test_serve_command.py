@@ -49,10 +49,12 @@ async def run_and_read_output(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_serve_command_answers_both_dialects_until_signal(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner, number: signal.Signals
+async def test_serve_command_answers_qoder_and_anthropic_dialects_until_signal(
+    start_command_without_settings: CommandStarter,
+    run_in_process: CommandRunner,
+    number: signal.Signals,
 ) -> None:
-    command, ready = await start_serve_command(start_without_settings)
+    command, ready = await start_serve_command(start_command_without_settings)
     assert set(ready) == {"base_url", "anthropic_base_url", "token", "environments"}
     asked = make_environment_variables_of_client(ready, ready["token"])
     [work_id] = (await run_and_read_output(run_in_process, asked, "work", "enqueue")).split()
@@ -62,28 +64,30 @@ async def test_serve_command_answers_both_dialects_until_signal(
     }
     assert work_id in await run_and_read_output(run_in_process, anthropic, "work", "get", work_id)
     command.send_signal(number)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert len(command.out.splitlines()) == 1
     assert ready["token"] not in command.err
 
 
 @pytest.mark.trial
-async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
+async def test_worker_of_anthropic_sdk_completes_session_from_serve_command(
+    start_command_without_settings: CommandStarter,
+    run_in_process: CommandRunner,
+    command_working_directory: Path,
 ) -> None:
     from anthropic import AsyncAnthropic  # noqa: PLC0415 - installed with the trials only
 
-    (command_directory / "script.json").write_text(
+    (command_working_directory / "script.json").write_text(
         json.dumps([{"name": "bash", "input": {"command": "echo hello >note"}}])
     )
-    command, ready = await start_serve_command(start_without_settings)
+    command, ready = await start_serve_command(start_command_without_settings)
     asked = make_environment_variables_of_client(ready, ready["token"])
     [work_id] = (
         await run_and_read_output(
             run_in_process, asked, "work", "enqueue", "--script", "script.json"
         )
     ).split()
-    (workdir := command_directory / "workdir").mkdir()
+    (workdir := command_working_directory / "workdir").mkdir()
     environment = asked["WORKPOOL_ENVIRONMENT_ID"]
     base_url = ready["anthropic_base_url"].removesuffix("/v1")
     sdk = AsyncAnthropic(auth_token=ready["token"], base_url=base_url)
@@ -101,29 +105,31 @@ async def test_serve_and_worker_of_anthropic_sdk_complete_a_session(
         assert (await work.retrieve(work_id, environment_id=environment)).state == "stopped"
     assert (workdir / "note").read_text() == "hello\n"
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
 async def test_ready_line_of_serve_has_variables_that_a_worker_needs(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner
+    start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    command = await start_without_settings("serve", "--port", "0")
+    command = await start_command_without_settings("serve", "--port", "0")
     word, *pairs = (await command.wait_for_output()).split()
     assert word == "ready"
     asked = dict(pair.split("=", 1) for pair in pairs)
     assert "depth" in await run_and_read_output(run_in_process, asked, "work", "stats")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
 async def test_serve_command_limits_tokens_to_environments_and_never_prints_them(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
+    start_command_without_settings: CommandStarter,
+    run_in_process: CommandRunner,
+    command_working_directory: Path,
 ) -> None:
-    (command_directory / "tokens").write_text(
+    (command_working_directory / "tokens").write_text(
         f"# a token, its environments\n{LIMITED} {ENVIRONMENT}\n"
     )
     command, ready = await start_serve_command(
-        start_without_settings,
+        start_command_without_settings,
         *("--token", TOKEN, "--token-file", "tokens", "--cloud-environment", "env_cloud"),
         *("--environment", ENVIRONMENT, "--environment", FORBIDDEN),
     )
@@ -140,74 +146,74 @@ async def test_serve_command_limits_tokens_to_environments_and_never_prints_them
     cloud = {"WORKPOOL_ENVIRONMENT_ID": "env_cloud"}
     await run_and_read_output(run_in_process, {**asked, **cloud}, "work", "stats", status=3)
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
-def process_command_line(pid: int) -> str:
+def read_command_line_of_process(pid: int) -> str:
     """Return the command line that `ps` shows for a process; empty without /proc."""
     file = Path(f"/proc/{pid}/cmdline")
     return file.read_text() if file.exists() else ""
 
 
 async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner
+    start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve_command(
-        start_without_settings, WORKPOOL_SERVE_TOKEN=f"{TOKEN} {LIMITED}"
+        start_command_without_settings, WORKPOOL_SERVE_TOKEN=f"{TOKEN} {LIMITED}"
     )
     assert ready["token"] is None
     for token in (TOKEN, LIMITED):
         await run_and_read_output(
             run_in_process, make_environment_variables_of_client(ready, token), "work", "stats"
         )
-    assert TOKEN not in process_command_line(command.pid)
+    assert TOKEN not in read_command_line_of_process(command.pid)
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert TOKEN not in command.err
 
 
 async def test_serve_command_with_unreadable_store_row_names_row_and_ends_with_1(
-    start_without_settings: CommandStarter, command_directory: Path
+    start_command_without_settings: CommandStarter, command_working_directory: Path
 ) -> None:
-    command, _ = await start_serve_command(start_without_settings, "--store", "work.db")
+    command, _ = await start_serve_command(start_command_without_settings, "--store", "work.db")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
-    with closing(sqlite3.connect(command_directory / "work.db")) as connection:
+    assert await command.wait_for_exit() == 0
+    with closing(sqlite3.connect(command_working_directory / "work.db")) as connection:
         connection.execute(
             "INSERT INTO session (id, environment_id, metadata, created_at) VALUES "
             "('sess_1', 'env_1', 'no JSON', 0)"
         )
         connection.commit()
-    command = await start_without_settings("serve", "--port", "0", "--store", "work.db")
-    assert await command.wait_for_end() == 1
+    command = await start_command_without_settings("serve", "--port", "0", "--store", "work.db")
+    assert await command.wait_for_exit() == 1
     assert "work.db: the row 'sess_1' cannot be read: metadata is malformed" in command.err
 
 
 async def test_items_in_store_on_disk_survive_restart_of_serve(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner
+    start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    command, ready = await start_serve_command(start_without_settings, "--store", "work.db")
+    command, ready = await start_serve_command(start_command_without_settings, "--store", "work.db")
     asked = make_environment_variables_of_client(ready, ready["token"])
     ids = (
         await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "3")
     ).split()
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
-    command, ready = await start_serve_command(start_without_settings, "--store", "work.db")
+    assert await command.wait_for_exit() == 0
+    command, ready = await start_serve_command(start_command_without_settings, "--store", "work.db")
     listed = await run_and_read_output(
         run_in_process, make_environment_variables_of_client(ready, ready["token"]), "work", "list"
     )
     assert [line.split()[0] for line in listed.splitlines()] == ids
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
 async def test_serve_command_that_cannot_start_prints_reason(
-    start_without_settings: CommandStarter, command_directory: Path
+    start_command_without_settings: CommandStarter, command_working_directory: Path
 ) -> None:
-    (command_directory / "tokens").write_text("two words are a token and no-environment!\n")
-    (command_directory / "notes.txt").write_text("this is no database" * 100)
-    (command_directory / "skew.toml").write_text("clock_skew = 5\n")
+    (command_working_directory / "tokens").write_text("two words are a token and no-environment!\n")
+    (command_working_directory / "notes.txt").write_text("this is no database" * 100)
+    (command_working_directory / "skew.toml").write_text("clock_skew = 5\n")
     database = "postgresql://nobody@127.0.0.1:1/queue"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -226,22 +232,26 @@ async def test_serve_command_that_cannot_start_prints_reason(
             (["--store", database], 1, "store postgresql://127.0.0.1:1/queue"),
         ]
         for arguments, status, words in cases:
-            command = await start_without_settings("serve", "--port", "0", *arguments)
-            assert await command.wait_for_end() == status, arguments
+            command = await start_command_without_settings("serve", "--port", "0", *arguments)
+            assert await command.wait_for_exit() == status, arguments
             assert words in command.err
             assert "Traceback" not in command.err
             assert command.out == ""
 
 
 async def test_serve_command_with_fault_file_injects_the_faults_of_the_file(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
+    start_command_without_settings: CommandStarter,
+    run_in_process: CommandRunner,
+    command_working_directory: Path,
 ) -> None:
-    (command_directory / "faults.toml").write_text(
+    (command_working_directory / "faults.toml").write_text(
         "clock_skew = 90\n"
         '[[fault]]\nkind = "status"\ncode = 503\nops = ["enqueue"]\ntimes = 1\n'
         '[[fault]]\nkind = "expired"\nops = ["heartbeat"]\ntimes = 1\n'
     )
-    command, ready = await start_serve_command(start_without_settings, "--faults", "faults.toml")
+    command, ready = await start_serve_command(
+        start_command_without_settings, "--faults", "faults.toml"
+    )
     asked = make_environment_variables_of_client(ready, ready["token"])
     failed = await run_in_process("work", "enqueue", **asked)
     assert failed.status == 1
@@ -251,10 +261,10 @@ async def test_serve_command_with_fault_file_injects_the_faults_of_the_file(
             run_in_process, asked, "work", "enqueue", "--metadata", "do=finish"
         )
     ).split()
-    worker = await start_without_settings(
+    worker = await start_command_without_settings(
         *("run", "handlers", "--drain"), **asked, WORKPOOL_METRICS_LISTEN="127.0.0.1:0"
     )
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_exit() == 0
     # A fault ended the lease at the first heartbeat, so the worker received the item again.
     assert "item reclaimed" in worker.err
     item = json.loads(
@@ -263,31 +273,36 @@ async def test_serve_command_with_fault_file_injects_the_faults_of_the_file(
     assert (item["state"], item["metadata"]["done"]) == ("stopped", "yes")
     assert datetime.fromisoformat(item["created_at"]) > datetime.now(UTC) + timedelta(seconds=30)
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "faults injected file=faults.toml count=2" in command.err
 
 
 async def test_serve_command_with_unwritable_store_ends_with_1(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner, command_directory: Path
+    start_command_without_settings: CommandStarter,
+    run_in_process: CommandRunner,
+    command_working_directory: Path,
 ) -> None:
     """The server ends, because changes that it accepted later would be lost at a restart."""
     # Coverage is off, because the test limits the size of the files that the process writes.
     unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}
     command, ready = await start_serve_command(
-        start_without_settings, "--store", str(command_directory / "work.db"), **unmeasured
+        start_command_without_settings,
+        "--store",
+        str(command_working_directory / "work.db"),
+        **unmeasured,
     )
     resource.prlimit(command.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     asked = make_environment_variables_of_client(ready, ready["token"])
     await run_and_read_output(run_in_process, asked, "work", "enqueue", "--count", "100", status=1)
-    assert await command.wait_for_end() == 1
+    assert await command.wait_for_exit() == 1
     assert "work.db" in command.err
     assert "Traceback" not in command.err
 
 
 async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner
+    start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
-    command, ready = await start_serve_command(start_without_settings, "-v")
+    command, ready = await start_serve_command(start_command_without_settings, "-v")
     asked = make_environment_variables_of_client(ready, ready["token"])
     work_id = (
         await run_and_read_output(
@@ -298,7 +313,7 @@ async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
     wrong = asked | {"WORKPOOL_TOKEN": "hunter2-" * 3}
     await run_and_read_output(run_in_process, wrong, "work", "get", work_id, status=3)
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     lines = [line for line in command.err.splitlines() if " request method=" in line]
     words = [dict(word.split("=") for word in line.split()[4:]) for line in lines]
     assert all(set(each) == {"method", "path", "status", "seconds"} for each in words)
@@ -320,9 +335,9 @@ async def start_two_servers(start: CommandStarter, url: str) -> list[dict[str, s
 
 
 async def test_item_created_on_one_server_is_stopped_on_another_with_same_database(
-    start_without_settings: CommandStarter, run_in_process: CommandRunner, database_url: str
+    start_command_without_settings: CommandStarter, run_in_process: CommandRunner, database_url: str
 ) -> None:
-    one, other = await start_two_servers(start_without_settings, database_url)
+    one, other = await start_two_servers(start_command_without_settings, database_url)
     [work_id] = (await run_and_read_output(run_in_process, one, "work", "enqueue")).split()
     assert work_id in await run_and_read_output(run_in_process, other, "work", "list")
     await run_and_read_output(run_in_process, other, "work", "stop", "--force", work_id)
@@ -332,46 +347,48 @@ async def test_item_created_on_one_server_is_stopped_on_another_with_same_databa
 # The test needs more than a minute, because the suite waits until a lease of 60 s lapses.
 @pytest.mark.timeout(300)
 async def test_server_with_postgresql_fulfils_every_clause_of_conformance_suite(
-    start_without_settings: CommandStarter, database_url: str
+    start_command_without_settings: CommandStarter, database_url: str
 ) -> None:
-    (_, asked) = await start_two_servers(start_without_settings, database_url)
-    suite = await start_without_settings(
+    (_, asked) = await start_two_servers(start_command_without_settings, database_url)
+    suite = await start_command_without_settings(
         "conform", asked["WORKPOOL_BASE_URL"], "--test-environment", **asked
     )
-    assert await suite.wait_for_end(200) == 0
+    assert await suite.wait_for_exit(200) == 0
 
 
 async def test_serve_command_never_prints_password_of_its_database(
-    start_without_settings: CommandStarter, database_url: str
+    start_command_without_settings: CommandStarter, database_url: str
 ) -> None:
     url = database_url.replace("workpool@", "workpool:pass%2Fword-9137@")
-    command, _ = await start_serve_command(start_without_settings, "--verbose", "--store", url)
+    command, _ = await start_serve_command(
+        start_command_without_settings, "--verbose", "--store", url
+    )
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
-    down = await start_without_settings(
+    assert await command.wait_for_exit() == 0
+    down = await start_command_without_settings(
         "serve", "--store", "postgresql://me:pass%2Fword-9137@127.0.0.1:1/queue"
     )
-    assert await down.wait_for_end() != 0
+    assert await down.wait_for_exit() != 0
     assert "127.0.0.1:1/queue" in down.err
     for text in (command.out, command.err, down.out, down.err):
         assert "word-9137" not in text
 
 
 async def test_migrate_flag_creates_schema_and_ends(
-    start_without_settings: CommandStarter, postgres: Cluster, database_url: str
+    start_command_without_settings: CommandStarter, postgres: Cluster, database_url: str
 ) -> None:
     for number in ("1", "0"):
-        command = await start_without_settings(
+        command = await start_command_without_settings(
             "serve", "--migrate", WORKPOOL_SERVE_STORE=database_url
         )
-        assert await command.wait_for_end() == 0
+        assert await command.wait_for_exit() == 0
         assert command.out == f"the schema is up to date; migrations: {number}\n"
     assert postgres.execute("SELECT count(*) FROM items", database_url) == "0"
 
 
 async def test_migrate_without_a_postgresql_database_is_refused(
-    start_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter,
 ) -> None:
-    command = await start_without_settings("serve", "--migrate")
-    assert await command.wait_for_end() == 2
+    command = await start_command_without_settings("serve", "--migrate")
+    assert await command.wait_for_exit() == 2
     assert command.err == "workpool: --migrate needs a PostgreSQL database as --store\n"

@@ -21,11 +21,11 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(420)]
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
 async def test_two_servers_behind_balancer_fulfil_every_clause_of_conformance_suite(
-    start_without_settings: CommandStarter, database_url: str, dialect: str
+    start_command_without_settings: CommandStarter, database_url: str, dialect: str
 ) -> None:
     addresses = []
     for _ in range(2):
-        command = await start_without_settings(
+        command = await start_command_without_settings(
             *("serve", "--port", "0", "--environment", ENVIRONMENT, "--json"),
             WORKPOOL_SERVE_STORE=database_url,
             WORKPOOL_SERVE_TOKEN=TOKEN,
@@ -36,13 +36,13 @@ async def test_two_servers_behind_balancer_fulfil_every_clause_of_conformance_su
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     async with Balancer(port, nodes):
-        conform = await start_without_settings(
+        conform = await start_command_without_settings(
             *("conform", addresses[0].replace(f":{nodes[0]}", f":{port}")),
             *("--dialect", dialect, "--environment-id", ENVIRONMENT, "--json"),
             WORKPOOL_TOKEN=TOKEN,
             ANTHROPIC_API_KEY=TOKEN,
         )
-        status = await conform.wait_for_end(360)
+        status = await conform.wait_for_exit(360)
     report = json.loads(conform.out)
     broken = [clause for clause in report["clauses"] if clause["verdict"] != "holds"]
     assert (broken, status) == ([], 0)

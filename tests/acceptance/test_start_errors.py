@@ -486,9 +486,9 @@ REFUSALS = [
 
 
 @pytest.fixture(autouse=True)
-def files_in_working_directory(command_directory: Path) -> None:
+def files_in_working_directory(command_working_directory: Path) -> None:
     for name, text in FILES.items():
-        (command_directory / name).write_text(text)
+        (command_working_directory / name).write_text(text)
 
 
 @pytest.mark.parametrize("mistake", SETTINGS, ids=lambda mistake: mistake.name)
@@ -506,7 +506,7 @@ async def test_command_that_cannot_start_reports_the_reason(
     mistake: FailingCommandCase, start_command: CommandStarter
 ) -> None:
     command = await start_command(*shlex.split(mistake.command), **mistake.variables)
-    assert await command.wait_for_end() == mistake.status
+    assert await command.wait_for_exit() == mistake.status
     assert mistake.is_expected_error_line_in(command.err), command.err
     assert ('File "' in command.err) == mistake.trace
     assert "backoff" not in command.err
@@ -521,7 +521,7 @@ async def test_port_in_use_is_reported_with_its_setting(start_command: CommandSt
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         command = await start_command("run", "handlers", WORKPOOL_METRICS_LISTEN=address)
-        assert await command.wait_for_end() == 2
+        assert await command.wait_for_exit() == 2
     mistake = FailingCommandCase("", "", f"cannot listen on {address} (Address already in use); …")
     assert mistake.is_expected_error_line_in(command.err)
     assert "(metrics_listen from WORKPOOL_METRICS_LISTEN)" in command.err
@@ -532,7 +532,7 @@ async def test_address_without_the_prefix_of_the_dialect_is_refused(
 ) -> None:
     address = control_plane.base_url.removesuffix("/api/v1/cloud")
     command = await start_command("run", "handlers", WORKPOOL_BASE_URL=address)
-    assert await command.wait_for_end() == 3
+    assert await command.wait_for_exit() == 3
     assert FailingCommandCase("", "", "poll: 404 …").is_expected_error_line_in(command.err)
 
 
@@ -568,7 +568,7 @@ async def test_http_on_an_https_port_is_reported(
         command = await start_command("run", "handlers", WORKPOOL_BASE_URL=url)
         assert expected_text in await command.wait_for_log("base_url must begin")
         command.send_signal(signal.SIGTERM)
-        await command.wait_for_end()
+        await command.wait_for_exit()
 
 
 async def test_https_on_an_http_port_is_reported(
@@ -580,4 +580,4 @@ async def test_https_on_an_http_port_is_reported(
         "poll failed"
     )
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0

@@ -81,7 +81,7 @@ class ServiceManagerSocket:
                     if line.startswith(start):
                         return line
 
-    async def receives_nothing_for(self, seconds: float) -> bool:
+    async def receives_no_line_within(self, seconds: float) -> bool:
         """Read all waiting lines, then return whether no other line arrives within `seconds`."""
         try:
             while True:
@@ -113,13 +113,15 @@ async def service_manager() -> AsyncIterator[ServiceManagerSocket]:
 
 @pytest.fixture
 def start_command_under_systemd(
-    start_command: CommandStarter, command_directory: Path, service_manager: ServiceManagerSocket
+    start_command: CommandStarter,
+    command_working_directory: Path,
+    service_manager: ServiceManagerSocket,
 ) -> CommandStarter:
     """Return a function that starts a command with the variables that systemd sets.
 
     The command reports to `service_manager`, and has a watchdog.
     """
-    (command_directory / "blocking.py").write_text(BLOCKING)
+    (command_working_directory / "blocking.py").write_text(BLOCKING)
 
     async def start_process(*arguments: str, **variables: str) -> RunningCommand:
         given = {
@@ -143,7 +145,7 @@ async def test_systemd_receives_ready_then_watchdog_messages_until_process_ends(
     await service_manager.wait_for_line("STATUS=ready")
     command.send_signal(signal.SIGTERM)
     await service_manager.wait_for_line("STOPPING=1")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert service_manager.lines.count("STOPPING=1") == 1
 
 
@@ -162,7 +164,7 @@ async def test_stop_time_is_extended_while_a_drain_waits_for_its_session(
         assert int(line.partition("=")[2]) >= 10_000_000
     assert "WATCHDOG=1" in service_manager.lines
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 128 + signal.SIGTERM
+    assert await command.wait_for_exit() == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ async def test_watchdog_messages_stop_while_renewer_thread_is_blocked(
     await service_manager.wait_for_line("WATCHDOG=1")
     control_plane.enqueue(metadata={"do": work})
     await command.wait_for_log(line)
-    assert await service_manager.receives_nothing_for(10 * WATCHDOG_SECONDS)
+    assert await service_manager.receives_no_line_within(10 * WATCHDOG_SECONDS)
     await command.kill()
 
 
@@ -191,7 +193,7 @@ async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
     start_command_under_systemd: CommandStarter,
     service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
-    command_directory: Path,
+    command_working_directory: Path,
 ) -> None:
     """The watchdog must not end a worker with a blocked loop, which still renews its leases.
 
@@ -200,12 +202,12 @@ async def test_watchdog_messages_continue_while_handler_blocks_event_loop(
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_command_under_systemd("run", "handlers")
     await command.wait_for_log("block runs")
-    assert not await service_manager.receives_nothing_for(SECONDS)
+    assert not await service_manager.receives_no_line_within(SECONDS)
     for _ in range(10):
         await service_manager.wait_for_line("WATCHDOG=1")
-    (command_directory / "free").touch()
+    (command_working_directory / "free").touch()
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
 
 
 async def test_worker_sends_no_watchdog_message_if_watchdog_pid_is_of_another_process(
@@ -214,7 +216,7 @@ async def test_worker_sends_no_watchdog_message_if_watchdog_pid_is_of_another_pr
     command = await start_command_under_systemd("run", "handlers", WATCHDOG_PID="1")
     await service_manager.wait_for_line("STATUS=ready")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert "READY=1" in service_manager.lines
     assert "WATCHDOG=1" not in service_manager.lines
 
@@ -223,13 +225,15 @@ async def test_children_do_not_inherit_the_socket_of_the_service_manager(
     start_command_under_systemd: CommandStarter,
     service_manager: ServiceManagerSocket,
     control_plane: ControlPlane,
-    command_directory: Path,
+    command_working_directory: Path,
 ) -> None:
     control_plane.enqueue(metadata={"do": "print variables"})
     command = await start_command_under_systemd("run", "blocking", "--drain", WATCHDOG_PID="1")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     await service_manager.wait_for_line("READY=1")
-    names = re.findall(r"^\w+(?==)", (command_directory / "variables").read_text(), re.MULTILINE)
+    names = re.findall(
+        r"^\w+(?==)", (command_working_directory / "variables").read_text(), re.MULTILINE
+    )
     assert "PATH" in names
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & set(names)
 
@@ -246,7 +250,7 @@ async def test_failed_message_to_service_manager_is_logged_only_once(
     [item] = control_plane.enqueue(metadata={"do": "finish"})
     await command.wait_for_log("finish runs")
     command.send_signal(signal.SIGTERM)
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert command.err.count("service manager was not notified") == 1
     assert control_plane.history.records_of_item(item.id)[-1].kind == "stopped"
 
@@ -301,7 +305,7 @@ def read_setting_of_unit_file(name: str) -> str:
     return str(value)
 
 
-def read_seconds_setting_of_unit_file(name: str) -> int:
+def read_unit_file_setting_in_seconds(name: str) -> int:
     """Return the value of a setting in the unit file, as a number of seconds."""
     return int(read_setting_of_unit_file(name))
 
@@ -309,7 +313,7 @@ def read_seconds_setting_of_unit_file(name: str) -> int:
 def test_unit_file_stops_only_main_process_and_allows_drain_timeout() -> None:
     timeout = Settings().drain_timeout
     assert timeout is not None
-    assert read_seconds_setting_of_unit_file("TimeoutStopSec") >= timeout + 30
+    assert read_unit_file_setting_in_seconds("TimeoutStopSec") >= timeout + 30
     # With the default `KillMode=control-group`, systemd would also send SIGTERM to the child
     # processes of running sessions.
     assert read_setting_of_unit_file("KillMode") == "mixed"
@@ -320,16 +324,16 @@ def test_unit_file_accepts_notifications_only_of_main_process() -> None:
         "notify",
         "main",
     )
-    assert read_seconds_setting_of_unit_file("WatchdogSec") >= 10, (
+    assert read_unit_file_setting_in_seconds("WatchdogSec") >= 10, (
         "reports are sent every second and may be late"
     )
 
 
-def test_watchdog_timeout_is_shorter_than_lease_time_left_when_heartbeat_is_due() -> None:
+def test_watchdog_timeout_is_shorter_than_time_between_due_heartbeat_and_give_up() -> None:
     ttl = Settings().lease_ttl
     # The seconds from the time at which a heartbeat is due until the lease ends.
     left = ttl - ttl / RENEW_PART
-    assert read_seconds_setting_of_unit_file("WatchdogSec") < left - lease_margin(ttl)
+    assert read_unit_file_setting_in_seconds("WatchdogSec") < left - lease_margin(ttl)
 
 
 def test_unit_file_always_restarts_worker_except_after_wrong_settings() -> None:
@@ -337,4 +341,4 @@ def test_unit_file_always_restarts_worker_except_after_wrong_settings() -> None:
     # would not restart this worker.
     assert read_setting_of_unit_file("Restart") == "always"
     assert read_setting_of_unit_file("RestartPreventExitStatus") == "2"
-    assert read_seconds_setting_of_unit_file("StartLimitIntervalSec") == 0
+    assert read_unit_file_setting_in_seconds("StartLimitIntervalSec") == 0

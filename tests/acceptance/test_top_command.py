@@ -68,7 +68,7 @@ async def test_top_command_escapes_control_characters_in_answer_of_worker(
 @pytest.mark.parametrize(
     ("body", "expected_text"), [("{", "its answer is not JSON"), ("[1]", "not a worker")]
 )
-async def test_top_command_reports_address_with_answer_that_is_not_from_a_worker(
+async def test_top_command_fails_for_address_that_answers_without_worker_status(
     run_in_process: CommandRunner, body: str, expected_text: str
 ) -> None:
     async def answer_without_worker_status(_: web.Request) -> web.Response:

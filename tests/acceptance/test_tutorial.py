@@ -28,13 +28,13 @@ chmod +x .venv/bin/pytest
 WAIT = "until (exec 3<>/dev/tcp/127.0.0.1/{port}) 2>/dev/null; do sleep 0.1; done\n"
 
 
-def code_blocks() -> list[tuple[str, str]]:
+def read_code_blocks() -> list[tuple[str, str]]:
     """Return the code blocks of the tutorial, each with its language."""
     page = (ROOT / "workpool/docs/tutorial.md").read_text()
     return re.findall(r"^```(\w+)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
-def shell_script(found: list[tuple[str, str]], port: int) -> str:
+def make_shell_script(found: list[tuple[str, str]], port: int) -> str:
     """Return the commands of all steps as one shell script."""
     steps = ["set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"]
     for language, text in found:
@@ -68,7 +68,7 @@ def copy_repository_files_for_tutorial(place: Path) -> Path:
     return place
 
 
-def variables_without_settings() -> dict[str, str]:
+def copy_environment_without_workpool_settings() -> dict[str, str]:
     """Return the environment variables of a user who has installed workpool and set nothing."""
     foreign = ("WORKPOOL_", "QODER_PAT", "COVERAGE_", "COV_", "PYTEST_", "PIP_", "VIRTUAL_ENV")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
@@ -82,9 +82,9 @@ def variables_without_settings() -> dict[str, str]:
 def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
     place = copy_repository_files_for_tutorial(tmp_path / "workpool")
     done = subprocess.run(  # noqa: S603 - the tutorial's commands
-        ["/bin/bash", "-c", shell_script(code_blocks(), find_free_port())],
+        ["/bin/bash", "-c", make_shell_script(read_code_blocks(), find_free_port())],
         cwd=place,
-        env=variables_without_settings(),
+        env=copy_environment_without_workpool_settings(),
         capture_output=True,
         text=True,
         check=False,
@@ -100,5 +100,5 @@ def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
 
 
 def test_tutorial_page_has_code_blocks_in_expected_order() -> None:
-    kinds = [language for language, _ in code_blocks()]
+    kinds = [language for language, _ in read_code_blocks()]
     assert kinds == ["console", "console", "python", "python", "console", "console", "console"]

@@ -62,12 +62,12 @@ def built_distribution(project: Path, target: str, directory: Path) -> Path:
     return path
 
 
-def names_in_wheel(path: Path) -> set[str]:
+def list_files_in_wheel(path: Path) -> set[str]:
     with zipfile.ZipFile(path) as wheel:
         return {name for name in wheel.namelist() if ".dist-info/" not in name}
 
 
-def names_in_sdist(path: Path) -> set[str]:
+def list_files_in_sdist(path: Path) -> set[str]:
     with tarfile.open(path) as archive:
         return {name.partition("/")[2] for name in archive.getnames()} - {"PKG-INFO"}
 
@@ -83,7 +83,7 @@ def test_wheel_contains_every_tracked_file_except_documents_and_deployment(
     }
     # SHIM is the pytest plugin. The wheel has it outside of the package, because pytest imports
     # it at every start and would otherwise import the whole package.
-    assert names_in_wheel(path) == package - {SHIM} | {Path(SHIM).name}
+    assert list_files_in_wheel(path) == package - {SHIM} | {Path(SHIM).name}
     with zipfile.ZipFile(path) as wheel:
         (points,) = [name for name in wheel.namelist() if name.endswith("/entry_points.txt")]
         assert "[pytest11]\nworkpool = pytest_workpool\n" in wheel.read(points).decode()
@@ -94,7 +94,7 @@ def test_source_distribution_contains_every_tracked_file_except_hidden_ones(
 ) -> None:
     left_out = {name for name in tracked_files if name.startswith(".") and name != ".gitignore"}
     assert (
-        names_in_sdist(built_distribution(copy_of_repository, "sdist", tmp_path))
+        list_files_in_sdist(built_distribution(copy_of_repository, "sdist", tmp_path))
         == tracked_files - left_out
     )
 
@@ -108,8 +108,9 @@ def test_distributions_of_plugin_contain_its_tracked_files(
     package = {each for each in files if each.startswith("workpool_")}
     for target in ("wheel", "sdist"):
         (tmp_path / target).mkdir()
-    assert names_in_wheel(built_distribution(project, "wheel", tmp_path / "wheel")) == package
+    assert list_files_in_wheel(built_distribution(project, "wheel", tmp_path / "wheel")) == package
     assert (
-        names_in_sdist(built_distribution(project, "sdist", tmp_path / "sdist")) - {".gitignore"}
+        list_files_in_sdist(built_distribution(project, "sdist", tmp_path / "sdist"))
+        - {".gitignore"}
         == files
     )

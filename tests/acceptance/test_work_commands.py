@@ -39,10 +39,10 @@ async def test_work_command_in_its_own_process_prints_ids_and_errors(
     start_command: CommandStarter,
 ) -> None:
     command = await start_command("work", "enqueue", "--count", "2")
-    assert await command.wait_for_end() == 0
+    assert await command.wait_for_exit() == 0
     assert [line[:5] for line in command.out.splitlines()] == ["work_", "work_"]
     command = await start_command("work", "get", "work_unknown")
-    assert await command.wait_for_end() == 3
+    assert await command.wait_for_exit() == 3
     assert command.err == "workpool: get: 404 no such work item in this environment\n"
 
 
@@ -98,9 +98,11 @@ async def test_work_commands_create_list_and_stop_an_item(
 
 
 async def test_work_enqueue_with_script_creates_scripted_session(
-    run_in_process: CommandRunner, command_directory: Path, control_plane: ControlPlane
+    run_in_process: CommandRunner, command_working_directory: Path, control_plane: ControlPlane
 ) -> None:
-    (command_directory / "script.json").write_text('[{"name": "Bash", "input": {"command": "ls"}}]')
+    (command_working_directory / "script.json").write_text(
+        '[{"name": "Bash", "input": {"command": "ls"}}]'
+    )
     work_id = (
         await output_of_work_command(run_in_process, "enqueue", "--script", "script.json")
     ).strip()
@@ -134,11 +136,11 @@ async def test_failed_work_command_prints_one_line_and_ends_with_documented_stat
 
 
 async def test_work_command_with_invalid_arguments_ends_with_2(
-    run_in_process: CommandRunner, command_directory: Path
+    run_in_process: CommandRunner, command_working_directory: Path
 ) -> None:
-    (command_directory / "bad.json").write_text("{")
-    (command_directory / "object.json").write_text("{}")
-    (command_directory / "script.json").write_text('[{"name": 5}]')
+    (command_working_directory / "bad.json").write_text("{")
+    (command_working_directory / "object.json").write_text("{}")
+    (command_working_directory / "script.json").write_text('[{"name": 5}]')
     cases = [
         (["get", "not/an-id"], 2),
         (["get", "work_unknown"], 3),
@@ -159,7 +161,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         assert ended.out == ""
 
 
-async def test_work_stop_with_key_that_may_not_read_items_prints_item(
+async def test_work_stop_with_key_that_may_only_list_items_prints_stopped_item(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     """The key may list items, but may not read a single item.
@@ -188,7 +190,7 @@ async def test_failed_item_is_listed_and_retried_as_a_copy(
     assert queued.err == f"workpool: {work_id} is queued; only a stopped item is retried\n"
     await output_of_work_command(run_in_process, "enqueue", "--metadata", "do=finish")
     worker = await start_command("run", "handlers", "--drain")
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_exit() == 0
 
     listed = await run_in_process("work", "list", "--failed", "--json")
     [failed] = json.loads(listed.out)
@@ -208,7 +210,7 @@ async def test_failed_item_is_listed_and_retried_as_a_copy(
     assert (stats["running"], stats["stopped"]) == (0, 2)
 
 
-async def test_retry_on_control_plane_that_cannot_create_items_prints_metadata(
+async def test_work_retry_prints_metadata_of_item_if_control_plane_cannot_create_items(
     run_in_process: CommandRunner,
 ) -> None:
     faults = Faults()
@@ -242,4 +244,4 @@ async def test_work_list_with_watch_flag_prints_changes_until_a_signal(
     while second.id not in (line := await command.wait_for_output()):
         assert first.id in line
     command.send_signal(signal.SIGINT)
-    assert await command.wait_for_end() == 130
+    assert await command.wait_for_exit() == 130

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.acceptance.conftest import (
+        CommandResult,
         CommandRunner,
         CommandStarter,
-        EndedCommand,
         RunningCommand,
     )
     from workpool.server import ControlPlane
@@ -56,7 +56,7 @@ def make_directory(directory: Path, permissions: int) -> None:
     directory.mkdir(permissions)
 
 
-def file_names(directory: Path) -> list[str] | None:
+def list_file_names(directory: Path) -> list[str] | None:
     """Return the names of the files in a directory, or None if there is no such directory."""
     return sorted(path.name for path in directory.iterdir()) if directory.exists() else None
 
@@ -107,9 +107,9 @@ async def test_pause_command_stops_claiming_and_resume_command_restarts_it(
     await worker.wait_for_log("resumed")
     await worker.wait_for_log("finish runs")
     assert (await run_in_process("drain")).out.startswith(f"draining pid={worker.pid} ")
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_exit() == 0
     assert "result=clean" in worker.err
-    assert file_names(socket_directory) == []
+    assert list_file_names(socket_directory) == []
 
 
 async def test_pause_command_without_reason_keeps_reason_of_current_pause(
@@ -137,7 +137,7 @@ async def test_drain_command_with_timeout_flag_ends_sessions_after_that_time(
     assert (await run_in_process("drain", "--timeout", "unlimited")).status == 0
     await worker.wait_for_log("draining")
     assert (await run_in_process("drain", "--timeout", "0")).status == 0
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_exit() == 0
     assert "result=deadline" in worker.err
 
 
@@ -169,7 +169,7 @@ async def test_pause_command_with_two_workers_needs_process_id_or_environment(
 async def test_pause_command_without_running_worker_names_searched_directories(
     run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
-    ended: EndedCommand = await run_in_process("resume")
+    ended: CommandResult = await run_in_process("resume")
     assert ended.status == 1
     assert "no worker listens (looked at " in ended.err
     assert str(socket_directory) in ended.err
@@ -186,14 +186,14 @@ async def test_control_socket_of_killed_worker_is_removed_by_next_worker(
     killed = await start_command("run", "handlers")
     left = await socket_path(killed)
     killed.send_signal(signal.SIGKILL)
-    await killed.wait_for_end()
+    await killed.wait_for_exit()
     assert left.exists()
     assert (await run_in_process("pause")).status == 1
     gone = await run_in_process("pause", "--socket", str(left))
     assert (gone.status, gone.err) == (1, f"workpool: {left}: no worker listens there anymore\n")
     worker = await start_command("run", "handlers")
     path = await socket_path(worker)
-    assert file_names(socket_directory) == [path.name] != [left.name]
+    assert list_file_names(socket_directory) == [path.name] != [left.name]
     await worker.wait_for_log("idle; waiting for work")
     assert (await run_in_process("pause")).status == 0
 
@@ -206,12 +206,12 @@ async def test_new_worker_replaces_control_socket_at_given_path_only_after_old_w
     killed = await start_command(*arguments)
     await killed.wait_for_log("idle; waiting for work")
     second = await start_command(*arguments)
-    assert await second.wait_for_end() == 2
+    assert await second.wait_for_exit() == 2
     assert f"control_socket: {path}: another worker listens there" in second.err
     first_pause = await run_in_process("pause", "--socket", str(path))
     assert first_pause.status == 0, "the first worker still listens"
     killed.send_signal(signal.SIGKILL)
-    await killed.wait_for_end()
+    await killed.wait_for_exit()
     third = await start_command(*arguments)
     await third.wait_for_log("idle; waiting for work")
     assert (await run_in_process("pause", "third", "--socket", str(path))).status == 0
@@ -219,13 +219,13 @@ async def test_new_worker_replaces_control_socket_at_given_path_only_after_old_w
 
 
 async def test_run_command_with_other_file_at_control_socket_path_fails_and_keeps_file(
-    start_command: CommandStarter, command_directory: Path
+    start_command: CommandStarter, command_working_directory: Path
 ) -> None:
-    (command_directory / "file").write_text("mine")
+    (command_working_directory / "file").write_text("mine")
     worker = await start_command("run", "handlers", WORKPOOL_CONTROL_SOCKET="file")
-    assert await worker.wait_for_end() == 2
+    assert await worker.wait_for_exit() == 2
     assert "control_socket: file: exists and is no socket" in worker.err
-    assert (command_directory / "file").read_text() == "mine"
+    assert (command_working_directory / "file").read_text() == "mine"
 
 
 async def test_worker_with_control_socket_off_is_not_found_by_pause(
@@ -234,7 +234,7 @@ async def test_worker_with_control_socket_off_is_not_found_by_pause(
     worker = await start_command("run", "handlers", "--control-socket", "off")
     await worker.wait_for_log("idle; waiting for work")
     assert (await run_in_process("pause")).status == 1
-    assert file_names(socket_directory) is None
+    assert list_file_names(socket_directory) is None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -259,7 +259,7 @@ async def test_control_socket_and_directory_of_another_user_are_refused(
         with pytest.raises(BlockingIOError):
             listener.accept()
     worker = await start_command("run", "handlers", "--control-socket", str(path))
-    assert await worker.wait_for_end() == 2
+    assert await worker.wait_for_exit() == 2
     assert f"control_socket: {path}: is the socket of another user" in worker.err
     assert path.exists()
 
@@ -272,7 +272,7 @@ async def test_worker_creates_no_control_socket_in_directory_that_others_may_rea
     path = await socket_path(worker)
     assert path.parent != socket_directory
     worker.send_signal(signal.SIGTERM)
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_exit() == 0
     assert not path.exists()
 
 
@@ -328,7 +328,7 @@ async def test_drain_command_to_worker_with_blocked_loop_ends_with_timeout_error
     start_command: CommandStarter,
     run_in_process: CommandRunner,
     control_plane: ControlPlane,
-    command_directory: Path,
+    command_working_directory: Path,
 ) -> None:
     control_plane.enqueue(metadata={"do": "block"})
     worker = await start_command("run", "handlers")
@@ -337,6 +337,6 @@ async def test_drain_command_to_worker_with_blocked_loop_ends_with_timeout_error
     ended = await run_in_process("drain", "--socket", str(path))
     assert ended.status == 1
     assert "no answer in 5 s" in ended.err
-    (command_directory / "free").touch()
+    (command_working_directory / "free").touch()
     worker.send_signal(signal.SIGTERM)
-    assert await worker.wait_for_end() == 0
+    assert await worker.wait_for_exit() == 0

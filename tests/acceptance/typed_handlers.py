@@ -205,7 +205,7 @@ def wrong_plain_handler_returning_bytes(_: BlockingSession) -> bytes:
 
 
 @handler  # type: ignore[type-var] # a generator
-def wrong_plain_handler_yielding(session: BlockingSession) -> Iterator[str]:
+def wrong_plain_handler_yielding_strings(session: BlockingSession) -> Iterator[str]:
     yield session.id
 
 
@@ -217,7 +217,7 @@ def function_with_wrong_arguments_for_decorator() -> None:
 
 class ClassWithWrongHandlers:
     @handler  # type: ignore[type-var] # no session
-    async def wrong_method_without_session(self) -> None: ...
+    async def wrong_method_without_session_parameter(self) -> None: ...
 
     @handler(timeout=1)  # type: ignore[type-var] # a dataclass
     async def wrong_method_returning_a_dataclass(self, _: Session) -> OrderDataclass:

@@ -86,7 +86,7 @@ def disable_other_pytest_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         "anyio",
     ],
 )
-def test_async_tests_with_fixture_run_with_each_async_plugin_and_without(
+def test_async_tests_with_workpool_fixture_pass_with_any_or_no_async_plugin(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
@@ -182,7 +182,7 @@ def test_users_own_fixture_named_workpool_overrides_fixture_of_package(
     result.stdout.fnmatch_lines("*async def functions are not natively supported*")
 
 
-def test_async_test_with_project_fixture_based_on_workpool_fixture_runs(
+def test_async_test_runs_with_project_fixture_that_overrides_workpool_fixture(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makepyfile(
