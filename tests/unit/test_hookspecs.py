@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.unit.loaded_plugins import make_work_item
+from tests.unit.plugin_helpers import make_work_item
 from workpool import hookspecs
 from workpool.events import DrainStarted, Event
 from workpool.hookspecs import hookimpl

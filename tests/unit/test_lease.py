@@ -938,7 +938,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.reading = decision.then == "read"
         if decision.then == "held" and isinstance(outcome, Heartbeat) and outcome.lease_extended:
             assert self.lease.deadline == self.attempt.at + outcome.ttl_seconds
-        self._assert_decision_fits_lease(decision)
+        self._assert_lease_matches_heartbeat_decision(decision)
         self.attempt = self.answer = None
 
     @precondition(lambda self: self.reading)
@@ -961,13 +961,13 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     def _apply_answer_to_get_request(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
-        self._assert_decision_fits_lease(
+        self._assert_lease_matches_heartbeat_decision(
             self.lease.apply_read_item(self.current_time, "conflict", outcome)
         )
         assert self.lease.deadline == before
         self.reading, self.item = False, None
 
-    def _assert_decision_fits_lease(self, decision: HeartbeatDecision) -> None:
+    def _assert_lease_matches_heartbeat_decision(self, decision: HeartbeatDecision) -> None:
         """Assert the conditions that hold after every decision on a heartbeat or read."""
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.is_over
@@ -1058,7 +1058,7 @@ def test_parent_and_child_never_hold_lease_of_one_item_at_once(
         lease = parent if who == "parent" else child
         if lease.end_if_expired(plane.now):
             continue
-        decision = send_heartbeat_and_follow_decision(plane, lease, lost=is_lost)
+        decision = send_heartbeat_and_required_read(plane, lease, lost=is_lost)
         if who == "parent" and decision == "held":
             taken_back = True
         assert not (
@@ -1066,11 +1066,11 @@ def test_parent_and_child_never_hold_lease_of_one_item_at_once(
         )
         assert not (rival and child.begun and child.is_held(plane.now))
     if child.begun:
-        assert send_heartbeat_and_follow_decision(plane, parent) == "over" or parent.is_over
+        assert send_heartbeat_and_required_read(plane, parent) == "over" or parent.is_over
         assert parent.status in {"handed_off", "lost"}
 
 
-def send_heartbeat_and_follow_decision(
+def send_heartbeat_and_required_read(
     plane: ControlPlaneWithManualClock, lease: Lease, *, lost: bool = False
 ) -> str:
     """Send a heartbeat, read the item if the decision requires it, and return the last decision."""

@@ -39,7 +39,7 @@ def compute_seconds_between_times(times: list[float]) -> list[float]:
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-def assert_lease_change(one: LeaseTestbed, at: float, status: str) -> None:
+def assert_single_lease_status_change(one: LeaseTestbed, at: float, status: str) -> None:
     """Assert that the status of one lease changed once: at the time `at`, to `status`."""
     [(changed_at, changed_to)] = one.changes
     assert changed_at == pytest.approx(at, abs=LOOK)
@@ -183,7 +183,7 @@ def test_lease_whose_heartbeats_get_no_answer_is_lost_before_deadline(
         one = testbed(ttl=ttl, heartbeat=[None, *[UNSENT] * 999])
         async with one.renewed_lease() as lease:
             await asyncio.sleep(300)
-        assert_lease_change(one, end, "lost")
+        assert_single_lease_status_change(one, end, "lost")
         assert not lease.loss_confirmed
         assert max(one.get_send_times("heartbeat")) < end
 
@@ -215,7 +215,7 @@ async def test_heartbeat_that_crashes_loses_one_lease_and_keeps_the_other(
         one.renewer.send_heartbeat_soon(leases[0])
         await asyncio.sleep(60)
         assert [lease.is_held(one.clock()) for lease in leases] == [False, True]
-    assert_lease_change(one, 0, "lost")
+    assert_single_lease_status_change(one, 0, "lost")
     assert "heartbeat crashed" in caplog.text
 
 
@@ -275,7 +275,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
         await asyncio.sleep(300)
         assert first.status == "lost"
     assert len(one.sent) == 1
-    assert_lease_change(one, 54, "lost")
+    assert_single_lease_status_change(one, 54, "lost")
 
 
 @in_virtual_time
@@ -289,7 +289,7 @@ async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> 
         await asyncio.sleep(300)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 5])
     assert lease.status == "released"
-    assert_lease_change(one, 5, "released")
+    assert_single_lease_status_change(one, 5, "released")
     assert one.item_history(item, "heartbeat")[1].lease_end == pytest.approx(START + 5 + 12)
 
 

@@ -69,14 +69,14 @@ class LeaseRenewerTestbed:
         if self.fault is not None:
             raise self.fault
         self.events.append(event)
-        self._notify_state_changes_on_loop()
+        self._notify_test_on_event_loop()
 
     def record_lease_change(self, item: PoolItem) -> None:
         assert item.lease is not None
         self.reported.append(item.lease.status)
         self.changes.notify_all()
 
-    def record_failure(self, error: LeaseRenewerError) -> None:
+    def record_renewer_failure(self, error: LeaseRenewerError) -> None:
         self.failures.append(error)
         self.changes.notify_all()
 
@@ -84,9 +84,9 @@ class LeaseRenewerTestbed:
         """Record the end of renewal; called on the renewer thread."""
         self.ended.append(error)
         self.blocked.set()
-        self._notify_state_changes_on_loop()
+        self._notify_test_on_event_loop()
 
-    def _notify_state_changes_on_loop(self) -> None:
+    def _notify_test_on_event_loop(self) -> None:
         with contextlib.suppress(RuntimeError):  # The test has closed the loop.
             self.loop.call_soon_threadsafe(self.changes.notify_all)
 
@@ -102,7 +102,7 @@ class LeaseRenewerTestbed:
             RenewerCallbacks(
                 cast("Any", self.record_event),
                 self.record_lease_change,
-                self.record_failure,
+                self.record_renewer_failure,
                 self.record_end_of_renewal,
             ),
             services,
@@ -157,7 +157,7 @@ class LeaseRenewerTestbed:
 
 
 @pytest.fixture(autouse=True)
-def shorten_renewer_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_renewer_tick_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LeaseRenewer, "tick_seconds", TICK_SECONDS)
 
 
@@ -222,13 +222,13 @@ async def test_cancelled_start_of_renewer_leaves_no_thread(testbed: LeaseRenewer
     hanging = threading.Event()
 
     @contextlib.asynccontextmanager
-    async def slow_service() -> AsyncIterator[None]:
+    async def service_that_opens_slowly() -> AsyncIterator[None]:
         hanging.set()
         await asyncio.sleep(0.2)
         yield
 
     async with asyncio.TaskGroup() as group:
-        starting = group.create_task(testbed.make_renewer(slow_service()).__aenter__())
+        starting = group.create_task(testbed.make_renewer(service_that_opens_slowly()).__aenter__())
         await asyncio.to_thread(hanging.wait, 5)
         starting.cancel()
     assert starting.cancelled()
@@ -311,14 +311,14 @@ async def test_exception_in_call_on_renewer_thread_is_fatal(
 async def test_heartbeat_that_raises_base_exception_is_fatal(
     testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    async def crash_heartbeat(*_: object) -> bool:
+    async def raise_error_instead_of_heartbeat(*_: object) -> bool:
         raise error
 
     item = await testbed.claim_item()
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
-        monkeypatch.setattr(HeartbeatSender, "send_heartbeat", crash_heartbeat)
+        monkeypatch.setattr(HeartbeatSender, "send_heartbeat", raise_error_instead_of_heartbeat)
         renewer.send_heartbeat_soon(lease)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.ended == testbed.failures
@@ -331,13 +331,13 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(
     release = threading.Event()
 
     @contextlib.asynccontextmanager
-    async def slow_service() -> AsyncIterator[None]:
+    async def service_that_closes_slowly() -> AsyncIterator[None]:
         try:
             yield
         finally:
             await asyncio.to_thread(release.wait, 20)
 
-    async with testbed.make_renewer(slow_service()):
+    async with testbed.make_renewer(service_that_closes_slowly()):
         testbed.fault = ZeroDivisionError("in the tick")
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert not release.is_set()
@@ -376,7 +376,7 @@ async def test_blocked_loop_warning_names_the_handler(
     assert "reports.daily_report work_1" in tasks
 
 
-async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
+async def test_loop_blocked_too_long_suspends_lease_renewal_until_it_runs_again(
     testbed: LeaseRenewerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     item = await testbed.claim_item()
@@ -388,7 +388,7 @@ async def test_loop_blocked_for_max_block_suspends_renewal_until_it_runs(
         assert testbed.ended == [None]
         assert "leases are not renewed anymore" in caplog.text
         # The warning has the stacks of all threads, including that of this test.
-        assert "test_loop_blocked_for_max_block" in caplog.text
+        assert "test_loop_blocked_too_long" in caplog.text
         await testbed.wait_until(lambda: renewer.renewing)
         assert lease.is_held(testbed.lease_clock())
 

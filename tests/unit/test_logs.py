@@ -198,12 +198,12 @@ def test_log_record_that_cannot_be_formatted_is_still_logged(form: logging.Forma
 
 
 @pytest.fixture
-def forget_tokens_hidden_in_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+def clear_tokens_to_redact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "_tokens", {})
     monkeypatch.setattr(logs, "_item_tokens", {})
 
 
-@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
+@pytest.mark.usefixtures("clear_tokens_to_redact")
 @pytest.mark.parametrize("hiding", [hide_token, hide_item_token])
 def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None]) -> None:
     token = "pat-" + "\"hunter2\\hunter2+/'"
@@ -215,20 +215,20 @@ def test_token_anywhere_in_log_record_is_redacted(hiding: Callable[[str], None])
         assert "a[token]b" in text
 
 
-@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
+@pytest.mark.usefixtures("clear_tokens_to_redact")
 def test_token_of_three_characters_is_not_redacted_within_words() -> None:
     hide_token("and")
     assert readable("workers and handlers") == "workers and handlers"
 
 
-@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
+@pytest.mark.usefixtures("clear_tokens_to_redact")
 def test_second_redaction_does_not_change_redacted_text() -> None:
     hide_token("token")
     hide_token("hunter2-hunter2")
     assert readable(readable("Bearer hunter2-hunter2")) == "Bearer [token]"
 
 
-@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
+@pytest.mark.usefixtures("clear_tokens_to_redact")
 def test_token_split_by_truncation_of_long_log_message_is_redacted_completely() -> None:
     hide_token("hunter2-" * 8)
     for before in range(0, 2 * MESSAGE_CHARACTERS, 50):
@@ -236,7 +236,7 @@ def test_token_split_by_truncation_of_long_log_message_is_redacted_completely() 
         assert "hunter2" not in readable(text)
 
 
-@pytest.mark.usefixtures("forget_tokens_hidden_in_logs")
+@pytest.mark.usefixtures("clear_tokens_to_redact")
 def test_number_of_tokens_remembered_for_redaction_is_limited() -> None:
     for number in range(1000):
         hide_token(f"token-{number:04}")

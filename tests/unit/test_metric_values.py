@@ -43,7 +43,7 @@ def make_prometheus_client_metric(row: MetricDefinition) -> Counter | Histogram:
     return Histogram(row.full_name, row.help, labels, registry=None, buckets=row.buckets)
 
 
-def add_amounts_and_expose_store(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
+def add_amounts_and_get_metric_lines(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
     """Add the amounts to a new store under each label set, and return the store's exposed text."""
     store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
@@ -61,7 +61,7 @@ def test_histogram_store_exposes_same_text_as_client_library(amounts: Iterable[f
         child = theirs.labels(*labels)
         for amount in amounts:
             child.observe(amount)
-    assert add_amounts_and_expose_store(HISTOGRAM, amounts) == expose_collector_as_lines(theirs)
+    assert add_amounts_and_get_metric_lines(HISTOGRAM, amounts) == expose_collector_as_lines(theirs)
 
 
 @given(st.lists(st.floats(0, 1e9), max_size=30))
@@ -72,7 +72,7 @@ def test_counter_store_exposes_same_text_as_client_library(amounts: Iterable[flo
         child = theirs.labels(*labels)
         for amount in amounts:
             child.inc(amount)
-    assert add_amounts_and_expose_store(COUNTER, amounts) == expose_collector_as_lines(theirs)
+    assert add_amounts_and_get_metric_lines(COUNTER, amounts) == expose_collector_as_lines(theirs)
 
 
 @pytest.mark.parametrize("row", [COUNTER, HISTOGRAM], ids=lambda row: row.kind)

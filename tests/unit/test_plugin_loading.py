@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.loaded_plugins import get_chosen_handler_name, load_plugins, make_work_item
+from tests.unit.plugin_helpers import get_chosen_handler_name, load_plugins, make_work_item
 from workpool.errors import PluginError
 from workpool.events import Event
 from workpool.handlers import handler
@@ -22,7 +22,7 @@ from workpool.session import Session
 HEAD = "from workpool.handlers import handler\nfrom workpool.hookspecs import hookimpl\n"
 
 
-class ImportPathFolder:
+class FolderOnImportPath:
     """A folder of the import path to which tests write modules and distributions."""
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +36,7 @@ class ImportPathFolder:
         path.write_text(HEAD + source)
         return name
 
-    def write_distribution(self, name: str, **points: str) -> None:
+    def write_dist_info_folder(self, name: str, **points: str) -> None:
         folder = self.path / f"{name.replace('-', '_')}-1.0.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
@@ -45,19 +45,19 @@ class ImportPathFolder:
 
 
 @pytest.fixture
-def import_path_folder(
+def folder_on_import_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ImportPathFolder]:
+) -> Iterator[FolderOnImportPath]:
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
-    yield ImportPathFolder(tmp_path)
+    yield FolderOnImportPath(tmp_path)
     roots = {path.stem for path in tmp_path.iterdir()}
     for name in set(sys.modules) - before:
         if name.partition(".")[0] in roots:
             del sys.modules[name]
 
 
-async def daily_report(session: Session) -> None: ...
+async def handle_daily_report(session: Session) -> None: ...
 
 
 def make_decorated_handler(name: str = "daily", **rule: Any) -> Any:
@@ -96,41 +96,41 @@ def test_partial_of_decorated_function_is_loaded_as_handler() -> None:
     )
 
 
-class ReportsPlugin:
+class ReportPlugin:
     def __init__(self, folder: str = "here", *, pages: int = 1) -> None:
         self.folder = folder
         self.pages = pages
 
     @property
-    def failing_connection_property(self) -> object:
+    def property_that_raises_error(self) -> object:
         raise RuntimeError("not open yet")
 
     @handler(metadata={"job": "daily"})
-    async def daily_report(self, _session: Session) -> tuple[str, int]:
+    async def handle_daily_report(self, _session: Session) -> tuple[str, int]:
         return self.folder, self.pages
 
     @staticmethod
     @handler(metadata={"job": "weekly"})
-    async def weekly_report(session: Session) -> None: ...
+    async def handle_weekly_report(session: Session) -> None: ...
 
     @classmethod
     @handler(metadata={"job": "yearly"})
-    async def yearly_report(cls, session: Session) -> None: ...
+    async def handle_yearly_report(cls, session: Session) -> None: ...
 
 
-@pytest.mark.parametrize("plugin", [ReportsPlugin, ReportsPlugin("there")])
+@pytest.mark.parametrize("plugin", [ReportPlugin, ReportPlugin("there")])
 def test_plugin_class_or_object_supplies_all_its_decorated_methods(plugin: object) -> None:
     plugins = load_plugins(plugin)
     for job in ("daily", "weekly", "yearly"):
         assert (
             get_chosen_handler_name(plugins, make_work_item(job=job))
-            == f"ReportsPlugin.{job}_report"
+            == f"ReportPlugin.handle_{job}_report"
         )
     assert get_chosen_handler_name(plugins, make_work_item(job="hourly")) is None
 
 
 async def test_plugin_class_gets_its_settings_as_keyword_arguments() -> None:
-    answer = load_plugins(ReportsPlugin, ReportsPlugin={"folder": "/srv", "pages": 3}).handler_for(
+    answer = load_plugins(ReportPlugin, ReportPlugin={"folder": "/srv", "pages": 3}).handler_for(
         make_work_item(job="daily")
     )
     assert answer is not None
@@ -151,22 +151,22 @@ def test_unhashable_dataclass_is_loaded_as_plugin() -> None:
 
 
 def test_plugin_module_supplies_all_its_decorated_functions_including_imported_ones(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    import_path_folder.write_module(
+    folder_on_import_path.write_module(
         "@handler(metadata={'job': 'a'})\nasync def a(session): ...\n", "jobs_a.inner"
     )
     source = "from jobs_a.inner import a\nalias = a\n@handler\nasync def b(session): ...\n"
-    name = import_path_folder.write_module(source, "jobs_b")
+    name = folder_on_import_path.write_module(source, "jobs_b")
     for plugins in (load_plugins(names=(name,)), load_plugins(__import__(name))):
         [plugin] = plugins.active_plugins()
         assert [route.handler.name for route in plugin.routes] == ["jobs_b.a", "jobs_b.b"]
 
 
 def test_loading_of_plugin_module_does_not_access_its_lazy_attributes(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    name = import_path_folder.write_module(
+    name = folder_on_import_path.write_module(
         "@handler\nasync def a(session): ...\n"
         "def __dir__(): return ['a', 'lazy']\n"
         "def __getattr__(name): raise RuntimeError(name)\n"
@@ -184,41 +184,41 @@ def test_loading_of_plugin_module_does_not_access_its_lazy_attributes(
     ],
 )
 def test_plugin_is_loaded_by_module_name_object_name_or_installed_name(
-    import_path_folder: ImportPathFolder, asked: str, plugin: str
+    folder_on_import_path: FolderOnImportPath, asked: str, plugin: str
 ) -> None:
-    import_path_folder.write_module(
+    folder_on_import_path.write_module(
         "@handler(metadata={'job': 'monthly'})\nasync def monthly(session): ...\n"
         "class Yearly:\n    @handler\n    async def run(self, session): ...\n",
         "shop.reports",
     )
-    import_path_folder.write_distribution("acme-plugin", acme="shop.reports:Yearly")
+    folder_on_import_path.write_dist_info_folder("acme-plugin", acme="shop.reports:Yearly")
     [described] = load_plugins(names=(asked,)).active_plugins()
     assert described.name == plugin
     assert "shop.reports" in described.source or asked in described.source
 
 
 def test_installed_plugin_is_listed_without_being_imported_or_activated(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    name = import_path_folder.write_module("raise SystemExit('imported')\n")
-    import_path_folder.write_distribution("acme-plugin", acme=name)
+    name = folder_on_import_path.write_module("raise SystemExit('imported')\n")
+    folder_on_import_path.write_dist_info_folder("acme-plugin", acme=name)
     assert InstalledPlugin("acme", name, "acme-plugin 1.0") in installed_plugins()
     assert not load_plugins().can_handle
     assert load_plugins().active_plugins() == ()
 
 
 def test_plugin_description_lists_its_hooks_and_rules() -> None:
-    class PluginWithHookAndRules:
+    class PluginWithHookAndHandlerRules:
         @hookimpl
         def workpool_session_handler(self) -> None: ...
 
         @handler(type="build", metadata={"job": "a"})
         async def build_project(self, session: Session) -> None: ...
 
-    [plugin] = load_plugins(PluginWithHookAndRules).active_plugins()
+    [plugin] = load_plugins(PluginWithHookAndHandlerRules).active_plugins()
     assert list(plugin.hooks) == ["workpool_session_handler"]
     assert [(str(route.rule), route.handler.name) for route in plugin.routes] == [
-        ("type=build job=a", "PluginWithHookAndRules.build_project")
+        ("type=build job=a", "PluginWithHookAndHandlerRules.build_project")
     ]
 
 
@@ -325,10 +325,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_error_about_mistake_in_plugin_module_names_that_module(
-    import_path_folder: ImportPathFolder, mistake: str
+    folder_on_import_path: FolderOnImportPath, mistake: str
 ) -> None:
     source, sentence = MISTAKES[mistake]
-    name = import_path_folder.write_module(source)
+    name = folder_on_import_path.write_module(source)
     with pytest.raises(PluginError) as caught:
         load_plugins(names=(name,))
     assert caught.value.plugin == name
@@ -337,9 +337,9 @@ def test_error_about_mistake_in_plugin_module_names_that_module(
 
 
 def test_error_about_equal_rules_in_one_module_names_both_handlers(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    name = import_path_folder.write_module(MISTAKES["two equal rules"][0])
+    name = folder_on_import_path.write_module(MISTAKES["two equal rules"][0])
     with pytest.raises(PluginError, match=f"{name}.two and {name}.one have the same rule"):
         load_plugins(names=(name,))
 
@@ -354,9 +354,9 @@ def test_error_about_equal_rules_of_two_plugins_names_both() -> None:
 
 
 def test_handler_function_supplied_by_two_plugins_is_refused(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    name = import_path_folder.write_module(MARKED)
+    name = folder_on_import_path.write_module(MARKED)
     module = __import__(name)
     with pytest.raises(PluginError, match=rf"{name}.run and run.run have the same rule"):
         load_plugins(module.run, module)
@@ -369,7 +369,7 @@ def test_handler_function_supplied_by_two_plugins_is_refused(
         ("quite.different", "no module named 'quite'; installed plugins: "),
         ("json.nothing", "no module named 'json.nothing'"),
         ("json.decoder.deeper", "no module named 'json.decoder.deeper'"),
-        ("shop:RepotsPlugin", "module shop has no 'RepotsPlugin'; did you mean 'ReportsPlugin'?"),
+        ("shop:RepotPlugin", "module shop has no 'RepotPlugin'; did you mean 'ReportPlugin'?"),
         ("not a name", "is not installed, nor a module or module:Name"),
         ("", "is not installed"),
         (".relative", "is not installed"),
@@ -378,10 +378,10 @@ def test_handler_function_supplied_by_two_plugins_is_refused(
     ],
 )
 def test_unknown_plugin_name_is_refused_with_hint(
-    import_path_folder: ImportPathFolder, asked: str, sentence: str
+    folder_on_import_path: FolderOnImportPath, asked: str, sentence: str
 ) -> None:
-    import_path_folder.write_module("class ReportsPlugin: ...\n", "shop")
-    import_path_folder.write_distribution("acme-plugin", acme="shop", lost="gone")
+    folder_on_import_path.write_module("class ReportPlugin: ...\n", "shop")
+    folder_on_import_path.write_dist_info_folder("acme-plugin", acme="shop", lost="gone")
     with pytest.raises(PluginError) as caught:
         load_plugins(names=(asked,))
     assert caught.value.plugin == asked
@@ -389,47 +389,47 @@ def test_unknown_plugin_name_is_refused_with_hint(
 
 
 def test_plugin_name_offered_by_two_distributions_is_refused(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    import_path_folder.write_distribution("acme-one", acme="shop")
-    import_path_folder.write_distribution("acme-two", acme="shop")
+    folder_on_import_path.write_dist_info_folder("acme-one", acme="shop")
+    folder_on_import_path.write_dist_info_folder("acme-two", acme="shop")
     with pytest.raises(PluginError, match=r"offered by acme-one 1\.0 and acme-two 1\.0"):
         load_plugins(names=("acme",))
 
 
-def test_plugin_given_twice_raises_plugin_error(import_path_folder: ImportPathFolder) -> None:
-    name = import_path_folder.write_module(MARKED)
-    import_path_folder.write_distribution("acme-plugin", acme=name)
-    reports = ReportsPlugin()
+def test_plugin_given_twice_raises_plugin_error(folder_on_import_path: FolderOnImportPath) -> None:
+    name = folder_on_import_path.write_module(MARKED)
+    folder_on_import_path.write_dist_info_folder("acme-plugin", acme=name)
+    reports = ReportPlugin()
     for given in ([name, name], [name, __import__(name)], ["acme", name], [reports, reports]):
         with pytest.raises(PluginError, match="is given twice"):
             load_plugins(*given)
 
 
 def test_two_plugins_with_equal_names_raise_plugin_error() -> None:
-    with pytest.raises(PluginError, match="'ReportsPlugin': is the name of two plugins"):
-        load_plugins(ReportsPlugin(), ReportsPlugin())
+    with pytest.raises(PluginError, match="'ReportPlugin': is the name of two plugins"):
+        load_plugins(ReportPlugin(), ReportPlugin())
 
 
 @pytest.mark.parametrize(
     ("plugin", "options", "sentence"),
     [
         (
-            ReportsPlugin,
+            ReportPlugin,
             {"folders": "x"},
-            "[workpool.plugin.ReportsPlugin]: folders: no such option; did you mean 'folder'?",
+            "[workpool.plugin.ReportPlugin]: folders: no such option; did you mean 'folder'?",
         ),
-        (type("ReportsPlugin", (), {"__init__": lambda _self, *, _dsn: None}), {}, "'_dsn'"),
-        (ReportsPlugin(), {"folder": "x"}, "takes no settings"),
-        (make_decorated_handler("ReportsPlugin"), {"folder": "x"}, "takes no settings"),
+        (type("ReportPlugin", (), {"__init__": lambda _self, *, _dsn: None}), {}, "'_dsn'"),
+        (ReportPlugin(), {"folder": "x"}, "takes no settings"),
+        (make_decorated_handler("ReportPlugin"), {"folder": "x"}, "takes no settings"),
     ],
 )
 def test_error_about_unsuitable_plugin_settings_names_them(
     plugin: object, options: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(PluginError, match=re.escape(sentence)) as caught:
-        load_plugins(plugin, ReportsPlugin=options)
-    assert caught.value.plugin == "ReportsPlugin"
+        load_plugins(plugin, ReportPlugin=options)
+    assert caught.value.plugin == "ReportPlugin"
 
 
 def test_error_about_plugin_class_that_fails_to_start_contains_the_reason() -> None:
@@ -443,26 +443,26 @@ def test_error_about_plugin_class_that_fails_to_start_contains_the_reason() -> N
 
 
 def test_settings_for_plugin_that_is_neither_active_nor_installed_are_refused(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    import_path_folder.write_distribution("acme-plugin", acme="shop")
+    folder_on_import_path.write_dist_info_folder("acme-plugin", acme="shop")
     with pytest.raises(
-        PluginError, match=r"RepotsPlugin\] is for no active .* 'ReportsPlugin'\?"
+        PluginError, match=r"RepotPlugin\] is for no active .* 'ReportPlugin'\?"
     ) as caught:
-        load_plugins(ReportsPlugin, RepotsPlugin={})
-    assert caught.value.plugin == "RepotsPlugin"
-    assert load_plugins(ReportsPlugin, acme={"folder": "x"}).can_handle
+        load_plugins(ReportPlugin, RepotPlugin={})
+    assert caught.value.plugin == "RepotPlugin"
+    assert load_plugins(ReportPlugin, acme={"folder": "x"}).can_handle
 
 
-@pytest.mark.parametrize("plugin", [7, None, object(), daily_report, dict, type])
+@pytest.mark.parametrize("plugin", [7, None, object(), handle_daily_report, dict, type])
 def test_object_that_is_no_plugin_is_refused(plugin: object) -> None:
     with pytest.raises(PluginError, match=r"@handler|type\(\) takes"):
         load_plugins(plugin)
 
 
 def test_keyboard_interrupt_while_loading_plugin_is_not_caught(
-    import_path_folder: ImportPathFolder,
+    folder_on_import_path: FolderOnImportPath,
 ) -> None:
-    name = import_path_folder.write_module("raise KeyboardInterrupt\n")
+    name = folder_on_import_path.write_module("raise KeyboardInterrupt\n")
     with pytest.raises(KeyboardInterrupt):
         load_plugins(names=(name,))

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args
 
 import pytest
 
-from tests.unit.loaded_plugins import get_chosen_handler_name, load_plugins, make_work_item
+from tests.unit.plugin_helpers import get_chosen_handler_name, load_plugins, make_work_item
 from workpool.errors import PluginError
 from workpool.events import DrainStarted, Event, PluginFailed, SessionFinished
 from workpool.handlers import handler
@@ -91,50 +91,50 @@ def test_next_plugin_chooses_handler_if_first_handler_hook_returns_none() -> Non
 
 
 def test_hook_options_tryfirst_and_trylast_change_order_of_plugins() -> None:
-    class PluginWithHookTriedFirst(PluginChoosingOneHandler):
+    class PluginWithTryfirstHook(PluginChoosingOneHandler):
         @hookimpl(tryfirst=True)
         def workpool_session_handler(self) -> Any:
             return self.run_session
 
-    class PluginWithHookTriedLast(PluginChoosingOneHandler):
+    class PluginWithTrylastHook(PluginChoosingOneHandler):
         @hookimpl(trylast=True)
         def workpool_session_handler(self) -> Any:
             return self.run_session
 
     assert (
         get_chosen_handler_name(
-            load_plugins(PluginWithHookTriedLast(), FirstPlugin(), PluginWithHookTriedFirst()),
+            load_plugins(PluginWithTrylastHook(), FirstPlugin(), PluginWithTryfirstHook()),
             make_work_item(),
         )
-        == "PluginWithHookTriedFirst.run_session"
+        == "PluginWithTryfirstHook.run_session"
     )
     assert (
         get_chosen_handler_name(
-            load_plugins(PluginWithHookTriedLast(), FirstPlugin()), make_work_item()
+            load_plugins(PluginWithTrylastHook(), FirstPlugin()), make_work_item()
         )
         == "FirstPlugin.run_session"
     )
 
 
 def test_handler_hook_of_plugin_precedes_rules_of_that_plugin_and_next_plugin() -> None:
-    class PluginWithHookAndRules:
-        async def handler_for_special_report(self, session: Session) -> None: ...
+    class PluginWithHookAndHandlerRules:
+        async def handler_chosen_by_hook(self, session: Session) -> None: ...
 
         @handler
-        async def handler_for_ordinary_report(self, session: Session) -> None: ...
+        async def handler_chosen_by_rule(self, session: Session) -> None: ...
 
         @hookimpl
         def workpool_session_handler(self, item: WorkItem) -> Any:
-            return self.handler_for_special_report if "special" in item.metadata else None
+            return self.handler_chosen_by_hook if "special" in item.metadata else None
 
-    plugins = load_plugins(PluginWithHookAndRules(), SecondPlugin())
+    plugins = load_plugins(PluginWithHookAndHandlerRules(), SecondPlugin())
     assert (
         get_chosen_handler_name(plugins, make_work_item(special="yes"))
-        == "PluginWithHookAndRules.handler_for_special_report"
+        == "PluginWithHookAndHandlerRules.handler_chosen_by_hook"
     )
     assert (
         get_chosen_handler_name(plugins, make_work_item())
-        == "PluginWithHookAndRules.handler_for_ordinary_report"
+        == "PluginWithHookAndHandlerRules.handler_chosen_by_rule"
     )
 
 
@@ -196,11 +196,11 @@ def test_plugins_without_handler_hook_or_rule_cannot_handle_any_item() -> None:
     assert not load_plugins(FirstPlugin()).wanted
 
 
-async def top_level_handler(session: Session) -> None: ...
+async def module_level_handler(session: Session) -> None: ...
 
 
 @handler(timeout=9.0, max_sessions=1)
-async def limited_handler(session: Session) -> None: ...
+async def handler_with_two_limits(session: Session) -> None: ...
 
 
 class CallableHandlerObject:
@@ -210,11 +210,19 @@ class CallableHandlerObject:
 @pytest.mark.parametrize(
     ("call", "name", "limits"),
     [
-        (top_level_handler, "RoutingPlugin.top_level_handler", (None, None)),
-        (functools.partial(top_level_handler), "RoutingPlugin.top_level_handler", (None, None)),
+        (module_level_handler, "RoutingPlugin.module_level_handler", (None, None)),
+        (
+            functools.partial(module_level_handler),
+            "RoutingPlugin.module_level_handler",
+            (None, None),
+        ),
         (CallableHandlerObject(), "RoutingPlugin.CallableHandlerObject", (None, None)),
-        (limited_handler, "RoutingPlugin.limited_handler", (9.0, 1)),
-        (functools.partial(limited_handler), "RoutingPlugin.limited_handler", (9.0, 1)),
+        (handler_with_two_limits, "RoutingPlugin.handler_with_two_limits", (9.0, 1)),
+        (
+            functools.partial(handler_with_two_limits),
+            "RoutingPlugin.handler_with_two_limits",
+            (9.0, 1),
+        ),
     ],
 )
 def test_async_callable_returned_by_handler_hook_becomes_handler(
@@ -263,7 +271,7 @@ def test_observer_receives_event_types_in_annotation_of_its_parameter(
 
 
 def test_observer_without_annotation_receives_every_event_type() -> None:
-    class UnannotatedObserver:
+    class ObserverWithoutTypeAnnotation:
         @hookimpl
         def workpool_event(self, event):  # type: ignore[no-untyped-def]  # the case
             ...
@@ -272,7 +280,7 @@ def test_observer_without_annotation_receives_every_event_type() -> None:
         @hookimpl
         def workpool_event(self) -> None: ...
 
-    for plugin in (UnannotatedObserver(), ObserverWithoutArgument()):
+    for plugin in (ObserverWithoutTypeAnnotation(), ObserverWithoutArgument()):
         assert load_plugins(plugin).wanted == set(get_args(Event))
 
 
@@ -282,12 +290,12 @@ def test_observers_of_different_types_receive_only_their_types() -> None:
         def workpool_event(self, event: DrainStarted) -> None:  # type: ignore[override]  # as in a plugin
             self.seen.append(event)
 
-    class FailureObserver(ErrorRecorder):
+    class PluginFailureObserver(ErrorRecorder):
         @hookimpl
         def workpool_event(self, event: PluginFailed) -> None:  # type: ignore[override]  # as in a plugin
             self.seen.append(event)
 
-    drains, failures = DrainObserver(), FailureObserver()
+    drains, failures = DrainObserver(), PluginFailureObserver()
     plugins = load_plugins(drains, failures)
     failed = PluginFailed("mail", "workpool_event", ValueError())
     for event in (FACT, failed):
@@ -344,7 +352,7 @@ def sync_function(session: Session) -> None: ...
 
 
 def async_generator(session: Session) -> Awaitable[None]:
-    return top_level_handler(session)
+    return module_level_handler(session)
 
 
 class ObjectFailingOnInspection:
@@ -366,19 +374,19 @@ def test_handler_hook_that_returns_uninspectable_object_raises_plugin_error() ->
 
 @pytest.mark.parametrize("answer", [sync_function, 7, CallableHandlerObject, async_generator, True])
 def test_handler_hook_that_returns_no_async_callable_raises_plugin_error(answer: object) -> None:
-    class PluginWithWrongAnswer:
+    class PluginWithInvalidHookResult:
         @hookimpl
         def workpool_session_handler(self) -> object:
             return answer
 
     recorder = ErrorRecorder()
-    plugins = load_plugins(PluginWithWrongAnswer(), recorder)
+    plugins = load_plugins(PluginWithInvalidHookResult(), recorder)
     with pytest.raises(
-        PluginError, match=r"'PluginWithWrongAnswer': .* not an async callable"
+        PluginError, match=r"'PluginWithInvalidHookResult': .* not an async callable"
     ) as caught:
         plugins.handler_for(make_work_item())
     assert recorder.seen == [
-        PluginFailed("PluginWithWrongAnswer", "workpool_session_handler", caught.value)
+        PluginFailed("PluginWithInvalidHookResult", "workpool_session_handler", caught.value)
     ]
 
 

@@ -53,19 +53,19 @@ class PollerGroupTestbed:
             context,
             until_empty=until_empty,
             on_fatal=self.fatal.append,
-            on_empty=self._count_end_of_pool,
+            on_empty=self._count_call_of_on_empty,
         )
 
-    def _count_end_of_pool(self) -> None:
+    def _count_call_of_on_empty(self) -> None:
         self.emptied += 1
 
-    def finish_empty_poll(self) -> None:
+    def record_poll_without_item(self) -> None:
         self.group.record_poll_success(self.now, null=True)
 
-    def finish_poll_with_item(self) -> None:
+    def record_poll_with_item(self) -> None:
         self.group.record_poll_success(self.now, null=False)
 
-    def finish_throttled_poll(self) -> None:
+    def record_throttled_poll(self) -> None:
         self.group.halve_pollers()
 
     def refuse_polls_for_minutes(self, minutes: float) -> None:
@@ -95,7 +95,7 @@ def test_transient_poll_failures_are_never_fatal() -> None:
 
 def test_polls_refused_for_five_minutes_are_fatal() -> None:
     bench = PollerGroupTestbed()
-    bench.finish_empty_poll()
+    bench.record_poll_without_item()
     # The limit of five minutes begins with the first refused poll, not with the last success.
     bench.now += 60 * MINUTE
     assert REFUSED_SECONDS == 5 * MINUTE
@@ -110,8 +110,8 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
 @pytest.mark.parametrize(
     "between",
     [
-        lambda bench: bench.finish_empty_poll(),
-        lambda bench: bench.finish_poll_with_item(),
+        lambda bench: bench.record_poll_without_item(),
+        lambda bench: bench.record_poll_with_item(),
         lambda bench: bench.group.record_poll_failure(DOWN),
         lambda bench: bench.group.record_poll_failure(THROTTLED),
     ],
@@ -121,7 +121,7 @@ def test_time_limit_of_refused_polls_restarts_after_poll_that_is_not_refused(
     between: Callable[[PollerGroupTestbed], None],
 ) -> None:
     bench = PollerGroupTestbed()
-    bench.finish_empty_poll()
+    bench.record_poll_without_item()
     bench.refuse_polls_for_minutes(4)
     between(bench)
     assert not bench.group.refused
@@ -134,7 +134,7 @@ def test_time_limit_of_refused_polls_restarts_after_poll_that_is_not_refused(
 def test_last_successful_poll_is_measured_on_lease_clock() -> None:
     bench = PollerGroupTestbed()
     assert bench.group.last_success_at is None
-    bench.finish_empty_poll()
+    bench.record_poll_without_item()
     bench.now += 7
     bench.group.record_poll_failure(REFUSED)
     assert bench.group.last_success_at == 1000.0
@@ -146,10 +146,10 @@ def test_consecutive_polls_without_item_are_logged_only_once_as_idle(
     caplog.set_level("INFO", "workpool")
     bench = PollerGroupTestbed()
     for _ in range(5):
-        bench.finish_empty_poll()
+        bench.record_poll_without_item()
     assert [record.message for record in caplog.records] == ["idle; waiting for work"]
-    bench.finish_poll_with_item()
-    bench.finish_empty_poll()
+    bench.record_poll_with_item()
+    bench.record_poll_without_item()
     assert len(caplog.records) == 2
 
 
@@ -219,10 +219,10 @@ async def test_pollers_wait_with_growing_delay_after_refused_acks() -> None:
 def test_number_of_pollers_falls_after_empty_polls_and_recovers_with_items() -> None:
     bench = PollerGroupTestbed(3)
     for _ in range(4):
-        bench.finish_empty_poll()
+        bench.record_poll_without_item()
     assert bench.group.target == 1
     for _ in range(4):
-        bench.finish_poll_with_item()
+        bench.record_poll_with_item()
     assert bench.group.target == 3
     assert bench.events == [
         PollersScaled("down", "nulls", 2), PollersScaled("down", "nulls", 1),
@@ -233,26 +233,28 @@ def test_number_of_pollers_falls_after_empty_polls_and_recovers_with_items() -> 
 def test_throttled_poll_halves_number_of_pollers() -> None:
     bench = PollerGroupTestbed(9)
     for _ in range(5):
-        bench.finish_throttled_poll()
+        bench.record_throttled_poll()
     assert bench.events == [PollersScaled("down", "throttled", target) for target in (4, 2, 1)]
 
 
 @in_virtual_time
 async def test_surplus_poller_waits_until_another_poller_receives_an_item() -> None:
     bench = PollerGroupTestbed(2)
-    bench.finish_empty_poll()
+    bench.record_poll_without_item()
     await bench.group.wait_for_turn(0)
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(bench.group.wait_for_turn(1))
         await asyncio.sleep(100)
         assert not waiting.done()
-        bench.finish_poll_with_item()
+        bench.record_poll_with_item()
 
 
 @given(
     st.integers(1, 6),
     st.lists(
-        st.sampled_from(["finish_poll_with_item", "finish_empty_poll", "finish_throttled_poll"])
+        st.sampled_from(
+            ["record_poll_with_item", "record_poll_without_item", "record_throttled_poll"]
+        )
     ),
 )
 def test_number_of_pollers_stays_within_limits_and_each_change_emits_event(

@@ -404,14 +404,14 @@ async def test_waiter_left_in_closed_event_loop_does_not_delay_other_waiters(
     acquire_all_tokens(limiter)
     left_behind: list[Any] = []
 
-    def abandon_waiter_with_its_loop() -> None:
+    def close_loop_with_waiting_task() -> None:
         dead = asyncio.new_event_loop()
         left_behind.append(dead.create_task(limiter.acquire()))
         dead.call_later(0.01, dead.stop)
         dead.run_forever()
         dead.close()
 
-    await asyncio.to_thread(abandon_waiter_with_its_loop)
+    await asyncio.to_thread(close_loop_with_waiting_task)
     assert not left_behind[0].done()
     async with asyncio.TaskGroup() as group:
         living = group.create_task(limiter.acquire())
@@ -435,7 +435,7 @@ def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
     # At 8000 tokens a second, the burst of a quarter second is 2000 tokens.
     limiter = RateLimiter("write", 8000, ManualClock(1000.0))
 
-    async def acquire_and_refund(priority: Priority) -> None:
+    async def acquire_and_refund_tokens(priority: Priority) -> None:
         for number in range(300):
             await limiter.acquire(priority)
             if number % 3 == 0:
@@ -444,7 +444,7 @@ def test_tokens_acquired_and_refunded_on_two_threads_add_up() -> None:
     async def acquire_with_every_priority() -> None:
         async with asyncio.TaskGroup() as group:
             for priority in Priority:
-                group.create_task(acquire_and_refund(priority))
+                group.create_task(acquire_and_refund_tokens(priority))
 
     threads = [
         threading.Thread(target=asyncio.run, args=(acquire_with_every_priority(),))

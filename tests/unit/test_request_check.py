@@ -13,7 +13,7 @@ import pytest
 from aiohttp.abc import AbstractResolver
 from yarl import URL
 
-from tests.unit.open_transport import TOKEN, connected_transport
+from tests.unit.transport_helpers import TOKEN, connected_transport
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, TransientError
 from workpool.wire import endpoints
@@ -35,11 +35,11 @@ def describe_body_size(body: bytes | None) -> str:
     return "no body" if body is None else f"{len(body)} bytes"
 
 
-class RefusedByCheckError(Exception):
+class RefusedByRequestCheckError(Exception):
     """The exception that a check raises so that its request is not sent."""
 
 
-class RefusedByCheckTimeoutError(TimeoutError):
+class RequestCheckTimeoutError(TimeoutError):
     """A refusal by a check that looks like a network error, after which aiohttp repeats a GET."""
 
 
@@ -61,7 +61,7 @@ class RecordingServer:
     def __len__(self) -> int:
         return sum(map(len, self.received))
 
-    async def answer_connection(
+    async def serve_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         this = asyncio.current_task()
@@ -92,7 +92,7 @@ def is_complete_request(request: bytes) -> bool:
 @asynccontextmanager
 async def recording_server(*answers: bytes | None) -> AsyncIterator[RecordingServer]:
     recorder = RecordingServer(list(answers)) if answers else RecordingServer()
-    listener = await asyncio.start_server(recorder.answer_connection, "127.0.0.1", 0)
+    listener = await asyncio.start_server(recorder.serve_connection, "127.0.0.1", 0)
     recorder.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     async with listener:
         yield recorder
@@ -104,11 +104,11 @@ def settings_for_server(server: RecordingServer, **values: Any) -> Settings:
 
 
 def refuse_request() -> None:
-    raise RefusedByCheckError
+    raise RefusedByRequestCheckError
 
 
 def refuse_request_with_timeout_error() -> None:
-    raise RefusedByCheckTimeoutError
+    raise RequestCheckTimeoutError
 
 
 def make_request_arguments(
@@ -127,7 +127,7 @@ class SwitchableRequestCheck:
     def __call__(self) -> None:
         self.asked += 1
         if not self.allows_sending:
-            raise RefusedByCheckError
+            raise RefusedByRequestCheckError
 
 
 @asynccontextmanager
@@ -135,7 +135,7 @@ async def make_default_client_session() -> AsyncIterator[None]:
     yield None
 
 
-def make_client_session_of_caller() -> aiohttp.ClientSession:
+def make_client_session_raising_for_status() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(raise_for_status=True)
 
 
@@ -162,7 +162,11 @@ def make_traced_client_session() -> aiohttp.ClientSession:
 @pytest.mark.parametrize("body", [None, b"", b'{"force":true}', LARGE], ids=describe_body_size)
 @pytest.mark.parametrize(
     "session",
-    [make_default_client_session, make_client_session_of_caller, make_traced_client_session],
+    [
+        make_default_client_session,
+        make_client_session_raising_for_status,
+        make_traced_client_session,
+    ],
 )
 async def test_request_refused_by_request_check_sends_no_byte(
     session: Any, body: bytes | None, endpoint: Any, *, used_before: bool
@@ -174,7 +178,7 @@ async def test_request_refused_by_request_check_sends_no_byte(
     ):
         if used_before:
             await transport.send(*make_request_arguments(server.url, None))
-        with pytest.raises(RefusedByCheckError):
+        with pytest.raises(RefusedByRequestCheckError):
             await transport.send(
                 *make_request_arguments(server.url, refuse_request, body, endpoint)
             )
@@ -191,7 +195,7 @@ async def test_request_whose_check_raises_network_error_is_not_repeated(endpoint
     async with recording_server() as server, connected_transport(server.url) as transport:
         await transport.send(*make_request_arguments(server.url, None))
         before = len(server)
-        with pytest.raises(RefusedByCheckTimeoutError):
+        with pytest.raises(RequestCheckTimeoutError):
             await transport.send(
                 *make_request_arguments(
                     server.url, refuse_request_with_timeout_error, endpoint=endpoint
@@ -204,7 +208,7 @@ async def test_request_refused_by_its_check_is_not_reported_to_observers() -> No
     reported: list[str] = []
     async with recording_server() as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
-        with pytest.raises(RefusedByCheckError):
+        with pytest.raises(RefusedByRequestCheckError):
             await transport.send(*make_request_arguments(server.url, refuse_request))
         await transport.send(*make_request_arguments(server.url, lambda: None))
     assert reported == ["2xx"]
@@ -229,7 +233,7 @@ async def test_every_client_call_for_an_item_runs_the_request_check(
         recording_server() as server,
         WorkClient(settings_for_server(server)) as client,
     ):
-        with pytest.raises(RefusedByCheckError):
+        with pytest.raises(RefusedByRequestCheckError):
             await CALLS[name](client, CallOptions(refuse_request, priority))
     assert len(server) == 0
 
@@ -276,7 +280,7 @@ async def test_request_refused_by_its_check_after_slow_host_lookup_sends_no_byte
 
 
 async def assert_refused_by_check(call: Awaitable[object]) -> None:
-    with pytest.raises(RefusedByCheckError):
+    with pytest.raises(RefusedByRequestCheckError):
         await call
 
 
@@ -414,7 +418,7 @@ async def test_request_check_runs_again_before_request_is_repeated_with_renewed_
     path.write_text("old")
     check = SwitchableRequestCheck()
 
-    async def answer_denied_and_disallow_sending(
+    async def answer_401_and_refuse_next_requests(
         reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -426,11 +430,11 @@ async def test_request_check_runs_again_before_request_is_repeated_with_renewed_
 
     ended = asyncio.Event()
     rest: list[bytes] = []
-    listener = await asyncio.start_server(answer_denied_and_disallow_sending, "127.0.0.1", 0)
+    listener = await asyncio.start_server(answer_401_and_refuse_next_requests, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     async with listener, connected_transport(url, token_file=path) as transport:
         path.write_text("new")
-        with pytest.raises(RefusedByCheckError):
+        with pytest.raises(RefusedByRequestCheckError):
             await transport.send(*make_request_arguments(url, check))
         await ended.wait()
     assert check.asked == 2
@@ -440,7 +444,7 @@ async def test_request_check_runs_again_before_request_is_repeated_with_renewed_
 async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_again() -> None:
     check = SwitchableRequestCheck()
 
-    def check_and_disallow_next_requests() -> None:
+    def allow_this_and_refuse_next_requests() -> None:
         check()
         check.allows_sending = False
 
@@ -449,9 +453,11 @@ async def test_get_request_repeated_by_aiohttp_on_new_connection_is_checked_agai
         connected_transport(server.url) as transport,
     ):
         await transport.send(*make_request_arguments(server.url, None))
-        with pytest.raises(RefusedByCheckError):
+        with pytest.raises(RefusedByRequestCheckError):
             await transport.send(
-                *make_request_arguments(server.url, check_and_disallow_next_requests, endpoint=READ)
+                *make_request_arguments(
+                    server.url, allow_this_and_refuse_next_requests, endpoint=READ
+                )
             )
         assert check.asked == 2
         assert [len(each) > 0 for each in server.received] in ([True], [True, False])

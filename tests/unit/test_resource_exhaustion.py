@@ -18,7 +18,7 @@ def make_error_caused_by(cause: Exception) -> Exception:
     return error
 
 
-def make_error_raised_while_handling(context: Exception) -> Exception:
+def make_error_with_context(context: Exception) -> Exception:
     error = ValueError("x")
     error.__context__ = context
     return error
@@ -36,7 +36,7 @@ FULL = OSError(errno.ENOSPC, "x")
             RuntimeError("can't start new thread"),
             make_error_caused_by(FULL),
             make_error_caused_by(make_error_caused_by(FULL)),
-            make_error_caused_by(make_error_raised_while_handling(FULL)),
+            make_error_caused_by(make_error_with_context(FULL)),
         ),
         ExceptionGroup("x", [ValueError(), ExceptionGroup("y", [make_error_caused_by(FULL)])]),
     ],

@@ -233,7 +233,7 @@ async def test_message_sent_again_after_end_of_session_raises_conflict(
         await qoder_client.events(session_id).send(MESSAGE)
 
 
-class CallRepeatingGuard(LeaselessGuard):
+class GuardThatRepeatsDelayedCall(LeaselessGuard):
     """A call guard that cancels a call when `hold` delays its answer, and then repeats the call."""
 
     def __init__(self, hold: Hold) -> None:
@@ -243,14 +243,16 @@ class CallRepeatingGuard(LeaselessGuard):
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
                 giving_up = group.create_task(
-                    self._expire_limit_once_request_is_held(limit, self._hold.held + 1)
+                    self._expire_timeout_after_request_is_held(limit, self._hold.held + 1)
                 )
                 result = await call(DEFAULT_OPTIONS)
                 giving_up.cancel()
                 return result
         return await call(DEFAULT_OPTIONS)
 
-    async def _expire_limit_once_request_is_held(self, limit: asyncio.Timeout, held: int) -> None:
+    async def _expire_timeout_after_request_is_held(
+        self, limit: asyncio.Timeout, held: int
+    ) -> None:
         await self._hold.reached(held)
         limit.reschedule(asyncio.get_running_loop().time())
 
@@ -261,7 +263,7 @@ async def test_unanswered_send_is_repeated_for_tool_result_but_not_for_message(
     session_id = create_session(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder_client.events(session_id, guard=CallRepeatingGuard(hold))
+    events = qoder_client.events(session_id, guard=GuardThatRepeatsDelayedCall(hold))
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"

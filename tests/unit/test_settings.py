@@ -25,7 +25,7 @@ GIVEN = "given"
 pytestmark = pytest.mark.usefixtures("environment_without_settings")
 
 
-def make_settings_and_return_error(**values: Any) -> SettingsError:
+def get_error_of_invalid_settings(**values: Any) -> SettingsError:
     with pytest.raises(SettingsError) as raised:
         Settings(**values)
     return raised.value
@@ -233,7 +233,7 @@ def test_invalid_config_file_is_refused(
     write_config: Callable[[str], Path], text: str, problem: str
 ) -> None:
     file = write_config(text)
-    error = make_settings_and_return_error(config=file)
+    error = get_error_of_invalid_settings(config=file)
     assert error.problems[0].startswith(problem.format(file=file))
     assert HIDDEN not in str(error)
 
@@ -242,7 +242,7 @@ def test_unreadable_config_file_is_refused(tmp_path: Path) -> None:
     absent, latin = tmp_path / "none", tmp_path / "latin"
     latin.write_bytes(b"\xff\xfe")
     for file, problem in ((absent, "No such file or directory"), (latin, "not TOML")):
-        assert make_settings_and_return_error(config=file).problems == (
+        assert get_error_of_invalid_settings(config=file).problems == (
             f"config: {file}: {problem}",
         )
 
@@ -323,7 +323,7 @@ BAD: list[tuple[str, tuple[object, ...]]] = [
 
 @pytest.mark.parametrize(("name", "bad"), [(name, bad) for name, bads in BAD for bad in bads])
 def test_error_about_invalid_value_names_its_setting(name: str, bad: object) -> None:
-    error = make_settings_and_return_error(**{name: bad})
+    error = get_error_of_invalid_settings(**{name: bad})
     assert len(error.problems) == 1
     assert error.problems[0].startswith(f"{name}: ")
 
@@ -337,7 +337,7 @@ def test_all_invalid_values_are_reported_at_once(
 ) -> None:
     monkeypatch.setenv("WORKPOOL_LEASE_TTL", HIDDEN)
     path = write_config(f'[workpool]\npolers = 1\nmetrics_listen = "{HIDDEN}"\n')
-    error = make_settings_and_return_error(
+    error = get_error_of_invalid_settings(
         config=path, token=HIDDEN, token_file=GIVEN, block_ms=0, tokn=HIDDEN
     )
     names = sorted(problem.split(":")[0] for problem in error.problems)
@@ -375,7 +375,7 @@ def test_settings_error_names_the_variable_or_file_of_the_value(
     monkeypatch.setenv("workpool_prefetch", "x")
     file = write_config("[workpool]\npollers = 0\npolers = 1\n")
     monkeypatch.setenv("WORKPOOL_CONFIG", str(file))
-    assert set(make_settings_and_return_error(block_ms=0).problems) == {
+    assert set(get_error_of_invalid_settings(block_ms=0).problems) == {
         "block_ms: must be a whole number from 1 to 999",
         "lease_ttl: must be a whole number from 10 to 600 (from WORKPOOL_LEASE_TTL)",
         "prefetch: must be a whole number, 0 or more (from workpool_prefetch)",
@@ -389,7 +389,7 @@ def test_error_about_missing_file_names_file_and_variable_that_contains_its_path
 ) -> None:
     absent = tmp_path / "absent"
     monkeypatch.setenv("WORKPOOL_CONFIG", str(absent))
-    assert make_settings_and_return_error().problems == (
+    assert get_error_of_invalid_settings().problems == (
         f"config: {absent}: No such file or directory (from WORKPOOL_CONFIG)",
     )
     monkeypatch.delenv("WORKPOOL_CONFIG")
@@ -409,7 +409,7 @@ def test_error_hides_credential_that_was_set_by_mistake_as_token_file() -> None:
 
 def test_empty_address_in_a_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKPOOL_BASE_URL", "")
-    assert make_settings_and_return_error().problems == (
+    assert get_error_of_invalid_settings().problems == (
         "base_url: empty; give an address, or remove it (from WORKPOOL_BASE_URL)",
     )
 
@@ -418,7 +418,7 @@ def test_plugin_table_with_misspelled_name_in_config_file_is_refused(
     write_config: Callable[[str], Path],
 ) -> None:
     file = write_config('[workpool.plugins.sql]\ndsn = "x"\n')
-    assert make_settings_and_return_error(config=file, plugins="sql").problems == (
+    assert get_error_of_invalid_settings(config=file, plugins="sql").problems == (
         f"config: {file}: the tables of plugins are [workpool.plugin.NAME], without an s",
     )
 
@@ -447,14 +447,14 @@ def test_values_of_extra_headers_are_never_shown(write_config: Callable[[str], P
         assert HIDDEN not in text
         assert "x-worker-token" in text
     for bad in ({"x-a": f"{HIDDEN}\n"}, {f"{HIDDEN} ": "x"}, f'{{"x-a": "{HIDDEN}"'):
-        error = make_settings_and_return_error(
+        error = get_error_of_invalid_settings(
             extra_headers=bad if isinstance(bad, str) else {**bad, "x b": HIDDEN}
         )
         assert HIDDEN not in "".join(traceback.format_exception(error))
 
 
 def test_settings_error_and_its_traceback_do_not_show_value() -> None:
-    error = make_settings_and_return_error(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
+    error = get_error_of_invalid_settings(metrics_listen=HIDDEN, token=[HIDDEN], lease_ttl=HIDDEN)
     chain = [error, error.__context__, error.__cause__]
     assert chain == [error, None, None]
     assert HIDDEN not in "".join(traceback.format_exception(error))
@@ -600,7 +600,7 @@ def test_error_about_invalid_host_name_names_the_setting(host: str) -> None:
         "base_url": f"https://{host}/api",
         "metrics_listen": f"{host}:9464",
     }.items():
-        assert make_settings_and_return_error(**{setting: value}).problems == (
+        assert get_error_of_invalid_settings(**{setting: value}).problems == (
             f"{setting}: each part of a host name has 1 to 63 characters",
         )
 
@@ -686,7 +686,7 @@ def test_api_key_is_read_from_setting_or_file(tmp_path: Path) -> None:
     assert Settings(api_key=GIVEN).read_api_key() == GIVEN
     assert Settings(api_key_file=path).read_api_key() == "from-file"
     assert Settings(token=HIDDEN, api_key=GIVEN).read_token() == HIDDEN
-    assert make_settings_and_return_error(api_key=GIVEN, api_key_file=path).problems == (
+    assert get_error_of_invalid_settings(api_key=GIVEN, api_key_file=path).problems == (
         "api_key, api_key_file: set one of the two",
     )
 

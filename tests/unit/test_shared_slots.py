@@ -18,7 +18,7 @@ def make_queues_with_shared_slots(
     return [BoundedQueue(concurrency, 0, share=slots.add_environment()) for _ in range(number)]
 
 
-async def reserve_places_and_take_items(queue: BoundedQueue[str], number: int) -> None:
+async def start_items_in_slots(queue: BoundedQueue[str], number: int) -> None:
     for _ in range(number):
         await queue.reserve_place()
         queue.put_item("item")
@@ -33,7 +33,7 @@ def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
 async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> None:
     busy, idle, other = make_queues_with_shared_slots(SharedSlots(6), 3, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(busy, 4)
+        await start_items_in_slots(busy, 4)
         assert (busy.free_slots, busy.is_full) == (0, True)
         fifth = group.create_task(busy.reserve_place())
         await run_ready_tasks()
@@ -47,8 +47,8 @@ async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> N
 async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> None:
     busy, late = make_queues_with_shared_slots(SharedSlots(6), 2, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(busy, 5)
-        await reserve_places_and_take_items(late, 1)
+        await start_items_in_slots(busy, 5)
+        await start_items_in_slots(late, 1)
         own, others = (
             group.create_task(busy.reserve_place()),
             [late.reserve_place() for _ in range(2)],
@@ -90,8 +90,8 @@ async def test_environment_with_fewer_slots_gets_freed_slot_before_item_set_asid
     started: list[str] = []
     busy.start = started.append
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(busy, 3)
-        await reserve_places_and_take_items(late, 1)
+        await start_items_in_slots(busy, 3)
+        await start_items_in_slots(late, 1)
         busy.set_item_aside("aside")
         second = group.create_task(late.reserve_place())
         await run_ready_tasks()
@@ -109,8 +109,8 @@ async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> 
     started: list[str] = []
     first.start = started.append
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(first, 1)
-        await reserve_places_and_take_items(second, 2)
+        await start_items_in_slots(first, 1)
+        await start_items_in_slots(second, 2)
         first.set_item_aside("aside")
         poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
@@ -126,8 +126,8 @@ async def test_freed_slot_goes_to_poller_while_handler_of_item_set_aside_is_busy
     first, second = make_queues_with_shared_slots(SharedSlots(3), 2, 3)
     first.may_start = lambda _: False
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(first, 1)
-        await reserve_places_and_take_items(second, 2)
+        await start_items_in_slots(first, 1)
+        await start_items_in_slots(second, 2)
         first.set_item_aside("aside")
         poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
@@ -142,8 +142,8 @@ async def test_item_set_aside_starts_when_another_environment_reserves_a_queue_p
     started: list[str] = []
     first.may_start, first.start = lambda _: handler_is_free, started.append
     async with asyncio.timeout(20):
-        await reserve_places_and_take_items(first, 1)
-        await reserve_places_and_take_items(second, 1)
+        await start_items_in_slots(first, 1)
+        await start_items_in_slots(second, 1)
         first.set_item_aside("aside")
         handler_is_free = True
         await second.reserve_place()
@@ -155,7 +155,7 @@ async def test_slot_reserved_by_ended_environment_becomes_free_for_other_environ
     share = slots.add_environment()
     [queue] = make_queues_with_shared_slots(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(queue, 1)
+        await start_items_in_slots(queue, 1)
         waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         assert not waiting.done()
@@ -166,8 +166,8 @@ async def test_slot_reserved_by_ended_environment_becomes_free_for_other_environ
 async def test_limit_on_total_uses_of_shared_slots_counts_all_environments() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(first, 1)
-        await reserve_places_and_take_items(second, 1)
+        await start_items_in_slots(first, 1)
+        await start_items_in_slots(second, 1)
         third = group.create_task(second.reserve_place())
         await run_ready_tasks()
         end_item(first, used_up=True)
@@ -185,7 +185,7 @@ async def test_shared_slots_of_dropped_items_and_cancelled_reservations_become_f
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)
     slots.add_environment()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
-        await reserve_places_and_take_items(queue, 1)
+        await start_items_in_slots(queue, 1)
         await queue.reserve_place()
         queue.put_item("waits")
         waiting = group.create_task(queue.reserve_place())

@@ -20,19 +20,21 @@ LONG = 60.0
 
 
 @asynccontextmanager
-async def limit_time_with_own_timer(seconds: float) -> AsyncIterator[None]:
+async def time_limit_with_separate_timer(seconds: float) -> AsyncIterator[None]:
     with TimeLimit(seconds):
         yield
 
 
 @asynccontextmanager
-async def limit_time_with_shared_timer(seconds: float) -> AsyncIterator[None]:
+async def time_limit_with_shared_timer(seconds: float) -> AsyncIterator[None]:
     with TimeLimit(seconds, SharedTimer(asyncio.get_running_loop())):
         yield
 
 
-@pytest.fixture(params=[limit_time_with_own_timer, limit_time_with_shared_timer, asyncio.timeout])
-def time_limit(request: pytest.FixtureRequest) -> Bounded:
+@pytest.fixture(
+    params=[time_limit_with_separate_timer, time_limit_with_shared_timer, asyncio.timeout]
+)
+def make_time_limit(request: pytest.FixtureRequest) -> Bounded:
     bound: Bounded = request.param
     return bound
 
@@ -46,30 +48,30 @@ def count_pending_cancellations() -> int:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01, -1.0])
 async def test_code_that_exceeds_time_bound_raises_timeout_error(
-    time_limit: Bounded, seconds: float
+    make_time_limit: Bounded, seconds: float
 ) -> None:
     with pytest.raises(TimeoutError) as caught:
-        async with time_limit(seconds):
+        async with make_time_limit(seconds):
             await asyncio.sleep(LONG)
     assert isinstance(caught.value.__cause__, asyncio.CancelledError)
     assert count_pending_cancellations() == 0
 
 
-async def test_code_that_ends_within_time_bound_is_not_cancelled(time_limit: Bounded) -> None:
-    async with time_limit(0.01):
+async def test_code_that_ends_within_time_bound_is_not_cancelled(make_time_limit: Bounded) -> None:
+    async with make_time_limit(0.01):
         pass
     with pytest.raises(KeyError):
-        async with time_limit(0.01):
+        async with make_time_limit(0.01):
             raise KeyError
     await asyncio.sleep(0.02)
     assert count_pending_cancellations() == 0
 
 
 async def test_error_raised_in_response_to_timeout_replaces_timeout_error(
-    time_limit: Bounded,
+    make_time_limit: Bounded,
 ) -> None:
     async def raise_error_at_timeout() -> None:
-        async with time_limit(0):
+        async with make_time_limit(0):
             try:
                 await asyncio.sleep(LONG)
             except asyncio.CancelledError:
@@ -81,12 +83,12 @@ async def test_error_raised_in_response_to_timeout_replaces_timeout_error(
 
 
 async def test_cancellation_before_end_of_time_limit_raises_cancelled_error(
-    time_limit: Bounded,
+    make_time_limit: Bounded,
 ) -> None:
     started = asyncio.Event()
 
     async def sleep_within_time_limit() -> None:
-        async with time_limit(LONG):
+        async with make_time_limit(LONG):
             started.set()
             await asyncio.sleep(LONG)
 
@@ -98,12 +100,12 @@ async def test_cancellation_before_end_of_time_limit_raises_cancelled_error(
 
 
 async def test_cancellation_in_same_loop_iteration_as_timeout_raises_cancelled_error(
-    time_limit: Bounded,
+    make_time_limit: Bounded,
 ) -> None:
     started = asyncio.Event()
 
     async def sleep_within_time_limit() -> None:
-        async with time_limit(0.05):
+        async with make_time_limit(0.05):
             started.set()
             await asyncio.sleep(LONG)
 
@@ -116,12 +118,12 @@ async def test_cancellation_in_same_loop_iteration_as_timeout_raises_cancelled_e
 
 
 async def test_expired_inner_time_bound_raises_timeout_error_within_outer_bound(
-    time_limit: Bounded,
+    make_time_limit: Bounded,
 ) -> None:
     texts = []
-    async with time_limit(LONG):
+    async with make_time_limit(LONG):
         try:
-            async with time_limit(0.01):
+            async with make_time_limit(0.01):
                 await asyncio.sleep(LONG)
         except TimeoutError:
             texts.append("inner")

@@ -193,7 +193,7 @@ async def run_tunnel_proxy(port: int) -> AsyncIterator[tuple[DelayedTunnelProxy,
         yield tunnel, f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
 
 
-class RefusedByCheckError(Exception):
+class RefusedByRequestCheckError(Exception):
     """The exception that a check raises so that its request is not sent."""
 
 
@@ -210,7 +210,7 @@ async def test_check_of_request_runs_after_proxy_tunnel_and_tls_handshake(
     def refuse_unless_lease_is_held() -> None:
         states.append(tunnel.release.is_set())
         if not held:
-            raise RefusedByCheckError
+            raise RefusedByRequestCheckError
 
     async with run_tunnel_proxy(tls_server.port) as (tunnel, url):
         monkeypatch.setenv("https_proxy", url)
@@ -222,21 +222,21 @@ async def test_check_of_request_runs_after_proxy_tunnel_and_tls_handshake(
             stopping = client.stop(
                 WORK, options=CallOptions(refuse_unless_lease_is_held), timeout=20
             )
-            result = group.create_task(get_type_of_refusal(stopping))
+            result = group.create_task(get_type_of_request_check_error(stopping))
             await tunnel.asked.wait()
             assert states == []
             tunnel.release.set()
-            assert await result == (None if held else RefusedByCheckError)
+            assert await result == (None if held else RefusedByRequestCheckError)
         await tunnel.ended.wait()
     assert states == [True]
     assert tls_server.names == ["client"]
     assert bool(tls_server.received) == held
 
 
-async def get_type_of_refusal(call: Any) -> type[BaseException] | None:
+async def get_type_of_request_check_error(call: Any) -> type[BaseException] | None:
     try:
         await call
-    except RefusedByCheckError as refusal:
+    except RefusedByRequestCheckError as refusal:
         return type(refusal)
     return None
 

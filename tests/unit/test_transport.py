@@ -26,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from tests.unit.open_transport import TOKEN, connected_transport
+from tests.unit.transport_helpers import TOKEN, connected_transport
 from workpool.errors import (
     ConflictError,
     ControlPlaneError,
@@ -78,7 +78,7 @@ class ScriptedServer:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     release: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def answer_connection(
+    async def serve_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.connections += 1
@@ -127,7 +127,7 @@ async def running_server(
     *answers: Any, tls: ssl.SSLContext | None = None
 ) -> AsyncIterator[ScriptedServer]:
     server = ScriptedServer(list(answers))
-    listener = await asyncio.start_server(server.answer_connection, "127.0.0.1", 0, ssl=tls)
+    listener = await asyncio.start_server(server.serve_connection, "127.0.0.1", 0, ssl=tls)
     port = listener.sockets[0].getsockname()[1]
     server.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/api"
     try:
@@ -405,7 +405,9 @@ async def never_answer(server: ScriptedServer, *_: object) -> None:
     raise ConnectionError
 
 
-async def stop_sending_within_body(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+async def send_incomplete_body_and_hang(
+    server: ScriptedServer, writer: asyncio.StreamWriter
+) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
     await never_answer(server, writer)
 
@@ -430,7 +432,7 @@ async def test_broken_connection_raises_transient_network_error(odd: Any) -> Non
     assert "hunter2" not in str(error)
 
 
-@pytest.mark.parametrize("odd", [never_answer, stop_sending_within_body])
+@pytest.mark.parametrize("odd", [never_answer, send_incomplete_body_and_hang])
 async def test_missing_or_incomplete_response_raises_timeout_at_time_limit(odd: Any) -> None:
     error = await send_request_and_return_error(odd, seconds=0.05)
     assert isinstance(error, TransientError)
@@ -858,12 +860,12 @@ async def test_concurrent_requests_with_old_token_succeed_after_token_rotation(
     path = tmp_path / "token"
     path.write_text("old")
 
-    async def accept_new_token(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+    async def answer_401_to_old_token(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         old = server.requests[-1].headers["Authorization"] == "Bearer old"
         writer.write(make_refusal_answer(401) if old else OK)
 
     async with (
-        running_server(accept_new_token) as server,
+        running_server(answer_401_to_old_token) as server,
         connected_transport(server.url, token_file=path) as transport,
     ):
         path.write_text("new")
@@ -879,7 +881,7 @@ async def test_request_refused_after_token_renewal_is_repeated_with_renewed_toke
     refreshes: list[str] = []
     both_arrived = asyncio.Event()
 
-    async def accept_new_token(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+    async def answer_401_to_old_token(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
         if server.requests[-1].headers["Authorization"] == "Bearer new":
             writer.write(OK)
             return
@@ -892,7 +894,7 @@ async def test_request_refused_after_token_renewal_is_repeated_with_renewed_toke
         writer.write(make_refusal_answer(401))
 
     async with (
-        running_server(accept_new_token) as server,
+        running_server(answer_401_to_old_token) as server,
         connected_transport(server.url, token_file=path) as transport,
     ):
         transport.on_credential_refresh = refreshes.append
@@ -947,7 +949,7 @@ async def test_on_request_callback_receives_operation_and_status_of_every_reques
     assert reported == [("stats", "2xx"), ("stats", "404"), ("stats", "2xx"), ("stats", "reset")]
 
 
-@pytest.mark.parametrize("odd", [never_answer, stop_sending_within_body])
+@pytest.mark.parametrize("odd", [never_answer, send_incomplete_body_and_hang])
 async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
     reported: list[str] = []
     async with running_server(odd, OK) as server, connected_transport(server.url) as transport:
@@ -964,16 +966,16 @@ async def test_cancelled_request_closes_its_connection(odd: Any) -> None:
 
 
 async def test_transport_raises_unexpected_exception_of_parser_unchanged() -> None:
-    class FailingParserError(Exception):
+    class UnexpectedParserError(Exception):
         pass
 
     def failing_parser(_: object) -> None:
-        raise FailingParserError
+        raise UnexpectedParserError
 
     reported: list[str] = []
     async with running_server(OK) as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
-        with pytest.raises(FailingParserError):
+        with pytest.raises(UnexpectedParserError):
             await send_request(
                 transport, server.url, endpoint=endpoints.Endpoint("stats", "GET", failing_parser)
             )

@@ -17,15 +17,15 @@ def hash_bytes(release: threading.Event) -> str:
     return "done"
 
 
-async def hash_in_executor(call: functools.partial[str]) -> None:
+async def call_with_run_in_executor(call: functools.partial[str]) -> None:
     await asyncio.get_running_loop().run_in_executor(None, call)
 
 
-async def hash_in_thread(call: functools.partial[str]) -> None:
+async def call_with_to_thread(call: functools.partial[str]) -> None:
     await asyncio.to_thread(call)
 
 
-@pytest.mark.parametrize("wait", [hash_in_executor, hash_in_thread])
+@pytest.mark.parametrize("wait", [call_with_run_in_executor, call_with_to_thread])
 @pytest.mark.parametrize("seconds", [None, 3600])
 def test_virtual_time_error_names_awaited_thread_function(
     wait: object, seconds: float | None
@@ -45,7 +45,7 @@ def test_virtual_time_error_names_awaited_thread_function(
 
 
 def test_thread_that_has_finished_causes_no_error_in_virtual_time() -> None:
-    async def sleep_after_thread_returned() -> None:
+    async def sleep_after_thread_has_finished() -> None:
         loop = asyncio.get_running_loop()
         returned = asyncio.Event()
         loop.run_in_executor(None, hash_bytes, release).add_done_callback(lambda _: returned.set())
@@ -55,7 +55,7 @@ def test_thread_that_has_finished_causes_no_error_in_virtual_time() -> None:
 
     release = threading.Event()
     release.set()
-    run_on_virtual_loop(sleep_after_thread_returned())
+    run_on_virtual_loop(sleep_after_thread_has_finished())
 
 
 def test_virtual_time_error_names_awaited_socket() -> None:
