@@ -273,14 +273,14 @@ async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> 
     assert first.ended == []
 
 
-async def test_end_waits_ends_current_and_later_waits_at_once(
+async def test_waits_for_changes_return_at_once_after_end_all_waits(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         waits = [TasksWaitingForChange(group, hub, topic, 3) for topic in (WORK, SESSION)]
         await asyncio.sleep(0)
-        hub.end_waits()
+        hub.end_all_waits()
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
         assert await hub.wait_for_change(WORK, hub.change_count(), LONG)
 

@@ -10,7 +10,7 @@ import pytest
 from workpool.server import APIError, ControlPlane, Poll, PostgresStore, summarize
 from workpool.server.conversation import EVERY_EVENT
 from workpool.server.parsing.creation_requests import NewEnvironment
-from workpool.server.parsing.request_values import PageRequest
+from workpool.server.parsing.request_values import ListPageRequest
 from workpool.server.postgres import retention_calls
 from workpool.server.state_machine import last_heartbeat
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tests.postgres.cluster import Cluster
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
 
 ENV = "env_0199aaaaaaaa70008000000000000001"
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
@@ -30,7 +30,7 @@ def client_is_never_disconnected() -> bool:
 
 
 @pytest.fixture
-async def nodes(database_url: str) -> AsyncIterator[list[Engine]]:
+async def nodes(database_url: str) -> AsyncIterator[list[ControlPlaneEngine]]:
     store = PostgresStore(database_url, history=True)
     nodes = [ControlPlane(environments=(ENV,), store=store).engine for _ in range(2)]
     try:
@@ -39,7 +39,7 @@ async def nodes(database_url: str) -> AsyncIterator[list[Engine]]:
             yield nodes
     finally:
         for node in nodes:
-            node.end_waits()
+            node.end_all_waits()
             await node.close()
 
 
@@ -52,15 +52,17 @@ async def gather_results_and_error_statuses(*calls: Any) -> list[Any]:
     return [each.status if isinstance(each, APIError) else each for each in found]
 
 
-async def test_nodes_share_signing_key_and_environments(nodes: list[Engine]) -> None:
+async def test_nodes_share_signing_key_and_environments(nodes: list[ControlPlaneEngine]) -> None:
     one, other = nodes
     assert one.signing_key == other.signing_key
     created = await one.create_environment(NewEnvironment("name", None, {}))
-    await other.check_environment(created.id)
+    await other.require_self_hosted_environment(created.id)
     assert await other.get_environment(created.id) == created
 
 
-async def test_concurrent_polls_of_two_nodes_deliver_each_item_once(nodes: list[Engine]) -> None:
+async def test_concurrent_polls_of_two_nodes_deliver_each_item_once(
+    nodes: list[ControlPlaneEngine],
+) -> None:
     items = await nodes[0].enqueue(ENV, count=60)
     polls = [
         node.long_poll(ENV, Poll("w", 20_000), client_is_never_disconnected)
@@ -71,7 +73,9 @@ async def test_concurrent_polls_of_two_nodes_deliver_each_item_once(nodes: list[
     assert sorted(item.id for item in found if item) == [item.id for item in items]
 
 
-async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine]) -> None:
+async def test_waiting_poll_gets_item_that_other_node_creates(
+    nodes: list[ControlPlaneEngine],
+) -> None:
     one, other = nodes
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(
@@ -84,7 +88,7 @@ async def test_waiting_poll_gets_item_that_other_node_creates(nodes: list[Engine
     assert found.id == item.id
 
 
-async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) -> None:
+async def test_stream_gets_event_that_other_node_appends(nodes: list[ControlPlaneEngine]) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
     async with asyncio.TaskGroup() as group:
@@ -95,7 +99,7 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[Engine]) ->
     assert stream.result() == list(sent)
 
 
-async def test_cancelled_poll_leaves_its_item_undelivered(nodes: list[Engine]) -> None:
+async def test_cancelled_poll_leaves_its_item_undelivered(nodes: list[ControlPlaneEngine]) -> None:
     for _ in range(20):
         await nodes[0].enqueue(ENV)
         async with asyncio.TaskGroup() as group:
@@ -107,12 +111,12 @@ async def test_cancelled_poll_leaves_its_item_undelivered(nodes: list[Engine]) -
         stats = await nodes[1].queue_stats(ENV)
         if poll.cancelled():
             assert (stats.depth, stats.pending) == (1, 0)
-        (item,) = (await nodes[1].list_items(ENV, PageRequest(100, "", None))).items[-1:]
+        (item,) = (await nodes[1].list_items(ENV, ListPageRequest(100, "", None))).items[-1:]
         await nodes[1].stop_item(ENV, item.id, force=True)
 
 
 async def test_concurrent_heartbeats_to_two_nodes_extend_the_lease_once(
-    nodes: list[Engine],
+    nodes: list[ControlPlaneEngine],
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await nodes[0].long_poll(ENV, Poll("w"), client_is_never_disconnected)
@@ -127,7 +131,7 @@ async def test_concurrent_heartbeats_to_two_nodes_extend_the_lease_once(
 
 
 async def test_node_applies_calls_to_current_row_if_its_cached_row_is_outdated(
-    nodes: list[Engine],
+    nodes: list[ControlPlaneEngine],
 ) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
@@ -149,7 +153,7 @@ async def test_node_applies_calls_to_current_row_if_its_cached_row_is_outdated(
 
 
 async def test_ack_at_node_with_outdated_cached_row_after_failover_is_409(
-    nodes: list[Engine], postgres: Cluster, database_url: str
+    nodes: list[ControlPlaneEngine], postgres: Cluster, database_url: str
 ) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
@@ -164,7 +168,7 @@ async def test_ack_at_node_with_outdated_cached_row_after_failover_is_409(
 
 
 async def test_item_with_concurrent_acks_and_stop_never_has_two_holders(
-    nodes: list[Engine],
+    nodes: list[ControlPlaneEngine],
 ) -> None:
     for item in await nodes[0].enqueue(ENV, count=10):
         await nodes[0].long_poll(ENV, Poll("a", 0, 0), client_is_never_disconnected)
@@ -180,13 +184,15 @@ async def test_item_with_concurrent_acks_and_stop_never_has_two_holders(
     assert (await nodes[1].queue_stats(ENV)).stopped == 10
 
 
-async def test_events_sent_to_two_nodes_have_the_same_order_on_both(nodes: list[Engine]) -> None:
+async def test_events_sent_to_two_nodes_have_the_same_order_on_both(
+    nodes: list[ControlPlaneEngine],
+) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await asyncio.gather(
         *(node.send_events(item.session_id, [MESSAGE, MESSAGE]) for node in nodes for _ in range(8))
     )
     lists = [
-        await node.list_events(item.session_id, PageRequest(99, "", None), EVERY_EVENT)
+        await node.list_events(item.session_id, ListPageRequest(99, "", None), EVERY_EVENT)
         for node in nodes
     ]
     ids = [event.id for event in lists[0].items]
@@ -195,7 +201,9 @@ async def test_events_sent_to_two_nodes_have_the_same_order_on_both(nodes: list[
     assert len(ids) == 32
 
 
-async def test_concurrent_messages_to_stopped_session_create_one_item(nodes: list[Engine]) -> None:
+async def test_concurrent_messages_to_stopped_session_create_one_item(
+    nodes: list[ControlPlaneEngine],
+) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await nodes[0].stop_item(ENV, item.id, force=True)
     calls = [
@@ -206,7 +214,7 @@ async def test_concurrent_messages_to_stopped_session_create_one_item(nodes: lis
 
 
 async def test_termination_is_last_event_of_session_archived_during_concurrent_sends(
-    nodes: list[Engine],
+    nodes: list[ControlPlaneEngine],
 ) -> None:
     (item,) = await nodes[0].enqueue(ENV)
     await gather_results_and_error_statuses(
@@ -214,7 +222,7 @@ async def test_termination_is_last_event_of_session_archived_during_concurrent_s
         nodes[1].archive_session(item.session_id),
         nodes[0].archive_session(item.session_id),
     )
-    events = await nodes[0].list_events(item.session_id, PageRequest(99, "", None), EVERY_EVENT)
+    events = await nodes[0].list_events(item.session_id, ListPageRequest(99, "", None), EVERY_EVENT)
     types = [event.type for event in events.items]
     assert types.count("session.status_terminated") == 1
     assert types[-1] == "session.status_terminated"
@@ -222,7 +230,7 @@ async def test_termination_is_last_event_of_session_archived_during_concurrent_s
 
 
 async def test_deletion_of_ended_sessions_spares_session_that_gets_new_message(
-    nodes: list[Engine],
+    nodes: list[ControlPlaneEngine],
 ) -> None:
     items = await nodes[0].enqueue(ENV, count=8)
     for item in items:
@@ -242,7 +250,7 @@ async def test_deletion_of_ended_sessions_spares_session_that_gets_new_message(
 
 
 async def test_deletion_of_sessions_with_many_events_takes_several_batches(
-    nodes: list[Engine], monkeypatch: pytest.MonkeyPatch
+    nodes: list[ControlPlaneEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention_calls, "EVENTS_MAX", 3)
     for item in await nodes[0].enqueue(ENV, count=3):

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool.server import ControlPlane
-from workpool.server.parsing.request_values import PageRequest
+from workpool.server.parsing.request_values import ListPageRequest
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
     from workpool.server import Operations, PostgresStore
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
     from workpool.server.pagination import ListPage
     from workpool.server.stored_item import Item
 
@@ -45,7 +45,7 @@ class NodeWithBlockingCalls:
     The calls have the names and parameters of those of `Operations`.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: ControlPlaneEngine) -> None:
         self._engine = engine
         self._loop = asyncio.new_event_loop()
 
@@ -73,7 +73,7 @@ class NodeWithBlockingCalls:
 
     def list_items(self, environment_id: str, limit: int = 20) -> ListPage[Item]:
         found: ListPage[Item] = self._wait_for_result(
-            self._engine.list_items(environment_id, PageRequest(limit, "", None))
+            self._engine.list_items(environment_id, ListPageRequest(limit, "", None))
         )
         return found
 

@@ -12,7 +12,7 @@ from tests.protocol.conftest import CLOUD, ENV, OTHER, MovableClock
 from workpool.server import APIError, ControlPlane, Poll, state_machine, summarize
 from workpool.server.conversation import EVERY_EVENT, EventFilter
 from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
-from workpool.server.parsing.request_values import ItemFilter, PageRequest
+from workpool.server.parsing.request_values import ItemFilter, ListPageRequest
 from workpool.server.queue.work_queue import WorkQueueStats
 from workpool.server.state_machine import last_heartbeat
 from workpool.server.stored_session import SessionFilter
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from workpool.server import Item, PostgresStore, Store
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
 
-FIRST_PAGE = PageRequest(20, "", None)
+FIRST_PAGE = ListPageRequest(20, "", None)
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "go\0on"}]}
 SCRIPT = [{"name": "bash", "input": {"command": "true"}}]
 WAIT_SECONDS = 40
@@ -37,7 +37,9 @@ pytestmark = pytest.mark.usefixtures("memory_and_sqlite_stores")
 
 
 @pytest.fixture
-async def engine(store: Store | PostgresStore, clock: MovableClock) -> AsyncIterator[Engine]:
+async def engine(
+    store: Store | PostgresStore, clock: MovableClock
+) -> AsyncIterator[ControlPlaneEngine]:
     async with open_engine(store, clock) as engine:
         yield engine
 
@@ -45,7 +47,7 @@ async def engine(store: Store | PostgresStore, clock: MovableClock) -> AsyncIter
 @asynccontextmanager
 async def open_engine(
     store: Store | PostgresStore, clock: MovableClock | None
-) -> AsyncIterator[Engine]:
+) -> AsyncIterator[ControlPlaneEngine]:
     engine = ControlPlane(
         environments=(ENV, OTHER), cloud_environments=(CLOUD,), store=store, now=clock
     ).engine
@@ -54,17 +56,17 @@ async def open_engine(
         async with asyncio.timeout(WAIT_SECONDS):
             yield engine
     finally:
-        engine.end_waits()
+        engine.end_all_waits()
         await engine.close()
 
 
-async def claim_item(engine: Engine, worker: str = "a", **poll: Any) -> Item:
+async def claim_item(engine: ControlPlaneEngine, worker: str = "a", **poll: Any) -> Item:
     item = await engine.long_poll(ENV, Poll(worker, **poll), client_is_never_disconnected)
     assert item is not None
     return item
 
 
-async def create_active_item(engine: Engine, worker: str = "a") -> Item:
+async def create_active_item(engine: ControlPlaneEngine, worker: str = "a") -> Item:
     """Create an item, poll it for a worker, acknowledge it and send its first heartbeat."""
     (item,) = await engine.enqueue(ENV)
     await claim_item(engine, worker)
@@ -79,7 +81,7 @@ async def get_error_status_of_call(call: Any) -> int:
 
 
 async def test_item_goes_through_every_state_from_creation_to_stop(
-    engine: Engine, clock: MovableClock
+    engine: ControlPlaneEngine, clock: MovableClock
 ) -> None:
     (created,) = await engine.enqueue(ENV, metadata={"k": "v\0"})
     assert created.state == "queued"
@@ -105,7 +107,7 @@ async def test_item_goes_through_every_state_from_creation_to_stop(
     assert await engine.stop_item(ENV, created.id, "a") == stopped
 
 
-async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
+async def test_history_of_item_is_recorded_in_order(engine: ControlPlaneEngine) -> None:
     item = await create_active_item(engine)
     await engine.heartbeat(ENV, item.id, last_heartbeat(item), 30, "a")
     assert await get_error_status_of_call(engine.ack_item(ENV, item.id, "b")) == 409
@@ -135,7 +137,7 @@ async def test_history_of_item_is_recorded_in_order(engine: Engine) -> None:
 @pytest.mark.parametrize("state", ["active", "stopping"])
 @pytest.mark.parametrize("compare_on_stop", [True, False])
 async def test_heartbeat_in_every_engine_has_same_result_as_in_state_machine(
-    engine: Engine,
+    engine: ControlPlaneEngine,
     clock: MovableClock,
     seconds: int,
     expected: str | None,
@@ -162,13 +164,15 @@ async def test_heartbeat_in_every_engine_has_same_result_as_in_state_machine(
     assert found == wanted
 
 
-async def test_items_are_delivered_oldest_first(engine: Engine) -> None:
+async def test_items_are_delivered_oldest_first(engine: ControlPlaneEngine) -> None:
     items = [*await engine.enqueue(ENV, count=3), *await engine.enqueue(ENV, count=2)]
     assert [(await claim_item(engine)).id for _ in items] == [item.id for item in items]
     assert await engine.long_poll(ENV, Poll("a"), client_is_never_disconnected) is None
 
 
-async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: MovableClock) -> None:
+async def test_expired_lease_returns_item_to_queue(
+    engine: ControlPlaneEngine, clock: MovableClock
+) -> None:
     item = await create_active_item(engine)
     later = await engine.enqueue(ENV)
     clock.advance(30)
@@ -187,7 +191,7 @@ async def test_expired_lease_returns_item_to_queue(engine: Engine, clock: Movabl
 
 
 async def test_item_in_state_stopping_is_stopped_once_its_lease_expires(
-    engine: Engine, clock: MovableClock
+    engine: ControlPlaneEngine, clock: MovableClock
 ) -> None:
     item = await create_active_item(engine)
     await engine.stop_item(ENV, item.id)
@@ -198,7 +202,7 @@ async def test_item_in_state_stopping_is_stopped_once_its_lease_expires(
 
 
 async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
-    engine: Engine, clock: MovableClock
+    engine: ControlPlaneEngine, clock: MovableClock
 ) -> None:
     (item,) = await engine.enqueue(ENV)
     await claim_item(engine, "a")
@@ -208,7 +212,9 @@ async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
     assert await get_error_status_of_call(engine.ack_item(ENV, item.id, "a")) == 409
 
 
-async def test_poll_whose_client_has_disconnected_leaves_item_in_queue(engine: Engine) -> None:
+async def test_poll_whose_client_has_disconnected_leaves_item_in_queue(
+    engine: ControlPlaneEngine,
+) -> None:
     (item,) = await engine.enqueue(ENV)
     answers = iter([False, True, True])
     assert await engine.long_poll(ENV, Poll("a"), lambda: next(answers)) is None
@@ -216,7 +222,7 @@ async def test_poll_whose_client_has_disconnected_leaves_item_in_queue(engine: E
     assert (await claim_item(engine, "b")).id == item.id
 
 
-async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
+async def test_waiting_poll_wakes_for_new_item(engine: ControlPlaneEngine) -> None:
     async with asyncio.TaskGroup() as group:
         polls = [
             group.create_task(
@@ -230,32 +236,38 @@ async def test_waiting_poll_wakes_for_new_item(engine: Engine) -> None:
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_end_waits_method_ends_waiting_polls_and_streams(engine: Engine) -> None:
+async def test_waiting_polls_and_event_streams_return_after_end_all_waits(
+    engine: ControlPlaneEngine,
+) -> None:
     (item,) = await engine.enqueue(OTHER)
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(
             engine.long_poll(ENV, Poll("a", 999_000), client_is_never_disconnected)
         )
         stream = group.create_task(engine.wait_for_events(item.session_id, 0, 999.0))
-        # Let both calls wait. The test also passes if they start after `end_waits`.
+        # Let both calls wait. The test also passes if they start after `end_all_waits`.
         await asyncio.sleep(0.05)
-        engine.end_waits()
+        engine.end_all_waits()
     assert poll.result() is None
     assert stream.result() is None
 
 
 @pytest.mark.parametrize("name", ["ack_item", "heartbeat", "stop_item", "get_item"])
 @pytest.mark.parametrize("work_id", ["work_" + 32 * "0", "\0", "\udc80", 200 * "x"])
-async def test_call_for_unknown_item_is_404(engine: Engine, name: str, work_id: str) -> None:
+async def test_call_for_unknown_item_is_404(
+    engine: ControlPlaneEngine, name: str, work_id: str
+) -> None:
     assert await get_error_status_of_call(getattr(engine, name)(ENV, work_id)) == 404
 
 
-async def test_read_of_item_under_another_environment_id_is_404(engine: Engine) -> None:
+async def test_read_of_item_under_another_environment_id_is_404(engine: ControlPlaneEngine) -> None:
     (item,) = await engine.enqueue(OTHER)
     assert await get_error_status_of_call(engine.get_item(ENV, item.id)) == 404
 
 
-async def test_concurrent_updates_and_stop_of_one_item_are_all_applied(engine: Engine) -> None:
+async def test_concurrent_updates_and_stop_of_one_item_are_all_applied(
+    engine: ControlPlaneEngine,
+) -> None:
     item = await create_active_item(engine)
     async with asyncio.TaskGroup() as group:
         for number in range(12):
@@ -266,7 +278,7 @@ async def test_concurrent_updates_and_stop_of_one_item_are_all_applied(engine: E
     assert (await engine.queue_stats(ENV)).stopped == 1
 
 
-async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
+async def test_concurrent_claims_deliver_each_item_once(engine: ControlPlaneEngine) -> None:
     items = await engine.enqueue(ENV, count=20)
     found = await asyncio.gather(
         *(engine.long_poll(ENV, Poll("a"), client_is_never_disconnected) for _ in range(25))
@@ -281,7 +293,9 @@ async def test_concurrent_claims_deliver_each_item_once(engine: Engine) -> None:
     assert sorted(ids) == [item.id for item in items]
 
 
-async def test_statistics_count_every_state(engine: Engine, clock: MovableClock) -> None:
+async def test_statistics_count_every_state(
+    engine: ControlPlaneEngine, clock: MovableClock
+) -> None:
     await create_active_item(engine, "a")
     stopped = await create_active_item(engine, "b")
     await engine.stop_item(ENV, stopped.id, force=True)
@@ -297,18 +311,18 @@ async def test_statistics_count_every_state(engine: Engine, clock: MovableClock)
     )
 
 
-async def test_item_pages_are_read_in_both_directions(engine: Engine) -> None:
+async def test_item_pages_are_read_in_both_directions(engine: ControlPlaneEngine) -> None:
     items = list(await engine.enqueue(ENV, count=5))
     await engine.enqueue(OTHER)
-    page = await engine.list_items(ENV, PageRequest(2, "", None))
+    page = await engine.list_items(ENV, ListPageRequest(2, "", None))
     assert (list(page.items), page.has_more) == (items[:2], True)
-    page = await engine.list_items(ENV, PageRequest(3, items[1].id, None))
+    page = await engine.list_items(ENV, ListPageRequest(3, items[1].id, None))
     assert (list(page.items), page.has_more) == (items[2:], False)
-    page = await engine.list_items(ENV, PageRequest(2, "", items[4].id))
+    page = await engine.list_items(ENV, ListPageRequest(2, "", items[4].id))
     assert (list(page.items), page.has_more, page.backwards) == (items[2:4], True, True)
 
 
-async def test_item_search_filters_and_orders_items(engine: Engine) -> None:
+async def test_item_search_filters_and_orders_items(engine: ControlPlaneEngine) -> None:
     items = list(await engine.enqueue(ENV, count=4))
     for item in items[:2]:
         await engine.update_metadata(ENV, item.id, {"workpool.error": "E"})
@@ -318,21 +332,25 @@ async def test_item_search_filters_and_orders_items(engine: Engine) -> None:
     )
     assert [item.id for item in queued.items] == [items[3].id, items[2].id]
     page = await engine.list_items(
-        ENV, PageRequest(1, "", None), ItemFilter(None, failed=True, newest_first=False)
+        ENV, ListPageRequest(1, "", None), ItemFilter(None, failed=True, newest_first=False)
     )
     assert ([item.id for item in page.items], page.has_more) == ([items[0].id], True)
 
 
-async def test_environments_are_created_and_listed(engine: Engine) -> None:
-    assert await get_error_status_of_call(engine.check_environment("env_unknown")) == 404
-    assert await get_error_status_of_call(engine.check_environment("\0")) == 404
-    assert await get_error_status_of_call(engine.check_environment(CLOUD)) == 400
+async def test_environments_are_created_and_listed(engine: ControlPlaneEngine) -> None:
+    assert (
+        await get_error_status_of_call(engine.require_self_hosted_environment("env_unknown")) == 404
+    )
+    assert await get_error_status_of_call(engine.require_self_hosted_environment("\0")) == 404
+    assert await get_error_status_of_call(engine.require_self_hosted_environment(CLOUD)) == 400
     created = await engine.create_environment(NewEnvironment("a\0b", None, {"k": "v"}))
-    await engine.check_environment(created.id)
+    await engine.require_self_hosted_environment(created.id)
     assert await engine.get_environment(created.id) == created
     page = await engine.list_environments(FIRST_PAGE, None)
     assert [each.id for each in page.items] == sorted([ENV, OTHER, CLOUD, created.id])
-    page = await engine.list_environments(PageRequest(1, "", None), frozenset({ENV, created.id}))
+    page = await engine.list_environments(
+        ListPageRequest(1, "", None), frozenset({ENV, created.id})
+    )
     assert len(page.items) == 1
     assert page.has_more
 
@@ -349,7 +367,7 @@ def make_new_session(**fields: Any) -> NewSession:
     return NewSession(**{**values, **fields})
 
 
-async def test_session_is_created_read_and_archived(engine: Engine) -> None:
+async def test_session_is_created_read_and_archived(engine: ControlPlaneEngine) -> None:
     created = await engine.create_session(
         make_new_session(title="t\0", metadata={"k": "v"}, initial_events=[MESSAGE])
     )
@@ -366,13 +384,13 @@ async def test_session_is_created_read_and_archived(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("session_id", ["sess_" + 32 * "0", "", "\0"])
-async def test_unknown_session_is_not_found(engine: Engine, session_id: str) -> None:
+async def test_unknown_session_is_not_found(engine: ControlPlaneEngine, session_id: str) -> None:
     assert await get_error_status_of_call(engine.get_session(session_id)) == 404
     assert await get_error_status_of_call(engine.send_events(session_id, [MESSAGE])) == 404
     assert await get_error_status_of_call(engine.archive_session(session_id)) == 404
 
 
-async def test_scripted_session_continues_after_each_result(engine: Engine) -> None:
+async def test_scripted_session_continues_after_each_result(engine: ControlPlaneEngine) -> None:
     (item,) = await engine.enqueue(ENV, script=SCRIPT)
     page = await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)
     (use,) = [event for event in page.items if event.type == "agent.tool_use"]
@@ -387,26 +405,26 @@ async def test_scripted_session_continues_after_each_result(engine: Engine) -> N
     assert (await engine.get_session(item.session_id)).status == "idle"
 
 
-async def test_event_list_is_filtered_by_type_and_position(engine: Engine) -> None:
+async def test_event_list_is_filtered_by_type_and_position(engine: ControlPlaneEngine) -> None:
     (item,) = await engine.enqueue(ENV)
     sent = [(await engine.send_events(item.session_id, [MESSAGE]))[0] for _ in range(4)]
     await engine.emit_events(item.session_id, [{"type": "agent.thinking"}])
     wanted = EventFilter(types=frozenset({"user.message", "\0"}))
-    page = await engine.list_events(item.session_id, PageRequest(3, "", None), wanted)
+    page = await engine.list_events(item.session_id, ListPageRequest(3, "", None), wanted)
     assert (list(page.items), page.has_more) == (sent[:3], True)
     newest = wanted._replace(newest_first=True)
-    page = await engine.list_events(item.session_id, PageRequest(2, "", None), newest)
+    page = await engine.list_events(item.session_id, ListPageRequest(2, "", None), newest)
     assert list(page.items) == [sent[3], sent[2]]
-    page = await engine.list_events(item.session_id, PageRequest(2, "", sent[3].id), wanted)
+    page = await engine.list_events(item.session_id, ListPageRequest(2, "", sent[3].id), wanted)
     assert list(page.items) == [sent[1], sent[2]]
 
 
-async def test_stream_returns_events_after_given_position(engine: Engine) -> None:
+async def test_stream_returns_events_after_given_position(engine: ControlPlaneEngine) -> None:
     (item,) = await engine.enqueue(ENV)
     first, second = await engine.send_events(item.session_id, [MESSAGE, MESSAGE])
-    assert await engine.stream_position(item.session_id, None) == 2
-    assert await engine.stream_position(item.session_id, first.id) == 1
-    assert await engine.stream_position(item.session_id, "evt_unknown") == 0
+    assert await engine.count_events_to_skip(item.session_id, None) == 2
+    assert await engine.count_events_to_skip(item.session_id, first.id) == 1
+    assert await engine.count_events_to_skip(item.session_id, "evt_unknown") == 0
     assert await engine.wait_for_events(item.session_id, 1, 1.0) == [second]
     assert list(await engine.wait_for_events(item.session_id, 2, 0.01) or "x") == ["x"]
     async with asyncio.TaskGroup() as group:
@@ -417,7 +435,9 @@ async def test_stream_returns_events_after_given_position(engine: Engine) -> Non
     assert stream.result() == list(third)
 
 
-async def test_list_and_stream_have_concurrently_sent_events_in_same_order(engine: Engine) -> None:
+async def test_list_and_stream_have_concurrently_sent_events_in_same_order(
+    engine: ControlPlaneEngine,
+) -> None:
     (item,) = await engine.enqueue(ENV)
     await asyncio.gather(*(engine.send_events(item.session_id, [MESSAGE]) for _ in range(12)))
     events = (await engine.list_events(item.session_id, FIRST_PAGE, EVERY_EVENT)).items
@@ -426,7 +446,9 @@ async def test_list_and_stream_have_concurrently_sent_events_in_same_order(engin
     assert await engine.wait_for_events(item.session_id, 0, 1.0) == list(events)
 
 
-async def test_message_to_session_with_stopped_item_creates_item(engine: Engine) -> None:
+async def test_message_to_session_with_stopped_item_creates_item(
+    engine: ControlPlaneEngine,
+) -> None:
     (item,) = await engine.enqueue(ENV)
     await engine.send_events(item.session_id, [MESSAGE], messages_bring_work=True)
     assert (await engine.get_session(item.session_id)).item.id == item.id
@@ -437,7 +459,7 @@ async def test_message_to_session_with_stopped_item_creates_item(engine: Engine)
     assert (await claim_item(engine)).id == further.id
 
 
-async def test_session_list_is_filtered_and_ordered(engine: Engine) -> None:
+async def test_session_list_is_filtered_and_ordered(engine: ControlPlaneEngine) -> None:
     first, second, third = [
         await engine.create_session(make_new_session(agent={"id": f"agent_{number}"}))
         for number in range(3)
@@ -446,11 +468,11 @@ async def test_session_list_is_filtered_and_ordered(engine: Engine) -> None:
     newest = SessionFilter(archived=False, newest_first=True)
     page = await engine.list_sessions(FIRST_PAGE, newest)
     assert [view.id for view in page.items] == [third.id, first.id]
-    page = await engine.list_sessions(PageRequest(1, "", None), SessionFilter())
+    page = await engine.list_sessions(ListPageRequest(1, "", None), SessionFilter())
     assert ([view.id for view in page.items], page.has_more) == ([first.id], True)
     page = await engine.list_sessions(
-        PageRequest(2, first.id, None), SessionFilter(agent_id="agent_2")
+        ListPageRequest(2, first.id, None), SessionFilter(agent_id="agent_2")
     )
     assert [view.id for view in page.items] == [third.id]
-    page = await engine.list_sessions(PageRequest(1, "", third.id), SessionFilter())
+    page = await engine.list_sessions(ListPageRequest(1, "", third.id), SessionFilter())
     assert [view.id for view in page.items] == [second.id]

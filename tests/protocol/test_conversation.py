@@ -60,7 +60,7 @@ class ConversationStateMachine(RuleBasedStateMachine):
 
     def append_client_events_if_accepted(self, *events: dict[str, Any]) -> bool:
         try:
-            self.conversation.check_client_events(events)
+            self.conversation.validate_client_events(events)
         except APIError:
             return False
         for fields in events:
@@ -112,7 +112,7 @@ class ConversationStateMachine(RuleBasedStateMachine):
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:
-            self.conversation.check_server_events([event])
+            self.conversation.validate_server_events([event])
         except APIError:
             assert self.script is not None
             return

@@ -6,7 +6,7 @@ import pytest
 
 from tests.protocol.conftest import ENV, MovableClock
 from workpool.server import APIError, History, Operations, Poll, Record, Summary, summarize
-from workpool.server.timestamps import to_heartbeat_text
+from workpool.server.timestamps import format_heartbeat_time
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_heartbeat_of_child_in_handoff_takes_item_without_lease_overlap(
     """
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
-    last = to_heartbeat_text(operations.get_item(ENV, work_id).heartbeat_at or 0)
+    last = format_heartbeat_time(operations.get_item(ENV, work_id).heartbeat_at or 0)
     operations.heartbeat(ENV, work_id, last, 10, "b")
     operations.update_metadata(ENV, work_id, {"k": "v"}, "b")
     assert summarize(operations.history).overlapping == 0

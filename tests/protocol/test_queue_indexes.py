@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.protocol.conftest import ENV, MovableClock
 from workpool.server import APIError, Item, Operations, Poll
-from workpool.server.ascending_ids import CHUNK_MAX, AscendingIds, iterate_ids
+from workpool.server.ascending_ids import CHUNK_MAX, AscendingIdList, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
 from workpool.server.queue.lease_ends import LeaseEndTimes
 from workpool.server.stored_item import IdGenerator
@@ -36,10 +36,10 @@ def test_index_of_deliveries_has_same_results_as_full_scan(
         now += pause
         work_id = f"work_{number:02}"
         if work_id in model:
-            deliveries.discard(work_id)
+            deliveries.remove_delivery(work_id)
             del model[work_id]
         if step == "add":
-            deliveries.add(work_id, now)
+            deliveries.add_delivery(work_id, now)
             model[work_id] = now
         until = now - number
         due = [name for name, at in model.items() if at <= until]
@@ -58,7 +58,7 @@ def test_index_of_ascending_ids_has_same_results_as_sorted_list(
     removed: set[str], data: st.DataObject
 ) -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX + 7)]
-    ids = AscendingIds(every)
+    ids = AscendingIdList(every)
     for each in removed.intersection(every):
         ids.remove(each)
     model = [each for each in every if each not in removed]
@@ -75,7 +75,7 @@ def test_index_of_ascending_ids_has_same_results_as_sorted_list(
 def test_iteration_over_ascending_ids_continues_after_removals() -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
     for newest_first in (False, True):
-        ids = AscendingIds(every)
+        ids = AscendingIdList(every)
         walked = iterate_ids(ids, newest_first=newest_first)
         first = next(walked)
         for each in every:
@@ -97,7 +97,7 @@ def test_lease_index_returns_each_expired_lease_once(
             leases.set_end_time(work_id, now + number)
             model[work_id] = now + number
         elif step == "discard":
-            leases.remove(work_id)
+            leases.remove_end_time(work_id)
             model.pop(work_id, None)
         else:
             due = sorted((end, name) for name, end in model.items() if end <= now)
@@ -116,7 +116,7 @@ def test_ids_inserted_in_any_order_are_sorted(
     steps: Sequence[tuple[bool, str]], number: int
 ) -> None:
     model = {f"work_{each:05}" for each in range(number)}
-    ids = AscendingIds(sorted(model))
+    ids = AscendingIdList(sorted(model))
     for inserts, work_id in steps:
         if inserts and work_id not in model:
             ids.insert(work_id)
@@ -130,7 +130,7 @@ def test_ids_inserted_in_any_order_are_sorted(
 
 def test_ids_inserted_in_descending_order_are_sorted() -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
-    ids = AscendingIds()
+    ids = AscendingIdList()
     for each in every[::-1]:
         ids.insert(each)
     assert list(iterate_ids(ids)) == every
@@ -148,9 +148,9 @@ def test_lease_index_does_not_grow_when_one_lease_is_renewed_often() -> None:
 @given(st.lists(st.integers(0, 2**47 * 1000), max_size=50))
 def test_generated_ids_ascend_even_if_clock_is_set_back(instants: Sequence[int]) -> None:
     ids = IdGenerator()
-    made = [ids.next_id_digits(now) for now in instants]
+    made = [ids.generate_id_digits(now) for now in instants]
     again = IdGenerator(made[-1]) if made else ids
-    made += [again.next_id_digits(0) for _ in range(5)]
+    made += [again.generate_id_digits(0) for _ in range(5)]
     assert made == sorted(set(made))
     assert all(len(digits) == 32 and digits[12] == "7" for digits in made)
 

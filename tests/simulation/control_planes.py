@@ -37,7 +37,7 @@ class OperationsThatAckForAnyWorker(Operations):
         if item is None or not self._poll_leases:
             return item
         leased = replace(self._copy_with_new_lease(item), state=STARTING)
-        return self._replace_item(
+        return self._store_changed_item(
             self.get_queue(environment_id), leased, "delivered", poll.worker_id
         )
 
@@ -48,16 +48,16 @@ class OperationsThatAckForAnyWorker(Operations):
         if item.state == ACTIVE:
             return item
         if item.state != (STARTING if self._poll_leases else QUEUED):
-            self._add_record("conflict", item, worker_id, op="ack")
+            self._add_history_record("conflict", item, worker_id, op="ack")
             raise APIError(409, f"the item is {item.state}")
         leased = item if self._poll_leases else self._copy_with_new_lease(item)
-        acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest_time)
-        return self._replace_item(queue, acked, "acked", worker_id)
+        acked = replace(leased, state=ACTIVE, acknowledged_at=self.time_of_latest_call)
+        return self._store_changed_item(queue, acked, "acked", worker_id)
 
     def _copy_with_new_lease(self, item: Item) -> Item:
         return replace(
             item,
             delivered_at=None,
-            lease_end=self.latest_time + ACK_LEASE_SECONDS * SECOND,
+            lease_end=self.time_of_latest_call + ACK_LEASE_SECONDS * SECOND,
             ttl_seconds=ACK_LEASE_SECONDS,
         )

@@ -30,7 +30,7 @@ ITEM_BYTES: Final = 1024
 """An upper bound of an item's JSON without its metadata, in bytes."""
 
 
-def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTES) -> None:
+def check_metadata_limits(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTES) -> None:
     """Raise a 400 for metadata with too many entries, or more than `limit` bytes as JSON."""
     if len(metadata) > METADATA_ENTRIES_MAX:
         raise APIError(400, f"metadata has more than {METADATA_ENTRIES_MAX} entries", "metadata")
@@ -38,7 +38,7 @@ def check_metadata(metadata: Mapping[str, str], limit: int = METADATA_LIMIT_BYTE
         raise APIError(400, f"metadata is larger than {limit} bytes as JSON", "metadata")
 
 
-def check_enqueue_size(count: int, metadata: Mapping[str, str]) -> None:
+def check_enqueue_response_size(count: int, metadata: Mapping[str, str]) -> None:
     """Raise a 400 if an enqueue's answer, which repeats `metadata` `count` times, is too large."""
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:

@@ -17,7 +17,7 @@ CHUNK_MAX: Final = 512
 _first: Final = itemgetter(0)
 
 
-class AscendingIds:
+class AscendingIdList:
     """A sorted list of ids, stored in chunks.
 
     An iterator that is open while an id is added or removed may return that id or not.
@@ -58,19 +58,19 @@ class AscendingIds:
         if not chunk:
             del self._chunks[place]
 
-    def ids_after(self, place: str) -> Iterator[str]:
+    def iterate_after_id(self, place: str) -> Iterator[str]:
         """Iterate over the ids that are greater than the id `place`, in ascending order."""
-        while ids := self._next_ids(place):
+        while ids := self._read_chunk_after_id(place):
             yield from ids
             place = ids[-1]
 
-    def ids_before(self, place: str | None) -> Iterator[str]:
+    def iterate_before_id(self, place: str | None) -> Iterator[str]:
         """Iterate over the ids less than `place` in descending order; None: over all ids."""
-        while ids := self._previous_ids(place):
+        while ids := self._read_chunk_before_id(place):
             yield from ids
             place = ids[-1]
 
-    def _next_ids(self, place: str) -> list[str]:
+    def _read_chunk_after_id(self, place: str) -> list[str]:
         first = max(0, bisect_right(self._chunks, place, key=_first) - 1)
         for chunk in self._chunks[first : first + 2]:
             start = bisect_right(chunk, place)
@@ -78,7 +78,7 @@ class AscendingIds:
                 return chunk[start:]
         return []
 
-    def _previous_ids(self, place: str | None) -> list[str]:
+    def _read_chunk_before_id(self, place: str | None) -> list[str]:
         if place is None:
             return self._chunks[-1][::-1] if self._chunks else []
         number = bisect_left(self._chunks, place, key=_first)
@@ -89,16 +89,16 @@ class AscendingIds:
 
 
 def iterate_ids(
-    ids: AscendingIds, *, after: str = "", before: str | None = None, newest_first: bool = False
+    ids: AscendingIdList, *, after: str = "", before: str | None = None, newest_first: bool = False
 ) -> Iterator[str]:
     """Iterate over those of `ids` that are greater than `after` and less than `before`.
 
     The order is ascending, unless `before` is given or `newest_first` is true.
     """
     if before is None and not newest_first:
-        yield from ids.ids_after(after)
+        yield from ids.iterate_after_id(after)
         return
-    for each in ids.ids_before(before):
+    for each in ids.iterate_before_id(before):
         if each <= after:
             return
         yield each

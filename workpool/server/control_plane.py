@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
     from workpool.server.history import History, Summary
     from workpool.server.http.tokens import Grants
     from workpool.server.stored_item import Item
@@ -112,7 +112,7 @@ class ControlPlane:
         self.host = host
         self.port = port
         self._operations: Operations | None = None
-        self.engine: Engine
+        self.engine: ControlPlaneEngine
         if isinstance(store, PostgresStore):
             self.engine = store.make_engine(
                 environments=self.environments,
@@ -281,7 +281,7 @@ class ControlPlane:
                 self.engine, tokens, dialect, self.cloud_environments
             ).routes()
         ]
-        routes += self._scale_routes(bound).routes()
+        routes += self._make_scale_routes(bound).routes()
         runner = web.AppRunner(
             make_application(
                 routes=routes,
@@ -295,7 +295,7 @@ class ControlPlane:
         )
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        stack.callback(self.engine.end_waits)
+        stack.callback(self.engine.end_all_waits)
         server = await asyncio.get_running_loop().create_server(
             connections.protocol_factory(runner.server),
             sock=bound,
@@ -307,7 +307,7 @@ class ControlPlane:
         stack.callback(server.close)
         await server.start_serving()
 
-    def _scale_routes(self, bound: socket.socket) -> ScaleRoutes:
+    def _make_scale_routes(self, bound: socket.socket) -> ScaleRoutes:
         """Return the route for autoscalers, which also accepts the tokens of `scale_tokens`."""
         grants = {**self._scale_tokens, **(self._tokens or {})}
         tokens = AcceptedTokens(grants, self.engine.signing_key, self._worker_keys)

@@ -1,9 +1,9 @@
 """The events of one session, and the rules for the control plane's responses to events.
 
 The module uses no clock and no store, and creates no ids. `append_event` adds an event,
-`check_client_events` refuses events that a client may not send, and `next_server_event` returns the
-next event of the control plane. All state comes from the events, so that a restart only reads them
-again. See workpool/docs/protocol.md, "Events" and "Scripted sessions".
+`validate_client_events` refuses events that a client may not send, and `next_server_event` returns
+the next event of the control plane. All state comes from the events, so that a restart only reads
+them again. See workpool/docs/protocol.md, "Events" and "Scripted sessions".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 import orjson
 
 from workpool.server.api_errors import APIError, conflict_error
-from workpool.server.timestamps import TimeRange, to_heartbeat_text
+from workpool.server.timestamps import TimeRange, format_heartbeat_time
 from workpool.wire import protocol
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ class Conversation:
         known = place < len(self.events) and self.events[place].id == event_id
         return place + 1 if known else 0
 
-    def check_client_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
+    def validate_client_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
         """Raise a 400 or 409 unless the session can accept all of a client's `new_events`."""
         if self.status == "terminated":
             raise conflict_error("the session is terminated")
@@ -192,7 +192,7 @@ class Conversation:
             kind = event["type"]
             if kind in RESULTS:
                 use_id = event[RESULTS[kind]]
-                self._check_tool_result(
+                self._validate_tool_result(
                     use_id, allowed, custom=kind == protocol.USER_CUSTOM_TOOL_RESULT
                 )
                 if use_id in answered:
@@ -200,12 +200,12 @@ class Conversation:
                 answered.add(use_id)
             elif kind == protocol.USER_TOOL_CONFIRMATION:
                 use_id = event["tool_use_id"]
-                self._check_confirmation(use_id)
+                self._validate_tool_confirmation(use_id)
                 if use_id in answered | allowed:
                     raise conflict_error("the tool use has been decided on already")
                 (allowed if event["result"] == "allow" else answered).add(use_id)
 
-    def _check_tool_result(self, use_id: str, allowed: set[str], *, custom: bool) -> None:
+    def _validate_tool_result(self, use_id: str, allowed: set[str], *, custom: bool) -> None:
         use = self._uses.get(use_id)
         if use is None or use.custom != custom:
             raise APIError(400, "the result does not match any tool use of this session")
@@ -215,7 +215,7 @@ class Conversation:
         if use.permission == "ask" and use_id not in allowed:
             raise conflict_error("the tool use waits for a confirmation")
 
-    def _check_confirmation(self, use_id: str) -> None:
+    def _validate_tool_confirmation(self, use_id: str) -> None:
         if use_id not in self._uses:
             raise APIError(400, "the confirmation does not match any tool use of this session")
         self._check_thread_is_open(self._uses[use_id])
@@ -226,7 +226,7 @@ class Conversation:
         if use.thread in self._ended_threads:
             raise conflict_error("the tool use's thread is terminated")
 
-    def check_server_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
+    def validate_server_events(self, new_events: Sequence[Mapping[str, Any]]) -> None:
         """Raise a 400 for events that a caller of `emit_events` may not append to this session."""
         for event in new_events:
             kind = event.get("type")
@@ -255,7 +255,7 @@ class Conversation:
     def _add_tool_use(self, event: StoredEvent) -> None:
         value = event.value
         custom = event.type == protocol.AGENT_CUSTOM_TOOL_USE
-        thread = _read_event_thread(event)
+        thread = _read_session_thread_id(event)
         use = _ToolUse(custom, value.get("evaluated_permission", "allow"), thread)
         self._uses[event.id] = use
         if thread not in self._ended_threads:
@@ -266,7 +266,7 @@ class Conversation:
     def _close_tool_use(self, event: StoredEvent) -> None:
         self._open.pop(event.value.get(RESULTS.get(event.type, "tool_use_id"), ""), None)
 
-    def _apply_confirmation(self, event: StoredEvent) -> None:
+    def _apply_tool_confirmation(self, event: StoredEvent) -> None:
         use = self._uses[event.value["tool_use_id"]]
         use.permission = event.value["result"]
         use.denial = event.value.get("deny_message", use.denial)
@@ -289,9 +289,9 @@ class Conversation:
     def _set_status_terminated(self, _: StoredEvent) -> None:
         self.status = "terminated"
 
-    def _end_thread(self, event: StoredEvent) -> None:
+    def _end_session_thread(self, event: StoredEvent) -> None:
         """Forget the open tool uses of a terminated thread, which accepts no results."""
-        thread = _read_event_thread(event)
+        thread = _read_session_thread_id(event)
         if thread is None:
             return
         self._ended_threads.add(thread)
@@ -306,12 +306,12 @@ class Conversation:
         protocol.USER_TOOL_RESULT: _close_tool_use,
         protocol.USER_CUSTOM_TOOL_RESULT: _close_tool_use,
         protocol.AGENT_TOOL_RESULT: _close_tool_use,
-        protocol.USER_TOOL_CONFIRMATION: _apply_confirmation,
+        protocol.USER_TOOL_CONFIRMATION: _apply_tool_confirmation,
         protocol.AGENT_MESSAGE: _end_agent_turn,
         protocol.STATUS_RUNNING: _set_status_running,
         protocol.STATUS_IDLE: _set_status_idle,
         protocol.STATUS_TERMINATED: _set_status_terminated,
-        protocol.THREAD_TERMINATED: _end_thread,
+        protocol.THREAD_TERMINATED: _end_session_thread,
     }
 
     def next_server_event(self) -> dict[str, Any] | None:
@@ -365,8 +365,8 @@ def extend_conversation(
     events: list[StoredEvent] = []
     waiting = iter(new_events)
     while (fields := next(waiting, None) or conversation.next_server_event()) is not None:
-        event_id = EVENT_PREFIX + ids.next_id_digits(now)
-        value = {"id": event_id, **fields, "processed_at": to_heartbeat_text(now)}
+        event_id = EVENT_PREFIX + ids.generate_id_digits(now)
+        value = {"id": event_id, **fields, "processed_at": format_heartbeat_time(now)}
         events.append(StoredEvent(event_id, session_id, value))
         conversation.append_event(events[-1])
     return events
@@ -393,7 +393,7 @@ def _read_event_time(event: StoredEvent) -> str:
     return str(event.value["processed_at"])
 
 
-def _read_event_thread(event: StoredEvent) -> str | None:
+def _read_session_thread_id(event: StoredEvent) -> str | None:
     """Return the id of the thread that an event names; None for the primary thread."""
     thread = event.value.get("session_thread_id")
     return thread if isinstance(thread, str) else None

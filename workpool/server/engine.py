@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from workpool.server.history import Record
     from workpool.server.pagination import ListPage
     from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
-    from workpool.server.parsing.request_values import ItemFilter, PageRequest
+    from workpool.server.parsing.request_values import ItemFilter, ListPageRequest
     from workpool.server.queue.long_polls import Poll
     from workpool.server.queue.work_queue import WorkQueueStats
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import SessionFilter, SessionView
 
 
-class Engine(Protocol):
+class ControlPlaneEngine(Protocol):
     """The calls of the protocol as coroutines, independent of HTTP.
 
     Each result survives a crash when the call returns, and so does each state that a refusal with
@@ -43,20 +43,20 @@ class Engine(Protocol):
     async def close(self) -> None:
         """Close everything that `open` opened, if anything is open."""
 
-    async def wait_for_failure(self) -> None:
+    async def wait_for_store_failure(self) -> None:
         """Wait until the store fails permanently; then raise `StoreError`."""
 
-    def end_waits(self) -> None:
+    def end_all_waits(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
 
-    async def check_environment(self, environment_id: str) -> None:
+    async def require_self_hosted_environment(self, environment_id: str) -> None:
         """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
 
     async def get_environment(self, environment_id: str) -> Environment:
         """Return an environment; raises a 404 for an unknown id."""
 
     async def list_environments(
-        self, place: PageRequest, limits: frozenset[str] | None
+        self, place: ListPageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
         """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
 
@@ -128,7 +128,7 @@ class Engine(Protocol):
         """Return an item; raises a 404 for an unknown id."""
 
     async def list_items(
-        self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
+        self, environment_id: str, place: ListPageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
         """Return a page of the items that match the filter `wanted`, in the filter's order."""
 
@@ -139,7 +139,7 @@ class Engine(Protocol):
         """Return a session; raises a 404 for an unknown id."""
 
     async def list_sessions(
-        self, place: PageRequest, wanted: SessionFilter
+        self, place: ListPageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
         """Return a page of the sessions that match the filter `wanted`."""
 
@@ -165,11 +165,11 @@ class Engine(Protocol):
         """Append events of the agent to a session, and return the stored events."""
 
     async def list_events(
-        self, session_id: str, place: PageRequest, wanted: EventFilter
+        self, session_id: str, place: ListPageRequest, wanted: EventFilter
     ) -> ListPage[StoredEvent]:
         """Return a page of a session's events that match the filter `wanted`."""
 
-    async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
+    async def count_events_to_skip(self, session_id: str, last_event_id: str | None) -> int:
         """Return how many events a stream skips: those up to and including `last_event_id`.
 
         If `last_event_id` is None, the stream skips all events so far. If no event has this id, it

@@ -53,7 +53,7 @@ class Record(NamedTuple):
     op: str | None = None
 
 
-def heartbeat_record_op(expected: str | None) -> str | None:
+def get_record_op_of_heartbeat(expected: str | None) -> str | None:
     """Return `BLIND` for a heartbeat that names no earlier heartbeat; None for any other.
 
     Any worker can send such a heartbeat, not only the holder of the lease.
@@ -111,7 +111,7 @@ def summarize(records: Iterable[Record]) -> Summary:
     """Count all items in a history, lost items, and items that two workers ran at once."""
     lives: dict[str, _ItemHistory] = {}
     for record in records:
-        lives.setdefault(record.work_id, _ItemHistory()).apply_record(record)
+        lives.setdefault(record.work_id, _ItemHistory()).update_from_record(record)
     created = [life for life in lives.values() if life.created]
     stopped = sum(life.stopped for life in created)
     return Summary(
@@ -136,7 +136,7 @@ class _ItemHistory:
         self._delivered_to: str | None = None
         self._redelivered = False
 
-    def apply_record(self, record: Record) -> None:
+    def update_from_record(self, record: Record) -> None:
         if record.kind == "conflict":
             return  # the call was refused, so the item has not changed
         if self._another_worker_holds_lease(record):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from workpool.server.operations import Operations
     from workpool.server.pagination import ListPage
     from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
-    from workpool.server.parsing.request_values import ItemFilter, PageRequest
+    from workpool.server.parsing.request_values import ItemFilter, ListPageRequest
     from workpool.server.queue.long_polls import Poll
     from workpool.server.queue.work_queue import WorkQueueStats
     from workpool.server.stored_item import Item
@@ -43,8 +43,8 @@ T = TypeVar("T")
 class IndexEngine:
     """The calls of `Operations`, each of which returns once its changes survive a crash.
 
-    Most methods return the coroutine of `_call_durably` instead of awaiting it: a second coroutine
-    would slow down the most frequent calls.
+    Most methods return the coroutine of `_call_and_wait_until_durable` instead of awaiting it: a
+    second coroutine would slow down the most frequent calls.
     """
 
     def __init__(self, operations: Operations) -> None:
@@ -60,15 +60,15 @@ class IndexEngine:
         """Close the store."""
         await self._operations.close()
 
-    async def wait_for_failure(self) -> None:
+    async def wait_for_store_failure(self) -> None:
         """Wait until the store can no longer save anything; then raise `StoreError`."""
-        await self._operations.wait_for_failure()
+        await self._operations.wait_for_store_failure()
 
-    def end_waits(self) -> None:
+    def end_all_waits(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
-        self._operations.end_waits()
+        self._operations.end_all_waits()
 
-    async def _call_durably(
+    async def _call_and_wait_until_durable(
         self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs
     ) -> T:
         """Run `call`, wait until all changes so far survive a crash, and return its result.
@@ -84,16 +84,16 @@ class IndexEngine:
         await self._operations.wait_until_durable()
         return result
 
-    async def check_environment(self, environment_id: str) -> None:
+    async def require_self_hosted_environment(self, environment_id: str) -> None:
         """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
         self._operations.get_queue(environment_id)
 
     def get_environment(self, environment_id: str) -> Coroutine[Any, Any, Environment]:
         """Return an environment; raises a 404 for an unknown id."""
-        return self._call_durably(self._operations.get_environment, environment_id)
+        return self._call_and_wait_until_durable(self._operations.get_environment, environment_id)
 
     async def list_environments(
-        self, place: PageRequest, limits: frozenset[str] | None
+        self, place: ListPageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
         """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
         found = [
@@ -106,7 +106,7 @@ class IndexEngine:
 
     def create_environment(self, wanted: NewEnvironment) -> Coroutine[Any, Any, Environment]:
         """Create a `self_hosted` environment."""
-        return self._call_durably(self._operations.create_environment, *wanted)
+        return self._call_and_wait_until_durable(self._operations.create_environment, *wanted)
 
     def enqueue(
         self,
@@ -119,7 +119,7 @@ class IndexEngine:
         script: object = None,
     ) -> Coroutine[Any, Any, Sequence[Item]]:
         """Create items, each with a new session unless `session_id` names an existing one."""
-        return self._call_durably(
+        return self._call_and_wait_until_durable(
             self._operations.enqueue,
             environment_id,
             count=count,
@@ -156,7 +156,9 @@ class IndexEngine:
         self, environment_id: str, work_id: str, worker_id: str | None = None
     ) -> Coroutine[Any, Any, Item]:
         """Acknowledge an item."""
-        return self._call_durably(self._operations.ack_item, environment_id, work_id, worker_id)
+        return self._call_and_wait_until_durable(
+            self._operations.ack_item, environment_id, work_id, worker_id
+        )
 
     def heartbeat(
         self,
@@ -169,7 +171,7 @@ class IndexEngine:
         compare_on_stop: bool = True,
     ) -> Coroutine[Any, Any, Item]:
         """Extend the lease of an item, if `state_machine.extend_lease` allows the heartbeat."""
-        return self._call_durably(
+        return self._call_and_wait_until_durable(
             self._operations.heartbeat,
             environment_id,
             work_id,
@@ -189,7 +191,7 @@ class IndexEngine:
         refused: frozenset[tuple[bool, str]] = frozenset(),
     ) -> Coroutine[Any, Any, Item]:
         """Stop an item. Raises a 409 if the pair (`force`, the item's state) is in `refused`."""
-        return self._call_durably(
+        return self._call_and_wait_until_durable(
             self._operations.stop_item,
             environment_id,
             work_id,
@@ -206,30 +208,30 @@ class IndexEngine:
         worker_id: str | None = None,
     ) -> Coroutine[Any, Any, Item]:
         """Merge a patch into an item's metadata."""
-        return self._call_durably(
+        return self._call_and_wait_until_durable(
             self._operations.update_metadata, environment_id, work_id, patch, worker_id
         )
 
     def get_item(self, environment_id: str, work_id: str) -> Coroutine[Any, Any, Item]:
         """Return an item; raises a 404 for an unknown id."""
-        return self._call_durably(self._operations.get_item, environment_id, work_id)
+        return self._call_and_wait_until_durable(self._operations.get_item, environment_id, work_id)
 
     def list_items(
-        self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
+        self, environment_id: str, place: ListPageRequest, wanted: ItemFilter | None = None
     ) -> Coroutine[Any, Any, ListPage[Item]]:
         """Return a page of the items that match the filter `wanted`, in the filter's order."""
         limit, after, before = place
         if wanted is None:
-            return self._call_durably(
+            return self._call_and_wait_until_durable(
                 self._operations.list_items, environment_id, limit, after=after, before=before
             )
-        return self._call_durably(
+        return self._call_and_wait_until_durable(
             self._operations.search_items, environment_id, wanted, limit, after=after, before=before
         )
 
     def queue_stats(self, environment_id: str) -> Coroutine[Any, Any, WorkQueueStats]:
         """Return the statistics of an environment's queue."""
-        return self._call_durably(self._operations.queue_stats, environment_id)
+        return self._call_and_wait_until_durable(self._operations.queue_stats, environment_id)
 
     async def get_session(self, session_id: str) -> SessionView:
         """Return a session; raises a 404 for an unknown id."""
@@ -238,7 +240,7 @@ class IndexEngine:
         return view
 
     async def list_sessions(
-        self, place: PageRequest, wanted: SessionFilter
+        self, place: ListPageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
         """Return a page of the sessions that match the filter `wanted`."""
         limit, after, before = place
@@ -283,7 +285,7 @@ class IndexEngine:
         messages_bring_work: bool = False,
     ) -> Coroutine[Any, Any, Sequence[StoredEvent]]:
         """Append a client's events to a session: all of them, or none if one is refused."""
-        return self._call_durably(
+        return self._call_and_wait_until_durable(
             self._operations.send_events,
             session_id,
             new_events,
@@ -294,10 +296,12 @@ class IndexEngine:
         self, session_id: str, new_events: Sequence[Mapping[str, Any]]
     ) -> Coroutine[Any, Any, Sequence[Mapping[str, Any]]]:
         """Append events of the agent to a session, and return the stored events."""
-        return self._call_durably(self._operations.emit_events, session_id, new_events)
+        return self._call_and_wait_until_durable(
+            self._operations.emit_events, session_id, new_events
+        )
 
     async def list_events(
-        self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
+        self, session_id: str, place: ListPageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
         """Return a page of a session's events that match the filter `wanted`."""
         conversation = self._operations.sessions.get_conversation(session_id)
@@ -312,7 +316,7 @@ class IndexEngine:
             newest_first=wanted.newest_first,
         )
 
-    async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
+    async def count_events_to_skip(self, session_id: str, last_event_id: str | None) -> int:
         """Return how many events a stream skips: those up to and including `last_event_id`."""
         conversation = self._operations.sessions.get_conversation(session_id)
         if last_event_id is None:

@@ -13,18 +13,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workpool.server import state_machine
-from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
+from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata_limits
 from workpool.server.api_errors import APIError, StoreError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
-from workpool.server.history import History, Record, heartbeat_record_op
+from workpool.server.history import History, Record, get_record_op_of_heartbeat
 from workpool.server.pagination import ListPage, make_page
 from workpool.server.parsing.session_script import parse_script
 from workpool.server.queue.work_queue import WorkQueue
-from workpool.server.retention import StoppedItems
+from workpool.server.retention import StoppedItemRetention
 from workpool.server.sessions import SessionRegistry
 from workpool.server.stored_item import WORK_PREFIX, IdGenerator, Item
 from workpool.server.stores.store import MemoryStore
-from workpool.server.timestamps import MILLISECOND, SECOND, system_clock
+from workpool.server.timestamps import MILLISECOND, SECOND, make_system_clock
 from workpool.wire.protocol import (
     ACTIVE,
     LIST_LIMIT_DEFAULT,
@@ -84,31 +84,31 @@ class Operations:
         self._created_environments = 0
         self.signing_key = b""
         self._store = store or MemoryStore()
-        self._clock = now or system_clock()
+        self._clock = now or make_system_clock()
         self._latest = 0
         self._ids = IdGenerator()
         self.sessions = SessionRegistry(self._store, self._ids)
-        self._retention = StoppedItems(retention)
+        self._retention = StoppedItemRetention(retention)
         self._closing = False
 
     async def open(self) -> None:
         """Open the store and read its content. Raises `StoreError`."""
         contents = await self._store.open()
         try:
-            self._restore_contents(contents)
+            self._restore_store_contents(contents)
         except (APIError, LookupError, TypeError, ValueError) as error:
             raise StoreError(
                 f"the rows of the store do not fit together: {error!r:.200}"
             ) from error
 
-    def _restore_contents(self, contents: StoreContents) -> None:
+    def _restore_store_contents(self, contents: StoreContents) -> None:
         self.signing_key = contents.signing_key or secrets.token_bytes(32)
         kinds = (contents.items, contents.sessions, contents.events, contents.environments)
         ids = [row.id for rows in kinds for row in rows]
         self._ids = IdGenerator(max((name.partition("_")[2] for name in ids), default=""))
         contents, ended = self._retention.split_off_ended_sessions(contents, self._read_clock())
         self._store.delete_rows(ended)
-        self.sessions.restore_contents(contents, self._ids, self._latest)
+        self.sessions.restore_sessions(contents, self._ids, self._latest)
         self._restore_environments(contents.environments)
         for item in contents.items:
             self._latest = max(self._latest, item.created_at, item.delivered_at or 0)
@@ -131,7 +131,7 @@ class Operations:
         """Wait until all changes made before this call survive a crash. Raises `StoreError`."""
         await self._store.wait_until_durable()
 
-    async def wait_for_failure(self) -> None:
+    async def wait_for_store_failure(self) -> None:
         """Wait until the store can no longer save anything; then raise `StoreError`."""
         await self._store.wait_for_failure()
 
@@ -139,10 +139,10 @@ class Operations:
         """Close the store."""
         await self._store.close()
 
-    def end_waits(self) -> None:
+    def end_all_waits(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._closing = True
-        self.sessions.end_waits()
+        self.sessions.end_all_waits()
         self.wake_all_polls()
 
     def wake_all_polls(self) -> None:
@@ -151,7 +151,7 @@ class Operations:
             queue.waiting.wake_polls(len(queue.waiting))
 
     @property
-    def latest_time(self) -> int:
+    def time_of_latest_call(self) -> int:
         """The time of the latest call in microseconds. No record of the history is newer."""
         return self._latest
 
@@ -183,11 +183,11 @@ class Operations:
         self, name: str, description: str | None, metadata: Mapping[str, str]
     ) -> Environment:
         """Create a `self_hosted` environment."""
-        check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
+        check_metadata_limits(metadata, NEW_METADATA_LIMIT_BYTES)
         if self._created_environments >= ENVIRONMENTS_MAX:
             raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")
         now = self._read_clock()
-        environment_id = ENVIRONMENT_PREFIX + self._ids.next_id_digits(now)
+        environment_id = ENVIRONMENT_PREFIX + self._ids.generate_id_digits(now)
         environment = Environment(environment_id, name, description, dict(metadata), now)
         self._add_environment(environment)
         self._store.save_environment(environment)
@@ -213,7 +213,7 @@ class Operations:
         self._delete_ended_sessions()
         now = self._latest
         metadata = dict(metadata or {})  # All items of this call share one copy of the metadata.
-        check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
+        check_metadata_limits(metadata, NEW_METADATA_LIMIT_BYTES)
         known = None if session_id is None else self.sessions.find_session(session_id)[0]
         parsed = None if script is None else parse_script(script, count)
         items = []
@@ -223,7 +223,7 @@ class Operations:
                     environment_id, metadata, parsed, now
                 )
                 item = self._create_item(queue, session, metadata, work_type)
-                self.sessions.attach_item(session, item.id, now)
+                self.sessions.attach_item_to_session(session, item.id, now)
             items.append(item)
         queue.waiting.wake_polls(count)
         return tuple(items)
@@ -232,7 +232,7 @@ class Operations:
         """Create a session, and queue its first work item."""
         queue = self.get_queue(wanted.environment_id)
         self._delete_ended_sessions()
-        check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
+        check_metadata_limits(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         now = self._latest
         with self._store.transaction():
             session = self.sessions.create_session(
@@ -244,7 +244,7 @@ class Operations:
                 agent=wanted.agent,
             )
             item = self._create_item(queue, session, wanted.metadata)
-            self.sessions.attach_item(session, item.id, now, wanted.initial_events)
+            self.sessions.attach_item_to_session(session, item.id, now, wanted.initial_events)
         queue.waiting.wake_polls(1)
         return session, item
 
@@ -256,14 +256,14 @@ class Operations:
         work_type: str = SESSION,
     ) -> Item:
         item = Item(
-            id=WORK_PREFIX + self._ids.next_id_digits(self._latest),
+            id=WORK_PREFIX + self._ids.generate_id_digits(self._latest),
             environment_id=queue.environment_id,
             session_id=session.id,
             type=work_type,
             metadata=metadata,
             created_at=self._latest,
         )
-        return self._replace_item(queue, item, "created")
+        return self._store_changed_item(queue, item, "created")
 
     def poll(self, environment_id: str, poll: Poll) -> Item | None:
         """Deliver an item to a poll without waiting; return None if there is no item."""
@@ -276,7 +276,7 @@ class Operations:
         if item is None:
             return None
         delivered = state_machine.deliver_item(item, poll.worker_id, now)
-        self._replace_item(queue, delivered, "delivered", poll.worker_id)
+        self._store_changed_item(queue, delivered, "delivered", poll.worker_id)
         queue.waiting.wake_reclaiming_polls()
         return delivered
 
@@ -316,7 +316,7 @@ class Operations:
         """Undo a delivery, because the client disconnected before it got the answer."""
         queue = self.get_queue(item.environment_id)
         if queue.is_current_version(item):
-            self._replace_item(
+            self._store_changed_item(
                 queue, state_machine.withdraw_delivery(item), "withdrawn", item.holder
             )
             queue.waiting.wake_polls(1)
@@ -328,9 +328,9 @@ class Operations:
         try:
             acked = state_machine.ack_item(item, worker_id, self._latest)
         except APIError:
-            self._add_record("conflict", item, worker_id, op="ack")
+            self._add_history_record("conflict", item, worker_id, op="ack")
             raise
-        return self._replace_item(queue, acked, "acked", worker_id or acked.holder)
+        return self._store_changed_item(queue, acked, "acked", worker_id or acked.holder)
 
     def heartbeat(
         self,
@@ -350,10 +350,10 @@ class Operations:
                 item, expected, ttl_seconds, self._latest, compare_on_stop=compare_on_stop
             )
         except APIError:
-            self._add_record("conflict", item, worker_id, op="heartbeat")
+            self._add_history_record("conflict", item, worker_id, op="heartbeat")
             raise
-        return self._replace_item(
-            queue, beaten, "heartbeat", worker_id, op=heartbeat_record_op(expected)
+        return self._store_changed_item(
+            queue, beaten, "heartbeat", worker_id, op=get_record_op_of_heartbeat(expected)
         )
 
     def stop_item(
@@ -369,11 +369,11 @@ class Operations:
         queue = self.get_queue(environment_id)
         item = queue.get_item(work_id)
         if (force, item.state) in refused:
-            self._add_record("conflict", item, worker_id, op="stop")
+            self._add_history_record("conflict", item, worker_id, op="stop")
             raise APIError(409, f"the item is {item.state}")
         stopped = state_machine.stop_item(item, self._latest, force=force)
         kind: Kind = "stop_requested" if stopped.state == STOPPING else "stopped"
-        return self._replace_item(queue, stopped, kind, worker_id)
+        return self._store_changed_item(queue, stopped, kind, worker_id)
 
     def update_metadata(
         self,
@@ -385,8 +385,8 @@ class Operations:
         """Merge a patch into an item's metadata."""
         queue = self.get_queue(environment_id)
         merged = state_machine.merge_metadata(queue.get_item(work_id), patch)
-        check_metadata(merged.metadata)
-        return self._replace_item(queue, merged, "metadata", worker_id)
+        check_metadata_limits(merged.metadata)
+        return self._store_changed_item(queue, merged, "metadata", worker_id)
 
     def get_item(self, environment_id: str, work_id: str) -> Item:
         """Return an item; raises a 404 for an unknown id."""
@@ -484,9 +484,9 @@ class Operations:
         with self._store.transaction():
             if messages_bring_work and has_message and item.state == STOPPED:
                 # Check the events first, so that refused events create no item.
-                self.sessions.get_conversation(session_id).check_client_events(new_events)
+                self.sessions.get_conversation(session_id).validate_client_events(new_events)
                 queue = self.get_queue(session.environment_id)
-                self.sessions.attach_item(
+                self.sessions.attach_item_to_session(
                     session, self._create_item(queue, session, session.metadata).id, self._latest
                 )
                 queue.waiting.wake_polls(1)
@@ -510,11 +510,11 @@ class Operations:
         """End all expired leases, each as of the time at which it expired."""
         for work_id in queue.leases.pop_ended(self._read_clock()):
             held = queue.get_item(work_id)
-            self._replace_item(
+            self._store_changed_item(
                 queue, state_machine.end_lease(held), "lapsed", held.holder, held.lease_end
             )
 
-    def _replace_item(
+    def _store_changed_item(
         self,
         queue: WorkQueue,
         item: Item,
@@ -527,7 +527,7 @@ class Operations:
         if not queue.is_current_version(item):
             queue.put_item(item)
             self._store.save_item(item)
-            self._add_record(kind, item, worker_id, at, op)
+            self._add_history_record(kind, item, worker_id, at, op)
             if item.state == STOPPED and kind in {"stopped", "lapsed"}:
                 self._retention.add_stopped_item(item)
         return item
@@ -548,7 +548,7 @@ class Operations:
                     queue.remove_item(work_id)
                 self._store.delete_rows([*items, *self.sessions.remove_session(session_id)])
 
-    def _add_record(
+    def _add_history_record(
         self,
         kind: Kind,
         item: Item,

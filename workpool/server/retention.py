@@ -23,7 +23,7 @@ BATCH_MAX: Final = 100
 """Largest number of sessions that one call deletes, so that no call waits for all deletions."""
 
 
-class StoppedItems:
+class StoppedItemRetention:
     """The sessions of stopped items, in the order in which the items stopped.
 
     Args:

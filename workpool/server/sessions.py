@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workpool.server.api_errors import APIError
-from workpool.server.ascending_ids import AscendingIds, iterate_ids
+from workpool.server.ascending_ids import AscendingIdList, iterate_ids
 from workpool.server.conversation import Conversation, StoredEvent, copy_events, extend_conversation
 from workpool.server.stored_item import SESSION_PREFIX
 from workpool.server.stored_session import SessionView, StoredSession
@@ -38,18 +38,18 @@ class SessionRegistry:
         self._sessions: dict[str, tuple[StoredSession, str]] = {}
         # The ids of each session's items, except the latest item.
         self._earlier: dict[str, list[str]] = {}
-        self._order = AscendingIds()  # the keys of `_sessions`, sorted
+        self._order = AscendingIdList()  # the keys of `_sessions`, sorted
         self._conversations: dict[str, Conversation] = {}
         self._following: dict[str, set[asyncio.Event]] = {}
         self._closing = False
 
-    def restore_contents(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
+    def restore_sessions(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
         """Restore the stored sessions; append control plane responses that a crash prevented."""
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:
             self._add_session(sessions[item.session_id], item.id)
-        self._order = AscendingIds(sorted(self._sessions))
+        self._order = AscendingIdList(sorted(self._sessions))
         for event in contents.events:
             self.get_conversation(event.session_id).append_event(event)
         for session, _ in self._sessions.values():
@@ -115,16 +115,16 @@ class SessionRegistry:
         now: int,
         **more: Any,
     ) -> StoredSession:
-        """Create a session, to which the caller must then attach an item with `attach_item`.
+        """Create a session, to which the caller must attach an item with `attach_item_to_session`.
 
         `more`: further fields of `StoredSession`.
         """
-        session_id = SESSION_PREFIX + self._ids.next_id_digits(now)
+        session_id = SESSION_PREFIX + self._ids.generate_id_digits(now)
         session = StoredSession(session_id, environment_id, metadata, now, script, **more)
         self._store.save_session(session)
         return session
 
-    def attach_item(
+    def attach_item_to_session(
         self,
         session: StoredSession,
         work_id: str,
@@ -153,14 +153,14 @@ class SessionRegistry:
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Append a client's events: all of them, or none if one is refused."""
-        self.get_conversation(session_id).check_client_events(new_events)
+        self.get_conversation(session_id).validate_client_events(new_events)
         return self._append_events(session_id, new_events, now)
 
     def emit_events(
         self, session_id: str, new_events: Sequence[Mapping[str, Any]], now: int
     ) -> Sequence[StoredEvent]:
         """Append events that a caller in this process supplies in the name of the agent."""
-        self.get_conversation(session_id).check_server_events(new_events)
+        self.get_conversation(session_id).validate_server_events(new_events)
         return self._append_events(session_id, copy_events(new_events), now)
 
     async def wait_for_events(self, session_id: str, place: int, seconds: float) -> bool:
@@ -185,7 +185,7 @@ class SessionRegistry:
                     self._following.pop(session_id, None)
         return not self._closing and session_id in self._sessions
 
-    def end_waits(self) -> None:
+    def end_all_waits(self) -> None:
         """End all waits, since the control plane closes."""
         self._closing = True
         for session_id in list(self._following):

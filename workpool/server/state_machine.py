@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from workpool.server.api_errors import APIError
-from workpool.server.timestamps import SECOND, to_heartbeat_text
+from workpool.server.timestamps import SECOND, format_heartbeat_time
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
     ACTIVE,
@@ -122,7 +122,7 @@ def last_heartbeat(item: Item) -> str:
     """Return the time of an item's last heartbeat, which the next heartbeat must repeat."""
     if not item.beaten or item.heartbeat_at is None:
         return NO_HEARTBEAT
-    return to_heartbeat_text(item.heartbeat_at)
+    return format_heartbeat_time(item.heartbeat_at)
 
 
 def heartbeat_answer(item: Item, *, extended: bool) -> dict[str, Any]:

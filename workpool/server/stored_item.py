@@ -66,11 +66,11 @@ class IdGenerator:
     def __init__(self, last: str = "") -> None:
         self._last = _time_and_counter_of_id(last)
 
-    def advance_past_id(self, last: str) -> None:
+    def skip_ids_up_to(self, last: str) -> None:
         """Make all further ids greater than the id `last` of another generator."""
         self._last = max(self._last, _time_and_counter_of_id(last))
 
-    def next_id_digits(self, now: int) -> str:
+    def generate_id_digits(self, now: int) -> str:
         """Return the 32 lowercase hex digits of a new id, which is greater than all earlier ids."""
         self._last = max(now // MILLISECOND << 12, self._last + 1)
         number = self._last >> 12 << 80 | 0x7 << 76 | (self._last & 0xFFF) << 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from workpool.server.timestamps import TimeRange, to_heartbeat_text, to_seconds_text
+from workpool.server.timestamps import TimeRange, format_heartbeat_time, format_time_in_seconds
 from workpool.wire.protocol import ACTIVE, QUEUED, SESSION, STARTING, STOPPED, STOPPING
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class SessionView(NamedTuple):
         """The latest time of an event in the session or of a state change of its item."""
         item = self.item
         changes = (item.acknowledged_at, item.started_at, item.stop_requested_at, item.stopped_at)
-        changed = to_heartbeat_text(max(item.created_at, *(time or 0 for time in changes)))
+        changed = format_heartbeat_time(max(item.created_at, *(time or 0 for time in changes)))
         return max(changed, self.last_event_at or "")
 
     def to_json(self) -> dict[str, Any]:
@@ -125,10 +125,10 @@ class SessionView(NamedTuple):
             "outcome_evaluations": [],
             "stats": {},
             "usage": USAGE,
-            "created_at": to_seconds_text(session.created_at),
+            "created_at": format_time_in_seconds(session.created_at),
             "updated_at": self.updated_at,
             "archived_at": (
-                None if session.archived_at is None else to_seconds_text(session.archived_at)
+                None if session.archived_at is None else format_time_in_seconds(session.archived_at)
             ),
         }
 
@@ -160,7 +160,7 @@ class SessionFilter(NamedTuple):
         return (
             (self.environments is None or session.environment_id in self.environments)
             and (self.archived or session.archived_at is None)
-            and self.times.contains(to_heartbeat_text(session.created_at))
+            and self.times.contains(format_heartbeat_time(session.created_at))
             and self._matches_agent(session.agent or AGENT)
             and (self.statuses is None or view.status in self.statuses)
         )

@@ -26,7 +26,7 @@ _HEARTBEAT_TEXT: Final = re.compile(r"(\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2})\.(\d
 _LEAP_SECOND: Final = "60"
 
 
-def system_clock() -> Callable[[], float]:
+def make_system_clock() -> Callable[[], float]:
     """Return a clock in epoch seconds: the current wall time, advanced by a monotonic clock.
 
     A wall clock that is set forward would end every lease at once while the workers, which use
@@ -47,19 +47,19 @@ def _format_utc_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def to_seconds_text(instant: int) -> str:
+def format_time_in_seconds(instant: int) -> str:
     """Return a time as RFC 3339 with whole seconds."""
     return _format_utc_second(instant // SECOND) + "Z"
 
 
-def to_heartbeat_text(instant: int) -> str:
+def format_heartbeat_time(instant: int) -> str:
     """Return a time as RFC 3339 with microseconds, the form of heartbeat times."""
     seconds, microseconds = divmod(instant, SECOND)
     return f"{_format_utc_second(seconds)}.{microseconds:06d}Z"
 
 
-def from_heartbeat_text(text: str) -> int | None:
-    """Parse a text that `to_heartbeat_text` can return; None for any other text."""
+def parse_heartbeat_time(text: str) -> int | None:
+    """Parse a text that `format_heartbeat_time` can return; None for any other text."""
     match = _HEARTBEAT_TEXT.fullmatch(text)
     if match is None:
         return None
@@ -85,7 +85,7 @@ def is_rfc3339(text: str) -> bool:
 
 
 def to_utc_text(text: str) -> str | None:
-    """Convert an RFC 3339 time to the format of `to_heartbeat_text`; None for a malformed time."""
+    """Convert an RFC 3339 time to the form of `format_heartbeat_time`; None: a malformed time."""
     if not is_rfc3339(text):
         return None
     try:
@@ -96,7 +96,7 @@ def to_utc_text(text: str) -> str | None:
 
 
 class TimeRange(NamedTuple):
-    """Bounds of a time range, as texts that `to_heartbeat_text` returns; None: no bound."""
+    """Bounds of a time range, as texts that `format_heartbeat_time` returns; None: no bound."""
 
     gt: str | None = None
     gte: str | None = None

@@ -214,5 +214,7 @@ def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None =
     if item.lease_end is not None:
         # The history is ordered by time. A lease that ends later than the last recorded time
         # would break this order.
-        queue.put_item(replace(item, lease_end=min(item.lease_end, plane.operations.latest_time)))
+        queue.put_item(
+            replace(item, lease_end=min(item.lease_end, plane.operations.time_of_latest_call))
+        )
         plane.operations.get_queue(queue.environment_id)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
-from workpool.server.http.session_routes import KEEP_ALIVE, event_frame, event_json
+from workpool.server.http.session_routes import KEEP_ALIVE, event_json, make_event_stream_frame
 from workpool.server.pagination import make_page, page_json
 from workpool.server.parsing.client_events import parse_event_batch
 from workpool.wire import endpoints
@@ -126,7 +126,7 @@ class _LocalStream:
             return b""
         new_events = self._sessions.get_conversation(self._session_id).events[self._position :]
         self._position += len(new_events)
-        return b"".join(map(event_frame, new_events)) or KEEP_ALIVE
+        return b"".join(map(make_event_stream_frame, new_events)) or KEEP_ALIVE
 
     def close(self) -> None:
         """Do nothing, since the stream has no connection."""

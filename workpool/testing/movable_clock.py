@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workpool.server.timestamps import system_clock
+from workpool.server.timestamps import make_system_clock
 
 
 class Clock:
@@ -13,7 +13,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self._steady = system_clock()
+        self._steady = make_system_clock()
         self._ahead = 0.0
 
     def __call__(self) -> float:

@@ -21,7 +21,7 @@ from workpool.cli.flags import import_from_current_directory
 from workpool.cli.signals import SignalEvents
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane
-from workpool.server.timestamps import system_clock
+from workpool.server.timestamps import make_system_clock
 
 TICK_SECONDS: Final = 0.1
 STALL_SECONDS: Final = 20.0
@@ -85,7 +85,7 @@ class DemoRunner:
     def __init__(
         self, handler: str, sessions: list[DemoSession], view: DemoView | None = None
     ) -> None:
-        clock = system_clock()
+        clock = make_system_clock()
         self.plane = ControlPlane(middlewares=[self._history_middleware], now=clock)
         self.view = view or DemoView()
         self._handler = handler

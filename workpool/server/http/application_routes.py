@@ -22,7 +22,7 @@ from workpool.wire.protocol import ID_PATTERN
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
     from workpool.server.environments import Environment
     from workpool.server.http.server_dialects import ServerDialect
     from workpool.server.http.tokens import AcceptedTokens, Caller
@@ -32,7 +32,11 @@ class ApplicationRoutes:
     """The endpoints of environments and sessions that only applications call, in one dialect."""
 
     def __init__(
-        self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect, cloud: Collection[str]
+        self,
+        engine: ControlPlaneEngine,
+        tokens: AcceptedTokens,
+        dialect: ServerDialect,
+        cloud: Collection[str],
     ) -> None:
         """Create the routes; `cloud` has the ids of environments that are not `self_hosted`."""
         self._engine = engine

@@ -24,7 +24,7 @@ from workpool.server.parsing import request_values as requests
 from workpool.server.timestamps import SECOND
 
 if TYPE_CHECKING:
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
     from workpool.server.http.tokens import AcceptedTokens
     from workpool.server.queue.work_queue import WorkQueueStats
 
@@ -38,16 +38,16 @@ class ScaleRoutes:
         local: Whether the server listens on the loopback interface only. Then no token is needed.
     """
 
-    def __init__(self, engine: Engine, tokens: AcceptedTokens, *, local: bool) -> None:
+    def __init__(self, engine: ControlPlaneEngine, tokens: AcceptedTokens, *, local: bool) -> None:
         self._engine = engine
         self._tokens = tokens
         self._local = local
 
     def routes(self) -> list[web.RouteDef]:
         """Return the one route for autoscalers, as a list."""
-        return [web.get("/scale/{environment_id}", self.get_fleet_numbers, allow_head=False)]
+        return [web.get("/scale/{environment_id}", self.get_scaling_numbers, allow_head=False)]
 
-    async def get_fleet_numbers(self, request: web.Request) -> web.Response:
+    async def get_scaling_numbers(self, request: web.Request) -> web.Response:
         """Answer with the load of an environment and the recommended number of workers."""
         environment_id = request.match_info["environment_id"]
         # A request on the loopback interface needs no token if its Host header is an IP address or
@@ -58,16 +58,16 @@ class ScaleRoutes:
             caller = self._tokens.authenticate(request.headers, ANTHROPIC)
             caller.check_environment_access(environment_id)
             caller.check_item_access(None)
-        await self._engine.check_environment(environment_id)
+        await self._engine.require_self_hosted_environment(environment_id)
         rule = _parse_replica_rule(request)
         return json_response(
             calculate_scaling_numbers(
-                _to_fleet_load(await self._engine.queue_stats(environment_id)), rule
+                _make_fleet_load(await self._engine.queue_stats(environment_id)), rule
             )
         )
 
 
-def _to_fleet_load(stats: WorkQueueStats) -> FleetLoad:
+def _make_fleet_load(stats: WorkQueueStats) -> FleetLoad:
     oldest = stats.oldest_queued_at
     age = 0.0 if oldest is None else max(0, stats.read_at - oldest) / SECOND
     return FleetLoad(stats.depth, stats.pending, stats.running, age)

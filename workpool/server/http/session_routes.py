@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from workpool.server.conversation import StoredEvent
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
     from workpool.server.http.server_dialects import ServerDialect
     from workpool.server.http.tokens import AcceptedTokens
     from workpool.server.stored_session import SessionView
@@ -45,7 +45,9 @@ KEEP_ALIVE: Final = b": keep-alive\n\n"
 class SessionRoutes:
     """The endpoints of one session: read the session; list, send and stream its events."""
 
-    def __init__(self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect) -> None:
+    def __init__(
+        self, engine: ControlPlaneEngine, tokens: AcceptedTokens, dialect: ServerDialect
+    ) -> None:
         self._engine = engine
         self._tokens = tokens
         self._dialect = dialect
@@ -96,7 +98,7 @@ class SessionRoutes:
         await requests.read_body(request)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
         # Read the position before sending the first byte: an open stream must miss no event.
-        place = await self._engine.stream_position(view.id, last)
+        place = await self._engine.count_events_to_skip(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
         # The stream ends if the connection is lost, the reader stops reading or the store fails.
         # The client then opens a new stream after the last event that it received.
@@ -141,7 +143,7 @@ def _join_frames(events: Sequence[StoredEvent]) -> Iterator[bytes]:
     frames: list[bytes] = []
     size = 0
     for event in events:
-        frames.append(event_frame(event))
+        frames.append(make_event_stream_frame(event))
         size += len(frames[-1])
         if size >= WRITE_BYTES:
             yield b"".join(frames)
@@ -150,7 +152,7 @@ def _join_frames(events: Sequence[StoredEvent]) -> Iterator[bytes]:
         yield b"".join(frames) or KEEP_ALIVE
 
 
-def event_frame(event: StoredEvent) -> bytes:
+def make_event_stream_frame(event: StoredEvent) -> bytes:
     """Return an event as a frame of a `text/event-stream`."""
     head = f"id: {event.id}\nevent: {event.type}\ndata: "
     return b"%s%s\n\n" % (head.encode(), orjson.dumps(event.value, default=dict))

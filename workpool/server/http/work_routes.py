@@ -33,7 +33,7 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
     from workpool.server.http.server_dialects import ServerDialect
     from workpool.server.http.tokens import AcceptedTokens
     from workpool.server.stored_item import Item
@@ -54,7 +54,9 @@ def json_response(value: object, status: int = 200) -> web.Response:
 class WorkRoutes:
     """The endpoints of work items in one dialect."""
 
-    def __init__(self, engine: Engine, tokens: AcceptedTokens, dialect: ServerDialect) -> None:
+    def __init__(
+        self, engine: ControlPlaneEngine, tokens: AcceptedTokens, dialect: ServerDialect
+    ) -> None:
         self._engine = engine
         self._tokens = tokens
         self._dialect = dialect
@@ -115,7 +117,7 @@ class WorkRoutes:
     async def enqueue(self, request: web.Request) -> web.Response:
         """Create items, and answer with them."""
         environment_id = await self._authorize_environment(request)
-        wanted = requests.parse_enqueue(await requests.read_body(request))
+        wanted = requests.parse_enqueue_request(await requests.read_body(request))
         items = await self._engine.enqueue(
             environment_id,
             count=wanted.count,
@@ -203,7 +205,7 @@ class WorkRoutes:
         caller.check_item_access(work_id)
         if not worker:
             caller.check_not_worker_key()
-        await self._engine.check_environment(environment_id)
+        await self._engine.require_self_hosted_environment(environment_id)
         return environment_id
 
     async def _authorize_item(

@@ -70,16 +70,16 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_confirmation(value: object) -> bool:
+def _is_confirmation_result(value: object) -> bool:
     return value in {"allow", "deny"} if isinstance(value, str) else False
 
 
-def _is_content(value: object) -> bool:
+def _is_content_block_list(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_content_block, value))
 
 
 def _is_message_content(value: object) -> bool:
-    return _is_content(value) and bool(value)
+    return _is_content_block_list(value) and bool(value)
 
 
 def _is_content_block(value: object) -> bool:
@@ -93,17 +93,17 @@ _FIELDS: Final[Mapping[str, Mapping[str, tuple[Callable[[object], bool], bool]]]
     protocol.USER_INTERRUPT: {},
     protocol.USER_TOOL_RESULT: {
         "tool_use_id": (_is_id, True),
-        "content": (_is_content, False),
+        "content": (_is_content_block_list, False),
         "is_error": (_is_boolean, False),
     },
     protocol.USER_CUSTOM_TOOL_RESULT: {
         "custom_tool_use_id": (_is_id, True),
-        "content": (_is_content, False),
+        "content": (_is_content_block_list, False),
         "is_error": (_is_boolean, False),
     },
     protocol.USER_TOOL_CONFIRMATION: {
         "tool_use_id": (_is_id, True),
-        "result": (_is_confirmation, True),
+        "result": (_is_confirmation_result, True),
         "deny_message": (_is_text, False),
     },
 }

@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.client_exceptions import ClientPayloadError
 from aiohttp.http_exceptions import HttpProcessingError
 
-from workpool.server.answer_limits import check_enqueue_size
+from workpool.server.answer_limits import check_enqueue_response_size
 from workpool.server.api_errors import APIError
 from workpool.server.conversation import EventFilter
 from workpool.server.pagination import AFTER, BEFORE
@@ -69,7 +69,7 @@ class EnqueueRequest:
     script: object
 
 
-class PageRequest(NamedTuple):
+class ListPageRequest(NamedTuple):
     """The request for one page of up to `limit` rows, after the id `after` or before `before`."""
 
     limit: int
@@ -144,7 +144,7 @@ def parse_heartbeat(request: web.Request) -> tuple[str | None, int]:
     return expected, ttl_seconds
 
 
-def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS) -> PageRequest:
+def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS) -> ListPageRequest:
     """Parse the query parameters of a page: `limit`, and `page`, `before_id` or `after_id`.
 
     The id in these parameters is `prefix` and a text that the pattern `digits` matches.
@@ -164,9 +164,11 @@ def parse_page_request(request: web.Request, prefix: str, digits: str = _DIGITS)
         if direction not in {AFTER, BEFORE} or not re.fullmatch(prefix + digits, text):
             raise APIError(400, f"{name} is malformed", name)
         return (
-            PageRequest(limit, text, None) if direction == AFTER else PageRequest(limit, "", text)
+            ListPageRequest(limit, text, None)
+            if direction == AFTER
+            else ListPageRequest(limit, "", text)
         )
-    return PageRequest(limit, "", None)
+    return ListPageRequest(limit, "", None)
 
 
 def parse_item_filter(request: web.Request) -> ItemFilter | None:
@@ -302,7 +304,7 @@ def parse_metadata_patch(content: bytes, *, required: bool) -> Mapping[str, str 
     return check_string_values(fields.get("metadata"), (str, type(None)))
 
 
-def parse_enqueue(content: bytes) -> EnqueueRequest:
+def parse_enqueue_request(content: bytes) -> EnqueueRequest:
     """Parse the body of a request to create items."""
     fields = parse_json_object(content) if content else {}
     if fields.get("script", ...) is None:
@@ -316,7 +318,7 @@ def parse_enqueue(content: bytes) -> EnqueueRequest:
     if not isinstance(work_type, str) or not _WORK_TYPE.fullmatch(work_type):
         raise APIError(400, "type must be a lowercase word", "type")
     metadata = check_string_values(fields.get("metadata", {}))
-    check_enqueue_size(count, metadata)
+    check_enqueue_response_size(count, metadata)
     return EnqueueRequest(count, metadata, work_type, fields.get("script"))
 
 

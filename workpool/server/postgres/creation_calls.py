@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
+from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata_limits
 from workpool.server.conversation import Conversation, extend_conversation
 from workpool.server.parsing.session_script import parse_script
 from workpool.server.postgres.database_calls import RECORD
@@ -82,9 +82,9 @@ class CreationCalls(EnvironmentCalls):
         """
         if session_id is not None:
             raise ValueError("a control plane on PostgreSQL adds items to a session by messages")
-        await self.check_environment(environment_id)
+        await self.require_self_hosted_environment(environment_id)
         metadata = dict(metadata or {})
-        check_metadata(metadata, NEW_METADATA_LIMIT_BYTES)
+        check_metadata_limits(metadata, NEW_METADATA_LIMIT_BYTES)
         parsed = None if script is None else parse_script(script, count)
         now = await self._current_time()
         template = StoredSession("", environment_id, metadata, now, parsed)
@@ -92,8 +92,8 @@ class CreationCalls(EnvironmentCalls):
 
     async def create_session(self, wanted: NewSession) -> SessionView:
         """Create a session, and queue its first work item."""
-        await self.check_environment(wanted.environment_id)
-        check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
+        await self.require_self_hosted_environment(wanted.environment_id)
+        check_metadata_limits(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         template = StoredSession(
             "",
             wanted.environment_id,
@@ -147,9 +147,9 @@ class CreationCalls(EnvironmentCalls):
         initial_events: Sequence[Mapping[str, Any]],
     ) -> tuple[SessionView, list[StoredEvent]]:
         now = template.created_at
-        session = replace(template, id=SESSION_PREFIX + self._ids.next_id_digits(now))
+        session = replace(template, id=SESSION_PREFIX + self._ids.generate_id_digits(now))
         item = Item(
-            id=WORK_PREFIX + self._ids.next_id_digits(now),
+            id=WORK_PREFIX + self._ids.generate_id_digits(now),
             environment_id=session.environment_id,
             session_id=session.id,
             type=work_type,
@@ -158,7 +158,7 @@ class CreationCalls(EnvironmentCalls):
         )
         conversation = Conversation(session.script)
         if initial_events:
-            conversation.check_client_events(initial_events)
+            conversation.validate_client_events(initial_events)
         events: list[StoredEvent] = []
         if initial_events or session.script is not None:
             events = extend_conversation(conversation, session.id, initial_events, self._ids, now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata
+from workpool.server.answer_limits import NEW_METADATA_LIMIT_BYTES, check_metadata_limits
 from workpool.server.api_errors import APIError
 from workpool.server.environments import ENVIRONMENT_PREFIX, ENVIRONMENTS_MAX, Environment
 from workpool.server.pagination import make_page
@@ -20,7 +20,7 @@ from workpool.server.stored_item import IdGenerator
 if TYPE_CHECKING:
     from workpool.server.pagination import ListPage
     from workpool.server.parsing.creation_requests import NewEnvironment
-    from workpool.server.parsing.request_values import PageRequest
+    from workpool.server.parsing.request_values import ListPageRequest
 
 _READ: Final = f"SELECT {ENVIRONMENT_COLUMNS} FROM environments WHERE id = $1"
 _PAGE: Final = f"""
@@ -45,7 +45,7 @@ class EnvironmentCalls(DatabaseCalls):
         self._opened_at = 0
         self._created: dict[str, Environment] = {}
 
-    async def check_environment(self, environment_id: str) -> None:
+    async def require_self_hosted_environment(self, environment_id: str) -> None:
         """Raise a 404 for an unknown environment, and a 400 for one that is not `self_hosted`."""
         if environment_id not in self._self_hosted:
             if environment_id in self._cloud:
@@ -59,7 +59,7 @@ class EnvironmentCalls(DatabaseCalls):
         return await self._find_created_environment(environment_id)
 
     async def list_environments(
-        self, place: PageRequest, limits: frozenset[str] | None
+        self, place: ListPageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
         """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
         given = [
@@ -74,9 +74,9 @@ class EnvironmentCalls(DatabaseCalls):
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""
-        check_metadata(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
+        check_metadata_limits(wanted.metadata, NEW_METADATA_LIMIT_BYTES)
         now = await self._current_time()
-        environment_id = ENVIRONMENT_PREFIX + self._ids.next_id_digits(now)
+        environment_id = ENVIRONMENT_PREFIX + self._ids.generate_id_digits(now)
         environment = Environment(environment_id, *wanted, now)
         if await self._pool.execute(_CREATE, *environment_to_row(environment)) != "INSERT 0 1":
             raise APIError(400, f"there are {ENVIRONMENTS_MAX} environments already")

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from workpool.server import state_machine
-from workpool.server.answer_limits import check_metadata
+from workpool.server.answer_limits import check_metadata_limits
 from workpool.server.api_errors import APIError
-from workpool.server.history import heartbeat_record_op
+from workpool.server.history import get_record_op_of_heartbeat
 from workpool.server.postgres.claim_calls import ClaimCalls
 from workpool.server.postgres.database_calls import (
     CLOCK,
@@ -25,7 +25,7 @@ from workpool.server.postgres.database_calls import (
 from workpool.server.postgres.item_cache import CachedItem, change_cached_item
 from workpool.server.postgres.notifications import make_work_topic
 from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_from_row, may_be_id
-from workpool.server.timestamps import from_heartbeat_text
+from workpool.server.timestamps import parse_heartbeat_time
 from workpool.wire.protocol import (
     QUEUED,
     STOPPING,
@@ -115,7 +115,9 @@ class ItemCalls(ClaimCalls):
             beaten = state_machine.extend_lease(
                 item, expected, ttl_seconds, now, compare_on_stop=compare_on_stop
             )
-            return ItemChange(beaten, "heartbeat", worker_id, now, heartbeat_record_op(expected))
+            return ItemChange(
+                beaten, "heartbeat", worker_id, now, get_record_op_of_heartbeat(expected)
+            )
 
         return await self._change_item(
             environment_id, work_id, decide_heartbeat, worker_id, "heartbeat"
@@ -130,7 +132,7 @@ class ItemCalls(ClaimCalls):
         worker_id: str | None,
     ) -> Item | None:
         """Extend a lease in one statement; return None if the last heartbeat is not `expected`."""
-        last = None if expected is None else from_heartbeat_text(expected)
+        last = None if expected is None else parse_heartbeat_time(expected)
         if last is None or not may_be_id(work_id):
             return None
         ttl_seconds = min(max(ttl_seconds, TTL_MIN_SECONDS), TTL_MAX_SECONDS)
@@ -171,7 +173,7 @@ class ItemCalls(ClaimCalls):
 
         def decide_update(item: Item, now: int) -> ItemChange:
             merged = state_machine.merge_metadata(item, patch)
-            check_metadata(merged.metadata)
+            check_metadata_limits(merged.metadata)
             return ItemChange(merged, "metadata", worker_id, now)
 
         return await self._change_item(environment_id, work_id, decide_update, worker_id)

@@ -12,7 +12,7 @@ from workpool.server.api_errors import ServeError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from workpool.server.engine import Engine
+    from workpool.server.engine import ControlPlaneEngine
 
 
 def _password_in_url(url: str) -> str | None:
@@ -40,7 +40,7 @@ class PostgresStore:
         self._url = url
         self._history = history
 
-    def make_engine(self, **options: Any) -> Engine:
+    def make_engine(self, **options: Any) -> ControlPlaneEngine:
         """Return an engine on this database; `options`: further arguments of `PostgresEngine`.
 
         Raises:

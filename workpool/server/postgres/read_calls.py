@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from workpool.server.conversation import EventFilter, StoredEvent
     from workpool.server.history import Record
-    from workpool.server.parsing.request_values import ItemFilter, PageRequest
+    from workpool.server.parsing.request_values import ItemFilter, ListPageRequest
     from workpool.server.stored_item import Item
     from workpool.server.stored_session import SessionFilter, SessionView
 
@@ -127,7 +127,7 @@ class ReadCalls(StoredSessionCalls):
     """The calls that read lists, streams of events, statistics and the history."""
 
     async def list_items(
-        self, environment_id: str, place: PageRequest, wanted: ItemFilter | None = None
+        self, environment_id: str, place: ListPageRequest, wanted: ItemFilter | None = None
     ) -> ListPage[Item]:
         """Return a page of the items that match the filter `wanted`, in the filter's order."""
         if wanted is not None:
@@ -140,7 +140,7 @@ class ReadCalls(StoredSessionCalls):
         return make_page(found[::-1] if backwards else found, limit, backwards=backwards)
 
     async def _search_items(
-        self, environment_id: str, place: PageRequest, wanted: ItemFilter
+        self, environment_id: str, place: ListPageRequest, wanted: ItemFilter
     ) -> ListPage[Item]:
         """Return a page of the items that match; stop after reading `LOOKED_AT_MAX` items."""
         await self._end_due_leases(environment_id)
@@ -188,7 +188,7 @@ class ReadCalls(StoredSessionCalls):
         return [remove_ended_lease(item_from_row(row), row[-1]) for row in rows]
 
     async def list_sessions(
-        self, place: PageRequest, wanted: SessionFilter
+        self, place: ListPageRequest, wanted: SessionFilter
     ) -> ListPage[SessionView]:
         """Return a page of the sessions that match the filter `wanted`."""
         limit = place.limit
@@ -204,7 +204,7 @@ class ReadCalls(StoredSessionCalls):
         return make_page(found, limit, backwards=backwards, newest_first=wanted.newest_first)
 
     async def _iterate_sessions(
-        self, place: PageRequest, *, backwards: bool
+        self, place: ListPageRequest, *, backwards: bool
     ) -> AsyncIterator[SessionView]:
         """Iterate over the views of sessions between the ids `place.after` and `place.before`."""
         _, after, before = place
@@ -229,7 +229,7 @@ class ReadCalls(StoredSessionCalls):
                 after = rows[-1][0]
 
     async def list_events(
-        self, session_id: str, place: PageRequest, wanted: EventFilter = EVERY_EVENT
+        self, session_id: str, place: ListPageRequest, wanted: EventFilter = EVERY_EVENT
     ) -> ListPage[StoredEvent]:
         """Return a page of a session's events that match the filter `wanted`."""
         limit, after, before = place
@@ -246,7 +246,7 @@ class ReadCalls(StoredSessionCalls):
             found, limit, backwards=before is not None, newest_first=wanted.newest_first
         )
 
-    async def stream_position(self, session_id: str, last_event_id: str | None) -> int:
+    async def count_events_to_skip(self, session_id: str, last_event_id: str | None) -> int:
         """Return how many events a stream skips: those up to and including `last_event_id`."""
         if last_event_id is not None and not is_storable_text(last_event_id):
             return 0

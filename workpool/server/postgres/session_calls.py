@@ -31,7 +31,7 @@ from workpool.server.postgres.row_codec import (
 )
 from workpool.server.stored_item import WORK_PREFIX, Item
 from workpool.server.stored_session import TERMINATED, SessionView
-from workpool.server.timestamps import from_heartbeat_text
+from workpool.server.timestamps import parse_heartbeat_time
 from workpool.wire.protocol import (
     ACTIVE,
     QUEUED,
@@ -138,7 +138,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             read = await self._read_session(connection, session_id)
             conversation = await self._load_conversation(connection, read)
             try:
-                conversation.check_client_events(new_events)
+                conversation.validate_client_events(new_events)
             except APIError:
                 self._conversations.put(session_id, conversation)
                 raise
@@ -164,7 +164,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             read = await self._read_session(connection, session_id)
             conversation = await self._load_conversation(connection, read)
             try:
-                conversation.check_server_events(new_events)
+                conversation.validate_server_events(new_events)
                 copies = copy_events(new_events)
             except APIError:
                 self._conversations.put(session_id, conversation)
@@ -218,7 +218,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             raise APIError(404, "no such session")
         event_count, last_event_id, now = row[VIEW_WIDTH:]
         view = session_view_from_row(row)
-        await self.check_environment(view.session.environment_id)
+        await self.require_self_hosted_environment(view.session.environment_id)
         return _SessionRow(
             view._replace(item=remove_ended_lease(view.item, now)), event_count, last_event_id, now
         )
@@ -258,9 +258,9 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
     def _make_next_item(self, read: _SessionRow) -> Item:
         """Return a new item with which a worker continues the session."""
         session = read.view.session
-        self._ids.advance_past_id(read.view.item.id.removeprefix(WORK_PREFIX))
+        self._ids.skip_ids_up_to(read.view.item.id.removeprefix(WORK_PREFIX))
         return Item(
-            id=WORK_PREFIX + self._ids.next_id_digits(read.now),
+            id=WORK_PREFIX + self._ids.generate_id_digits(read.now),
             environment_id=session.environment_id,
             session_id=session.id,
             metadata=session.metadata,
@@ -286,8 +286,8 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         if read.last_event_id is not None:
             # The new events need greater ids and times than the stored events, even after the clock
             # of the database has gone back: the ids order the events.
-            self._ids.advance_past_id(read.last_event_id.rpartition("_")[2])
-            now = max(now, from_heartbeat_text(view.last_event_at or "") or 0)
+            self._ids.skip_ids_up_to(read.last_event_id.rpartition("_")[2])
+            now = max(now, parse_heartbeat_time(view.last_event_at or "") or 0)
         events = extend_conversation(conversation, view.id, new_events, self._ids, now)
         if not events:
             self._conversations.put(view.id, conversation)

@@ -24,11 +24,11 @@ class Deliveries:
     def __len__(self) -> int:
         return len(self._times)
 
-    def add(self, work_id: str, delivered_at: int) -> None:
+    def add_delivery(self, work_id: str, delivered_at: int) -> None:
         """Record the delivery of an item, which must not have a recorded delivery yet."""
         self._times[work_id] = self._recent[work_id] = delivered_at
 
-    def discard(self, work_id: str) -> None:
+    def remove_delivery(self, work_id: str) -> None:
         """Remove the delivery of an item."""
         del self._times[work_id]
         if self._recent.pop(work_id, None) is None:

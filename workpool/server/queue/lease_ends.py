@@ -27,7 +27,7 @@ class LeaseEndTimes:
         if end < self._scheduled.get(work_id, end + 1):
             self._push_entry(work_id, end)
 
-    def remove(self, work_id: str) -> None:
+    def remove_end_time(self, work_id: str) -> None:
         """Remove the lease of an item, if there is one."""
         self._ends.pop(work_id, None)
 

@@ -11,11 +11,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from workpool.server.api_errors import APIError
-from workpool.server.ascending_ids import AscendingIds, iterate_ids
+from workpool.server.ascending_ids import AscendingIdList, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
 from workpool.server.queue.lease_ends import LeaseEndTimes
 from workpool.server.queue.long_polls import WaitingPolls
-from workpool.server.timestamps import MILLISECOND, SECOND, to_seconds_text
+from workpool.server.timestamps import MILLISECOND, SECOND, format_time_in_seconds
 from workpool.wire.protocol import (
     QUEUED,
     RECLAIM_OLDER_THAN_MS,
@@ -53,7 +53,7 @@ class WorkQueueStats(NamedTuple):
         numbers = self._asdict()
         del numbers["read_at"]
         oldest = self.oldest_queued_at
-        text = None if oldest is None else to_seconds_text(oldest)
+        text = None if oldest is None else format_time_in_seconds(oldest)
         return {"type": WORK_QUEUE_STATS, **numbers, "oldest_queued_at": text}
 
 
@@ -66,8 +66,8 @@ class WorkQueue:
         self.deliveries = Deliveries()
         self.waiting = WaitingPolls()
         self._items: dict[str, Item] = {}
-        self._ids = AscendingIds()
-        self._undelivered = AscendingIds()
+        self._ids = AscendingIdList()
+        self._undelivered = AscendingIdList()
         self._queued = self._stopped = 0
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._pollers: OrderedDict[str, int] = OrderedDict()
@@ -93,14 +93,14 @@ class WorkQueue:
         if former is None:
             self._ids.append(item.id)
         elif former.delivered_at is not None and former.delivered_at != item.delivered_at:
-            self.deliveries.discard(item.id)
+            self.deliveries.remove_delivery(item.id)
             self._recent.pop(item.id, None)
         was_queued = former is not None and former.state == QUEUED
         self._queued += (item.state == QUEUED) - was_queued
         was_stopped = former is not None and former.state == STOPPED
         self._stopped += (item.state == STOPPED) - was_stopped
         if item.lease_end is None:
-            self.leases.remove(item.id)
+            self.leases.remove_end_time(item.id)
         else:
             self.leases.set_end_time(item.id, item.lease_end)
         self._index_queued_item(item, former)
@@ -122,7 +122,7 @@ class WorkQueue:
         if item.delivered_at is not None and (
             former is None or former.delivered_at != item.delivered_at
         ):
-            self.deliveries.add(item.id, item.delivered_at)
+            self.deliveries.add_delivery(item.id, item.delivered_at)
             self._recent[item.id] = item.delivered_at
 
     def oldest_claimable(self, delivered_until: int) -> Item | None:

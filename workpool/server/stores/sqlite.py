@@ -86,24 +86,24 @@ class SqliteStore:
 
     def save_item(self, item: Item) -> None:
         """Schedule the saving of a new version of an item; returns at once."""
-        self._queue_rows(item)
+        self._enqueue_rows(item)
 
     def save_session(self, session: StoredSession) -> None:
         """Schedule the saving of a new version of a session; returns at once."""
-        self._queue_rows(session)
+        self._enqueue_rows(session)
 
     def save_environment(self, environment: Environment) -> None:
         """Schedule the saving of a new environment; returns at once."""
-        self._queue_rows(environment)
+        self._enqueue_rows(environment)
 
     def save_events(self, events: Sequence[StoredEvent]) -> None:
         """Schedule the saving of new events in one transaction; returns at once."""
-        self._queue_rows(*events)
+        self._enqueue_rows(*events)
 
     def delete_rows(self, rows: Sequence[Row]) -> None:
         """Schedule the deletion of items, sessions and events; returns at once."""
         if rows:
-            self._queue_rows(*(DeletedRow(type(row), row.id) for row in rows))
+            self._enqueue_rows(*(DeletedRow(type(row), row.id) for row in rows))
 
     async def wait_until_durable(self) -> None:
         """Wait until all changes made before this call are on disk. Raises `StoreError`."""
@@ -130,7 +130,7 @@ class SqliteStore:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def _queue_rows(self, *rows: Row | DeletedRow) -> None:
+    def _enqueue_rows(self, *rows: Row | DeletedRow) -> None:
         with self._changed:
             self._unsaved.update((row.id, row) for row in rows)
             self._saved += 1
@@ -146,7 +146,7 @@ class SqliteStore:
                 contents = self._read_contents(connection)
                 if contents is None:
                     return
-                loop.call_soon_threadsafe(_resolve_future, opened, contents)
+                loop.call_soon_threadsafe(_set_future_result, opened, contents)
                 while (batch := self._next_batch()) is not None:
                     rows, saved = batch
                     _write_rows(connection, rows)
@@ -207,7 +207,7 @@ class SqliteStore:
     def _on_batch_committed(self, saved: int) -> None:
         self._committed = saved
         while self._waiting and self._waiting[0][0] <= saved:
-            _resolve_future(self._waiting.popleft()[1], None)
+            _set_future_result(self._waiting.popleft()[1], None)
 
     def _on_writer_failed(self, message: str, opened: asyncio.Future[StoreContents]) -> None:
         self._failure = message
@@ -224,7 +224,7 @@ class SqliteStore:
         self._waiting.clear()
 
 
-def _resolve_future(future: asyncio.Future[Any], value: object) -> None:
+def _set_future_result(future: asyncio.Future[Any], value: object) -> None:
     if not future.done():
         future.set_result(value)
 
