@@ -77,7 +77,7 @@ class ProcessGroupRegistry(Protocol):
     The guard process kills the registered groups if the worker is killed.
     """
 
-    def announce_process_group(self, unique_entry: str) -> None:
+    def announce_group_before_spawn(self, unique_entry: str) -> None:
         """Announce a process group that will be spawned.
 
         The environment of its leader will contain `unique_entry`, which has the form `NAME=value`.
@@ -242,13 +242,13 @@ def start_group(start: CommandArguments) -> ProcessGroup:
 def _start_group_announced_to_guard(
     start: CommandArguments, registry: ProcessGroupRegistry
 ) -> ProcessGroup:
-    registry.announce_process_group(start.unique_entry)
+    registry.announce_group_before_spawn(start.unique_entry)
     try:
         return start_group(start)
     except BaseException:
         # Withdraw the announcement. Otherwise the guard process would search for this command after
         # the worker's end.
-        registry.announce_process_group("")
+        registry.announce_group_before_spawn("")
         raise
 
 
