@@ -279,7 +279,7 @@ def test_private_import_in_code_of_plugin_is_found(source: str, found: list[str]
     assert find_private_names_used(source) == set(found)
 
 
-def is_dialect_expression(node: ast.AST) -> bool:
+def is_expression_of_dialect_name(node: ast.AST) -> bool:
     """Return whether an expression names a dialect: `QODER`, `protocol.QODER`, `"qoder"`."""
     return ast.unparse(node).rpartition(".")[2].strip("'").lower() in get_args(Dialect)
 
@@ -290,7 +290,7 @@ def test_no_module_compares_a_value_with_a_dialect_name(path: Path) -> None:
         ast.unparse(node)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Compare)
-        and any(map(is_dialect_expression, [node.left, *node.comparators]))
+        and any(map(is_expression_of_dialect_name, [node.left, *node.comparators]))
     ]
     assert compared == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_names import SourceNames, find_missing_names
+from tests.names_in_source import NamesInSource, find_missing_names
 from workpool.pool.completion import TABLE
 from workpool.pool.pool_item import TRANSITIONS
 
@@ -216,14 +216,14 @@ NAMES_OF_OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def source_names() -> SourceNames:
-    return SourceNames()
+def names_in_source() -> NamesInSource:
+    return NamesInSource()
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CHECKED_NAMES)
-def test_code_names_in_page_exist_in_source(page: str, source_names: SourceNames) -> None:
+def test_code_names_in_page_exist_in_source(page: str, names_in_source: NamesInSource) -> None:
     text = (PACKAGE / f"docs/{page}.md").read_text()
-    missing = find_missing_names(text, source_names)
+    missing = find_missing_names(text, names_in_source)
     assert [name for name in missing if name not in NAMES_OF_OTHERS] == []
 
 
@@ -238,9 +238,9 @@ def test_code_names_in_page_exist_in_source(page: str, source_names: SourceNames
     ],
 )
 def test_documented_name_that_the_source_lacks_is_reported_as_missing(
-    name: str, source_names: SourceNames
+    name: str, names_in_source: NamesInSource
 ) -> None:
-    assert find_missing_names(f"The call of `{name}` comes first.", source_names) == [name]
+    assert find_missing_names(f"The call of `{name}` comes first.", names_in_source) == [name]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +256,6 @@ def test_documented_name_that_the_source_lacks_is_reported_as_missing(
     ],
 )
 def test_documented_name_that_the_source_defines_is_not_reported_as_missing(
-    name: str, source_names: SourceNames
+    name: str, names_in_source: NamesInSource
 ) -> None:
-    assert find_missing_names(f"The call of `{name}` comes first.", source_names) == []
+    assert find_missing_names(f"The call of `{name}` comes first.", names_in_source) == []

@@ -117,7 +117,7 @@ async def test_every_dashboard_query_has_a_result_after_an_outage_and_ended_work
         empty = [
             f"{title}: {query}"
             for title, query in read_panel_queries()
-            if not await had_recent_value(url, query)
+            if not await query_had_recent_value(url, query)
         ]
     assert empty == []
 
@@ -132,7 +132,7 @@ async def wait_for_query_value(url: str, query: str, value: float) -> None:
             await asyncio.sleep(0.5)
 
 
-async def had_recent_value(url: str, query: str) -> bool:
+async def query_had_recent_value(url: str, query: str) -> bool:
     """Return whether a query of Prometheus has had a value in the last minute."""
     for variable, value in VARIABLES.items():
         query = query.replace(variable, value)

@@ -304,7 +304,7 @@ async def test_documented_handler_uses_same_idempotency_key_in_second_run(tmp_pa
     pay = names["pay"]
 
     @handler(metadata={"job": "pay"})
-    async def pay_and_crash_once(session: Session) -> dict[str, str]:
+    async def pay_and_lose_lease_once(session: Session) -> dict[str, str]:
         result: dict[str, str] = await pay(session)
         if session.attempt == 1:
             kit.lose(item)
@@ -313,7 +313,7 @@ async def test_documented_handler_uses_same_idempotency_key_in_second_run(tmp_pa
 
     async with Kit() as kit:
         [item] = kit.enqueue(metadata={"job": "pay", "amount": "7"})
-        async with kit.pool(pay_and_crash_once):
+        async with kit.pool(pay_and_lose_lease_once):
             outcomes = [(await kit.wait_for(SessionFinished)).outcome for _ in range(2)]
     assert outcomes == ["lease_lost", "completed"]
     assert names["bank"].payments == {item.id: 7}
@@ -328,11 +328,11 @@ async def test_documented_handoff_passes_item_to_hold_command_which_stops_it(
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     start, children = asyncio.create_subprocess_exec, []
 
-    async def start_recorded_process(*words: Any, **given: Any) -> asyncio.subprocess.Process:
+    async def start_process_and_record_it(*words: Any, **given: Any) -> asyncio.subprocess.Process:
         children.append(await start(*words, **given))
         return children[-1]
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_recorded_process)
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start_process_and_record_it)
     apart = run_example("def apart", tmp_path)["apart"]
     assert await metadata_written_by_plugin(apart, {"job": "apart"}) == {"job": "apart"}
     async with asyncio.timeout(20):

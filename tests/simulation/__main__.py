@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.simulation.replay import list_replay_lines
+from tests.simulation.replay import format_simulation_as_lines
 from tests.simulation.runner import (
     generate_schedule_for_seed,
     simulate_in_parallel,
@@ -31,7 +31,9 @@ def main() -> int:
     if options.replay is not None:
         schedule = generate_schedule_for_seed(options.replay)
         case, violations = simulate_schedule(schedule)
-        out.writelines(f"{line}\n" for line in [*list_replay_lines(schedule, case), *violations])
+        out.writelines(
+            f"{line}\n" for line in [*format_simulation_as_lines(schedule, case), *violations]
+        )
         return 1 if violations else 0
     started = time.monotonic()
     report = simulate_in_parallel(

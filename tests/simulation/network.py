@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from tests.simulation.simulated_machine import EVENT_LOOP, NETWORK, MachinesLoop
+from tests.simulation.simulated_machine import EVENT_LOOP, NETWORK, MultiMachineLoop
 from tests.simulation.trace import LATENCY_SECONDS, DelayedCall, SentCall
 from workpool.errors import ControlPlaneError, TransientError
 from workpool.server import APIError, Poll
@@ -140,7 +140,7 @@ class SimulatedNetwork:
 
         def halt_machine() -> None:
             if not self.healed:
-                node.machine.halt_after_callbacks(steps, kind, length)
+                node.machine.halt_after_number_of_callbacks(steps, kind, length)
 
         loop.call_at(loop.now + seconds, halt_machine, context=NETWORK)
         return length
@@ -398,7 +398,7 @@ def _is_now_within_any_span(times: list[tuple[float, float]]) -> bool:
     return any(since <= now < until for since, until in times)
 
 
-def _current_loop() -> MachinesLoop:
+def _current_loop() -> MultiMachineLoop:
     loop = asyncio.get_running_loop()
-    assert isinstance(loop, MachinesLoop)
+    assert isinstance(loop, MultiMachineLoop)
     return loop

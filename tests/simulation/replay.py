@@ -14,35 +14,35 @@ if TYPE_CHECKING:
     from tests.simulation.schedule import Schedule
 
 
-def list_replay_lines(schedule: Schedule, case: FinishedSimulation) -> Iterator[str]:
+def format_simulation_as_lines(schedule: Schedule, case: FinishedSimulation) -> Iterator[str]:
     """Yield the schedule, and then all events in order of time, except polls without a fault."""
     yield f"faults {schedule.fault_share} of {', '.join(schedule.fault_kinds)}"
     yield f"control plane: {schedule.control_plane}"
     yield from (str(pool) for pool in schedule.pools)
     lines = [
-        *_replay_lines_of_actions(schedule),
-        *_replay_lines_of_history(case),
-        *_replay_lines_of_calls(case),
-        *_replay_lines_of_handlers(case),
-        *_replay_lines_of_pools(case),
+        *_format_actions_as_lines(schedule),
+        *_format_history_as_lines(case),
+        *_format_calls_as_lines(case),
+        *_format_handler_runs_as_lines(case),
+        *_format_pool_events_as_lines(case),
     ]
     for at, line in sorted(lines, key=lambda each: each[0]):
         yield f"{at:10.4f}  {line}"
 
 
-def _replay_lines_of_actions(schedule: Schedule) -> Iterator[tuple[float, str]]:
+def _format_actions_as_lines(schedule: Schedule) -> Iterator[tuple[float, str]]:
     for action in schedule.actions:
         yield action.at, f"ACTION   {action}"
 
 
-def _replay_lines_of_history(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
+def _format_history_as_lines(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
     names = {node.worker_id: f"pool {node.machine.name}" for node in case.trace.nodes}
     for record in case.history:
         who = names.get(str(record.worker_id), str(record.worker_id))
         yield record.time, f"HISTORY  {record.work_id[-6:]} {record.kind} {record.state} by {who}"
 
 
-def _replay_lines_of_calls(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
+def _format_calls_as_lines(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
     for call in case.trace.sent:
         name = f"pool {call.node.machine.name} {call.op} {str(call.work_id)[-6:]}"
         if call.op != "poll" or call.fault is not None:
@@ -52,7 +52,7 @@ def _replay_lines_of_calls(case: FinishedSimulation) -> Iterator[tuple[float, st
                 yield call.answered_at, f"ANSWERED {name} {call.answer}"
 
 
-def _replay_lines_of_handlers(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
+def _format_handler_runs_as_lines(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
     for run in case.trace.runs:
         name = f"pool {run.node.machine.name} {run.work_id[-6:]} {run.behaviour} {run.attempt}"
         yield run.started, f"HANDLER  {name} starts"
@@ -61,7 +61,7 @@ def _replay_lines_of_handlers(case: FinishedSimulation) -> Iterator[tuple[float,
                 yield at, f"HANDLER  {name} {what}"
 
 
-def _replay_lines_of_pools(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
+def _format_pool_events_as_lines(case: FinishedSimulation) -> Iterator[tuple[float, str]]:
     for node in case.trace.nodes:
         name = f"pool {node.machine.name}"
         yield node.started, f"POOL     {name} starts as {node.worker_id}"

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from prometheus_client import CollectorRegistry
 
 from tests.simulation.invariants import INVARIANTS, check_invariants
-from tests.simulation.results import ProgressFile, SimulationReport
 from tests.simulation.schedule import Schedule, generate_schedule
 from tests.simulation.scripted_handlers import PLUGINS
 from tests.simulation.simulated_machine import run_machines
 from tests.simulation.simulated_world import SimulatedWorld
+from tests.simulation.simulation_report import ProgressFile, SimulationReport
 from workpool.metrics import observer
 from workpool.plugins import loading, registry
 from workpool.pool import telemetry
@@ -48,7 +48,7 @@ def simulate_schedule(schedule: Schedule) -> tuple[FinishedSimulation, list[str]
     """Run a schedule, and return the finished simulation and its violations of invariants."""
 
     async def main() -> tuple[FinishedSimulation, list[str]]:
-        return await SimulatedWorld(schedule, metrics_registry()).run_schedule(check_invariants)
+        return await SimulatedWorld(schedule, metrics_registry()).run_simulation(check_invariants)
 
     return run_seeded_simulation(main, schedule.seed, PLUGINS)
 
@@ -111,7 +111,7 @@ def simulate_in_parallel(
         for first in range(seed, seed + schedules, PART)
     ]
     progress = None if file is None else ProgressFile(file)
-    finished = {} if progress is None else progress.read_finished_seed_ranges()
+    finished = {} if progress is None else progress.read_reports_by_seed_range()
     report = functools.reduce(
         SimulationReport.add_report,
         (finished[p] for p in parts if p in finished),

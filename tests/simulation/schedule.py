@@ -149,7 +149,7 @@ def _generate_schedule_without_shared_slots(random: Random, seed: int) -> Schedu
         work.append(_generate_burst_of_work(random))
     actions = [_generate_action(random) for _ in range(random.choice((0, 1, 2, 3, 4, 5)))]
     actions = [
-        _move_some_actions_close_to_work(random.choice(work), action, random) for action in actions
+        _sometimes_move_action_after_work(random.choice(work), action, random) for action in actions
     ]
     kinds = (*random.choice(((), ("late",))), *random.sample(FAULT_KINDS, random.randint(1, 4)))
     share = random.choice((0.0, 0.0, 0.05, 0.15, 0.35))
@@ -174,7 +174,8 @@ def _generate_schedule_without_shared_slots(random: Random, seed: int) -> Schedu
             replace(_generate_action(random), kind="refrain") for _ in range(random.randint(1, 3))
         ]
         pauses = [
-            _move_some_actions_close_to_work(random.choice(work), pause, random) for pause in pauses
+            _sometimes_move_action_after_work(random.choice(work), pause, random)
+            for pause in pauses
         ]
         actions = sorted([*actions, *pauses], key=_time_of_action)
     if random.random() < RETRY_SHARE:
@@ -186,7 +187,7 @@ def _generate_schedule_without_shared_slots(random: Random, seed: int) -> Schedu
         actions = sorted([*actions, *more], key=_time_of_action)
     schedule = Schedule(seed, pools, tuple(actions), share, kinds, control_plane)
     return (
-        _add_stall_timeouts_and_behaviours(schedule, random)
+        _add_timeouts_and_handlers_for_stalls(schedule, random)
         if random.random() < STALL_SHARE
         else schedule
     )
@@ -204,7 +205,7 @@ def _share_slots_between_some_pools(schedule: Schedule, random: Random) -> Sched
     return replace(schedule, pools=tuple(pools), shared_slots=total)
 
 
-def _add_stall_timeouts_and_behaviours(schedule: Schedule, random: Random) -> Schedule:
+def _add_timeouts_and_handlers_for_stalls(schedule: Schedule, random: Random) -> Schedule:
     """Add stall timeouts, and handlers that make progress, hang or wait for a person."""
     limits = random.choice((4.0, 10.0)), random.choice((None, 4.0, 15.0))
     pools = [replace(pool, stall_timeout=random.choice(limits)) for pool in schedule.pools]
@@ -229,7 +230,7 @@ def _generate_retry_behaviour(action: Action, random: Random) -> Action:
     return replace(action, behaviour="retry") if chosen else action
 
 
-def _move_some_actions_close_to_work(work: Action, action: Action, random: Random) -> Action:
+def _sometimes_move_action_after_work(work: Action, action: Action, random: Random) -> Action:
     """Return the action, or sometimes a copy that happens milliseconds after `work`.
 
     In these milliseconds, items are claimed and short sessions are completed.

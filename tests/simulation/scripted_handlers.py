@@ -64,7 +64,7 @@ async def run_retried_session(session: Session) -> Any:
     return await current_machine().handlers.run_behaviour(session)
 
 
-class HandlerLimitPlugin:
+class MaxSessionsPlugin:
     """A plugin that supplies a handler with the limit `max_sessions` to pools that have one."""
 
     @hookimpl
@@ -82,7 +82,7 @@ class HandlerLimitPlugin:
         )
 
 
-PLUGINS: Final = (HandlerLimitPlugin(), run_simulated_session, run_retried_session)
+PLUGINS: Final = (MaxSessionsPlugin(), run_simulated_session, run_retried_session)
 """The plugins of every simulated pool."""
 
 
@@ -130,7 +130,7 @@ class SimulatedHandlers:
         if self._node.machine.halted == "crashed":
             run.ended, run.result = self._now(), "crashed"
         alone = self._node.child or (self.healed and name in {"hand_off", "hang"})
-        act = self._behaviour_work if alone else getattr(self, f"_behaviour_{name}")
+        act = self._run_work_behaviour if alone else getattr(self, f"_run_{name}_behaviour")
         return await self._run_behaviour_and_record_its_end(act, session, run, seconds, first)
 
     async def _run_behaviour_and_record_its_end(
@@ -160,19 +160,19 @@ class SimulatedHandlers:
     def _record_first_cancellation(self, run: HandlerRun) -> None:
         run.cancelled_at = min(run.cancelled_at, self._now())
 
-    async def _behaviour_work(
+    async def _run_work_behaviour(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
         return {"done": "yes"}
 
-    async def _behaviour_raise_error(
+    async def _run_raise_error_behaviour(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
         raise ValueError("on purpose")
 
-    async def _behaviour_retry(
+    async def _run_retry_behaviour(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         """Fail in the first calls for an item. `seconds` determines the number of failures."""
@@ -182,7 +182,7 @@ class SimulatedHandlers:
             raise ConnectionError("on purpose")
         return {"calls": str(session.retry)}
 
-    async def _behaviour_release(
+    async def _run_release_behaviour(
         self, _session: Session, _run: HandlerRun, seconds: float, first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
@@ -190,13 +190,13 @@ class SimulatedHandlers:
             raise Release("not yet", 12)
         return {}
 
-    async def _behaviour_return_wrong_type(
+    async def _run_return_wrong_type_behaviour(
         self, _session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         await asyncio.sleep(seconds)
         return object()
 
-    async def _behaviour_end_early(
+    async def _run_end_early_behaviour(
         self, session: Session, _run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         with suppress(TimeoutError):
@@ -206,7 +206,7 @@ class SimulatedHandlers:
             raise Release("draining")
         return {"done": "early"}
 
-    async def _behaviour_clean_up(
+    async def _run_clean_up_behaviour(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         try:
@@ -217,7 +217,7 @@ class SimulatedHandlers:
             raise
         return None
 
-    async def _behaviour_ignore_cancellation(
+    async def _run_ignore_cancellation_behaviour(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         until = self._now() + seconds
@@ -228,7 +228,7 @@ class SimulatedHandlers:
                 self._record_first_cancellation(run)
         return {"done": "at last"}
 
-    async def _behaviour_swallow_cancellation(
+    async def _run_swallow_cancellation_behaviour(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         try:
@@ -238,7 +238,7 @@ class SimulatedHandlers:
             await asyncio.sleep(SWALLOW_SECONDS)
         return {"done": "at last"}
 
-    async def _behaviour_return_at_timeout(
+    async def _run_return_at_timeout_behaviour(
         self, _session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         """Sleep until the session timeout cancels the handler, and return a result nevertheless."""
@@ -248,7 +248,7 @@ class SimulatedHandlers:
             self._record_first_cancellation(run)
         return {"done": "in time"}
 
-    async def _behaviour_write_metadata(
+    async def _run_write_metadata_behaviour(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         until, count = self._now() + seconds, 0
@@ -260,7 +260,7 @@ class SimulatedHandlers:
             await asyncio.sleep(2.5)
         return {"count": str(count)}
 
-    async def _behaviour_report_progress(
+    async def _run_report_progress_behaviour(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         """Work for `seconds`, and report progress every two seconds."""
@@ -271,15 +271,15 @@ class SimulatedHandlers:
             run.progressed_at = self._now()
         return {"done": "step by step"}
 
-    async def _behaviour_hang(
+    async def _run_hang_behaviour(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
         """Report progress for a while. If the pool has a stall timeout, hang longer than that."""
-        await self._behaviour_report_progress(session, run, seconds / 2, first)
+        await self._run_report_progress_behaviour(session, run, seconds / 2, first)
         await asyncio.sleep(HANG_SECONDS * (self._node.pool.stall_timeout or 0.0))
         return {"done": "after all"}
 
-    async def _behaviour_wait_for_person(
+    async def _run_wait_for_person_behaviour(
         self, session: Session, run: HandlerRun, seconds: float, _first: bool
     ) -> Any:
         """Wait within `session.waiting()`, as for a person: this time does not count as a stall."""
@@ -289,7 +289,7 @@ class SimulatedHandlers:
         run.waits, run.progressed_at = False, self._now()
         return {"answer": "yes"}
 
-    async def _behaviour_hand_off(
+    async def _run_hand_off_behaviour(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
         """Hand the item off to a child that starts soon, late or never; or raise in the handoff."""
@@ -300,7 +300,7 @@ class SimulatedHandlers:
                 late = bound - 1 + draw % 20 / 10
                 delays = {"soon": draw % 20 / 10, "late": late, "fails": draw % 20 / 40}
                 delay = delays.get(WAYS[way])
-                await self._start_child_in_handoff(
+                await self._start_child_process_in_handoff(
                     session, run, lease, delay, fails=WAYS[way] == "fails"
                 )
         except HandoverError:
@@ -309,11 +309,11 @@ class SimulatedHandlers:
             alone.progressed_at = run.progressed_at
             self._trace.runs.append(alone)
             return await self._run_behaviour_and_record_its_end(
-                self._behaviour_work, session, alone, seconds, first
+                self._run_work_behaviour, session, alone, seconds, first
             )
         return {"ignored": "yes"}
 
-    async def _start_child_in_handoff(
+    async def _start_child_process_in_handoff(
         self,
         session: Session,
         run: HandlerRun,

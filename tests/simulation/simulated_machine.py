@@ -49,7 +49,7 @@ class SimulatedMachine:
     handlers: Any
     max_sessions: int | None = None
 
-    def __init__(self, loop: MachinesLoop, name: str, rate: float = 1.0) -> None:
+    def __init__(self, loop: MultiMachineLoop, name: str, rate: float = 1.0) -> None:
         """Create a machine whose lease clock counts `rate` seconds per second of virtual time."""
         self.name = name
         self.halted: HaltKind | None = None
@@ -72,7 +72,7 @@ class SimulatedMachine:
         """Return the wall clock, which never stands still."""
         return self._loop.now
 
-    def context_of_callbacks(self) -> Context:
+    def make_context_of_machine(self) -> Context:
         """Return a context whose callbacks run on this machine."""
         context = copy_context()
         context.run(_MACHINE.set, self)
@@ -86,13 +86,13 @@ class SimulatedMachine:
         if self.halted is not None:
             if how != "crashed":
                 return
-            self._record_finished_halt()
+            self._record_period_of_halt()
         self.halted, self._halted_at = how, self._loop.now
         self.blocked = True
         if seconds is not None:
             self._loop.call_at(self._loop.now + seconds, self.resume, context=NETWORK)
 
-    def halt_after_callbacks(self, steps: int, how: HaltKind, seconds: float) -> None:
+    def halt_after_number_of_callbacks(self, steps: int, how: HaltKind, seconds: float) -> None:
         """Halt the machine once it has run `steps` more callbacks, even amid an operation."""
         if self.halted is None:
             self.blocked = True
@@ -102,10 +102,10 @@ class SimulatedMachine:
         """Resume the machine, and run the callbacks that it postponed; do nothing after a crash."""
         if self.halted != "crashed":
             if self.halted is not None:
-                self._record_finished_halt()
+                self._record_period_of_halt()
             self._run_postponed_callbacks()
 
-    def _record_finished_halt(self) -> None:
+    def _record_period_of_halt(self) -> None:
         pause = self._halted_at, self._loop.now
         seconds = pause[1] - pause[0]
         self.pauses.append(pause)
@@ -122,7 +122,7 @@ class SimulatedMachine:
     def postpone_callback(self, handle: asyncio.Handle) -> None:
         """Postpone a callback until the machine resumes.
 
-        If `halt_after_callbacks` still allows this callback before the halt, run it now.
+        If `halt_after_number_of_callbacks` still allows this callback before the halt, run it now.
         """
         if self.halted is None:
             self._steps_left -= 1
@@ -162,7 +162,7 @@ class _MachineTimer(asyncio.TimerHandle):
 
     _when: float
 
-    _loop: MachinesLoop
+    _loop: MultiMachineLoop
 
     def __init__(self, when: float, machine: SimulatedMachine | None, *rest: Any) -> None:
         super().__init__(when, *rest)
@@ -186,7 +186,7 @@ class _MachineTimer(asyncio.TimerHandle):
             super()._run()
 
 
-class MachinesLoop(VirtualLoop):
+class MultiMachineLoop(VirtualLoop):
     """A virtual event loop of several machines.
 
     Each machine has its own `time()`. `now` is the same for all of them.
@@ -293,6 +293,6 @@ class MachinesLoop(VirtualLoop):
 
 
 def run_machines(main: Callable[[], Any]) -> Any:
-    """Run `main()` on a `MachinesLoop`. Once `main()` has ended, cancel all other tasks."""
-    with asyncio.Runner(loop_factory=MachinesLoop) as runner:
+    """Run `main()` on a `MultiMachineLoop`. Once `main()` has ended, cancel all other tasks."""
+    with asyncio.Runner(loop_factory=MultiMachineLoop) as runner:
         return runner.run(main())

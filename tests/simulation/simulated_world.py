@@ -26,7 +26,7 @@ from tests.simulation.simulated_machine import (
     EVENT_LOOP,
     NETWORK,
     HaltKind,
-    MachinesLoop,
+    MultiMachineLoop,
     SimulatedMachine,
 )
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
@@ -102,7 +102,7 @@ class SimulatedSupervisor(ThreadlessSupervisor):
         context = await super()._open_pool_context(stack)
         original = context.observe
         loop = asyncio.get_running_loop()
-        assert isinstance(loop, MachinesLoop)
+        assert isinstance(loop, MultiMachineLoop)
 
         def record_and_forward_event(event_type: Callable[[*Ts], Event], /, *values: *Ts) -> None:
             self.node.events.append((loop.now, event_type(*values)))
@@ -111,7 +111,7 @@ class SimulatedSupervisor(ThreadlessSupervisor):
         return replace(context, observe=record_and_forward_event)
 
 
-class SimulatedHandoffChild(SimulatedSupervisor, HandoffChild):
+class SimulatedHandoffChildProcess(SimulatedSupervisor, HandoffChild):
     """The child process of a handoff on a simulated machine, as `workpool hold` runs it."""
 
 
@@ -150,7 +150,7 @@ class SimulatedWorld:
 
     def __init__(self, schedule: Schedule, registry: CollectorRegistry) -> None:
         loop = asyncio.get_running_loop()
-        assert isinstance(loop, MachinesLoop)
+        assert isinstance(loop, MultiMachineLoop)
         self.loop = loop
         self.schedule = schedule
         self.trace = Trace()
@@ -179,14 +179,14 @@ class SimulatedWorld:
             [ENVIRONMENT], now=control_plane_time, history_limit=None, poll_leases=poll_leases
         )
 
-    async def run_schedule(
+    async def run_simulation(
         self, check_invariants: Callable[[FinishedSimulation], list[str]]
     ) -> tuple[FinishedSimulation, list[str]]:
         """Run the schedule, finish its work without faults, and check the invariants."""
         before = counter_totals(self._registry)
         async with asyncio.TaskGroup() as self._group:
             try:
-                await self._run_actions()
+                await self._run_scheduled_actions()
                 counted = counter_totals(self._registry)
                 counted.subtract(before)
                 history = [
@@ -198,15 +198,15 @@ class SimulatedWorld:
                 self._discard_machines()
         return case, violations
 
-    async def _run_actions(self) -> None:
+    async def _run_scheduled_actions(self) -> None:
         for pool in self.schedule.pools:
             self._start_pool(pool)
         for action in self.schedule.actions:
             await asyncio.sleep(action.at - self.loop.now)
             self._perform_action(action)
-        await self._end_schedule()
+        await self._end_faults_and_finish_items()
 
-    async def _end_schedule(self) -> None:
+    async def _end_faults_and_finish_items(self) -> None:
         """End all faults, and let a new pool finish the remaining work."""
         await asyncio.sleep(REST_SECONDS)
         self._end_all_faults()
@@ -227,16 +227,16 @@ class SimulatedWorld:
 
     def _start_handoff_child(self, parent: PoolProcess, lease: HandedLease, delay: float) -> None:
         """Start a child process after `delay` seconds, even if the parent's machine halts."""
-        begin = partial(self._run_handoff_child, parent, lease)
+        begin = partial(self._run_child_process_of_handoff, parent, lease)
         self.loop.call_at(self.loop.now + delay, begin, context=NETWORK)
 
-    def _run_handoff_child(self, parent: PoolProcess, lease: HandedLease) -> None:
+    def _run_child_process_of_handoff(self, parent: PoolProcess, lease: HandedLease) -> None:
         if self._network.over:
             return
         pool = replace(parent.pool, session_timeout=None, stall_timeout=None, lease_ttl=lease.ttl)
         node = self._create_pool_process(pool)
         node.child = True
-        child = SimulatedHandoffChild(
+        child = SimulatedHandoffChildProcess(
             pool_settings(node.pool),
             lease.work_id,
             lease.last_heartbeat,
@@ -264,7 +264,7 @@ class SimulatedWorld:
         return {"plugins": PLUGINS, "registry": self._registry, "connect": connect}
 
     def _spawn_task(self, node: PoolProcess, coroutine: Coroutine[object, object, None]) -> None:
-        context = node.machine.context_of_callbacks()
+        context = node.machine.make_context_of_machine()
         task = self._group.create_task(coroutine, context=context)
         self._tasks[task] = node
 
@@ -301,10 +301,14 @@ class SimulatedWorld:
                 self._enqueue_items(action)
             case "stop" | "force" | "expire":
                 if self.items:
-                    self._perform_item_action(action, self.items[action.target % len(self.items)])
+                    self._perform_operator_action_on_item(
+                        action, self.items[action.target % len(self.items)]
+                    )
             case _:
                 if living := self._running_pools():
-                    self._perform_pool_action(action, living[action.target % len(living)])
+                    self._perform_action_on_pool_or_machine(
+                        action, living[action.target % len(living)]
+                    )
 
     def _enqueue_items(self, action: Action) -> None:
         session_id = None
@@ -318,7 +322,7 @@ class SimulatedWorld:
         )
         self.items += [item.id for item in items]
 
-    def _perform_item_action(self, action: Action, work_id: str) -> None:
+    def _perform_operator_action_on_item(self, action: Action, work_id: str) -> None:
         """Carry out an operator's action on an item."""
         if action.kind == "expire":
             queue = self.operations.get_queue(ENVIRONMENT)
@@ -337,7 +341,7 @@ class SimulatedWorld:
                 ENVIRONMENT, work_id, "operator", force=action.kind == "force"
             )
 
-    def _perform_pool_action(self, action: Action, node: PoolProcess) -> None:
+    def _perform_action_on_pool_or_machine(self, action: Action, node: PoolProcess) -> None:
         """Carry out an action on a pool or its machine."""
         now, machine = self.loop.now, node.machine
         match action.kind:

@@ -14,8 +14,7 @@ from tests.simulation.autoscaler.fleet_invariants import FLEET_INVARIANTS
 from tests.simulation.autoscaler.fleet_mutations import FLEET_MUTATIONS
 from tests.simulation.invariants import INVARIANTS
 from tests.simulation.mutations import MUTATIONS
-from tests.simulation.replay import list_replay_lines
-from tests.simulation.results import ProgressFile, SimulationReport
+from tests.simulation.replay import format_simulation_as_lines
 from tests.simulation.runner import (
     generate_schedule_for_seed,
     simulate_in_parallel,
@@ -30,6 +29,7 @@ from tests.simulation.schedule import (
     PoolSettings,
     Schedule,
 )
+from tests.simulation.simulation_report import ProgressFile, SimulationReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,7 +115,7 @@ def test_two_simulations_of_one_seed_have_the_same_calls_and_history() -> None:
 def test_simulation_replay_prints_lines_for_actions_calls_handlers_and_events() -> None:
     schedule = generate_schedule_for_seed(7)
     case, _ = simulate_schedule(schedule)
-    lines = list(list_replay_lines(schedule, case))
+    lines = list(format_simulation_as_lines(schedule, case))
     for word in ("ACTION", "HISTORY", "SENT", "ANSWERED", "HANDLER", "POOL", "EVENT"):
         assert any(word in line for line in lines), word
 
@@ -129,7 +129,7 @@ def test_continued_simulation_reads_finished_results_from_progress_file(tmp_path
     first = simulate_in_parallel(0, 60, 1, file)
     assert first.schedules == 60
     assert first.failures == failed.failures
-    assert list(ProgressFile(file).read_finished_seed_ranges()) == [range(50), range(50, 60)]
+    assert list(ProgressFile(file).read_reports_by_seed_range()) == [range(50), range(50, 60)]
     assert simulate_in_parallel(0, 60, 1, file) == first
 
 
@@ -137,11 +137,11 @@ def test_progress_file_of_another_version_of_the_code_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ProgressFile(tmp_path / "progress").append_finished_seed_range(range(50), SimulationReport(50))
-    monkeypatch.setattr("tests.simulation.results._hash_source_code", lambda: "other")
-    assert ProgressFile(tmp_path / "progress").read_finished_seed_ranges() == {}
+    monkeypatch.setattr("tests.simulation.simulation_report._hash_source_code", lambda: "other")
+    assert ProgressFile(tmp_path / "progress").read_reports_by_seed_range() == {}
 
 
-def read_table_of_promises() -> list[list[str]]:
+def read_promises_of_simulation_page() -> list[list[str]]:
     """Return the rows of the table in workpool/docs/simulation.md that lists the promises."""
     text = (ROOT / "workpool/docs/simulation.md").read_text()
     table = text.partition("| promise | invariants |")[2].partition("\n\n")[0]
@@ -152,7 +152,7 @@ def read_table_of_promises() -> list[list[str]]:
 def test_documented_promises_name_existing_invariants_mutations_and_tests() -> None:
     invariants = {each.__name__ for each in (*INVARIANTS, *FLEET_INVARIANTS)}
     known = {*MUTATIONS, *FLEET_MUTATIONS}
-    for promise, named, mutations, tests in read_table_of_promises():
+    for promise, named, mutations, tests in read_promises_of_simulation_page():
         assert set(re.findall(r"`(\w+)`", named)) <= invariants, promise
         assert set(re.findall(r'"(.+?)"', mutations)) <= known, promise
         for path, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests):

@@ -13,7 +13,7 @@ from tests.simulation.autoscaler.fleet_runner import (
     simulate_fleets_in_parallel,
 )
 from tests.simulation.autoscaler.fleet_schedule import WITHOUT
-from tests.simulation.replay import list_replay_lines
+from tests.simulation.replay import format_simulation_as_lines
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
         result = simulate_fleet(schedule, documented=not without)
         lines = [str(schedule.settings), *map(str, schedule.incidents)]
         lines += [
-            *list_replay_lines(schedule.world, result.case),
+            *format_simulation_as_lines(schedule.world, result.case),
             str(result.counts),
             *result.violations,
         ]

@@ -85,7 +85,7 @@ def simulate_fleet(schedule: FleetSchedule, *, documented: bool = True) -> Fleet
 
     async def main() -> FleetResult:
         world = FleetWorld(schedule, metrics_registry())
-        case, violations = await world.run_schedule(check_invariants)
+        case, violations = await world.run_simulation(check_invariants)
         fleet = FinishedFleet(case.trace, world.cluster.record, schedule.settings)
         if documented:
             violations += check_fleet_invariants(fleet)

@@ -117,8 +117,8 @@ class FleetWorld(SimulatedWorld):
             request_delay=LATENCY_SECONDS, answer_delay=LATENCY_SECONDS
         )
 
-    async def _run_actions(self) -> None:
-        context = self._reader_node.machine.context_of_callbacks()
+    async def _run_scheduled_actions(self) -> None:
+        context = self._reader_node.machine.make_context_of_machine()
         services = [
             self._group.create_task(self._read_queue_repeatedly(), context=context),
             *(
@@ -136,7 +136,7 @@ class FleetWorld(SimulatedWorld):
         self.cluster.close()
         for service in services:
             service.cancel()
-        await self._end_schedule()
+        await self._end_faults_and_finish_items()
 
     async def _perform_scheduled_events(self) -> None:
         """Create the work and cause the incidents of the schedule, at their times."""

@@ -27,7 +27,7 @@ from tests.simulation.autoscaler.fleet_schedule import (
 )
 from tests.simulation.autoscaler.horizontal_autoscaler import ScalingPolicy
 from tests.simulation.mutations import apply_mutation, find_invariants_that_catch_mutation
-from tests.simulation.replay import list_replay_lines
+from tests.simulation.replay import format_simulation_as_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,7 +89,7 @@ def test_two_simulations_of_one_fleet_have_the_same_calls_and_history() -> None:
 
 def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
     schedule = generate_fleet_schedule_for_seed(3)
-    lines = list(list_replay_lines(schedule.world, simulate_fleet(schedule).case))
+    lines = list(format_simulation_as_lines(schedule.world, simulate_fleet(schedule).case))
     for word in ("ACTION", "HISTORY", "HANDLER", "POOL"):
         assert any(word in line for line in lines), word
 

@@ -19,7 +19,7 @@ FILE = re.compile(r"[\w.-]+/[\w./-]*|[\w-]+\.(?:py|md|toml|sql|yml)")
 SQL = re.compile(r"^\s*(?:CREATE|INSERT|SELECT|UPDATE) ")
 
 
-class SourceNames:
+class NamesInSource:
     """The names that the Python files, the SQL schema and `pyproject.toml` define.
 
     Attributes:
@@ -59,14 +59,14 @@ class SourceNames:
             if isinstance(node, ast.ClassDef):
                 self._add_class_names(node)
             elif not of_tests:
-                self._add_expression_names(node)
+                self._add_names_in_expression(node)
 
     def _add_class_names(self, node: ast.ClassDef) -> None:
         bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
         self.bases.setdefault(node.name, set()).update(bases)
         self._add_scope_names(node.name, node, ast.walk(node))
 
-    def _add_expression_names(self, node: ast.AST) -> None:
+    def _add_names_in_expression(self, node: ast.AST) -> None:
         match node:
             case ast.Attribute():
                 self.used.add(ast.unparse(node))
@@ -95,19 +95,19 @@ class SourceNames:
         else:
             self.defined |= functions
 
-    def defines_member(self, owner: str, name: str) -> bool:
+    def is_member_defined(self, owner: str, name: str) -> bool:
         """Return whether a class or module, or a base of the class, defines `name`."""
         bases = self.bases.get(owner, set()) - {owner}
         return name in self.members.get(owner, ()) or any(
-            self.defines_member(base, name) for base in bases
+            self.is_member_defined(base, name) for base in bases
         )
 
-    def has_file(self, name: str) -> bool:
+    def is_file_in_repository(self, name: str) -> bool:
         """Return whether `name` is the path, or the end of the path, of a file or folder."""
         name = name.rstrip("/")
         return any(path == name or path.endswith(f"/{name}") for path in self.files)
 
-    def has_name(self, name: str) -> bool:
+    def is_name_in_source(self, name: str) -> bool:
         """Return whether an identifier or attribute path exists.
 
         A method must be named with its class: many classes have one with the same name. The part
@@ -117,14 +117,14 @@ class SourceNames:
         metric = name.removeprefix("workpool_")  # Metric definitions omit this prefix.
         if not {name, metric}.isdisjoint(self.defined | self.used):
             return True
-        if self.has_file(f"{name.replace('.', '/')}.py"):
+        if self.is_file_in_repository(f"{name.replace('.', '/')}.py"):
             return True
         owner, _, member = name.rpartition(".")
         if not owner:
             return False
         owner = owner.rpartition(".")[2]
         if owner in self.bases:
-            return self.defines_member(owner, member)
+            return self.is_member_defined(owner, member)
         return owner in self.defined and member in self.defined | self.methods
 
 
@@ -132,35 +132,35 @@ def names_defined_by(node: ast.AST) -> set[str]:
     """Return the names and attributes that an assignment or an import defines."""
     match node:
         case ast.Assign(targets=targets):
-            return set().union(*map(find_names_in_target, targets))
+            return set().union(*map(find_names_in_assignment_target, targets))
         case ast.AnnAssign(target=target):
-            return find_names_in_target(target)
+            return find_names_in_assignment_target(target)
         case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
             return {alias.asname or alias.name for alias in aliases}
     return set()
 
 
-def find_names_in_target(target: ast.expr) -> set[str]:
+def find_names_in_assignment_target(target: ast.expr) -> set[str]:
     """Return the names and attributes that an assignment to `target` defines."""
     match target:
         case ast.Tuple(elts=parts):
-            return set().union(*map(find_names_in_target, parts))
+            return set().union(*map(find_names_in_assignment_target, parts))
         case ast.Name(id=name) | ast.Attribute(attr=name):
             return {name}
     return set()
 
 
-def find_missing_names(text: str, names: SourceNames) -> list[str]:
+def find_missing_names(text: str, names: NamesInSource) -> list[str]:
     """Return the names in backticks in `text` that are neither files nor names of the source."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     quoted = sorted(set(re.findall(r"`([^`\n]+)`", text)))
     return [
         each
         for each in quoted
-        if (FILE.fullmatch(each) and not names.has_file(each))
+        if (FILE.fullmatch(each) and not names.is_file_in_repository(each))
         or (
             not FILE.fullmatch(each)
             and IDENTIFIER.fullmatch(each.removesuffix("()"))
-            and not names.has_name(each.removesuffix("()"))
+            and not names.is_name_in_source(each.removesuffix("()"))
         )
     ]

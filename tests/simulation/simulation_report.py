@@ -62,7 +62,7 @@ class ProgressFile:
         self._path = path
         self._source = _hash_source_code()
 
-    def read_finished_seed_ranges(self) -> Mapping[range, SimulationReport]:
+    def read_reports_by_seed_range(self) -> Mapping[range, SimulationReport]:
         """Return the file's results for this version of the source code, by range of seeds."""
         found: dict[range, SimulationReport] = {}
         lines = self._path.read_text().splitlines() if self._path.exists() else []
