@@ -53,13 +53,13 @@ def metrics_reference_lines() -> Iterator[str]:
             f"`{label}`=" + "·".join(values) if values else f"`{label}`"
             for label, values in each.labels.items()
         )
-        yield markdown_row(f"`{each.full_name}`", each.kind, labels or "–", each.help)
+        yield markdown_row(f"`{each.prefixed_name}`", each.kind, labels or "–", each.help)
     yield ""
     yield from markdown_table("histogram", "buckets")
     for each in DEFINITIONS:
         if each.buckets:
             yield markdown_row(
-                f"`{each.full_name}`", " ".join(f"{bound:g}" for bound in each.buckets)
+                f"`{each.prefixed_name}`", " ".join(f"{bound:g}" for bound in each.buckets)
             )
 
 

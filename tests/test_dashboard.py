@@ -49,7 +49,7 @@ def metric_base_name(metric: str) -> str:
 
 
 def test_dashboard_panels_show_every_metric_and_no_unknown_metric() -> None:
-    known = {row.full_name for row in DEFINITIONS}
+    known = {row.prefixed_name for row in DEFINITIONS}
     shown = {
         name if name in known else metric_base_name(name)
         for _, query in read_panel_queries()
@@ -59,7 +59,7 @@ def test_dashboard_panels_show_every_metric_and_no_unknown_metric() -> None:
 
 
 def test_dashboard_query_selects_only_labels_that_its_metric_has() -> None:
-    rows = {row.full_name: row for row in DEFINITIONS}
+    rows = {row.prefixed_name: row for row in DEFINITIONS}
     for title, query in read_panel_queries():
         for name, matchers in re.findall(r"\b(workpool_\w+)\{([^}]*)\}", query):
             row = rows.get(name) or rows[metric_base_name(name)]

@@ -29,5 +29,5 @@ def load_plugins(
 
 
 def get_chosen_handler_name(plugins: Plugins, item: WorkItem) -> str | None:
-    answer = plugins.handler_for(item)
+    answer = plugins.find_handler_for_item(item)
     return answer.name if answer else None

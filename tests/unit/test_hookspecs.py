@@ -43,7 +43,7 @@ async def test_session_handler_hook_chooses_handler_for_item() -> None:
         def workpool_session_handler(self, item: Any) -> Callable[..., Any] | None:
             return self.run_session if item.type == "session" else None
 
-    handler = Plugins.load([PluginWithSessionHandlerHook()], [], {}).handler_for(ITEM)
+    handler = Plugins.load([PluginWithSessionHandlerHook()], [], {}).find_handler_for_item(ITEM)
 
     assert handler is not None
     assert (handler.name, handler.plugin) == (
@@ -88,7 +88,7 @@ async def test_contexts_of_wrap_session_hooks_are_left_in_reverse_order_of_entry
     plugins = Plugins.load(
         [FirstSessionWrapperPlugin(), PluginWithoutContext(), SecondSessionWrapperPlugin()], [], {}
     )
-    contexts = plugins.session_contexts(Session(ITEM, cast("Any", None), redelivered=False))
+    contexts = plugins.collect_session_contexts(Session(ITEM, cast("Any", None), redelivered=False))
     assert [name for name, _ in contexts] == [
         "FirstSessionWrapperPlugin",
         "SecondSessionWrapperPlugin",
@@ -117,7 +117,7 @@ async def test_context_of_lifespan_hook_is_entered_before_and_left_after_pool() 
             seen.append("closed")
 
     plugins = Plugins.load([DatabasePlugin()], [], {})
-    await enter_all_contexts(plugins.lifespan_contexts(cast("Any", "the pool")), seen)
+    await enter_all_contexts(plugins.collect_lifespan_contexts(cast("Any", "the pool")), seen)
 
     assert seen == ["open for the pool", "inside", "closed"]
 
@@ -177,9 +177,9 @@ def test_hook_implementation_may_omit_its_argument(hook: str) -> None:
     plugin = type("Plugin", (), {hook: staticmethod(record_hook_call)})()
     plugins = Plugins.load([plugin], [], {})
     session = Session(ITEM, cast("Any", None), redelivered=False)
-    assert plugins.handler_for(ITEM) is None
-    assert plugins.session_contexts(session) == []
-    assert plugins.lifespan_contexts(cast("Any", None)) == []
+    assert plugins.find_handler_for_item(ITEM) is None
+    assert plugins.collect_session_contexts(session) == []
+    assert plugins.collect_lifespan_contexts(cast("Any", None)) == []
     assert plugins.admission_refusal_reason(None) is None
     plugins.notify_observers(DrainStarted(timeout=None))
 

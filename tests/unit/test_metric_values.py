@@ -39,15 +39,15 @@ def expose_collector_as_lines(collector: Collector) -> list[str]:
 def make_prometheus_client_metric(row: MetricDefinition) -> Counter | Histogram:
     labels = tuple(row.labels)
     if row.kind == "counter":
-        return Counter(row.full_name, row.help, labels, registry=None)
-    return Histogram(row.full_name, row.help, labels, registry=None, buckets=row.buckets)
+        return Counter(row.prefixed_name, row.help, labels, registry=None)
+    return Histogram(row.prefixed_name, row.help, labels, registry=None, buckets=row.buckets)
 
 
 def add_amounts_and_get_metric_lines(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
     """Add the amounts to a new store under each label set, and return the store's exposed text."""
     store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
-        series = store.series(labels)
+        series = store.find_series(labels)
         for amount in amounts:
             series.add(amount)
     return expose_collector_as_lines(store)
@@ -84,7 +84,7 @@ def test_increments_from_four_threads_to_one_series_are_all_counted(row: MetricD
         begin.wait()
         for _ in range(2000):
             with lock:
-                store.series(("a", "b")).add(1)
+                store.find_series(("a", "b")).add(1)
 
     threads = [threading.Thread(target=increment_series_repeatedly) for _ in range(4)]
     for thread in threads:

@@ -740,7 +740,7 @@ def test_alert_rules_contain_no_unknown_metric_or_label() -> None:
     rules = [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
     assert len([rule for rule in rules if "record" in rule]) == 1
     assert len([rule for rule in rules if "alert" in rule]) == 21
-    known = {row.full_name: row for row in DEFINITIONS}
+    known = {row.prefixed_name: row for row in DEFINITIONS}
     for rule in rules:
         selectors = re.findall(r"\b(workpool_\w+)(?:\{([^}]*)\})?", rule["expr"])
         assert selectors

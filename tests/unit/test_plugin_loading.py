@@ -70,7 +70,7 @@ def make_decorated_handler(name: str = "daily", **rule: Any) -> Any:
 
 def test_decorated_function_is_loaded_as_handler_with_its_limits() -> None:
     function = make_decorated_handler(timeout=5.0, max_sessions=2)
-    answer = load_plugins(function).handler_for(make_work_item())
+    answer = load_plugins(function).find_handler_for_item(make_work_item())
     assert answer is not None
     assert answer.call is function
     assert (answer.name, answer.plugin) == ("daily.daily", "daily")
@@ -79,16 +79,18 @@ def test_decorated_function_is_loaded_as_handler_with_its_limits() -> None:
 
 def test_plugin_made_from_decorated_function_returns_same_handler_for_every_item() -> None:
     plugins = load_plugins(make_decorated_handler(max_sessions=2))
-    assert plugins.handler_for(make_work_item()) is plugins.handler_for(make_work_item(job="other"))
+    assert plugins.find_handler_for_item(make_work_item()) is plugins.find_handler_for_item(
+        make_work_item(job="other")
+    )
 
 
 def test_partial_of_decorated_function_is_loaded_as_handler() -> None:
     @handler(max_sessions=1)
     async def handler_with_database_argument(database: str, session: Session) -> None: ...
 
-    answer = load_plugins(functools.partial(handler_with_database_argument, "db")).handler_for(
-        make_work_item()
-    )
+    answer = load_plugins(
+        functools.partial(handler_with_database_argument, "db")
+    ).find_handler_for_item(make_work_item())
     assert answer is not None
     assert (answer.name, answer.max_sessions) == (
         "handler_with_database_argument.handler_with_database_argument",
@@ -130,9 +132,9 @@ def test_plugin_class_or_object_supplies_all_its_decorated_methods(plugin: objec
 
 
 async def test_plugin_class_gets_its_settings_as_keyword_arguments() -> None:
-    answer = load_plugins(ReportPlugin, ReportPlugin={"folder": "/srv", "pages": 3}).handler_for(
-        make_work_item(job="daily")
-    )
+    answer = load_plugins(
+        ReportPlugin, ReportPlugin={"folder": "/srv", "pages": 3}
+    ).find_handler_for_item(make_work_item(job="daily"))
     assert answer is not None
     session: Any = None
     call: Any = answer.call
@@ -171,7 +173,7 @@ def test_loading_of_plugin_module_does_not_access_its_lazy_attributes(
         "def __dir__(): return ['a', 'lazy']\n"
         "def __getattr__(name): raise RuntimeError(name)\n"
     )
-    assert load_plugins(names=(name,)).can_handle
+    assert load_plugins(names=(name,)).can_supply_handler
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_installed_plugin_is_listed_without_being_imported_or_activated(
     name = folder_on_import_path.write_module("raise SystemExit('imported')\n")
     folder_on_import_path.write_dist_info_folder("acme-plugin", acme=name)
     assert InstalledPlugin("acme", name, "acme-plugin 1.0") in installed_plugins()
-    assert not load_plugins().can_handle
+    assert not load_plugins().can_supply_handler
     assert load_plugins().active_plugins() == ()
 
 
@@ -451,7 +453,7 @@ def test_settings_for_plugin_that_is_neither_active_nor_installed_are_refused(
     ) as caught:
         load_plugins(ReportPlugin, RepotPlugin={})
     assert caught.value.plugin == "RepotPlugin"
-    assert load_plugins(ReportPlugin, acme={"folder": "x"}).can_handle
+    assert load_plugins(ReportPlugin, acme={"folder": "x"}).can_supply_handler
 
 
 @pytest.mark.parametrize("plugin", [7, None, object(), handle_daily_report, dict, type])

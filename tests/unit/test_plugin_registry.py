@@ -162,7 +162,7 @@ def test_more_specific_rule_wins_in_any_registration_order(order: tuple[int, ...
     for plugins in (load_plugins(*(functions[index] for index in order)), load_plugins(module)):
 
         def get_chosen_handler_function(plugins: Plugins, **metadata: str) -> object:
-            answer = plugins.handler_for(make_work_item(**metadata))
+            answer = plugins.find_handler_for_item(make_work_item(**metadata))
             return answer and answer.call
 
         assert get_chosen_handler_function(plugins) is functions[0]
@@ -189,10 +189,10 @@ def test_plugins_without_handler_hook_or_rule_cannot_handle_any_item() -> None:
         @hookimpl
         def workpool_event(self, event: Event) -> None: ...
 
-    assert not load_plugins(PluginWithEventHookOnly()).can_handle
-    assert load_plugins(PluginWithEventHookOnly()).handler_for(make_work_item()) is None
-    assert load_plugins(FirstPlugin()).can_handle
-    assert load_plugins(make_decorated_handler()).can_handle
+    assert not load_plugins(PluginWithEventHookOnly()).can_supply_handler
+    assert load_plugins(PluginWithEventHookOnly()).find_handler_for_item(make_work_item()) is None
+    assert load_plugins(FirstPlugin()).can_supply_handler
+    assert load_plugins(make_decorated_handler()).can_supply_handler
     assert not load_plugins(FirstPlugin()).wanted
 
 
@@ -234,11 +234,11 @@ def test_async_callable_returned_by_handler_hook_becomes_handler(
             return functools.partial(call) if isinstance(call, functools.partial) else call
 
     plugins = load_plugins(RoutingPlugin())
-    answer = plugins.handler_for(make_work_item())
+    answer = plugins.find_handler_for_item(make_work_item())
     assert answer is not None
     assert (answer.name, answer.plugin) == (name, "RoutingPlugin")
     assert (answer.timeout, answer.max_sessions) == limits
-    assert answer == plugins.handler_for(make_work_item(job="other"))
+    assert answer == plugins.find_handler_for_item(make_work_item(job="other"))
 
 
 def make_observer_with_annotation(annotation: object) -> Any:
@@ -340,7 +340,7 @@ def test_error_in_handler_hook_raises_plugin_error_and_is_reported(
     plugins = load_plugins(FailingRoutingPlugin(), FirstPlugin(), recorder)
     plugins.metrics = metrics.workpool_event
     with pytest.raises(PluginError) as caught:
-        plugins.handler_for(make_work_item())
+        plugins.find_handler_for_item(make_work_item())
     assert caught.value.plugin == "FailingRoutingPlugin"
     assert caught.value.__cause__ is error
     fact = PluginFailed("FailingRoutingPlugin", "workpool_session_handler", error)
@@ -369,7 +369,7 @@ def test_handler_hook_that_returns_uninspectable_object_raises_plugin_error() ->
     with pytest.raises(
         PluginError, match=r"'PluginWithHostileAnswer': looking at the answer .* ZeroDivisionError"
     ):
-        load_plugins(PluginWithHostileAnswer()).handler_for(make_work_item())
+        load_plugins(PluginWithHostileAnswer()).find_handler_for_item(make_work_item())
 
 
 @pytest.mark.parametrize("answer", [sync_function, 7, CallableHandlerObject, async_generator, True])
@@ -384,7 +384,7 @@ def test_handler_hook_that_returns_no_async_callable_raises_plugin_error(answer:
     with pytest.raises(
         PluginError, match=r"'PluginWithInvalidHookResult': .* not an async callable"
     ) as caught:
-        plugins.handler_for(make_work_item())
+        plugins.find_handler_for_item(make_work_item())
     assert recorder.seen == [
         PluginFailed("PluginWithInvalidHookResult", "workpool_session_handler", caught.value)
     ]
@@ -451,7 +451,11 @@ def test_exception_in_hook_that_returns_context_manager_is_raised_unchanged(hook
         type("Broken", (), {hook: staticmethod(hookimpl(hook_implementation))})()
     )
     argument: Any = None
-    ask = plugins.session_contexts if hook == "workpool_wrap_session" else plugins.lifespan_contexts
+    ask = (
+        plugins.collect_session_contexts
+        if hook == "workpool_wrap_session"
+        else plugins.collect_lifespan_contexts
+    )
     with pytest.raises(LookupError, match="no database"):
         ask(argument)
 
@@ -468,6 +472,10 @@ def test_context_hook_that_returns_no_context_manager_raises_plugin_error(
         type("Broken", (), {hook: staticmethod(hookimpl(hook_implementation))})()
     )
     argument: Any = None
-    ask = plugins.session_contexts if hook == "workpool_wrap_session" else plugins.lifespan_contexts
+    ask = (
+        plugins.collect_session_contexts
+        if hook == "workpool_wrap_session"
+        else plugins.collect_lifespan_contexts
+    )
     with pytest.raises(PluginError, match=f"'Broken': {hook} returned .* async context manager"):
         ask(argument)

@@ -148,7 +148,7 @@ def _check_plugins(settings: Settings) -> CheckResult:
         exits.print_plugin_traceback(error)
         return CheckResult("plugins", "FAIL", str(error), "see workpool plugins", exits.USAGE)
     names = ", ".join(plugin.name for plugin in loaded.active_plugins())
-    if not loaded.can_handle:
+    if not loaded.can_supply_handler:
         problem = f"no plugin supplies a handler: {names or 'no plugin is active'}"
         return CheckResult("plugins", "warn", problem, "name a plugin, or set WORKPOOL_PLUGINS")
     return CheckResult("plugins", "ok", names)

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from workpool.errors import RegistryError
 from workpool.metrics.definitions import DEFINITIONS
-from workpool.metrics.gauges import GaugeSource, gauge_families
+from workpool.metrics.gauges import GaugeValueSource, gauge_families
 from workpool.metrics.metric_values import new_metric_store
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ class MetricsCollector(Collector):
             if row.kind != "gauge"
         }
         self._lock = threading.Lock()
-        self._sources: list[GaugeSource] = []
+        self._sources: list[GaugeValueSource] = []
 
-    def add_gauges(self, source: GaugeSource) -> None:
+    def add_gauges(self, source: GaugeValueSource) -> None:
         """Add the gauges of one more supervisor to each scrape."""
         with self._lock:
             self._sources.append(source)
 
-    def remove_gauges(self, source: GaugeSource) -> None:
+    def remove_gauges(self, source: GaugeValueSource) -> None:
         """Stop reading the gauges of a supervisor.
 
         A scrape that has already begun may still read them once.

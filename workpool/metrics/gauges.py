@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 WINDOW_SECONDS: Final = 60
 
 
-class NullPollWindow:
+class RecentPollCounter:
     """Counts the polls with an item and without one (null) in the last 60 s. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -62,7 +62,7 @@ class NullPollWindow:
             bucket[1] += null
             bucket[2] += 1
 
-    def poll_counts(self) -> tuple[int, int]:
+    def read_null_and_poll_counts(self) -> tuple[int, int]:
         """Return the numbers of null answers and of all counted polls in the window of 60 s."""
         oldest = int(self._clock()) - WINDOW_SECONDS
         with self._lock:
@@ -130,7 +130,7 @@ class PoolSnapshot:
 
 
 @dataclass(eq=False, slots=True)
-class GaugeSource:
+class GaugeValueSource:
     """The data from which a scrape computes the gauges of one open supervisor.
 
     Attributes:
@@ -145,7 +145,7 @@ class GaugeSource:
     version: str
     dialect: str
     snapshot: Callable[[], PoolSnapshot]
-    polls: NullPollWindow
+    polls: RecentPollCounter
     now: Callable[[], float]
     handlers: set[str] = field(default_factory=set)
     remote: tuple[float, QueueStats] | None = None
@@ -157,10 +157,10 @@ class GaugeSource:
         return OTHER_HANDLERS
 
 
-def gauge_families(sources: Iterable[GaugeSource]) -> Iterable[GaugeMetricFamily]:
+def gauge_families(sources: Iterable[GaugeValueSource]) -> Iterable[GaugeMetricFamily]:
     """Return all gauges of `DEFINITIONS` with their current values."""
     families = {
-        row.name: GaugeMetricFamily(row.full_name, row.help, labels=tuple(row.labels))
+        row.name: GaugeMetricFamily(row.prefixed_name, row.help, labels=tuple(row.labels))
         for row in DEFINITIONS
         if row.kind == "gauge"
     }
@@ -169,15 +169,15 @@ def gauge_families(sources: Iterable[GaugeSource]) -> Iterable[GaugeMetricFamily
     return families.values()
 
 
-def _collect_gauge_samples(sources: Iterable[GaugeSource]) -> Iterator[Sample]:
-    environments = defaultdict[str, list[GaugeSource]](list)
+def _collect_gauge_samples(sources: Iterable[GaugeValueSource]) -> Iterator[Sample]:
+    environments = defaultdict[str, list[GaugeValueSource]](list)
     for source in sources:
         environments[source.environment_id].append(source)
     for environment_id, group in environments.items():
         snapshots = [source.snapshot() for source in group]
         yield from _collect_pool_samples(environment_id, snapshots)
         yield from _collect_session_samples(environment_id, group, snapshots)
-        yield from _collect_null_ratio_samples(environment_id, group)
+        yield from _collect_poll_null_ratio_samples(environment_id, group)
         yield from _collect_queue_samples(environment_id, group)
         python = platform.python_version()
         for build in {(s.worker_id, s.version, python, s.dialect) for s in group}:
@@ -206,7 +206,7 @@ def _collect_pool_samples(
 
 
 def _collect_session_samples(
-    environment_id: str, group: Sequence[GaugeSource], snapshots: Sequence[PoolSnapshot]
+    environment_id: str, group: Sequence[GaugeValueSource], snapshots: Sequence[PoolSnapshot]
 ) -> Iterator[Sample]:
     # Copy `source.handlers` with `tuple`, because the pool's thread may add a handler meanwhile.
     active = dict.fromkeys((name for source in group for name in tuple(source.handlers)), 0)
@@ -227,16 +227,18 @@ def _collect_session_samples(
         yield "session_silence_seconds_max", labels, silent[handler]
 
 
-def _collect_null_ratio_samples(
-    environment_id: str, group: Sequence[GaugeSource]
+def _collect_poll_null_ratio_samples(
+    environment_id: str, group: Sequence[GaugeValueSource]
 ) -> Iterator[Sample]:
-    counts = [source.polls.poll_counts() for source in group]
+    counts = [source.polls.read_null_and_poll_counts() for source in group]
     polls = sum(polls for _, polls in counts)
     if polls:
         yield "poll_null_ratio", (environment_id,), sum(nulls for nulls, _ in counts) / polls
 
 
-def _collect_queue_samples(environment_id: str, group: Sequence[GaugeSource]) -> Iterator[Sample]:
+def _collect_queue_samples(
+    environment_id: str, group: Sequence[GaugeValueSource]
+) -> Iterator[Sample]:
     reads = [(source.remote, source.now) for source in group if source.remote is not None]
     if not reads:
         return

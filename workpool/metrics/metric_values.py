@@ -38,7 +38,7 @@ class Series(Protocol):
 class MetricStore(Protocol):
     """The interface of a store that contains all series of one metric."""
 
-    def series(self, labels: tuple[str, ...]) -> Series:
+    def find_series(self, labels: tuple[str, ...]) -> Series:
         """Return the series of these label values. A new series begins at 0."""
 
     def describe(self) -> Iterable[Metric]:
@@ -80,12 +80,12 @@ class _CounterStore:
         self._lock = lock
         self._series: dict[tuple[str, ...], CounterSeries] = {}
 
-    def series(self, labels: tuple[str, ...]) -> CounterSeries:
+    def find_series(self, labels: tuple[str, ...]) -> CounterSeries:
         return self._series.setdefault(labels, CounterSeries())
 
     def describe(self) -> Iterable[CounterMetricFamily]:
         row = self._row
-        return [CounterMetricFamily(row.full_name, row.help, labels=tuple(row.labels))]
+        return [CounterMetricFamily(row.prefixed_name, row.help, labels=tuple(row.labels))]
 
     def collect(self) -> Iterable[Metric]:
         [family] = self.describe()
@@ -117,7 +117,7 @@ class HistogramSeries:
         self.counts[bisect_left(self.bounds, amount)] += 1
         self.total += amount
 
-    def cumulative_counts_and_sum(self) -> tuple[list[int], float]:
+    def cumulative_bucket_counts_and_sum(self) -> tuple[list[int], float]:
         """Return the cumulative counts of the buckets, and the sum of all amounts."""
         return list(itertools.accumulate(self.counts)), self.total
 
@@ -132,18 +132,18 @@ class _HistogramStore:
         self._names = [*map(str, self._bounds), "+Inf"]
         self._series: dict[tuple[str, ...], HistogramSeries] = {}
 
-    def series(self, labels: tuple[str, ...]) -> HistogramSeries:
+    def find_series(self, labels: tuple[str, ...]) -> HistogramSeries:
         return self._series.setdefault(labels, HistogramSeries(self._bounds))
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
         row = self._row
-        return [HistogramMetricFamily(row.full_name, row.help, labels=tuple(row.labels))]
+        return [HistogramMetricFamily(row.prefixed_name, row.help, labels=tuple(row.labels))]
 
     def collect(self) -> Iterable[Metric]:
         [family] = self.describe()
         with self._lock:
             spreads = [
-                (labels, *spread.cumulative_counts_and_sum())
+                (labels, *spread.cumulative_bucket_counts_and_sum())
                 for labels, spread in list(self._series.items())
             ]
         for labels, counts, total in spreads:
@@ -161,7 +161,7 @@ class _PrometheusStore:
     """All series of one metric that prometheus_client stores, for its multiprocess mode."""
 
     def __init__(self, row: MetricDefinition) -> None:
-        name, text, labels = row.full_name, row.help, tuple(row.labels)
+        name, text, labels = row.prefixed_name, row.help, tuple(row.labels)
         self._metric: Counter | Histogram = (
             Counter(name, text, labels, registry=None)
             if row.kind == "counter"
@@ -170,6 +170,6 @@ class _PrometheusStore:
         self.describe = self._metric.describe
         self.collect = self._metric.collect
 
-    def series(self, labels: tuple[str, ...]) -> _PrometheusSeries:
+    def find_series(self, labels: tuple[str, ...]) -> _PrometheusSeries:
         child = self._metric.labels(*labels) if labels else self._metric
         return _PrometheusSeries(child.inc if isinstance(child, Counter) else child.observe)

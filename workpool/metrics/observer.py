@@ -29,7 +29,7 @@ from workpool.metrics.definitions import (
     HANDLERS_MAX,
     OTHER_HANDLERS,
 )
-from workpool.metrics.gauges import GaugeSource, NullPollWindow
+from workpool.metrics.gauges import GaugeValueSource, RecentPollCounter
 from workpool.metrics.metric_values import CounterSeries, HistogramSeries
 from workpool.wire.protocol import HEALTHCHECK, SESSION
 
@@ -63,14 +63,14 @@ def _unix_time() -> float:
     return datetime.now(UTC).timestamp()
 
 
-class _IgnoredSeries:
+class _DiscardingSeries:
     """A series that ignores all amounts, for label values that a metric leaves out on purpose."""
 
     def add(self, _: float) -> None:
         """Do nothing: the amount is not counted."""
 
 
-_LEFT_OUT: Final = _IgnoredSeries()
+_LEFT_OUT: Final = _DiscardingSeries()
 
 
 class _MetricSeries(dict["Hashable", "Series"]):
@@ -103,7 +103,7 @@ class _MetricSeries(dict["Hashable", "Series"]):
         for label, value in given.items():
             closed = self._row.labels[label]
             if closed and value not in closed:
-                text = f"{self._row.full_name} has no {label}={value!r}; not counted"
+                text = f"{self._row.prefixed_name} has no {label}={value!r}; not counted"
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
                 return _LEFT_OUT
         if HANDLER in given:
@@ -124,7 +124,7 @@ class _MetricSeries(dict["Hashable", "Series"]):
         choices = (self._row.labels[label] or (given[label],) for label in self.labels)
         for values in itertools.product(*choices):
             environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
-            series = self._store.series((*environment, *map(str, values)))
+            series = self._store.find_series((*environment, *map(str, values)))
             self[_make_series_key(values)] = series
 
 
@@ -134,7 +134,7 @@ def _make_series_key(values: Iterable[Hashable]) -> Hashable:
     return key[0] if len(key) == 1 else key
 
 
-class _MetricRule(NamedTuple):
+class _SeriesUpdateRule(NamedTuple):
     """A rule for one type of events and one metric: the series to change, and the amount to add.
 
     Attributes:
@@ -147,7 +147,7 @@ class _MetricRule(NamedTuple):
     amount_at: int | None
 
 
-class _AffectedSeries(NamedTuple):
+class _SeriesOfEvent(NamedTuple):
     """The series that change when an event with certain labels is counted.
 
     Attributes:
@@ -161,7 +161,7 @@ class _AffectedSeries(NamedTuple):
     others: list[tuple[Series, int | None]]
 
 
-class _EventRules:
+class _EventMetricRules:
     """The rules by which events of one type change metrics, and the callbacks for these events.
 
     Attributes:
@@ -174,25 +174,27 @@ class _EventRules:
     def __init__(self, event_type: type[ev.Event]) -> None:
         self.callbacks: list[Callback] = []
         self.labels_of: Callable[[Values], Hashable] = _NO_LABELS
-        self.targets: dict[Hashable, _AffectedSeries] = {}
+        self.targets: dict[Hashable, _SeriesOfEvent] = {}
         self._names = _FIELDS[event_type]
-        self._effects: list[_MetricRule] = []
+        self._effects: list[_SeriesUpdateRule] = []
         self._labels: tuple[str, ...] = ()
 
     def add_metric(self, series: _MetricSeries, row: MetricDefinition) -> None:
         """Add a metric that events of this type change."""
         names, labels = self._names, series.labels
         amount_at = None if row.value is None else names.index(row.value)
-        self._effects.append(_MetricRule(series, _make_label_reader(labels, names), amount_at))
+        self._effects.append(
+            _SeriesUpdateRule(series, _make_label_reader(labels, names), amount_at)
+        )
         self._labels = tuple(dict.fromkeys((*self._labels, *labels)))
         self.labels_of = _make_label_reader(self._labels, names)
 
-    def find_affected_series(self, labels: Hashable, values: Values) -> _AffectedSeries:
+    def find_series_of_event(self, labels: Hashable, values: Values) -> _SeriesOfEvent:
         """Return the series that an event changes.
 
         Store them in `targets` for later events with the same labels.
         """
-        targets = _AffectedSeries([], [], [])
+        targets = _SeriesOfEvent([], [], [])
         known = True
         for effect in self._effects:
             key = effect.key_of(values)
@@ -256,10 +258,10 @@ class Metrics:
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = _unix_time
     _series: dict[str, _MetricSeries] = field(init=False)
-    _effects: dict[EventType, _EventRules] = field(init=False)
+    _effects: dict[EventType, _EventMetricRules] = field(init=False)
     _acquire: Callable[[], object] = field(init=False)
     _release: Callable[[], None] = field(init=False)
-    _source: GaugeSource = field(init=False)
+    _source: GaugeValueSource = field(init=False)
     _shared: MetricsCollector | None = field(default=None, init=False)
 
     def open(self) -> None:
@@ -272,9 +274,9 @@ class Metrics:
             raise RegistryError("these metrics are open already")
         shared = collector_for_registry(self.registry)
         self._acquire, self._release = shared.stores_lock.acquire, shared.stores_lock.release
-        self._source = GaugeSource(
+        self._source = GaugeValueSource(
             self.environment_id, self.worker_id, self.version, self.dialect, self.snapshot,
-            NullPollWindow(self.clock), self.now,
+            RecentPollCounter(self.clock), self.now,
         )  # fmt: skip
         self._series = {
             row.name: _MetricSeries(
@@ -283,13 +285,13 @@ class Metrics:
             for row in DEFINITIONS
             if row.name in shared.stores
         }
-        self._effects = {event_type: _EventRules(event_type) for event_type in _FIELDS}
+        self._effects = {event_type: _EventMetricRules(event_type) for event_type in _FIELDS}
         for row in DEFINITIONS:
             if row.event is not None:
                 self._effects[row.event].add_metric(self._series[row.name], row)
         self.add_event_callback(ev.PollFinished, self._source.polls.count_poll)
         self.add_event_callback(ev.QueueStatsRead, self._store_queue_stats)
-        self.add_event_callback(ev.SessionStarted, self._add_handler_of_session)
+        self.add_event_callback(ev.SessionStarted, self._ensure_session_handler_label)
         for handler in self.handlers:
             self._ensure_handler_label(handler)
         shared.add_gauges(self._source)
@@ -320,7 +322,7 @@ class Metrics:
                 # instructions of a pool.
                 counts, spreads, others = effects.targets.get(
                     labels
-                ) or effects.find_affected_series(labels, values)
+                ) or effects.find_series_of_event(labels, values)
                 for count in counts:
                     count.value += 1
                 for spread, at in spreads:
@@ -345,7 +347,7 @@ class Metrics:
     def _store_queue_stats(self, stats: QueueStats) -> None:
         self._source.remote = (self.now(), stats)
 
-    def _add_handler_of_session(self, _: object, handler: str) -> None:
+    def _ensure_session_handler_label(self, _: object, handler: str) -> None:
         if handler not in self._source.handlers:
             self._ensure_handler_label(handler)
 

@@ -48,7 +48,7 @@ class FoundPlugin:
     target: object
 
 
-def call_plugin(
+def call_plugin_function(
     plugin: str, doing: str, call: Callable[..., T], *args: object, **kwargs: object
 ) -> T:
     """Call a function of a plugin; if it raises, raise a `PluginError` instead.
@@ -83,13 +83,13 @@ def find_plugin(asked: str) -> FoundPlugin:
     if points:
         [point] = points
         source = f"{point.value} of {_describe_distribution(point)}"
-        return FoundPlugin(asked, source, _import_target(asked, point.value))
-    target = _import_target(asked, asked)
+        return FoundPlugin(asked, source, _import_plugin_object(asked, point.value))
+    target = _import_plugin_object(asked, asked)
     module, _, attribute = asked.partition(":")
     return FoundPlugin(attribute or module.rpartition(".")[2], asked, target)
 
 
-def _import_target(asked: str, path: str) -> object:
+def _import_plugin_object(asked: str, path: str) -> object:
     module, colon, attribute = path.partition(":")
     names = module.split(".") + (attribute.split(".") if colon else [])
     if not all(name.isidentifier() for name in names):
@@ -97,7 +97,7 @@ def _import_target(asked: str, path: str) -> object:
             asked, f"is not installed, nor a module or module:Name{_format_plugin_name_hint(asked)}"
         )
     try:
-        target = call_plugin(asked, f"importing {module}", importlib.import_module, module)
+        target = call_plugin_function(asked, f"importing {module}", importlib.import_module, module)
     except PluginError as failure:
         error = failure.__cause__
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
@@ -110,7 +110,7 @@ def _import_target(asked: str, path: str) -> object:
     try:
         return attrgetter(attribute)(target)
     except AttributeError as error:
-        hint = format_suggestion(attribute, dir(target))
+        hint = format_similar_word_hint(attribute, dir(target))
         raise PluginError(asked, f"module {module} has no {attribute!r}{hint}") from error
 
 
@@ -131,10 +131,10 @@ def _describe_distribution(point: EntryPoint) -> str:
 def _format_plugin_name_hint(asked: str) -> str:
     names = sorted({point.name for point in entry_points(group=GROUP)} - {asked})
     installed = f"; installed plugins: {', '.join(names) or 'none'}"
-    return format_suggestion(asked, names) or installed
+    return format_similar_word_hint(asked, names) or installed
 
 
-def format_suggestion(word: str, words: Sequence[str]) -> str:
+def format_similar_word_hint(word: str, words: Sequence[str]) -> str:
     """Return `; did you mean …?` with the most similar word; empty if no word is similar."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

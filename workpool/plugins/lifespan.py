@@ -23,7 +23,7 @@ log = pool_logger(__name__)
 CLOSE_SECONDS = 10.0
 
 
-class Lifespan:
+class PluginLifespan:
     """Wraps the context that a plugin's `workpool_lifespan` returned, and limits its time."""
 
     def __init__(self, plugin: str, context: AbstractAsyncContextManager[object]) -> None:
@@ -33,7 +33,7 @@ class Lifespan:
     async def __aenter__(self) -> None:
         """Enter the context; an error stops the start of the pool."""
         try:
-            with self._convert_plugin_cancellation():
+            with self._plugin_cancellation_as_error():
                 await self._context.__aenter__()
         except BaseException as error:
             error.add_note(f"while entering workpool_lifespan of plugin {self._plugin!r}")
@@ -51,7 +51,7 @@ class Lifespan:
         """
         try:
             async with asyncio.timeout(CLOSE_SECONDS) as scope:
-                with self._convert_plugin_cancellation():
+                with self._plugin_cancellation_as_error():
                     await self._context.__aexit__(kind, error, trace)
         except TimeoutError:
             if not scope.expired():
@@ -59,7 +59,7 @@ class Lifespan:
             log.exception("plugin did not close", extra={"plugin": self._plugin})
 
     @contextlib.contextmanager
-    def _convert_plugin_cancellation(self) -> Iterator[None]:
+    def _plugin_cancellation_as_error(self) -> Iterator[None]:
         """Raise a PluginError if the plugin raises CancelledError and nobody cancelled this task.
 
         Otherwise the CancelledError would look like a cancellation of the pool by the embedder.

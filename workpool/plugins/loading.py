@@ -25,10 +25,10 @@ from workpool.handlers import (
 from workpool.hookspecs import PROJECT
 from workpool.plugins.discovery import (
     FoundPlugin,
-    call_plugin,
+    call_plugin_function,
     describe_plugin_object,
     find_plugin,
-    format_suggestion,
+    format_similar_word_hint,
     installed_plugins,
 )
 from workpool.plugins.routing import Route, refuse_equal_rules
@@ -66,7 +66,7 @@ class Plugin:
     event_types: frozenset[type[events.Event]] = frozenset()
 
 
-def load(
+def load_plugins(
     given: Sequence[object],
     options: Mapping[str, Mapping[str, Any]],
     file: Path | None = None,
@@ -97,7 +97,7 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
     target = _instantiate_plugin_class(found, options, where)
     rule = find_handler_rule(target)
     if rule is not None:
-        route = _new_route(found.name, callable_name(target), target, rule)
+        route = _make_handler_route(found.name, callable_name(target), target, rule)
         return Plugin(found.name, found.source, {}, (route,))
     hooks: dict[str, Callable[..., Any]] = {}
     routes: dict[object, Route] = {}
@@ -106,7 +106,7 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
             hooks[name] = member
         rule = find_handler_rule(member)
         if rule is not None:
-            route = _new_route(found.name, name, member, rule)
+            route = _make_handler_route(found.name, name, member, rule)
             routes.setdefault(getattr(member, "__func__", member), route)
     if not hooks and not routes:
         if inspect.isroutine(target):
@@ -132,7 +132,7 @@ def _instantiate_plugin_class(found: FoundPlugin, options: Mapping[str, Any], wh
     # A class that is written in C may have no signature. Then its constructor checks the options.
     except ValueError:
         pass
-    return call_plugin(found.name, f"creating it with {table}", found.target, **options)
+    return call_plugin_function(found.name, f"creating it with {table}", found.target, **options)
 
 
 def _refuse_unknown_options(
@@ -141,7 +141,7 @@ def _refuse_unknown_options(
     kinds = {each.kind for each in signature.parameters.values()}
     for name in options:
         if name not in signature.parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
-            hint = format_suggestion(name, list(signature.parameters))
+            hint = format_similar_word_hint(name, list(signature.parameters))
             raise PluginError(plugin, f"{table}: {name}: no such option{hint}")
 
 
@@ -163,7 +163,9 @@ def _is_hook(plugin: str, name: str, member: Any) -> bool:
     if marks is None and not name.startswith(f"{PROJECT}_"):
         return False
     if name not in SPECS:
-        raise PluginError(plugin, f"{name} is not a hook{format_suggestion(name, list(SPECS))}")
+        raise PluginError(
+            plugin, f"{name} is not a hook{format_similar_word_hint(name, list(SPECS))}"
+        )
     if marks is None:
         raise PluginError(plugin, f"{name} is not marked with @hookimpl")
     if marks.get("wrapper") or marks.get("hookwrapper") or marks.get("specname"):
@@ -217,7 +219,7 @@ def _find_observed_event_types(
     return event_types
 
 
-def _new_route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
+def _make_handler_route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
     if is_async_callable(call) is rule.blocking:
         outer = "an `async def`" if rule.blocking else "a plain `def`"
         raise PluginError(
@@ -231,10 +233,10 @@ def _new_route(plugin: str, name: str, call: Any, rule: HandlerRule) -> Route:
         raise PluginError(
             plugin, f"{name} must be callable with one argument, the session: {error}"
         ) from error
-    return Route(rule, new_handler(plugin, name, call))
+    return Route(rule, make_plugin_handler(plugin, name, call))
 
 
-def new_handler(plugin: str, name: str, call: Any) -> Handler:
+def make_plugin_handler(plugin: str, name: str, call: Any) -> Handler:
     """Return a `Handler` that runs the callable `call` of a plugin.
 
     The decorator `@handler` of `call` sets the timeout and the other limits. A callable that is not
@@ -270,7 +272,7 @@ def _refuse_unused_options(options: Mapping[str, object], active: set[str], wher
     known = active | {point.name for point in installed_plugins()}
     for name in options:
         if name not in known:
-            hint = format_suggestion(name, sorted(known))
+            hint = format_similar_word_hint(name, sorted(known))
             raise PluginError(
                 name, f"{where}[workpool.plugin.{name}] is for no active plugin{hint}"
             )

@@ -25,8 +25,8 @@ from workpool.events import PluginFailed
 from workpool.handlers import Handler, callable_name, find_handler_rule, is_async_callable
 from workpool.hookspecs import PROJECT, hookimpl
 from workpool.log_fields import pool_logger
-from workpool.plugins.discovery import call_plugin
-from workpool.plugins.loading import SPECS, Plugin, load, new_handler
+from workpool.plugins.discovery import call_plugin_function
+from workpool.plugins.loading import SPECS, Plugin, load_plugins, make_plugin_handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,7 +68,7 @@ class _RouteAdapter:
         return None
 
 
-class _LoggedAdmissionError(NamedTuple):
+class _LastAdmissionError(NamedTuple):
     """The last error of a plugin's hook `workpool_admission` that was logged.
 
     Attributes:
@@ -93,7 +93,7 @@ class Plugins:
         self.metrics: Callable[[Event], None] | None = None
         # `_reported` and `_failing` need no lock: only the thread of the event loop changes them.
         self._reported: set[tuple[str, str, type[BaseException]]] = set()
-        self._failing: dict[str, _LoggedAdmissionError] = {}
+        self._failing: dict[str, _LastAdmissionError] = {}
         self._plugins = plugins
         self._choosers = hooks["workpool_session_handler"]
         self._wrappers = hooks["workpool_wrap_session"]
@@ -121,11 +121,11 @@ class Plugins:
         Raises:
             PluginError: A plugin cannot be used.
         """
-        plugins = load((*objects, *names), options, file)
+        plugins = load_plugins((*objects, *names), options, file)
         return cls(plugins, _sort_hooks_by_calling_order(plugins))
 
     @property
-    def can_handle(self) -> bool:
+    def can_supply_handler(self) -> bool:
         """Whether any plugin can supply a handler."""
         return bool(self._choosers)
 
@@ -149,14 +149,14 @@ class Plugins:
         """
         for plugin, hook in self._refusers:
             try:
-                answer = _check_admission_result(
-                    plugin, call_plugin(plugin, "workpool_admission", hook, supervisor)
+                answer = _check_admission_hook_result(
+                    plugin, call_plugin_function(plugin, "workpool_admission", hook, supervisor)
                 )
                 if plugin in self._failing:
                     self._failing[plugin] = self._failing[plugin]._replace(text="")
             except PluginError as failure:
                 log_it = self._should_log_admission_error(plugin, str(failure))
-                self._report_failure(plugin, "workpool_admission", failure, log_it=log_it)
+                self._report_plugin_failure(plugin, "workpool_admission", failure, log_it=log_it)
                 answer = "workpool_admission failed"
             if answer is not None:
                 return f"{plugin}: {answer}"
@@ -171,14 +171,14 @@ class Plugins:
         last = self._failing.get(plugin)
         if last is not None and (last.text == text or now - last.at < REFUSAL_LOG_SECONDS):
             return False
-        self._failing[plugin] = _LoggedAdmissionError(text, now)
+        self._failing[plugin] = _LastAdmissionError(text, now)
         return True
 
     def active_plugins(self) -> tuple[Plugin, ...]:
         """Return the active plugins, in the order in which they are called."""
         return self._plugins
 
-    def handler_for(self, item: WorkItem) -> Handler | None:
+    def find_handler_for_item(self, item: WorkItem) -> Handler | None:
         """Return the handler of the first plugin that has one for this item, or None.
 
         Raises:
@@ -187,7 +187,7 @@ class Plugins:
         """
         for plugin, hook in self._choosers:
             try:
-                answer = call_plugin(plugin, "workpool_session_handler", hook, item)
+                answer = call_plugin_function(plugin, "workpool_session_handler", hook, item)
                 if answer is not None:
                     return (
                         answer
@@ -195,47 +195,47 @@ class Plugins:
                         else _convert_to_handler(plugin, answer)
                     )
             except PluginError as failure:
-                self._report_failure(plugin, "workpool_session_handler", failure)
+                self._report_plugin_failure(plugin, "workpool_session_handler", failure)
                 raise
         return None
 
-    def session_contexts(self, session: Session) -> list[Context]:
+    def collect_session_contexts(self, session: Session) -> list[Context]:
         """Return the `workpool_wrap_session` contexts for this session, in the order of entering.
 
         An exception of a hook is not caught: it counts as an exception of the handler.
         """
         if not self._wrappers:
             return []
-        return _collect_contexts("workpool_wrap_session", self._wrappers, session)
+        return _collect_hook_contexts("workpool_wrap_session", self._wrappers, session)
 
-    def lifespan_contexts(self, supervisor: object) -> list[Context]:
+    def collect_lifespan_contexts(self, supervisor: object) -> list[Context]:
         """Return the `workpool_lifespan` contexts for the pool, in the order of entering.
 
         An exception of a hook is not caught: it stops the start.
         """
-        return _collect_contexts("workpool_lifespan", self._lifespans, supervisor)
+        return _collect_hook_contexts("workpool_lifespan", self._lifespans, supervisor)
 
     def notify_observers(self, event: Event) -> None:
         """Call the observers of this type of event, in order. Their exceptions are caught.
 
         Must be called on the supervisor's loop.
         """
-        self._notify_observers_except(event, but=None)
+        self._notify_observers_except_plugin(event, but=None)
 
-    def _notify_observers_except(self, event: Event, *, but: str | None) -> None:
+    def _notify_observers_except_plugin(self, event: Event, *, but: str | None) -> None:
         for plugin, hook in self._observers.get(type(event), ()):
             if plugin == but:
                 continue
             try:
-                call_plugin(plugin, "workpool_event", hook, event)
+                call_plugin_function(plugin, "workpool_event", hook, event)
             except PluginError as failure:
                 # If an observer of `PluginFailed` fails, do not call other observers with that
                 # failure: two failing observers would call each other without end.
-                self._report_failure(
+                self._report_plugin_failure(
                     plugin, "workpool_event", failure, tell=type(event) is not PluginFailed
                 )
 
-    def _report_failure(
+    def _report_plugin_failure(
         self,
         plugin: str,
         hook: str,
@@ -260,7 +260,7 @@ class Plugins:
         if self.metrics is not None:
             self.metrics(event)
         if tell:
-            self._notify_observers_except(event, but=plugin)
+            self._notify_observers_except_plugin(event, but=plugin)
 
 
 def _sort_hooks_by_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Hook]]:
@@ -277,14 +277,14 @@ def _sort_hooks_by_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Ho
     for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(
-                _RouteAdapter(_find_covered_routes(plugin, routes)), f"@{plugin.name}"
+                _RouteAdapter(_find_routes_covered_by_plugin(plugin, routes)), f"@{plugin.name}"
             )
             owners[str(adapter)] = plugin.name
         registry.register(_PluginHooks(plugin.hooks), plugin.name)
         owners[plugin.name] = plugin.name
     return {
         hook: [
-            (owners[impl.plugin_name], _drop_unused_argument(impl))
+            (owners[impl.plugin_name], _adapt_hook_without_argument(impl))
             for impl in reversed(getattr(registry.hook, hook).get_hookimpls())
         ]
         for hook in SPECS
@@ -303,7 +303,7 @@ def _group_observers_by_event_type(
     return observers
 
 
-def _find_covered_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
+def _find_routes_covered_by_plugin(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
     """Return the `routes` of all plugins whose rule is covered by a rule of `plugin`.
 
     The most specific route comes first.
@@ -313,12 +313,12 @@ def _find_covered_routes(plugin: Plugin, routes: Iterable[Route]) -> list[Route]
     return sorted(refined, key=lambda route: -len(route.rule.metadata))
 
 
-def _drop_unused_argument(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
+def _adapt_hook_without_argument(impl: pluggy.HookImpl) -> Callable[[Any], Any]:
     function = impl.function
     return function if impl.argnames else lambda _: function()
 
 
-def _check_admission_result(plugin: str, answer: object) -> str | None:
+def _check_admission_hook_result(plugin: str, answer: object) -> str | None:
     if answer is None or isinstance(answer, str):
         return answer
     raise PluginError(
@@ -327,15 +327,16 @@ def _check_admission_result(plugin: str, answer: object) -> str | None:
 
 
 def _convert_to_handler(plugin: str, answer: object) -> Handler:
-    # Use `call_plugin`: reading an attribute of `answer` runs code of the plugin, which may fail.
+    # Use `call_plugin_function`: reading an attribute of `answer` runs code of the plugin, which
+    # may fail.
     looking = "looking at the answer of workpool_session_handler"
-    name = call_plugin(plugin, looking, callable_name, answer)
+    name = call_plugin_function(plugin, looking, callable_name, answer)
     # Accept a plain function only with `@handler`: without that mark, it may be a function that
     # returns a coroutine.
-    rule = call_plugin(plugin, looking, find_handler_rule, answer)
+    rule = call_plugin_function(plugin, looking, find_handler_rule, answer)
     plain = rule is not None and rule.blocking
-    if plain or call_plugin(plugin, looking, is_async_callable, answer):
-        return new_handler(plugin, name, answer)
+    if plain or call_plugin_function(plugin, looking, is_async_callable, answer):
+        return make_plugin_handler(plugin, name, answer)
     raise PluginError(
         plugin,
         f"workpool_session_handler returned {type(answer).__name__} {name!r}, "
@@ -343,7 +344,7 @@ def _convert_to_handler(plugin: str, answer: object) -> Handler:
     )
 
 
-def _collect_contexts(hook: str, calls: Sequence[Hook], argument: object) -> list[Context]:
+def _collect_hook_contexts(hook: str, calls: Sequence[Hook], argument: object) -> list[Context]:
     contexts: list[Context] = []
     for plugin, call in calls:
         try:

@@ -156,7 +156,7 @@ class Dispatcher:
 
     async def adopt_handed_off_item(self, work_item: WorkItem, parents_heartbeat: str) -> None:
         """Run an item that a parent process handed off to this one."""
-        handler = self._context.plugins.handler_for(work_item)
+        handler = self._context.plugins.find_handler_for_item(work_item)
         context = self._context.start_context.copy()
         item = PoolItem(work_item, handler, context, self._context.clock())
         item.parents_heartbeat, item.held_before = parents_heartbeat, False
@@ -251,7 +251,7 @@ class Dispatcher:
             reason = "busy"
         else:
             try:
-                handler = self._context.plugins.handler_for(work_item)
+                handler = self._context.plugins.find_handler_for_item(work_item)
             except PluginError:
                 reason = "plugin_error"
             else:

@@ -237,7 +237,7 @@ class HandlerExecutor:
         try:
             # Call `make_metadata_from_result` inside this `try`, too: it reads the returned
             # mapping, whose class may be code of the handler and raise any error.
-            contexts = self._plugins.session_contexts(session)
+            contexts = self._plugins.collect_session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
                 call = self._make_handler_call(item, handler)

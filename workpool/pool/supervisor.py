@@ -22,7 +22,7 @@ from workpool.events import PoolFailed
 from workpool.log_fields import pool_log_ids_context, pool_logger
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
-from workpool.plugins.lifespan import Lifespan
+from workpool.plugins.lifespan import PluginLifespan
 from workpool.pool.admission import Admission, ExitLimits
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.dispatcher import Dispatcher
@@ -153,7 +153,7 @@ class Supervisor:
             self.settings.plugin_options,
             self.settings.config_file,
         )
-        if not self._plugins.can_handle:
+        if not self._plugins.can_supply_handler:
             raise PluginError(
                 ", ".join(self.settings.plugins) or "(none)",
                 "no plugin handles anything; name one in `plugins` or pass a handler",
@@ -362,8 +362,8 @@ class Supervisor:
         )
         stack.push(self._report_failure)
         self._client = await stack.enter_async_context(self._new_client())
-        for plugin, context in self._plugins.lifespan_contexts(self):
-            await stack.enter_async_context(Lifespan(plugin, context))
+        for plugin, context in self._plugins.collect_lifespan_contexts(self):
+            await stack.enter_async_context(PluginLifespan(plugin, context))
         log.info("pool started")
 
     def _report_failure(
