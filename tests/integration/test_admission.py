@@ -153,7 +153,7 @@ async def test_pause_with_end_time_without_time_zone_raises(make_pool: Any) -> N
     supervisor = make_pool(return_at_once)
     with pytest.raises(ValueError, match="needs a time zone"):
         supervisor.pause("x", until=datetime(2030, 1, 1))  # noqa: DTZ001 - the mistake
-    assert supervisor._admission.paused is None
+    assert supervisor._admission.pause_reason is None
 
 
 async def test_items_that_wait_for_slot_stay_queued_when_pool_is_paused(

@@ -234,7 +234,7 @@ async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
             await asyncio.sleep(0.01)
         may_crash.set()
     assert share.taken == 0
-    note_poll, idle = limits.add_pool_to_limits(Admission(lambda: 0.0)), True
+    note_poll, idle = limits.include_pool_in_idle_limit(Admission(lambda: 0.0)), True
     note_poll(idle)
     await asyncio.sleep(0.01)
     note_poll(idle)

@@ -65,15 +65,19 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "item taken during a pause": [
         SourceEdit(
             "dispatcher:Dispatcher",
-            " or (self._admission.gated and self._admission.paused is not None)",
+            " or (\n"
+            "        self._admission.gated and self._admission.pause_reason is not None\n"
+            "    )",
             "",
         ),
     ],
     "poll during a pause": [
-        SourceEdit("admission:Admission", "while self.paused is not None or", "while"),
+        SourceEdit("admission:Admission", "while self.pause_reason is not None or", "while"),
         SourceEdit(
             "dispatcher:Dispatcher",
-            " or (self._admission.gated and self._admission.paused is not None)",
+            " or (\n"
+            "        self._admission.gated and self._admission.pause_reason is not None\n"
+            "    )",
             "",
         ),
     ],
@@ -463,14 +467,14 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "drained is stopped": [
         SourceEdit(
             "completion:Completion",
-            "row = find_completion_row(item)",
+            "row = find_completion_actions(item)",
             "row = TABLE[item.reason if item.reason != EndReason.DRAINED else EndReason.RETURNED]",
         ),
     ],
     "released by silence": [
         SourceEdit(
             "completion:Completion",
-            "self._renewer.send_last_heartbeat(lease, release_delay_seconds(release))",
+            "self._renewer.send_last_heartbeat(lease, read_release_delay_seconds(release))",
             "0",
         ),
     ],

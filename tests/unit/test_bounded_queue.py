@@ -21,10 +21,10 @@ async def test_queue_returns_items_in_order_of_arrival() -> None:
     queue: BoundedQueue[str] = BoundedQueue(3, 0)
     await reserve_places_and_put_items(queue, "a", "b", "c")
     assert [
-        queue.take_item_for_slot(),
-        queue.take_item_for_slot(),
-        queue.take_item_for_slot(),
-        queue.take_item_for_slot(),
+        queue.take_startable_item(),
+        queue.take_startable_item(),
+        queue.take_startable_item(),
+        queue.take_startable_item(),
     ] == [
         "a",
         "b",
@@ -36,18 +36,18 @@ async def test_queue_returns_items_in_order_of_arrival() -> None:
 async def test_queue_runs_no_more_items_than_slots() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
     await reserve_places_and_put_items(queue, "a", "b", "c")
-    assert queue.take_item_for_slot() == "a"
-    assert queue.take_item_for_slot() is None
+    assert queue.take_startable_item() == "a"
+    assert queue.take_startable_item() is None
     assert (queue.running, queue.waiting_item_count) == (1, 2)
     queue.release_slot()
     queue.give_free_places_to_pollers()
-    assert queue.take_item_for_slot() == "b"
+    assert queue.take_startable_item() == "b"
 
 
 async def test_reservation_of_queue_place_waits_until_one_is_free() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     await reserve_places_and_put_items(queue, "a", "b")
-    assert queue.take_item_for_slot() == "a"
+    assert queue.take_startable_item() == "a"
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(queue.reserve_place())
         await run_ready_tasks()
@@ -125,7 +125,7 @@ async def test_queue_place_granted_to_cancelled_waiter_goes_to_next_waiter() -> 
 async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 2)
     await reserve_places_and_put_items(queue, "a", "b", "c")
-    queue.take_item_for_slot()
+    queue.take_startable_item()
     async with asyncio.TaskGroup() as group:
         group.create_task(queue.reserve_place())
         await run_ready_tasks()
@@ -143,7 +143,7 @@ async def test_queue_counts_as_full_or_idle_regardless_of_reserved_places(
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     await reserve_places_and_put_items(queue, *("ab"[:items]))
     for _ in range(taken):
-        queue.take_item_for_slot()
+        queue.take_startable_item()
     assert (queue.is_full, queue.is_idle) == (full, idle)
     if not full:
         await queue.reserve_place()
@@ -172,7 +172,7 @@ async def test_queue_capacity_shrinks_as_slots_reach_limit_on_number_of_items() 
     for used_up in (False, True):
         await queue.reserve_place()
         queue.put_item(1)
-        assert queue.take_item_for_slot() == 1
+        assert queue.take_startable_item() == 1
         queue.release_slot(used_up=used_up)
     assert queue.capacity == 1
     await queue.reserve_place()
@@ -181,7 +181,7 @@ async def test_queue_capacity_shrinks_as_slots_reach_limit_on_number_of_items() 
         await run_ready_tasks()
         assert not waiting.done()
         queue.put_item(2)
-        assert queue.take_item_for_slot() == 2
+        assert queue.take_startable_item() == 2
         assert queue.is_full
         queue.release_slot(used_up=True)
         await run_ready_tasks()
@@ -212,7 +212,7 @@ class RandomUsersOfBoundedQueue:
             self.queue.release_reserved_place()
             return
         self.queue.put_item(number)
-        if self.queue.take_item_for_slot() is not None:
+        if self.queue.take_startable_item() is not None:
             try:
                 await self.yield_to_loop_random_times()
             finally:
@@ -268,20 +268,20 @@ async def test_item_set_aside_starts_before_queued_items_when_its_handler_is_fre
     queue.set_item_aside("b")
     await reserve_places_and_put_items(queue, "c")
     queue.may_start = lambda item: item != "a"
-    assert queue.take_item_for_slot() == "b"
+    assert queue.take_startable_item() == "b"
     assert (queue.items_set_aside, queue.waiting_item_count, queue.running) == (["a"], 1, 1)
 
 
 async def test_released_slot_goes_to_item_set_aside_rather_than_waiting_poller() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await reserve_places_and_put_items(queue, "a")
-    assert queue.take_item_for_slot() == "a"
+    assert queue.take_startable_item() == "a"
     queue.set_item_aside("b")
     async with asyncio.TaskGroup() as group:
         poller = group.create_task(queue.reserve_place())
         await run_ready_tasks()
         queue.release_slot()
-        assert queue.take_item_for_slot() == "b"
+        assert queue.take_startable_item() == "b"
         queue.give_free_places_to_pollers()
         await run_ready_tasks()
         assert not poller.done()
@@ -297,4 +297,4 @@ async def test_wait_because_of_too_many_items_set_aside_ends_when_one_starts() -
         waiting = group.create_task(queue.wait_while_too_many_items_set_aside(3600))
         await run_ready_tasks()
         assert not waiting.done()
-        assert queue.take_item_for_slot() == "a"
+        assert queue.take_startable_item() == "a"

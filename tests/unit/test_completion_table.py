@@ -13,12 +13,12 @@ from workpool.pool.completion import (
     NOTE_LIMIT,
     RELEASE_DELAY_SECONDS,
     TABLE,
-    find_completion_row,
+    find_completion_actions,
     find_outcome_of_expired_lease,
-    find_raised_release,
+    find_release_exception,
     make_metadata_text,
-    release_delay_seconds,
-    safe_str,
+    read_release_delay_seconds,
+    str_without_raising,
 )
 from workpool.pool.pool_item import EndReason
 
@@ -64,13 +64,13 @@ def test_end_reason_in_later_row_of_completion_table_outranks_earlier_ones(
 @pytest.mark.parametrize("reason", list(EndReason))
 def test_each_end_reason_selects_its_own_row_of_completion_table(reason: EndReason) -> None:
     item: Any = StandInWithGivenAttributes(reason=reason)
-    assert find_completion_row(item) is TABLE[reason]
+    assert find_completion_actions(item) is TABLE[reason]
 
 
 def test_session_without_end_reason_has_no_completion_row() -> None:
     item: Any = StandInWithGivenAttributes(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
-        find_completion_row(item)
+        find_completion_actions(item)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ class UnprintableError(Exception):
 
 
 def test_safe_str_returns_text_for_error_whose_str_method_fails() -> None:
-    assert safe_str(ValueError("why")) == "why"
-    assert "UnprintableError" not in safe_str("reason")
-    assert isinstance(safe_str(UnprintableError()), str)
+    assert str_without_raising(ValueError("why")) == "why"
+    assert "UnprintableError" not in str_without_raising("reason")
+    assert isinstance(str_without_raising(UnprintableError()), str)
 
 
 @pytest.mark.parametrize(
@@ -130,19 +130,21 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert RELEASE_DELAY_SECONDS == 10
     release = Release("why")
     release.delay = delay
-    assert release_delay_seconds(release) == seconds
+    assert read_release_delay_seconds(release) == seconds
 
 
 def test_exception_group_of_releases_counts_as_release_with_longest_delay() -> None:
     short, long = Release("short", 11), Release("long", 19)
-    assert find_raised_release(short) is short
-    assert find_raised_release(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
+    assert find_release_exception(short) is short
+    assert find_release_exception(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
 
 
 def test_exception_group_with_release_and_other_error_is_not_a_release() -> None:
-    assert find_raised_release(ValueError()) is None
+    assert find_release_exception(ValueError()) is None
     assert (
-        find_raised_release(ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])]))
+        find_release_exception(
+            ExceptionGroup("g", [Release(), ExceptionGroup("g", [ValueError()])])
+        )
         is None
     )
 
@@ -152,7 +154,7 @@ def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
     innermost = error
     for _ in range(5_000):
         error = ExceptionGroup("g", [error])
-    assert find_raised_release(error) is innermost
+    assert find_release_exception(error) is innermost
     # Free the nested groups one by one. To free them all at once, Python would recurse 5,000 times.
     while isinstance(error, ExceptionGroup):
         (error,) = error.exceptions

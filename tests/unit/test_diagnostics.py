@@ -14,7 +14,7 @@ from workpool.pool.diagnostics import (
     THREADS_MAX,
     format_stack_of_task,
     format_stacks_of_all_threads,
-    write_report_on_thread,
+    log_on_new_thread,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def test_error_in_diagnostic_report_on_thread_is_raised_in_caller() -> None:
         raise SystemExit("from a log handler")
 
     with pytest.raises(SystemExit, match="from a log handler"):
-        write_report_on_thread(raise_while_writing_report)
+        log_on_new_thread(raise_while_writing_report)
 
 
 def test_diagnostic_report_that_hangs_returns_after_time_limit(
@@ -58,7 +58,7 @@ def test_diagnostic_report_that_hangs_returns_after_time_limit(
         release.wait()
         ended.set()
 
-    write_report_on_thread(hang_while_writing_report)
+    log_on_new_thread(hang_while_writing_report)
     assert began.is_set()
     assert not ended.is_set()
     release.set()

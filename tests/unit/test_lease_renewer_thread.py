@@ -430,7 +430,7 @@ async def test_suspended_process_does_not_count_as_blocked_loop() -> None:
     monitor = LoopMonitor(pings.append, max_block=5)
     monitor.send_ping()
     assert not monitor.is_ping_answered
-    assert not monitor.add_unanswered_seconds(3_600.0)
+    assert not monitor.add_seconds_without_ping_answer(3_600.0)
 
 
 class LogMessageWatcher(logging.Handler):

@@ -288,7 +288,7 @@ async def test_pool_with_until_empty_ends_when_queue_is_empty_and_no_item_runs()
     bench.queue.put_item("item")
     # The queue is not idle while one item waits for a slot.
     await bench.group.end_if_queue_is_empty()
-    bench.queue.take_item_for_slot()
+    bench.queue.take_startable_item()
     await bench.group.end_if_queue_is_empty()  # The queue is not idle while one item runs.
     assert bench.emptied == 0
     bench.queue.release_slot()

@@ -22,7 +22,7 @@ async def start_items_in_slots(queue: BoundedQueue[str], number: int) -> None:
     for _ in range(number):
         await queue.reserve_place()
         queue.put_item("item")
-        assert queue.take_item_for_slot() == "item"
+        assert queue.take_startable_item() == "item"
 
 
 def end_item(queue: BoundedQueue[str], *, used_up: bool = False) -> None:
@@ -34,13 +34,13 @@ async def test_busy_environment_leaves_one_slot_to_each_other_environment() -> N
     busy, idle, other = make_queues_with_shared_slots(SharedSlots(6), 3, 6)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items_in_slots(busy, 4)
-        assert (busy.free_slots, busy.is_full) == (0, True)
+        assert (busy.free_slot_count, busy.is_full) == (0, True)
         fifth = group.create_task(busy.reserve_place())
         await run_ready_tasks()
         assert not fifth.done()
         await idle.reserve_place()
         await other.reserve_place()
-        assert (idle.free_slots, idle.is_full) == (1, False)
+        assert (idle.free_slot_count, idle.is_full) == (1, False)
         fifth.cancel()
 
 
@@ -96,7 +96,7 @@ async def test_environment_with_fewer_slots_gets_freed_slot_before_item_set_asid
         second = group.create_task(late.reserve_place())
         await run_ready_tasks()
         busy.release_slot()
-        assert busy.take_item_for_slot() is None
+        assert busy.take_startable_item() is None
         busy.give_free_places_to_pollers()
         await second
         assert started == []
@@ -114,7 +114,7 @@ async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> 
         first.set_item_aside("aside")
         poller = group.create_task(first.reserve_place())
         await run_ready_tasks()
-        assert first.take_item_for_slot() is None
+        assert first.take_startable_item() is None
         end_item(second)
         assert (started, first.items_set_aside, first.running) == (["aside"], [], 2)
         assert not poller.done()
@@ -225,13 +225,13 @@ class PollersActingAtRandom:
 
     async def run_item(self, queue: BoundedQueue[str]) -> None:
         queue.put_item("item")
-        if queue.take_item_for_slot() is None:
+        if queue.take_startable_item() is None:
             return
         for _ in range(self.dice.randrange(3)):
             await asyncio.sleep(0)
         assert sum(each.running for each in self.queues) <= self.total
         queue.release_slot()
-        while queue.take_item_for_slot() is not None:
+        while queue.take_startable_item() is not None:
             queue.release_slot()
         queue.give_free_places_to_pollers()
 

@@ -70,12 +70,12 @@ class Admission:
         self._changed = asyncio.Event()
 
     @property
-    def paused(self) -> str | None:
+    def pause_reason(self) -> str | None:
         """The reason of the pause; None if the pool is not paused or the pause is over."""
         reason = self._paused
         return None if reason is None or self._wall() >= self._until else reason
 
-    def set_plugin_check(self, ask: Callable[[], str | None]) -> None:
+    def set_plugin_refusal_function(self, ask: Callable[[], str | None]) -> None:
         """Set the function that returns a plugin's reason to refuse claims, or None."""
         self._ask, self.gated = ask, True
 
@@ -106,15 +106,15 @@ class Admission:
     async def wait_until_claiming_is_allowed(self) -> None:
         """Wait until the pool is not paused and no plugin refuses."""
         waited = False
-        while self.paused is not None or self._ask_plugins() is not None:
+        while self.pause_reason is not None or self._ask_plugins_for_refusal() is not None:
             waited = True
-            await self._wait_for_change()
+            await self._wait_for_pause_change()
         if self._paused is not None:
             self.resume()
         if waited:
             self.granted_at = asyncio.get_running_loop().time()
 
-    def _ask_plugins(self) -> str | None:
+    def _ask_plugins_for_refusal(self) -> str | None:
         """Ask the plugins whether the pool may claim items; return the reason if one refuses.
 
         Logs the first refusal, and the first answer without a refusal after it.
@@ -129,7 +129,7 @@ class Admission:
             self.refused = refused
         return refused
 
-    async def _wait_for_change(self) -> None:
+    async def _wait_for_pause_change(self) -> None:
         """Wait until a pause begins or ends, at most until the next check of plugins and clock."""
         seconds = ASK_SECONDS
         if self._paused is not None:
@@ -144,7 +144,7 @@ class Admission:
 
 
 @dataclass(slots=True)
-class _FailureRecord:
+class _HandlerFailures:
     """The record of the failed sessions of one handler since its last success.
 
     Attributes:
@@ -176,7 +176,7 @@ class HandlerHealth:
         self._count = count
         self._seen: set[str] = set()
         """The names of the handlers that have run in this pool."""
-        self.failures: dict[str, _FailureRecord] = {}
+        self.failures: dict[str, _HandlerFailures] = {}
         self._changed = asyncio.Event()
 
     def failing_handlers(self) -> list[str]:
@@ -191,8 +191,8 @@ class HandlerHealth:
         self._seen.add(handler.name)
         quick = outcome == "failed" and seconds < QUICK_SECONDS
         if quick or (outcome == "released" and exhausted(item.error)):
-            self._record_failure(
-                self.failures.setdefault(handler.name, _FailureRecord(handler)), item.id
+            self._record_failed_session(
+                self.failures.setdefault(handler.name, _HandlerFailures(handler)), item.id
             )
         elif outcome in {"completed", "failed", "timed_out", "stalled"}:
             self.failures.pop(handler.name, None)
@@ -226,13 +226,13 @@ class HandlerHealth:
             map(self._failures_allow_claim, self.failures.values())
         )
 
-    def _failures_allow_claim(self, failures: _FailureRecord) -> bool:
+    def _failures_allow_claim(self, failures: _HandlerFailures) -> bool:
         if not failures.pause:
             return True
         now = asyncio.get_running_loop().time()
         return now >= failures.resume_at and self._count(failures.handler) == 0
 
-    def _record_failure(self, failures: _FailureRecord, work_id: str) -> None:
+    def _record_failed_session(self, failures: _HandlerFailures, work_id: str) -> None:
         if not failures.pause:
             failures.work_ids.add(work_id)
             if len(failures.work_ids) < FAILURES:
@@ -317,17 +317,17 @@ class ExitLimits:
         self._changed = asyncio.Event()
 
     @property
-    def has_limit(self) -> bool:
+    def has_exit_limit(self) -> bool:
         """Whether the settings have an exit limit."""
         return (self._sessions, self._idle, self._uptime) != (None, None, None)
 
-    def count_claimed_session(self) -> None:
+    def record_claimed_session(self) -> None:
         """Count a claimed session, and record whether `exit_after_sessions` is reached."""
         self._claimed += 1
         if self._claimed == self._sessions:
-            self._record_limit_reached("exit_after_sessions")
+            self._record_reached_limit("exit_after_sessions")
 
-    def add_pool_to_limits(self, admission: Admission) -> Callable[[bool], None]:
+    def include_pool_in_idle_limit(self, admission: Admission) -> Callable[[bool], None]:
         """Include a pool in the check of `exit_after_idle`.
 
         The limit is reached once every included pool has been idle for that long and is not paused.
@@ -353,7 +353,7 @@ class ExitLimits:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._ends_at):
                 await self._changed.wait()
-        return self._record_limit_reached("exit_after_uptime")
+        return self._record_reached_limit("exit_after_uptime")
 
     def _record_poll_result(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         period = self._pools.get(admission)
@@ -367,12 +367,12 @@ class ExitLimits:
             period.since = now
         period.last = now
         if self._idle is not None and all(
-            each.idle_seconds >= self._idle and pool.paused is None and pool.refused is None
+            each.idle_seconds >= self._idle and pool.pause_reason is None and pool.refused is None
             for pool, each in self._pools.items()
         ):
-            self._record_limit_reached("exit_after_idle")
+            self._record_reached_limit("exit_after_idle")
 
-    def _record_limit_reached(self, limit: Limit) -> Limit:
+    def _record_reached_limit(self, limit: Limit) -> Limit:
         """Record that a limit was reached; return the limit that was reached first."""
         if self.reached is None:
             self.reached = limit

@@ -63,10 +63,10 @@ class BoundedQueue(Generic[T]):
         self.start: Callable[[T], None] = lambda _: None
         self._share = share
         if share is not None:
-            share.next_use = self._find_shared_slot_callback
+            share.next_use = self._choose_use_of_shared_slot
 
     @property
-    def free_slots(self) -> int:
+    def free_slot_count(self) -> int:
         """The number of slots that this pool could use now if no other pool takes them first."""
         free = max(0, self.concurrency - self.running)
         if self._share is None:
@@ -167,7 +167,7 @@ class BoundedQueue(Generic[T]):
             async with asyncio.timeout(seconds):
                 await self._room.wait()
 
-    def take_item_for_slot(self) -> T | None:
+    def take_startable_item(self) -> T | None:
         """Move an item into a slot, and return it; None if no item may start or no slot is free.
 
         Items that were set aside and may start now have precedence over items in places.
@@ -198,9 +198,9 @@ class BoundedQueue(Generic[T]):
         self.running += 1
 
     def release_slot(self, *, used_up: bool = False) -> None:
-        """Free the slot of an item that `take_item_for_slot` returned, because the item has ended.
+        """Free the slot of an item that `take_startable_item` returned, because the item has ended.
 
-        The caller then offers the slot to waiting items (`take_item_for_slot`), and after them the
+        The caller then offers the slot to waiting items (`take_startable_item`), and after them the
         free place to pollers (`give_free_places_to_pollers`).
         `used_up`: the item counts towards the limit `uses`.
         """
@@ -229,16 +229,16 @@ class BoundedQueue(Generic[T]):
             self._share.grant_free_slots()
             return
         while self._reservers and self._count_free_places() > 0:
-            self._hand_out_place()
+            self._give_place_to_poller()
 
-    def _hand_out_place(self) -> None:
+    def _give_place_to_poller(self) -> None:
         """Give a free place to the poller that has waited longest, if it still waits."""
         turn = self._reservers.popleft()
         if not turn.done():
             self.reserved += 1
             turn.set_result(None)
 
-    def _find_shared_slot_callback(self) -> Callable[[], None] | None:
+    def _choose_use_of_shared_slot(self) -> Callable[[], None] | None:
         """Return the function to call when the pool gets one more of the shared slots.
 
         It starts an item that was set aside, or else lets a waiting poller poll. None: the pool
@@ -246,13 +246,17 @@ class BoundedQueue(Generic[T]):
         """
         item = self._find_next_startable_item()
         if item is not None:
-            return partial(self._start_item_set_aside, item)
+            return partial(self._start_item_in_shared_slot, item)
         # Skip pollers that were cancelled while they waited for a place.
         while self._reservers and self._reservers[0].done():
             del self._reservers[0]
-        return self._hand_out_place if self._reservers and self._count_free_places() > 0 else None
+        return (
+            self._give_place_to_poller
+            if self._reservers and self._count_free_places() > 0
+            else None
+        )
 
-    def _start_item_set_aside(self, item: T) -> None:
+    def _start_item_in_shared_slot(self, item: T) -> None:
         """Start an item that was set aside, in the shared slot that the pool has just got."""
         self._move_item_to_slot(item)
         self.start(item)

@@ -62,7 +62,7 @@ class OptionalCalls:
         if op in self.refused:
             raise NotPermittedError(op, self.refused[op], NOT_PERMITTED)
 
-    async def make_optional_call(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
+    async def send_optional_call(self, op: Op, call: Callable[[], Awaitable[T]]) -> T:
         """Make an optional call, unless the control plane has refused this kind of call before.
 
         Raises:
@@ -116,7 +116,7 @@ def _is_permanent_refusal(op: Op, error: ControlPlaneError) -> bool:
     return status in DENIED or error.error_type == UNSUPPORTED
 
 
-async def read_item(
+async def read_or_find_item(
     client: ClientProtocol, optional: OptionalCalls, work_id: str, timeout: float
 ) -> WorkItem | None:
     """Read one item, or find it in the list of items if the credential cannot read single items.
@@ -131,7 +131,7 @@ async def read_item(
         The item; None if it is not among the first `LOOK_UP_ITEMS` of the list.
     """
     try:
-        return await optional.make_optional_call(
+        return await optional.send_optional_call(
             "get", lambda: client.get(work_id, timeout=timeout)
         )
     except NotPermittedError:

@@ -101,7 +101,7 @@ class Claimer:
                 self._on_ack(error)
                 result: CallResult | None = "conflict"
             except RefusedError as error:
-                result = self._handle_ack_refusal(item, error)
+                result = self._report_ack_refusal(item, error)
             except TransientError as error:
                 repeats = repeats or _AckRetryState(
                     item.delivered_at + self._context.redelivery_seconds
@@ -117,7 +117,7 @@ class Claimer:
             else:
                 self._on_ack(None)
                 first_sent = sent if repeats is None else min(repeats.first_sent, sent)
-                result = _accept_ack_answer(item, answer, first_sent)
+                result = _apply_ack_answer(item, answer, first_sent)
             now, delivered_at = self._clock(), item.delivered_at
             if result is not None:
                 in_queue, since_delivery = taken_at - delivered_at, now - delivered_at
@@ -140,13 +140,13 @@ class Claimer:
             draining = self._context.draining
             if draining:
                 lease.schedule_last_heartbeat(self._clock(), RELEASE_DELAY_SECONDS)
-            await self._heartbeats.send_heartbeat(lease, self._end_lease_after_pause)
+            await self._heartbeats.send_heartbeat(lease, self._end_lease_if_machine_paused)
             now = self._clock()
             if lease.begun:
                 # The heartbeat may have succeeded so late that no time is left to run a handler.
                 lease.end_if_expired(now)
             if lease.begun or lease.is_over:
-                self._end_lease_after_pause(lease, now)
+                self._end_lease_if_machine_paused(lease, now)
                 return
             seconds = min(lease.due_at, lease.give_up_at) - now
             if draining:
@@ -155,7 +155,7 @@ class Claimer:
                 # A heartbeat's Retry-After can make this wait long, so a drain must end the wait.
                 await self._wait_for_drain(item, seconds)
 
-    def _end_lease_after_pause(self, lease: Lease, now: float) -> None:
+    def _end_lease_if_machine_paused(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused since the ack: the lease may have expired."""
         if self._pauses.was_paused(lease.clock_offset, now):
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
@@ -176,7 +176,7 @@ class Claimer:
         log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})
         return False
 
-    def _handle_ack_refusal(self, item: PoolItem, error: RefusedError) -> CallResult:
+    def _report_ack_refusal(self, item: PoolItem, error: RefusedError) -> CallResult:
         log.warning("ack refused: %s", error, extra={"work_id": item.id, "error": str(error)})
         if error.status == HTTPStatus.NOT_FOUND:
             return "gone"
@@ -190,7 +190,7 @@ class Claimer:
         return self._context.draining
 
 
-def _accept_ack_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
+def _apply_ack_answer(item: PoolItem, answer: WorkItem, acked_at: float) -> CallResult:
     # The state `active` does not prove that another worker has the item: some control planes give
     # it in every answer to an ack, and all of them in the answer to a repeated ack. The first
     # heartbeat shows which worker has the item.

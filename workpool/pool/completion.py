@@ -60,7 +60,7 @@ DRAIN_REASON: Final = "the pool is draining"
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionTableRow:
+class CompletionActions:
     """The actions at the end of a session, for one end reason.
 
     Attributes:
@@ -75,17 +75,17 @@ class CompletionTableRow:
 
 
 # If a session has several end reasons, the lowest of their rows in this table applies.
-TABLE: Final[Mapping[EndReason, CompletionTableRow]] = {
-    EndReason.RETURNED: CompletionTableRow("stop", "result", "completed"),
-    EndReason.RAISED: CompletionTableRow("stop", "error", "failed"),
-    EndReason.TIMED_OUT: CompletionTableRow("stop", "error", "timed_out"),
-    EndReason.STALLED: CompletionTableRow("stop", "error", "stalled"),
-    EndReason.DRAINED: CompletionTableRow("release", "reason", "released"),
-    EndReason.RELEASED: CompletionTableRow("release", "reason", "released"),
-    EndReason.STOP_REQUESTED: CompletionTableRow("stop", "result", "stopped"),
-    EndReason.HANDED_OFF: CompletionTableRow("untouched", "none", "detached"),
-    EndReason.STOPPED: CompletionTableRow("untouched", "none", "stopped"),
-    EndReason.LOST: CompletionTableRow("untouched", "none", "lease_lost"),
+TABLE: Final[Mapping[EndReason, CompletionActions]] = {
+    EndReason.RETURNED: CompletionActions("stop", "result", "completed"),
+    EndReason.RAISED: CompletionActions("stop", "error", "failed"),
+    EndReason.TIMED_OUT: CompletionActions("stop", "error", "timed_out"),
+    EndReason.STALLED: CompletionActions("stop", "error", "stalled"),
+    EndReason.DRAINED: CompletionActions("release", "reason", "released"),
+    EndReason.RELEASED: CompletionActions("release", "reason", "released"),
+    EndReason.STOP_REQUESTED: CompletionActions("stop", "result", "stopped"),
+    EndReason.HANDED_OFF: CompletionActions("untouched", "none", "detached"),
+    EndReason.STOPPED: CompletionActions("untouched", "none", "stopped"),
+    EndReason.LOST: CompletionActions("untouched", "none", "lease_lost"),
 }
 
 WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
@@ -112,7 +112,7 @@ class Completion:
         Returns:
             The outcome of the session.
         """
-        row = find_completion_row(item)
+        row = find_completion_actions(item)
         if row.item == "untouched":
             return row.outcome
         try:
@@ -177,7 +177,7 @@ class Completion:
                 lease.own_stop = before
             raise
 
-    async def _write_session_metadata(self, item: PoolItem, row: CompletionTableRow) -> Outcome:
+    async def _write_session_metadata(self, item: PoolItem, row: CompletionActions) -> Outcome:
         """Write the metadata that a row of the completion table names; return the outcome.
 
         The outcome is that of the row, or `failed` if the control plane refuses the result.
@@ -185,7 +185,7 @@ class Completion:
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
             if patch := attempt.metadata_at_session_end({}):
-                await self._delete_attempt_exclusion(item, patch)
+                await self._delete_uncounted_run_mark(item, patch)
             return row.outcome
         notes = item.result if row.metadata == "result" else self._make_error_metadata(item)
         try:
@@ -211,7 +211,7 @@ class Completion:
             return "failed"
         return row.outcome
 
-    async def _delete_attempt_exclusion(self, item: PoolItem, patch: Patch) -> None:
+    async def _delete_uncounted_run_mark(self, item: PoolItem, patch: Patch) -> None:
         """Delete the metadata by which a drain has excluded this run from the attempts.
 
         A failure is logged; it does not change the outcome of the session.
@@ -225,7 +225,7 @@ class Completion:
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
-    async def exclude_running_session_from_attempts(self, item: PoolItem) -> None:
+    async def mark_running_session_as_uncounted(self, item: PoolItem) -> None:
         """At the beginning of a drain, write metadata that exclude a running session from attempts.
 
         Without this mark, the run would count as an attempt if the process ended before the
@@ -237,9 +237,9 @@ class Completion:
         # When a drain begins, every session sends this write. Its priority is low, so that
         # completions do not wait for all these writes.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
-        await self._write_attempt_exclusion(item, DRAIN_REASON, request)
+        await self._write_uncounted_run_mark(item, DRAIN_REASON, request)
 
-    async def exclude_released_session_from_attempts(
+    async def mark_released_session_as_uncounted(
         self, item: PoolItem, reason: str, seconds: float
     ) -> None:
         """Write metadata that exclude a released session from the attempts, within `seconds`.
@@ -250,9 +250,9 @@ class Completion:
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
             # Before the first successful heartbeat another process may own the item: write nothing.
             return
-        await self._write_attempt_exclusion(item, reason, WRITE._replace(seconds=seconds))
+        await self._write_uncounted_run_mark(item, reason, WRITE._replace(seconds=seconds))
 
-    async def _write_attempt_exclusion(
+    async def _write_uncounted_run_mark(
         self, item: PoolItem, reason: str, request: SendOptions
     ) -> None:
         attempt = item.attempt
@@ -278,7 +278,7 @@ class Completion:
             NotPermittedError: The credential may not write metadata.
             SessionGoneError, ControlPlaneError: The metadata was not written.
         """
-        await self._optional.make_optional_call(
+        await self._optional.send_optional_call(
             "update",
             lambda: self._sender.send_with_retries(
                 item,
@@ -298,12 +298,12 @@ class Completion:
         if release is item.error or (lease.status == "held" and not attempt.marked):
             draining = item.session is not None and item.session.draining
             hurried = draining or item.handler_task is None
-            await self.exclude_released_session_from_attempts(
+            await self.mark_released_session_as_uncounted(
                 item,
                 self._format_release_reason(release),
                 MARK_SECONDS if hurried else MARK_TRY_SECONDS,
             )
-        self._renewer.send_last_heartbeat(lease, release_delay_seconds(release))
+        self._renewer.send_last_heartbeat(lease, read_release_delay_seconds(release))
         await item.wait_until(
             lambda: lease.status != "held", lease.remaining_seconds(self._clock())
         )
@@ -311,13 +311,13 @@ class Completion:
 
     def _format_release_reason(self, release: Release) -> str:
         if self._with_message or isinstance(release, PoolRelease):
-            return make_metadata_text(safe_str(release.reason))
+            return make_metadata_text(str_without_raising(release.reason))
         return make_metadata_text(type(release).__name__)
 
     def _make_error_metadata(self, item: PoolItem) -> Mapping[str, str]:
         error = item.error or _make_error_for_reason(item.reason)
         text = type(error).__name__
-        if self._with_message and (message := safe_str(error)):
+        if self._with_message and (message := str_without_raising(error)):
             text = f"{text}: {message}"
         return {ERROR: make_metadata_text(text)}
 
@@ -329,14 +329,14 @@ def _make_error_for_reason(reason: EndReason | None) -> Exception:
     return TimeoutError("the session's time is over")
 
 
-def find_completion_row(item: PoolItem) -> CompletionTableRow:
+def find_completion_actions(item: PoolItem) -> CompletionActions:
     """Return the row of the completion table for the item's gravest end reason."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
     return TABLE[item.reason]
 
 
-def find_expected_outcome(item: PoolItem, error: BaseException | None, now: float) -> Outcome:
+def predict_session_outcome(item: PoolItem, error: BaseException | None, now: float) -> Outcome:
     """Return the outcome that a session will have if its completion succeeds.
 
     Args:
@@ -346,7 +346,7 @@ def find_expected_outcome(item: PoolItem, error: BaseException | None, now: floa
     """
     if error is None:
         reason = EndReason.RETURNED
-    elif find_raised_release(error) is not None:
+    elif find_release_exception(error) is not None:
         reason = EndReason.RELEASED
     elif isinstance(error, asyncio.CancelledError) and item.cancelled_for is not None:
         reason = item.cancelled_for
@@ -361,7 +361,7 @@ def find_outcome_of_abandoned_session(item: PoolItem) -> Outcome:
     lease = item.lease
     match lease.status:
         case "finished":
-            return find_completion_row(item).outcome
+            return find_completion_actions(item).outcome
         case "lost":
             return "lease_lost"
     return find_outcome_of_expired_lease(lease)
@@ -378,7 +378,7 @@ def find_outcome_of_expired_lease(lease: Lease) -> Outcome:
     return "stopped" if lease.status == "stopped" or lease.stop_requested else "released"
 
 
-def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
+def iterate_errors_in_group(error: BaseException) -> Iterator[BaseException]:
     """Yield the errors inside an exception group, at any depth, or a plain error itself."""
     unread = [error]
     # Deeply nested groups would exceed the recursion limit of a recursive function.
@@ -390,21 +390,21 @@ def iterate_leaf_errors(error: BaseException) -> Iterator[BaseException]:
             yield each
 
 
-def find_raised_release(error: BaseException) -> Release | None:
+def find_release_exception(error: BaseException) -> Release | None:
     """Return the `Release` that a handler raised, alone or in an exception group.
 
     None if the error is or contains anything else. Of several releases in a group, the one with
     the longest delay is returned.
     """
     releases: list[Release] = []
-    for each in iterate_leaf_errors(error):
+    for each in iterate_errors_in_group(error):
         if not isinstance(each, Release):
             return None
         releases.append(each)
-    return max(releases, key=release_delay_seconds, default=None)
+    return max(releases, key=read_release_delay_seconds, default=None)
 
 
-def release_delay_seconds(release: Release) -> float:
+def read_release_delay_seconds(release: Release) -> float:
     """Return the seconds after which another worker may take a released item.
 
     `RELEASE_DELAY_SECONDS` if the handler's `Release` has no number.
@@ -416,7 +416,7 @@ def release_delay_seconds(release: Release) -> float:
     return RELEASE_DELAY_SECONDS
 
 
-def safe_str(value: object) -> str:
+def str_without_raising(value: object) -> str:
     """Return an error or a reason as text, even if its `__str__` raises."""
     error = value if isinstance(value, BaseException) else Exception(value)
     return str(TracebackException(type(error), error, None))

@@ -73,7 +73,7 @@ class LoopMonitor:
         return self._pong == self._ping
 
     @property
-    def blocked_seconds(self) -> float:
+    def loop_blocked_seconds(self) -> float:
         """Seconds since the ping that the loop has not answered; 0 if every ping is answered.
 
         May be read on any thread.
@@ -81,15 +81,15 @@ class LoopMonitor:
         return 0.0 if self.is_ping_answered else max(0.0, time.monotonic() - self._asked_at)
 
     @property
-    def is_blocked(self) -> bool:
+    def is_loop_blocked(self) -> bool:
         """Whether the loop has not answered for `LAG_WARNING_SECONDS`."""
         return self._waited >= LAG_WARNING_SECONDS
 
     def send_ping(self) -> None:
         """Send the loop the next ping. Allowed only after the loop has answered the last ping."""
-        if self.is_blocked:
+        if self.is_loop_blocked:
             seconds = self._answered_at - self._answered_before
-            _warn_on_report_thread("event loop runs again", seconds=round(seconds, 3))
+            _warn_on_new_thread("event loop runs again", seconds=round(seconds, 3))
         self._waited = 0.0
         # Set `_asked_at` before `_ping`: a thread that reads the new `_ping` must not combine it
         # with the old `_asked_at`.
@@ -98,24 +98,24 @@ class LoopMonitor:
         self._answered_before = self._answered_at
         self._tell(functools.partial(self._record_ping_answer, self._ping, self._asked_at))
 
-    def add_unanswered_seconds(self, seconds: float) -> bool:
+    def add_seconds_without_ping_answer(self, seconds: float) -> bool:
         """Add `seconds` to the time for which the loop has not answered the last ping.
 
         Returns:
             Whether that time has reached `max_block`.
         """
-        was_blocked = self.is_blocked
+        was_blocked = self.is_loop_blocked
         # Count at most twice the interval between calls: if the whole process was stopped for
         # longer, its loop was not blocked in that time.
         self._waited += min(seconds, 2 * TICK_SECONDS)
-        if self.is_blocked and not was_blocked:
-            _warn_on_report_thread(
+        if self.is_loop_blocked and not was_blocked:
+            _warn_on_new_thread(
                 "event loop is blocked; use asyncio.to_thread for blocking code",
                 task=self._find_blocking_task(),
             )
         return self._waited >= self._max_block
 
-    def prepare_blocked_report(self) -> Callable[[], None]:
+    def prepare_blocked_loop_report(self) -> Callable[[], None]:
         """Measure the time for which the loop has been blocked; return a function that logs it."""
         seconds = time.monotonic() - self._answered_at
         return functools.partial(self._log_blocked_loop, seconds)
@@ -140,11 +140,11 @@ class LoopMonitor:
         return "no task" if task is None else task.get_name()
 
 
-def _warn_on_report_thread(message: str, **fields: object) -> None:
-    write_report_on_thread(functools.partial(log.warning, message, extra=fields))
+def _warn_on_new_thread(message: str, **fields: object) -> None:
+    log_on_new_thread(functools.partial(log.warning, message, extra=fields))
 
 
-def write_report_on_thread(write: Callable[[], None]) -> None:
+def log_on_new_thread(write: Callable[[], None]) -> None:
     """Run a logging function on a new thread, and wait `REPORT_SECONDS` at most for its end.
 
     The wait is limited because the blocked loop's thread may hold the lock of a log handler, and

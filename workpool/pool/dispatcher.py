@@ -106,7 +106,7 @@ class Dispatcher:
         )
         self._slots = HandlerSlots(self.items, context.plugins.handlers, settings.concurrency)
         context.queue.may_start, context.queue.start = (
-            self._may_start_set_aside_item,
+            self._may_start_item_now,
             self._start_item,
         )
         self.idle_since = clock()
@@ -128,19 +128,21 @@ class Dispatcher:
 
         `polled_at` is the time when that poll was sent, on the lease clock.
         """
-        if self._context.draining or (self._admission.gated and self._admission.paused is not None):
+        if self._context.draining or (
+            self._admission.gated and self._admission.pause_reason is not None
+        ):
             return "declined"  # The control plane delivers an unacknowledged item to others.
         owned = self.items.find_item(work_item.id)
         # Skip the search if no expiry timer is set, because then no item is set aside.
         if owned is None and self._expiry is not None:
-            owned = self._find_item_set_aside(work_item.id)
+            owned = self._find_set_aside_item(work_item.id)
         item = PoolItem(work_item, None, self._context.start_context.copy(), self._context.clock())
         seen = self._remember_item(item.id) or item.held_before
         origin: Origin = "duplicate" if owned else "redelivered" if seen else "new"
         age = _compute_item_age_seconds(work_item) if origin == "new" else None
         self._context.observe(ItemReceived, work_item, origin, age)
         if owned is not None:
-            self._handle_redelivery(owned, polled_at)
+            self._update_redelivered_item(owned, polled_at)
             return "declined"
         item.polled_at = polled_at
         if work_item.type != HEALTHCHECK:
@@ -165,7 +167,7 @@ class Dispatcher:
         self._context.queue.put_item(item)
         self._fill_slots()
 
-    def _handle_redelivery(self, owned: PoolItem, polled_at: float) -> None:
+    def _update_redelivered_item(self, owned: PoolItem, polled_at: float) -> None:
         """Handle the case that a poll has returned an item that this pool already owns.
 
         If the handler runs, the lease may be lost, and a heartbeat checks it soon. If the item
@@ -201,12 +203,12 @@ class Dispatcher:
         self._set_expiry_timer()
         return "aside"
 
-    def _find_item_set_aside(self, work_id: str) -> PoolItem | None:
+    def _find_set_aside_item(self, work_id: str) -> PoolItem | None:
         return next(
             (item for item in self._context.queue.items_set_aside if item.id == work_id), None
         )
 
-    def _may_start_set_aside_item(self, item: PoolItem) -> bool:
+    def _may_start_item_now(self, item: PoolItem) -> bool:
         """Whether an item that was set aside may start now."""
         return (
             item.handler is not None
@@ -286,7 +288,7 @@ class Dispatcher:
     def _fill_slots(self) -> None:
         """Start waiting items in the slots that are free."""
         queue = self._context.queue
-        while not self._context.draining and (item := queue.take_item_for_slot()) is not None:
+        while not self._context.draining and (item := queue.take_startable_item()) is not None:
             self._start_item(item)
 
     def _start_item(self, item: PoolItem) -> None:
@@ -319,7 +321,7 @@ class Dispatcher:
             item.notify_waiters()
             if item.is_handler_running and item.session is not None:
                 item.session.interrupt(draining=True)
-                mark = self.runner.completion.exclude_running_session_from_attempts(item)
+                mark = self.runner.completion.mark_running_session_as_uncounted(item)
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def forget_waiting_items(self) -> None:
@@ -348,7 +350,7 @@ class Dispatcher:
         running = self._context.queue.running
         return running - sum(item.is_handler_running for item in self.executor.stuck)
 
-    async def wait_for_attempt_exclusions(self, seconds: float) -> None:
+    async def wait_for_uncounted_run_marks(self, seconds: float) -> None:
         """Wait for the writes that exclude runs of stuck handlers from the attempts.
 
         The wait takes `seconds` at most. Without this wait, a drain would abandon these items

@@ -19,10 +19,10 @@ from workpool.events import HandlerRetried, SessionStarted
 from workpool.log_fields import pool_logger
 from workpool.pool.completion import (
     DRAIN_REASON,
-    find_expected_outcome,
-    find_raised_release,
-    iterate_leaf_errors,
-    safe_str,
+    find_release_exception,
+    iterate_errors_in_group,
+    predict_session_outcome,
+    str_without_raising,
 )
 from workpool.pool.diagnostics import format_stack_of_task, log_stacks
 from workpool.pool.handler_result import make_metadata_from_result
@@ -265,7 +265,7 @@ class HandlerExecutor:
                 error = raised
                 raise
             finally:
-                session.outcome = find_expected_outcome(item, error, self._clock())
+                session.outcome = predict_session_outcome(item, error, self._clock())
                 # Break the reference cycle between error, traceback and frame, which would keep the
                 # session in memory until the next garbage collection.
                 error = None
@@ -311,7 +311,7 @@ class HandlerExecutor:
             PoolRelease: The pool drains, or the machine was paused, so another run must continue
                 the work.
         """
-        text = f"{type(error).__name__}: {safe_str(error)}"
+        text = f"{type(error).__name__}: {str_without_raising(error)}"
         log.warning(
             "handler failed and is called again: %s",
             text,
@@ -350,7 +350,7 @@ class HandlerExecutor:
     def _record_handler_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
             return  # The abandonment of the session has already reported its end.
-        release = find_raised_release(error)
+        release = find_release_exception(error)
         item.error = release or error
         if release is not None:
             item.add_end_reason(EndReason.RELEASED)
@@ -379,7 +379,7 @@ def _is_retryable(retry: Retry | None, error: Exception, session: Session) -> Ty
         and session.retry < retry.times
         and all(
             isinstance(each, retry.on) and not isinstance(each, Release | SessionGoneError)
-            for each in iterate_leaf_errors(error)
+            for each in iterate_errors_in_group(error)
         )
     )
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, HandoverError, SessionEnded
 from workpool.log_fields import pool_logger
-from workpool.pool.call_permissions import read_item
+from workpool.pool.call_permissions import read_or_find_item
 from workpool.pool.pool_item import Handoff
 from workpool.session import HandedLease
 from workpool.wire.protocol import STOPPING
@@ -98,7 +98,7 @@ class HandoffRun:
         lease, client = self._lease, self._renewer.client
         try:
             timeout = self._renewer.request_timeout
-            item = await read_item(client, self._renewer.optional, lease.item.id, timeout)
+            item = await read_or_find_item(client, self._renewer.optional, lease.item.id, timeout)
         except ControlPlaneError:
             return True
         if item is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
-from workpool.pool.call_permissions import read_item
+from workpool.pool.call_permissions import read_or_find_item
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.handler_executor import open_handler_task_group
 from workpool.pool.poller import PollerGroup
@@ -102,7 +102,7 @@ class HandoffChild(Supervisor):
         client, optional, seconds = context.client, context.optional, self.settings.request_timeout
         while True:
             try:
-                item = await read_item(client, optional, self._work_id, seconds)
+                item = await read_or_find_item(client, optional, self._work_id, seconds)
             except TransientError as error:
                 delay = max(backoff.next_delay(), error.retry_after or 0.0)
                 if context.clock() + delay >= until:

@@ -29,7 +29,7 @@ from workpool.errors import (
 )
 from workpool.events import HeartbeatFinished
 from workpool.log_fields import pool_logger
-from workpool.pool.call_permissions import OptionalCalls, read_item
+from workpool.pool.call_permissions import OptionalCalls, read_or_find_item
 from workpool.pool.lease import PAUSE_SECONDS
 from workpool.wire.http.call_options import CallOptions, Priority
 from workpool.wire.http.timeouts import TimeLimit
@@ -348,9 +348,9 @@ class HeartbeatSender:
         client, work_id, timeout = self._client, lease.item.id, attempt.timeout
         try:
             if look_up:
-                outcome = await read_item(client, self._optional, work_id, timeout)
+                outcome = await read_or_find_item(client, self._optional, work_id, timeout)
             else:
-                outcome = await self._optional.make_optional_call(
+                outcome = await self._optional.send_optional_call(
                     "get", lambda: client.get(work_id, timeout=timeout)
                 )
         except NotPermittedError:

@@ -24,7 +24,7 @@ from workpool.errors import LeaseRenewerError, innermost
 from workpool.events import LoopLagMeasured, current_work_id
 from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls
-from workpool.pool.diagnostics import LoopMonitor, write_report_on_thread
+from workpool.pool.diagnostics import LoopMonitor, log_on_new_thread
 from workpool.pool.item_requests import HeartbeatSender
 from workpool.pool.lease import PAUSE_SECONDS, PauseDetector
 
@@ -325,7 +325,7 @@ class LeaseRenewer:
         """Stop renewing, call `write_report`, and, even after an error, call `stopped_renewing`."""
         self.renewing = False
         try:
-            write_report_on_thread(write_report)
+            log_on_new_thread(write_report)
         except BaseException as error:
             # End the leases before `stopped_renewing` is called. That callback may let a blocked
             # handler continue, and the handler must not use its lease anymore.
@@ -517,8 +517,8 @@ class LeaseRenewer:
                 self._callbacks.observe(LoopLagMeasured, self.monitor.lag)
             self.renewing = True
             self.monitor.send_ping()
-        elif self.monitor.add_unanswered_seconds(seconds) and self.renewing:
-            self._stop_renewing(self.monitor.prepare_blocked_report())
+        elif self.monitor.add_seconds_without_ping_answer(seconds) and self.renewing:
+            self._stop_renewing(self.monitor.prepare_blocked_loop_report())
 
     def _on_handlers_loop_ended(self) -> None:
         """Renew no lease anymore, because the handlers' loop was stopped or closed."""

@@ -41,7 +41,7 @@ from workpool.pool.completion import (
     WRITE,
     Completion,
     find_outcome_of_abandoned_session,
-    safe_str,
+    str_without_raising,
 )
 from workpool.pool.handoff import finish_handoff, hand_off
 from workpool.pool.item_requests import CALLS_PER_SESSION, SendOptions
@@ -223,7 +223,7 @@ class SessionRunner:
             retry=attempt.retry,
         )
         if self._context.draining:
-            await self.completion.exclude_released_session_from_attempts(
+            await self.completion.mark_released_session_as_uncounted(
                 item, DRAIN_REASON, MARK_SECONDS
             )
         await self._claimer.send_first_heartbeats(item)
@@ -247,7 +247,7 @@ class SessionRunner:
         self.unstarted = 0
         await self._executor.run_handler(item, handler, session)
         if item.mark_task is not None:
-            await _wait_for_attempt_exclusion(item.mark_task)
+            await _wait_for_uncounted_run_mark(item.mark_task)
         if item.handoff is not None:
             await finish_handoff(item, item.handoff, self._context.renewer)
         item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
@@ -374,11 +374,11 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
         "attempt": session.attempt,
     }
     if isinstance(item.error, Release):
-        fields["reason"] = readable(safe_str(item.error.reason), NOTE_LIMIT)
+        fields["reason"] = readable(str_without_raising(item.error.reason), NOTE_LIMIT)
     log.info("session ended", extra=fields | session.trace_fields)
 
 
-async def _wait_for_attempt_exclusion(task: asyncio.Task[None]) -> None:
+async def _wait_for_uncounted_run_mark(task: asyncio.Task[None]) -> None:
     """Wait briefly for the metadata write that a drain has begun, then cancel it.
 
     If it were applied after the metadata of the completion, it would overwrite them.
@@ -442,7 +442,7 @@ class SessionCalls:
         """Write metadata of the item, with retries for `UPDATE_SECONDS`."""
         client, work_id = self._context.client, self._item.id
         optional = self._context.optional
-        written = await optional.make_optional_call(
+        written = await optional.send_optional_call(
             "update",
             lambda: self._send_handler_call(
                 lambda options, seconds: client.update_metadata(

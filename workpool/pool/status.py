@@ -104,12 +104,12 @@ class PoolView:
             "stopping" if lease.stop_requested else "active" if lease.begun else "starting"
             for lease in leases
         )
-        free = queue.free_slots
+        free = queue.free_slot_count
         reserved = min(queue.reserved, free)
         # Leave out leases that are always short: those that an acknowledgement began and no
         # heartbeat has extended yet, and those that are about to lapse.
         renewed = [lease for lease in leases if lease.begun and not lease.is_releasing]
-        blocked = self.context.renewer.monitor.blocked_seconds
+        blocked = self.context.renewer.monitor.loop_blocked_seconds
         settings = self.context.settings
         return PoolSnapshot(
             # A blocked loop does not poll, whatever the state of its pollers.
@@ -145,7 +145,7 @@ class PoolView:
     def _pause_flags(self) -> dict[str, int]:
         admission, limits = self.context.admission, self.limits
         return {
-            "pause": admission.paused is not None,
+            "pause": admission.pause_reason is not None,
             "plugin": admission.refused is not None,
             "limit": limits is not None and limits.reached is not None,
         }
@@ -174,7 +174,7 @@ class PoolView:
     def paused(self) -> bool:
         """Whether a pause or the refusal of a plugin keeps the pool from claiming."""
         admission = self.context.admission
-        return (admission.paused, admission.refused) != (None, None)
+        return (admission.pause_reason, admission.refused) != (None, None)
 
     @property
     def idle_seconds(self) -> float:
@@ -196,14 +196,14 @@ class PoolView:
             yield "draining"
         if self.limits is not None and self.limits.reached is not None:
             yield f"ending: {self.limits.reached}"
-        if (paused := self.context.admission.paused) is not None:
+        if (paused := self.context.admission.pause_reason) is not None:
             yield f"paused: {paused}"
         if (refused := self.context.admission.refused) is not None:
             yield f"refused: {refused}"
 
     def _find_operator_problems(self) -> Iterator[str]:
         """Yield the problems that an operator should look at."""
-        blocked = self.context.renewer.monitor.blocked_seconds
+        blocked = self.context.renewer.monitor.loop_blocked_seconds
         if blocked >= LAG_WARNING_SECONDS:
             yield f"the handlers' event loop has been blocked for {blocked:.0f} s"
         if stuck := len(self.dispatcher.executor.stuck):
@@ -233,7 +233,7 @@ async def read_remote_stats(context: PoolContext) -> None:
     while True:
         try:
             context.observe(
-                QueueStatsRead, await optional.make_optional_call("stats", client.stats)
+                QueueStatsRead, await optional.send_optional_call("stats", client.stats)
             )
         except ControlPlaneError as error:
             log.debug("stats not read: %s", error, extra={"error": str(error)})

@@ -159,7 +159,7 @@ class Supervisor:
                 "no plugin handles anything; name one in `plugins` or pass a handler",
             )
         if self._plugins.has_admission_hook:
-            self._admission.set_plugin_check(
+            self._admission.set_plugin_refusal_function(
                 functools.partial(self._plugins.admission_refusal_reason, self)
             )
         self._opened = asyncio.Event()
@@ -288,7 +288,7 @@ class Supervisor:
             error=self._error,
             slots=self.settings.concurrency,
             claiming=view is not None and self._error is None and view.claiming,
-            paused=self._admission.paused is not None if view is None else view.paused,
+            paused=self._admission.pause_reason is not None if view is None else view.paused,
             idle_seconds=view.idle_seconds if view else 0.0,
         )
 
@@ -470,9 +470,9 @@ class Supervisor:
             ]
             if self.shared is not None:
                 self._limits = self.shared.limits
-            if self._limits.has_limit:
-                dispatcher.runner.on_claimed = self._limits.count_claimed_session
-                group.on_poll = self._limits.add_pool_to_limits(self._admission)
+            if self._limits.has_exit_limit:
+                dispatcher.runner.on_claimed = self._limits.record_claimed_session
+                group.on_poll = self._limits.include_pool_in_idle_limit(self._admission)
             self._view = PoolView(context, dispatcher, group, pollers, self._drain, self._limits)
             async with asyncio.TaskGroup() as fetching:
                 tasks = [
@@ -482,7 +482,7 @@ class Supervisor:
                 if self.settings.stats_interval:
                     reading = read_remote_stats(context)
                     tasks.append(fetching.create_task(reading, name="remote-stats"))
-                if self._limits.has_limit:
+                if self._limits.has_exit_limit:
                     ending = self._end_pool_at_exit_limit(dispatcher, tasks[: len(pollers)])
                     tasks.append(fetching.create_task(ending, name="limits"))
                 self._opened.set()
