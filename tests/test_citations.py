@@ -246,7 +246,7 @@ def test_documented_name_that_the_source_lacks_is_reported_as_missing(
 @pytest.mark.parametrize(
     "name",
     [
-        "HandoffChild.request_drain()",  # A base class of HandoffChild defines this method.
+        "HandoffChildSupervisor.request_drain()",  # A base class of it defines this method.
         "LeaseRenewer.remove_lease",
         "PoolItem.state",
         "hand_off",

@@ -19,7 +19,7 @@ from tests.simulation.simulated_world import ENVIRONMENT
 from workpool import LeaseLost, SessionEnded, Settings, handler
 from workpool.errors import HandoverError, PreconditionError, TransientError
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished
-from workpool.pool.handoff_child import HandoffChild
+from workpool.pool.handoff_child import HandoffChildSupervisor
 from workpool.server import Operations
 from workpool.testing import Recorder
 from workpool.testing.fault import Fault
@@ -41,7 +41,7 @@ TAKE_BACK_SECONDS = 60 - 6 - 15
 """Seconds after which a parent takes back an item with the default TTL of 60 s."""
 
 
-class HandoffChildInVirtualTime(ThreadlessSupervisor, HandoffChild):
+class HandoffChildInVirtualTime(ThreadlessSupervisor, HandoffChildSupervisor):
     """The supervisor of a child process, in virtual time."""
 
 

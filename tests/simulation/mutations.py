@@ -148,8 +148,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "first heartbeat unchecked": [
         SourceEdit(
             "item_requests:HeartbeatSender",
-            "partial(self._check_lease, lease, check)",
-            "partial(self._check_lease, lease, check) if lease.begun else None",
+            "partial(self._check_lease_before_heartbeat, lease, check)",
+            "partial(self._check_lease_before_heartbeat, lease, check) if lease.begun else None",
         ),
     ],
     "renewer takes a lease that has not begun": [
@@ -229,8 +229,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "renewal unchecked": [
         SourceEdit(
             "item_requests:HeartbeatSender",
-            "partial(self._check_lease, lease, check)",
-            "None if lease.begun else partial(self._check_lease, lease, check)",
+            "partial(self._check_lease_before_heartbeat, lease, check)",
+            "None if lease.begun else partial(self._check_lease_before_heartbeat, lease, check)",
         ),
     ],
     "completion without a held lease": [
@@ -268,7 +268,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "pause not noticed": [
-        SourceEdit("lease:PauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
+        SourceEdit("lease:MachinePauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
         SourceEdit(
             "item_requests:ItemSender",
             "unseen = self._pauses.seconds_missed_by_lease_clock(lease.clock_offset, now)",
@@ -285,19 +285,24 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "pause ended by a heartbeat before it": [
         SourceEdit(
             "item_requests:HeartbeatSender",
-            "lease.apply_answer(self._clock(), attempt, outcome)",
-            "lease.apply_answer(self._clock(), "
+            "lease.apply_heartbeat_answer(self._clock(), attempt, outcome)",
+            "lease.apply_heartbeat_answer(self._clock(), "
             "attempt._replace(clock_offset=self._pauses.wall_clock_offset()), outcome)",
         ),
     ],
     "pause during a claim not noticed": [
-        SourceEdit("claim:Claimer", "self._pauses.was_paused(lease.clock_offset, now)", "False"),
+        SourceEdit(
+            "claim:Claimer", "self._pauses.was_machine_paused(lease.clock_offset, now)", "False"
+        ),
     ],
     "one try for all the time that is left": [
         SourceEdit(
             "item_requests:ItemSender",
-            "min(self._request_timeout, self._send_time_left(item, until, now) / TRY_PART)",
-            "self._send_time_left(item, until, now)",
+            "min(\n"
+            "            self._request_timeout, "
+            "self._seconds_left_to_send(item, until, now) / TRY_PART\n"
+            "        )",
+            "self._seconds_left_to_send(item, until, now)",
         ),
     ],
     "completion given up after ten seconds": [
@@ -372,7 +377,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "handler starts after a pause of the machine": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "self._pauses.was_paused(item.lease.clock_offset, now)",
+            "self._pauses.was_machine_paused(item.lease.clock_offset, now)",
             "False",
         ),
     ],
@@ -412,7 +417,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "retry after the machine has slept": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "if not self._may_call_handler(item):\n        raise",
+            "if not self._lease_allows_handler_call(item):\n        raise",
             "if False:\n        raise",
         ),
     ],
@@ -460,7 +465,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "own stop taken for an operator's": [
         SourceEdit(
             "completion:Completion",
-            "options, lease.record_stop_sent",
+            "options, lease.record_own_stop",
             "options, None",
         ),
     ],
@@ -484,7 +489,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "id given up at the cancellation": [
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "await make_task_end_future(task)",
+            "await create_future_of_task_end(task)",
             'lost = asyncio.ensure_future(item.wait_until(lambda: item.lease.status != "held"))\n'
             '        await asyncio.wait({task, lost}, return_when="FIRST_COMPLETED")\n'
             "        lost.cancel()\n"
@@ -511,7 +516,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "heartbeats during the handoff": [
         SourceEdit(
-            "handoff:HandoffRun",
+            "handoff:HandoffRunner",
             "lease.suspend_heartbeats()",
             "lease.suspend_heartbeats(); self._renewer.heartbeat_now(lease)",
         ),
@@ -537,7 +542,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "no child, and the item not taken back": [
         SourceEdit(
-            "handoff:HandoffRun",
+            "handoff:HandoffRunner",
             "await self._wait_for_child()\n            await self._send_heartbeat()",
             "await self._wait_for_child()",
         ),

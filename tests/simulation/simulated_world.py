@@ -32,7 +32,7 @@ from tests.simulation.simulated_machine import (
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool.errors import WorkpoolError
 from workpool.pool.admission import ExitLimits
-from workpool.pool.handoff_child import HandoffChild
+from workpool.pool.handoff_child import HandoffChildSupervisor
 from workpool.pool.shared_slots import SharedResources, SharedSlots
 from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
@@ -111,7 +111,7 @@ class SimulatedSupervisor(ThreadlessSupervisor):
         return replace(context, observe=record_and_forward_event)
 
 
-class SimulatedHandoffChildProcess(SimulatedSupervisor, HandoffChild):
+class SimulatedHandoffChildProcess(SimulatedSupervisor, HandoffChildSupervisor):
     """The child process of a handoff on a simulated machine, as `workpool hold` runs it."""
 
 

@@ -189,7 +189,7 @@ class LeaseTestbed:
             self.lost_at.setdefault(item.id, self.clock())
         item.notify_waiters()
         if item.lease.status != "held":
-            self.sender.end_waits_for_answers(item)
+            self.sender.abort_waits_for_answers(item)
 
     def fail_on_renewer_error(self, error: LeaseRenewerError | None) -> None:
         raise AssertionError(error)

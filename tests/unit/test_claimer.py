@@ -13,7 +13,7 @@ import pytest
 from workpool.errors import LeaseLost
 from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
-from workpool.pool.lease import PauseDetector
+from workpool.pool.lease import MachinePauseDetector
 from workpool.pool.pool_item import PoolItem
 from workpool.secret import Secret
 from workpool.testing.fault import Fault
@@ -47,7 +47,7 @@ class ClaimerTestbed:
             client=bench.client,
             clock=bench.clock,
             observe=lambda kind, *values: self.events.append(kind(*values)),
-            renewer=SimpleNamespace(pauses=PauseDetector(bench.clock, bench.clock)),
+            renewer=SimpleNamespace(pauses=MachinePauseDetector(bench.clock, bench.clock)),
         )
         self.context = context
         self.claimer = Claimer(context, bench.heartbeats, self.acks.append)
@@ -292,7 +292,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
         one.ahead += 300
         one.claim_as_other_worker(item.id)
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
-    assert (item.lease.status, item.lease.loss_confirmed) == ("lost", True)
+    assert (item.lease.status, item.lease.is_loss_confirmed) == ("lost", True)
     assert len(one.sent) == 1
 
 
@@ -306,7 +306,7 @@ async def test_lease_of_item_held_by_another_worker_is_lost_without_get_request(
         item = await one.claim_item()
         one.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
-    assert (item.lease.status, item.lease.loss_confirmed) == ("lost", True)
+    assert (item.lease.status, item.lease.is_loss_confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
 
@@ -318,9 +318,9 @@ async def test_ack_of_active_item_forbids_writes_until_heartbeat_succeeds(
     async with one.opened_clients():
         item = await one.claim_item()
         with pytest.raises(LeaseLost):
-            one.sender.check_may_write(item, by_handler=False)
+            one.sender.check_writes_allowed(item, by_handler=False)
         await ClaimerTestbed(one).claimer.send_first_heartbeats(item)
-        one.sender.check_may_write(item, by_handler=False)
+        one.sender.check_writes_allowed(item, by_handler=False)
     assert item.lease.begun
 
 

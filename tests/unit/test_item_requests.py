@@ -185,10 +185,10 @@ async def test_write_after_undetected_machine_pause_beyond_lease_end_raises_leas
     one = testbed()
     async with item_with_renewed_lease(one) as item:
         item.lease.deadline = one.clock() + 1.0
-        one.sender.check_may_write(item, by_handler=False)
+        one.sender.check_writes_allowed(item, by_handler=False)
         one.ahead = 1.5
         with pytest.raises(LeaseLost):
-            one.sender.check_may_write(item, by_handler=False)
+            one.sender.check_writes_allowed(item, by_handler=False)
 
 
 @in_virtual_time
@@ -441,7 +441,7 @@ async def test_read_while_leased_continues_while_lease_is_renewed(
             return "answer"
 
         one.loop.call_later(300, answered.set)
-        assert await one.sender.read_while_leased(item, read_session) == "answer"
+        assert await one.sender.await_call_while_leased(item, read_session) == "answer"
 
 
 @in_virtual_time
@@ -451,11 +451,11 @@ async def test_read_while_leased_ends_at_time_limit_or_when_lease_is_lost(
     one = testbed()
     async with item_with_renewed_lease(one) as item:
         with pytest.raises(TimeoutError):
-            await one.sender.read_while_leased(item, asyncio.Event().wait, 7.0)
+            await one.sender.await_call_while_leased(item, asyncio.Event().wait, 7.0)
         assert one.clock() == pytest.approx(7)
         one.loop.call_later(3, report_lost_lease, one, item)
         with pytest.raises(LeaseLost):
-            await one.sender.read_while_leased(item, asyncio.Event().wait, 100.0)
+            await one.sender.await_call_while_leased(item, asyncio.Event().wait, 100.0)
         assert one.clock() == pytest.approx(10)
 
 

@@ -105,7 +105,7 @@ THROTTLED = make_transient_error("throttled")
 def begin_heartbeat_and_apply_answer(
     lease: Lease, sent: float, answered: float, outcome: Heartbeat | ControlPlaneError
 ) -> HeartbeatDecision:
-    return lease.apply_answer(answered, lease.begin_heartbeat(sent, sent), outcome)
+    return lease.apply_heartbeat_answer(answered, lease.begin_heartbeat(sent, sent), outcome)
 
 
 def fresh_lease() -> Lease:
@@ -159,7 +159,7 @@ def lease_confirmed_by_reading_item() -> Lease:
     """Return a lease that a read of the item has confirmed after a heartbeat got a 409."""
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, CONFLICT)
-    lease.apply_read_item(7.0, "conflict", item_of_this_worker())
+    lease.apply_item_read_outcome(7.0, "conflict", item_of_this_worker())
     return lease
 
 
@@ -313,7 +313,7 @@ def test_heartbeat_answer_determines_decision_and_status_and_deadline_of_lease(
     lease = state()
     decision = begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, outcome)
     assert decision == (expected.then, expected.result)
-    assert (lease.status, lease.loss_confirmed) == (expected.status, expected.confirmed)
+    assert (lease.status, lease.is_loss_confirmed) == (expected.status, expected.confirmed)
     assert lease.deadline == expected.deadline
     assert lease.in_flight == (expected.then == "read")
     if expected.due is not None:
@@ -408,7 +408,7 @@ def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
         "over",
         "timeout",
     )
-    assert (lease.status, lease.loss_confirmed, lease.deadline) == ("lost", False, 60)
+    assert (lease.status, lease.is_loss_confirmed, lease.deadline) == ("lost", False, 60)
 
 
 def test_unanswered_heartbeat_shortens_lease_to_ttl_that_it_requested() -> None:
@@ -456,8 +456,8 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT)
     lease.end_lease("released")
-    assert lease.apply_answer(ANSWERED, attempt, outcome) == ("over", None)
-    assert (lease.status, lease.loss_confirmed, lease.deadline) == ("released", False, 60)
+    assert lease.apply_heartbeat_answer(ANSWERED, attempt, outcome) == ("over", None)
+    assert (lease.status, lease.is_loss_confirmed, lease.deadline) == ("released", False, 60)
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
@@ -490,7 +490,7 @@ def test_expected_last_heartbeat_field_after_reading_item_comes_from_that_item(
 ) -> None:
     lease = lease_with_unanswered_heartbeat()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, PRECONDITION)
-    lease.apply_read_item(23.0, "precondition", item)
+    lease.apply_item_read_outcome(23.0, "precondition", item)
     assert lease.expected == expected
 
 
@@ -556,9 +556,9 @@ def test_answer_to_get_request_determines_decision_and_status_and_deadline_of_le
     lease = state()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     assert lease.in_flight
-    decision = lease.apply_read_item(READ_AT, "conflict", outcome)
+    decision = lease.apply_item_read_outcome(READ_AT, "conflict", outcome)
     assert decision == (expected.then, expected.result)
-    assert (lease.status, lease.loss_confirmed) == (expected.status, expected.confirmed)
+    assert (lease.status, lease.is_loss_confirmed) == (expected.status, expected.confirmed)
     assert (lease.deadline, lease.in_flight) == (60, False)  # A read never extends the lease.
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
@@ -566,9 +566,9 @@ def test_answer_to_get_request_determines_decision_and_status_and_deadline_of_le
 def test_heartbeat_answer_412_causes_get_request_while_holder_of_item_is_unknown() -> None:
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
-    lease.apply_read_item(READ_AT, "conflict", make_transient_error())
+    lease.apply_item_read_outcome(READ_AT, "conflict", make_transient_error())
     assert begin_heartbeat_and_apply_answer(lease, 25.0, 25.0, PRECONDITION).then == "read"
-    lease.apply_read_item(26.0, "precondition", item_of_this_worker())
+    lease.apply_item_read_outcome(26.0, "precondition", item_of_this_worker())
     assert begin_heartbeat_and_apply_answer(lease, 26.0, 26.0, PRECONDITION) == (
         "over",
         "precondition",
@@ -579,8 +579,11 @@ def test_answer_to_get_request_that_arrives_after_lease_end_changes_nothing() ->
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     lease.end_lease("released")
-    assert lease.apply_read_item(READ_AT, "conflict", item_of_another_worker()) == ("over", None)
-    assert (lease.status, lease.loss_confirmed, lease.in_flight) == ("released", False, False)
+    assert lease.apply_item_read_outcome(READ_AT, "conflict", item_of_another_worker()) == (
+        "over",
+        None,
+    )
+    assert (lease.status, lease.is_loss_confirmed, lease.in_flight) == ("released", False, False)
 
 
 @pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
@@ -617,7 +620,7 @@ def test_lease_released_during_heartbeat_ends_after_one_further_heartbeat() -> N
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT)
     lease.schedule_last_heartbeat(SENT + 1, 10.0)
-    assert lease.apply_answer(ANSWERED, attempt, make_heartbeat(2)).then == "held"
+    assert lease.apply_heartbeat_answer(ANSWERED, attempt, make_heartbeat(2)).then == "held"
     assert (lease.status, lease.due_at) == ("held", SENT + 1)
     assert (
         begin_heartbeat_and_apply_answer(
@@ -662,32 +665,32 @@ def test_immediate_heartbeat_is_not_scheduled_while_heartbeats_are_suspended() -
 
 def test_machine_pause_makes_heartbeat_of_lease_due_at_once() -> None:
     lease = renewed_lease()
-    assert lease.verify_after_pause(5.0)
+    assert lease.request_verification_after_pause(5.0)
     assert lease.due_at == 5.0
 
 
 def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
     lease = renewed_lease()
-    lease.verify_after_pause(5.0)
+    lease.request_verification_after_pause(5.0)
     begin_heartbeat_and_apply_answer(lease, 5.0, 5.1, THROTTLED)
     due_at = lease.due_at
     assert due_at > 5.1
-    assert not lease.verify_after_pause(5.2)
+    assert not lease.request_verification_after_pause(5.2)
     assert lease.due_at == due_at
 
 
 def test_another_pause_of_machine_after_successful_heartbeat_requires_new_verification() -> None:
     lease = renewed_lease()
-    lease.verify_after_pause(5.0)
+    lease.request_verification_after_pause(5.0)
     begin_heartbeat_and_apply_answer(lease, 5.0, 5.1, make_heartbeat(2))
-    assert lease.verify_after_pause(7.0)
+    assert lease.request_verification_after_pause(7.0)
 
 
 def test_successful_heartbeat_records_wall_clock_offset_of_its_send_time() -> None:
     lease = renewed_lease()
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     assert lease.clock_offset == 0.0
-    lease.apply_answer(ANSWERED, attempt, make_heartbeat(2))
+    lease.apply_heartbeat_answer(ANSWERED, attempt, make_heartbeat(2))
     assert lease.clock_offset == 30.0
 
 
@@ -696,16 +699,20 @@ def test_heartbeat_answer_with_state_stopping_after_machine_pause_ends_lease_as_
     *, extended: bool
 ) -> None:
     lease = renewed_lease()
-    lease.verify_after_pause(SENT)
+    lease.request_verification_after_pause(SENT)
     attempt = lease.begin_heartbeat(SENT, SENT, 30.0)
     answer = make_heartbeat(2, lease_extended=extended, state="stopping")
-    assert lease.apply_answer(ANSWERED, attempt, answer) == HeartbeatDecision("over", "conflict")
-    assert (lease.status, lease.loss_confirmed) == ("lost", False)
+    assert lease.apply_heartbeat_answer(ANSWERED, attempt, answer) == HeartbeatDecision(
+        "over", "conflict"
+    )
+    assert (lease.status, lease.is_loss_confirmed) == ("lost", False)
 
 
 def test_failed_heartbeat_records_no_clock_offset() -> None:
     lease = renewed_lease()
-    lease.apply_answer(ANSWERED, lease.begin_heartbeat(SENT, SENT, 30.0), make_transient_error())
+    lease.apply_heartbeat_answer(
+        ANSWERED, lease.begin_heartbeat(SENT, SENT, 30.0), make_transient_error()
+    )
     assert lease.clock_offset == 0.0
 
 
@@ -743,7 +750,7 @@ def test_lease_ends_as_lost_at_give_up_time_before_deadline() -> None:
     lease = renewed_lease()
     assert not lease.end_if_expired(53.9)
     assert lease.end_if_expired(54.0)
-    assert (lease.status, lease.loss_confirmed, lease.due_at) == ("lost", False, math.inf)
+    assert (lease.status, lease.is_loss_confirmed, lease.due_at) == ("lost", False, math.inf)
 
 
 @pytest.mark.parametrize("first", ["finished", "released", "stopped", "lost", "handed_off"])
@@ -753,7 +760,7 @@ def test_status_of_ended_lease_never_changes(first: Any, second: Any) -> None:
     lease.end_lease(first, "taken")
     lease.end_lease(second, "taken")
     lease.end_if_expired(1000.0)
-    assert (lease.status, lease.loss_confirmed) == (first, first == "lost")
+    assert (lease.status, lease.is_loss_confirmed) == (first, first == "lost")
 
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
@@ -934,7 +941,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     def _apply_heartbeat_answer(self, outcome: Heartbeat | ControlPlaneError) -> None:
         assert self.attempt is not None
-        decision = self.lease.apply_answer(self.current_time, self.attempt, outcome)
+        decision = self.lease.apply_heartbeat_answer(self.current_time, self.attempt, outcome)
         self.reading = decision.then == "read"
         if decision.then == "held" and isinstance(outcome, Heartbeat) and outcome.lease_extended:
             assert self.lease.deadline == self.attempt.at + outcome.ttl_seconds
@@ -962,7 +969,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def _apply_answer_to_get_request(self, outcome: WorkItem | ControlPlaneError) -> None:
         before = self.lease.deadline
         self._assert_lease_matches_heartbeat_decision(
-            self.lease.apply_read_item(self.current_time, "conflict", outcome)
+            self.lease.apply_item_read_outcome(self.current_time, "conflict", outcome)
         )
         assert self.lease.deadline == before
         self.reading, self.item = False, None
@@ -989,11 +996,11 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @invariant()
     def assert_ended_lease_stays_ended(self) -> None:
         if self.final is not None:
-            assert (self.lease.status, self.lease.loss_confirmed) == self.final
+            assert (self.lease.status, self.lease.is_loss_confirmed) == self.final
             assert self.lease.due_at == math.inf
             assert not self.lease.is_held(self.current_time)
         elif self.lease.is_over:
-            self.final = self.lease.status, self.lease.loss_confirmed
+            self.final = self.lease.status, self.lease.is_loss_confirmed
 
     @invariant()
     def assert_give_up_time_precedes_deadline(self) -> None:
@@ -1001,7 +1008,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def assert_confirmed_loss_means_status_lost(self) -> None:
-        assert not self.lease.loss_confirmed or self.lease.status == "lost"
+        assert not self.lease.is_loss_confirmed or self.lease.status == "lost"
 
 
 TestLeaseMachine = pytest.mark.trial(LeaseStateMachine.TestCase)
@@ -1021,7 +1028,7 @@ def test_lease_deadline_never_exceeds_send_time_plus_granted_ttl(
     attempt = lease.begin_heartbeat(sent, sent)
     assert lease.deadline <= sent + ttl
     assume(sent + latency < 60)
-    lease.apply_answer(sent + latency, attempt, make_heartbeat(ttl_seconds=granted))
+    lease.apply_heartbeat_answer(sent + latency, attempt, make_heartbeat(ttl_seconds=granted))
     assert lease.deadline == sent + granted
     assert lease.due_at <= sent + granted / 3
 
@@ -1040,7 +1047,9 @@ def test_parent_and_child_never_hold_lease_of_one_item_at_once(
     parent = Lease(plane.ack_item("ours"), 0.0, ttl=60, request_timeout=10.0)
     attempt = parent.begin_heartbeat(0.0, 0.0)
     plane.now += LATENCY
-    parent.apply_answer(plane.now, attempt, plane.extend_lease(attempt.expected, attempt.ttl))
+    parent.apply_heartbeat_answer(
+        plane.now, attempt, plane.extend_lease(attempt.expected, attempt.ttl)
+    )
     parent.suspend_heartbeats()
     child = Lease(
         plane.read_item(),
@@ -1079,7 +1088,9 @@ def send_heartbeat_and_required_read(
     attempt = lease.begin_heartbeat(plane.now, plane.now)
     plane.now += LATENCY
     answer = plane.extend_lease(attempt.expected, attempt.ttl)
-    decision = lease.apply_answer(plane.now, attempt, make_transient_error() if lost else answer)
+    decision = lease.apply_heartbeat_answer(
+        plane.now, attempt, make_transient_error() if lost else answer
+    )
     if decision.then == "read":
-        decision = lease.apply_read_item(plane.now, decision.result, plane.read_item())
+        decision = lease.apply_item_read_outcome(plane.now, decision.result, plane.read_item())
     return decision.then

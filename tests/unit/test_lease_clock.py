@@ -10,8 +10,8 @@ import pytest
 
 from workpool.pool.lease import (
     PAUSE_SECONDS,
-    PauseDetector,
-    clock_including_sleep,
+    MachinePauseDetector,
+    choose_suspend_aware_clock,
     lease_clock,
 )
 
@@ -31,7 +31,7 @@ def test_lease_clock_includes_time_of_machine_sleep_on_linux(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(time, "clock_gettime", float)
-    assert clock_including_sleep()() == float(time.CLOCK_BOOTTIME)
+    assert choose_suspend_aware_clock()() == float(time.CLOCK_BOOTTIME)
 
 
 def test_lease_clock_counts_sleep_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_lease_clock_counts_sleep_on_macos(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(time, "clock_gettime", float)
-    assert clock_including_sleep()() == float(time.CLOCK_MONOTONIC)
+    assert choose_suspend_aware_clock()() == float(time.CLOCK_MONOTONIC)
 
 
 def test_lease_clock_of_other_platforms_is_the_monotonic_clock(
@@ -48,7 +48,7 @@ def test_lease_clock_of_other_platforms_is_the_monotonic_clock(
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)
     monkeypatch.setattr(sys, "platform", "win32")
     before = time.monotonic()
-    assert before <= clock_including_sleep()() <= time.monotonic()
+    assert before <= choose_suspend_aware_clock()() <= time.monotonic()
 
 
 class MovableLeaseAndWallClocks:
@@ -57,14 +57,14 @@ class MovableLeaseAndWallClocks:
     def __init__(self) -> None:
         self.lease = 100.0
         self.wall = 1_772_366_400.0
-        self.detector = PauseDetector(lambda: self.lease, lambda: self.wall)
+        self.detector = MachinePauseDetector(lambda: self.lease, lambda: self.wall)
 
     def move_clocks_and_detect_pause(self, lease: float, wall: float) -> bool:
         """Move both clocks, and return whether the detector reports a pause."""
         before = self.detector.wall_clock_offset()
         self.lease += lease
         self.wall += wall
-        return self.detector.was_paused(since=before)
+        return self.detector.was_machine_paused(since=before)
 
 
 @pytest.mark.parametrize(

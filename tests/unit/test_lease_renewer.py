@@ -184,7 +184,7 @@ def test_lease_whose_heartbeats_get_no_answer_is_lost_before_deadline(
         async with one.renewed_lease() as lease:
             await asyncio.sleep(300)
         assert_single_lease_status_change(one, end, "lost")
-        assert not lease.loss_confirmed
+        assert not lease.is_loss_confirmed
         assert max(one.get_send_times("heartbeat")) < end
 
     assert_lost_before_deadline()
@@ -328,7 +328,7 @@ async def test_lease_is_lost_if_heartbeat_that_releases_it_cannot_be_sent(
     assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
     assert lease.status == "lost"
     assert len(one.get_send_times("heartbeat")) > 3
-    assert not lease.loss_confirmed
+    assert not lease.is_loss_confirmed
 
 
 @in_virtual_time
@@ -473,7 +473,7 @@ async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[Leas
         await asyncio.sleep(5)
         one.loop.suspend(55)
         await asyncio.sleep(1 + LOOK)
-        assert (lease.status, lease.loss_confirmed) == ("lost", False)
+        assert (lease.status, lease.is_loss_confirmed) == ("lost", False)
     assert len(one.sent) == 1
 
 
@@ -533,13 +533,13 @@ async def test_worker_after_machine_pause_sends_only_heartbeats_until_leases_are
         one.ahead += 30
         for item in items:
             with pytest.raises(TransientError, match="verified first"):
-                one.sender.check_may_write(item, by_handler=False)
+                one.sender.check_writes_allowed(item, by_handler=False)
         await asyncio.sleep(0.9)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_may_write(items[0], by_handler=False)
+            one.sender.check_writes_allowed(items[0], by_handler=False)
         await asyncio.sleep(0.3)
         for item in items:
-            one.sender.check_may_send(item, by_handler=False)
+            one.sender.check_requests_allowed(item, by_handler=False)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
     # Each lease is reported, because the report wakes the calls that wait for verification.
     assert [status for _, status in one.changes] == ["held"] * 3
@@ -568,11 +568,11 @@ async def test_lease_of_item_claimed_elsewhere_during_machine_pause_is_lost_befo
         one.ahead += 300
         one.claim_as_other_worker(item.id)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_may_write(item, by_handler=False)
+            one.sender.check_writes_allowed(item, by_handler=False)
         await asyncio.sleep(1)
         with pytest.raises(LeaseLost):
-            one.sender.check_may_send(item, by_handler=False)
-    assert (lease.status, lease.loss_confirmed) == ("lost", True)
+            one.sender.check_requests_allowed(item, by_handler=False)
+    assert (lease.status, lease.is_loss_confirmed) == ("lost", True)
     assert [each.op for each in one.sent] == ["heartbeat", "heartbeat"]
 
 
@@ -588,9 +588,9 @@ async def test_machine_pause_during_heartbeat_causes_another_heartbeat_at_once(
         await asyncio.sleep(1)
         one.ahead += 30
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_may_write(item, by_handler=False)
+            one.sender.check_writes_allowed(item, by_handler=False)
         await asyncio.sleep(1.1)
-        one.sender.check_may_send(item, by_handler=False)
+        one.sender.check_requests_allowed(item, by_handler=False)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
 
 
@@ -609,12 +609,12 @@ async def test_machine_pause_during_claim_forbids_writes_until_lease_is_verified
             one.ahead += 300
             one.claim_as_other_worker(second.id)
             with pytest.raises(TransientError, match="verified first"):
-                one.sender.check_may_write(first, by_handler=False)
+                one.sender.check_writes_allowed(first, by_handler=False)
         with pytest.raises(TransientError, match="verified first"):
-            one.sender.check_may_write(second, by_handler=False)
+            one.sender.check_writes_allowed(second, by_handler=False)
         await asyncio.sleep(1 + LOOK)
         with pytest.raises(LeaseLost):
-            one.sender.check_may_send(second, by_handler=False)
+            one.sender.check_requests_allowed(second, by_handler=False)
 
 
 @in_virtual_time
@@ -629,8 +629,8 @@ async def test_machine_pause_before_first_heartbeat_loses_lease(
         one.ahead += 300
         for _ in range(2):
             with pytest.raises(LeaseLost):
-                one.sender.check_may_write(item, by_handler=False)
+                one.sender.check_writes_allowed(item, by_handler=False)
         await asyncio.sleep(1)
         # The ack of this item is sent after the pause, so its lease needs no verification.
         other = await one.claim_item()
-        one.sender.check_may_send(other, by_handler=False)
+        one.sender.check_requests_allowed(other, by_handler=False)

@@ -18,7 +18,7 @@ from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
 from workpool.pool import diagnostics, lease_renewer
 from workpool.pool.diagnostics import LoopMonitor
 from workpool.pool.item_requests import HeartbeatSender
-from workpool.pool.lease import Lease, PauseDetector, lease_clock
+from workpool.pool.lease import Lease, MachinePauseDetector, lease_clock
 from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations
@@ -122,7 +122,7 @@ class LeaseRenewerTestbed:
             sent = self.lease_clock()
             ours = PoolItem(await client.ack(item.id), None, copy_context(), sent)
             ours.lease = Lease(ours.work_item, sent, ttl=60, request_timeout=10.0)
-            pauses = PauseDetector(self.lease_clock, self.lease_clock)
+            pauses = MachinePauseDetector(self.lease_clock, self.lease_clock)
             heartbeats = HeartbeatSender(
                 client, self.lease_clock, pauses, cast("Any", lambda *_: None)
             )
@@ -277,7 +277,7 @@ async def test_failure_of_renewer_thread_is_fatal_and_ends_all_leases_as_lost(
         testbed.fault = ZeroDivisionError("in the tick")
         await testbed.wait_until(lambda: testbed.failures)
         assert testbed.failures[0].__cause__ is testbed.fault
-        assert (lease.status, lease.loss_confirmed) == ("lost", False)
+        assert (lease.status, lease.is_loss_confirmed) == ("lost", False)
         assert testbed.reported == ["lost"]
         assert later.lease is not None
         renewer.add_lease(later.lease, later)

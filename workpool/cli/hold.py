@@ -20,7 +20,7 @@ from workpool.cli.program_plugin import ProgramPlugin
 from workpool.cli.run import run_supervisor
 from workpool.cli.signals import SignalEvents
 from workpool.cli.verbosity import Verbose, is_verbose
-from workpool.pool.handoff_child import HandoffChild
+from workpool.pool.handoff_child import HandoffChildSupervisor
 from workpool.settings import Settings
 
 WORK_ID: Final = "WORKPOOL_HOLD_WORK_ID"
@@ -133,7 +133,9 @@ def hold(
     )
     program = ProgramPlugin(command, item_token_variables(settings) if session_id else {})
     session = session_id or None
-    pool = HandoffChild(settings, work_id, last_heartbeat, plugins=[program], session_id=session)
+    pool = HandoffChildSupervisor(
+        settings, work_id, last_heartbeat, plugins=[program], session_id=session
+    )
     log_config.configure_logging(
         "debug" if is_verbose(context) else settings.log_level,
         settings.log_format,

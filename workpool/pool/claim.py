@@ -157,7 +157,7 @@ class Claimer:
 
     def _end_lease_if_machine_paused(self, lease: Lease, now: float) -> None:
         """End the lease if the machine was paused since the ack: the lease may have expired."""
-        if self._pauses.was_paused(lease.clock_offset, now):
+        if self._pauses.was_machine_paused(lease.clock_offset, now):
             log.warning("the machine was paused during a claim", extra={"work_id": lease.item.id})
             lease.end_lease("lost")
 

@@ -150,7 +150,7 @@ class Completion:
         result: CallResult = "error"
         try:
             call = partial(self._send_stop, item)
-            await self._sender.send_with_retries(item, call, options, lease.record_stop_sent)
+            await self._sender.send_with_retries(item, call, options, lease.record_own_stop)
             result = "ok"
         except (ConflictError, PreconditionError):
             result = "conflict"  # The item is stopped already: do not repeat the stop.
@@ -307,7 +307,7 @@ class Completion:
         await item.wait_until(
             lambda: lease.status != "held", lease.remaining_seconds(self._clock())
         )
-        return "lease_lost" if lease.loss_confirmed else find_outcome_of_expired_lease(lease)
+        return "lease_lost" if lease.is_loss_confirmed else find_outcome_of_expired_lease(lease)
 
     def _format_release_reason(self, release: Release) -> str:
         if self._with_message or isinstance(release, PoolRelease):

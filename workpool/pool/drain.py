@@ -78,7 +78,7 @@ class Drain:
         """Wake the tasks that wait in this drain, for example after the end of an item."""
         self._changed.set()
 
-    async def wait_for_sessions(self, dispatcher: Dispatcher) -> None:
+    async def wait_until_sessions_end(self, dispatcher: Dispatcher) -> None:
         """Wait, without a time limit, until no session runs except those of stuck handlers."""
         await self._wait_until_items_finished(dispatcher, lambda: math.inf)
 

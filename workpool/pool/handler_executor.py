@@ -100,7 +100,7 @@ class HandlerExecutor:
         if stall is not None and item.is_handler_running:
             self._watch_progress(item, stall)
         try:
-            await make_task_end_future(task)
+            await create_future_of_task_end(task)
         finally:
             if item.timer is not None:
                 self._stop_cancellation_timer(item)
@@ -150,11 +150,11 @@ class HandlerExecutor:
             late: Seconds of `silence` in which no handler could run.
         """
         seconds = min(stall / STALL_CHECKS, stall - silence)
-        check = partial(self._check_progress, item, stall, late, item.progressed_at)
+        check = partial(self._cancel_if_stalled, item, stall, late, item.progressed_at)
         due_at = self._clock() + seconds
         item.stall_timer = asyncio.get_running_loop().call_later(seconds, check, due_at)
 
-    def _check_progress(
+    def _cancel_if_stalled(
         self, item: PoolItem, stall: float, late: float, seen_at: float, due_at: float
     ) -> None:
         """Cancel the handler if it has made no progress for `stall` seconds.
@@ -200,7 +200,7 @@ class HandlerExecutor:
     def _report_stuck_handler(self, item: PoolItem, task: asyncio.Task[object]) -> None:
         log_stacks(
             log,
-            self._threads.stack_of_item(item) or format_stack_of_task(task),
+            self._threads.format_handler_stack(item) or format_stack_of_task(task),
             "handler ignores its cancellation",
             work_id=item.id,
             handler=item.handler_label,
@@ -229,7 +229,7 @@ class HandlerExecutor:
         # returns, so `run_handler` has not set the attribute yet.
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
-        if not self._may_call_handler(item):
+        if not self._lease_allows_handler_call(item):
             item.add_end_reason(EndReason.RETURNED)
             return
         CURRENT.set(ref(session))
@@ -240,9 +240,9 @@ class HandlerExecutor:
             contexts = self._plugins.collect_session_contexts(session)
             call: Call = handler.call  # type: ignore[assignment]  # async - unless `blocking`
             if handler.blocking or handler.retry is not None:
-                call = self._make_handler_call(item, handler)
+                call = self._build_handler_call(item, handler)
             if contexts:
-                item.result = await self._call_in_contexts(contexts, item, call, session)
+                item.result = await self._call_handler_in_contexts(contexts, item, call, session)
             elif (returned := await call(session)) is not None:
                 item.result = make_metadata_from_result(returned, self._metadata_limits)
             item.add_end_reason(EndReason.RETURNED)
@@ -251,7 +251,7 @@ class HandlerExecutor:
         except BaseException as error:  # noqa: BLE001 - SystemExit, too, cannot end the pool
             self._record_handler_error(item, error)
 
-    async def _call_in_contexts(
+    async def _call_handler_in_contexts(
         self, contexts: list[Context], item: PoolItem, call: Call, session: Session
     ) -> Mapping[str, str]:
         """Call the handler inside the plugins' contexts; set `session.outcome` inside them, too."""
@@ -272,7 +272,7 @@ class HandlerExecutor:
         # If a plugin's context manager has suppressed the handler's error, there is no result.
         return {}
 
-    def _make_handler_call(self, item: PoolItem, handler: Handler) -> Call:
+    def _build_handler_call(self, item: PoolItem, handler: Handler) -> Call:
         """Return a function that calls the handler with its retries, on a thread if necessary."""
         call = cast("Call", handler.call)
         if handler.blocking:
@@ -330,10 +330,10 @@ class HandlerExecutor:
             raise error
         if session.draining:
             raise PoolRelease(DRAIN_REASON) from error
-        if not self._may_call_handler(item):
+        if not self._lease_allows_handler_call(item):
             raise item.error or error
 
-    def _may_call_handler(self, item: PoolItem) -> bool:
+    def _lease_allows_handler_call(self, item: PoolItem) -> bool:
         """Return whether the lease is held and the machine was not paused since the last heartbeat.
 
         If the machine was paused since then, record that the item is released.
@@ -341,7 +341,7 @@ class HandlerExecutor:
         now = self._clock()
         if not item.lease.is_held(now):
             return False
-        if self._pauses.was_paused(item.lease.clock_offset, now):
+        if self._pauses.was_machine_paused(item.lease.clock_offset, now):
             item.error = PoolRelease("not started: the machine was paused")
             item.add_end_reason(EndReason.RELEASED)
             return False
@@ -384,7 +384,7 @@ def _is_retryable(retry: Retry | None, error: Exception, session: Session) -> Ty
     )
 
 
-def make_task_end_future(task: asyncio.Task[object]) -> asyncio.Future[None]:
+def create_future_of_task_end(task: asyncio.Task[object]) -> asyncio.Future[None]:
     """Return a future that is done when the task has ended.
 
     A caller that is cancelled while it awaits this future does not cancel the task.

@@ -41,8 +41,8 @@ def make_metadata_from_result(returned: object, limits: MetadataLimits | None) -
         if all(isinstance(text, str) for pair in returned.items() for text in pair):
             for key in returned:
                 _check_text_is_encodable(key, returned[key])
-            return _check_result_limits(returned, limits)
-    return _check_result_limits({RESULT: _encode_result_as_json(returned)}, limits)
+            return _check_result_size(returned, limits)
+    return _check_result_size({RESULT: _encode_result_as_json(returned)}, limits)
 
 
 def _encode_result_as_json(value: object) -> str:
@@ -75,7 +75,7 @@ def _check_text_is_encodable(key: str, value: str) -> None:
         raise ResultError(key, "has a character that UTF-8 cannot encode") from error
 
 
-def _check_result_limits(
+def _check_result_size(
     result: Mapping[str, str], limits: MetadataLimits | None
 ) -> Mapping[str, str]:
     """Raise `ResultError` if the result exceeds a limit of the dialect; else return the result."""
@@ -83,18 +83,16 @@ def _check_result_limits(
         return result
     for number, (key, value) in enumerate(result.items(), 1):
         if number > limits.pairs:
-            _raise_result_over_limit(key, "is pair", number, limits.pairs)
+            _raise_result_error(key, "is pair", number, limits.pairs)
         if len(key) > limits.key_characters:
-            _raise_result_over_limit(
-                key, "is a key whose length is", len(key), limits.key_characters
-            )
+            _raise_result_error(key, "is a key whose length is", len(key), limits.key_characters)
         if len(value) > limits.value_characters:
-            _raise_result_over_limit(
+            _raise_result_error(
                 key, "has a value whose length is", len(value), limits.value_characters
             )
     return result
 
 
-def _raise_result_over_limit(key: str, problem: str, size: int, limit: int) -> None:
+def _raise_result_error(key: str, problem: str, size: int, limit: int) -> None:
     text = f"{problem} {size}; the dialect allows {limit}"
     raise ResultError(key, text, size=size, limit=limit)

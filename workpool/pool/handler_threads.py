@@ -75,9 +75,9 @@ class HandlerThreads:
             blocking = BlockingSession(session, calls)
             waiting = group.create_task(_interrupt_blocking_session(session, blocking))
             try:
-                outcome = await self._run_function(item, function, blocking, calls)
+                outcome = await self._run_handler_on_thread(item, function, blocking, calls)
             finally:
-                calls.refuse_calls()
+                calls.refuse_session_calls()
                 waiting.cancel()
         if not isinstance(outcome, _CaughtHandlerError):
             return outcome
@@ -90,7 +90,7 @@ class HandlerThreads:
             # loop.
             raise RuntimeError("KeyboardInterrupt in a plain handler") from error
 
-    async def _run_function(
+    async def _run_handler_on_thread(
         self,
         item: PoolItem,
         function: Function,
@@ -119,7 +119,7 @@ class HandlerThreads:
         self, item: PoolItem, function: Function
     ) -> Callable[[BlockingSession], object]:
         @functools.wraps(function, assigned=("__qualname__",), updated=())
-        def run_function(session: BlockingSession) -> object:
+        def run_handler_function(session: BlockingSession) -> object:
             self._idents[item] = threading.get_ident()
             try:
                 returned = function(session)
@@ -136,9 +136,9 @@ class HandlerThreads:
             finally:
                 del self._idents[item]
 
-        return run_function
+        return run_handler_function
 
-    def stack_of_item(self, item: PoolItem) -> str | None:
+    def format_handler_stack(self, item: PoolItem) -> str | None:
         """Return the stack of the thread that runs the item's handler; None if there is none."""
         ident = self._idents.get(item)
         return None if ident is None else thread_stack(ident)
@@ -172,7 +172,7 @@ class _LoopCallerForThread:
             LeaseLost, SessionEnded: The handler was cancelled or has ended.
             RuntimeError: Called on the loop, which would wait for itself.
         """
-        return self._submit_call(make).result()
+        return self._submit_to_handlers_loop(make).result()
 
     @contextmanager
     def enter_context_on_handlers_loop(
@@ -194,7 +194,7 @@ class _LoopCallerForThread:
                 entered.set_result((value, left))
                 await left
 
-        ended = self._submit_call(keep_context_open)
+        ended = self._submit_to_handlers_loop(keep_context_open)
         ended.add_done_callback(functools.partial(_set_error_if_not_entered, entered))
         value, left = entered.result()
         try:
@@ -211,12 +211,12 @@ class _LoopCallerForThread:
         for task in self._tasks:
             task.cancel()
 
-    def refuse_calls(self) -> None:
+    def refuse_session_calls(self) -> None:
         """Cancel the calls in progress, and refuse further calls."""
         self._closed = True
         self.cancel_calls()
 
-    def _submit_call(self, make: Callable[[], Awaitable[T]]) -> Future[T]:
+    def _submit_to_handlers_loop(self, make: Callable[[], Awaitable[T]]) -> Future[T]:
         if threading.get_ident() == self._thread:
             raise RuntimeError("a blocking session cannot be used on the event loop")
         future: Future[T] = Future()
@@ -228,7 +228,7 @@ class _LoopCallerForThread:
 
     def _start_call(self, make: Callable[[], Awaitable[T]], future: Future[T]) -> None:
         if self._closed:
-            future.set_exception(self._make_error_of_ended_call())
+            future.set_exception(self._make_session_gone_error())
             return
         task = self._group.create_task(_run_and_set_future(make, future))
         self._tasks.add(task)
@@ -237,9 +237,9 @@ class _LoopCallerForThread:
     def _on_call_ended(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not future.done():  # A cancelled task has set no result, so set an error.
-            future.set_exception(self._make_error_of_ended_call())
+            future.set_exception(self._make_session_gone_error())
 
-    def _make_error_of_ended_call(self) -> SessionGoneError:
+    def _make_session_gone_error(self) -> SessionGoneError:
         """Return the error to raise from a call that was cancelled or is not allowed anymore.
 
         `LeaseLost` if the lease was lost, else `SessionEnded`.

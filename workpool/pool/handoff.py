@@ -5,7 +5,7 @@ takes the item. That heartbeat and the pool's next one expect the same last hear
 one of the two succeeds. Until it is known which one succeeded, nothing else is sent for the item: a
 stop or metadata request would be accepted even from the process that has lost the item.
 
-`hand_off` and `finish_handoff` run on the handlers' loop; `HandoffRun` runs on the renewer's.
+`hand_off` and `finish_handoff` run on the handlers' loop; `HandoffRunner` runs on the renewer's.
 See workpool/docs/architecture.md, "Handing an item off".
 """
 
@@ -41,7 +41,7 @@ TAKE_BACK_PART = 4
 give-up time of the lease."""
 
 
-class HandoffRun:
+class HandoffRunner:
     """Hands one item off to a child. Created on the handlers' loop, used on the renewer's."""
 
     def __init__(self, item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
@@ -120,13 +120,13 @@ async def hand_off(
     item: PoolItem, context: PoolContext, sender: ItemSender
 ) -> AsyncIterator[HandedLease]:
     """Hand an item off; see `Session.handover`. Used on the handlers' loop."""
-    sender.check_may_send(item, by_handler=True)
+    sender.check_requests_allowed(item, by_handler=True)
     lease, renewer = item.lease, context.renewer
     item.handoff = handoff = Handoff()
-    sender.end_waits_for_answers(item)
-    renewer.start_handoff_task(HandoffRun(item, handoff, renewer).run_handoff, "handoff")
+    sender.abort_waits_for_answers(item)
+    renewer.start_handoff_task(HandoffRunner(item, handoff, renewer).run_handoff, "handoff")
     try:
-        yield await _wait_for_lease_to_hand_off(item, handoff, context, sender)
+        yield await _wait_until_handoff_opens(item, handoff, context, sender)
         renewer.call_on_loop(handoff.record_child_started)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
@@ -138,7 +138,7 @@ async def hand_off(
         await finish_handoff(item, handoff, renewer)
         raise
     if lease.status != "handed_off":
-        sender.check_may_send(item, by_handler=False)
+        sender.check_requests_allowed(item, by_handler=False)
         raise HandoverError(item.id)
 
 
@@ -151,13 +151,13 @@ async def finish_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer
         log.info("handed off", extra={"work_id": item.id})
 
 
-async def _wait_for_lease_to_hand_off(
+async def _wait_until_handoff_opens(
     item: PoolItem, handoff: Handoff, context: PoolContext, sender: ItemSender
 ) -> HandedLease:
     lease = item.lease
     await _wait_for_handoff_state(item, handoff, "open", context.clock)
     if handoff.state != "open" or lease.status != "held":
-        sender.check_may_send(item, by_handler=False)
+        sender.check_requests_allowed(item, by_handler=False)
         # A child would not have enough time to take the item over before the end of the lease.
         raise HandoverError(item.id)
     if lease.stop_requested:

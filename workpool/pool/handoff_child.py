@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 
 
-class HandoffChild(Supervisor):
+class HandoffChildSupervisor(Supervisor):
     """The supervisor of a child process: runs the one item that a parent handed off to it.
 
     Args:

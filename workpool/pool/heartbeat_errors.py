@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workpool.events import HeartbeatResult, LossReason
 
 
-class ErrorConsequence(NamedTuple):
+class LeaseErrorConsequence(NamedTuple):
     """The consequence of a failed heartbeat, or of a failed read of the item, for the lease.
 
     Attributes:
@@ -28,7 +28,9 @@ class ErrorConsequence(NamedTuple):
     then: Literal["repeat", "read"] | LossReason
 
 
-def classify_heartbeat_error(error: ControlPlaneError, *, owner_unknown: bool) -> ErrorConsequence:
+def classify_heartbeat_error(
+    error: ControlPlaneError, *, owner_unknown: bool
+) -> LeaseErrorConsequence:
     """Return the consequence of a heartbeat's error for the lease.
 
     Args:
@@ -37,26 +39,28 @@ def classify_heartbeat_error(error: ControlPlaneError, *, owner_unknown: bool) -
             412 leaves open which process holds the item.
     """
     if isinstance(error, TransientError):
-        return ErrorConsequence("timeout" if error.reason == "timeout" else "transient", "repeat")
+        return LeaseErrorConsequence(
+            "timeout" if error.reason == "timeout" else "transient", "repeat"
+        )
     if isinstance(error, ConflictError):
-        return ErrorConsequence("conflict", "read")
+        return LeaseErrorConsequence("conflict", "read")
     if isinstance(error, PreconditionError):
-        return ErrorConsequence("precondition", "read" if owner_unknown else "taken")
+        return LeaseErrorConsequence("precondition", "read" if owner_unknown else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
         # The control plane does not accept the request itself, so repeating it is useless.
-        return ErrorConsequence("rejected", "refused")
+        return LeaseErrorConsequence("rejected", "refused")
     # Repeat after other errors: a token, a proxy or a certificate may be repaired while the lease
     # lasts.
-    return ErrorConsequence(
+    return LeaseErrorConsequence(
         "rejected", "gone" if error.status == HTTPStatus.NOT_FOUND else "repeat"
     )
 
 
-def classify_read_error(error: ControlPlaneError) -> ErrorConsequence:
+def classify_item_read_error(error: ControlPlaneError) -> LeaseErrorConsequence:
     """Return the consequence for the lease if reading the item fails with this error.
 
     A GET has no reason for a 409 or 412, so a gateway must have sent it, and the read is repeated.
     """
     if isinstance(error, ConflictError | PreconditionError):
-        return ErrorConsequence("rejected", "repeat")
+        return LeaseErrorConsequence("rejected", "repeat")
     return classify_heartbeat_error(error, owner_unknown=True)

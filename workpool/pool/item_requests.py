@@ -39,7 +39,13 @@ if TYPE_CHECKING:
 
     from workpool.errors import ControlPlaneError
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.lease import Clock, HeartbeatAttempt, HeartbeatDecision, Lease, PauseDetector
+    from workpool.pool.lease import (
+        Clock,
+        HeartbeatAttempt,
+        HeartbeatDecision,
+        Lease,
+        MachinePauseDetector,
+    )
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import EventReporter
     from workpool.wire.items import Heartbeat, WorkItem
@@ -100,7 +106,7 @@ class ItemSender:
         client: ClientProtocol,
         clock: Clock,
         request_timeout: float,
-        pauses: PauseDetector,
+        pauses: MachinePauseDetector,
         on_pause: Callable[[], None],
     ) -> None:
         self._client = client
@@ -109,7 +115,9 @@ class ItemSender:
         self._pauses = pauses
         self._on_pause = on_pause
 
-    def check_may_send(self, item: PoolItem, *, by_handler: bool, now: float | None = None) -> None:
+    def check_requests_allowed(
+        self, item: PoolItem, *, by_handler: bool, now: float | None = None
+    ) -> None:
         """Raise an error if no request may be sent for the item now.
 
         `now` is the time if the caller has just read the clock.
@@ -125,7 +133,7 @@ class ItemSender:
         if by_handler and (item.cancelled_for is not None or not item.is_handler_running):
             raise SessionEnded(item.id)
 
-    def check_may_write(
+    def check_writes_allowed(
         self,
         item: PoolItem,
         *,
@@ -137,7 +145,7 @@ class ItemSender:
         `before_bytes` is called if the write may be sent.
 
         Raises:
-            SessionGoneError: From `check_may_send`.
+            SessionGoneError: From `check_requests_allowed`.
             LeaseUnverified: The machine was paused, and the lease is not verified yet.
         """
         lease, now = item.lease, self._clock()
@@ -146,7 +154,7 @@ class ItemSender:
         # Even a pause shorter than `PAUSE_SECONDS` is subtracted from the lease: the lease may have
         # ended in it, and another worker may have the item.
         held_at = now if paused else now + max(0.0, unseen)
-        self.check_may_send(item, by_handler=by_handler, now=held_at)
+        self.check_requests_allowed(item, by_handler=by_handler, now=held_at)
         if not lease.begun and (lease.unsettled or paused):
             # Without a successful heartbeat, the item may belong to another worker.
             raise LeaseLost(item.id)
@@ -177,7 +185,10 @@ class ItemSender:
         if request.seconds != math.inf:
             until = asyncio.get_running_loop().time() + request.seconds
         check = partial(
-            self.check_may_write, item, by_handler=request.by_handler, before_bytes=before_bytes
+            self.check_writes_allowed,
+            item,
+            by_handler=request.by_handler,
+            before_bytes=before_bytes,
         )
         options = CallOptions(check, request.priority, False, True)  # noqa: FBT003 - in the order of its fields
         while True:
@@ -187,19 +198,17 @@ class ItemSender:
                 failure = error
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
             options = options._replace(new_connection=failure.reason in {"timeout", "network"})
-            left = self._send_time_left(item, until, self._clock())
+            left = self._seconds_left_to_send(item, until, self._clock())
             # Wait for at most half of the remaining time, even if the Retry-After is longer: time
             # must be left for another try. If the stop of an ended session were never sent, another
             # worker would run the item again.
             delay = max(backoff.next_delay(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
-                self.check_may_send(item, by_handler=request.by_handler)
+                self.check_requests_allowed(item, by_handler=request.by_handler)
                 raise failure
-            await item.wait_until(
-                partial(self._may_end_wait_before_retry, item.lease, failure), delay
-            )
+            await item.wait_until(partial(self._should_end_retry_wait, item.lease, failure), delay)
 
-    async def read_while_leased(
+    async def await_call_while_leased(
         self, item: PoolItem, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
         """Await `call()` until the lease's deadline; call again if the lease was renewed by then.
@@ -214,16 +223,18 @@ class ItemSender:
         until = math.inf if seconds is None else loop.time() + seconds
         while True:
             now = self._clock()
-            self.check_may_send(item, by_handler=True, now=now)
+            self.check_requests_allowed(item, by_handler=True, now=now)
             try:
-                with TimeLimit(self._send_time_left(item, until, now), open_limits=item.open_sends):
+                with TimeLimit(
+                    self._seconds_left_to_send(item, until, now), open_limits=item.open_sends
+                ):
                     return await call()
             except TimeoutError:
-                self.check_may_send(item, by_handler=True)
+                self.check_requests_allowed(item, by_handler=True)
                 if loop.time() >= until:
                     raise
 
-    def end_waits_for_answers(self, item: PoolItem) -> None:
+    def abort_waits_for_answers(self, item: PoolItem) -> None:
         """End every wait for an answer to a request for the item; each wait raises TimeoutError."""
         for bound in list(item.open_sends):
             bound.end_wait()
@@ -237,32 +248,36 @@ class ItemSender:
         options: CallOptions,
     ) -> T:
         now = self._clock()
-        self.check_may_send(item, by_handler=request.by_handler, now=now)
+        self.check_requests_allowed(item, by_handler=request.by_handler, now=now)
         try:
             if not self._client.try_acquire_permit(request.priority):
-                with TimeLimit(self._send_time_left(item, until, now), open_limits=item.open_sends):
+                with TimeLimit(
+                    self._seconds_left_to_send(item, until, now), open_limits=item.open_sends
+                ):
                     await self._client.acquire_permit(request.priority)
                 now = self._clock()
-            seconds = min(self._request_timeout, self._send_time_left(item, until, now) / TRY_PART)
+            seconds = min(
+                self._request_timeout, self._seconds_left_to_send(item, until, now) / TRY_PART
+            )
             with TimeLimit(None, open_limits=item.open_sends):
                 return await call(options, seconds)
         except TimeoutError:
-            self.check_may_send(item, by_handler=request.by_handler)
+            self.check_requests_allowed(item, by_handler=request.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
-    def _may_end_wait_before_retry(self, lease: Lease, failure: TransientError) -> bool:
+    def _should_end_retry_wait(self, lease: Lease, failure: TransientError) -> bool:
         """Return whether the wait before a retry may end early.
 
         The wait may end once a heartbeat has verified the lease after a pause, or once the lease
         has ended.
         """
-        if isinstance(failure, LeaseUnverified) and not self._pauses.was_paused(
+        if isinstance(failure, LeaseUnverified) and not self._pauses.was_machine_paused(
             since=lease.clock_offset
         ):
             return True
         return lease.is_over
 
-    def _send_time_left(self, item: PoolItem, until: float, now: float) -> float:
+    def _seconds_left_to_send(self, item: PoolItem, until: float, now: float) -> float:
         left = item.lease.remaining_seconds(now)
         if until == math.inf:
             return left
@@ -279,7 +294,7 @@ class HeartbeatSender:
         self,
         client: ClientProtocol,
         clock: Clock,
-        pauses: PauseDetector,
+        pauses: MachinePauseDetector,
         observe: EventReporter,
         optional: OptionalCalls | None = None,
     ) -> None:
@@ -298,17 +313,19 @@ class HeartbeatSender:
         renewed.
         """
         try:
-            return await self._exchange_heartbeat(lease, check)
+            return await self._send_and_apply_heartbeat(lease, check)
         except Exception:
             log.exception("heartbeat crashed", extra={"work_id": lease.item.id})
             lease.in_flight = False
             lease.end_lease("lost")
             return False
 
-    async def _exchange_heartbeat(self, lease: Lease, check: LeaseCheck | None) -> bool:
+    async def _send_and_apply_heartbeat(self, lease: Lease, check: LeaseCheck | None) -> bool:
         now = self._clock()
         attempt = lease.begin_heartbeat(now, lease.due_at, self._pauses.wall_clock_offset(now))
-        options = CallOptions(partial(self._check_lease, lease, check), Priority.COMPLETION)
+        options = CallOptions(
+            partial(self._check_lease_before_heartbeat, lease, check), Priority.COMPLETION
+        )
         outcome: Heartbeat | ControlPlaneError
         try:
             try:
@@ -320,12 +337,13 @@ class HeartbeatSender:
                     options=options,
                 )
             except SessionGoneError:
-                # `_check_lease` raised the error right before the request, so nothing was sent.
+                # `_check_lease_before_heartbeat` raised the error right before the request, so
+                # nothing was sent.
                 lease.record_unsent_heartbeat(attempt)
                 return False
             except ControlPlaneErrors as error:
                 outcome = error
-            decision = lease.apply_answer(self._clock(), attempt, outcome)
+            decision = lease.apply_heartbeat_answer(self._clock(), attempt, outcome)
             if decision.then == "read":
                 look_up = not isinstance(outcome, ConflictError)
                 decision = await self._read_item(lease, attempt, decision, look_up=look_up)
@@ -357,9 +375,9 @@ class HeartbeatSender:
             outcome = None
         except ControlPlaneErrors as error:
             outcome = error
-        return lease.apply_read_item(self._clock(), decision.result, outcome)
+        return lease.apply_item_read_outcome(self._clock(), decision.result, outcome)
 
-    def _check_lease(self, lease: Lease, check: LeaseCheck | None) -> None:
+    def _check_lease_before_heartbeat(self, lease: Lease, check: LeaseCheck | None) -> None:
         now = self._clock()
         if check is not None:
             check(lease, now)

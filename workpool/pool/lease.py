@@ -28,9 +28,9 @@ from workpool.errors import (
     TransientError,
 )
 from workpool.pool.heartbeat_errors import (
-    ErrorConsequence,
+    LeaseErrorConsequence,
     classify_heartbeat_error,
-    classify_read_error,
+    classify_item_read_error,
 )
 from workpool.settings import lease_margin
 from workpool.wire.items import Heartbeat
@@ -57,7 +57,7 @@ PAUSE_SECONDS = 2.0
 """The machine counts as paused if the two clocks moved apart by this many seconds."""
 
 
-def clock_including_sleep() -> Clock:
+def choose_suspend_aware_clock() -> Clock:
     """Return this platform's monotonic clock that goes on while the machine sleeps.
 
     The result is the platform's own function: a wrapper would cost some forty calls for each
@@ -70,13 +70,13 @@ def clock_including_sleep() -> Clock:
     return time.monotonic
 
 
-lease_clock: Clock = clock_including_sleep()
+lease_clock: Clock = choose_suspend_aware_clock()
 """Seconds on a clock that counts sleep, since an arbitrary moment."""
 wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, never a deadline
 """Seconds since 1970 on the clock that people and time servers set."""
 
 
-class PauseDetector:
+class MachinePauseDetector:
     """Detects pauses of the machine, in which the wall clock runs and the lease clock does not.
 
     May be used on any thread.
@@ -93,7 +93,7 @@ class PauseDetector:
         """
         return self._wall() - (self._clock() if now is None else now)
 
-    def was_paused(self, since: float, now: float | None = None) -> bool:
+    def was_machine_paused(self, since: float, now: float | None = None) -> bool:
         """Return whether the machine was paused since `wall_clock_offset` returned `since`."""
         return abs(self.seconds_missed_by_lease_clock(since, now)) >= PAUSE_SECONDS
 
@@ -265,7 +265,7 @@ class Lease:
         return self.closed or self.status != "held"
 
     @property
-    def loss_confirmed(self) -> bool:
+    def is_loss_confirmed(self) -> bool:
         """Whether an answer of the control plane shows that this pool no longer has the item.
 
         A lease is also lost without such an answer if no heartbeat succeeds in time.
@@ -295,7 +295,7 @@ class Lease:
             ended = self.closed or self.status in {"stopped", "handed_off"}
             raise (SessionEnded if ended else LeaseLost)(self.item.id)
 
-    def record_stop_sent(self) -> None:
+    def record_own_stop(self) -> None:
         """Record that this pool sends a stop; the control plane may apply it from now on.
 
         Called on the handlers' loop only.
@@ -323,7 +323,7 @@ class Lease:
         if self.due_at != math.inf:
             self.due_at = min(self.due_at, now)
 
-    def verify_after_pause(self, now: float) -> bool:
+    def request_verification_after_pause(self, now: float) -> bool:
         """Make the next heartbeat due now, because the lease may have ended in a pause.
 
         Only the first call after a successful heartbeat has an effect, and returns True.
@@ -355,7 +355,7 @@ class Lease:
     ) -> HeartbeatAttempt:
         """Record that a heartbeat is being sent, and return its parameters.
 
-        The caller must then call `apply_answer`, `record_unsent_heartbeat` or
+        The caller must then call `apply_heartbeat_answer`, `record_unsent_heartbeat` or
         `record_unanswered_heartbeat`. `clock_offset` is the number of seconds by which the wall
         clock is ahead of the lease clock.
         """
@@ -382,7 +382,7 @@ class Lease:
         self.in_flight = False
         self._unanswered = True
 
-    def apply_answer(
+    def apply_heartbeat_answer(
         self, now: float, attempt: HeartbeatAttempt, outcome: Heartbeat | ControlPlaneError
     ) -> HeartbeatDecision:
         """Update the lease from the answer to a heartbeat."""
@@ -395,7 +395,7 @@ class Lease:
         self.in_flight = decision.then == "read"
         return decision
 
-    def apply_read_item(
+    def apply_item_read_outcome(
         self,
         now: float,
         result_if_taken: HeartbeatResult | None,
@@ -419,7 +419,7 @@ class Lease:
             # The failed read did not show which worker has the item. With this flag, a 412 to the
             # next heartbeat leads to another read, and not to the loss of the lease.
             self._unanswered = True
-            return self._apply_error_consequence(now, classify_read_error(outcome), outcome)
+            return self._retry_or_end_lease(now, classify_item_read_error(outcome), outcome)
         status = self.find_status_in_read_item(outcome)
         if status != "held":
             self.end_lease(status, "taken")
@@ -521,10 +521,10 @@ class Lease:
             # Reading the item would not show whether this pool has it: `acknowledged_at` in the
             # answer to a repeated ack may be that of another worker's ack.
             consequence = consequence._replace(then="taken")
-        return self._apply_error_consequence(now, consequence, error)
+        return self._retry_or_end_lease(now, consequence, error)
 
-    def _apply_error_consequence(
-        self, now: float, consequence: ErrorConsequence, error: ControlPlaneError
+    def _retry_or_end_lease(
+        self, now: float, consequence: LeaseErrorConsequence, error: ControlPlaneError
     ) -> HeartbeatDecision:
         if consequence.then == "repeat":
             self._schedule_heartbeat_retry(now, getattr(error, "retry_after", None) or 0.0)

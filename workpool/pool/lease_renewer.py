@@ -26,7 +26,7 @@ from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls
 from workpool.pool.diagnostics import LoopMonitor, log_on_new_thread
 from workpool.pool.item_requests import HeartbeatSender
-from workpool.pool.lease import PAUSE_SECONDS, PauseDetector
+from workpool.pool.lease import PAUSE_SECONDS, MachinePauseDetector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -118,7 +118,7 @@ class LeaseRenewer:
         self._connect = connect
         self._callbacks = callbacks
         self._services = services
-        self.pauses = PauseDetector(clock, wall)
+        self.pauses = MachinePauseDetector(clock, wall)
         # Changed on the handlers' loop, copied on the renewer's. Each change and copy is atomic.
         self._leases: dict[Lease, PoolItem] = {}
         # Only the handlers' loop writes `_serving` and `_closing`.
@@ -406,7 +406,7 @@ class LeaseRenewer:
         to_verify = 0
         for lease in leases:
             if abs(offset - lease.clock_offset) >= PAUSE_SECONDS:
-                to_verify += lease.verify_after_pause(now)
+                to_verify += lease.request_verification_after_pause(now)
         if to_verify:
             log.warning(
                 "the machine was paused; its leases are verified first", extra={"count": to_verify}
@@ -481,15 +481,15 @@ class LeaseRenewer:
 
     async def _send_heartbeat(self, lease: Lease, item: PoolItem) -> bool:
         before = lease.status, lease.stop_requested
-        was_paused = self.pauses.was_paused(since=lease.clock_offset)
+        was_machine_paused = self.pauses.was_machine_paused(since=lease.clock_offset)
         held = await self._heartbeats.send_heartbeat(lease)
         lease.end_if_expired(self.clock())
-        if was_paused or (lease.status, lease.stop_requested) != before:
+        if was_machine_paused or (lease.status, lease.stop_requested) != before:
             self.report_lease_change(item)
         # The machine was paused during this heartbeat, so the answer does not prove that the lease
         # is still held.
-        if self.pauses.was_paused(since=lease.clock_offset):
-            lease.verify_after_pause(self.clock())
+        if self.pauses.was_machine_paused(since=lease.clock_offset):
+            lease.request_verification_after_pause(self.clock())
         return held
 
     def _report_lost_lease(self, lease: Lease) -> None:

@@ -178,7 +178,7 @@ class SessionRunner:
             return  # No handler is left to cancel after the end of the session.
         item.notify_waiters()
         if lease.status != "held":
-            self._sender.end_waits_for_answers(item)
+            self._sender.abort_waits_for_answers(item)
         if lease.status == "lost":
             self._executor.cancel_handler(item, EndReason.LOST)
         elif lease.status == "stopped":
@@ -320,7 +320,7 @@ class SessionRunner:
             )
 
     def _report_session_end(self, item: PoolItem, session: Session, outcome: Outcome) -> None:
-        if outcome == "lease_lost" and item.lease.loss_confirmed:
+        if outcome == "lease_lost" and item.lease.is_loss_confirmed:
             self._report_lost_item(item, "run" if item.lease.begun else "start")
         if outcome == "lease_lost":
             self._context.observe(SessionLost, item.work_item, item.lease.loss)
@@ -432,7 +432,7 @@ class SessionCalls:
 
     def check(self) -> None:
         """Raise an error if the handler must not send requests for the item anymore."""
-        self._sender.check_may_send(self._item, by_handler=True)
+        self._sender.check_requests_allowed(self._item, by_handler=True)
 
     def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
         """Hand the item off to a child process."""
@@ -470,7 +470,7 @@ class SessionCalls:
         self, call: Callable[[], Awaitable[T]], seconds: float | None = None
     ) -> T:
         """Await a call that reads the session, while the lease is held and the handler runs."""
-        return await self._sender.read_while_leased(self._item, call, seconds)
+        return await self._sender.await_call_while_leased(self._item, call, seconds)
 
     async def _send_handler_call(
         self,

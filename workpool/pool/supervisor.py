@@ -521,7 +521,7 @@ class Supervisor:
         log.info(
             "limit reached; no more items are claimed", extra={"limit": limit, "running": running}
         )
-        await self._drain.wait_for_sessions(dispatcher)
+        await self._drain.wait_until_sessions_end(dispatcher)
         self._drain.request(None)
 
     def _end_with_error(self, error: BaseException) -> None:
