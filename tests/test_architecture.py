@@ -267,7 +267,10 @@ def test_plugins_use_only_the_public_api(path: Path) -> None:
         ("from workpool.pool.lease import Lease", ["workpool.pool"]),
         ("import workpool.wire.client", ["workpool.wire"]),
         ("def f():\n    import workpool.pool as p", ["workpool.pool"]),
-        ("if TYPE_CHECKING:\n    from workpool.session import ItemHolder", ["workpool.session"]),
+        (
+            "if TYPE_CHECKING:\n    from workpool.session import SessionBackend",
+            ["workpool.session"],
+        ),
         ("import workpool as w\nw.pool.lease.Lease", ["workpool.pool"]),
         ("from workpool import events as e\ne._x", ["workpool.events._x"]),
         ("import importlib\nimportlib.import_module('workpool.wire')", ["workpool.wire"]),

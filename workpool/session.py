@@ -147,11 +147,11 @@ class HandedLease:
         }
 
 
-class ItemHolder(Protocol):
+class SessionBackend(Protocol):
     """The interface through which a session calls the pool that holds its item."""
 
     @property
-    def remaining(self) -> float:
+    def lease_remaining(self) -> float:
         """Seconds until the lease is considered lost; 0 if the pool does not hold the lease."""
 
     @property
@@ -173,7 +173,7 @@ class ItemHolder(Protocol):
     async def update_metadata(self, patch: Mapping[str, str | None]) -> WorkItem:
         """Write metadata; the lease is checked right before each try is sent."""
 
-    def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
+    def hand_off_item(self) -> AbstractAsyncContextManager[HandedLease]:
         """Hand the item off to a child process."""
 
     def events(self) -> SessionEvents:
@@ -217,7 +217,7 @@ class Session:
     def __init__(
         self,
         item: WorkItem,
-        held: ItemHolder,
+        held: SessionBackend,
         *,
         redelivered: bool,
         attempt: int = 1,
@@ -287,7 +287,7 @@ class Session:
     @property
     def lease_remaining(self) -> float:
         """Seconds until the pool loses the lease if no further heartbeat succeeds."""
-        return self._held.remaining
+        return self._held.lease_remaining
 
     @property
     def deadline(self) -> float | None:
@@ -373,7 +373,7 @@ class Session:
             LeaseLost: Neither the pool nor a child holds the item.
             SessionEnded: The session has ended, or an operator asked to end it.
         """
-        return self._held.hand_over()
+        return self._held.hand_off_item()
 
     def interrupt(self, *, stopping: bool = False, draining: bool = False) -> None:
         """Set `stopping` or `draining`. Called by the pool."""

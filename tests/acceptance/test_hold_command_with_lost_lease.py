@@ -66,7 +66,7 @@ async def test_body_of_handover_context_runs_only_after_heartbeats_are_suspended
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
         # Drop calls to the renewer thread, so that the thread seems to be suspended.
-        renewer.call_on_loop = lambda *_: None
+        renewer.run_on_renewer_loop = lambda *_: None
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True

@@ -66,7 +66,7 @@ async def wait_until_no_poll_is_in_flight(supervisor: Supervisor) -> None:
     """Wait until every poller of a paused pool has ended its poll."""
     async with asyncio.timeout(SECONDS):
         paused = {"paused": supervisor.settings.pollers}
-        while supervisor._snapshot().pollers != paused:  # noqa: ASYNC110 - a state has no event
+        while supervisor._take_pool_snapshot().pollers != paused:  # noqa: ASYNC110 - a state has no event
             await asyncio.sleep(0.01)
 
 
@@ -223,7 +223,7 @@ async def test_refusing_plugin_is_asked_again_before_each_poll(
         await disk.wait_for_hook_calls(2)
         await wait_until_no_poll_is_in_flight(supervisor)
         assert supervisor.status().reasons == ("refused: ClaimRefusingPlugin: disk full",)
-        assert supervisor._snapshot().paused == {"pause": 0, "plugin": 1, "limit": 0}
+        assert supervisor._take_pool_snapshot().paused == {"pause": 0, "plugin": 1, "limit": 0}
         polls = len(faults.of("poll"))
         control_plane.enqueue()
         await disk.wait_for_hook_calls(5)

@@ -18,7 +18,7 @@ from workpool.events import (
 )
 from workpool.pool import supervisor as supervisor_module
 from workpool.pool.admission import Admission, ExitLimits
-from workpool.pool.shared_slots import SharedResources, SharedSlots
+from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.testing import Hold, in_virtual_time, status
 from workpool.wire.protocol import HEALTHCHECK
 
@@ -225,8 +225,8 @@ async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
     monkeypatch.setattr(supervisor_module, "read_remote_stats", wait_and_raise_error)
     sizes = {"concurrency": 1, "prefetch": 1, "pollers": 1, "stats_interval": 30}
     supervisor = make_pool(GatedHandler(), exit_after_idle=0.001, **sizes)
-    share, limits = SharedSlots(4).add_environment(), ExitLimits(supervisor.settings)
-    supervisor.shared = SharedResources(share, limits, None)
+    share, limits = SharedSlots(4).add_environment_share(), ExitLimits(supervisor.settings)
+    supervisor.shared = SharedPoolResources(share, limits, None)
     control_plane.enqueue(2)
     async with asyncio.timeout(2 * WAIT_SECONDS), asyncio.TaskGroup() as group:
         group.create_task(run_pool_until_error())

@@ -318,8 +318,8 @@ async def test_five_poller_crashes_in_a_row_are_fatal(
 
 async def test_first_of_two_fatal_errors_is_raised(make_pool: Any) -> None:
     async with make_pool(return_at_once) as supervisor:
-        supervisor._end_with_error(PollerError("the cause"))
-        supervisor._end_with_error(PollerError("what followed"))
+        supervisor._drain_after_error(PollerError("the cause"))
+        supervisor._drain_after_error(PollerError("what followed"))
         with pytest.raises(PollerError, match="the cause"):
             await supervisor.wait()
 
@@ -335,7 +335,7 @@ async def test_unexpected_exception_that_ends_pool_is_logged_with_traceback(
     supervisor = await Supervisor(
         make_settings(), plugins=[return_at_once], connect=ClientWithFailingAck
     ).__aenter__()
-    await asyncio.wait({supervisor._require_pool_task()})
+    await asyncio.wait({supervisor._get_pool_task()})
     assert supervisor.status().reasons[0] == "failed: KeyError"
     [record] = [each for each in caplog.records if "pool failed" in each.message]
     assert record.levelname == "CRITICAL"

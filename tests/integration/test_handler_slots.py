@@ -14,7 +14,7 @@ import pytest
 from workpool import PluginError, Session, handler
 from workpool.events import ItemDeclined, SessionFinished, SessionStarted
 from workpool.pool.admission import ExitLimits
-from workpool.pool.shared_slots import SharedResources, SharedSlots
+from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.testing import in_virtual_time
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ async def test_item_of_handler_at_limit_starts_when_another_environment_frees_sh
     workpool: Kit,
 ) -> None:
     slots = SharedSlots(8)
-    own, others = slots.add_environment(), slots.add_environment()
+    own, others = slots.add_environment_share(), slots.add_environment_share()
     assert others.take_slot()
     assert others.take_slot()
     workpool.enqueue(count=4, metadata={"seconds": str(MINUTE_SECONDS)})
@@ -116,7 +116,7 @@ async def test_item_of_handler_at_limit_starts_when_another_environment_frees_sh
     pool = workpool.pool(
         make_session_counting_handler(3, Counter(), most=1), sleep_for_seconds, concurrency=8
     )
-    pool.shared = SharedResources(own, ExitLimits(pool.settings), None)
+    pool.shared = SharedPoolResources(own, ExitLimits(pool.settings), None)
     clock = asyncio.get_running_loop().time
     slot_of_poller, slot_of_session = asyncio.Event(), asyncio.Event()
     async with pool:

@@ -184,7 +184,7 @@ async def test_pool_fails_and_sends_nothing_for_item_after_lease_renewer_failed(
 
     async with make_pool(endless_handler) as supervisor:
         await recorder.wait_for(SessionStarted)
-        monkeypatch.setattr(LeaseRenewer, "_check_leases", crash_renewer)
+        monkeypatch.setattr(LeaseRenewer, "_end_or_renew_leases", crash_renewer)
         finished = await recorder.wait_for(SessionFinished)
         assert finished.outcome == "lease_lost"
         with pytest.raises(LeaseRenewerError) as caught:

@@ -246,7 +246,7 @@ async def test_gauge_shows_longest_time_that_handler_made_no_progress(
         await may_end.wait()
 
     def read_gauge_value() -> float:
-        ((_, _, _, longest),) = supervisor._snapshot().sessions
+        ((_, _, _, longest),) = supervisor._take_pool_snapshot().sessions
         assert isinstance(longest, float)
         return longest
 

@@ -93,7 +93,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "shared slot taken although none is free": [
         SourceEdit(
-            "shared_slots:SharedSlots", "if not self.count_slots_available_to(share):", "if False:"
+            "shared_slots:SharedSlots",
+            "if not self.count_available_slots(share):",
+            "if False:",
         ),
     ],
     "slot of another environment taken": [
@@ -176,7 +178,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "lost runs not counted": [
-        SourceEdit("session_runner:SessionRunner", "self._runs.count_run(item.id)", "pass"),
+        SourceEdit("session_runner:SessionRunner", "self._runs.count_item_run(item.id)", "pass"),
     ],
     "refusal after a success taken for a missing permission": [
         SourceEdit("call_permissions:OptionalCalls", "op in self._allowed or ", ""),
@@ -437,10 +439,10 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "number of a retry not left to the next run": [
-        SourceEdit("pool_item:Attempt", "patch[RETRIES] = str(retry)", "pass"),
+        SourceEdit("pool_item:AttemptNumber", "patch[RETRIES] = str(retry)", "pass"),
     ],
     "number of a retry not taken over": [
-        SourceEdit("pool_item:Attempt", "int(retries) if _NUMBER(retries) else 0", "0"),
+        SourceEdit("pool_item:AttemptNumber", "int(retries) if _NUMBER(retries) else 0", "0"),
     ],
     "session without progress never ended": [
         SourceEdit(
@@ -451,7 +453,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "progress not counted": [
         SourceEdit(
-            "session_runner:SessionCalls",
+            "session_runner:PoolSessionBackend",
             "self._item.progressed_at = self._context.clock()",
             "pass",
         ),
@@ -518,7 +520,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "handoff:HandoffRunner",
             "lease.suspend_heartbeats()",
-            "lease.suspend_heartbeats(); self._renewer.heartbeat_now(lease)",
+            "lease.suspend_heartbeats(); self._renewer.send_handoff_heartbeat(lease)",
         ),
     ],
     "a child's heartbeat taken for our own": [
@@ -590,19 +592,23 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "a lost run does not count": [
-        SourceEdit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "False"),
+        SourceEdit("pool_item:AttemptNumber", "redelivered and RELEASED not in metadata", "False"),
     ],
     "a release counts": [
-        SourceEdit("pool_item:Attempt", "redelivered and RELEASED not in metadata", "redelivered"),
+        SourceEdit(
+            "pool_item:AttemptNumber", "redelivered and RELEASED not in metadata", "redelivered"
+        ),
     ],
     "mark not deleted by the next run": [
-        SourceEdit("pool_item:Attempt", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"),
+        SourceEdit("pool_item:AttemptNumber", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"),
     ],
     "release without a mark": [
-        SourceEdit("pool_item:Attempt", "self._notes | self._number | {RELEASED: reason}", "{}"),
+        SourceEdit(
+            "pool_item:AttemptNumber", "self._notes | self._number | {RELEASED: reason}", "{}"
+        ),
     ],
     "mark left beside the error": [
-        SourceEdit("pool_item:Attempt", "{**self._notes, **notes}", "{**notes}"),
+        SourceEdit("pool_item:AttemptNumber", "{**self._notes, **notes}", "{**notes}"),
     ],
 }
 

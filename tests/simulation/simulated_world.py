@@ -33,7 +33,7 @@ from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool.errors import WorkpoolError
 from workpool.pool.admission import ExitLimits
 from workpool.pool.handoff_child import HandoffChildSupervisor
-from workpool.pool.shared_slots import SharedResources, SharedSlots
+from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.server import APIError, Operations
 from workpool.server.timestamps import SECOND
 from workpool.settings import Settings
@@ -82,7 +82,7 @@ class SimulatedRenewer(ThreadlessLeaseRenewer):
             self._renew_until_stopped(), name="lease-renewer", context=self._context
         )
 
-    def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
+    def _schedule_on_renewer_loop(self, callback: Callable[..., object], *args: object) -> None:
         self._loop.call_soon(callback, *args, context=self._context)
 
     def _call_on_handlers_loop(self, callback: Callable[[], object]) -> None:
@@ -220,8 +220,10 @@ class SimulatedWorld:
         node.machine.handlers.healed = healed
         supervisor = SimulatedSupervisor(pool_settings(pool), **self._supervisor_arguments(node))
         if self._slots is not None and not healed:
-            node.share = self._slots.add_environment()
-            supervisor.shared = SharedResources(node.share, ExitLimits(supervisor.settings), None)
+            node.share = self._slots.add_environment_share()
+            supervisor.shared = SharedPoolResources(
+                node.share, ExitLimits(supervisor.settings), None
+            )
         self._spawn_task(node, self._run_pool(node, supervisor))
         return node
 

@@ -164,7 +164,7 @@ class LeaseTestbed:
             self.clock,
             request_timeout,
             self.renewer.pauses,
-            self.renewer.check_leases_soon,
+            self.renewer.request_lease_check,
         )
 
     def open_client(self) -> RecordingClient:

@@ -21,7 +21,7 @@ from workpool.errors import (
 )
 from workpool.pool.item_requests import CALLS_PER_SESSION, TRY_PART, SendOptions
 from workpool.pool.pool_item import EndReason
-from workpool.pool.session_runner import UPDATE_SECONDS, SessionCalls
+from workpool.pool.session_runner import UPDATE_SECONDS, PoolSessionBackend
 from workpool.testing.fault import Fault
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.http.call_options import Priority
@@ -472,11 +472,11 @@ async def test_many_concurrent_calls_by_one_handler_do_not_delay_calls_by_anothe
             one.peaks.clear()
             one.latency = 1.0
             context: Any = one
-            busy = SessionCalls(item, context, one.sender)
+            busy = PoolSessionBackend(item, context, one.sender)
             calls = [group.create_task(busy.update_metadata({"a": "b"})) for _ in range(100)]
             await asyncio.sleep(0.5)
             assert one.under_way == CALLS_PER_SESSION == 8
-            await SessionCalls(other, context, one.sender).update_metadata({"a": "b"})
+            await PoolSessionBackend(other, context, one.sender).update_metadata({"a": "b"})
             assert one.clock() == pytest.approx(1.5)
             await asyncio.wait(calls)
         assert max(under_way for _, under_way in one.peaks) == CALLS_PER_SESSION + 1
@@ -490,5 +490,5 @@ async def test_call_made_by_handler_is_retried_until_time_limit_of_call(
     async with item_with_renewed_lease(one) as item:
         context: Any = one
         with pytest.raises(TransientError):
-            await SessionCalls(item, context, one.sender).update_metadata({"a": "b"})
+            await PoolSessionBackend(item, context, one.sender).update_metadata({"a": "b"})
         assert UPDATE_SECONDS - 3 <= one.clock() <= UPDATE_SECONDS

@@ -70,7 +70,7 @@ async def test_lease_added_by_another_thread_during_renewer_tick_raises_no_error
         gc.callbacks.append(add_lease_during_garbage_collection)
         try:
             gc.set_threshold(1)
-            one.renewer._check_leases()
+            one.renewer._end_or_renew_leases()
         finally:
             gc.set_threshold(*former)
             gc.callbacks.remove(add_lease_during_garbage_collection)
@@ -212,7 +212,7 @@ async def test_heartbeat_that_crashes_loses_one_lease_and_keeps_the_other(
     async with one.opened_clients():
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(2)]
         leases[0]._ttl_asked = "a bug"  # type: ignore[assignment]  # a bug
-        one.renewer.send_heartbeat_soon(leases[0])
+        one.renewer.request_heartbeat(leases[0])
         await asyncio.sleep(60)
         assert [lease.is_held(one.clock()) for lease in leases] == [False, True]
     assert_single_lease_status_change(one, 0, "lost")
@@ -255,7 +255,7 @@ async def test_request_to_check_lease_makes_renewer_send_heartbeat_at_once(
     one = testbed()
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
-        one.renewer.send_heartbeat_soon(lease)
+        one.renewer.request_heartbeat(lease)
         await asyncio.sleep(LOOK)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 5])
 
@@ -303,7 +303,7 @@ def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
         async with one.opened_clients():
             item = await one.claim_item()
             lease = await one.send_first_heartbeat(item)
-            one.renewer.send_heartbeat_soon(lease)
+            one.renewer.request_heartbeat(lease)
             await asyncio.sleep(0.5)
             one.renewer.send_last_heartbeat(lease, 10)
             await asyncio.sleep(300)
@@ -381,7 +381,7 @@ async def test_heartbeats_with_quick_answers_need_few_connections(
         one.peaks.clear()
         one.latency = 0.001
         for lease in one.renewer.held_leases():
-            one.renewer.send_heartbeat_soon(lease)
+            one.renewer.request_heartbeat(lease)
         await asyncio.sleep(0.5)
     assert len(one.peaks) == 300
     assert max(under_way for _, under_way in one.peaks) <= WIDTH_MIN + 50 * 0.1
@@ -496,7 +496,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_before_deadline_after_machin
 ) -> None:
     one = testbed(heartbeat=[None, UNSENT])
     async with one.renewed_lease() as lease:
-        one.renewer.send_heartbeat_soon(lease)
+        one.renewer.request_heartbeat(lease)
         await asyncio.sleep(0.5)
         one.loop.suspend(53.5)
         await asyncio.sleep(1 + LOOK)
@@ -510,7 +510,7 @@ async def test_heartbeat_answer_read_after_sleep_beyond_ttl_does_not_extend_leas
 ) -> None:
     one = testbed(heartbeat=[None, Fault(answer_delay=5)])
     async with one.renewed_lease() as lease:
-        one.renewer.send_heartbeat_soon(lease)
+        one.renewer.request_heartbeat(lease)
         await asyncio.sleep(1)
         one.loop.suspend(60)
         await asyncio.sleep(10)
@@ -584,7 +584,7 @@ async def test_machine_pause_during_heartbeat_causes_another_heartbeat_at_once(
     async with one.opened_clients():
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
-        one.renewer.send_heartbeat_soon(lease)
+        one.renewer.request_heartbeat(lease)
         await asyncio.sleep(1)
         one.ahead += 30
         with pytest.raises(TransientError, match="verified first"):

@@ -138,7 +138,7 @@ class LeaseRenewerTestbed:
         for item in items:
             assert item.lease is not None
             renewer.add_lease(item.lease, item)
-            renewer.send_heartbeat_soon(item.lease)
+            renewer.request_heartbeat(item.lease)
             leases.append(item.lease)
         await self.wait_for_heartbeats(len(items))
         return leases
@@ -299,7 +299,7 @@ async def test_exception_in_call_on_renewer_thread_is_fatal(
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
-        renewer.call_on_loop(raise_error)
+        renewer.run_on_renewer_loop(raise_error)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.failures[0].__cause__ is error
         assert testbed.ended == testbed.failures
@@ -319,7 +319,7 @@ async def test_heartbeat_that_raises_base_exception_is_fatal(
     async with renewer:
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         monkeypatch.setattr(HeartbeatSender, "send_heartbeat", raise_error_instead_of_heartbeat)
-        renewer.send_heartbeat_soon(lease)
+        renewer.request_heartbeat(lease)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.ended == testbed.failures
         assert lease.status == "lost"
@@ -401,7 +401,7 @@ async def test_no_heartbeat_is_sent_while_event_loop_is_blocked_too_long(
     async with renewer:
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
-        renewer.send_heartbeat_soon(lease)
+        renewer.request_heartbeat(lease)
         time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
         assert testbed.heartbeat_results() == ["ok"]
         await testbed.wait_for_heartbeats(2)
@@ -471,7 +471,7 @@ def test_stopped_loop_suspends_renewal_until_it_runs_again(
     bench, renewer, lease = loop.run_until_complete(start_renewer())
     assert event_set_when_loop_stop_is_logged.wait(10)
     assert not renewer.renewing
-    renewer.send_heartbeat_soon(lease)
+    renewer.request_heartbeat(lease)
     time.sleep(5 * TICK_SECONDS)
     assert bench.heartbeat_results() == ["ok"]
 
@@ -515,7 +515,7 @@ async def test_renewer_thread_ends_lease_before_deadline_although_heartbeat_hang
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
         testbed.sent.acquire()
         testbed.script = FaultScript(heartbeat=[Fault(answer="silence", applied=False)])
-        renewer.send_heartbeat_soon(lease)
+        renewer.request_heartbeat(lease)
         assert await asyncio.to_thread(testbed.sent.acquire, timeout=5)
         testbed.ahead += 53.5
         await testbed.wait_until(lambda: testbed.reported)

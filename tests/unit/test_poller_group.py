@@ -241,9 +241,9 @@ def test_throttled_poll_halves_number_of_pollers() -> None:
 async def test_surplus_poller_waits_until_another_poller_receives_an_item() -> None:
     bench = PollerGroupTestbed(2)
     bench.record_poll_without_item()
-    await bench.group.wait_for_turn(0)
+    await bench.group.wait_until_poller_needed(0)
     async with asyncio.TaskGroup() as group:
-        waiting = group.create_task(bench.group.wait_for_turn(1))
+        waiting = group.create_task(bench.group.wait_until_poller_needed(1))
         await asyncio.sleep(100)
         assert not waiting.done()
         bench.record_poll_with_item()

@@ -15,7 +15,9 @@ from workpool.pool.shared_slots import SharedSlots
 def make_queues_with_shared_slots(
     slots: SharedSlots, number: int, concurrency: int
 ) -> list[BoundedQueue[str]]:
-    return [BoundedQueue(concurrency, 0, share=slots.add_environment()) for _ in range(number)]
+    return [
+        BoundedQueue(concurrency, 0, share=slots.add_environment_share()) for _ in range(number)
+    ]
 
 
 async def start_items_in_slots(queue: BoundedQueue[str], number: int) -> None:
@@ -152,7 +154,7 @@ async def test_item_set_aside_starts_when_another_environment_reserves_a_queue_p
 
 async def test_slot_reserved_by_ended_environment_becomes_free_for_other_environments() -> None:
     slots = SharedSlots(2)
-    share = slots.add_environment()
+    share = slots.add_environment_share()
     [queue] = make_queues_with_shared_slots(slots, 1, 2)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items_in_slots(queue, 1)
@@ -181,9 +183,9 @@ async def test_limit_on_total_uses_of_shared_slots_counts_all_environments() -> 
 
 async def test_shared_slots_of_dropped_items_and_cancelled_reservations_become_free() -> None:
     slots = SharedSlots(3)
-    share = slots.add_environment()
+    share = slots.add_environment_share()
     queue: BoundedQueue[str] = BoundedQueue(2, 1, share=share)
-    slots.add_environment()
+    slots.add_environment_share()
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items_in_slots(queue, 1)
         await queue.reserve_place()
@@ -205,7 +207,7 @@ class PollersActingAtRandom:
         self.dice = random.Random(seed)  # noqa: S311 - for a test
         self.total = self.dice.randint(3, 9)
         slots = SharedSlots(self.total)
-        self.shares = [slots.add_environment() for _ in range(self.dice.randint(1, 3))]
+        self.shares = [slots.add_environment_share() for _ in range(self.dice.randint(1, 3))]
         self.queues = [
             BoundedQueue[str](
                 self.dice.randint(1, self.total), self.dice.choice([0, 2]), share=each

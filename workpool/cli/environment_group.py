@@ -20,7 +20,7 @@ from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.cli.service_thread import ServiceThread
 from workpool.errors import PluginError, SettingsError, WorkpoolError
 from workpool.pool.admission import ExitLimits
-from workpool.pool.shared_slots import SharedResources, SharedSlots
+from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.pool.status import Status, compute_worker_scaling_numbers
 from workpool.pool.supervisor import Supervisor
 
@@ -156,7 +156,9 @@ class EnvironmentGroup:
         self._slots = SharedSlots(process.concurrency, process.exit_after_sessions)
         self._limits = ExitLimits(process)
         self._exporter = self._new_exporter()
-        self._shares = {each.environment_id: self._slots.add_environment() for each in environments}
+        self._shares = {
+            each.environment_id: self._slots.add_environment_share() for each in environments
+        }
         self._changed = asyncio.Event()
         self.environments = [GroupMember(each, self._new_supervisor) for each in environments]
         for each in self.environments:
@@ -246,9 +248,9 @@ class EnvironmentGroup:
 
     def live_status(self, show_ids: bool) -> dict[str, Any]:
         """Return the data for the worker's page in a browser. May be called on any thread."""
-        from workpool.pool.live_status import merge_statuses, read_counts  # noqa: PLC0415 - rarely needed
+        from workpool.pool.live_status import merge_statuses, read_live_page_counters  # noqa: PLC0415 - rarely needed
 
-        counts = read_counts(self._registry)
+        counts = read_live_page_counters(self._registry)
         found = [each.supervisor.live_status(show_ids, counts) for each in self.environments]
         names = {"worker_id": self._process.worker_id, "version": found[0]["version"]}
         return merge_statuses(
@@ -338,7 +340,7 @@ class EnvironmentGroup:
             rate_limits=self._rate_limits[settings.environment_id],
         )
         share = self._shares[settings.environment_id]
-        supervisor.shared = SharedResources(share, self._limits, self._exporter)
+        supervisor.shared = SharedPoolResources(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
         supervisor.renewer_services = [
             self._mark_environment_opened_on_entry(settings.environment_id)

@@ -184,12 +184,12 @@ class Completion:
         """
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
-            if patch := attempt.metadata_at_session_end({}):
+            if patch := attempt.make_session_end_metadata({}):
                 await self._delete_uncounted_run_mark(item, patch)
             return row.outcome
         notes = item.result if row.metadata == "result" else self._make_error_metadata(item)
         try:
-            await self.write_metadata(item, attempt.metadata_at_session_end(notes))
+            await self.write_metadata(item, attempt.make_session_end_metadata(notes))
         except (ConflictError, PreconditionError):
             pass  # The item is stopped already, so its metadata cannot be written anymore.
         except NotPermittedError:
@@ -207,7 +207,7 @@ class Completion:
             item.error = error
             notes = self._make_error_metadata(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
-                await self.write_metadata(item, attempt.metadata_at_session_end(notes))
+                await self.write_metadata(item, attempt.make_session_end_metadata(notes))
             return "failed"
         return row.outcome
 
@@ -258,12 +258,10 @@ class Completion:
         attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
-            await self.write_metadata(
-                item, attempt.metadata_of_released_run(reason, retry), request
-            )
+            await self.write_metadata(item, attempt.make_release_metadata(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
-            pass  # If metadata cannot be written, `RunCounts` counts the runs in this process.
+            pass  # If metadata cannot be written, `LocalRunCounter` counts the runs here.
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -352,7 +350,7 @@ def predict_session_outcome(item: PoolItem, error: BaseException | None, now: fl
         reason = item.cancelled_for
     else:
         reason = EndReason.RAISED
-    reasons = (reason, item.reason, item.end_reason_from_lease(now))
+    reasons = (reason, item.reason, item.find_end_reason_of_lease(now))
     return TABLE[max(each for each in reasons if each is not None)].outcome
 
 

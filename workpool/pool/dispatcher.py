@@ -92,7 +92,7 @@ class Dispatcher:
             clock,
             settings.request_timeout,
             pauses,
-            context.renewer.check_leases_soon,
+            context.renewer.request_lease_check,
         )
         self.executor = HandlerExecutor(context, handlers)
         self.health = HandlerHealth(self.items.count_items)
@@ -111,7 +111,7 @@ class Dispatcher:
         )
         self.idle_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
-        self._aside_seconds = context.redelivery_seconds - ASIDE_MARGIN_SECONDS
+        self._aside_seconds = context.seconds_until_redelivery - ASIDE_MARGIN_SECONDS
         # Id of an item → whether its decline was logged.
         self._seen: OrderedDict[str, bool] = OrderedDict()
 
@@ -176,7 +176,7 @@ class Dispatcher:
         if owned.state == "delivered":
             owned.polled_at = polled_at
         if owned.is_handler_running:
-            self._context.renewer.send_heartbeat_soon(owned.lease)
+            self._context.renewer.request_heartbeat(owned.lease)
         else:
             owned.delivered_at = self._context.clock()
 

@@ -67,7 +67,7 @@ class HandoffRunner:
     async def _send_heartbeat(self) -> bool:
         """Send a heartbeat, or wait for the one in flight; return whether the lease is held."""
         lease, changed = self._lease, self._handoff.changed
-        self._renewer.heartbeat_now(lease)
+        self._renewer.send_handoff_heartbeat(lease)
         while not (
             lease.is_over or (lease.is_freshly_extended and lease.due_at > self._renewer.clock())
         ):
@@ -127,10 +127,10 @@ async def hand_off(
     renewer.start_handoff_task(HandoffRunner(item, handoff, renewer).run_handoff, "handoff")
     try:
         yield await _wait_until_handoff_opens(item, handoff, context, sender)
-        renewer.call_on_loop(handoff.record_child_started)
+        renewer.run_on_renewer_loop(handoff.record_child_started)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
-        renewer.call_on_loop(handoff.request_handoff_take_back)
+        renewer.run_on_renewer_loop(handoff.stop_waiting_for_child)
         # Do not wait for the end of the handoff, since a cancelled handler must end at once. The
         # session runner waits for it in `finish_handoff`.
         raise
@@ -145,7 +145,7 @@ async def hand_off(
 async def finish_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
     """Take the item back unless a child has it, and wait until the handoff is closed."""
     if handoff.state != "closed":
-        renewer.call_on_loop(handoff.request_handoff_take_back)
+        renewer.run_on_renewer_loop(handoff.stop_waiting_for_child)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     if item.lease.status == "handed_off":
         log.info("handed off", extra={"work_id": item.id})

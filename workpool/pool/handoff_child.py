@@ -70,7 +70,7 @@ class HandoffChildSupervisor(Supervisor):
         async with open_handler_task_group() as handlers, asyncio.TaskGroup() as working:
             end = functools.partial(self._drain.request, self.settings.drain_timeout)
             group = PollerGroup(
-                context, until_empty=False, on_fatal=self._end_with_error, on_empty=end
+                context, until_empty=False, on_fatal=self._drain_after_error, on_empty=end
             )
             dispatcher = Dispatcher(context, working, handlers, group.record_ack_result)
             self._view = PoolView(context, dispatcher, group, [], self._drain)
@@ -87,7 +87,7 @@ class HandoffChildSupervisor(Supervisor):
         try:
             item = await self._find_item(context)
         except ControlPlaneError as error:
-            self._end_with_error(error)
+            self._drain_after_error(error)
             return
         await dispatcher.adopt_handed_off_item(item, self._last_heartbeat)
         await ended.wait()

@@ -171,7 +171,7 @@ class LeaseRenewer:
             # Wake the thread: after a slow answer to the first heartbeat, the second one is due
             # before the next check of all leases.
             elif lease.due_at < self._next_look_at:
-                self._schedule_call(self._look_now.set)
+                self._schedule_on_renewer_loop(self._look_now.set)
 
     def remove_lease(self, lease: Lease) -> None:
         """Do not extend `lease` anymore, because its session has ended.
@@ -182,19 +182,21 @@ class LeaseRenewer:
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
             # Wake the handoff, which waits for answers to heartbeats: no heartbeat follows anymore.
-            self.call_on_loop(item.handoff.wake_handoff_task)
+            self.run_on_renewer_loop(item.handoff.wake_handoff_task)
 
-    def send_heartbeat_soon(self, lease: Lease) -> None:
+    def request_heartbeat(self, lease: Lease) -> None:
         """Send a heartbeat now for a lease that may be lost."""
-        self.call_on_loop(lambda: self._send_unscheduled_heartbeat(lease, lease.make_heartbeat_due))
+        self.run_on_renewer_loop(
+            lambda: self._send_unscheduled_heartbeat(lease, lease.make_heartbeat_due)
+        )
 
-    def check_leases_soon(self) -> None:
+    def request_lease_check(self) -> None:
         """Check all leases now, because the machine was paused."""
-        self.call_on_loop(self._look_now.set)
+        self.run_on_renewer_loop(self._look_now.set)
 
     def send_last_heartbeat(self, lease: Lease, delay: float) -> None:
         """Release an item: one last heartbeat makes its lease end after `delay` seconds."""
-        self.call_on_loop(
+        self.run_on_renewer_loop(
             lambda: self._send_unscheduled_heartbeat(
                 lease, functools.partial(lease.schedule_last_heartbeat, delay=delay)
             )
@@ -204,11 +206,11 @@ class LeaseRenewer:
         self, work: Callable[[], Coroutine[object, object, None]], name: str
     ) -> None:
         """Run the coroutine of a handoff in a task on the renewer's loop."""
-        self.call_on_loop(lambda: self._group.create_task(work(), name=name))
+        self.run_on_renewer_loop(lambda: self._group.create_task(work(), name=name))
 
-    def call_on_loop(self, callback: Callable[[], object]) -> None:
+    def run_on_renewer_loop(self, callback: Callable[[], object]) -> None:
         """Run a callback on the renewer's loop."""
-        self._schedule_call(self._run_callback, callback)
+        self._schedule_on_renewer_loop(self._run_submitted_callback, callback)
 
     def held_leases(self) -> list[Lease]:
         """The leases that are held now. May be called on any thread."""
@@ -216,7 +218,7 @@ class LeaseRenewer:
 
     async def _close_thread(self) -> None:
         self._closing = True
-        self._schedule_call(self._stop.set)
+        self._schedule_on_renewer_loop(self._stop.set)
         done, _ = await asyncio.wait({self._thread}, timeout=CLOSE_SECONDS)
         if done:
             self._join_thread()
@@ -244,7 +246,7 @@ class LeaseRenewer:
         # The loop has ended, so the thread returns at once, and the join does not block this loop.
         self._os_thread.join(JOIN_SECONDS)
 
-    def _schedule_call(self, callback: Callable[..., object], *args: object) -> None:
+    def _schedule_on_renewer_loop(self, callback: Callable[..., object], *args: object) -> None:
         # If the renewer's loop is closed, there is nothing left to call.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
@@ -285,7 +287,7 @@ class LeaseRenewer:
                     raise
         except BaseException as failure:  # noqa: BLE001 - passed on to the handlers' loop
             error = failure
-        self._call_on_handlers_loop(functools.partial(_complete_future, ended, error))
+        self._call_on_handlers_loop(functools.partial(_set_result_or_error, ended, error))
 
     def _send_unscheduled_heartbeat(self, lease: Lease, plan: Callable[[float], None]) -> None:
         if lease in self._leases and not lease.is_over:
@@ -293,7 +295,7 @@ class LeaseRenewer:
             self._waiting.appendleft(lease)
             self._start_due_heartbeats()
 
-    def _run_callback(self, callback: Callable[[], object]) -> None:
+    def _run_submitted_callback(self, callback: Callable[[], object]) -> None:
         try:
             callback()
         except BaseException as error:
@@ -372,29 +374,29 @@ class LeaseRenewer:
         """Report to the handlers' loop that the lease of an item has changed."""
         self._call_on_handlers_loop(functools.partial(self._callbacks.changed, item))
 
-    def heartbeat_now(self, lease: Lease) -> None:
+    def send_handoff_heartbeat(self, lease: Lease) -> None:
         """Send a heartbeat for a handoff, unless one is in flight."""
         if not lease.in_flight:
             self._send_unscheduled_heartbeat(lease, lease.resume_heartbeats)
 
     async def _check_leases_repeatedly(self) -> None:
         while True:
-            self._watch_handlers_loop()
-            self._next_look_at = self._check_leases()
+            self._measure_handlers_loop_lag()
+            self._next_look_at = self._end_or_renew_leases()
             await asyncio.sleep(LOOK_MIN_SECONDS + len(self._leases) * LOOK_SECONDS_PER_LEASE)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._next_look_at - self.clock()):
                     await self._look_now.wait()
             self._look_now.clear()
 
-    def _check_leases(self) -> float:
+    def _end_or_renew_leases(self) -> float:
         """End expired leases, start due heartbeats; return when the next check must be made."""
         # Copy the keys only: that is one atomic step, although the other thread adds and removes
         # leases. Copying `items()` is not atomic: each new tuple may start a garbage collection.
         leases, now = list(self._leases), self.clock()
         self._verify_leases_after_pause(leases, now)
         due, next_at = self._find_due_leases(leases, now)
-        self._adjust_heartbeat_limit(now, waiting=bool(self._waiting))
+        self._adjust_concurrent_heartbeat_limit(now, waiting=bool(self._waiting))
         due.sort(key=_lease_deadline)
         self._waiting = deque(due)
         self._start_due_heartbeats()
@@ -433,7 +435,7 @@ class LeaseRenewer:
             next_at = at if at < next_at else next_at
         return due, next_at
 
-    def _adjust_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
+    def _adjust_concurrent_heartbeat_limit(self, now: float, *, waiting: bool) -> None:
         """Raise the limit of concurrent heartbeats while more heartbeats are due than allowed.
 
         While no heartbeat waits, every `WIDTH_SECONDS` lower the limit to the largest number used.
@@ -500,7 +502,7 @@ class LeaseRenewer:
         if item.handoff is not None:
             item.handoff.wake_handoff_task()
 
-    def _watch_handlers_loop(self) -> None:
+    def _measure_handlers_loop_lag(self) -> None:
         """Measure, once per `tick_seconds`, how late the handlers' loop is."""
         loop = asyncio.get_running_loop()
         times = loop.time(), time.monotonic()
@@ -511,7 +513,7 @@ class LeaseRenewer:
             return
         self._watched_at = times
         if not self._handlers_loop.is_running():
-            self._on_handlers_loop_ended()
+            self._end_renewals_without_handlers_loop()
         elif self.monitor.is_ping_answered:
             if self.monitor.lag is not None:
                 self._callbacks.observe(LoopLagMeasured, self.monitor.lag)
@@ -520,7 +522,7 @@ class LeaseRenewer:
         elif self.monitor.add_seconds_without_ping_answer(seconds) and self.renewing:
             self._stop_renewing(self.monitor.prepare_blocked_loop_report())
 
-    def _on_handlers_loop_ended(self) -> None:
+    def _end_renewals_without_handlers_loop(self) -> None:
         """Renew no lease anymore, because the handlers' loop was stopped or closed."""
         renewing, self.renewing = self.renewing, False
         if renewing:
@@ -533,7 +535,7 @@ def _lease_deadline(lease: Lease) -> float:
     return lease.deadline
 
 
-def _complete_future(future: asyncio.Future[None], error: BaseException | None) -> None:
+def _set_result_or_error(future: asyncio.Future[None], error: BaseException | None) -> None:
     if not future.done():
         if error is None:
             future.set_result(None)

@@ -160,7 +160,7 @@ def _make_session_status(item: PoolItem, now: float, *, show_ids: bool) -> dict[
     }
 
 
-def read_counts(registry: CollectorRegistry) -> dict[str, Counts]:
+def read_live_page_counters(registry: CollectorRegistry) -> dict[str, Counts]:
     """Return the counters in `registry` that the live page shows, grouped by environment."""
     found: dict[str, Counts] = {}
     for family in registry.collect():

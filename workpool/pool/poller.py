@@ -116,7 +116,7 @@ class PollerGroup:
         # The ids of unreadable items that were logged, so that each is logged once.
         self._unreadable: OrderedDict[str | None, None] = OrderedDict()
 
-    async def wait_for_turn(self, number: int) -> None:
+    async def wait_until_poller_needed(self, number: int) -> None:
         """Wait until poller `number` should poll: until `target` is larger than `number`."""
         await self._turns[number].wait()
 
@@ -302,7 +302,7 @@ class Poller:
                     fatal.__cause__ = error
                     self._group.fail(fatal)
                     return
-                await self._sleep_in_poller_state(self._backoff.next_delay())
+                await self._set_state_and_sleep(self._backoff.next_delay())
 
     async def _poll_once(self) -> None:
         """Reserve a place in the queue, poll, and offer the item to the dispatcher.
@@ -313,11 +313,11 @@ class Poller:
             self.state = "paused"
             # Do not reserve a place in the queue before this wait: during the wait, no other poller
             # could use that place.
-            await self._group.wait_for_turn(self._number)
+            await self._group.wait_until_poller_needed(self._number)
         self.state = "waiting_slot"
         await self._context.queue.reserve_place()
         try:
-            item, reception = await self._poll_and_offer()
+            item, reception = await self._poll_and_offer_item()
         except UnreadableError as error:
             await self._skip_unreadable_item(error)
             return
@@ -331,14 +331,14 @@ class Poller:
         if reception == "declined" or self._dispatcher.must_pause_between_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with
             # null, or with items that are declined or cannot be claimed.
-            await self._sleep_in_poller_state(self._seconds_left_of_long_poll(), "pacing")
+            await self._set_state_and_sleep(self._seconds_left_of_long_poll(), "pacing")
         elif reception == "aside" and self._context.queue.too_many_items_set_aside:
             self.state = "pacing"
             await self._context.queue.wait_while_too_many_items_set_aside(
                 self._seconds_left_of_long_poll()
             )
 
-    async def _poll_and_offer(self) -> tuple[WorkItem | None, Reception]:
+    async def _poll_and_offer_item(self) -> tuple[WorkItem | None, Reception]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
 
         Returns: The item, and the dispatcher's decision about it.
@@ -411,7 +411,7 @@ class Poller:
             },
         )
         self._context.observe(PollerBackedOff, reason, seconds)
-        await self._sleep_in_poller_state(seconds)
+        await self._set_state_and_sleep(seconds)
 
     async def _skip_unreadable_item(self, failure: UnreadableError) -> None:
         """Leave an unreadable item of a poll to other workers, and wait briefly.
@@ -425,7 +425,7 @@ class Poller:
         self._group.record_unreadable_item(failure)
         rest = self._seconds_left_of_long_poll()
         seconds = min(SKIP_SECONDS, rest) if self._unreadable <= SKIPS else rest
-        await self._sleep_in_poller_state(seconds, "pacing")
+        await self._set_state_and_sleep(seconds, "pacing")
 
     def _seconds_left_of_long_poll(self) -> float:
         """Return the seconds that are left of `block_ms` since the start of the last poll.
@@ -434,7 +434,7 @@ class Poller:
         """
         return self._polled_at + self._block_ms / 1000 - self._clock()
 
-    async def _sleep_in_poller_state(self, seconds: float, state: PollerState = "backoff") -> None:
+    async def _set_state_and_sleep(self, seconds: float, state: PollerState = "backoff") -> None:
         if seconds > 0:
             self.state = state
             await asyncio.sleep(seconds)

@@ -7,8 +7,8 @@ otherwise.
 The metadata `workpool.attempt` holds the number of an item's last run; it is absent after the first
 run. The next run has the next number, unless the last run left the mark `workpool.released`: then
 it has the same number. A patch made here has the same effect when it is applied twice, so it may be
-sent again after a lost answer. Where the metadata cannot be written, `RunCounts` counts the runs of
-this process instead.
+sent again after a lost answer. Where the metadata cannot be written, `LocalRunCounter` counts the
+runs of this process instead.
 See workpool/docs/architecture.md, "The states of an item" and "The end of a session".
 """
 
@@ -125,7 +125,7 @@ class Handoff:
         self.child_expected = True
         self.changed.set()
 
-    def request_handoff_take_back(self) -> None:
+    def stop_waiting_for_child(self) -> None:
         """Let the handoff's task stop waiting for a child and take the item back."""
         self.taken_back = True
         self.changed.set()
@@ -204,7 +204,7 @@ class PoolItem:
     )
 
     lease: Lease
-    attempt: Attempt
+    attempt: AttemptNumber
 
     def __init__(
         self, work_item: WorkItem, handler: Handler | None, context: Context, now: float
@@ -279,7 +279,7 @@ class PoolItem:
         if reason is not None and (self.reason is None or reason > self.reason):
             self.reason = reason
 
-    def end_reason_from_lease(self, now: float) -> EndReason | None:
+    def find_end_reason_of_lease(self, now: float) -> EndReason | None:
         """Return the end reason that follows from the lease; None while the session may go on."""
         lease = self.lease
         if lease.begun and lease.is_held(now):
@@ -346,7 +346,7 @@ class OwnedItems:
             self._by_session.pop(item.session_id, None)
 
 
-class Attempt:
+class AttemptNumber:
     """The number of one run of an item, and the metadata patches that store the number.
 
     Attributes:
@@ -378,7 +378,7 @@ class Attempt:
             if key in metadata:
                 self._notes[key] = None
 
-    def set_number_from_counted_runs(self, earlier: int) -> None:
+    def set_number_from_local_count(self, earlier: int) -> None:
         """Set the number of this run from the number of `earlier` runs that this process counted.
 
         The patches stay as they are, so that they are right if metadata can be written later.
@@ -386,22 +386,22 @@ class Attempt:
         # Do not add the number in the metadata to `earlier`: both may count the same runs.
         self.number = max(self._first, 1 + earlier)
 
-    def metadata_before_handler(self) -> Patch:
+    def make_run_number_metadata(self) -> Patch:
         """Return the metadata to write before the handler is called: the number of this run.
 
         Empty if the metadata has this number already.
         """
         return self._notes | self._number
 
-    def record_run_number_written(self) -> None:
-        """Record that the result of `metadata_before_handler` was written."""
+    def clear_written_run_number(self) -> None:
+        """Record that the result of `make_run_number_metadata` was written."""
         self._notes, self._number = {}, {}
 
-    def metadata_of_released_run(self, reason: str, retry: int) -> Patch:
+    def make_release_metadata(self, reason: str, retry: int) -> Patch:
         """Return metadata that exclude this run from the attempts and pass `retry` to the next run.
 
-        After this call, `metadata_at_session_end` deletes them again, even if their write seems to
-        have failed: the control plane may have applied it.
+        After this call, `make_session_end_metadata` deletes them again, even if their write seems
+        to have failed: the control plane may have applied it.
         """
         patch = self._notes | self._number | {RELEASED: reason}
         self._notes[RELEASED] = None
@@ -410,7 +410,7 @@ class Attempt:
             self._notes[RETRIES] = None
         return patch
 
-    def metadata_at_session_end(self, notes: Mapping[str, str]) -> Patch:
+    def make_session_end_metadata(self, notes: Mapping[str, str]) -> Patch:
         """Return the metadata patch for the end of the session: it sets `notes`, deletes old keys.
 
         `notes` is the result or the error. A key is deleted by the value None.
@@ -418,13 +418,13 @@ class Attempt:
         return {**self._notes, **notes}
 
 
-class RunCounts:
+class LocalRunCounter:
     """For each work id, counts the runs in this process that ended without a release or a stop."""
 
     def __init__(self) -> None:
         self._counts: OrderedDict[str, int] = OrderedDict()
 
-    def count_run(self, work_id: str) -> None:
+    def count_item_run(self, work_id: str) -> None:
         """Count a run of an item; beyond the limit, forget the item with the oldest run."""
         self._counts[work_id] = self._counts.pop(work_id, 0) + 1
         if len(self._counts) > REMEMBERED_ITEMS:

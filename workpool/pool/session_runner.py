@@ -2,8 +2,8 @@
 
 `SessionRunner.run_item` is the main path of the pool; it reads top to bottom. `close_item` ends an
 item exactly once, however often it is called. Every acknowledged session ends in exactly one
-`SessionFinished`. `SessionCalls` has the calls that a running handler may make for its item. See
-workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
+`SessionFinished`. `PoolSessionBackend` has the calls that a running handler may make for its item.
+See workpool/docs/architecture.md, "The path of one item". Lives on the handlers' loop.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from workpool.pool.completion import (
 from workpool.pool.handoff import finish_handoff, hand_off
 from workpool.pool.item_requests import CALLS_PER_SESSION, SendOptions
 from workpool.pool.lease import Lease
-from workpool.pool.pool_item import Attempt, EndReason, RunCounts
+from workpool.pool.pool_item import AttemptNumber, EndReason, LocalRunCounter
 from workpool.session import PoolRelease, Release, Session
 from workpool.wire.http.call_options import CallOptions, Priority
 
@@ -121,7 +121,7 @@ class SessionRunner:
         self._sender = sender
         self._executor = executor
         self.completion = Completion(context, sender)
-        self._runs = RunCounts()
+        self._runs = LocalRunCounter()
         self._on_finished = on_finished
         self._on_closed = on_closed
 
@@ -133,7 +133,7 @@ class SessionRunner:
             if not await self._acknowledge_item(item):
                 return
             if item.handler is None:
-                await self._complete_healthcheck(item)
+                await self._stop_healthcheck_item(item)
                 return
             session = await self._begin_session(item)
             if item.reason is None:
@@ -214,10 +214,10 @@ class SessionRunner:
         Writes the number of the run if the item was run before.
         """
         lease, redelivered = item.lease, item.held_before
-        attempt = item.attempt = Attempt(item.work_item.metadata, redelivered=redelivered)
+        attempt = item.attempt = AttemptNumber(item.work_item.metadata, redelivered=redelivered)
         session = item.session = Session(
             item.work_item,
-            SessionCalls(item, self._context, self._sender),
+            PoolSessionBackend(item, self._context, self._sender),
             redelivered=redelivered,
             attempt=attempt.number,
             retry=attempt.retry,
@@ -228,11 +228,11 @@ class SessionRunner:
             )
         await self._claimer.send_first_heartbeats(item)
         self._context.renewer.add_lease(lease, item)
-        item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
-        must_count = self._counts_runs_locally() or bool(attempt.metadata_before_handler())
+        item.add_end_reason(item.find_end_reason_of_lease(self._context.clock()))
+        must_count = self._must_count_runs_locally() or bool(attempt.make_run_number_metadata())
         if must_count and item.reason is None and not self._context.draining:
             await self._write_run_number_if_needed(item, session, attempt)
-            item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
+            item.add_end_reason(item.find_end_reason_of_lease(self._context.clock()))
         if self.on_claimed is not None and item.reason is not EndReason.LOST:
             item.counted = True
             self.on_claimed()
@@ -250,7 +250,7 @@ class SessionRunner:
             await _wait_for_uncounted_run_mark(item.mark_task)
         if item.handoff is not None:
             await finish_handoff(item, item.handoff, self._context.renewer)
-        item.add_end_reason(item.end_reason_from_lease(self._context.clock()))
+        item.add_end_reason(item.find_end_reason_of_lease(self._context.clock()))
 
     def _interrupt_after_stop_request(self, item: PoolItem, session: Session) -> None:
         """Interrupt the session because of a stop request, and report the request once."""
@@ -260,34 +260,34 @@ class SessionRunner:
             grace = self._context.settings.stop_grace
             self._executor.cancel_handler_later(item, EndReason.STOP_REQUESTED, grace)
 
-    def _counts_runs_locally(self) -> bool:
+    def _must_count_runs_locally(self) -> bool:
         """Return whether `_runs` counts the runs, because their numbers cannot be written."""
         return "update" in self._context.optional.refused
 
     async def _write_run_number_if_needed(
-        self, item: PoolItem, session: Session, attempt: Attempt
+        self, item: PoolItem, session: Session, attempt: AttemptNumber
     ) -> None:
         """Write the number of this run if necessary; end the session above `max_attempts`."""
-        counts_itself = self._counts_runs_locally()
+        counts_itself = self._must_count_runs_locally()
         if counts_itself:
-            attempt.set_number_from_counted_runs(self._runs.number_of_runs(item.id))
+            attempt.set_number_from_local_count(self._runs.number_of_runs(item.id))
             session.attempt = attempt.number
-        patch = {} if counts_itself else attempt.metadata_before_handler()
+        patch = {} if counts_itself else attempt.make_run_number_metadata()
         limit = self._context.settings.max_attempts
         if limit and attempt.number > limit:
             item.error = AttemptsExceeded(f"attempt {attempt.number} of {limit}")
             item.add_end_reason(EndReason.RAISED)
         elif patch:
-            await self._write_run_number(item, session, attempt, patch)
+            await self._write_run_number_to_metadata(item, session, attempt, patch)
 
-    async def _write_run_number(
-        self, item: PoolItem, session: Session, attempt: Attempt, patch: Patch
+    async def _write_run_number_to_metadata(
+        self, item: PoolItem, session: Session, attempt: AttemptNumber, patch: Patch
     ) -> None:
         try:
             await self.completion.write_metadata(
                 item, patch, WRITE._replace(seconds=ATTEMPT_SECONDS)
             )
-            attempt.record_run_number_written()
+            attempt.clear_written_run_number()
         except SessionGoneError:
             item.add_end_reason(EndReason.LOST)
         except TransientError as error:
@@ -306,7 +306,7 @@ class SessionRunner:
                 "attempt refused: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
-    async def _complete_healthcheck(self, item: PoolItem) -> None:
+    async def _stop_healthcheck_item(self, item: PoolItem) -> None:
         """Complete a health check: stop its item after the ack, without calling a handler."""
         if item.lease.unsettled:
             await self._claimer.send_first_heartbeats(item)
@@ -329,7 +329,7 @@ class SessionRunner:
                 SessionFailed, item.work_item, find_session_error_kind(item, outcome)
             )
         if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
-            self._runs.count_run(item.id)
+            self._runs.count_item_run(item.id)
         session.outcome = outcome
         seconds = self._context.clock() - item.acked_at
         _log_session_end(item, session, outcome, seconds)
@@ -388,7 +388,7 @@ async def _wait_for_uncounted_run_mark(task: asyncio.Task[None]) -> None:
 
 
 @dataclass(slots=True)
-class SessionCalls:
+class PoolSessionBackend:
     """The calls of a `Session` for its item: progress, metadata, events and handoff.
 
     Lives on the handlers' loop.
@@ -400,7 +400,7 @@ class SessionCalls:
     _places: asyncio.Semaphore | None = None
 
     @property
-    def remaining(self) -> float:
+    def lease_remaining(self) -> float:
         """Seconds until another worker may get the item; the handler is cancelled before that."""
         return self._item.lease.remaining_seconds(self._context.clock())
 
@@ -434,7 +434,7 @@ class SessionCalls:
         """Raise an error if the handler must not send requests for the item anymore."""
         self._sender.check_requests_allowed(self._item, by_handler=True)
 
-    def hand_over(self) -> AbstractAsyncContextManager[HandedLease]:
+    def hand_off_item(self) -> AbstractAsyncContextManager[HandedLease]:
         """Hand the item off to a child process."""
         return hand_off(self._item, self._context, self._sender)
 
@@ -444,7 +444,7 @@ class SessionCalls:
         optional = self._context.optional
         written = await optional.send_optional_call(
             "update",
-            lambda: self._send_handler_call(
+            lambda: self._send_session_request(
                 lambda options, seconds: client.update_metadata(
                     work_id, patch, timeout=seconds, options=options
                 ),
@@ -462,7 +462,7 @@ class SessionCalls:
 
     async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make a call that writes to the session, with retries for `EVENTS_SECONDS`."""
-        sent = await self._send_handler_call(lambda options, _: call(options), EVENTS_SECONDS)
+        sent = await self._send_session_request(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()
         return sent
 
@@ -472,7 +472,7 @@ class SessionCalls:
         """Await a call that reads the session, while the lease is held and the handler runs."""
         return await self._sender.await_call_while_leased(self._item, call, seconds)
 
-    async def _send_handler_call(
+    async def _send_session_request(
         self,
         call: Callable[[CallOptions, float], Awaitable[T]],
         seconds: float,

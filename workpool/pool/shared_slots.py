@@ -3,7 +3,7 @@
 Each environment has a slot of its own, which its poll reserves while no session uses it. So an item
 never waits because the sessions of other environments occupy all slots. A further slot goes to the
 waiting environment with the fewest slots; among equals, to the one whose last slot was granted the
-longest time ago. Used on one event loop only; `count_slots_available_to` may be called on any
+longest time ago. Used on one event loop only; `count_available_slots` may be called on any
 thread. See workpool/docs/architecture.md, "Slots of several environments".
 """
 
@@ -35,7 +35,7 @@ class SharedSlots:
         self._shares: list[SlotShare] = []
         self._order = itertools.count()
 
-    def add_environment(self) -> SlotShare:
+    def add_environment_share(self) -> SlotShare:
         """Add an environment, and return the object through which it takes and returns slots."""
         share = SlotShare(self)
         self._shares.append(share)
@@ -54,7 +54,7 @@ class SharedSlots:
             share.granted = next(self._order)
             use_slot()
 
-    def count_slots_available_to(self, share: SlotShare) -> int:
+    def count_available_slots(self, share: SlotShare) -> int:
         """Return the number of further slots that an environment could take now."""
         common, most = self._count_free_slots()
         return min(common + (not share.taken), most)
@@ -64,7 +64,7 @@ class SharedSlots:
 
         The environment gets no slot if none is free, or if a waiting environment has a lower rank.
         """
-        if not self.count_slots_available_to(share):
+        if not self.count_available_slots(share):
             return False
         waiting = self._find_next_waiting_environment()
         if waiting is not None and waiting[0] is not share and waiting[0].rank <= share.rank:
@@ -135,7 +135,7 @@ class SlotShare:
     @property
     def available_slots(self) -> int:
         """The number of further slots that the environment could take now."""
-        return self._slots.count_slots_available_to(self)
+        return self._slots.count_available_slots(self)
 
     def take_slot(self) -> bool:
         """Take a slot and return True; return False if none is free for this environment."""
@@ -155,7 +155,7 @@ class SlotShare:
 
 
 @dataclass(frozen=True, slots=True)
-class SharedResources:
+class SharedPoolResources:
     """The objects that a pool shares with the other pools of its process.
 
     Attributes:

@@ -139,10 +139,10 @@ class PoolView:
             ),
             sessions=self._count_sessions_by_handler(now),
             draining=self.drain.requested.is_set(),
-            paused=self._pause_flags(),
+            paused=self._find_pause_flags(),
         )
 
-    def _pause_flags(self) -> dict[str, int]:
+    def _find_pause_flags(self) -> dict[str, int]:
         admission, limits = self.context.admission, self.limits
         return {
             "pause": admission.pause_reason is not None,
@@ -188,7 +188,7 @@ class PoolView:
 
     def unready_reasons(self) -> list[str]:
         """The reasons why the pool is not ready, except a fatal error."""
-        return [*self._find_reasons_not_to_claim(), *self._find_operator_problems()]
+        return [*self._find_reasons_not_to_claim(), *self._find_problems_for_operator()]
 
     def _find_reasons_not_to_claim(self) -> Iterator[str]:
         """Yield the reasons for which the pool claims no items, such as a drain or a pause."""
@@ -201,7 +201,7 @@ class PoolView:
         if (refused := self.context.admission.refused) is not None:
             yield f"refused: {refused}"
 
-    def _find_operator_problems(self) -> Iterator[str]:
+    def _find_problems_for_operator(self) -> Iterator[str]:
         """Yield the problems that an operator should look at."""
         blocked = self.context.renewer.monitor.loop_blocked_seconds
         if blocked >= LAG_WARNING_SECONDS:

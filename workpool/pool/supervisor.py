@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from workpool.pool.lease import Clock
     from workpool.pool.live_status import Counts
     from workpool.pool.pool_item import PoolItem
-    from workpool.pool.shared_slots import SharedResources
+    from workpool.pool.shared_slots import SharedPoolResources
     from workpool.settings import Settings
     from workpool.wire.http.rate_limiter import RateLimits
 
@@ -111,7 +111,7 @@ class Supervisor:
         self.on_blocked: Callable[[], None] | None = None
         self.renewer_services: Sequence[AbstractAsyncContextManager[object]] = ()
         self.awaits_last_scrape = False
-        self.shared: SharedResources | None = None
+        self.shared: SharedPoolResources | None = None
         self.settings = settings
         self._plugin_objects = plugins
         self._connect = connect
@@ -144,7 +144,7 @@ class Supervisor:
         self.settings.require_connection()
         # Each pool needs a name of its own: the control plane distinguishes workers by it.
         self._worker_id = f"{self.settings.worker_id}-{secrets.token_hex(4)}"
-        with self._log_ids():
+        with self._log_ids_context():
             for warning in self.settings.warnings():
                 log.warning("%s", warning)
         self._plugins = Plugins.load(
@@ -164,7 +164,7 @@ class Supervisor:
             )
         self._opened = asyncio.Event()
         self._served = asyncio.Event()
-        with self._log_ids():
+        with self._log_ids_context():
             self._root = asyncio.get_running_loop().create_task(
                 self._open_and_run_pool(), name="workpool"
             )
@@ -176,10 +176,10 @@ class Supervisor:
             if not self._opened.is_set():
                 # Cancel the root task: while it opens a connection, it does not notice the drain.
                 self._root.cancel()
-                # With this event set, `_wait_until_closed` ends after `CLOSE_SECONDS`, even if the
-                # task ignores its cancellation.
+                # With this event set, `_wait_until_pool_closed` ends after `CLOSE_SECONDS`, even if
+                # the task ignores its cancellation.
                 self._served.set()
-            await await_despite_cancellation(self._wait_until_closed, self._drain)
+            await await_despite_cancellation(self._wait_until_pool_closed, self._drain)
             raise
         if self._root.done():
             self._root.result()
@@ -199,9 +199,9 @@ class Supervisor:
             WorkpoolError: The error that ended the pool, if `wait()` has not raised it.
         """
         self._drain.request(self.settings.drain_timeout if kind is None else 0)
-        await await_despite_cancellation(self._wait_until_closed, self._drain)
+        await await_despite_cancellation(self._wait_until_pool_closed, self._drain)
         if kind is None and not self._error_raised:
-            self._raise_error()
+            self._raise_pool_error()
 
     async def run(self, *, until_empty: bool = False) -> None:
         """Start the pool, wait for its end, and close it.
@@ -220,8 +220,8 @@ class Supervisor:
         Raises:
             WorkpoolError: The error that ended the pool.
         """
-        await self._wait_until_closed()
-        self._raise_error()
+        await self._wait_until_pool_closed()
+        self._raise_pool_error()
 
     async def drain(self, timeout: float | EllipsisType | None = ...) -> None:
         """Claim no more items, and wait until the running sessions have ended.
@@ -234,7 +234,7 @@ class Supervisor:
         Raises:
             RuntimeError: Called by a handler, for whose end the drain would wait.
         """
-        root = self._require_pool_task()
+        root = self._get_pool_task()
         if _RUNNING_IN.get() is self:
             raise RuntimeError(
                 "a handler cannot wait for the drain, which waits for the handler; "
@@ -263,14 +263,14 @@ class Supervisor:
         Raises:
             ValueError: `until` has no time zone.
         """
-        with self._log_ids():
+        with self._log_ids_context():
             self._admission.pause(reason, until)
         if self._view is not None:
             self._view.dispatcher.forget_waiting_items()
 
     def resume(self) -> None:
         """End the pause of `pause()`, if there is one. A plugin may still refuse."""
-        with self._log_ids():
+        with self._log_ids_context():
             self._admission.resume()
 
     def status(self) -> Status:
@@ -305,9 +305,9 @@ class Supervisor:
 
         Args:
             show_ids: Whether ids of items and sessions are included.
-            counts: The result of `read_counts`; None: read the registry now.
+            counts: The result of `read_live_page_counters`; None: read the registry now.
         """
-        from workpool.pool.live_status import live_status, read_counts  # noqa: PLC0415 - rarely needed
+        from workpool.pool.live_status import live_status, read_live_page_counters  # noqa: PLC0415 - rarely needed
 
         worker = {
             "worker_id": self._worker_id,
@@ -316,7 +316,7 @@ class Supervisor:
         }
         if self._view is None:
             return {**worker, "reasons": self._unready_reasons()}
-        counts = read_counts(self.registry) if counts is None else counts
+        counts = read_live_page_counters(self.registry) if counts is None else counts
         return live_status(self._view, counts, self._unready_reasons(), worker, show_ids=show_ids)
 
     @property
@@ -358,7 +358,7 @@ class Supervisor:
         """
         settings = self.settings
         self._telemetry = stack.enter_context(
-            Telemetry(settings, self._plugins, self.registry, self._snapshot)
+            Telemetry(settings, self._plugins, self.registry, self._take_pool_snapshot)
         )
         stack.push(self._report_failure)
         self._client = await stack.enter_async_context(self._new_client())
@@ -460,7 +460,7 @@ class Supervisor:
             group = PollerGroup(
                 context,
                 until_empty=self._until_empty,
-                on_fatal=self._end_with_error,
+                on_fatal=self._drain_after_error,
                 on_empty=functools.partial(self._drain.request, self.settings.drain_timeout),
             )
             dispatcher = Dispatcher(context, working, handlers, group.record_ack_result)
@@ -524,34 +524,34 @@ class Supervisor:
         await self._drain.wait_until_sessions_end(dispatcher)
         self._drain.request(None)
 
-    def _end_with_error(self, error: BaseException) -> None:
+    def _drain_after_error(self, error: BaseException) -> None:
         """Begin a drain, and record the error that is raised after the drain."""
         if self._error is None:
             self._error = error
         self._drain.request(self.settings.drain_timeout)
 
-    def _log_ids(self) -> AbstractContextManager[None]:
+    def _log_ids_context(self) -> AbstractContextManager[None]:
         """Return a context manager that adds the pool's ids to the log records made inside it."""
         return pool_log_ids_context(self.log_ids)
 
-    def _require_pool_task(self) -> asyncio.Task[None]:
+    def _get_pool_task(self) -> asyncio.Task[None]:
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
         return self._root
 
-    async def _wait_until_closed(self) -> None:
+    async def _wait_until_pool_closed(self) -> None:
         """Wait until the pool has closed: until the task of `_open_and_run_pool` has ended.
 
         Once all sessions have ended, the wait takes `CLOSE_SECONDS` at most.
         """
-        root = self._require_pool_task()
+        root = self._get_pool_task()
         await self._served.wait()
         # If the task is done, do not call `asyncio.wait`: it would yield to the loop once, and a
         # cancellation could be raised at that point.
         if not root.done():
             await asyncio.wait({root}, timeout=CLOSE_SECONDS)
         if not root.done():
-            with self._log_ids():
+            with self._log_ids_context():
                 log.critical("pool did not close; abandoned", extra={"seconds": CLOSE_SECONDS})
 
     def _on_pool_ended(self, root: asyncio.Task[None]) -> None:
@@ -566,7 +566,7 @@ class Supervisor:
                 exc_info=self._error if bug else None,
             )
 
-    def _raise_error(self) -> None:
+    def _raise_pool_error(self) -> None:
         """Raise the error that ended the pool, if any."""
         if self._error is not None:
             self._error_raised = True
@@ -577,7 +577,7 @@ class Supervisor:
             self._view.dispatcher.runner.handle_lease_change(item)
 
     def _on_renewer_failed(self, error: LeaseRenewerError) -> None:
-        self._end_with_error(error)
+        self._drain_after_error(error)
         self._drain.request(0)
 
     def _on_renewer_stopped(self, error: LeaseRenewerError | None) -> None:
@@ -585,7 +585,7 @@ class Supervisor:
         if self.on_blocked is not None:
             self.on_blocked()
 
-    def _snapshot(self) -> PoolSnapshot:
+    def _take_pool_snapshot(self) -> PoolSnapshot:
         return self._view.snapshot() if self._view else PoolSnapshot()
 
     def _unready_reasons(self) -> list[str]:

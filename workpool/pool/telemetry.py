@@ -50,7 +50,7 @@ def _log_poll(result: PollResult, seconds: float) -> None:
     log.debug("poll ended", extra={"result": result, "seconds": round(seconds, 3)})
 
 
-def _log_received(item: WorkItem, origin: Origin, _: float | None) -> None:
+def _log_received_item(item: WorkItem, origin: Origin, _: float | None) -> None:
     log.debug("item received", extra={"work_id": item.id, "origin": origin})
 
 
@@ -64,16 +64,16 @@ def _log_heartbeat(item: WorkItem, result: HeartbeatResult, _: float) -> None:
     log.debug("heartbeat ended", extra={"work_id": item.id, "result": result})
 
 
-def _log_stop(item: WorkItem, mode: StopMode, result: CallResult) -> None:
+def _log_item_stop(item: WorkItem, mode: StopMode, result: CallResult) -> None:
     log.debug("stop ended", extra={"work_id": item.id, "mode": mode, "result": result})
 
 
 LOGGED: Final[tuple[tuple[type[Event], Callable[..., None]], ...]] = (
     (PollFinished, _log_poll),
-    (ItemReceived, _log_received),
+    (ItemReceived, _log_received_item),
     (AckFinished, _log_ack),
     (HeartbeatFinished, _log_heartbeat),
-    (StopFinished, _log_stop),
+    (StopFinished, _log_item_stop),
 )
 """The events that are logged at level DEBUG; each function takes the values of their fields."""
 

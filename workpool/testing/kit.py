@@ -334,7 +334,7 @@ class _HeartbeatOnDemandPool(Supervisor):
         if self._context is not None:
             for lease in self._context.renewer.held_leases():
                 if lease.item.id == work_id:
-                    self._context.renewer.send_heartbeat_soon(lease)
+                    self._context.renewer.request_heartbeat(lease)
 
 
 class _VirtualTimePool(_HeartbeatOnDemandPool, ThreadlessSupervisor):

@@ -25,7 +25,7 @@ class ControlledLease:
     """A fake lease whose remaining time the test sets. The lease records the written metadata."""
 
     def __init__(self) -> None:
-        self.remaining = 60.0
+        self.lease_remaining = 60.0
         self.metadata: dict[str, Any] = {}
 
     def check(self) -> None: ...
@@ -97,7 +97,7 @@ async def test_worker_without_lease_does_not_stop_container_that_another_worker_
         await testbed.log.wait_until(lambda: any("adopted" in line for line in testbed.log.lines))
 
         # End the first worker's lease, as if that worker had been suspended for too long.
-        stale.lease.remaining = 0.0
+        stale.lease.lease_remaining = 0.0
         first.cancel()
         await asyncio.wait({first})
         assert await container_states(testbed) == {container: "running"}
@@ -194,7 +194,7 @@ async def test_container_is_not_started_if_lease_of_item_ends_before_start(
 
     async def end_lease_after_container_creation(patch: dict[str, str]) -> None:
         states.append((await container_states(testbed))[patch[CONTAINER_ID_KEY]])
-        worker.lease.remaining = 0.0
+        worker.lease.lease_remaining = 0.0
 
     monkeypatch.setattr(worker.lease, "update_metadata", end_lease_after_container_creation)
     with pytest.raises(Release):
