@@ -54,7 +54,7 @@ async def client(
 
 
 @pytest.fixture
-async def qoder_client(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
+async def qoder_dialect_client(make_settings: Callable[..., Settings]) -> AsyncIterator[WorkClient]:
     async with WorkClient(make_settings()) as client:
         yield client
 
@@ -104,7 +104,7 @@ async def test_event_list_returns_whole_history(
 
 async def test_event_page_that_is_too_large_is_requested_in_smaller_pages(
     control_plane: ControlPlane,
-    qoder_client: WorkClient,
+    qoder_dialect_client: WorkClient,
     faults: Faults,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -112,13 +112,13 @@ async def test_event_page_that_is_too_large_is_requested_in_smaller_pages(
     session_id = create_session(control_plane)
     for _ in range(30):
         control_plane.emit(session_id, {"type": "agent.thinking", "text": "x" * 5_000})
-    events = [event async for event in qoder_client.events(session_id).list()]
+    events = [event async for event in qoder_dialect_client.events(session_id).list()]
     assert event_ids(events) == event_ids(control_plane.events(session_id))
     assert {request.query["limit"] for request in faults.of("events")} == {"100", "10", "1"}
 
 
 async def test_event_list_without_has_more_field_is_read_until_no_next_page_follows(
-    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
     bodies = [
         b'{"data": [{"id": "evt_1", "type": "x"}], "next_page": "a"}',
@@ -127,17 +127,19 @@ async def test_event_list_without_has_more_field_is_read_until_no_next_page_foll
     ]
     for number, body in enumerate(bodies):
         faults.add(literal(body), "events", skip=number, times=1)
-    events = [event async for event in qoder_client.events(create_session(control_plane)).list()]
+    events = [
+        event async for event in qoder_dialect_client.events(create_session(control_plane)).list()
+    ]
     assert event_ids(events) == ["evt_1", "evt_2"]
 
 
 async def test_event_list_with_repeated_page_token_raises_transient_error(
-    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
     body = b'{"data": [], "has_more": true, "next_page": "same"}'
     faults.add(literal(body), "events")
     with pytest.raises(TransientError, match="repeat"):
-        [event async for event in qoder_client.events(create_session(control_plane)).list()]
+        [event async for event in qoder_dialect_client.events(create_session(control_plane)).list()]
 
 
 @pytest.mark.parametrize(
@@ -147,11 +149,11 @@ async def test_event_list_with_repeated_page_token_raises_transient_error(
      b'{"data": [], "next_page": 1}'],
 )  # fmt: skip
 async def test_event_list_with_malformed_page_raises_bad_body(
-    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults, body: bytes
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults, body: bytes
 ) -> None:
     faults.add(literal(body), "events")
     with pytest.raises(TransientError) as caught:
-        [event async for event in qoder_client.events(create_session(control_plane)).list()]
+        [event async for event in qoder_dialect_client.events(create_session(control_plane)).list()]
     assert caught.value.reason == "bad_body"
 
 
@@ -199,17 +201,17 @@ async def test_tool_result_sent_again_after_lost_answer_counts_as_sent(
      {"content": [{"type": "text", "text": "done"}, {"type": "text", "text": "done"}]}],
 )  # fmt: skip
 async def test_second_tool_result_with_different_content_raises_conflict(
-    control_plane: ControlPlane, qoder_client: WorkClient, other: dict[str, Any]
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, other: dict[str, Any]
 ) -> None:
     session_id = create_session(control_plane, BASH)
     use = last_tool_use(control_plane, session_id)
-    await qoder_client.events(session_id).send(tool_result(use))
+    await qoder_dialect_client.events(session_id).send(tool_result(use))
     with pytest.raises(ConflictError):
-        await qoder_client.events(session_id).send({**tool_result(use), **other})
+        await qoder_dialect_client.events(session_id).send({**tool_result(use), **other})
 
 
 async def test_repeated_tool_confirmation_is_accepted_but_opposite_one_raises_conflict_error(
-    control_plane: ControlPlane, qoder_client: WorkClient
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient
 ) -> None:
     session_id = create_session(control_plane, {**BASH, "permission": "ask"})
     verdict = {
@@ -217,20 +219,20 @@ async def test_repeated_tool_confirmation_is_accepted_but_opposite_one_raises_co
         "tool_use_id": last_tool_use(control_plane, session_id)["id"],
         "result": "allow",
     }
-    first = await qoder_client.events(session_id).send(verdict)
-    assert await qoder_client.events(session_id).send(verdict) == first
+    first = await qoder_dialect_client.events(session_id).send(verdict)
+    assert await qoder_dialect_client.events(session_id).send(verdict) == first
     with pytest.raises(ConflictError):
-        await qoder_client.events(session_id).send({**verdict, "result": "deny"})
+        await qoder_dialect_client.events(session_id).send({**verdict, "result": "deny"})
 
 
 async def test_message_sent_again_after_end_of_session_raises_conflict(
-    control_plane: ControlPlane, qoder_client: WorkClient
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient
 ) -> None:
     session_id = create_session(control_plane)
-    await qoder_client.events(session_id).send(MESSAGE)
+    await qoder_dialect_client.events(session_id).send(MESSAGE)
     control_plane.emit(session_id, {"type": "session.status_terminated"})
     with pytest.raises(ConflictError):
-        await qoder_client.events(session_id).send(MESSAGE)
+        await qoder_dialect_client.events(session_id).send(MESSAGE)
 
 
 class GuardThatRepeatsDelayedCall(LeaselessGuard):
@@ -258,12 +260,12 @@ class GuardThatRepeatsDelayedCall(LeaselessGuard):
 
 
 async def test_unanswered_send_is_repeated_for_tool_result_but_not_for_message(
-    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane, BASH)
     hold = Hold(applied=True)
     faults.add(hold, "send", times=2)
-    events = qoder_client.events(session_id, guard=GuardThatRepeatsDelayedCall(hold))
+    events = qoder_dialect_client.events(session_id, guard=GuardThatRepeatsDelayedCall(hold))
     with pytest.raises(TransientError) as caught:
         await events.send(MESSAGE)
     assert caught.value.reason == "timeout"
@@ -339,9 +341,9 @@ async def test_stream_loses_no_event_appended_before_its_history_is_read(
 
 
 async def test_event_stream_is_opened_before_event_history_is_read(
-    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
-    async with qoder_client.events(create_session(control_plane)).stream() as stream:
+    async with qoder_dialect_client.events(create_session(control_plane)).stream() as stream:
         await read_events(stream, 4)
     assert [request.op for request in faults.seen] == ["stream", "events"]
 
@@ -432,10 +434,10 @@ async def test_stream_that_receives_nothing_is_reopened(
 
 
 async def test_stream_without_keep_alives_is_reopened(
-    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane)
-    async with qoder_client.events(session_id).stream(stall_seconds=0.05) as stream:
+    async with qoder_dialect_client.events(session_id).stream(stall_seconds=0.05) as stream:
         await read_events(stream, 4)
         async with asyncio.TaskGroup() as group:
             reader = group.create_task(read_events(stream, 1))
@@ -483,14 +485,14 @@ PAGE = b"<html>busy</html>"
 )
 async def test_stream_with_malformed_frames_is_reopened(
     control_plane: ControlPlane,
-    qoder_client: WorkClient,
+    qoder_dialect_client: WorkClient,
     faults: Faults,
     frames: bytes | None,
 ) -> None:
     headers = {"Content-Type": "text/html" if frames is None else "text/event-stream"}
     faults.add(literal(frames or PAGE, headers=headers), "stream", times=2)
     session_id = create_session(control_plane)
-    async with qoder_client.events(session_id).stream() as stream:
+    async with qoder_dialect_client.events(session_id).stream() as stream:
         assert event_ids(await read_events(stream, 4)) == event_ids(
             control_plane.events(session_id)
         )
@@ -502,7 +504,7 @@ async def test_stream_with_malformed_frames_is_reopened(
 
 
 async def test_frames_other_than_events_are_ignored(
-    control_plane: ControlPlane, qoder_client: WorkClient, faults: Faults
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane)
     events_said = control_plane.events(session_id)
@@ -511,7 +513,7 @@ async def test_frames_other_than_events_are_ignored(
         b"data: " + orjson.dumps(each) + b"\n\n" for each in (*events_said, event, event)
     )
     faults.add(literal(body, headers={"Content-Type": "text/event-stream"}), "stream", times=1)
-    async with qoder_client.events(session_id).stream() as stream:
+    async with qoder_dialect_client.events(session_id).stream() as stream:
         assert await read_events(stream, 5) == [*events_said, event]
 
 
@@ -528,9 +530,9 @@ async def test_stream_ends_with_its_session(
 
 
 async def test_stream_used_outside_async_with_raises_runtime_error(
-    control_plane: ControlPlane, qoder_client: WorkClient
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient
 ) -> None:
-    stream = qoder_client.events(create_session(control_plane)).stream()
+    stream = qoder_dialect_client.events(create_session(control_plane)).stream()
     with pytest.raises(RuntimeError, match="async with"):
         await anext(stream)
     async with stream:
@@ -541,17 +543,17 @@ async def test_stream_used_outside_async_with_raises_runtime_error(
 
 
 async def test_many_open_streams_do_not_delay_other_calls(
-    control_plane: ControlPlane, qoder_client: WorkClient
+    control_plane: ControlPlane, qoder_dialect_client: WorkClient
 ) -> None:
     """The client has fewer connections for other calls than the 40 streams of this test."""
     session_id = create_session(control_plane)
-    streams = [qoder_client.events(session_id).stream() for _ in range(40)]
+    streams = [qoder_dialect_client.events(session_id).stream() for _ in range(40)]
     try:
         for stream in streams:
             await stream.__aenter__()
             await read_events(stream, 4)
         async with asyncio.timeout(5):
-            await qoder_client.stats()
+            await qoder_dialect_client.stats()
     finally:
         for stream in streams:
             await stream.__aexit__(None, None, None)
