@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tests.integration.state_waits import wait_until
+from tests.integration.condition_polling import wait_until
 from tests.integration.test_live_page import headless_browser
 from workpool import Settings, SettingsError
 from workpool.cli import environment_group, exits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tests.integration.state_waits import wait_until
+from tests.integration.condition_polling import wait_until
 from workpool import Session, handler
 from workpool.events import PollersScaled, SessionFinished
 

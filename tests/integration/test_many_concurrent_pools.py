@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.state_waits import wait_until
-from tests.integration.test_embedding import (
+from tests.integration.condition_polling import wait_until
+from tests.integration.test_embedded_pool import (
     await_and_ignore_lookup_error,
     open_file_count,
     workpool_threads,

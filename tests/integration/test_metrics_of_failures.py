@@ -9,7 +9,7 @@ import asyncio
 import threading
 from typing import TYPE_CHECKING, Any
 
-from tests.integration.state_waits import wait_until
+from tests.integration.condition_polling import wait_until
 from workpool import Release, Session, handler
 from workpool.events import (
     ItemReceived,

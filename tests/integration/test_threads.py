@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.integration.state_waits import wait_until
+from tests.integration.condition_polling import wait_until
 from workpool import Session, Supervisor, WorkClient, handler, hookimpl
 from workpool.events import HeartbeatFinished, LoopLagMeasured, RequestFinished, SessionFinished
 

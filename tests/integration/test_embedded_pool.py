@@ -21,7 +21,7 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
-from tests.integration.state_waits import wait_until
+from tests.integration.condition_polling import wait_until
 from workpool import PluginError, Session, Supervisor, handler, hookimpl
 from workpool.errors import ListenError
 from workpool.events import PoolFailed, SessionFinished, SessionStarted, StopFinished
