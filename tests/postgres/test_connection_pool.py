@@ -61,6 +61,23 @@ async def test_connection_pool_returns_statement_result_and_commits_statement(
     assert postgres.execute("SELECT count(*) FROM number", database_url) == "2"
 
 
+# A sequence keeps its value when a transaction is rolled back, so it can count the attempts.
+DEADLOCKS_FUNCTION = """
+    CREATE SEQUENCE attempts;
+    CREATE FUNCTION raise_two_deadlocks() RETURNS bigint LANGUAGE plpgsql AS $$
+    DECLARE attempt bigint := nextval('attempts');
+    BEGIN
+        IF attempt < 3 THEN RAISE 'deadlock' USING ERRCODE = 'deadlock_detected'; END IF;
+        RETURN attempt;
+    END $$
+"""
+
+
+async def test_statement_rolled_back_by_deadlock_is_repeated(pool: ConnectionPool) -> None:
+    await pool.execute(DEADLOCKS_FUNCTION)
+    assert await pool.fetchval("SELECT raise_two_deadlocks()") == 3
+
+
 async def test_transaction_is_undone_if_its_block_raises_exception(pool: ConnectionPool) -> None:
     await pool.execute("CREATE TABLE number (value int)")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.postgres.test_connection_pool import DEADLOCKS_FUNCTION
 from workpool.server import StoreError
 from workpool.server.postgres import migrations
 from workpool.server.postgres.connection_pool import open_connection
@@ -97,10 +98,20 @@ async def test_migration_waiting_for_a_locked_table_does_not_block_other_stateme
     await other.close()
 
 
+async def test_migration_rolled_back_by_deadlock_is_repeated(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.05)
+    await migrate(database_url, [FIRST, Migration(2, 1, DEADLOCKS_FUNCTION)])
+    deadlocking = Migration(3, 1, "SELECT raise_two_deadlocks()")
+    assert await migrate(database_url, [FIRST, SECOND, deadlocking]) == 1
+
+
 async def test_migration_without_its_table_lock_fails_with_store_error(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(migrations, "_ATTEMPTS", 5)
     await migrate(database_url, [FIRST])
     reader = await open_connection(database_url)
     async with reader.transaction():

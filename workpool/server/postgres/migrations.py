@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 MIGRATION_SECONDS: Final = 600.0
 """Longest time of one statement of a migration, and of the wait for another node's migration."""
-LOCK_SECONDS: Final = 2.0
+LOCK_SECONDS: Final = 0.5
 """Longest time for which a migration waits for a lock on a table.
 
-All calls that need the table wait behind it meanwhile.
+All calls that need the table wait behind it meanwhile. The time is shorter than the database's
+`deadlock_timeout` of 1 s, so that in a deadlock the migration is rolled back, not a call.
 """
-_ATTEMPTS: Final = 30
+_ATTEMPTS: Final = 120
 _ADVISORY_LOCK: Final = 0x776F726B706F6F6C
 """A number for the advisory lock: "workpool"."""
 
@@ -114,7 +115,7 @@ async def _apply_migration(
         try:
             async with connection.transaction():
                 return await _run_migration(url, connection, steps, step)
-        except asyncpg.LockNotAvailableError:
+        except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
             # While a migration waits for a lock, other calls wait behind the migration. The pause
             # before the next attempt lets these calls run.
             await asyncio.sleep(LOCK_SECONDS)
