@@ -288,5 +288,5 @@ def test_table_cells_with_markup_are_printed_literally(capsys: pytest.CaptureFix
     assert "[red]x[/red]" in capsys.readouterr().out
 
 
-async def test_sample_handler_returns_text_of_session() -> None:
+async def test_sample_handler_returns_text_from_metadata_of_item() -> None:
     assert await sample.sample(make_sample_session()) == {"sample": "hi"}
