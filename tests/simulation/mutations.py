@@ -335,7 +335,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "host names looked up on the default executor": [
         SourceEdit(
-            "wire.http.resolver:ThreadResolver",
+            "wire.http.resolver:ThreadedDnsResolver",
             "loop.run_in_executor(self._executor, ",
             "loop.run_in_executor(None, ",
         ),

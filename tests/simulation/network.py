@@ -19,7 +19,7 @@ from workpool.wire import endpoints
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
 from workpool.wire.http.credential_renewal import CredentialSource
 from workpool.wire.http.rate_limiter import RateLimiter
-from workpool.wire.http.resolver import ThreadResolver
+from workpool.wire.http.resolver import ThreadedDnsResolver
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class SimulatedClient(LocalClient):
         self._patch: Mapping[str, str | None] = {}
         self._event_loop = EVENT_LOOP.get()
         self._token_source = CredentialSource(lambda: "token", Path("token"))
-        self._resolver = ThreadResolver(THREADS)
+        self._resolver = ThreadedDnsResolver(THREADS)
         self._connected = False
         self._work_id: str | None = None
         if rate := node.pool.write_rate:
@@ -221,7 +221,7 @@ class SimulatedClient(LocalClient):
         """Open the client, read its token, and record the pool's `worker_id`."""
         self._node.worker_id = self.worker_id or ""
         await super().__aenter__()
-        await self._token_source.read(THREADS)
+        await self._token_source.read_from_source(THREADS)
         return self
 
     async def poll(

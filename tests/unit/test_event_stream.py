@@ -18,7 +18,7 @@ from workpool.testing.local_client import FaultScript, LocalClient
 from workpool.testing.virtual_time import run_on_virtual_loop
 from workpool.wire import endpoints
 from workpool.wire.events import event_stream
-from workpool.wire.events.event_calls import EventPage, LeaselessGuard
+from workpool.wire.events.event_calls import EventPage, PermissiveSessionGuard
 from workpool.wire.events.event_stream import EventStream
 from workpool.wire.events.session_events import SessionEvents
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions
@@ -27,7 +27,7 @@ from workpool.wire.page_limits import PAGES_PER_SECOND, STALE_PAGES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from workpool.wire.events.event_calls import EventCalls, OpenEventStream, SessionEvent
+    from workpool.wire.events.event_calls import EventCalls, EventStreamConnection, SessionEvent
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
 START = 1_772_366_400.0
@@ -141,7 +141,7 @@ class EndlessEventHistory:
         self.asked: list[float] = []
         self._make = make
 
-    async def list_page(
+    async def read_event_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
         del limit, after_id, page
@@ -155,7 +155,7 @@ class EndlessEventHistory:
     ) -> list[SessionEvent]:
         raise NotImplementedError
 
-    async def open_stream(self, last_id: str | None) -> OpenEventStream:
+    async def open_stream(self, last_id: str | None) -> EventStreamConnection:
         del last_id
         return StreamWithoutEvents()
 
@@ -218,7 +218,7 @@ async def test_event_stream_remembers_limited_number_of_event_ids(
     async with bench.client as client:
         calls: Any = client.events(bench.session_id)._calls
         way = FailingEventCalls(calls, iter(()), resumes=False, replays=False)
-        stream = EventStream(way, LeaselessGuard(), bench.session_id, stall_seconds=45)
+        stream = EventStream(way, PermissiveSessionGuard(), bench.session_id, stall_seconds=45)
         received: list[SessionEvent] = []
         async with stream:
             for breaks in range(3):
@@ -248,18 +248,18 @@ class FailingEventCalls:
         self.conditions = conditions
         self._replays = replays
 
-    async def list_page(
+    async def read_event_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
         await self.simulate_next_network_condition()
-        return await self._calls.list_page(min(limit, 3), after_id=after_id, page=page)
+        return await self._calls.read_event_page(min(limit, 3), after_id=after_id, page=page)
 
     async def append_events(
         self, body: bytes, *, options: CallOptions = DEFAULT_OPTIONS
     ) -> list[SessionEvent]:
         return await self._calls.append_events(body, options=options)
 
-    async def open_stream(self, last_id: str | None) -> OpenEventStream:
+    async def open_stream(self, last_id: str | None) -> EventStreamConnection:
         await self.simulate_next_network_condition()
         stream = await self._calls.open_stream(last_id if self._replays else None)
         return FailingEventStream(stream, self)
@@ -276,7 +276,7 @@ class FailingEventCalls:
 class FailingEventStream:
     """An open stream that may fall silent, send a malformed frame, or end within an event."""
 
-    def __init__(self, stream: OpenEventStream, way: FailingEventCalls) -> None:
+    def __init__(self, stream: EventStreamConnection, way: FailingEventCalls) -> None:
         self._stream = stream
         self._way = way
         self._cut = self._silent = False
@@ -346,7 +346,7 @@ def test_event_stream_yields_each_event_once_and_in_order_despite_any_failures(
         async with bench.client as client:
             calls: Any = client.events(bench.session_id)._calls
             way = FailingEventCalls(calls, iter(conditions), resumes=resumes, replays=replays)
-            stream = EventStream(way, LeaselessGuard(), bench.session_id, stall_seconds=45)
+            stream = EventStream(way, PermissiveSessionGuard(), bench.session_id, stall_seconds=45)
             async with stream, asyncio.TaskGroup() as group:
                 group.create_task(emit_events(bench, pauses))
                 while len(received) < len(pauses) or bench.loop.time() < sum(pauses):

@@ -25,7 +25,7 @@ from workpool.wire.http import resolver
 from workpool.wire.http.call_options import CallOptions, Priority
 from workpool.wire.http.connections import BUFFER_BYTES, POOL_BUFFER_BYTES
 from workpool.wire.http.daemon_threads import DaemonThreads
-from workpool.wire.http.resolver import ThreadResolver
+from workpool.wire.http.resolver import ThreadedDnsResolver
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -390,10 +390,10 @@ async def test_call_after_hanging_host_lookup_looks_host_up_again(
 
 async def test_resolver_returns_numeric_addresses() -> None:
     threads = DaemonThreads("workpool-test", 1)
-    found = await ThreadResolver(threads).resolve("localhost", 80)
+    found = await ThreadedDnsResolver(threads).resolve("localhost", 80)
     assert {(each["host"], each["port"]) for each in found} == {("127.0.0.1", 80)}
     with pytest.raises(OSError, match=r".") as raised:
-        await ThreadResolver(threads).resolve("no-such-host.invalid", 80, socket.AF_INET)
+        await ThreadedDnsResolver(threads).resolve("no-such-host.invalid", 80, socket.AF_INET)
     assert isinstance(raised.value, socket.gaierror)
     await threads.close()
 

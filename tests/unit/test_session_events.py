@@ -16,7 +16,7 @@ from workpool.testing import Cut, Faults, Hold, Proxy, literal, lost, reset, sta
 from workpool.wire import endpoints
 from workpool.wire.client import WorkClient
 from workpool.wire.events import event_stream
-from workpool.wire.events.event_calls import LeaselessGuard
+from workpool.wire.events.event_calls import PermissiveSessionGuard
 from workpool.wire.http.call_options import DEFAULT_OPTIONS
 
 if TYPE_CHECKING:
@@ -235,13 +235,13 @@ async def test_message_sent_again_after_end_of_session_raises_conflict(
         await qoder_dialect_client.events(session_id).send(MESSAGE)
 
 
-class GuardThatRepeatsDelayedCall(LeaselessGuard):
+class GuardThatRepeatsDelayedCall(PermissiveSessionGuard):
     """A call guard that cancels a call when `hold` delays its answer, and then repeats the call."""
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold
 
-    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_write_call(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as limit, asyncio.TaskGroup() as group:
                 giving_up = group.create_task(

@@ -40,14 +40,14 @@ from workpool.settings import Settings
 from workpool.wire import endpoints
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.http.checked_request import INFORMATIONAL_MAX
-from workpool.wire.http.environment_proxy import proxy_for_url
+from workpool.wire.http.environment_proxy import find_proxy_for_url
 from workpool.wire.http.transport import Transport
 from workpool.wire.response import (
     CODES,
     RETRY_AFTER_MAX_SECONDS,
     OversizedBody,
     Response,
-    parse_error,
+    parse_error_answer,
     parse_retry_after,
 )
 
@@ -614,7 +614,7 @@ async def test_redirect_is_not_followed_and_raises_transient_error(status: int) 
 def test_error_about_redirect_names_no_more_than_scheme_and_host(
     location: str, named: str | None
 ) -> None:
-    error = parse_error("poll", Response(302, {"Location": location}, b"hunter2"), TOKEN)
+    error = parse_error_answer("poll", Response(302, {"Location": location}, b"hunter2"), TOKEN)
     text = str(error)
     to = f" to {named}" if named else ""
     assert text.startswith(f"poll: 302 redirected{to}:")
@@ -622,7 +622,9 @@ def test_error_about_redirect_names_no_more_than_scheme_and_host(
 
 
 def test_redirect_error_with_long_host_is_cut() -> None:
-    error = parse_error("poll", Response(302, {"Location": f"https://{'a.' * 5000}/"}, b""), TOKEN)
+    error = parse_error_answer(
+        "poll", Response(302, {"Location": f"https://{'a.' * 5000}/"}, b""), TOKEN
+    )
     assert len(str(error)) < 300
 
 
@@ -647,7 +649,7 @@ async def test_extra_headers_are_sent_with_every_request() -> None:
         connected_transport(server.url, own, extra_headers=EXTRA) as other,
     ):
         await send_request(transport, server.url)
-        await send_request(transport.with_own_token("token-of-a-session"), server.url)
+        await send_request(transport.copy_with_token("token-of-a-session"), server.url)
         await send_request(other, server.url)
     assert len(server.requests) == 3
     for request in server.requests:
@@ -680,7 +682,7 @@ def test_arbitrary_error_response_becomes_printable_error(
 ) -> None:
     envelope = json.dumps({"error": {"message": text, "type": text, "param": text}}).encode()
     for content in (body, envelope, OversizedBody(body)):
-        error = parse_error("get", Response(status, {"Retry-After": text}, content), TOKEN)
+        error = parse_error_answer("get", Response(status, {"Retry-After": text}, content), TOKEN)
         assert isinstance(error, ControlPlaneError)
         assert str(error).isprintable() or not text.isprintable()
         assert "\n" not in str(error)
@@ -1065,9 +1067,9 @@ def test_proxy_depends_on_url_scheme_and_environment_variable_no_proxy(
 ) -> None:
     monkeypatch.setenv("https_proxy", "proxy.example:3128")
     monkeypatch.setenv("no_proxy", ".internal")
-    assert proxy_for_url(URL("https://h.example")) == URL("http://proxy.example:3128")
-    assert proxy_for_url(URL("https://h.internal")) is None
-    assert proxy_for_url(URL("http://h.example")) is None
+    assert find_proxy_for_url(URL("https://h.example")) == URL("http://proxy.example:3128")
+    assert find_proxy_for_url(URL("https://h.internal")) is None
+    assert find_proxy_for_url(URL("http://h.example")) is None
 
 
 @pytest.mark.parametrize("value", ["socks5://u:hunter2@h:1", "http://u:hunter2@h:x", "http://"])
@@ -1075,7 +1077,7 @@ def test_invalid_proxy_url_is_refused(monkeypatch: pytest.MonkeyPatch, value: st
     monkeypatch.setenv("https_proxy", value)
     monkeypatch.setenv("no_proxy", "")
     with pytest.raises(SettingsError) as raised:
-        proxy_for_url(URL("https://h.example"))
+        find_proxy_for_url(URL("https://h.example"))
     assert raised.value.problems == ("HTTPS_PROXY: not the URL of an HTTP proxy",)
 
 
@@ -1102,7 +1104,7 @@ async def test_api_key_is_sent_in_place_of_token(dialect: str, header: str, valu
         running_server(OK) as server,
         connected_transport(server.url, dialect=dialect, api_key=KEY) as transport,
     ):
-        await send_request(transport.with_api_key(), server.url)
+        await send_request(transport.copy_with_api_key(), server.url)
         await send_request(transport, server.url)
     with_key, with_token = server.requests
     assert with_key.headers[header] == value
@@ -1112,7 +1114,7 @@ async def test_api_key_is_sent_in_place_of_token(dialect: str, header: str, valu
 
 async def test_transport_without_api_key_uses_token() -> None:
     async with running_server(OK) as server, connected_transport(server.url) as transport:
-        assert transport.with_api_key() is transport
+        assert transport.copy_with_api_key() is transport
 
 
 async def test_api_key_is_read_again_after_refusal(tmp_path: Path) -> None:
@@ -1127,7 +1129,7 @@ async def test_api_key_is_read_again_after_refusal(tmp_path: Path) -> None:
         running_server(replace_credential, OK) as server,
         connected_transport(server.url, api_key_file=path) as transport,
     ):
-        await send_request(transport.with_api_key(), server.url)
+        await send_request(transport.copy_with_api_key(), server.url)
         await send_request(transport, server.url)
     sent = [request.headers["Authorization"] for request in server.requests]
     assert sent == ["Bearer old-key", f"Bearer {KEY}", f"Bearer {TOKEN}"]

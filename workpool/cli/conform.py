@@ -33,7 +33,7 @@ from workpool.conformance import (
 from workpool.conformance.api import NoAnswerError
 from workpool.logs import readable
 from workpool.settings import Settings
-from workpool.wire.http.environment_proxy import proxy_for_url
+from workpool.wire.http.environment_proxy import find_proxy_for_url
 from workpool.wire.http.rate_limiter import RateLimits
 
 WORKER: Final = "workpool-conform"
@@ -160,7 +160,7 @@ async def _run_suite(
     async with aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
-        proxy=proxy_for_url(URL(settings.base_url)),
+        proxy=find_proxy_for_url(URL(settings.base_url)),
     ) as http:
         api = WorkerApi(
             http,

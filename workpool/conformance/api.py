@@ -19,7 +19,7 @@ from workpool.logs import hide_token, readable
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES
 from workpool.wire.http.connection_errors import TRANSIENT
-from workpool.wire.http.transport import read_bounded
+from workpool.wire.http.transport import read_limited_body
 from workpool.wire.response import OversizedBody
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class WorkerApi(WorkCallClient[Answer]):
             NoAnswerError: The control plane did not answer within `REQUEST_SECONDS`.
         """
         async with self._send_request(method, url, options) as response:
-            body = await read_bounded(response)
+            body = await read_limited_body(response)
             if isinstance(body, OversizedBody):
                 raise NoAnswerError(f"an answer of more than {ANSWER_LIMIT_BYTES} bytes")
             return Answer(response.status, _parse_json(body), response.headers, body)

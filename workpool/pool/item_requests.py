@@ -237,7 +237,7 @@ class ItemSender:
     def abort_waits_for_answers(self, item: PoolItem) -> None:
         """End every wait for an answer to a request for the item; each wait raises TimeoutError."""
         for bound in list(item.open_sends):
-            bound.end_wait()
+            bound.expire_now()
 
     async def _try_request_once(
         self,

@@ -460,7 +460,7 @@ class PoolSessionBackend:
         item = self._item.work_item
         return self._context.client.events(item.session_id, token=item.sessions_token, guard=self)
 
-    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_write_call(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make a call that writes to the session, with retries for `EVENTS_SECONDS`."""
         sent = await self._send_session_request(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()

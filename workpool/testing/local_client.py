@@ -32,7 +32,7 @@ from workpool.wire.protocol import (
     TTL_DEFAULT_SECONDS,
     WORK_HEARTBEAT,
 )
-from workpool.wire.response import CODES, SUCCESS, Response, parse_error
+from workpool.wire.response import CODES, SUCCESS, Response, parse_error_answer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
@@ -197,7 +197,7 @@ class LocalClient:
 
         options = options._replace(permit=permit or options.permit)
         item = await self._send_call(endpoints.ACK, work_id, answer_ack_call, timeout, options)
-        return endpoints.check_same_item(endpoints.ACK, work_id, item)
+        return endpoints.check_item_id_of_answer(endpoints.ACK, work_id, item)
 
     async def heartbeat(
         self,
@@ -277,7 +277,7 @@ class LocalClient:
             return QODER.item_json(self._operations.get_item(self._environment_id, work_id))
 
         item = await self._send_call(endpoints.GET, work_id, answer_get_call, timeout, options)
-        return endpoints.check_same_item(endpoints.GET, work_id, item)
+        return endpoints.check_item_id_of_answer(endpoints.GET, work_id, item)
 
     async def list(
         self, *, limit: int | None = None, timeout: float | None = None
@@ -424,8 +424,8 @@ class LocalClient:
             if self.on_request is not None:
                 self.on_request(endpoint.op, code, loop.time() - started)
         if answer.status in SUCCESS:
-            return endpoint.parse_success(answer.status, answer.body)
-        raise parse_error(endpoint.op, answer, _ABSENT)
+            return endpoint.parse_success_answer(answer.status, answer.body)
+        raise parse_error_answer(endpoint.op, answer, _ABSENT)
 
 
 def run_operation_with_fault(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from workpool.server import Operations
     from workpool.server.conversation import Conversation
     from workpool.wire.endpoints import Endpoint
-    from workpool.wire.events.event_calls import EventPage, OpenEventStream, SessionEvent
+    from workpool.wire.events.event_calls import EventPage, EventStreamConnection, SessionEvent
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class LocalEventCalls:
         self._session_id = session_id
         self._send_call = send
 
-    async def list_page(
+    async def read_event_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
         """Return a page of the session's events.
@@ -87,7 +87,7 @@ class LocalEventCalls:
             endpoints.SEND, self._session_id, answer_append_call, None, options
         )
 
-    async def open_stream(self, last_id: str | None) -> OpenEventStream:
+    async def open_stream(self, last_id: str | None) -> EventStreamConnection:
         """Open a stream of the events after the event `last_id`; None means new events only."""
 
         def answer_stream_call() -> object:

@@ -107,7 +107,7 @@ class WorkClient:
         self._transport.on_credential_refresh = self.on_credential_refresh
         self._transport.on_rate_limit_wait = self.on_rate_limit_wait
         await self._transport.open(self.worker_id)
-        self._key_transport = self._transport.with_api_key()
+        self._key_transport = self._transport.copy_with_api_key()
         return self
 
     async def __aexit__(
@@ -201,7 +201,7 @@ class WorkClient:
         limiter = None if permit else self.rate_limits.write
         url = self._build_item_url(work_id, "/ack")
         item = await self._transport.send(endpoints.ACK, url, timeout, limiter, None, options)
-        return endpoints.check_same_item(endpoints.ACK, work_id, item)
+        return endpoints.check_item_id_of_answer(endpoints.ACK, work_id, item)
 
     async def heartbeat(
         self,
@@ -296,7 +296,7 @@ class WorkClient:
         """Read one item."""
         limiter, url = self.rate_limits.read, self._build_item_url(work_id)
         item = await self._key_transport.send(endpoints.GET, url, timeout, limiter, None, options)
-        return endpoints.check_same_item(endpoints.GET, work_id, item)
+        return endpoints.check_item_id_of_answer(endpoints.GET, work_id, item)
 
     async def list(
         self,
@@ -314,19 +314,19 @@ class WorkClient:
             before_id: The pages before this item, nearest page first, each ascending.
             timeout: See the class; for each page.
         """
-        start = _make_list_position_query(after_id, before_id)
+        start = _make_start_position_query(after_id, before_id)
         left = sys.maxsize if limit is None else limit
         limits = PageLimits("list")
         while left > 0:
-            await limits.wait_for_turn()
+            await limits.wait_before_next_page()
             url = self._build_work_url("", f"limit={min(left, protocol.LIST_LIMIT_MAX)}{start}")
-            page = await self._send_read(endpoints.LIST, url, timeout)
+            page = await self._send_read_request(endpoints.LIST, url, timeout)
             for item in page.items[:left]:
                 yield item
             left -= len(page.items)
             if page.next_page is None:
                 return
-            limits.record_page((item.id for item in page.items), page.next_page)
+            limits.record_page_entries((item.id for item in page.items), page.next_page)
             start = f"&page={quote(page.next_page, safe='')}"
 
     async def find(
@@ -348,14 +348,14 @@ class WorkClient:
             before_id: As for `list`.
             timeout: As for `list`.
         """
-        query, start = search.query_parameters, _make_list_position_query(after_id, before_id)
+        query, start = search.query_parameters, _make_start_position_query(after_id, before_id)
         size = min(protocol.LIST_LIMIT_MAX if query else search.limit, protocol.LIST_LIMIT_MAX)
         found, limits = FoundItems(search), PageLimits("list")
         for _ in range(FIND_PAGES_MAX):
-            await limits.wait_for_turn()
+            await limits.wait_before_next_page()
             url = self._build_work_url("", f"limit={size}{query}{start}")
             try:
-                page = await self._send_read(endpoints.LIST, url, timeout)
+                page = await self._send_read_request(endpoints.LIST, url, timeout)
             except RefusedError as error:
                 if error.status != HTTPStatus.BAD_REQUEST or not query:
                     raise
@@ -378,7 +378,7 @@ class WorkClient:
         """Read a session; returns the JSON object of the control plane."""
         _check_id("session_id", session_id)
         url = URL(f"{self._sessions}/{session_id}", encoded=True)
-        return await self._send_read(endpoints.SESSION, url, timeout)
+        return await self._send_read_request(endpoints.SESSION, url, timeout)
 
     def events(
         self, session_id: str, *, token: Secret | None = None, guard: SessionGuard | None = None
@@ -393,7 +393,7 @@ class WorkClient:
         _check_id("session_id", session_id)
         own = self._transport
         http_events = HttpEventCalls(
-            own if token is None else own.with_own_token(token.get_secret_value()),
+            own if token is None else own.copy_with_token(token.get_secret_value()),
             self.rate_limits,
             f"{self._sessions}/{session_id}/events",
             self._work_query,
@@ -422,9 +422,9 @@ class WorkClient:
         fields = {"count": count, "metadata": metadata, "type": item_type, "script": script}
         body = request_bodies.make_create_items_body(fields)
         url = self._build_work_url()
-        return (await self._send_write(endpoints.ENQUEUE, url, body, timeout)).items
+        return (await self._send_write_request(endpoints.ENQUEUE, url, body, timeout)).items
 
-    def _send_read(
+    def _send_read_request(
         self,
         endpoint: Endpoint[T],
         url: URL,
@@ -432,7 +432,7 @@ class WorkClient:
     ) -> Coroutine[Any, Any, T]:
         return self._transport.send(endpoint, url, timeout, self.rate_limits.read)
 
-    def _send_write(
+    def _send_write_request(
         self,
         endpoint: Endpoint[T],
         url: URL,
@@ -474,7 +474,7 @@ class WorkClient:
         return self._build_work_url("/poll", query)
 
 
-def _make_list_position_query(after_id: str | None, before_id: str | None) -> str:
+def _make_start_position_query(after_id: str | None, before_id: str | None) -> str:
     """Return the query parameters of a list that begins after `after_id` or before `before_id`."""
     place = ""
     for name, value in (("after_id", after_id), ("before_id", before_id)):

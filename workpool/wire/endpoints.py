@@ -34,11 +34,11 @@ ITEM_LIMIT_BYTES: Final = ANSWER_LIMIT_BYTES + 64 * 1024
 _NO_CONTENT_STATUS: Final = 204
 
 
-class NoContent:
+class NoContentMarker:
     """The type of `NO_CONTENT`, which stands for the missing body of an answer with 204."""
 
 
-NO_CONTENT: Final = NoContent()
+NO_CONTENT: Final = NoContentMarker()
 """The parsed body of a 204, which differs from the JSON literal null."""
 
 
@@ -73,7 +73,7 @@ class Endpoint(Generic[T]):
     add_headers: Callable[[T, Mapping[str, str]], T] | None = None
     load: Callable[[bytes], object] = orjson.loads
 
-    def parse_success(self, status: int, body: bytes | OversizedBody) -> T:
+    def parse_success_answer(self, status: int, body: bytes | OversizedBody) -> T:
         """Return the parsed body of a successful answer.
 
         Raises:
@@ -164,13 +164,13 @@ def _parse_stopped_item(obj: object) -> WorkItem | None:
     return None if obj is NO_CONTENT else parse_item(obj)
 
 
-def _require_object(obj: object) -> dict[str, Any]:
+def _require_json_object(obj: object) -> dict[str, Any]:
     if isinstance(obj, dict):
         return obj
     raise ValueError("not an object")
 
 
-def _require_page_data(page: dict[str, Any]) -> list[object]:
+def _extract_page_rows(page: dict[str, Any]) -> list[object]:
     data = page.get("data")
     if isinstance(data, list):
         return data
@@ -192,14 +192,14 @@ def _parse_next_page_token(page: dict[str, Any]) -> str | None:
 
 
 def _parse_item_page(obj: object) -> ItemPage:
-    page = _require_object(obj)
-    items = [parse_item(row) for row in _require_page_data(page)]
+    page = _require_json_object(obj)
+    items = [parse_item(row) for row in _extract_page_rows(page)]
     return ItemPage(items, _parse_next_page_token(page), page.get("selected") is True)
 
 
 def parse_event(obj: object) -> SessionEvent:
     """Parse one session event; `ValueError` if its type or id is missing or malformed."""
-    event = _require_object(obj)
+    event = _require_json_object(obj)
     kind, event_id = event.get("type"), event.get("id")
     # The event's id is sent back in a URL and a header; a malformed id could change the request.
     if isinstance(kind, str) and isinstance(event_id, str) and _is_id(event_id):
@@ -208,17 +208,17 @@ def parse_event(obj: object) -> SessionEvent:
 
 
 def _parse_event_page(obj: object) -> EventPage:
-    page = _require_object(obj)
+    page = _require_json_object(obj)
     return EventPage(
-        [parse_event(row) for row in _require_page_data(page)], _parse_next_page_token(page)
+        [parse_event(row) for row in _extract_page_rows(page)], _parse_next_page_token(page)
     )
 
 
 def _parse_stored_events(obj: object) -> list[SessionEvent]:
-    page = {} if obj is NO_CONTENT else _require_object(obj)
+    page = {} if obj is NO_CONTENT else _require_json_object(obj)
     # In the anthropic dialect, the answer may have no `data`; then no stored event is known.
     return (
-        [] if page.get("data") is None else [parse_event(row) for row in _require_page_data(page)]
+        [] if page.get("data") is None else [parse_event(row) for row in _extract_page_rows(page)]
     )
 
 
@@ -240,14 +240,14 @@ UPDATE: Final = Endpoint("update", "POST", parse_item, ITEM_LIMIT_BYTES)
 GET: Final = Endpoint("get", "GET", parse_item, ITEM_LIMIT_BYTES)
 LIST: Final = Endpoint("list", "GET", _parse_item_page)
 STATS: Final = Endpoint("stats", "GET", parse_stats)
-SESSION: Final[Endpoint[Mapping[str, Any]]] = Endpoint("session", "GET", _require_object)
+SESSION: Final[Endpoint[Mapping[str, Any]]] = Endpoint("session", "GET", _require_json_object)
 ENQUEUE: Final = Endpoint("enqueue", "POST", _parse_item_page)
 EVENTS: Final = Endpoint("events", "GET", _parse_event_page, FRAME_LIMIT_BYTES)
 SEND: Final = Endpoint("events", "POST", _parse_stored_events, FRAME_LIMIT_BYTES)
 STREAM: Final = "stream"
 
 
-def check_same_item(endpoint: Endpoint[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
+def check_item_id_of_answer(endpoint: Endpoint[WorkItem], work_id: str, item: WorkItem) -> WorkItem:
     """Return the item of an answer, after a check that its id is `work_id`.
 
     An answer about another item, for example by a proxy's mistake, must not decide about this one.

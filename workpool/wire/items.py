@@ -169,22 +169,22 @@ def parse_heartbeat(obj: object) -> Heartbeat:
         and 0 < seconds < math.inf
     ):
         return Heartbeat(last_heartbeat, True, state, seconds)  # noqa: FBT003 - in the order of its fields
-    return _parse_unextended_heartbeat(obj)
+    return _parse_heartbeat_without_extension(obj)
 
 
-def _parse_unextended_heartbeat(obj: object) -> Heartbeat:
+def _parse_heartbeat_without_extension(obj: object) -> Heartbeat:
     """Parse the answer to a heartbeat that did not extend the lease.
 
     Raises:
         ValueError: A field is missing or malformed.
     """
-    get = _require_object("heartbeat", obj).get
+    get = _require_json_object("heartbeat", obj).get
     extended = _require_flag("lease_extended", get("lease_extended"))
-    state = _require_state(get("state"))
+    state = _parse_item_state(get("state"))
     last_heartbeat, ttl_seconds = get("last_heartbeat"), get("ttl_seconds")
     over = not extended or state == protocol.STOPPED
     return Heartbeat(
-        "" if over and last_heartbeat is None else _parse_expected_heartbeat(last_heartbeat),
+        "" if over and last_heartbeat is None else _parse_expected_last_heartbeat(last_heartbeat),
         extended,
         state,
         0.0 if over and ttl_seconds in (None, 0) else _require_seconds("ttl_seconds", ttl_seconds),
@@ -197,7 +197,7 @@ def parse_stats(obj: object) -> QueueStats:
     Raises:
         ValueError: A field is missing or malformed. Names the field and quotes no value.
     """
-    get = _require_object("queue stats", obj).get
+    get = _require_json_object("queue stats", obj).get
     workers = get("workers_polling")
     return QueueStats(
         depth=_require_count("depth", get("depth")),
@@ -222,7 +222,7 @@ def _parse_optional_count(value: object) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _require_object(name: str, value: object) -> dict[str, Any]:
+def _require_json_object(name: str, value: object) -> dict[str, Any]:
     if isinstance(value, dict):
         return value
     raise ValueError(f"{name}: not an object")
@@ -277,7 +277,7 @@ def _parse_sessions_token(secret: object) -> Secret | None:
     return Secret(token)
 
 
-def _require_state(value: object) -> State:
+def _parse_item_state(value: object) -> State:
     if value in protocol.STATES:
         return value
     raise ValueError("state: not one of the protocol's five")
@@ -311,7 +311,7 @@ def _parse_last_heartbeat(value: object) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= _TIME_LENGTH_MAX else None
 
 
-def _parse_expected_heartbeat(value: object) -> str:
+def _parse_expected_last_heartbeat(value: object) -> str:
     """Return the value that the next heartbeat sends as `expected_last_heartbeat`.
 
     This is `last_heartbeat` of the answer. Empty text means that there was no heartbeat before.

@@ -17,7 +17,7 @@ REMEMBERED_IDS: Final = 10_000
 REMEMBERED_TOKENS: Final = 1_000
 
 
-class RecentIds:
+class BoundedIdSet:
     """A set of at most `limit` ids; adding one more removes the id that was added first.
 
     Attributes:
@@ -54,17 +54,17 @@ class PageLimits:
         self._op = op
         self._next_at = 0.0  # the earliest time of the next request, on the clock of the event loop
         self._stale = 0
-        self._ids = RecentIds(REMEMBERED_IDS)
-        self._tokens = RecentIds(REMEMBERED_TOKENS)
+        self._ids = BoundedIdSet(REMEMBERED_IDS)
+        self._tokens = BoundedIdSet(REMEMBERED_TOKENS)
 
-    async def wait_for_turn(self) -> None:
+    async def wait_before_next_page(self) -> None:
         """Wait until the rate limit allows the request for the next page."""
         loop = asyncio.get_running_loop()
         if self._next_at > (now := loop.time()):
             await asyncio.sleep(self._next_at - now)
         self._next_at = loop.time() + 1 / PAGES_PER_SECOND
 
-    def record_page(self, ids: Iterable[str], next_page: str | None) -> None:
+    def record_page_entries(self, ids: Iterable[str], next_page: str | None) -> None:
         """Record the ids on a page and the token of the next page, to detect an endless list.
 
         Raises:

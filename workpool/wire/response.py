@@ -72,7 +72,7 @@ _wants_tls: Final = re.compile(rb"(?i)HTTP request[a-z ]{1,30}HTTPS (port|server
 """Whether the body is that of a server (Go's, nginx) that expected TLS and got plain HTTP."""
 
 
-def parse_error(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
+def parse_error_answer(op: str, answer: Response, *secrets: str) -> ControlPlaneError:
     """Return the error for a status outside `SUCCESS`; its message contains no `secrets`."""
     status = answer.status
     envelope = _parse_error_envelope(answer.body)

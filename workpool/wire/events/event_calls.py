@@ -31,7 +31,7 @@ class EventPage(NamedTuple):
     next_page: str | None
 
 
-class OpenEventStream(Protocol):
+class EventStreamConnection(Protocol):
     """The connection of an event stream, from which bytes are read."""
 
     async def read(self) -> bytes:
@@ -54,7 +54,7 @@ class EventCalls(Protocol):
 
     resumes: bool
 
-    async def list_page(
+    async def read_event_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
         """Return a page of events, oldest first.
@@ -68,7 +68,7 @@ class EventCalls(Protocol):
     ) -> list[SessionEvent]:
         """Append events to the session, and return them as the control plane stored them."""
 
-    async def open_stream(self, last_id: str | None) -> OpenEventStream:
+    async def open_stream(self, last_id: str | None) -> EventStreamConnection:
         """Open a stream of new events; it begins after `last_id` if the server can resume there."""
 
 
@@ -89,11 +89,11 @@ class SessionGuard(Protocol):
         The implementation may repeat the call.
         """
 
-    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_write_call(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make a call that changes the session; `call` receives the options of its HTTP request."""
 
 
-class LeaselessGuard:
+class PermissiveSessionGuard:
     """The `SessionGuard` of a client that holds no lease: it permits all calls."""
 
     def check(self) -> None:
@@ -106,7 +106,7 @@ class LeaselessGuard:
         async with asyncio.timeout(seconds):
             return await call()
 
-    async def run_session_write(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
+    async def run_write_call(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make the call once; an error of the call is raised to the caller."""
         return await call(DEFAULT_OPTIONS)
 
@@ -133,16 +133,18 @@ class EventPageReader:
             TransientError: The page could not be read, or the pages have no end.
         """
         while True:
-            await self._limits.wait_for_turn()
+            await self._limits.wait_before_next_page()
             after_id = self._after_id if self._page is None else None
             try:
-                page = await self._calls.list_page(self._limit, after_id=after_id, page=self._page)
+                page = await self._calls.read_event_page(
+                    self._limit, after_id=after_id, page=self._page
+                )
                 break
             except TooLargeError:
                 if self._limit == 1:
                     raise
                 self._limit = max(1, self._limit // _SMALLER)
-        self._limits.record_page((event["id"] for event in page.events), page.next_page)
+        self._limits.record_page_entries((event["id"] for event in page.events), page.next_page)
         self._page = page.next_page
         self.done = page.next_page is None
         return page.events

@@ -20,7 +20,7 @@ from workpool.log_fields import pool_logger
 from workpool.wire.endpoints import parse_event
 from workpool.wire.events.event_calls import EventPageReader
 from workpool.wire.events.sse import FrameParser
-from workpool.wire.page_limits import RecentIds
+from workpool.wire.page_limits import BoundedIdSet
 from workpool.wire.protocol import KEEP_ALIVE_SECONDS, SESSION_DELETED, STATUS_TERMINATED
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from workpool.wire.events.event_calls import (
         EventCalls,
-        OpenEventStream,
+        EventStreamConnection,
         SessionEvent,
         SessionGuard,
     )
@@ -75,13 +75,13 @@ class EventStream:
         # Contains only the last event of the latest page, or nothing. The event waits here until
         # the next page shows whether it is the last of the history, as `caught_up` reports.
         self._held_back: list[SessionEvent] = []
-        self._seen = RecentIds(REMEMBERED_EVENTS)
+        self._seen = BoundedIdSet(REMEMBERED_EVENTS)
         # Whether events of the history are skipped until one of them is in `_seen`.
         self._skipping = False
         self._last_id: str | None = None
         self._reconnect_at = 0.0
         # Each new connection replaces the next four attributes.
-        self._stream: OpenEventStream | None = None
+        self._stream: EventStreamConnection | None = None
         self._pages: EventPageReader
         self._parser: FrameParser
         self._last_byte_at = 0.0
@@ -138,7 +138,7 @@ class EventStream:
         elif not self._pages.done:
             await self._read_history(self._pages)
         else:
-            await self._read_live(self._stream)
+            await self._read_live_events(self._stream)
 
     async def _connect(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -166,7 +166,7 @@ class EventStream:
         else:
             self.caught_up = True
 
-    async def _read_live(self, stream: OpenEventStream) -> None:
+    async def _read_live_events(self, stream: EventStreamConnection) -> None:
         clock = asyncio.get_running_loop().time
         # Measure the timeout from the last received byte and not from the beginning of this wait: a
         # reader that cancels each wait early would otherwise never notice a dead connection. A

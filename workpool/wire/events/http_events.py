@@ -15,7 +15,7 @@ from workpool.wire.protocol import LAST_EVENT_ID_HEADER
 if TYPE_CHECKING:
     import aiohttp
 
-    from workpool.wire.events.event_calls import EventPage, OpenEventStream, SessionEvent
+    from workpool.wire.events.event_calls import EventPage, EventStreamConnection, SessionEvent
     from workpool.wire.http.rate_limiter import RateLimits
     from workpool.wire.http.transport import Transport
 
@@ -40,10 +40,10 @@ class HttpEventCalls:
         self._url = url
         self._query = query
 
-    async def list_page(
+    async def read_event_page(
         self, limit: int, *, after_id: str | None = None, page: str | None = None
     ) -> EventPage:
-        """Request one page of events over HTTP; see `EventCalls.list_page`."""
+        """Request one page of events over HTTP; see `EventCalls.read_event_page`."""
         asked = {"after_id": after_id, "page": page}
         start = [f"{name}={quote(at, safe='')}" for name, at in asked.items() if at is not None]
         url = self._build_url("", f"limit={limit}", *start)
@@ -58,7 +58,7 @@ class HttpEventCalls:
             endpoints.SEND, self._build_url(), None, limiter, body, options
         )
 
-    async def open_stream(self, last_id: str | None) -> OpenEventStream:
+    async def open_stream(self, last_id: str | None) -> EventStreamConnection:
         """Open a stream of the session's events on a separate connection."""
         headers = {"Accept": "text/event-stream"}
         if last_id is not None:
@@ -74,7 +74,7 @@ class HttpEventCalls:
 
 
 class _HttpEventStream:
-    """An open event stream over HTTP (an implementation of `OpenEventStream`)."""
+    """An open event stream over HTTP (an implementation of `EventStreamConnection`)."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response

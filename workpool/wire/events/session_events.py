@@ -8,7 +8,7 @@ import orjson
 
 from workpool.errors import ConflictError, TransientError
 from workpool.wire import protocol, request_bodies
-from workpool.wire.events.event_calls import EventPageReader, LeaselessGuard
+from workpool.wire.events.event_calls import EventPageReader, PermissiveSessionGuard
 from workpool.wire.events.event_stream import STALL_SECONDS, EventStream
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SessionEvents:
     ) -> None:
         self._calls = calls
         self._session_id = session_id
-        self._guard: SessionGuard = guard or LeaselessGuard()
+        self._guard: SessionGuard = guard or PermissiveSessionGuard()
 
     async def list(self) -> AsyncIterator[SessionEvent]:
         """Iterate over the whole history, oldest first, page by page.
@@ -67,7 +67,7 @@ class SessionEvents:
         # Whether an earlier request may have stored the events, although its answer was lost.
         may_be_stored = False
 
-        async def send_unless_stored(
+        async def send_events_unless_stored(
             options: CallOptions,
         ) -> Sequence[SessionEvent] | TransientError:
             nonlocal may_be_stored
@@ -91,7 +91,7 @@ class SessionEvents:
                 may_be_stored = False
                 raise
 
-        answer = await self._guard.run_session_write(send_unless_stored)
+        answer = await self._guard.run_write_call(send_events_unless_stored)
         if isinstance(answer, TransientError):
             raise answer
         return answer
@@ -121,7 +121,7 @@ class SessionEvents:
         stored = [
             theirs
             for ours, theirs in pairs
-            if theirs is not None and _contains_sent_fields(ours, theirs)
+            if theirs is not None and _is_stored_as_sent(ours, theirs)
         ]
         return stored if len(stored) == len(pairs) else None
 
@@ -131,13 +131,13 @@ def _make_tool_use_key(event: Mapping[str, Any]) -> tuple[object, object]:
     return kind, event.get(_ANSWERED_CALL_FIELDS[kind])
 
 
-def _contains_sent_fields(sent: object, stored: object) -> bool:
+def _is_stored_as_sent(sent: object, stored: object) -> bool:
     """Return whether the stored event has all fields of the sent event, with the same values.
 
     The control plane may have added fields.
     """
     if isinstance(sent, dict) and isinstance(stored, dict):
-        return all(_contains_sent_fields(value, stored.get(name)) for name, value in sent.items())
+        return all(_is_stored_as_sent(value, stored.get(name)) for name, value in sent.items())
     if isinstance(sent, list) and isinstance(stored, list):
-        return len(sent) == len(stored) and all(map(_contains_sent_fields, sent, stored))
+        return len(sent) == len(stored) and all(map(_is_stored_as_sent, sent, stored))
     return sent == stored or (not sent and not stored)

@@ -50,7 +50,7 @@ class RequestCheck:
     check: Callable[[], None]
     refusal: Exception | None = None
 
-    def verify(self) -> None:
+    def run_check(self) -> None:
         """Run the check; store its error in `refusal`, so that the transport can raise it.
 
         Raises:
@@ -63,7 +63,7 @@ class RequestCheck:
             raise NotSentError from None
 
 
-class CheckedBody(aiohttp.payload.Payload):
+class CheckedPayload(aiohttp.payload.Payload):
     """An aiohttp payload that runs the check of a `RequestCheck` before it writes the body.
 
     aiohttp (since 3.12) writes a request's headers together with the body, once it has a
@@ -99,7 +99,7 @@ class CheckedBody(aiohttp.payload.Payload):
     ) -> None:
         """Run the check, then write the headers and the whole body."""
         del content_length  # Not needed: aiohttp passes None or the size of the whole body.
-        self._check.verify()
+        self._check.run_check()
         if self._headers_first:
             writer.send_headers()
         for start in range(0, len(self._value), _PIECE_BYTES):
@@ -158,7 +158,7 @@ class CheckedRequest(aiohttp.ClientRequest):
         """
         if type(body) is RequestCheck:
             self.check = body
-            body = CheckedBody(body) if body.body or self.method != "POST" else None
+            body = CheckedPayload(body) if body.body or self.method != "POST" else None
         super().update_body_from_data(body, _stacklevel)
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
@@ -173,7 +173,7 @@ class CheckedRequest(aiohttp.ClientRequest):
             # While writing is paused, aiohttp waits before it writes. Use a payload: it runs the
             # check after that wait.
             if protocol is None or protocol.writing_paused:
-                await self.update_body(CheckedBody(self.check))
+                await self.update_body(CheckedPayload(self.check))
             else:
-                self.check.verify()
+                self.check.run_check()
         return await super().send(conn)

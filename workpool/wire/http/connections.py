@@ -16,8 +16,8 @@ from yarl import URL
 
 from workpool.wire.http.call_options import Priority
 from workpool.wire.http.checked_request import CheckedRequest
-from workpool.wire.http.environment_proxy import proxy_for_url
-from workpool.wire.http.resolver import ThreadResolver
+from workpool.wire.http.environment_proxy import find_proxy_for_url
+from workpool.wire.http.resolver import ThreadedDnsResolver
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,10 +63,10 @@ class Connections:
         executor: Executor,
     ) -> None:
         self._headers = headers
-        self._resolver = ThreadResolver(executor)
+        self._resolver = ThreadedDnsResolver(executor)
         self._is_ours = given is None
         limit = settings.concurrency + SPARE_CONNECTIONS
-        self.proxy = proxy_for_url(URL(settings.base_url)) if given is None else None
+        self.proxy = find_proxy_for_url(URL(settings.base_url)) if given is None else None
         pool = given or self._new_session(POOL_BUFFER_BYTES, limit=0)
         handlers = given or self._new_session(BUFFER_BYTES, limit=limit)
         # The tuple is indexed by priority: a dict would hash an enum member for each request.

@@ -24,7 +24,7 @@ class CredentialSource:
         self._path = path
         self._reading: asyncio.Future[str | None] | None = None
 
-    async def read(self, executor: Executor) -> str | None:
+    async def read_from_source(self, executor: Executor) -> str | None:
         """Read and return the credential; concurrent calls share one read of the file.
 
         A file may be on a disk that does not answer, so it is read on a thread of the executor, and
@@ -38,11 +38,11 @@ class CredentialSource:
         if self._reading is None or self._reading.done():
             loop = asyncio.get_running_loop()
             self._reading = loop.run_in_executor(executor, self._read)
-            self._reading.add_done_callback(_prevent_unretrieved_warning)
+            self._reading.add_done_callback(_mark_error_as_retrieved)
         return await asyncio.shield(self._reading)
 
 
-def _prevent_unretrieved_warning(reading: asyncio.Future[str | None]) -> None:
+def _mark_error_as_retrieved(reading: asyncio.Future[str | None]) -> None:
     if not reading.cancelled():
         # Mark the error as retrieved: otherwise asyncio would log it if all callers were cancelled.
         reading.exception()

@@ -10,7 +10,7 @@ from yarl import URL
 from workpool.errors import SettingsError
 
 
-def proxy_for_url(url: URL) -> URL | None:
+def find_proxy_for_url(url: URL) -> URL | None:
     """Return the proxy that environment variables (`HTTPS_PROXY`, `NO_PROXY`, …) set for `url`.
 
     The proxy is looked up once per client. aiohttp's `trust_env` would look it up for every

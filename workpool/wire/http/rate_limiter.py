@@ -57,11 +57,11 @@ class _WaiterQueue:
         self._waiters[waiter.priority].append(waiter)
 
     def discard_waiter(self, waiter: _Waiter) -> None:
-        # A waiter whose loop is closed may be missing: `first_waiter` removes such waiters.
+        # A waiter whose loop is closed may be missing: `find_first_waiter` removes such waiters.
         with suppress(ValueError):
             self._waiters[waiter.priority].remove(waiter)
 
-    def first_waiter(self) -> _Waiter | None:
+    def find_first_waiter(self) -> _Waiter | None:
         """Return the waiter that is served next."""
         for priority in (Priority.COMPLETION, self._turn, _NEXT_TURN[self._turn]):
             waiters = self._waiters[priority]
@@ -71,9 +71,9 @@ class _WaiterQueue:
                 return waiters[0]
         return None
 
-    def must_wait(self, priority: Priority) -> bool:
+    def must_new_call_wait(self, priority: Priority) -> bool:
         """Return whether a new call of this priority must wait behind a call that waits already."""
-        first = self.first_waiter()
+        first = self.find_first_waiter()
         return first is not None and (priority, first.priority) not in _OVERTAKES
 
     def remove_served_waiter(self, waiter: _Waiter) -> None:
@@ -119,7 +119,7 @@ class RateLimiter:
     def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
         """Take a token and return True, or return False if the call would have to wait."""
         with self._lock:
-            return not self._line.must_wait(priority) and self._take_token() == 0
+            return not self._line.must_new_call_wait(priority) and self._take_token() == 0
 
     async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
         """Take a token. If none is left, wait for one in the order of the priorities.
@@ -163,7 +163,7 @@ class RateLimiter:
         Returns 0 if a token was taken, else the seconds until `waiter` should try again.
         """
         with self._lock:
-            first = self._line.first_waiter()
+            first = self._line.find_first_waiter()
             if first is not waiter:
                 return _RECHECK_SECONDS
             delay = self._take_token()
@@ -192,10 +192,10 @@ class RateLimiter:
 
     def _wake_first(self) -> None:
         with self._lock:
-            first = self._line.first_waiter()
+            first = self._line.find_first_waiter()
         if first is not None:
-            # A RuntimeError means that the waiter's loop is closed; `first_waiter` removes such a
-            # waiter.
+            # A RuntimeError means that the waiter's loop is closed; `find_first_waiter` removes
+            # such a waiter.
             with suppress(RuntimeError):
                 first.loop.call_soon_threadsafe(first.moved.set)
 

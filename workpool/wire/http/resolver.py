@@ -17,7 +17,7 @@ _NUMERIC: Final = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
 _RESULT_FLAGS: Final = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
 
-class ThreadResolver(AbstractResolver):
+class ThreadedDnsResolver(AbstractResolver):
     """Looks up hosts with `getaddrinfo` on the caller's executor.
 
     aiohttp's own resolver uses the event loop's executor, whose threads code of users may occupy.

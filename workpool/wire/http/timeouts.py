@@ -27,9 +27,9 @@ class TimeLimit:
     same turn of the loop. An object is for one block, inside a task.
 
     Args:
-        seconds: The time limit; None = the block times out only if `end_wait` is called.
+        seconds: The time limit; None = the block times out only if `expire_now` is called.
         timer: The shared timer; None = a timer of its own.
-        open_limits: Contains this object while its block runs, so that others can call `end_wait`.
+        open_limits: Contains this object while its block runs, so that others can end the block.
     """
 
     __slots__ = ("_before", "_expired", "_handle", "_open", "_seconds", "_task", "_timer")
@@ -58,7 +58,7 @@ class TimeLimit:
         timer = self._timer
         if timer is None:
             seconds = max(0.0, self._seconds)
-            self._handle = task.get_loop().call_later(seconds, self.end_wait)
+            self._handle = task.get_loop().call_later(seconds, self.expire_now)
         else:
             timer.open[self] = at = timer.loop.time() + self._seconds
             if at < timer.at:
@@ -83,7 +83,7 @@ class TimeLimit:
         ):
             raise TimeoutError from error
 
-    def end_wait(self) -> None:
+    def expire_now(self) -> None:
         """Let the block time out now. Called on the block's event loop while the block runs."""
         if not self._expired:
             self._expired = True
@@ -114,9 +114,9 @@ class SharedTimer:
             self.at = at
             # Pass an empty context: a copy of the current one would keep the objects of the
             # current request alive.
-            self._handle = self.loop.call_at(at, self._end_expired_waits, context=Context())
+            self._handle = self.loop.call_at(at, self._expire_due_limits, context=Context())
 
-    def cancel_if_unused(self) -> None:
+    def cancel_if_no_open_limits(self) -> None:
         """Cancel the timer if no block of a `TimeLimit` runs."""
         if not self.open:
             self.cancel()
@@ -127,10 +127,10 @@ class SharedTimer:
             self._handle.cancel()
         self._handle, self.at = None, math.inf
 
-    def _end_expired_waits(self) -> None:
+    def _expire_due_limits(self) -> None:
         now = self.loop.time() + CLOCK_SECONDS
         for limit, at in self.open.items():
             if at <= now:
                 self.open[limit] = math.inf
-                limit.end_wait()
+                limit.expire_now()
         self.set_timer(min(self.open.values(), default=math.inf))

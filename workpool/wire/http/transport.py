@@ -29,7 +29,7 @@ from workpool.logs import hide_token
 from workpool.wire.client_dialects import DIALECTS
 from workpool.wire.endpoints import ANSWER_LIMIT_BYTES, STREAM
 from workpool.wire.http.call_options import DEFAULT_OPTIONS, CallOptions, Priority
-from workpool.wire.http.checked_request import CheckedBody, NotSentError, RequestCheck
+from workpool.wire.http.checked_request import CheckedPayload, NotSentError, RequestCheck
 from workpool.wire.http.connection_errors import TRANSIENT, error_code, make_no_answer_error
 from workpool.wire.http.connections import ENDLESS, Connections
 from workpool.wire.http.credential_renewal import CredentialSource
@@ -41,7 +41,7 @@ from workpool.wire.response import (
     SUCCESS,
     OversizedBody,
     Response,
-    parse_error,
+    parse_error_answer,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Transport:
         self._worker_id = worker_id
         self._threads = DaemonThreads("workpool-blocking", THREADS)
         try:
-            token, self._api_key, self._tls = await self._read_settings()
+            token, self._api_key, self._tls = await self._read_connection_settings()
             self._set_headers(token)
             self._hide_secrets()
             headers = self._copy_headers_without_secrets()
@@ -114,13 +114,13 @@ class Transport:
         """Close the connections except those of a caller's own session."""
         if self._loop is not None:
             self._loop = None
-            self._timer.cancel_if_unused()
+            self._timer.cancel_if_no_open_limits()
             try:
                 await self._connections.close()
             finally:
                 await self._threads.close()
 
-    def with_api_key(self) -> Transport:
+    def copy_with_api_key(self) -> Transport:
         """Return a copy of the transport that sends the API key; return `self` if there is no key.
 
         The copy uses the same connections.
@@ -139,7 +139,7 @@ class Transport:
         self._set_headers(key)
         self._hide_secrets()
 
-    def with_own_token(self, token: str) -> Transport:
+    def copy_with_token(self, token: str) -> Transport:
         """Return a copy of the transport that sends `token` and never renews that token.
 
         The copy uses the same connections.
@@ -185,7 +185,7 @@ class Transport:
         until = time.monotonic() + seconds
         if limiter is not None and limiter.limited and not options.permit:
             await self.acquire_rate_token(limiter, endpoint.op, options.priority, seconds)
-        return await self._attempt_with_renewal(
+        return await self._attempt_with_token_renewal(
             partial(self._attempt_request, endpoint, url, until, body, options), until
         )
 
@@ -203,8 +203,8 @@ class Transport:
             self._raise_wrong_loop()
         until = time.monotonic() + self._seconds
         await self.acquire_rate_token(limiter, STREAM, Priority.HANDLER)
-        return await self._attempt_with_renewal(
-            partial(self._attempt_stream, url, headers, until), until
+        return await self._attempt_with_token_renewal(
+            partial(self._attempt_to_open_stream, url, headers, until), until
         )
 
     async def acquire_rate_token(
@@ -230,7 +230,9 @@ class Transport:
             if self.on_rate_limit_wait is not None:
                 self.on_rate_limit_wait(limiter.kind, time.monotonic() - started)
 
-    async def _attempt_with_renewal(self, attempt: Callable[[], Awaitable[T]], until: float) -> T:
+    async def _attempt_with_token_renewal(
+        self, attempt: Callable[[], Awaitable[T]], until: float
+    ) -> T:
         """Make a call, and repeat it if it was denied (401, 403) and its token could be renewed."""
         token = self._token
         try:
@@ -268,10 +270,10 @@ class Transport:
             code = error_code(error)
         else:
             if status in SUCCESS:
-                value = endpoint.parse_success(status, content)
+                value = endpoint.parse_success_answer(status, content)
                 add = endpoint.add_headers
                 return value if add is None else add(value, response.headers)
-            failure = parse_error(op, Response(status, response.headers, content), *secrets)
+            failure = parse_error_answer(op, Response(status, response.headers, content), *secrets)
         finally:
             if self.on_request is not None and (check is None or check.refusal is None):
                 self.on_request(op, code, time.monotonic() - started)
@@ -281,7 +283,7 @@ class Transport:
             raise check.refusal
         raise failure
 
-    async def _attempt_stream(
+    async def _attempt_to_open_stream(
         self, url: URL, headers: Mapping[str, str], until: float
     ) -> aiohttp.ClientResponse:
         started = time.monotonic()
@@ -295,11 +297,11 @@ class Transport:
                     return _require_event_stream(response)
                 try:
                     answer = Response(
-                        response.status, response.headers, await read_bounded(response)
+                        response.status, response.headers, await read_limited_body(response)
                     )
                 finally:
                     response.close()
-            failure = parse_error(STREAM, answer, *secrets)
+            failure = parse_error_answer(STREAM, answer, *secrets)
         except TRANSIENT as error:
             failure = make_no_answer_error(STREAM, error)
             code = error_code(error)
@@ -329,7 +331,7 @@ class Transport:
             data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
         # A caller's own aiohttp session has no `CheckedRequest`, so a payload must run the check.
         elif self._given is not None:
-            data = CheckedBody(check, headers_first=True)
+            data = CheckedPayload(check, headers_first=True)
         connections = self._connections
         new = options.new_connection
         session = connections.single_use if new else connections.sessions[options.priority]
@@ -345,7 +347,7 @@ class Transport:
                 # The lease check failed, so the request was not sent. The server has sent this
                 # answer without a request.
                 raise NotSentError
-            return response, await read_bounded(response, endpoint.limit)
+            return response, await read_limited_body(response, endpoint.limit)
         finally:
             # After an error or a cancellation, the connection has unread bytes, and `release` then
             # closes it.
@@ -386,7 +388,7 @@ class Transport:
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                token = await self._source.read(self._threads) or self._token
+                token = await self._source.read_from_source(self._threads) or self._token
             result = "ok"
         except (SettingsError, TimeoutError):
             return False
@@ -398,7 +400,7 @@ class Transport:
             self._hide_secrets()
         return self._token != refused
 
-    async def _read_settings(self) -> tuple[str, str | None, ssl.SSLContext | bool]:
+    async def _read_connection_settings(self) -> tuple[str, str | None, ssl.SSLContext | bool]:
         """Check the settings of the connection; return token, API key and TLS context."""
         settings = self._settings
 
@@ -471,7 +473,7 @@ def _require_event_stream(response: aiohttp.ClientResponse) -> aiohttp.ClientRes
     raise TransientError(STREAM, response.status, "not an event stream", reason="bad_body")
 
 
-async def read_bounded(
+async def read_limited_body(
     response: aiohttp.ClientResponse, limit: int = ANSWER_LIMIT_BYTES
 ) -> bytes | OversizedBody:
     """Return the body of an answer, decompressed.
