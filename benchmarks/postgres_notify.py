@@ -61,7 +61,7 @@ async def run_committing_process(
             pass
 
         async with asyncio.TaskGroup() as committing:
-            announce = hub.announce_changes if kind == HUB else skip_change_notification
+            announce = hub.announce_topic_changes if kind == HUB else skip_change_notification
             tasks = [
                 committing.create_task(commit_until_time_is_over(n, announce))
                 for n in range(connections)

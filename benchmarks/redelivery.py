@@ -70,7 +70,7 @@ def measure_cpu_seconds_of_calls(case: MeasuredQueue, calls: int) -> CallCpuSeco
         operations.ack_item(ENVIRONMENT, item.id, "worker")
 
     def search_queue_without_due_items() -> None:
-        operations.get_queue(ENVIRONMENT).oldest_claimable(-1)
+        operations.get_queue(ENVIRONMENT).find_oldest_claimable_item(-1)
 
     claims = mean_cpu_seconds(poll_and_ack, min(calls, case.items // 2))
     return CallCpuSeconds(

@@ -50,7 +50,7 @@ class TasksWaitingForChange:
         self.tasks = [group.create_task(self._wait_for_topic_change(hub, topic)) for _ in range(n)]
 
     async def _wait_for_topic_change(self, hub: NotificationHub, topic: str) -> None:
-        self.ended.append(await hub.wait_for_change(topic, hub.change_count(), LONG))
+        self.ended.append(await hub.wait_for_topic_change(topic, hub.get_change_count(), LONG))
 
     def cancel_all_tasks(self) -> None:
         for task in self.tasks:
@@ -81,12 +81,12 @@ async def test_announced_items_wake_one_poll_per_item_on_each_node(
         here, there = (TasksWaitingForChange(group, hub, WORK, 20) for hub in hubs)
         other = TasksWaitingForChange(group, hubs[1], make_work_topic("env_2"), 1)
         await asyncio.sleep(0)
-        hubs[0].announce_changes(WORK, 3)
+        hubs[0].announce_topic_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await wait_until(lambda: len(there.ended) >= 3)
         # Notifications arrive in order. Once the notification of `env_2` has arrived, all polls of
         # WORK that should wake have been woken.
-        hubs[0].announce_changes(make_work_topic("env_2"))
+        hubs[0].announce_topic_changes(make_work_topic("env_2"))
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
         here.cancel_all_tasks()
@@ -100,7 +100,7 @@ async def test_announced_event_wakes_all_streams_of_its_session(
     async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
         waits = [TasksWaitingForChange(group, hub, SESSION, 3) for hub in hubs]
         await asyncio.sleep(0)
-        hubs[0].announce_changes(SESSION)
+        hubs[0].announce_topic_changes(SESSION)
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
 
 
@@ -111,33 +111,33 @@ async def test_wait_for_change_returns_at_once_if_topic_changed_after_given_chan
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
     here, there = hubs
     async with run_notification_hubs(here, there):
-        before, far = here.change_count(), there.change_count()
-        here.announce_changes(WORK)
-        assert await here.wait_for_change(WORK, before, LONG)
-        assert not await here.wait_for_change(SESSION, before, 0.01)
-        await wait_until(lambda: there.change_count() > far)
-        assert await there.wait_for_change(WORK, far, LONG)
+        before, far = here.get_change_count(), there.get_change_count()
+        here.announce_topic_changes(WORK)
+        assert await here.wait_for_topic_change(WORK, before, LONG)
+        assert not await here.wait_for_topic_change(SESSION, before, 0.01)
+        await wait_until(lambda: there.get_change_count() > far)
+        assert await there.wait_for_topic_change(WORK, far, LONG)
         # The hub remembers only two topics, so three new topics make the hub forget the change of
         # WORK. The wait for WORK must end nevertheless.
         for number in range(3):
-            here.announce_changes(f"session:{number}")
-        assert await here.wait_for_change(WORK, before, LONG)
-        assert not await here.wait_for_change(WORK, here.change_count(), 0.01)
+            here.announce_topic_changes(f"session:{number}")
+        assert await here.wait_for_topic_change(WORK, before, LONG)
+        assert not await here.wait_for_topic_change(WORK, here.get_change_count(), 0.01)
 
 
 async def test_polls_that_missed_announcement_read_again_once_per_announced_item(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.change_count()  # now twenty polls begin to read the table
-    hub.announce_changes(WORK, 3)
-    ended = [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(20)]
+    seen = hub.get_change_count()  # now twenty polls begin to read the table
+    hub.announce_topic_changes(WORK, 3)
+    ended = [await hub.wait_for_topic_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
-    seen = hub.change_count()
+    seen = hub.get_change_count()
     # A poll also calls `wake_waiting_calls` if its client has disconnected.
     hub.wake_waiting_calls(WORK)
-    assert [await hub.wait_for_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
-    assert not await hub.wait_for_change(WORK, hub.change_count(), 0.001)
+    assert [await hub.wait_for_topic_change(WORK, seen, 0.001) for _ in range(2)] == [True, False]
+    assert not await hub.wait_for_topic_change(WORK, hub.get_change_count(), 0.001)
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
@@ -148,9 +148,9 @@ async def test_announcement_of_one_item_wakes_waiting_poll_not_poll_that_reads_t
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         waiting = TasksWaitingForChange(group, hub, WORK, 1)
         await asyncio.sleep(0)
-        seen = hub.change_count()
-        hub.announce_changes(WORK)
-        assert not await hub.wait_for_change(WORK, seen, 0.001)
+        seen = hub.get_change_count()
+        hub.announce_topic_changes(WORK)
+        assert not await hub.wait_for_topic_change(WORK, seen, 0.001)
         await wait_until(lambda: waiting.ended == [True])
 
 
@@ -184,7 +184,7 @@ async def test_notification_hub_reconnects_and_wakes_waiting_calls_after_lost_co
             TasksWaitingForChange(group, there, SESSION, 3),
         )
         await asyncio.sleep(0)
-        before = there.change_count()
+        before = there.get_change_count()
         name = database_url.rpartition("/")[2]
         await asyncio.to_thread(
             postgres.execute,
@@ -196,9 +196,9 @@ async def test_notification_hub_reconnects_and_wakes_waiting_calls_after_lost_co
         )  # When the hub listens again, it wakes all streams: they may have missed a change.
         await wait_until(lambda: len(polls.ended) == 1)
         assert polls.ended == [False]
-        assert await there.wait_for_change("work:any", before, LONG)
+        assert await there.wait_for_topic_change("work:any", before, LONG)
         await here.listening.wait()
-        here.announce_changes(WORK, 2)
+        here.announce_topic_changes(WORK, 2)
         await wait_until(lambda: len(polls.ended) == 3)
 
 
@@ -231,7 +231,7 @@ async def test_topics_too_long_for_one_notification_are_sent_in_several_notifica
         waits = [TasksWaitingForChange(group, hubs[1], topic, 1) for topic in topics]
         await asyncio.sleep(0)
         for topic in topics:
-            hubs[0].announce_changes(topic)
+            hubs[0].announce_topic_changes(topic)
         await wait_until(lambda: all(each.ended == [True] for each in waits))
 
 
@@ -244,7 +244,7 @@ async def test_overflow_of_unsent_notification_topics_wakes_all_waiting_calls(
         waits = TasksWaitingForChange(group, hubs[1], WORK, 1)
         await asyncio.sleep(0)
         for number in range(11):
-            hubs[0].announce_changes(make_session_topic(f"sess_{number}"))
+            hubs[0].announce_topic_changes(make_session_topic(f"sess_{number}"))
         await wait_until(lambda: waits.ended == [False])
 
 
@@ -267,7 +267,7 @@ async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> 
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         first, second = (TasksWaitingForChange(group, hub, WORK, 1) for _ in range(2))
         await asyncio.sleep(0)
-        hub.announce_changes(WORK)
+        hub.announce_topic_changes(WORK)
         first.cancel_all_tasks()
         await wait_until(lambda: second.ended)
     assert first.ended == []
@@ -282,7 +282,7 @@ async def test_waits_for_changes_return_at_once_after_end_all_waits(
         await asyncio.sleep(0)
         hub.end_all_waits()
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
-        assert await hub.wait_for_change(WORK, hub.change_count(), LONG)
+        assert await hub.wait_for_topic_change(WORK, hub.get_change_count(), LONG)
 
 
 async def test_notification_hub_started_without_database_connects_once_database_runs(
@@ -292,7 +292,7 @@ async def test_notification_hub_started_without_database_connects_once_database_
     dedicated_postgres.stop()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         task = group.create_task(hub.run())
-        assert not await hub.wait_for_change(WORK, hub.change_count(), 0.3)
+        assert not await hub.wait_for_topic_change(WORK, hub.get_change_count(), 0.3)
         await asyncio.to_thread(dedicated_postgres.start)
         await hub.listening.wait()
         task.cancel()

@@ -190,7 +190,7 @@ async def control_plane(
     }
     if isinstance(store, PostgresStore):
         shared = PostgresControlPlane(store=store, **options)
-        with shared.node.run_in_thread():
+        with shared.node.run_loop_in_thread():
             async with shared:
                 yield shared
         return

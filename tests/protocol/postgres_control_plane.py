@@ -50,7 +50,7 @@ class NodeWithBlockingCalls:
         self._loop = asyncio.new_event_loop()
 
     @contextmanager
-    def run_in_thread(self) -> Iterator[None]:
+    def run_loop_in_thread(self) -> Iterator[None]:
         thread = threading.Thread(target=self._loop.run_forever)
         thread.start()
         try:

@@ -144,19 +144,19 @@ class ItemSearchMiddleware:
 
 
 @pytest.fixture
-def search_middleware() -> ItemSearchMiddleware:
+def item_search_middleware() -> ItemSearchMiddleware:
     return ItemSearchMiddleware()
 
 
 @pytest.fixture
 async def control_plane(
-    clock: MovableClock, search_middleware: ItemSearchMiddleware
+    clock: MovableClock, item_search_middleware: ItemSearchMiddleware
 ) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},
         now=clock,
-        middlewares=[search_middleware.handle_request],
+        middlewares=[item_search_middleware.handle_request],
     ) as plane:
         yield plane
 
@@ -170,10 +170,10 @@ async def client(control_plane: ControlPlane) -> AsyncIterator[WorkClient]:
 
 @pytest.fixture(params=["helps", "ignores", "refuses"])
 def item_search_support(
-    request: pytest.FixtureRequest, search_middleware: ItemSearchMiddleware
+    request: pytest.FixtureRequest, item_search_middleware: ItemSearchMiddleware
 ) -> str:
-    search_middleware.helps = request.param == "helps"
-    search_middleware.refuses = request.param == "refuses"
+    item_search_middleware.helps = request.param == "helps"
+    item_search_middleware.refuses = request.param == "refuses"
     return str(request.param)
 
 
@@ -196,15 +196,15 @@ async def test_client_item_search_has_same_result_if_control_plane_supports_no_s
 async def test_client_search_reads_limited_number_of_pages(
     client: WorkClient,
     control_plane: ControlPlane,
-    search_middleware: ItemSearchMiddleware,
+    item_search_middleware: ItemSearchMiddleware,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    search_middleware.helps = False
+    item_search_middleware.helps = False
     monkeypatch.setattr(client_module, "FIND_PAGES_MAX", 3)
     items = control_plane.enqueue(500)
     found = await client.find(ItemSearch(20, failed=True))
     assert (found.items, found.read, found.complete) == ([], 300, False)
-    assert (search_middleware.lists, found.last_id) == (3, items[299].id)
+    assert (item_search_middleware.lists, found.last_id) == (3, items[299].id)
     found = await client.find(ItemSearch(20, failed=True), after_id=found.last_id)
     assert (found.read, found.complete) == (200, True)
 
@@ -219,9 +219,9 @@ async def test_client_search_without_support_of_control_plane_reads_limited_numb
 
 
 async def test_client_item_search_raises_refused_error_if_control_plane_refuses_item_list(
-    client: WorkClient, search_middleware: ItemSearchMiddleware
+    client: WorkClient, item_search_middleware: ItemSearchMiddleware
 ) -> None:
-    search_middleware.helps, search_middleware.refuses = False, True
+    item_search_middleware.helps, item_search_middleware.refuses = False, True
     with pytest.raises(RefusedError):
         await client.find(ItemSearch(5), after_id="work_unknown")
 

@@ -43,11 +43,11 @@ def run_in_virtual_time(check: Callable[[Operations], Awaitable[Any]]) -> Any:
     """Run an async function in virtual time. Its `Operations` use the event loop's clock."""
     with asyncio.Runner(loop_factory=VirtualTimeEventLoop) as runner:
 
-        async def run_check_with_new_operations() -> Any:
+        async def pass_new_operations_to_check() -> Any:
             loop = asyncio.get_running_loop()
             return await check(Operations([ENV], now=lambda: START + loop.time()))
 
-        return runner.run(run_check_with_new_operations())
+        return runner.run(pass_new_operations_to_check())
 
 
 def client_is_never_disconnected() -> bool:

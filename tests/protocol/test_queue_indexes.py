@@ -44,8 +44,8 @@ def test_index_of_deliveries_has_same_results_as_full_scan(
         until = now - number
         due = [name for name, at in model.items() if at <= until]
         assert deliveries.lowest_due_id(until) == min(due, default=None)
-        assert deliveries.lowest_id() == min(model, default=None)
-        assert deliveries.oldest_time() == min(model.values(), default=None)
+        assert deliveries.lowest_delivered_id() == min(model, default=None)
+        assert deliveries.oldest_delivery_time() == min(model.values(), default=None)
         assert len(deliveries) == len(model)
 
 
@@ -101,7 +101,7 @@ def test_lease_index_returns_each_expired_lease_once(
             model.pop(work_id, None)
         else:
             due = sorted((end, name) for name, end in model.items() if end <= now)
-            assert sorted(leases.pop_ended(now)) == sorted(name for _, name in due)
+            assert sorted(leases.pop_expired_leases(now)) == sorted(name for _, name in due)
             for _, name in due:
                 del model[name]
         first = leases.earliest_end()
@@ -141,7 +141,7 @@ def test_lease_index_does_not_grow_when_one_lease_is_renewed_often() -> None:
     leases = LeaseEndTimes()
     for now in range(10_000):
         leases.set_end_time("work_1", now + 60)
-        assert not list(leases.pop_ended(now))
+        assert not list(leases.pop_expired_leases(now))
     assert len(leases._heap) <= 2
 
 

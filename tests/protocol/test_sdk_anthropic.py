@@ -17,7 +17,7 @@ from anthropic import (
 )
 
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, wait_until
-from tests.protocol.sdk_calls import check_item_calls_of_sdk
+from tests.protocol.sdk_item_calls import check_item_calls_of_sdk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -11,7 +11,7 @@ from qca import AsyncManaged, ConflictError, Managed, NotFoundError
 from qca.common import APIStatusError, AuthenticationError, BadRequestError, PermissionDeniedError
 
 from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN
-from tests.protocol.sdk_calls import check_item_calls_of_sdk
+from tests.protocol.sdk_item_calls import check_item_calls_of_sdk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -27,7 +27,7 @@ from workpool.server.http.server_dialects import ANTHROPIC, DIALECTS, QODER
 from workpool.server.http.session_routes import SessionRoutes
 from workpool.server.http.tokens import AcceptedTokens, check_token
 from workpool.server.http.work_routes import WorkRoutes, make_application
-from workpool.server.index_engine import IndexEngine
+from workpool.server.index_engine import MemoryIndexEngine
 from workpool.server.operations import Operations
 from workpool.server.postgres.postgres_store import PostgresStore
 from workpool.wire.protocol import ID_PATTERN, SESSION
@@ -129,7 +129,7 @@ class ControlPlane:
                 history_limit=history_limit,
                 retention=retention,
             )
-            self.engine = IndexEngine(self._operations)
+            self.engine = MemoryIndexEngine(self._operations)
         self._tokens = tokens
         self._worker_keys = tuple(worker_keys)
         self._scale_tokens = dict(scale_tokens or {})

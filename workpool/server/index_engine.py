@@ -40,7 +40,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class IndexEngine:
+class MemoryIndexEngine:
     """The calls of `Operations`, each of which returns once its changes survive a crash.
 
     Most methods return the coroutine of `_call_and_wait_until_durable` instead of awaiting it: a

@@ -272,12 +272,12 @@ class Operations:
         now = self._latest
         if poll.worker_id is not None:
             queue.record_poll(poll.worker_id, now)
-        item = queue.oldest_claimable(now - poll.reclaim_older_than_ms * MILLISECOND)
+        item = queue.find_oldest_claimable_item(now - poll.reclaim_older_than_ms * MILLISECOND)
         if item is None:
             return None
         delivered = state_machine.deliver_item(item, poll.worker_id, now)
         self._store_changed_item(queue, delivered, "delivered", poll.worker_id)
-        queue.waiting.wake_reclaiming_polls()
+        queue.waiting.wake_polls_that_may_reclaim()
         return delivered
 
     async def long_poll(
@@ -302,7 +302,7 @@ class Operations:
     async def _wait_for_item(self, queue: WorkQueue, poll: Poll, seconds: float) -> None:
         """Wait until the poll is woken, or an ended lease or old delivery frees an item."""
         reclaim = poll.reclaim_older_than_ms * MILLISECOND
-        delivered = queue.deliveries.oldest_time()
+        delivered = queue.deliveries.oldest_delivery_time()
         due = [instant for instant in (queue.leases.earliest_end(),) if instant is not None]
         if delivered is not None:
             due.append(delivered + reclaim)
@@ -315,7 +315,7 @@ class Operations:
     def withdraw_delivery(self, item: Item) -> None:
         """Undo a delivery, because the client disconnected before it got the answer."""
         queue = self.get_queue(item.environment_id)
-        if queue.is_current_version(item):
+        if queue.is_current_item_version(item):
             self._store_changed_item(
                 queue, state_machine.withdraw_delivery(item), "withdrawn", item.holder
             )
@@ -508,7 +508,7 @@ class Operations:
 
     def _end_due_leases(self, queue: WorkQueue) -> None:
         """End all expired leases, each as of the time at which it expired."""
-        for work_id in queue.leases.pop_ended(self._read_clock()):
+        for work_id in queue.leases.pop_expired_leases(self._read_clock()):
             held = queue.get_item(work_id)
             self._store_changed_item(
                 queue, state_machine.end_lease(held), "lapsed", held.holder, held.lease_end
@@ -524,7 +524,7 @@ class Operations:
         op: str | None = None,
     ) -> Item:
         """Store a new version of an item and record the change, unless nothing changed."""
-        if not queue.is_current_version(item):
+        if not queue.is_current_item_version(item):
             queue.put_item(item)
             self._store.save_item(item)
             self._add_history_record(kind, item, worker_id, at, op)
@@ -539,7 +539,7 @@ class Operations:
             if not work_ids:
                 continue  # the session was deleted when another of its items was due
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
-            items = queue.find_existing_items(work_ids)
+            items = queue.find_items_by_id(work_ids)
             # Keep the session if any of its items is not stopped, or was stopped too recently.
             if len(items) == len(work_ids) and self._retention.are_all_items_expired(
                 items, self._latest

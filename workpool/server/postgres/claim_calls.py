@@ -19,7 +19,7 @@ from workpool.server.postgres.database_calls import (
     RECORD,
     DatabaseCalls,
     ItemChange,
-    make_lease_end_change,
+    make_change_that_ends_lease,
 )
 from workpool.server.postgres.database_errors import UnavailableError
 from workpool.server.postgres.item_cache import ItemCache
@@ -137,11 +137,11 @@ class ClaimCalls(DatabaseCalls):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + poll.block_ms / 1000
         topic = make_work_topic(environment_id)
-        await self._record_poller(environment_id, poll.worker_id)
+        await self._record_poll_time(environment_id, poll.worker_id)
         announced = True
         while not gone():
-            seen = self._hub.change_count()
-            delivery = await self._claim_or_withdraw(environment_id, poll)
+            seen = self._hub.get_change_count()
+            delivery = await self._claim_or_withdraw_delivery(environment_id, poll)
             item = delivery.item
             if item is not None:
                 if not announced:
@@ -156,7 +156,7 @@ class ClaimCalls(DatabaseCalls):
             if remaining <= 0 or self._closing:
                 return None
             seconds = _compute_poll_wait_seconds(remaining, poll, delivery.due_seconds)
-            announced = await self._hub.wait_for_change(topic, seen, seconds)
+            announced = await self._hub.wait_for_topic_change(topic, seen, seconds)
             if not announced and loop.time() >= deadline:
                 return None  # no further claim: the worker's next poll begins with a claim
         self._hub.wake_waiting_calls(
@@ -164,7 +164,7 @@ class ClaimCalls(DatabaseCalls):
         )  # the client has disconnected: wake another poll instead
         return None
 
-    async def _claim_or_withdraw(self, environment_id: str, poll: Poll) -> ClaimOutcome:
+    async def _claim_or_withdraw_delivery(self, environment_id: str, poll: Poll) -> ClaimOutcome:
         """Claim an item; if the call is cancelled meanwhile, withdraw the delivery."""
         claim = asyncio.get_running_loop().create_task(self._claim_item(environment_id, poll))
         try:
@@ -186,7 +186,7 @@ class ClaimCalls(DatabaseCalls):
             environment_id,
             poll.worker_id,
             reclaim,
-            self._test_clock_time(),
+            self._read_test_clock(),
         )
         version, now, first_delivered = row[len(ITEM_FIELDS) :]
         if row[0] is not None:
@@ -202,7 +202,7 @@ class ClaimCalls(DatabaseCalls):
         withdrawn = state_machine.withdraw_delivery(item)
         change = ItemChange(withdrawn, "withdrawn", item.holder, await self._current_time())
         if await self._write_item(self._pool, item, version, [change]) is not None:
-            self._hub.announce_changes(make_work_topic(item.environment_id))
+            self._hub.announce_topic_changes(make_work_topic(item.environment_id))
 
     async def _end_due_leases(self, environment_id: str | None) -> int:
         """End the expired leases of one environment or of all; return the number of ended leases.
@@ -217,7 +217,7 @@ class ClaimCalls(DatabaseCalls):
         if now < self._next_look.get(environment_id, now) and self._now is None:
             return 0
         statement = _NEXT_LAPSE.format(_EVERYWHERE if environment_id is None else _HERE)
-        first = await self._pool.fetchval(statement, environment_id, self._test_clock_time())
+        first = await self._pool.fetchval(statement, environment_id, self._read_test_clock())
         seconds = LEASE_MIN_SECONDS if first is None else first / SECOND
         self._next_look[environment_id] = now + min(
             max(seconds, LAPSE_CHECK_SECONDS), LEASE_MIN_SECONDS
@@ -225,7 +225,7 @@ class ClaimCalls(DatabaseCalls):
         ended = first is not None and first <= 0
         return await self.end_leases(environment_id) if ended else 0
 
-    async def sweep_leases(self) -> int:
+    async def end_all_expired_leases(self) -> int:
         """End at most `LAPSES_MAX` expired leases of all environments, and return their number.
 
         If this call ended any leases, more may have expired, so the next call checks at once.
@@ -245,7 +245,7 @@ class ClaimCalls(DatabaseCalls):
 
         async def end_leases_of_batch() -> list[Item]:
             async with self._pool.transaction() as connection:
-                rows = await connection.fetch(statement, environment_id, self._test_clock_time())
+                rows = await connection.fetch(statement, environment_id, self._read_test_clock())
                 return [
                     await self._end_lease(connection, item_from_row(row), row[-1]) for row in rows
                 ]
@@ -253,20 +253,20 @@ class ClaimCalls(DatabaseCalls):
         lapsed = await self._pool.retry_colliding_call(end_leases_of_batch)
         queued = [item.environment_id for item in lapsed if item.state == QUEUED]
         for each in sorted(set(queued)):
-            self._hub.announce_changes(make_work_topic(each), queued.count(each))
+            self._hub.announce_topic_changes(make_work_topic(each), queued.count(each))
         return len(lapsed)
 
     async def _end_lease(self, connection: Connection, stored: Item, version: int) -> Item:
-        change = make_lease_end_change(stored)
+        change = make_change_that_ends_lease(stored)
         await self._write_item(connection, stored, version, [change])
         return change.item
 
     async def delete_idle_pollers(self) -> int:
         """Delete all records of workers that stopped polling; return 0: no such record is left."""
-        await self._pool.execute(_FORGET_POLLERS, self._test_clock_time(), _WINDOW)
+        await self._pool.execute(_FORGET_POLLERS, self._read_test_clock(), _WINDOW)
         return 0
 
-    async def _record_poller(self, environment_id: str, worker_id: str | None) -> None:
+    async def _record_poll_time(self, environment_id: str, worker_id: str | None) -> None:
         """Record the time of a worker's poll, at most once in `POLLER_SECONDS`."""
         if worker_id is None:
             return
@@ -275,7 +275,7 @@ class ClaimCalls(DatabaseCalls):
             self._polled.popitem(last=False)
         if (environment_id, worker_id) not in self._polled or self._now is not None:
             self._polled[environment_id, worker_id] = now
-            await self._pool.execute(_POLLED, environment_id, worker_id, self._test_clock_time())
+            await self._pool.execute(_POLLED, environment_id, worker_id, self._read_test_clock())
 
 
 def _compute_poll_wait_seconds(remaining: float, poll: Poll, due_seconds: float | None) -> float:

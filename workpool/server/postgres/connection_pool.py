@@ -236,15 +236,15 @@ class ConnectionPool:
             async with asyncio.timeout(seconds):
                 await waiter
         except TimeoutError:
-            self._pass_on_wake_up(waiter)
+            self._forward_unused_wake_up(waiter)
             refusal = UnavailableError("all connections are in use")
             self._log_unavailability(refusal, None)
             raise refusal from None
         except asyncio.CancelledError:
-            self._pass_on_wake_up(waiter)
+            self._forward_unused_wake_up(waiter)
             raise
 
-    def _pass_on_wake_up(self, waiter: asyncio.Future[None]) -> None:
+    def _forward_unused_wake_up(self, waiter: asyncio.Future[None]) -> None:
         """Wake another call if the call of `waiter` was woken but ends without a connection."""
         if waiter.done() and not waiter.cancelled():
             self._wake_waiting_calls()

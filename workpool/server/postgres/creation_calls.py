@@ -137,7 +137,7 @@ class CreationCalls(EnvironmentCalls):
             [seq for own in counts for seq in range(1, own + 1)],
             *events_to_columns(events),
         )
-        self._hub.announce_changes(make_work_topic(template.environment_id), count)
+        self._hub.announce_topic_changes(make_work_topic(template.environment_id), count)
         return views
 
     def _make_session(

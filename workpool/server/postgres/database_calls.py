@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from workpool.server import state_machine
 from workpool.server.api_errors import APIError
 from workpool.server.postgres.database_errors import RetryableError
-from workpool.server.postgres.row_codec import ITEM_COLUMNS, item_from_row, may_be_id, to_json
+from workpool.server.postgres.row_codec import ITEM_COLUMNS, has_id_format, item_from_row, to_json
 from workpool.server.timestamps import SECOND
 from workpool.wire.protocol import STOPPED
 
@@ -127,11 +127,11 @@ class DatabaseCalls:
         self._now = now
         self._has_history = has_history
 
-    def _test_clock_time(self) -> int | None:
+    def _read_test_clock(self) -> int | None:
         """Return the time of a test's clock in microseconds; None: the database's clock is used."""
         return None if self._now is None else int(self._now() * SECOND)
 
-    async def _retry_with_lock(
+    async def _retry_with_row_lock(
         self, attempt: Callable[[Connection], Awaitable[T | None]], lock: str, *key: str
     ) -> T:
         """Call `attempt` until its result is not None; None means that another change collided.
@@ -144,7 +144,7 @@ class DatabaseCalls:
             if result is not None:
                 return result
 
-        async def attempt_with_lock() -> T:
+        async def attempt_with_row_lock() -> T:
             async with self._pool.transaction() as connection:
                 await connection.execute(lock, *key)
                 result = await attempt(connection)
@@ -152,11 +152,11 @@ class DatabaseCalls:
                     raise RetryableError("concurrent changes collided")
                 return result
 
-        return await self._pool.retry_colliding_call(attempt_with_lock)
+        return await self._pool.retry_colliding_call(attempt_with_row_lock)
 
     async def _current_time(self) -> int:
         """Return the current time of the database in microseconds."""
-        now: int = await self._pool.fetchval(_NOW, self._test_clock_time())
+        now: int = await self._pool.fetchval(_NOW, self._read_test_clock())
         return now
 
     async def _read_item(
@@ -168,8 +168,8 @@ class DatabaseCalls:
         and the current time.
         """
         row = None
-        if may_be_id(work_id):
-            row = await connection.fetchrow(_READ, environment_id, work_id, self._test_clock_time())
+        if has_id_format(work_id):
+            row = await connection.fetchrow(_READ, environment_id, work_id, self._read_test_clock())
         if row is None:
             raise APIError(404, "no such work item in this environment")
         stored = item_from_row(row)
@@ -216,7 +216,7 @@ def remove_ended_lease(item: Item, now: int) -> Item:
     return state_machine.end_lease(item)
 
 
-def make_lease_end_change(stored: Item) -> ItemChange:
+def make_change_that_ends_lease(stored: Item) -> ItemChange:
     """Return the change that ends an item's expired lease."""
     return ItemChange(
         state_machine.end_lease(stored), "lapsed", stored.holder, stored.lease_end or 0

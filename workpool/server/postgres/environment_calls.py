@@ -13,7 +13,7 @@ from workpool.server.postgres.row_codec import (
     ENVIRONMENT_COLUMNS,
     environment_from_row,
     environment_to_row,
-    may_be_id,
+    has_id_format,
 )
 from workpool.server.stored_item import IdGenerator
 
@@ -50,13 +50,13 @@ class EnvironmentCalls(DatabaseCalls):
         if environment_id not in self._self_hosted:
             if environment_id in self._cloud:
                 raise APIError(400, "this environment is not self_hosted")
-            await self._find_created_environment(environment_id)
+            await self._find_client_created_environment(environment_id)
 
     async def get_environment(self, environment_id: str) -> Environment:
         """Return an environment; raises a 404 for an unknown id."""
         if environment_id in self._self_hosted | self._cloud:
             return self._make_configured_environment(environment_id)
-        return await self._find_created_environment(environment_id)
+        return await self._find_client_created_environment(environment_id)
 
     async def list_environments(
         self, place: ListPageRequest, limits: frozenset[str] | None
@@ -86,13 +86,13 @@ class EnvironmentCalls(DatabaseCalls):
     def _make_configured_environment(self, environment_id: str) -> Environment:
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
-    async def _find_created_environment(self, environment_id: str) -> Environment:
+    async def _find_client_created_environment(self, environment_id: str) -> Environment:
         """Return an environment that a client created; raises a 404 for an unknown environment."""
         found = self._created.get(environment_id)
         if found is None:
             row = (
                 await self._pool.fetchrow(_READ, environment_id)
-                if may_be_id(environment_id)
+                if has_id_format(environment_id)
                 else None
             )
             if row is None:

@@ -20,11 +20,16 @@ from workpool.server.postgres.database_calls import (
     NEXT_VERSION,
     RECORD,
     ItemChange,
-    make_lease_end_change,
+    make_change_that_ends_lease,
 )
 from workpool.server.postgres.item_cache import CachedItem, change_cached_item
 from workpool.server.postgres.notifications import make_work_topic
-from workpool.server.postgres.row_codec import ITEM_COLUMNS, ITEM_FIELDS, item_from_row, may_be_id
+from workpool.server.postgres.row_codec import (
+    ITEM_COLUMNS,
+    ITEM_FIELDS,
+    has_id_format,
+    item_from_row,
+)
 from workpool.server.timestamps import parse_heartbeat_time
 from workpool.wire.protocol import (
     QUEUED,
@@ -133,10 +138,10 @@ class ItemCalls(ClaimCalls):
     ) -> Item | None:
         """Extend a lease in one statement; return None if the last heartbeat is not `expected`."""
         last = None if expected is None else parse_heartbeat_time(expected)
-        if last is None or not may_be_id(work_id):
+        if last is None or not has_id_format(work_id):
             return None
         ttl_seconds = min(max(ttl_seconds, TTL_MIN_SECONDS), TTL_MAX_SECONDS)
-        values = [environment_id, work_id, last, ttl_seconds, self._test_clock_time()]
+        values = [environment_id, work_id, last, ttl_seconds, self._read_test_clock()]
         if self._has_history:
             values.append(worker_id)
         row = await self._pool.fetchrow(_HEARTBEATS[self._has_history], *values)
@@ -158,7 +163,7 @@ class ItemCalls(ClaimCalls):
         """Stop an item. Raises a 409 if the pair (`force`, the item's state) is in `refused`."""
 
         def decide_stop(item: Item, now: int) -> ItemChange:
-            return make_stop_change(item, worker_id, now, force=force, refused=refused)
+            return make_change_that_stops_item(item, worker_id, now, force=force, refused=refused)
 
         return await self._change_item(environment_id, work_id, decide_stop, worker_id, "stop")
 
@@ -171,12 +176,12 @@ class ItemCalls(ClaimCalls):
     ) -> Item:
         """Merge a patch into an item's metadata."""
 
-        def decide_update(item: Item, now: int) -> ItemChange:
+        def decide_metadata_update(item: Item, now: int) -> ItemChange:
             merged = state_machine.merge_metadata(item, patch)
             check_metadata_limits(merged.metadata)
             return ItemChange(merged, "metadata", worker_id, now)
 
-        return await self._change_item(environment_id, work_id, decide_update, worker_id)
+        return await self._change_item(environment_id, work_id, decide_metadata_update, worker_id)
 
     async def _change_item(
         self,
@@ -197,7 +202,7 @@ class ItemCalls(ClaimCalls):
                 self._pool,
                 known,
                 decide,
-                now=self._test_clock_time(),
+                now=self._read_test_clock(),
                 has_history=self._has_history,
             )
         if changed is None:
@@ -220,9 +225,9 @@ class ItemCalls(ClaimCalls):
             try:
                 change = decide(item, now)
             except APIError:
-                await self._record_conflict(item, worker_id, op)
+                await self._write_conflict_record(item, worker_id, op)
                 raise
-            changes = [] if item is stored else [make_lease_end_change(stored)]
+            changes = [] if item is stored else [make_change_that_ends_lease(stored)]
             if change.item is not item:
                 changes.append(change)
             if not changes:
@@ -230,19 +235,21 @@ class ItemCalls(ClaimCalls):
             written = await self._write_item(connection, stored, version, changes)
             return None if written is None else CachedItem(change.item, written, now)
 
-        changed = await self._retry_with_lock(
+        changed = await self._retry_with_row_lock(
             attempt_to_change_item, LOCK_ITEM, environment_id, work_id
         )
         if changed.item.state == QUEUED:
             # The change may have ended the item's lease. Then the item is claimable: wake a poll.
-            self._hub.announce_changes(make_work_topic(environment_id))
+            self._hub.announce_topic_changes(make_work_topic(environment_id))
         return changed
 
-    async def _record_conflict(self, item: Item, worker_id: str | None, op: str | None) -> None:
+    async def _write_conflict_record(
+        self, item: Item, worker_id: str | None, op: str | None
+    ) -> None:
         if op is not None and self._has_history:
             await self._pool.execute(
                 _CONFLICT,
-                self._test_clock_time(),
+                self._read_test_clock(),
                 item.id,
                 worker_id,
                 item.state,
@@ -251,7 +258,7 @@ class ItemCalls(ClaimCalls):
             )
 
 
-def make_stop_change(
+def make_change_that_stops_item(
     item: Item,
     worker_id: str | None,
     now: int,

@@ -83,13 +83,13 @@ async def migrate(url: str, steps: Sequence[Migration] | None = None) -> int:
     """
     steps = load_migrations() if steps is None else steps
     async with start_connection(url, statement_seconds=MIGRATION_SECONDS) as connection:
-        version = await _read_usable_version(url, connection, steps)
+        version = await _read_usable_schema_version(url, connection, steps)
         missing = [step for step in steps if step.version > version]
         applied = [await _apply_migration(url, connection, steps, step) for step in missing]
     return sum(applied)
 
 
-async def _read_usable_version(url: str, connection: Any, steps: Sequence[Migration]) -> int:
+async def _read_usable_schema_version(url: str, connection: Any, steps: Sequence[Migration]) -> int:
     """Return the schema version; 0: no schema. Raises `StoreError` for an unusable version."""
     if await connection.fetchval("SELECT to_regclass('schema_versions')") is None:
         return 0
@@ -131,7 +131,7 @@ async def _run_migration(
     """Run one migration in the open transaction, unless another node has run it."""
     await connection.execute("SELECT pg_advisory_xact_lock($1)", _ADVISORY_LOCK)
     await connection.execute(_VERSIONS)
-    if await _read_usable_version(url, connection, steps) >= step.version:
+    if await _read_usable_schema_version(url, connection, steps) >= step.version:
         return False
     await connection.execute(f"SET LOCAL lock_timeout = {LOCK_SECONDS * 1000:.0f}")
     await connection.execute(step.sql)

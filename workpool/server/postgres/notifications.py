@@ -55,7 +55,7 @@ def make_session_topic(session_id: str) -> str:
 class NotificationHub:
     """The waiting calls of one node. Each call waits for a change of one topic.
 
-    A call takes `change_count`, reads the database, and then waits with that value, so that a
+    A call takes `get_change_count`, reads the database, and then waits with that value, so that a
     change between the two ends the wait at once.
 
     Attributes:
@@ -80,11 +80,11 @@ class NotificationHub:
         self._released = False
         self.listening = asyncio.Event()
 
-    def change_count(self) -> int:
+    def get_change_count(self) -> int:
         """Return the number of changes this node knows. Call this before reading the database."""
         return self._changes
 
-    async def wait_for_change(self, topic: str, seen: int, seconds: float) -> bool:
+    async def wait_for_topic_change(self, topic: str, seen: int, seconds: float) -> bool:
         """Wait for a change of a topic after change number `seen`; return whether it was announced.
 
         False: `seconds` have passed, or a notification may be lost. A poll that then finds an item
@@ -107,9 +107,9 @@ class NotificationHub:
             timer.cancel()
             self._remove_waiting_call(topic, waiter)
 
-    def announce_changes(self, topic: str, count: int = 1) -> None:
+    def announce_topic_changes(self, topic: str, count: int = 1) -> None:
         """Announce committed changes to this node at once, and to the other nodes soon."""
-        self._record_change(topic)
+        self._record_topic_change(topic)
         self.wake_waiting_calls(topic, count)
         self._unsent[topic] = self._unsent.get(topic, 0) + count
         if len(self._unsent) > _TOPICS_MAX:
@@ -129,7 +129,7 @@ class NotificationHub:
             waiter, _ = waiters.popitem(last=False)
             count -= _set_wait_result(waiter, True)  # noqa: FBT003 - the result
         if is_work and count > 0:
-            self._record_change(topic)
+            self._record_topic_change(topic)
             self._unused[topic] = self._unused.get(topic, 0) + count
 
     def end_all_waits(self) -> None:
@@ -171,7 +171,7 @@ class NotificationHub:
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_calls_after_gap()  # notifications that were sent before LISTEN are lost
+        self._wake_all_after_lost_notifications()  # notifications before LISTEN
 
     async def _send_announcements(self, connection: Any) -> None:
         """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.
@@ -226,19 +226,19 @@ class NotificationHub:
             count, _, topic = line.partition(" ")
             if topic == EVERYTHING or not count.isdecimal():
                 # The payload does not name the topics that have changed.
-                self._wake_calls_after_gap()
+                self._wake_all_after_lost_notifications()
                 return
-            self._record_change(topic)
+            self._record_topic_change(topic)
             self.wake_waiting_calls(topic, int(count))
 
-    def _wake_calls_after_gap(self) -> None:
+    def _wake_all_after_lost_notifications(self) -> None:
         """Wake one poll of each environment, and all streams: notifications may have been lost."""
         self._changes += 1
         self._last.clear()
         self._unused.clear()
         self._forgotten = self._changes
         for topic in list(self._waiting):
-            self._wake_calls_to_read_again(topic)
+            self._make_waiting_calls_read_again(topic)
 
     def _has_topic_changed(self, topic: str, seen: int) -> bool:
         """Return whether `topic` changed after change number `seen`: a call must then read again.
@@ -256,7 +256,7 @@ class NotificationHub:
             self._unused[topic] = unused - 1
         return unused > 0
 
-    def _record_change(self, topic: str) -> None:
+    def _record_topic_change(self, topic: str) -> None:
         self._changes += 1
         self._last[topic] = self._changes
         self._last.move_to_end(topic)
@@ -285,9 +285,9 @@ class NotificationHub:
             self._fallbacks[topic] = asyncio.get_running_loop().call_later(
                 FALLBACK_SECONDS, self._on_fallback_timer, topic
             )
-            self._wake_calls_to_read_again(topic)
+            self._make_waiting_calls_read_again(topic)
 
-    def _wake_calls_to_read_again(self, topic: str) -> None:
+    def _make_waiting_calls_read_again(self, topic: str) -> None:
         """Wake one poll, or all streams of a session, so that they read the database again."""
         waiters = self._waiting[topic]
         for waiter in list(waiters):

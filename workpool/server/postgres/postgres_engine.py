@@ -76,7 +76,10 @@ class PostgresEngine(ReadCalls, RetentionCalls):
 
     async def _run_background_tasks(self) -> None:
         """Run the notification hub and the sweeper until cancelled."""
-        batches: list[Callable[[], Awaitable[int]]] = [self.sweep_leases, self.delete_idle_pollers]
+        batches: list[Callable[[], Awaitable[int]]] = [
+            self.end_all_expired_leases,
+            self.delete_idle_pollers,
+        ]
         if self._retention is not None:
             retention = int(self._retention * SECOND)
             batches.append(lambda: self.delete_ended_sessions(retention))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workpool.server.engine import ControlPlaneEngine
 
 
-def _password_in_url(url: str) -> str | None:
+def _read_password_from_url(url: str) -> str | None:
     try:
         return urlsplit(url).password
     except ValueError:
@@ -33,7 +33,7 @@ class PostgresStore:
 
     def __init__(self, url: str, *, history: bool = False) -> None:
         hide_token(url)
-        password = _password_in_url(url)
+        password = _read_password_from_url(url)
         if password is not None:
             hide_token(password)
             hide_token(unquote(password))

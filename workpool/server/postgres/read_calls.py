@@ -19,9 +19,9 @@ from workpool.server.postgres.row_codec import (
     RECORD_COLUMNS,
     VIEW_COLUMNS,
     event_from_columns,
+    history_record_from_row,
     is_storable_text,
     item_from_row,
-    record_from_row,
     session_view_from_row,
 )
 from workpool.server.postgres.session_calls import StoredSessionCalls
@@ -183,7 +183,7 @@ class ReadCalls(StoredSessionCalls):
     ) -> list[Item]:
         statement = _ITEMS.format(_IN_STATE[state], "DESC" if backwards else "")
         rows = await self._pool.fetch(
-            statement, environment_id, after, before or _END, limit, self._test_clock_time()
+            statement, environment_id, after, before or _END, limit, self._read_test_clock()
         )
         return [remove_ended_lease(item_from_row(row), row[-1]) for row in rows]
 
@@ -217,7 +217,7 @@ class ReadCalls(StoredSessionCalls):
                 after,
                 before or _END,
                 batch,
-                self._test_clock_time(),
+                self._read_test_clock(),
                 [*self._self_hosted],
             )
             for row in rows:
@@ -259,14 +259,14 @@ class ReadCalls(StoredSessionCalls):
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         while not self._closing:
-            seen = self._hub.change_count()
+            seen = self._hub.get_change_count()
             rows = await self._pool.fetch(_FOLLOWING, session_id, place)
             if not rows:
                 return None
             if rows[0][0] is not None:
                 return [event_from_columns(session_id, *row) for row in rows]
             remaining = deadline - loop.time()
-            announced = await self._hub.wait_for_change(
+            announced = await self._hub.wait_for_topic_change(
                 make_session_topic(session_id), seen, max(0, remaining)
             )
             if not announced and loop.time() >= deadline:
@@ -281,7 +281,7 @@ class ReadCalls(StoredSessionCalls):
         row = await self._pool.fetchrow(
             _STATS,
             environment_id,
-            self._test_clock_time(),
+            self._read_test_clock(),
             RECLAIM_OLDER_THAN_MS * MILLISECOND,
             WORKERS_POLLING_WINDOW_SECONDS * SECOND,
         )
@@ -290,4 +290,4 @@ class ReadCalls(StoredSessionCalls):
 
     async def read_history(self) -> Sequence[Record]:
         """Return the recorded history of all items, the oldest record first."""
-        return [record_from_row(row) for row in await self._pool.fetch(_HISTORY)]
+        return [history_record_from_row(row) for row in await self._pool.fetch(_HISTORY)]

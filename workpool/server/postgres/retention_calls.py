@@ -67,7 +67,7 @@ class RetentionCalls(DatabaseCalls):
 
         async def delete_batch() -> list[str]:
             async with self._pool.transaction() as connection:
-                found = _select_ids_within_event_limit(await connection.fetch(_FIND, until))
+                found = _select_session_ids_to_delete(await connection.fetch(_FIND, until))
                 if not found:
                     return []
                 return [row[0] for row in await connection.fetch(_DELETE, until, found)]
@@ -75,11 +75,11 @@ class RetentionCalls(DatabaseCalls):
         deleted = await self._pool.retry_colliding_call(delete_batch)
         for session_id in deleted:
             # The announcement wakes the open streams of the deleted session, which then end.
-            self._hub.announce_changes(make_session_topic(session_id))
+            self._hub.announce_topic_changes(make_session_topic(session_id))
         return len(deleted)
 
 
-def _select_ids_within_event_limit(rows: Sequence[Any]) -> list[str]:
+def _select_session_ids_to_delete(rows: Sequence[Any]) -> list[str]:
     """Return the ids of the first sessions that together have at most `EVENTS_MAX` events.
 
     The first session is always included, so that a session with more events is deleted too.

@@ -64,7 +64,7 @@ RECORD_COLUMNS: Final = "time, work_id, kind, worker_id, state, lease_end, op"
 _ID: Final = re.compile(ID_PATTERN)
 
 
-def may_be_id(text: str) -> bool:
+def has_id_format(text: str) -> bool:
     """Return whether a text has the form of an id, so that it can be a value in a statement."""
     return _ID.fullmatch(text) is not None
 
@@ -159,7 +159,7 @@ def events_to_columns(events: Iterable[StoredEvent]) -> list[list[str]]:
     return [list(column) for column in zip(*rows, strict=True)] if rows else [[], [], [], []]
 
 
-def record_from_row(row: Sequence[Any]) -> Record:
+def history_record_from_row(row: Sequence[Any]) -> Record:
     """Return the history record in a row with the columns `RECORD_COLUMNS`."""
     time, work_id, kind, worker_id, state, lease_end, op = row
     return Record(

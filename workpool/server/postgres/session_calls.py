@@ -14,18 +14,18 @@ from workpool.server.postgres.conversation_cache import ConversationCache
 from workpool.server.postgres.creation_calls import NEW_ITEM_COLUMNS, CreationCalls
 from workpool.server.postgres.database_calls import (
     RECORD,
-    make_lease_end_change,
+    make_change_that_ends_lease,
     remove_ended_lease,
 )
-from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, make_stop_change
+from workpool.server.postgres.item_calls import LOCK_ITEM, ItemCalls, make_change_that_stops_item
 from workpool.server.postgres.notifications import make_session_topic, make_work_topic
 from workpool.server.postgres.row_codec import (
     VIEW_COLUMNS,
     VIEW_WIDTH,
     event_from_columns,
     events_to_columns,
+    has_id_format,
     is_storable_text,
-    may_be_id,
     session_view_from_row,
     to_json,
 )
@@ -146,11 +146,11 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
             item = self._make_next_item(read) if brings else None
             return await self._append_events(connection, read, conversation, new_events, item)
 
-        events = await self._retry_with_lock(attempt_to_send_events, _LOCK, session_id)
-        self._hub.announce_changes(make_session_topic(session_id))
+        events = await self._retry_with_row_lock(attempt_to_send_events, _LOCK, session_id)
+        self._hub.announce_topic_changes(make_session_topic(session_id))
         if messages_bring_work and has_message:
             view = await self.get_session(session_id)
-            self._hub.announce_changes(make_work_topic(view.session.environment_id))
+            self._hub.announce_topic_changes(make_work_topic(view.session.environment_id))
         return events
 
     async def emit_events(
@@ -171,8 +171,8 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                 raise
             return await self._append_events(connection, read, conversation, copies)
 
-        events = await self._retry_with_lock(attempt_to_emit_events, _LOCK, session_id)
-        self._hub.announce_changes(make_session_topic(session_id))
+        events = await self._retry_with_row_lock(attempt_to_emit_events, _LOCK, session_id)
+        self._hub.announce_topic_changes(make_session_topic(session_id))
         return tuple(event.value for event in events)
 
     async def archive_session(self, session_id: str) -> SessionView:
@@ -188,7 +188,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                 return (await self._read_session(connection, session_id)).view
 
         view = await self._pool.retry_colliding_call(archive_in_transaction)
-        self._hub.announce_changes(make_session_topic(session_id))
+        self._hub.announce_topic_changes(make_session_topic(session_id))
         return view
 
     async def _archive_locked_session(self, connection: Connection, read: _SessionRow) -> None:
@@ -205,15 +205,15 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         await connection.execute(LOCK_ITEM, *place)
         stored, item, version, now = await self._read_item(connection, *place)
         if item.state in {QUEUED, STARTING, ACTIVE}:
-            changes = [] if item is stored else [make_lease_end_change(stored)]
-            changes.append(make_stop_change(item, None, now))
+            changes = [] if item is stored else [make_change_that_ends_lease(stored)]
+            changes.append(make_change_that_stops_item(item, None, now))
             await self._write_item(connection, stored, version, changes)
 
     async def _read_session(self, connection: Connection, session_id: str) -> _SessionRow:
         """Return a session; raises a 404 if this node knows no such session or environment."""
         row = None
-        if may_be_id(session_id):
-            row = await connection.fetchrow(_READ, session_id, self._test_clock_time())
+        if has_id_format(session_id):
+            row = await connection.fetchrow(_READ, session_id, self._read_test_clock())
         if row is None:
             raise APIError(404, "no such session")
         event_count, last_event_id, now = row[VIEW_WIDTH:]
@@ -227,7 +227,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         """Return the conversation of the session `read`, with `read.event_count` events."""
         session = read.view.session
         conversation = self._conversations.pop(session.id)
-        if conversation is None or not await self._matches_stored_events(
+        if conversation is None or not await self._conversation_matches_stored_events(
             connection, conversation, read
         ):
             conversation = Conversation(session.script)
@@ -239,7 +239,7 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
                 conversation.append_event(event_from_columns(session.id, event_id, value))
         return conversation
 
-    async def _matches_stored_events(
+    async def _conversation_matches_stored_events(
         self, connection: Connection, conversation: Conversation, read: _SessionRow
     ) -> bool:
         """Return whether a cached conversation equals the beginning of the stored events.

@@ -34,11 +34,11 @@ class Deliveries:
         if self._recent.pop(work_id, None) is None:
             del self._due[bisect_left(self._due, work_id)]
 
-    def oldest_time(self) -> int | None:
+    def oldest_delivery_time(self) -> int | None:
         """Return the time of the oldest delivery; None if there is none."""
         return next(iter(self._times.values()), None)
 
-    def lowest_id(self) -> str | None:
+    def lowest_delivered_id(self) -> str | None:
         """Return the lowest id of all delivered items; None if there is none."""
         return min(chain(self._due[:1], self._recent), default=None)
 
@@ -49,7 +49,7 @@ class Deliveries:
         that list, unless a poll with a shorter window has moved ids that are too recent for this
         poll.
         """
-        oldest = self.oldest_time()
+        oldest = self.oldest_delivery_time()
         if oldest is None or oldest > until:
             return None
         while self._recent and next(iter(self._recent.values())) <= until:

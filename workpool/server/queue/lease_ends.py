@@ -25,7 +25,7 @@ class LeaseEndTimes:
         """
         self._ends[work_id] = end
         if end < self._scheduled.get(work_id, end + 1):
-            self._push_entry(work_id, end)
+            self._schedule_end_time(work_id, end)
 
     def remove_end_time(self, work_id: str) -> None:
         """Remove the lease of an item, if there is one."""
@@ -35,7 +35,7 @@ class LeaseEndTimes:
         """Return a time before which no lease ends; None if there are no leases."""
         return self._heap[0][0] if self._heap else None
 
-    def pop_ended(self, now: int) -> Iterator[str]:
+    def pop_expired_leases(self, now: int) -> Iterator[str]:
         """Remove the leases that ended by `now`, and yield their item ids in order of lease end."""
         while self._heap and self._heap[0][0] <= now:
             at, work_id = heappop(self._heap)
@@ -47,8 +47,8 @@ class LeaseEndTimes:
                 del self._ends[work_id]
                 yield work_id
             elif end is not None:
-                self._push_entry(work_id, end)
+                self._schedule_end_time(work_id, end)
 
-    def _push_entry(self, work_id: str, end: int) -> None:
+    def _schedule_end_time(self, work_id: str, end: int) -> None:
         self._scheduled[work_id] = end
         heappush(self._heap, (end, work_id))

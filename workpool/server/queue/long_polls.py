@@ -62,7 +62,7 @@ class WaitingPolls:
                 waiter.set_result(None)
                 count -= 1
 
-    def wake_reclaiming_polls(self) -> None:
+    def wake_polls_that_may_reclaim(self) -> None:
         """Wake the polls that wait longer than their redelivery time: they may reclaim an item."""
         for waiter, reclaiming in self._waiters.items():
             if reclaiming:

@@ -82,7 +82,7 @@ class WorkQueue:
             raise APIError(404, "no such work item in this environment")
         return item
 
-    def is_current_version(self, item: Item) -> bool:
+    def is_current_item_version(self, item: Item) -> bool:
         """Return whether `item` is the current version, which no later change has replaced."""
         return self._items.get(item.id) is item
 
@@ -105,7 +105,7 @@ class WorkQueue:
             self.leases.set_end_time(item.id, item.lease_end)
         self._index_queued_item(item, former)
 
-    def find_existing_items(self, work_ids: Iterable[str]) -> list[Item]:
+    def find_items_by_id(self, work_ids: Iterable[str]) -> list[Item]:
         """Return the items of this queue that have one of the ids `work_ids`."""
         return [self._items[work_id] for work_id in work_ids if work_id in self._items]
 
@@ -125,7 +125,7 @@ class WorkQueue:
             self.deliveries.add_delivery(item.id, item.delivered_at)
             self._recent[item.id] = item.delivered_at
 
-    def oldest_claimable(self, delivered_until: int) -> Item | None:
+    def find_oldest_claimable_item(self, delivered_until: int) -> Item | None:
         """Return the oldest claimable item without a delivery after `delivered_until`, or None."""
         ids = (self._undelivered.lowest(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
@@ -150,13 +150,13 @@ class WorkQueue:
         """Record the time of a worker's poll; the statistics count the workers that poll."""
         self._pollers[worker_id] = now
         self._pollers.move_to_end(worker_id)
-        self._drop_entries_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        self._drop_entries_up_to_time(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
 
     def compute_stats(self, now: int) -> WorkQueueStats:
         """Return the statistics of this queue at the time `now`."""
-        self._drop_entries_until(self._recent, now - _WINDOW)
-        self._drop_entries_until(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
-        ids = (self._undelivered.lowest(), self.deliveries.lowest_id())
+        self._drop_entries_up_to_time(self._recent, now - _WINDOW)
+        self._drop_entries_up_to_time(self._pollers, now - WORKERS_POLLING_WINDOW_SECONDS * SECOND)
+        ids = (self._undelivered.lowest(), self.deliveries.lowest_delivered_id())
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return WorkQueueStats(
             depth=self._queued - len(self._recent),
@@ -169,7 +169,7 @@ class WorkQueue:
         )
 
     @staticmethod
-    def _drop_entries_until(entries: OrderedDict[str, int], until: int) -> None:
+    def _drop_entries_up_to_time(entries: OrderedDict[str, int], until: int) -> None:
         while entries and next(iter(entries.values())) <= until:
             entries.popitem(last=False)
 
