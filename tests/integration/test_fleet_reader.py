@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 
 from workpool.cli import fleet_reader, item_count
-from workpool.cli.fleet_reader import FleetReader, combine_loads
-from workpool.cli.item_count import ItemCount, ItemCounter
+from workpool.cli.fleet_reader import FleetReader, compute_fleet_load
+from workpool.cli.item_count import CountedItems, ItemCounter
 from workpool.errors import RefusedError, TransientError
 from workpool.scaling import FleetLoad
 from workpool.server import ControlPlane
@@ -162,14 +162,14 @@ async def test_fleet_reader_becomes_ready_after_skipping_many_stopped_items(
         reader = make_fleet_reader(client)
         assert reader.unready_reasons() == ["the queue is not read to its end yet"]
         async with asyncio.TaskGroup() as group:
-            reading = group.create_task(reader.read_loads_until_cancelled())
+            reading = group.create_task(reader.read_fleet_load_periodically())
             for _ in range(2000):
-                if reader.last_load is not None:
+                if reader.latest_load is not None:
                     break
                 await asyncio.sleep(0.01)
             reading.cancel()
-        assert reader.last_load is not None
-        assert (reader.last_load.unfinished, reader.unready_reasons()) == (2, [])
+        assert reader.latest_load is not None
+        assert (reader.latest_load.unfinished, reader.unready_reasons()) == (2, [])
 
 
 async def test_fleet_load_stays_unknown_if_control_plane_refuses_to_skip_stopped_items(
@@ -236,7 +236,7 @@ async def test_item_counter_skips_stopped_items_only_in_list_ordered_by_creation
         if order == "newest first":
             items.reverse()
         counter = ItemCounter(client)
-        counter._set_start_after_stopped_items(items)
+        counter._skip_stopped_items_next_time(items)
         assert (counter._after is not None) == skips
 
 
@@ -251,7 +251,7 @@ async def test_item_counter_that_skips_stopped_items_still_counts_running_items(
         counter = ItemCounter(client)
         assert (await counter.count_items()).running == PAGE_ITEMS + 3
         stop_items(plane, *(item.id for item in items[1:]))
-        assert await counter.count_items() == ItemCount(0, 1, None, complete=True)
+        assert await counter.count_items() == CountedItems(0, 1, None, complete=True)
         stop_items(plane, items[0].id)
         assert [(await counter.count_items()).running for _ in range(2)] == [0, 0]
         plane.enqueue(2)
@@ -262,9 +262,9 @@ async def test_item_counter_that_skips_stopped_items_still_counts_running_items(
 
 def test_item_that_is_both_pending_and_running_is_counted_once_in_load() -> None:
     stats = QueueStats(depth=1, pending=5, oldest_queued_at=None, workers_polling=2)
-    count = ItemCount(queued=1, running=5, oldest_queued_at=None, complete=True)
-    assert combine_loads(stats, count) == FleetLoad(1, 0, 5)
-    assert combine_loads(stats, count._replace(complete=False)) == FleetLoad(
+    count = CountedItems(queued=1, running=5, oldest_queued_at=None, complete=True)
+    assert compute_fleet_load(stats, count) == FleetLoad(1, 0, 5)
+    assert compute_fleet_load(stats, count._replace(complete=False)) == FleetLoad(
         1, 5, 5, lower_bound=True
     )
 
@@ -278,7 +278,7 @@ async def test_refused_item_list_request_raises_error_and_leaves_fleet_load_unkn
             reader = make_fleet_reader(client)
             with pytest.raises(RefusedError):
                 await reader.read_load()
-            assert reader.last_load is None
+            assert reader.latest_load is None
             assert reader.unready_reasons() == ["the queue is not read to its end yet"]
     assert "statistics refused" not in caplog.text
 

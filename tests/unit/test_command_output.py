@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from workpool.cli import conform
-from workpool.cli.flags import import_from_current_directory
-from workpool.cli.output import print_json, print_pairs, print_rows
+from workpool.cli.flags import add_current_directory_to_path
+from workpool.cli.output import print_json, print_names_and_values, print_rows
 from workpool.conformance import CLAUSES, Finding, Verdict
 from workpool.logs import hide_token
 from workpool.settings import Settings
@@ -75,8 +75,8 @@ def test_current_directory_is_first_in_import_path_and_not_repeated(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["elsewhere"])
-    import_from_current_directory()
-    import_from_current_directory()
+    add_current_directory_to_path()
+    add_current_directory_to_path()
     assert sys.path == [str(tmp_path), "elsewhere"]
 
 
@@ -104,7 +104,7 @@ def test_each_name_value_pair_on_narrow_terminal_is_one_line(
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "20")
-    print_pairs({"id": ID, "session_id": SESSION, "metadata": "[red]x[/red] " * 9})
+    print_names_and_values({"id": ID, "session_id": SESSION, "metadata": "[red]x[/red] " * 9})
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [f"id          {ID}", f"session_id  {SESSION}"]
     assert len(lines) == 3

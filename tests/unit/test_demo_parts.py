@@ -50,42 +50,46 @@ class DemoTestbed:
         self.item: Item
         (self.item,) = self.plane.enqueue()
         self.state = DemoState(count, self.plane, {self.item.id: "session 01"}, self.clock)
-        self.state.apply_new_records()
+        self.state.apply_new_history_records()
         self._at = (self.item.environment_id, self.item.id)
 
     def claim_item(self, worker: str) -> list[str]:
         operations, environment = self.plane.operations, self.item.environment_id
         assert operations.poll(environment, Poll(f"{worker}-1234")) is not None
         operations.ack_item(*self._at, f"{worker}-1234")
-        return self.state.apply_new_records()
+        return self.state.apply_new_history_records()
 
     def send_heartbeat(self, worker: str) -> None:
         self.plane.operations.heartbeat(*self._at, "NO_HEARTBEAT", 10, f"{worker}-1234")
-        assert self.state.apply_new_records() == []
+        assert self.state.apply_new_history_records() == []
 
     def expire_lease(self) -> list[str]:
         self.clock.advance(11)
         self.plane.operations.queue_stats(self.item.environment_id)
-        return self.state.apply_new_records()
+        return self.state.apply_new_history_records()
 
     def stop_item(self, worker: str, **metadata: str) -> list[str]:
         self.plane.operations.update_metadata(*self._at, metadata)
         self.plane.operations.stop_item(*self._at, f"{worker}-1234", force=True)
-        return self.state.apply_new_records()
+        return self.state.apply_new_history_records()
 
 
 def test_demo_state_shows_session_reclaimed_by_second_worker() -> None:
     scene = DemoTestbed()
     assert scene.claim_item("one") == []
     # The demo shows a lease from the first heartbeat on, not from the ack on.
-    assert scene.state.held_item_names("one") == []
+    assert scene.state.list_held_item_names("one") == []
     scene.send_heartbeat("one")
-    assert scene.state.held_item_names("one") == ["session 01"]
+    assert scene.state.list_held_item_names("one") == ["session 01"]
     assert scene.expire_lease() == ["session 01 is free again: the lease of one lapsed"]
     assert scene.state.held == {}
     assert scene.claim_item("two") == ["session 01 reclaimed by two"]
     assert scene.stop_item("two") == ["session 01 finished by two"]
-    assert (scene.state.ended_count, scene.state.acked, scene.state.reclaimed["two"]) == (1, 2, 1)
+    assert (scene.state.ended_session_count, scene.state.acked, scene.state.reclaimed["two"]) == (
+        1,
+        2,
+        1,
+    )
 
 
 def test_demo_state_counts_down_seconds_until_lease_expires() -> None:
@@ -106,7 +110,7 @@ def test_demo_state_counts_failed_session_and_reports_its_error() -> None:
     error = {"workpool.error": "ValueError"}
     assert scene.stop_item("one", **error) == ["session 01 failed: ValueError"]
     assert (scene.state.completed["one"], scene.state.failed["one"]) == (0, 1)
-    assert scene.state.results_text("one") == "0 completed, 1 failed"
+    assert scene.state.format_results("one") == "0 completed, 1 failed"
 
 
 def test_queued_held_and_ended_sessions_of_demo_always_add_up_to_total() -> None:
@@ -114,7 +118,12 @@ def test_queued_held_and_ended_sessions_of_demo_always_add_up_to_total() -> None
     steps = (lambda: None, lambda: scene.claim_item("one"), lambda: scene.stop_item("one"))
     for step in steps:
         step()
-        assert scene.state.queued_count + len(scene.state.held) + scene.state.ended_count == 40
+        assert (
+            scene.state.queued_session_count
+            + len(scene.state.held)
+            + scene.state.ended_session_count
+            == 40
+        )
 
 
 @handler(metadata={"job": "daily-report"})
@@ -277,7 +286,7 @@ def test_demo_view_without_terminal_prints_lines(
 
 def test_demo_view_without_terminal_prints_final_state_at_once(demo_state: DemoState) -> None:
     page = io.StringIO()
-    demo_state.count = demo_state.ended_count
+    demo_state.count = demo_state.ended_session_count
     with DemoView(Console(file=page, width=40)) as plain:
         plain.draw_state(demo_state)
     assert "stopped 9 of 9" in page.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from workpool.cli.fleet_reader import FleetReader
-from workpool.cli.fleet_scaling import FleetLoadReaders
+from workpool.cli.fleet_scaling import FleetScalingCalculator
 from workpool.scaling import FleetLoad, ReplicaRule, sum_fleet_loads
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def make_fleet_load_readers(
+def make_fleet_scaling_calculator(
     loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
-) -> FleetLoadReaders:
+) -> FleetScalingCalculator:
     """Return load readers of several environments; None is the load before the first read."""
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
@@ -24,12 +24,14 @@ def make_fleet_load_readers(
         reader = FleetReader(client, interval=15, max_age=120, clock=lambda: 100.0)
         reader._last = None if load is None else (100.0 - number, load)
         readers[environment_id] = reader
-    return FleetLoadReaders(readers, slots, ReplicaRule(7, 1, 20))
+    return FleetScalingCalculator(readers, slots, ReplicaRule(7, 1, 20))
 
 
 def test_fleet_totals_sum_item_counts_and_contain_longest_queue_time() -> None:
     loads = {"env_a": FleetLoad(3, 1, 6, 4.5), "env_b": FleetLoad(1, 0, 4, 9.0, lower_bound=True)}
-    numbers = make_fleet_load_readers(loads, {"env_a": 8, "env_b": 8}).fleet_scaling_numbers()
+    numbers = make_fleet_scaling_calculator(
+        loads, {"env_a": 8, "env_b": 8}
+    ).calculate_fleet_scaling_numbers()
     assert numbers is not None
     assert (numbers["queued"], numbers["pending"], numbers["running"]) == (4, 1, 10)
     assert (numbers["oldest_queued_seconds"], numbers["lower_bound"]) == (9.0, True)
@@ -38,19 +40,22 @@ def test_fleet_totals_sum_item_counts_and_contain_longest_queue_time() -> None:
 
 def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
     loads = {"env_a": FleetLoad(0, 0, 0), "env_b": FleetLoad(9, 0, 0)}
-    fleet = make_fleet_load_readers(loads, {"env_a": 8, "env_b": 2})
-    numbers, few = fleet.fleet_scaling_numbers(), fleet.environment_scaling_numbers("env_b")
+    fleet = make_fleet_scaling_calculator(loads, {"env_a": 8, "env_b": 2})
+    numbers, few = (
+        fleet.calculate_fleet_scaling_numbers(),
+        fleet.calculate_environment_scaling_numbers("env_b"),
+    )
     assert numbers is not None
     assert few is not None
     assert numbers["recommended_replicas"] == few["recommended_replicas"] == 5
 
 
 def test_fleet_totals_are_none_until_every_environment_has_been_read() -> None:
-    fleet = make_fleet_load_readers(
+    fleet = make_fleet_scaling_calculator(
         {"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8}
     )
-    assert fleet.fleet_scaling_numbers() is None
-    assert fleet.environment_scaling_numbers("env_a") is not None
+    assert fleet.calculate_fleet_scaling_numbers() is None
+    assert fleet.calculate_environment_scaling_numbers("env_a") is not None
     assert fleet.unready_reasons() == ["env_b: the queue is not read to its end yet"]
 
 

@@ -112,7 +112,7 @@ async def test_sighup_counts_as_first_signal_only_after_terminal_hangup(
     hung_up: bool,
     hangup_ends: bool,
 ) -> None:
-    monkeypatch.setattr(signal_recorder, "terminal_hung_up", lambda: hung_up)
+    monkeypatch.setattr(signal_recorder, "has_lost_terminal", lambda: hung_up)
     async with asyncio.timeout(20):
         with SignalEvents(hangup_ends=hangup_ends) as signals:
             signal.raise_signal(signal.SIGHUP)

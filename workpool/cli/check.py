@@ -80,7 +80,7 @@ def check(
     except SettingsError as error:
         findings += _find_failed_results("settings", error)
     else:
-        findings += _check_environments(settings, environments)
+        findings += _run_checks_of_all_environments(settings, environments)
     status = next((each.exit for each in findings if each.exit), exits.OK)
     if json:
         shown = [_result_as_json(each) for each in findings]
@@ -101,17 +101,18 @@ def _result_as_json(result: CheckResult) -> dict[str, object]:
     return {name: value for name, value in asdict(result).items() if name not in hidden}
 
 
-def _check_environments(
+def _run_checks_of_all_environments(
     settings: Settings, environments: Sequence[Settings]
 ) -> Iterator[CheckResult]:
     """Check each environment of the TOML file, or `settings` if the file has no environments."""
     if not environments:
-        yield from _check_environment(settings)
+        yield from _run_checks_of_environment(settings)
         return
     usable: list[Settings] = []
     for each in environments:
         found = [
-            replace(one, environment_id=each.environment_id) for one in _check_environment(each)
+            replace(one, environment_id=each.environment_id)
+            for one in _run_checks_of_environment(each)
         ]
         yield from found
         if not any(one.check == "credentials" and one.exit for one in found):
@@ -122,7 +123,7 @@ def _check_environments(
         yield from _find_failed_results("rate limits", error)
 
 
-def _check_environment(settings: Settings) -> Iterator[CheckResult]:
+def _run_checks_of_environment(settings: Settings) -> Iterator[CheckResult]:
     warnings = settings.warnings()
     yield from (CheckResult("settings", "warn", warning) for warning in warnings)
     if not warnings:
@@ -134,7 +135,7 @@ def _check_environment(settings: Settings) -> Iterator[CheckResult]:
         yield from _find_failed_results("credentials", error)
         return
     yield CheckResult("credentials", "ok", "there is a token")
-    yield from asyncio.run(_check_control_plane(settings))
+    yield from asyncio.run(_check_connection_and_clock(settings))
 
 
 def _find_failed_results(check: str, error: SettingsError) -> Iterator[CheckResult]:
@@ -154,14 +155,16 @@ def _check_plugins(settings: Settings) -> CheckResult:
     return CheckResult("plugins", "ok", names)
 
 
-async def _check_control_plane(settings: Settings) -> list[CheckResult]:
+async def _check_connection_and_clock(settings: Settings) -> list[CheckResult]:
     dates: list[str] = []
 
-    async def record_date_header(_: object, __: object, end: aiohttp.TraceRequestEndParams) -> None:
+    async def collect_date_of_response(
+        _: object, __: object, end: aiohttp.TraceRequestEndParams
+    ) -> None:
         dates.append(end.response.headers.get("Date", ""))
 
     trace = aiohttp.TraceConfig()
-    trace.on_request_end.append(record_date_header)
+    trace.on_request_end.append(collect_date_of_response)
     async with (
         aiohttp.ClientSession(trust_env=True, trace_configs=[trace]) as session,
         WorkClient(settings, session=session) as client,

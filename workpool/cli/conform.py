@@ -118,7 +118,7 @@ def conform(
             environment_id=environment_id,
         )
         settings.require_connection()
-        source = _new_item_source(agent, work_id)
+        source = _choose_item_source(agent, work_id)
         findings = asyncio.run(
             _run_suite(settings, clauses, source, work_id or (), test_environment)
         )
@@ -140,7 +140,7 @@ def _select_clauses(names: Sequence[str] | None) -> Sequence[Clause]:
     return [by_name[name] for name in dict.fromkeys(names)]
 
 
-def _new_item_source(agent: str | None, work_ids: Sequence[str] | None) -> ItemSource:
+def _choose_item_source(agent: str | None, work_ids: Sequence[str] | None) -> ItemSource:
     if agent and work_ids:
         raise typer.BadParameter("give --agent or --work-id, not both")
     if work_ids:

@@ -161,7 +161,7 @@ class ControlSocket:
     def _open_listener(self, path: Path) -> None:
         """Listen at a path, after removing the socket that an ended worker left there."""
         # Without the lock, another worker could remove this socket between `bind` and `listen`.
-        with _lock_directory(path.parent):
+        with _socket_directory_lock(path.parent):
             _remove_dead_socket(path)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -189,7 +189,7 @@ def _choose_socket_directory() -> Path:
             with contextlib.suppress(OSError):
                 directory.mkdir(mode=0o700)
             if is_private_directory(directory) and os.access(directory, os.W_OK):
-                with _lock_directory(directory):
+                with _socket_directory_lock(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
                         # `_remove_dead_socket` raises OSError if a running worker uses the
                         # socket, or if the path is another file: keep the path.
@@ -200,7 +200,7 @@ def _choose_socket_directory() -> Path:
 
 
 @contextlib.contextmanager
-def _lock_directory(directory: Path) -> Iterator[None]:
+def _socket_directory_lock(directory: Path) -> Iterator[None]:
     """Lock a directory of sockets, as each worker does while it opens its socket there.
 
     Raises:

@@ -155,12 +155,12 @@ class EnvironmentGroup:
         self._rate_limits = find_shared_rate_limits(environments)
         self._slots = SharedSlots(process.concurrency, process.exit_after_sessions)
         self._limits = ExitLimits(process)
-        self._exporter = self._new_exporter()
+        self._exporter = self._create_exporter()
         self._shares = {
             each.environment_id: self._slots.add_environment_share() for each in environments
         }
         self._changed = asyncio.Event()
-        self.environments = [GroupMember(each, self._new_supervisor) for each in environments]
+        self.environments = [GroupMember(each, self._create_supervisor) for each in environments]
         for each in self.environments:
             each.on_drain = self._wake_waiters
 
@@ -190,7 +190,8 @@ class EnvironmentGroup:
                 log.info("metrics served", extra={"url": f"{self._exporter.url}/metrics"})
             for each in self.environments:
                 group.create_task(
-                    self._run_environment(each, until_empty=until_empty), name=each.environment_id
+                    self._run_environment_with_restarts(each, until_empty=until_empty),
+                    name=each.environment_id,
                 )
         for each in self.environments:
             if each.error is not None:
@@ -262,7 +263,7 @@ class EnvironmentGroup:
         """The error of the first failed environment; None if no environment has failed."""
         return next((each.error for each in self.environments if each.error is not None), None)
 
-    async def _run_environment(self, one: GroupMember, *, until_empty: bool) -> None:
+    async def _run_environment_with_restarts(self, one: GroupMember, *, until_empty: bool) -> None:
         """Run one environment, and restart it after a failure while other environments run."""
         while not one.drained:
             await one.run(until_empty=until_empty)
@@ -287,9 +288,7 @@ class EnvironmentGroup:
                 await self._changed.wait()
 
     @asynccontextmanager
-    async def _mark_environment_opened_on_entry(
-        self, environment_id: str | None
-    ) -> AsyncIterator[None]:
+    async def _opened_environment_marker(self, environment_id: str | None) -> AsyncIterator[None]:
         """Return a context that marks an environment as opened on entry.
 
         The lease renewer of the environment enters the context when it starts.
@@ -309,11 +308,11 @@ class EnvironmentGroup:
         self._wake_waiters()
         with suppress(TimeoutError):
             async with asyncio.timeout(RETRY_SECONDS):
-                while self._may_restart_environment(one):
+                while self._is_restart_allowed(one):
                     await self._changed.wait()
-        return self._may_restart_environment(one)
+        return self._is_restart_allowed(one)
 
-    def _may_restart_environment(self, one: GroupMember) -> bool:
+    def _is_restart_allowed(self, one: GroupMember) -> bool:
         others = any(each.running for each in self.environments if each is not one)
         return others and not one.drained and self._limits.reached is None
 
@@ -333,7 +332,7 @@ class EnvironmentGroup:
                 else error,
             )
 
-    def _new_supervisor(self, settings: Settings) -> Supervisor:
+    def _create_supervisor(self, settings: Settings) -> Supervisor:
         supervisor = Supervisor(
             settings,
             registry=self._registry,
@@ -342,13 +341,11 @@ class EnvironmentGroup:
         share = self._shares[settings.environment_id]
         supervisor.shared = SharedPoolResources(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
-        supervisor.renewer_services = [
-            self._mark_environment_opened_on_entry(settings.environment_id)
-        ]
-        supervisor.on_blocked = partial(self._handle_renewal_failure, supervisor)
+        supervisor.renewer_services = [self._opened_environment_marker(settings.environment_id)]
+        supervisor.on_blocked = partial(self._end_process_after_failed_renewal, supervisor)
         return supervisor
 
-    def _handle_renewal_failure(self, supervisor: Supervisor) -> None:
+    def _end_process_after_failed_renewal(self, supervisor: Supervisor) -> None:
         """End the process, because an environment's leases are not renewed anymore.
 
         If the lease renewer failed and the loop is not blocked, the environment drains by itself
@@ -377,7 +374,7 @@ class EnvironmentGroup:
         if self.on_blocked is not None:
             self.on_blocked()
 
-    def _new_exporter(self) -> Exporter | None:
+    def _create_exporter(self) -> Exporter | None:
         """Create the exporter; return None if `metrics_listen` is off.
 
         The threads of the exporter call methods of this group.

@@ -161,13 +161,13 @@ def add_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
         if each.name != "flags"
     ]
 
-    def command_with_flags(**given: Any) -> None:
+    def run_command_with_flags(**given: Any) -> None:
         command(flags={name: given.pop(name) for name in names}, **given)
 
-    command_with_flags.__doc__ = command.__doc__
-    command_with_flags.__annotations__ = {each.name: each.annotation for each in (*own, *flags)}
-    vars(command_with_flags)["__signature__"] = inspect.Signature([*own, *flags])
-    return command_with_flags
+    run_command_with_flags.__doc__ = command.__doc__
+    run_command_with_flags.__annotations__ = {each.name: each.annotation for each in (*own, *flags)}
+    vars(run_command_with_flags)["__signature__"] = inspect.Signature([*own, *flags])
+    return run_command_with_flags
 
 
 def parse_key_value_pairs(pairs: list[str] | None) -> dict[str, str]:
@@ -185,7 +185,7 @@ def parse_key_value_pairs(pairs: list[str] | None) -> dict[str, str]:
     return found
 
 
-def import_from_current_directory() -> None:
+def add_current_directory_to_path() -> None:
     """Add the current directory to `sys.path`, as `python -m` does."""
     here = str(Path.cwd())
     if not {"", here} & set(sys.path):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
-from workpool.cli.item_count import ItemCount, ItemCounter
+from workpool.cli.item_count import CountedItems, ItemCounter
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.scaling import FleetLoad
 from workpool.wire.client import WorkClient
@@ -54,13 +54,13 @@ class FleetReader:
         self._without_statistics = False
 
     @property
-    def age_seconds(self) -> float | None:
+    def load_age_seconds(self) -> float | None:
         """The age of the last load in seconds; None before the first load. Safe on any thread."""
         last = self._last
         return None if last is None else self._clock() - last[0]
 
     @property
-    def last_load(self) -> FleetLoad | None:
+    def latest_load(self) -> FleetLoad | None:
         """The last load; None before the first load or after `max_age` s. Safe on any thread."""
         last = self._last
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
@@ -70,13 +70,13 @@ class FleetReader:
 
         May be called on any thread.
         """
-        if self.last_load is not None:
+        if self.latest_load is not None:
             return []
         if (error := self.error) is not None:
             return [f"the queue cannot be read: {error}"]
         return ["the queue is not read to its end yet"]
 
-    async def read_loads_until_cancelled(self) -> None:
+    async def read_fleet_load_periodically(self) -> None:
         """Read the load at intervals until cancelled; a failed read keeps the previous load."""
         while True:
             began_at = self._clock()
@@ -131,10 +131,10 @@ class FleetReader:
             )
         count = await self._counter.count_items()
         if refusal is not None:
-            self._log_refused_statistics(refusal)
-        return None if count.before_unfinished else combine_loads(stats, count)
+            self._log_refusal_of_statistics(refusal)
+        return None if count.before_unfinished else compute_fleet_load(stats, count)
 
-    def _log_refused_statistics(self, refusal: RefusedError) -> None:
+    def _log_refusal_of_statistics(self, refusal: RefusedError) -> None:
         """Log once that the credential may read the list of items but not the statistics."""
         if not self._without_statistics:
             self._without_statistics = True
@@ -145,7 +145,7 @@ class FleetReader:
             )
 
 
-def combine_loads(stats: QueueStats | None, count: ItemCount) -> FleetLoad:
+def compute_fleet_load(stats: QueueStats | None, count: CountedItems) -> FleetLoad:
     """Compute the load from the count of listed items, and from the statistics if they are known.
 
     The number of running items comes from the count, because the statistics do not contain it.

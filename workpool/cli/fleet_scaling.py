@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from workpool.cli.fleet_reader import FleetReader
 
 
-class FleetLoadReaders:
+class FleetScalingCalculator:
     """Reads the load of each environment of a fleet, and computes the numbers for autoscalers.
 
     Each worker of the fleet works for all of these environments.
@@ -40,7 +40,7 @@ class FleetLoadReaders:
             for environment_id, slots in own_slots.items()
         }
 
-    def fleet_scaling_numbers(self) -> dict[str, float] | None:
+    def calculate_fleet_scaling_numbers(self) -> dict[str, float] | None:
         """Return the scaling numbers of the fleet; None if the load of an environment is unknown.
 
         The recommended number of workers suffices for all items together, and for the items of
@@ -48,10 +48,10 @@ class FleetLoadReaders:
         May be called on any thread.
         """
         found = {
-            environment_id: self.environment_scaling_numbers(environment_id)
+            environment_id: self.calculate_environment_scaling_numbers(environment_id)
             for environment_id in self.readers
         }
-        loads = [reader.last_load for reader in self.readers.values()]
+        loads = [reader.latest_load for reader in self.readers.values()]
         known = [each for each in found.values() if each is not None]
         if len(known) < len(found) or None in loads:
             return None
@@ -63,13 +63,13 @@ class FleetLoadReaders:
         numbers["recommended_replicas"] = max(each["recommended_replicas"] for each in wanted)
         return numbers
 
-    def environment_scaling_numbers(self, environment_id: str) -> dict[str, float] | None:
+    def calculate_environment_scaling_numbers(self, environment_id: str) -> dict[str, float] | None:
         """Return the scaling numbers of one environment; None if its load is unknown.
 
         May be called on any thread.
         """
         reader = self.readers[environment_id]
-        load, age = reader.last_load, reader.age_seconds
+        load, age = reader.latest_load, reader.load_age_seconds
         if load is None or age is None:
             return None
         return calculate_scaling_numbers(load, self._rules[environment_id], age_seconds=age)
@@ -89,10 +89,10 @@ class FleetLoadReaders:
             for reason in reader.unready_reasons()
         ]
 
-    async def read_loads_until_cancelled(self) -> None:
+    async def read_fleet_load_periodically(self) -> None:
         """Read the load of all environments at intervals until cancelled."""
         async with asyncio.TaskGroup() as group:
             for environment_id, reader in self.readers.items():
                 group.create_task(
-                    reader.read_loads_until_cancelled(), name=f"read {environment_id}"
+                    reader.read_fleet_load_periodically(), name=f"read {environment_id}"
                 )

@@ -131,7 +131,7 @@ def hold(
         stats_interval=0,
         **dict.fromkeys(NO_EFFECT),
     )
-    program = ProgramPlugin(command, item_token_variables(settings) if session_id else {})
+    program = ProgramPlugin(command, make_item_token_variables(settings) if session_id else {})
     session = session_id or None
     pool = HandoffChildSupervisor(
         settings, work_id, last_heartbeat, plugins=[program], session_id=session
@@ -153,7 +153,7 @@ def hold(
     raise typer.Exit(status)
 
 
-def item_token_variables(settings: Settings) -> dict[str, str]:
+def make_item_token_variables(settings: Settings) -> dict[str, str]:
     """Return the variables that let the program call the session's API with the item's token."""
     return {
         "WORKPOOL_BASE_URL": settings.base_url,

@@ -20,7 +20,7 @@ LISTED_ITEMS_MAX: Final = 2000
 """Items that one count reads: 20 pages, in at least a second."""
 
 
-class ItemCount(NamedTuple):
+class CountedItems(NamedTuple):
     """The result of one count: the number of queued and of running items in the list.
 
     Attributes:
@@ -55,17 +55,17 @@ class ItemCounter:
         self._after: str | None = None
         """The id after which the next count begins; all items up to it are stopped."""
 
-    async def count_items(self) -> ItemCount:
+    async def count_items(self) -> CountedItems:
         """Read the list of items, and count the unfinished ones.
 
         Raises:
             ControlPlaneError: The list cannot be read.
         """
         found = await self._list_items_to_count()
-        self._set_start_after_stopped_items(found.items)
+        self._skip_stopped_items_next_time(found.items)
         states = Counter(item.state for item in found.items)
         queued = [item.created_at for item in found.items if item.state == QUEUED]
-        return ItemCount(
+        return CountedItems(
             queued=len(queued),
             running=sum(states.values()) - states[QUEUED] - states[STOPPED],
             oldest_queued_at=min((time for time in queued if time is not None), default=None),
@@ -87,7 +87,7 @@ class ItemCounter:
     def _find_items(self, after_id: str | None = None) -> Awaitable[FoundItems]:
         return self._client.find(ItemSearch(LISTED_ITEMS_MAX), after_id=after_id)
 
-    def _set_start_after_stopped_items(self, items: Sequence[WorkItem]) -> None:
+    def _skip_stopped_items_next_time(self, items: Sequence[WorkItem]) -> None:
         """Let the next count begin after the stopped items with which the list begins."""
         # Skip items only if the list is long enough to show that it is in order of creation. In a
         # list with another order, new items could be among the skipped items and never be counted.

@@ -24,10 +24,10 @@ def configure_logging(level: str, form: str, ids: Callable[[], Mapping[str, str]
     handler.addFilter(PoolIds(ids))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
-    sys.excepthook = _log_uncaught
+    sys.excepthook = _log_uncaught_exception
 
 
-def _log_uncaught(
+def _log_uncaught_exception(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     log.critical("crashed", exc_info=(kind, error, trace))

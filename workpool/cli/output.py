@@ -41,17 +41,17 @@ def print_rows(
     print_table(columns, [[_format_cell(cell) for cell in row] for row in rows])
 
 
-def print_pairs(pairs: Mapping[str, object]) -> None:
+def print_names_and_values(pairs: Mapping[str, object]) -> None:
     """Print names and values, aligned on a terminal and otherwise with tabs between them."""
     if not sys.stdout.isatty():
         print_rows(("", ""), list(pairs.items()))
         return
     from workpool.cli import tables  # noqa: PLC0415 - only people need it; it is slow
 
-    tables.print_pairs({name: _format_cell(value) for name, value in pairs.items()})
+    tables.print_names_and_values({name: _format_cell(value) for name, value in pairs.items()})
 
 
-def protocol_fields(thing: WorkItem | QueueStats) -> dict[str, Any]:
+def convert_to_protocol_fields(thing: WorkItem | QueueStats) -> dict[str, Any]:
     """Return the fields of an item or of the queue statistics, by their names in the protocol."""
     # Leave out `last_heartbeat`, the same time as `latest_heartbeat_at`, and the item's token,
     # which must not be printed.

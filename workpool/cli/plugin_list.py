@@ -10,7 +10,7 @@ from workpool.cli.flags import (
     Config,
     Json,
     PluginNames,
-    import_from_current_directory,
+    add_current_directory_to_path,
     read_settings,
 )
 from workpool.cli.help_text import format_examples_section
@@ -27,7 +27,7 @@ def load_plugins(settings: Settings) -> Plugins:
     Raises:
         PluginError: A plugin cannot be used.
     """
-    import_from_current_directory()
+    add_current_directory_to_path()
     return Plugins.load((), settings.plugins, settings.plugin_options, settings.config_file)
 
 
@@ -79,13 +79,13 @@ def _print_plugins(found: dict[str, list[dict[str, Any]]]) -> None:
         rows.append(("active", plugin["name"], plugin["source"], ""))
         rows += [("hook", plugin["name"], hook, "") for hook in plugin["hooks"]]
         rows += [
-            ("handler", one["name"], _format_rule(one), _format_handler_limits(one))
+            ("handler", one["name"], _format_handler_rule(one), _format_handler_limits(one))
             for one in plugin["handlers"]
         ]
     print_rows(("", "name", "from, or takes", "of, or limits"), rows)
 
 
-def _format_rule(handler: dict[str, Any]) -> str:
+def _format_handler_rule(handler: dict[str, Any]) -> str:
     pairs = {"type": handler["type"], **handler["metadata"]}
     return " ".join(f"{key}={value}" for key, value in pairs.items())
 

@@ -72,7 +72,9 @@ class ProgramPlugin:
             Release: The program exited with 75 (EX_TEMPFAIL), or a signal ended it early.
             ProgramFailed: The program failed.
         """
-        with _running_program(self._argv, _make_program_environment(session) | self._given) as (
+        with _program_in_process_group(
+            self._argv, _make_program_environment(session) | self._given
+        ) as (
             program,
             number,
         ):
@@ -112,7 +114,7 @@ async def _terminate_when_interrupted(session: Session, group: int) -> None:
 
 
 @contextlib.contextmanager
-def _running_program(
+def _program_in_process_group(
     argv: Sequence[str], env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """Start the program in a process group of its own, and kill the group after the block."""

@@ -20,8 +20,8 @@ from workpool.cli.control_socket import ControlSocket
 from workpool.cli.flags import (
     Config,
     PluginNames,
+    add_current_directory_to_path,
     add_setting_flags,
-    import_from_current_directory,
     read_environments,
     require_connection_settings,
 )
@@ -79,10 +79,10 @@ def run(
         pool = _new_pool(settings, environments)
     signals = SignalEvents()
     log_config.configure_logging(settings.log_level, settings.log_format, lambda: pool.log_ids)
-    import_from_current_directory()
+    add_current_directory_to_path()
     reporter = ServiceReporter(pool.status)
     if reporter.wanted:
-        pool.renewer_services = [reporter.report_lifetime()]
+        pool.renewer_services = [reporter.periodic_reports()]
     signals.on_user = functools.partial(_pause_or_resume, pool)
     with exits.exit_on_error():
         control = ControlSocket(settings.control_socket, settings.origin_of("control_socket"))
@@ -127,7 +127,7 @@ def run_supervisor(
         control: The socket that pauses, resumes and drains it, if any; not entered.
         until_empty: Whether to drain once the queue is empty.
     """
-    supervisor.on_blocked = functools.partial(_end_process, supervisor)
+    supervisor.on_blocked = functools.partial(_end_process_after_failed_renewal, supervisor)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(
             _run_and_clean_up(
@@ -136,7 +136,7 @@ def run_supervisor(
         )
 
 
-def _end_process(supervisor: RunnablePool) -> None:
+def _end_process_after_failed_renewal(supervisor: RunnablePool) -> None:
     """End the process with the status `FAILED`. Called when no thread renews the leases anymore.
 
     A failed pool drains by itself unless its loop is blocked. It has less time for that than the
@@ -157,7 +157,7 @@ async def _run_and_clean_up(
 ) -> int:
     executor = ThreadPoolExecutor(thread_name_prefix=BLOCKING_THREADS)
     asyncio.get_running_loop().set_default_executor(executor)
-    status = await _run_with_signals_and_socket(
+    status = await _run_pool_with_signals_and_control(
         supervisor, signals, control, until_empty=until_empty
     )
     executor.shutdown(wait=False, cancel_futures=True)
@@ -171,7 +171,7 @@ async def _run_and_clean_up(
     return status
 
 
-async def _run_with_signals_and_socket(
+async def _run_pool_with_signals_and_control(
     supervisor: RunnablePool, signals: SignalEvents, control: ControlSocket, *, until_empty: bool
 ) -> int:
     """Run the pool, obey signals and control requests, and return the exit status."""

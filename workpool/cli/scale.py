@@ -25,7 +25,7 @@ from workpool.cli.flags import (
     require_connection_settings,
 )
 from workpool.cli.fleet_reader import FleetReader
-from workpool.cli.fleet_scaling import FleetLoadReaders
+from workpool.cli.fleet_scaling import FleetScalingCalculator
 from workpool.cli.help_text import format_examples_section
 from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.cli.signals import SignalEvents
@@ -120,11 +120,13 @@ def scale(
         new_reader = functools.partial(FleetReader, interval=interval, max_age=max_age)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(
-                _run_until_signal(_serve_scaling_numbers(settings, environments, rule, new_reader))
+                _serve_until_signal(
+                    _serve_scaling_numbers(settings, environments, rule, new_reader)
+                )
             )
 
 
-async def _run_until_signal(serve: Coroutine[Any, Any, None]) -> None:
+async def _serve_until_signal(serve: Coroutine[Any, Any, None]) -> None:
     with SignalEvents() as signals:
         try:
             async with asyncio.TaskGroup() as group:
@@ -152,7 +154,7 @@ async def _serve_scaling_numbers(
             environment_id = str(each.environment_id)
             readers[environment_id] = new_reader(await stack.enter_async_context(client))
             slots[environment_id] = each.concurrency
-        fleet = FleetLoadReaders(readers, slots, rule)
+        fleet = FleetScalingCalculator(readers, slots, rule)
         registry = CollectorRegistry()
         registry.register(FleetMetrics(fleet))
         address = settings.metrics_address
@@ -160,10 +162,10 @@ async def _serve_scaling_numbers(
         exporter = Exporter(
             address.host or "", address.port, registry, health=list, readiness=fleet.unready_reasons
         )
-        exporter.scale = fleet.fleet_scaling_numbers
+        exporter.scale = fleet.calculate_fleet_scaling_numbers
         async with exporter:
             typer.echo(f"ready {exporter.url}/scale")
-            await fleet.read_loads_until_cancelled()
+            await fleet.read_fleet_load_periodically()
 
 
 class FleetMetrics(Collector):
@@ -172,13 +174,14 @@ class FleetMetrics(Collector):
     An environment whose load is unknown is left out.
     """
 
-    def __init__(self, fleet: FleetLoadReaders) -> None:
+    def __init__(self, fleet: FleetScalingCalculator) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:
         """Return one gauge for each key of `FLEET_NUMBERS`, with a sample for each environment."""
         found = {
-            each: self._fleet.environment_scaling_numbers(each) for each in self._fleet.readers
+            each: self._fleet.calculate_environment_scaling_numbers(each)
+            for each in self._fleet.readers
         }
         for key, text in FLEET_NUMBERS.items():
             family = GaugeMetricFamily(METRIC_PREFIX + key, text, labels=("environment_id",))

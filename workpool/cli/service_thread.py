@@ -50,7 +50,7 @@ class ServiceThread:
         self._owner = asyncio.get_running_loop()
         self._opened = asyncio.Event()
         self._thread = asyncio.wrap_future(self._threads.submit(self._run_loop))
-        self._thread.add_done_callback(self._handle_thread_end)
+        self._thread.add_done_callback(self._report_thread_end)
         try:
             await self._opened.wait()
             if self._thread.done():
@@ -78,7 +78,7 @@ class ServiceThread:
         else:
             log.critical("services did not close; abandoned", extra={"seconds": CLOSE_SECONDS})
 
-    def _handle_thread_end(self, thread: asyncio.Future[None]) -> None:
+    def _report_thread_end(self, thread: asyncio.Future[None]) -> None:
         error = None if thread.cancelled() else thread.exception()
         # An error before the services have opened is raised by `__aenter__` and not logged here.
         if error is not None and self._opened.is_set():

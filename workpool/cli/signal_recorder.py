@@ -55,7 +55,7 @@ class SignalRecorder:
             signal.signal(each, self)
         return former
 
-    def terminal_hung_up(self) -> bool:
+    def has_lost_terminal(self) -> bool:
         """Return whether the process had a controlling terminal and has lost it.
 
         The kernel takes the terminal away from the whole session before it sends SIGHUP, so a

@@ -86,16 +86,16 @@ class SignalEvents:
         self._handled += len(received)
         for each in received:
             if each in ENDING or (each in HANGUP and self._should_end_on_hangup()):
-                self._set_end_events(each)
+                self._record_end_request(each)
             elif each in USER and self.on_user is not None:
                 self.on_user(each)
             else:
                 log.warning("signal has no effect", extra={"signal": each.name})
 
     def _should_end_on_hangup(self) -> bool:
-        return self._hangup_ends and self._recorder.terminal_hung_up()
+        return self._hangup_ends and self._recorder.has_lost_terminal()
 
-    def _set_end_events(self, each: signal.Signals) -> None:
+    def _record_end_request(self, each: signal.Signals) -> None:
         if self.first.is_set():
             # Ignore a second SIGHUP: when the terminal closes, the shell and the kernel each send
             # one SIGHUP.

@@ -52,7 +52,7 @@ class ServiceReporter:
         self._failed = False
 
     @asynccontextmanager
-    async def report_lifetime(self) -> AsyncIterator[None]:
+    async def periodic_reports(self) -> AsyncIterator[None]:
         """A context in which the pool is reported as ready and alive; its end reports the stop.
 
         Entered on the loop of the lease renewer, once plugins and exporter are open.
@@ -62,22 +62,22 @@ class ServiceReporter:
         self._socket.setblocking(False)
         with closing(self._socket):
             async with asyncio.TaskGroup() as group:
-                repeating = group.create_task(self._report_repeatedly(), name="systemd")
+                repeating = group.create_task(self._send_reports_periodically(), name="systemd")
                 try:
                     yield
                 finally:
                     repeating.cancel()
-                    self._send_report(ending=True)
+                    self._send_status_report(ending=True)
 
-    async def _report_repeatedly(self) -> None:
+    async def _send_reports_periodically(self) -> None:
         # Send three reports in each watchdog interval, so that systemd does not kill the process
         # when two of them are late.
         interval = min(REPORT_SECONDS, (self._watchdog or 3 * REPORT_SECONDS) / 3)
         while True:
-            self._send_report()
+            self._send_status_report()
             await asyncio.sleep(interval)
 
-    def _send_report(self, *, ending: bool = False) -> None:
+    def _send_status_report(self, *, ending: bool = False) -> None:
         status = self._status()
         facts = {"READY=1", f"STATUS={_status_text(status)}"}
         repeated = [] if self._watchdog is None else ["WATCHDOG=1"]

@@ -38,7 +38,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(table)
 
 
-def print_pairs(pairs: Mapping[str, str]) -> None:
+def print_names_and_values(pairs: Mapping[str, str]) -> None:
     """Print each name and its value on one line, which the terminal may wrap."""
     console = Console(highlight=False)
     width = max(map(cell_len, pairs))

@@ -24,11 +24,11 @@ from workpool.cli.flags import (
 )
 from workpool.cli.help_text import PLAIN, format_examples_section
 from workpool.cli.output import (
+    convert_to_protocol_fields,
     format_key_value_pairs,
     print_json,
-    print_pairs,
+    print_names_and_values,
     print_rows,
-    protocol_fields,
 )
 from workpool.errors import RefusedError
 from workpool.logs import escape_text
@@ -117,11 +117,11 @@ def list_items(
         return await client.find(search, after_id=after, before_id=before)
 
     if not watch:
-        _print_items(_run_call(settings, find_items), as_json=json)
+        _print_items(_call_control_plane(settings, find_items), as_json=json)
         return
     try:
         while True:
-            found = _run_call(settings, find_items)
+            found = _call_control_plane(settings, find_items)
             if sys.stdout.isatty():
                 typer.echo(CLEAR, nl=False)
             _print_items(found, as_json=json)
@@ -132,7 +132,7 @@ def list_items(
 
 def _print_items(found: FoundItems, *, as_json: bool) -> None:
     if as_json:
-        print_json([protocol_fields(item) for item in found.items])
+        print_json([convert_to_protocol_fields(item) for item in found.items])
     else:
         print_rows(
             ("id", "type", "state", "created", "session", "metadata"),
@@ -165,7 +165,7 @@ def show_item(
 ) -> None:
     """Show one item."""
     settings = _read_queue_settings(config, environment_id, base_url)
-    _print_item(_run_call(settings, lambda client: client.get(work_id)), as_json=json)
+    _print_item(_call_control_plane(settings, lambda client: client.get(work_id)), as_json=json)
 
 
 @app.command(
@@ -199,13 +199,13 @@ def enqueue_items(
     """Create items in a queue of `workpool serve`, and print their ids, one a line."""
     settings = _read_queue_settings(config, environment_id, base_url)
     pairs = parse_key_value_pairs(metadata)
-    entries = _read_script(script)
-    items = _run_call(
+    entries = _read_tool_use_script(script)
+    items = _call_control_plane(
         settings,
         lambda client: client.enqueue(count, pairs, item_type=work_type, script=entries),
     )
     if json:
-        print_json([protocol_fields(item) for item in items])
+        print_json([convert_to_protocol_fields(item) for item in items])
         return
     for item in items:
         typer.echo(item.id)
@@ -237,7 +237,8 @@ def update_item(
     if not patch:
         raise typer.BadParameter("give KEY=VALUE or --delete KEY")
     _print_item(
-        _run_call(settings, lambda client: client.update_metadata(work_id, patch)), as_json=json
+        _call_control_plane(settings, lambda client: client.update_metadata(work_id, patch)),
+        as_json=json,
     )
 
 
@@ -255,7 +256,7 @@ def retry_item(
     `workpool.retry_of`. It belongs to a new session. Only `workpool serve` has a call for this.
     """
     settings = _read_queue_settings(config, environment_id, base_url)
-    item = _run_call(settings, lambda client: _read_or_find_item(client, work_id))
+    item = _call_control_plane(settings, lambda client: _read_or_find_item(client, work_id))
     if item.state != protocol.STOPPED:
         typer.echo(f"workpool: {item.id} is {item.state}; only a stopped item is retried", err=True)
         raise typer.Exit(exits.FAILED)
@@ -265,7 +266,7 @@ def retry_item(
         if not key.startswith(protocol.OUR_METADATA)
     }
 
-    async def create_copy(client: WorkClient) -> WorkItem | None:
+    async def create_copy_of_item(client: WorkClient) -> WorkItem | None:
         try:
             [copy] = await client.enqueue(
                 metadata={**metadata, protocol.OUR_RETRY: item.id}, item_type=item.type
@@ -276,7 +277,7 @@ def retry_item(
             return None
         return copy
 
-    copy = _run_call(settings, create_copy)
+    copy = _call_control_plane(settings, create_copy_of_item)
     if copy is None:
         typer.echo(
             "workpool: this control plane has no call that creates items. Create a session for the "
@@ -286,7 +287,7 @@ def retry_item(
         )
         raise typer.Exit(exits.REFUSED)
     if json:
-        print_json(protocol_fields(copy))
+        print_json(convert_to_protocol_fields(copy))
     else:
         typer.echo(copy.id)
 
@@ -310,12 +311,12 @@ def stop_item(
     """Stop an item: ask its worker to end it, or with --force end it now."""
     settings = _read_queue_settings(config, environment_id, base_url)
 
-    async def stop_and_read(client: WorkClient) -> WorkItem:
+    async def stop_then_read_item(client: WorkClient) -> WorkItem:
         stopped = await client.stop(work_id, force)
         # Some control planes answer a stop without a body. Then read the item with another call.
         return stopped or await _read_or_find_item(client, work_id)
 
-    _print_item(_run_call(settings, stop_and_read), as_json=json)
+    _print_item(_call_control_plane(settings, stop_then_read_item), as_json=json)
 
 
 @app.command(
@@ -329,23 +330,23 @@ def show_stats(
 ) -> None:
     """Show the statistics of the queue."""
     settings = _read_queue_settings(config, environment_id, base_url)
-    found = protocol_fields(_run_call(settings, lambda client: client.stats()))
+    found = convert_to_protocol_fields(_call_control_plane(settings, lambda client: client.stats()))
     if json:
         print_json(found)
     else:
-        print_pairs(found)
+        print_names_and_values(found)
 
 
-def _run_call(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
+def _call_control_plane(settings: Settings, call: Callable[[WorkClient], Awaitable[T]]) -> T:
     """Make one call with a new client, and return its result; an error ends the command."""
 
-    async def call_with_client() -> T:
+    async def call_with_new_client() -> T:
         async with WorkClient(settings) as client:
             return await call(client)
 
     with exits.exit_on_error():
         try:
-            return asyncio.run(call_with_client())
+            return asyncio.run(call_with_new_client())
         # The client raises ValueError if the id from the command line is malformed.
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
@@ -365,14 +366,14 @@ async def _read_or_find_item(client: WorkClient, work_id: str) -> WorkItem:
 
 
 def _print_item(item: WorkItem, *, as_json: bool) -> None:
-    found = protocol_fields(item)
+    found = convert_to_protocol_fields(item)
     if as_json:
         print_json(found)
     else:
-        print_pairs(found | {"metadata": format_key_value_pairs(item.metadata)})
+        print_names_and_values(found | {"metadata": format_key_value_pairs(item.metadata)})
 
 
-def _read_script(path: Path | None) -> Sequence[dict[str, Any]] | None:
+def _read_tool_use_script(path: Path | None) -> Sequence[dict[str, Any]] | None:
     if path is None:
         return None
     try:

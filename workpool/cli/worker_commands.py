@@ -61,7 +61,7 @@ EXAMPLES: Final = {
 }
 
 
-class ControlError(Exception):
+class WorkerRequestError(Exception):
     """Raised if a request to a worker fails; the message gives the reason."""
 
 
@@ -83,7 +83,9 @@ def pause(
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
     given = {} if reason is None else {"reason": reason}
-    _send_to_chosen_worker({"command": "pause", **given}, "paused", path, pid, environment_id)
+    _send_request_to_chosen_worker(
+        {"command": "pause", **given}, "paused", path, pid, environment_id
+    )
 
 
 def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment = None) -> None:
@@ -91,7 +93,7 @@ def resume(path: SocketPath = None, pid: Pid = None, environment_id: Environment
 
     The worker is the only one of this user on this machine, or the one that the flags choose.
     """
-    _send_to_chosen_worker({"command": "resume"}, "resumed", path, pid, environment_id)
+    _send_request_to_chosen_worker({"command": "resume"}, "resumed", path, pid, environment_id)
 
 
 def drain(
@@ -112,10 +114,12 @@ def drain(
     only one of this user on this machine, or the one that the flags choose.
     """
     given = {} if timeout is None else {"timeout": timeout}
-    _send_to_chosen_worker({"command": "drain", **given}, "draining", path, pid, environment_id)
+    _send_request_to_chosen_worker(
+        {"command": "drain", **given}, "draining", path, pid, environment_id
+    )
 
 
-def _send_to_chosen_worker(
+def _send_request_to_chosen_worker(
     request: Mapping[str, object],
     done: str,
     path: Path | None,
@@ -128,10 +132,10 @@ def _send_to_chosen_worker(
     try:
         chosen = _choose_worker(path, pid, environment_id)
         answer = _send_request(chosen, request)
-    except (OSError, ControlError) as error:
-        _print_and_exit(exits.FAILED, _find_failure_reason(error))
+    except (OSError, WorkerRequestError) as error:
+        _print_errors_and_exit(exits.FAILED, _find_failure_reason(error))
     if "error" in answer:
-        _print_and_exit(exits.USAGE, f"{chosen}: {answer['error']}")
+        _print_errors_and_exit(exits.USAGE, f"{chosen}: {answer['error']}")
     typer.echo(f"{done} {_describe_worker(answer)}")
 
 
@@ -144,9 +148,9 @@ def _choose_worker(path: Path | None, pid: int | None, environment_id: str | Non
     for each in paths:
         try:
             answer = _send_request(each, {"command": "status", **asked})
-        except (OSError, ControlError) as error:
+        except (OSError, WorkerRequestError) as error:
             if path is not None:
-                raise ControlError(f"{path}: {_find_failure_reason(error)}") from None
+                raise WorkerRequestError(f"{path}: {_find_failure_reason(error)}") from None
             if not isinstance(error, ConnectionRefusedError | FileNotFoundError):
                 typer.echo(f"workpool: {each}: {readable(_find_failure_reason(error))}", err=True)
             continue
@@ -156,14 +160,14 @@ def _choose_worker(path: Path | None, pid: int | None, environment_id: str | Non
         return next(iter(found))
     if found:
         lines = [f"{_describe_worker(answer)} socket={each}" for each, answer in found.items()]
-        _print_and_exit(
+        _print_errors_and_exit(
             exits.USAGE,
             "several workers listen; choose one with --pid, --environment-id or --socket",
             *lines,
         )
     fitting = "" if wanted == {"pid": None, "environment_id": None} else " that the flags fit"
     where = ", ".join(map(str, [path] if path is not None else list_socket_directories()))
-    raise ControlError(
+    raise WorkerRequestError(
         f"no worker{fitting} listens (looked at {where}); it may run as another user, on another "
         "machine, or with another control_socket, which --socket names"
     )
@@ -184,41 +188,43 @@ def _send_request(path: Path, request: Mapping[str, object]) -> dict[str, Any]:
 
     Raises:
         OSError: No worker listens, or the worker does not answer in time.
-        ControlError: The socket is not this user's, or its answer cannot be read.
+        WorkerRequestError: The socket is not this user's, or its answer cannot be read.
     """
     line = orjson.dumps(request) + b"\n"
     if len(line) > LINE_BYTES:
-        raise ControlError("the reason is too long")
+        raise WorkerRequestError("the reason is too long")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(ANSWER_SECONDS)
-        _connect_to_user_socket(connection, path)
+        _connect_to_own_socket(connection, path)
         connection.sendall(line)
-        received = _receive_answer(connection)
+        received = _receive_worker_answer(connection)
     try:
         answer = orjson.loads(received)
     except orjson.JSONDecodeError:
         answer = None
     if not isinstance(answer, dict):
-        raise ControlError("the answer cannot be read")
+        raise WorkerRequestError("the answer cannot be read")
     return answer
 
 
-def _connect_to_user_socket(connection: socket.socket, path: Path) -> None:
+def _connect_to_own_socket(connection: socket.socket, path: Path) -> None:
     """Connect to a control socket that belongs to this user.
 
     Raises:
-        ControlError: The path is no socket, or another user owns the socket or listens on it.
+        WorkerRequestError: The path is no socket, or another user owns the socket or listens on it.
     """
     found, user = path.lstat(), os.geteuid()
     if not stat.S_ISSOCK(found.st_mode):
-        raise ControlError("is no socket")
+        raise WorkerRequestError("is no socket")
     if found.st_uid == user:
         connection.connect(str(path))
     if found.st_uid != user or read_peer_user_id(connection) not in {None, user}:
-        raise ControlError(f"belongs to the user {found.st_uid}: run the command as that user")
+        raise WorkerRequestError(
+            f"belongs to the user {found.st_uid}: run the command as that user"
+        )
 
 
-def _receive_answer(connection: socket.socket) -> bytes:
+def _receive_worker_answer(connection: socket.socket) -> bytes:
     end = time.monotonic() + ANSWER_SECONDS
     received = b""
     while not received.endswith(b"\n") and len(received) < ANSWER_BYTES:
@@ -250,7 +256,7 @@ def _describe_worker(answer: Mapping[str, Any]) -> str:
     return " ".join(shown)
 
 
-def _print_and_exit(status: int, *lines: str) -> NoReturn:
+def _print_errors_and_exit(status: int, *lines: str) -> NoReturn:
     for line in lines:
         typer.echo(f"workpool: {readable(line)}", err=True)
     raise typer.Exit(status)

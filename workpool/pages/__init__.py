@@ -36,11 +36,11 @@ def add_page(router: web.UrlDispatcher, name: str) -> Handler:
         name: `worker` or `queue`.
     """
     for file in (*_SHARED, f"{name}.js"):
-        router.add_get(f"/page/{file}", _new_file_handler(file))
-    return _new_file_handler(f"{name}.html")
+        router.add_get(f"/page/{file}", _make_file_route_handler(file))
+    return _make_file_route_handler(f"{name}.html")
 
 
-def _new_file_handler(file: str) -> Handler:
+def _make_file_route_handler(file: str) -> Handler:
     async def serve_page(_: web.Request) -> web.Response:
         body = resources.files(__name__).joinpath(file).read_bytes()
         content_type = _TYPES[file.rpartition(".")[2]]

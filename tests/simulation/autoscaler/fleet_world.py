@@ -186,11 +186,11 @@ class FleetWorld(SimulatedWorld):
                 max_age=AGE_SECONDS,
                 clock=self._reader_node.machine.lease_clock,
             )
-            await self._reader.read_loads_until_cancelled()
+            await self._reader.read_fleet_load_periodically()
 
     def _read_scaling_metric(self) -> float | None:
         """Return the metric that the autoscaler reads from `/scale`; None if the answer is 503."""
-        load = None if self._reader is None else self._reader.last_load
+        load = None if self._reader is None else self._reader.latest_load
         if load is None:
             return None
         if self._fleet.settings.metric == "busy_slots":

@@ -14,10 +14,10 @@ from aiohttp import web
 
 from workpool.cli import exits
 from workpool.cli.demo.demo_sessions import EXAMPLE, FIRST, DemoSession, make_sessions_for_handler
-from workpool.cli.demo.demo_state import DemoState, worker_name_of
+from workpool.cli.demo.demo_state import DemoState, parse_worker_name
 from workpool.cli.demo.demo_view import DemoView
 from workpool.cli.demo.demo_workers import DemoWorker, worker_settings
-from workpool.cli.flags import import_from_current_directory
+from workpool.cli.flags import add_current_directory_to_path
 from workpool.cli.signals import SignalEvents
 from workpool.pool.lease_renewer import new_event_loop
 from workpool.server import ControlPlane
@@ -48,7 +48,7 @@ def run_demo(handler: str | None, metadata: Mapping[str, str], count: int) -> in
     Raises:
         PluginError: The handler cannot be imported, or takes no item with this metadata.
     """
-    import_from_current_directory()
+    add_current_directory_to_path()
     chosen = handler or EXAMPLE
     sessions = make_sessions_for_handler(chosen, metadata, count)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -86,7 +86,7 @@ class DemoRunner:
         self, handler: str, sessions: list[DemoSession], view: DemoView | None = None
     ) -> None:
         clock = make_system_clock()
-        self.plane = ControlPlane(middlewares=[self._history_middleware], now=clock)
+        self.plane = ControlPlane(middlewares=[self._state_update_middleware], now=clock)
         self.view = view or DemoView()
         self._handler = handler
         self._sessions = sessions
@@ -108,18 +108,18 @@ class DemoRunner:
             f" control plane {self.state.control_plane_url}"
         )
         self._create_sessions(FIRST)
-        async with self._running_workers(signals):
+        async with self._worker_processes(signals):
             return await self._show_progress(signals)
 
     @asynccontextmanager
-    async def _running_workers(self, signals: SignalEvents) -> AsyncIterator[None]:
+    async def _worker_processes(self, signals: SignalEvents) -> AsyncIterator[None]:
         """Run the worker processes during the block, and drain the workers after the block.
 
         Workers that have not ended after `END_SECONDS` or at the second signal are killed.
         """
         async with asyncio.TaskGroup() as group:
             tasks = {
-                group.create_task(worker.run_process(), name=worker.name)
+                group.create_task(worker.run_worker_process(), name=worker.name)
                 for worker in self._workers
             }
             yield
@@ -131,13 +131,13 @@ class DemoRunner:
                 {all_ended, hurry}, timeout=END_SECONDS, return_when=asyncio.FIRST_COMPLETED
             )
             for task in (*tasks, all_ended, hurry):
-                task.cancel()  # Cancelling `run_process` kills its worker process.
+                task.cancel()  # Cancelling `run_worker_process` kills its worker process.
 
     async def _show_progress(self, signals: SignalEvents) -> int:
         """Show the state until every session has ended, a signal arrives or the demo stalls."""
         state, loop = self.state, asyncio.get_running_loop()
         acked, moved_at = 0, loop.time()
-        while state.ended_count < state.count:
+        while state.ended_session_count < state.count:
             if signals.first.is_set():
                 self.view.print_demo_line("ending: the workers drain")
                 return exits.OK
@@ -183,18 +183,18 @@ class DemoRunner:
             self._names[item.id] = f"session {len(self._names) + 1:02d}"
 
     @web.middleware
-    async def _history_middleware(
+    async def _state_update_middleware(
         self, request: web.Request, handler: Respond
     ) -> web.StreamResponse:
         """After each request, show new history records; kill a worker if enough sessions ended."""
-        worker = worker_name_of(request.headers.get("Worker-ID"))
+        worker = parse_worker_name(request.headers.get("Worker-ID"))
         if self._victim is not None and worker == self._victim.name:
             # The worker sent this request before it was killed. Refuse it, so that no item is
             # delivered to a dead worker.
             raise web.HTTPServiceUnavailable
         self._polled.add(worker)
         response = await handler(request)
-        for line in self.state.apply_new_records():
+        for line in self.state.apply_new_history_records():
             self.view.print_demo_line(line)
         if self._victim is None and len(self._names) == len(self._sessions):
             self._kill_worker_when_due()
@@ -202,10 +202,10 @@ class DemoRunner:
 
     def _kill_worker_when_due(self) -> None:
         """Once a quarter of all sessions have ended, kill a worker that holds enough items."""
-        stopped, count = self.state.ended_count, len(self._sessions)
+        stopped, count = self.state.ended_session_count, len(self._sessions)
         wanted = 3 if stopped < count // 2 else 1
         for worker in reversed(self._workers):
-            held = self.state.held_item_names(worker.name)
+            held = self.state.list_held_item_names(worker.name)
             if stopped >= count // 4 and len(held) >= wanted and self._victim is None:
                 self._victim = worker
                 worker.kill()

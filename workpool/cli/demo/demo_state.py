@@ -67,20 +67,20 @@ class DemoState:
         return self._plane.base_url
 
     @property
-    def ended_count(self) -> int:
+    def ended_session_count(self) -> int:
         """The number of sessions that have ended."""
         return self.completed.total() + self.failed.total()
 
     @property
-    def queued_count(self) -> int:
+    def queued_session_count(self) -> int:
         """The number of sessions that no worker holds."""
-        return self.count - self.ended_count - len(self.held)
+        return self.count - self.ended_session_count - len(self.held)
 
     def held_item_count(self, worker: str) -> int:
         """Return the number of items that a worker holds."""
         return sum(hold.worker == worker for hold in self.held.values())
 
-    def results_text(self, worker: str) -> str:
+    def format_results(self, worker: str) -> str:
         """Return a text with the numbers of completed and failed sessions of a worker."""
         failed = f", {self.failed[worker]} failed" if self.failed[worker] else ""
         return f"{self.completed[worker]} completed{failed}"
@@ -90,7 +90,7 @@ class DemoState:
         ends = [hold.lease_end for hold in self.held.values() if hold.worker == worker]
         return max(0.0, max(ends) - self._now()) if ends else None
 
-    def held_item_names(self, worker: str) -> list[str]:
+    def list_held_item_names(self, worker: str) -> list[str]:
         """Return the names of the items that a worker holds.
 
         The list is empty until each of these items has had a heartbeat, so that the demo does not
@@ -100,7 +100,7 @@ class DemoState:
         ready = all(hold.has_heartbeat for hold in held.values())
         return [self._item_name(work_id) for work_id in held] if ready else []
 
-    def apply_new_records(self) -> list[str]:
+    def apply_new_history_records(self) -> list[str]:
         """Update the state from new records of the history.
 
         Return lines that report failed sessions, lapsed leases and reclaimed items.
@@ -114,7 +114,7 @@ class DemoState:
         orphan = work_id in self._orphans
         lease_end = record.lease_end or record.time
         if record.kind == "acked":
-            worker = worker_name_of(record.worker_id)
+            worker = parse_worker_name(record.worker_id)
             self.held[work_id] = HeldItem(worker, lease_end)
             self.acked += 1
             self.reclaimed[worker] += orphan
@@ -138,6 +138,6 @@ class DemoState:
         return self._names.get(work_id, work_id)
 
 
-def worker_name_of(worker_id: str | None) -> str:
+def parse_worker_name(worker_id: str | None) -> str:
     """Return the configured name of a worker, without the suffix that each start adds."""
     return (worker_id or "").rpartition("-")[0]

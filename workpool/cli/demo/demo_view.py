@@ -50,9 +50,11 @@ class DemoView(AbstractContextManager["DemoView"]):
         """Redraw the table; without a terminal, print a line at intervals and at the end."""
         if self._console.is_terminal:
             self._live.update(make_state_table(state), refresh=True)
-        elif monotonic() - self._drawn_at >= LINE_SECONDS or state.ended_count == state.count:
+        elif (
+            monotonic() - self._drawn_at >= LINE_SECONDS or state.ended_session_count == state.count
+        ):
             self._drawn_at = monotonic()
-            self._console.print(Text(progress_line(state)), soft_wrap=True)
+            self._console.print(Text(format_progress_line(state)), soft_wrap=True)
 
 
 def make_state_table(state: DemoState) -> Panel:
@@ -60,40 +62,41 @@ def make_state_table(state: DemoState) -> Panel:
     workers = state.workers
     table = Table("", *(worker.name for worker in workers), box=box.SIMPLE)
     table.add_row(
-        "state", *(Text(worker_state_text(state, one), _STYLES[one.state]) for one in workers)
+        "state", *(Text(format_worker_state(state, one), _STYLES[one.state]) for one in workers)
     )
-    table.add_row("slots", *(slots_text(state, worker) for worker in workers))
-    table.add_row("sessions", *(state.results_text(worker.name) for worker in workers))
+    table.add_row("slots", *(format_busy_slots(state, worker) for worker in workers))
+    table.add_row("sessions", *(state.format_results(worker.name) for worker in workers))
     table.add_row("reclaimed", *(str(state.reclaimed[worker.name]) for worker in workers))
     table.add_row("metrics", *(worker.url or "-" for worker in workers))
-    bar = ProgressBar(total=state.count, completed=state.ended_count)
+    bar = ProgressBar(total=state.count, completed=state.ended_session_count)
     return Panel(
-        Group(Text(queue_text(state)), bar, table), title=f"control plane {state.control_plane_url}"
+        Group(Text(format_queue_counts(state)), bar, table),
+        title=f"control plane {state.control_plane_url}",
     )
 
 
-def progress_line(state: DemoState) -> str:
+def format_progress_line(state: DemoState) -> str:
     """Return the state of the queue and the workers as one line."""
     workers = (
-        f"{one.name} {worker_state_text(state, one)}, {slots_text(state, one)} slots,"
-        f" {state.results_text(one.name)}"
+        f"{one.name} {format_worker_state(state, one)}, {format_busy_slots(state, one)} slots,"
+        f" {state.format_results(one.name)}"
         for one in state.workers
     )
-    return f"-- {' | '.join([queue_text(state), *workers])}"
+    return f"-- {' | '.join([format_queue_counts(state), *workers])}"
 
 
-def queue_text(state: DemoState) -> str:
+def format_queue_counts(state: DemoState) -> str:
     """Return the numbers of queued, running and stopped sessions as text."""
-    ended = f"{state.ended_count} of {state.count}"
-    return f"queue {state.queued_count}   running {len(state.held)}   stopped {ended}"
+    ended = f"{state.ended_session_count} of {state.count}"
+    return f"queue {state.queued_session_count}   running {len(state.held)}   stopped {ended}"
 
 
-def worker_state_text(state: DemoState, worker: DemoWorker) -> str:
+def format_worker_state(state: DemoState, worker: DemoWorker) -> str:
     """Return the state of a worker, and for a killed worker the time until its leases lapse."""
     seconds = state.seconds_until_lease_lapse(worker.name) if worker.state == "killed" else None
     return worker.state if seconds is None else f"killed, leases lapse in {seconds:.0f} s"
 
 
-def slots_text(state: DemoState, worker: DemoWorker) -> str:
+def format_busy_slots(state: DemoState, worker: DemoWorker) -> str:
     """Return the numbers of busy slots and of all slots of a worker, such as `3/4`."""
     return "-" if worker.state == "starting" else f"{state.held_item_count(worker.name)}/{SLOTS}"

@@ -1,6 +1,6 @@
 """The workers of the demo: processes of `workpool run`, with their logs.
 
-Each process has ended once `DemoWorker.run_process` returns or is cancelled.
+Each process has ended once `DemoWorker.run_worker_process` returns or is cancelled.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ class DemoWorker:
         self._process: asyncio.subprocess.Process | None = None
         self._must_end = False
 
-    async def run_process(self) -> None:
+    async def run_worker_process(self) -> None:
         """Run the process and show its output until the process ends; a cancellation kills it."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "workpool", "run", self._plugin),
@@ -89,7 +89,7 @@ class DemoWorker:
                 self._process.kill()
 
     def terminate(self) -> None:
-        """Drain the worker: send SIGTERM, or let `run_process` send it if no process exists yet."""
+        """Drain the worker: send SIGTERM, now or as soon as its process exists."""
         self._must_end = True
         if self._process is not None:
             with suppress(ProcessLookupError):
