@@ -126,7 +126,7 @@ class SharedQueue:
             if not answer.ok or not isinstance(item, dict) or not isinstance(item.get("id"), str):
                 self._nothing_at = at
                 return answer, False
-            subject = self._find_suite_item(item)
+            subject = self._find_and_update_suite_item(item)
             if subject is not None:
                 self._deliveries += 1
                 delivery = ItemDelivery(self._deliveries, self._nothing_at, at, item)
@@ -154,7 +154,7 @@ class SharedQueue:
             polling.set_result(came)
         return came
 
-    def _find_suite_item(self, item: Mapping[str, Any]) -> SuiteItem | None:
+    def _find_and_update_suite_item(self, item: Mapping[str, Any]) -> SuiteItem | None:
         """Update and return the record of a delivered item; None if the suite has no such item."""
         payload = item.get("data")
         session_id = payload.get("id") if isinstance(payload, dict) else None

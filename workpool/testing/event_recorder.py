@@ -61,14 +61,14 @@ class Recorder:
         found: list[E] = []
         seen = 0
 
-        def find_enough_events() -> list[E] | None:
+        def find_requested_number_of_events() -> list[E] | None:
             nonlocal seen
             new, seen = self.events[seen:], len(self.events)
             found.extend(e for e in new if isinstance(e, kind) and (where is None or where(e)))
             return found if len(found) >= count else None
 
         await self._changes.wait_until(
-            find_enough_events,
+            find_requested_number_of_events,
             lambda: f"{count} × {kind.__name__}; there was {count_event_names(self.events)}",
             timeout,
         )

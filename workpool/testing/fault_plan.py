@@ -60,7 +60,7 @@ class _FaultEntry(_StrictFileModel):
         return limits
 
 
-class _StatusFaultEntry(_FaultEntry):
+class _HttpStatusFaultEntry(_FaultEntry):
     kind: Literal["status"]
     code: Annotated[int, Field(ge=300, le=599)]
     retry_after: _Seconds | str | None = None
@@ -91,7 +91,7 @@ class _DelayFaultEntry(_FaultEntry):
         return effects.delay(self.seconds, applied=self.applied)
 
 
-class _TrickleFaultEntry(_FaultEntry):
+class _SlowAnswerFaultEntry(_FaultEntry):
     kind: Literal["trickle"]
     seconds: _Seconds
 
@@ -119,10 +119,10 @@ class FaultPlan(_StrictFileModel):
     clock_skew: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     fault: list[
         Annotated[
-            _StatusFaultEntry
+            _HttpStatusFaultEntry
             | _LostAnswerFaultEntry
             | _DelayFaultEntry
-            | _TrickleFaultEntry
+            | _SlowAnswerFaultEntry
             | _ExpiredLeaseFaultEntry,
             Field(discriminator="kind"),
         ]

@@ -207,7 +207,7 @@ class Faults:
             AssertionError: There was no such request in time.
         """
 
-        def find_enough_requests() -> list[Request] | None:
+        def find_requested_number_of_requests() -> list[Request] | None:
             found = self.of(*ops, work_id=work_id)
             if answered:
                 found = [request for request in found if request.status is not None]
@@ -217,7 +217,7 @@ class Faults:
         if timeout is None:
             timeout = WAIT_SECONDS if self._over_http else VIRTUAL_WAIT_SECONDS
         found = await self._changes.wait_until(
-            find_enough_requests,
+            find_requested_number_of_requests,
             lambda: f"{count} × {names}; there was {[each.op for each in self.seen]}",
             timeout,
         )

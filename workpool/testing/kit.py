@@ -223,7 +223,7 @@ class Kit:
             case SessionFinished():
                 return self._make_session_result(end, self.item(item))
             case ItemDeclined():
-                raise AssertionError(_describe_declined_item(end, plugins))
+                raise AssertionError(_explain_decline_of_item(end, plugins))
         raise AssertionError("the pool was drained before the session had ended")
 
     async def wait_for(
@@ -356,7 +356,7 @@ def _timeout_seconds(timeout: float | None) -> float:
     return WAIT_SECONDS if _virtual_loop() is None else VIRTUAL_WAIT_SECONDS
 
 
-def _describe_declined_item(event: ItemDeclined, plugins: Sequence[object]) -> str:
+def _explain_decline_of_item(event: ItemDeclined, plugins: Sequence[object]) -> str:
     rules = [
         f"{callable_name(each)} takes {rule}"
         for each in plugins

@@ -145,10 +145,10 @@ class Transport:
         The copy uses the same connections.
         """
         other = copy.copy(self)
-        other.use_token(token)
+        other.use_fixed_token(token)
         return other
 
-    def use_token(self, token: str) -> None:
+    def use_fixed_token(self, token: str) -> None:
         """Send this token with all later requests, and do not replace it after a 401 or 403."""
         self._renews = False
         self._set_headers(token)
