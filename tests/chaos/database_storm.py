@@ -105,7 +105,7 @@ class DatabaseStorm(Storm):
 
     def _restart_database(self, away: float, *, crash: bool) -> None:
         if crash:
-            self._cluster.kill()
+            self._cluster.kill_all_processes()
         else:
             self._cluster.stop()
         time.sleep(away)

@@ -129,7 +129,7 @@ class Cluster:
         self.stop()
         self.start()
 
-    def kill(self) -> None:
+    def kill_all_processes(self) -> None:
         """Kill every process of the server, as a crash does, and return once they have ended."""
         first = self.pid
         # Suspend the server first, so that it starts no more processes.

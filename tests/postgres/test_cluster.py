@@ -19,7 +19,7 @@ def test_restarted_cluster_has_all_committed_rows(dedicated_postgres: Cluster, e
     dedicated_postgres.execute("INSERT INTO number VALUES (7)", url)
     endings: dict[str, Callable[[], None]] = {
         "stop": dedicated_postgres.stop,
-        "kill": dedicated_postgres.kill,
+        "kill": dedicated_postgres.kill_all_processes,
     }
     endings[end]()
     with pytest.raises(AssertionError, match="refused"):

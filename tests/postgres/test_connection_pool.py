@@ -202,7 +202,7 @@ async def test_pool_reconnects_after_a_database_restart(
     await pool.open()
     try:
         if end == "kill":
-            await asyncio.to_thread(dedicated_postgres.kill)
+            await asyncio.to_thread(dedicated_postgres.kill_all_processes)
             with pytest.raises(UnavailableError):
                 await pool.fetchval("SELECT 7")
             await asyncio.to_thread(dedicated_postgres.start)

@@ -181,7 +181,7 @@ async def test_database_that_restarts_under_load_loses_no_item(
         for _ in range(2):
             await load.wait_for_stopped_items(5)
             await asyncio.to_thread(
-                dedicated_postgres.stop if end == "stop" else dedicated_postgres.kill
+                dedicated_postgres.stop if end == "stop" else dedicated_postgres.kill_all_processes
             )
             await load.wait_for_503()
             await asyncio.to_thread(dedicated_postgres.start)
@@ -224,7 +224,7 @@ async def test_failover_to_a_standby_under_load_loses_no_item(
     url = f"postgresql://workpool@{hosts}/{name}?target_session_attrs=read-write"
     async with run_nodes_under_load(url) as load:
         await load.wait_for_stopped_items(10)
-        await asyncio.to_thread(dedicated_postgres.kill)
+        await asyncio.to_thread(dedicated_postgres.kill_all_processes)
         for _ in range(20):
             await load.wait_for_503()
         await asyncio.to_thread(standby.promote_to_primary)

@@ -315,7 +315,7 @@ async def test_close_of_sqlite_store_ends_a_read_in_progress(
             time.sleep(0.001)
 
     monkeypatch.setattr(
-        "workpool.server.stores.sqlite_rows.RowTable.from_row", read_until_connection_closes
+        "workpool.server.stores.sqlite_rows.RowTable.decode_row", read_until_connection_closes
     )
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         opening = group.create_task(store.open())

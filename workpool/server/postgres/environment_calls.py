@@ -55,7 +55,7 @@ class EnvironmentCalls(DatabaseCalls):
     async def get_environment(self, environment_id: str) -> Environment:
         """Return an environment; raises a 404 for an unknown id."""
         if environment_id in self._self_hosted | self._cloud:
-            return self._make_configured_environment(environment_id)
+            return self._make_environment_from_configuration(environment_id)
         return await self._find_client_created_environment(environment_id)
 
     async def list_environments(
@@ -63,7 +63,7 @@ class EnvironmentCalls(DatabaseCalls):
     ) -> ListPage[Environment]:
         """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
         given = [
-            self._make_configured_environment(name)
+            self._make_environment_from_configuration(name)
             for name in self._self_hosted | self._cloud
             if name > place.after and (limits is None or name in limits)
         ]
@@ -83,7 +83,7 @@ class EnvironmentCalls(DatabaseCalls):
         self._created[environment_id] = environment
         return environment
 
-    def _make_configured_environment(self, environment_id: str) -> Environment:
+    def _make_environment_from_configuration(self, environment_id: str) -> Environment:
         return Environment(environment_id, environment_id, None, {}, self._opened_at)
 
     async def _find_client_created_environment(self, environment_id: str) -> Environment:

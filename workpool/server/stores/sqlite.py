@@ -187,7 +187,7 @@ class SqliteStore:
             for row in connection.execute(table.read):
                 if self._closing:
                     return None
-                read[-1].append(table.from_row(row))
+                read[-1].append(table.decode_row(row))
         sessions, items, events, environments = read
         (signing_key,) = connection.execute("SELECT key FROM signing_key").fetchone()
         return StoreContents(items, sessions, events, environments, signing_key)
@@ -253,7 +253,7 @@ def _write_rows(connection: sqlite3.Connection, rows: Sequence[Row | DeletedRow]
     connection.execute("BEGIN IMMEDIATE")
     for table in TABLES:
         connection.executemany(
-            table.write, (table.to_row(one) for one in rows if isinstance(one, table.kind))
+            table.write, (table.encode_row(one) for one in rows if isinstance(one, table.kind))
         )
         connection.executemany(
             table.delete,

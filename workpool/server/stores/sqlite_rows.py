@@ -58,7 +58,7 @@ class RowTable:
         self._json = [place for place, each in enumerate(types) if each.startswith(_JSON)]
         self._flags = [place for place, each in enumerate(types) if each == "bool"]
 
-    def to_row(self, one: Row) -> list[Any]:
+    def encode_row(self, one: Row) -> list[Any]:
         """Return the column values of `one`, an object of this table's dataclass."""
         row = list(self._values(one))
         for place in self._json:
@@ -66,7 +66,7 @@ class RowTable:
                 row[place] = orjson.dumps(row[place], default=dict).decode()
         return row
 
-    def from_row(self, columns: Sequence[Any]) -> Any:
+    def decode_row(self, columns: Sequence[Any]) -> Any:
         """Return the object with these column values. Raises `StoreError` for a malformed value."""
         row = list(columns)
         for place in self._json:
@@ -83,7 +83,7 @@ def _from_json(text: object) -> object:
     try:
         return orjson.loads(text) if isinstance(text, str) else text
     except orjson.JSONDecodeError:
-        return text  # `from_row` then reports that this column is malformed
+        return text  # `decode_row` then reports that this column is malformed
 
 
 def _is_text(value: object) -> bool:
