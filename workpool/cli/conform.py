@@ -13,7 +13,14 @@ import typer
 from yarl import URL
 
 from workpool.cli import exits
-from workpool.cli.flags import Config, Dialect, EnvironmentId, FlagSettings, Json, read_settings
+from workpool.cli.flags import (
+    Config,
+    Dialect,
+    EnvironmentId,
+    FlagSettings,
+    Json,
+    read_command_settings,
+)
 from workpool.cli.help_text import format_examples_section
 from workpool.cli.output import print_json
 from workpool.conformance import (
@@ -110,7 +117,7 @@ def conform(
     """
     clauses = _select_clauses(clause)
     with exits.exit_on_error():
-        settings = read_settings(
+        settings = read_command_settings(
             config,
             of=_ConformSettings,
             base_url=base_url,

@@ -97,7 +97,7 @@ class FlagSettings(Settings):
         return cls.names.get(name) or flag_name(name)
 
 
-def read_settings(
+def read_command_settings(
     config: Path | None, *, of: type[Settings] = FlagSettings, **flags: Any
 ) -> Settings:
     """Read the settings from flags, environment variables and the TOML file.

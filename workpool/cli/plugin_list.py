@@ -11,7 +11,7 @@ from workpool.cli.flags import (
     Json,
     PluginNames,
     add_current_directory_to_path,
-    read_settings,
+    read_command_settings,
 )
 from workpool.cli.help_text import format_examples_section
 from workpool.cli.output import print_json, print_rows
@@ -38,7 +38,7 @@ def plugins(plugins: PluginNames = None, config: Config = None, json: Json = Fal
     plugin here, or in the setting `plugins`.
     """
     with exits.exit_on_error():
-        loaded = load_plugins(read_settings(config, plugins=plugins)).active_plugins()
+        loaded = load_plugins(read_command_settings(config, plugins=plugins)).active_plugins()
     found = {
         "available": [
             {"name": one.name, "value": one.value, "distribution": one.distribution}

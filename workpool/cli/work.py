@@ -20,7 +20,7 @@ from workpool.cli.flags import (
     Json,
     Metadata,
     parse_key_value_pairs,
-    read_settings,
+    read_command_settings,
 )
 from workpool.cli.help_text import PLAIN, format_examples_section
 from workpool.cli.output import (
@@ -63,7 +63,7 @@ def _read_queue_settings(
 ) -> Settings:
     """Read the settings of the queue; an error ends the command."""
     with exits.exit_on_error():
-        return read_settings(config, environment_id=environment_id, base_url=base_url)
+        return read_command_settings(config, environment_id=environment_id, base_url=base_url)
 
 
 @app.command(
