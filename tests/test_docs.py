@@ -420,7 +420,7 @@ async def test_documented_pools_with_shared_rate_limits_run_sessions(
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_plugin_with_database_writes_number_of_orders_to_metadata(
+async def test_documented_database_plugin_counts_orders_and_writes_count_to_metadata(
     tmp_path: Path,
 ) -> None:
     with sqlite3.connect(tmp_path / "orders.db") as database:

@@ -257,7 +257,7 @@ async def test_attempt_number_counts_crash_of_another_worker_while_item_waited_f
     ]
 
 
-async def test_release_mark_is_written_as_soon_as_drain_is_requested(
+async def test_metadata_about_release_is_written_as_soon_as_drain_is_requested(
     item_testbed: ItemTestbed,
 ) -> None:
     """The mark must exist even if the process is killed at the end of its grace period."""
@@ -277,7 +277,7 @@ async def test_release_mark_is_written_as_soon_as_drain_is_requested(
     ],
     ids=["completes", "completes_with_result", "fails"],
 )
-async def test_session_that_ends_during_drain_leaves_no_release_mark(
+async def test_session_that_ends_during_drain_leaves_no_metadata_about_release(
     item_testbed: ItemTestbed, end: Any, outcome: str, metadata: Any
 ) -> None:
     await item_testbed.drain_during_session(handler_ended_by_drain(end), timeout=LONG)
@@ -286,7 +286,7 @@ async def test_session_that_ends_during_drain_leaves_no_release_mark(
     assert item_testbed.faults.of("update")
 
 
-async def test_session_that_fails_while_release_mark_is_written_leaves_no_mark(
+async def test_session_that_fails_during_write_of_metadata_about_release_leaves_none(
     item_testbed: ItemTestbed,
 ) -> None:
     mark = Hold()
@@ -303,7 +303,7 @@ async def test_session_that_fails_while_release_mark_is_written_leaves_no_mark(
 
 
 @pytest.mark.usefixtures("short_release_mark_timeout")
-async def test_drained_session_is_released_although_write_of_release_mark_is_never_answered(
+async def test_drained_session_is_released_although_metadata_write_about_release_has_no_answer(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.faults.add(Hold(), "update")
@@ -316,7 +316,7 @@ async def test_drained_session_is_released_although_write_of_release_mark_is_nev
     assert item_testbed.item_metadata == {}
 
 
-async def test_drain_abandons_uncancellable_session_if_write_of_release_mark_is_unanswered(
+async def test_drain_abandons_uncancellable_session_if_metadata_write_about_release_has_no_answer(
     item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.drain.AFTER_DEADLINE_SECONDS", 0.5)
@@ -344,7 +344,7 @@ async def test_drain_abandons_uncancellable_session_if_write_of_release_mark_is_
 
 
 @pytest.mark.usefixtures("short_release_mark_timeout")
-async def test_release_by_drain_counts_as_attempt_if_release_mark_cannot_be_written(
+async def test_release_by_drain_counts_as_attempt_if_metadata_about_release_cannot_be_written(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.faults.add(status(503), "update", where=lambda _: not recovered)
@@ -373,7 +373,7 @@ async def test_release_by_handler_replaces_reason_written_by_drain(
 
 
 @pytest.mark.usefixtures("frequent_heartbeats")
-async def test_session_stopped_by_operator_during_drain_leaves_no_release_mark(
+async def test_session_stopped_by_operator_during_drain_leaves_no_metadata_about_release(
     item_testbed: ItemTestbed,
 ) -> None:
     async with item_testbed.draining_pool(endless_handler, stop_grace=0):
@@ -385,7 +385,7 @@ async def test_session_stopped_by_operator_during_drain_leaves_no_release_mark(
 
 
 @pytest.mark.usefixtures("short_release_mark_timeout")
-async def test_item_of_completed_session_is_stopped_although_release_mark_cannot_be_deleted(
+async def test_item_of_completed_session_is_stopped_although_release_metadata_cannot_be_deleted(
     item_testbed: ItemTestbed,
 ) -> None:
     """An item that is not stopped would be delivered and run again."""
@@ -443,7 +443,7 @@ async def test_attempt_is_not_counted_and_item_is_released_if_number_cannot_be_w
 
 
 @pytest.mark.usefixtures("short_attempt_number_timeout", "short_release_mark_timeout")
-async def test_release_mark_remains_if_attempt_number_cannot_be_written(
+async def test_metadata_about_release_remains_if_attempt_number_cannot_be_written(
     item_testbed: ItemTestbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     item_testbed.run_item_and_crash()
@@ -458,7 +458,7 @@ async def test_release_mark_remains_if_attempt_number_cannot_be_written(
     assert item_testbed.attempt_numbers == [1]
 
 
-async def test_error_of_earlier_session_is_deleted_when_drain_writes_release_mark(
+async def test_error_of_earlier_session_is_deleted_when_drain_writes_metadata_about_release(
     item_testbed: ItemTestbed,
 ) -> None:
     """An earlier run wrote its error to the metadata, but could not stop the item."""

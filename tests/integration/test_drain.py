@@ -442,7 +442,7 @@ async def test_pool_closes_although_lifespan_of_plugin_never_closes(
     assert vars(record)["plugin"] == "HangingLifespanPlugin"
 
 
-async def test_drain_writes_release_mark_before_it_abandons_uncancellable_session(
+async def test_drain_writes_metadata_about_release_before_it_abandons_uncancellable_session(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.handler_executor.REPEAT_SECONDS", 0.05)

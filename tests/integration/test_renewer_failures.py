@@ -119,7 +119,7 @@ async def test_pool_fails_if_logging_handler_raises_while_event_loop_is_blocked(
     assert isinstance(calls[-1], LeaseRenewerError) or log_handler_that_raises == 1.5
 
 
-async def test_exception_on_renewer_thread_invokes_callback_on_blocked_although_loop_runs(
+async def test_exception_on_renewer_thread_calls_blocked_loop_callback_while_loop_runs(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = threading.Event()

@@ -330,7 +330,9 @@ async def test_fixtures_kit_and_workpool_return_same_object(kit: Kit, workpool: 
     assert kit is workpool
 
 
-async def test_kit_fixture_without_workpool_fixture_opens_control_plane(kit: Kit) -> None:
+async def test_fixture_named_kit_opens_control_plane_without_fixture_named_workpool(
+    kit: Kit,
+) -> None:
     assert kit.server.port
 
 

@@ -656,7 +656,7 @@ async def test_tool_confirmation_for_terminated_session_thread_is_409(api: ApiCl
     assert (await send_events(api, item.session_id, allow)).status == 409
 
 
-async def test_session_after_end_of_thread_waits_only_for_tool_uses_of_other_threads(
+async def test_session_after_end_of_agent_thread_waits_for_tool_uses_of_other_agent_threads(
     api: ApiClient,
 ) -> None:
     (item,) = api.plane.enqueue()
