@@ -124,7 +124,7 @@ class TransientError(ControlPlaneError):
 
 
 class UnreadableError(TransientError):
-    """The body of a 2xx answer is malformed or too large. Other answers may be readable.
+    """The body of a 2xx answer is malformed or too large. Answers to other calls may be readable.
 
     Attributes:
         work_id: The id of the answer's item; None if it could not be read.

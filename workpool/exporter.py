@@ -232,8 +232,8 @@ class Exporter:
                 await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         finally:
             for rendering in under_way:
-                # A rendering that is not cancelled would report its end to the event loop, which
-                # may be closed by then.
+                # Cancel a rendering of the metrics that has not ended. Otherwise its end would be
+                # reported to the event loop, which may be closed by then.
                 rendering.cancel()
             if self._renderings:
                 log.warning("metrics rendering abandoned: a collector does not return")

@@ -130,7 +130,10 @@ class InboundConnections:
             self._abort_connection(next(iter(self._unread)))
 
     def remove_unread_bytes(self, connection: _Connection) -> None:
-        """Record that the client of this connection has read enough of the bytes sent to it."""
+        """Subtract the connection's unread bytes from the total of unread bytes.
+
+        Called when the client has read most of the bytes, and when the connection is closed.
+        """
         self._unread_bytes -= self._unread.pop(connection, 0)
 
     def _find_closable_connection(self) -> _Connection | None:

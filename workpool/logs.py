@@ -55,12 +55,12 @@ _lock = threading.Lock()
 
 
 def hide_token(token: str) -> None:
-    """Redact a client's token from all later results of `readable`."""
+    """Redact the token of a client from all texts that `readable` returns after this call."""
     _add_token_to_redact(_tokens, token, TOKENS)
 
 
 def hide_item_token(token: str) -> None:
-    """Redact the token of one item from all later results of `readable`."""
+    """Redact the token of one item from all texts that `readable` returns after this call."""
     _add_token_to_redact(_item_tokens, token, ITEM_TOKENS)
 
 
@@ -104,7 +104,7 @@ def _redact_tokens(text: str) -> str:
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
-    # Replace the longest form first, because it may contain a shorter one.
+    # Replace the longest form of a token first, because it may contain a shorter form.
     for form in sorted(found, key=len, reverse=True):
         text = text.replace(form, _REDACTED)
     return text

@@ -69,7 +69,11 @@ class Release(Exception):
 
 
 class PoolRelease(Release):
-    """A `Release` that workpool itself raises. Its `reason` has no text from a handler."""
+    """A `Release` that workpool raises, not a handler.
+
+    Its `reason` cannot contain data of a handler, so it is written to the metadata even if
+    `report_errors` is not `message`.
+    """
 
 
 @contextmanager

@@ -249,14 +249,14 @@ class _ConfigFile(NamedTuple):
         }
 
     def environment_table_name(self, environment_id: str) -> str:
-        """Return the name of an environment's table for error messages."""
+        """Return the text that names an environment's TOML table in error messages."""
         return f"{self.path} [workpool.environments.{environment_id}]"
 
     def plugin_tables(self, plugins: Iterable[str]) -> Mapping[str, Table]:
-        """Return the tables `[workpool.plugin.NAME]` for an environment with these plugins.
+        """Return the tables `[workpool.plugin.NAME]` for one environment, which runs `plugins`.
 
-        The tables of plugins that only other environments run are left out: the environment would
-        refuse them as tables of no active plugin.
+        A table is left out if only other environments run its plugin: this environment would refuse
+        it as a table of no active plugin.
         """
         given = [table.get("plugins") for table in (self.table, *self.environments.values())]
         elsewhere = {name for each in given for name in _find_plugin_table_names(each)}
@@ -626,7 +626,10 @@ class Settings:
 
     @staticmethod
     def _keyword_source_name(name: str) -> str:
-        """Return the source of a keyword argument for error messages, such as its flag."""
+        """Return the text that names, in error messages, the source of a keyword argument's value.
+
+        A subclass may return a command-line flag; this class names no source.
+        """
         del name
         return ""
 
@@ -691,12 +694,13 @@ class Settings:
         return read_credential(given, self.token_file, variable)
 
     def read_api_key(self) -> str | None:
-        """Read the API key, a second credential, from its source.
+        """Read the API key; return None if no API key is set.
 
-        Each call reads it again. Return None if no API key is set.
+        The API key is a credential in addition to the one that `read_token` returns. Each call
+        reads the API key again.
 
         Raises:
-            SettingsError: The credential cannot be read, or is malformed.
+            SettingsError: The API key cannot be read, or is malformed.
         """
         if self.api_key is None and self.api_key_file is None:
             return None
@@ -826,8 +830,8 @@ def _find_config_table_problem(table: Table) -> str:
     if table.get("environments") == {}:
         return "[workpool.environments] has no table of an environment"
     if isinstance(table.get("plugins"), dict):
-        # Refuse `[workpool.plugins.NAME]` even if another source sets `plugins`: the plugins would
-        # run without the options of these misnamed tables.
+        # `[workpool.plugins.NAME]` is a misspelling of `[workpool.plugin.NAME]`. Refuse it even if
+        # a flag or a variable sets `plugins`: the plugins would run without their options.
         return "the tables of plugins are [workpool.plugin.NAME], without an s"
     if isinstance(table.get("environment"), dict | list):
         return "the tables of environments are [workpool.environments.ID], with an s"

@@ -321,12 +321,13 @@ def _pause_unless_paused(members: Collection[ControllablePool], pool: Controllab
 def _find_pool_of_request(
     request: object, pool: RunnablePool, environments: Mapping[str, ControllablePool]
 ) -> ControllablePool:
-    """Return the pool that a request controls: one environment, or the whole `pool`.
+    """Return the pool of the environment that a request names, or `pool` if it names none.
 
-    A request without an environment id controls the whole pool.
+    If the worker has several environments, `environments` has the pool of each, and `pool` is the
+    group of these pools.
 
     Raises:
-        ValueError: The worker does not have this environment.
+        ValueError: The worker does not have the environment that the request names.
     """
     match request:
         case {"environment_id": str(name)} if name in environments:

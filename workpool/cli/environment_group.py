@@ -280,7 +280,10 @@ class EnvironmentGroup:
         self._wake_waiters()
 
     async def _keep_services_open(self) -> None:
-        """Open `renewer_services` once all environments have started, until all have ended."""
+        """Open `renewer_services` after each environment has started or failed.
+
+        Close them after all environments have ended.
+        """
         while not all(each.opened or each.ended or each.error for each in self.environments):
             await self._changed.wait()
         async with ServiceThread(self.renewer_services):
@@ -352,8 +355,8 @@ class EnvironmentGroup:
         and the others go on. The process ends if that drain takes longer than the shortest lease
         allows. Called on the thread of the lease renewer.
         """
-        # If the supervisor has no error, then leases are not renewed because the event loop is
-        # blocked. A blocked event loop cannot drain, so end the process.
+        # This method is called only if leases are not renewed anymore. If the supervisor has no
+        # error, the cause is a blocked event loop, which cannot drain: end the process.
         if supervisor.status().error is None:
             self._end_process()
             return

@@ -66,7 +66,7 @@ _REFUSED_SETTINGS: Final[Mapping[int, tuple[str, ...]]] = {
 
 
 def append_advice_to_error_line(line: str, error: Exception, settings: Settings) -> str:
-    """Append to an error line advice and the sources of the settings that may be wrong."""
+    """Return `line` with advice and with the sources of the settings that may be wrong."""
     names: tuple[str, ...] = ("metrics_listen",) if isinstance(error, ListenError) else ()
     if isinstance(error, RefusedError) and (advice := ADVICE.get(error.status or 0)):
         line = f"{line}; {advice}"

@@ -55,13 +55,19 @@ class FleetReader:
 
     @property
     def load_age_seconds(self) -> float | None:
-        """The age of the last load in seconds; None before the first load. Safe on any thread."""
+        """The seconds since the last successful read of the fleet's load; None before the first.
+
+        Safe on any thread.
+        """
         last = self._last
         return None if last is None else self._clock() - last[0]
 
     @property
     def latest_load(self) -> FleetLoad | None:
-        """The last load; None before the first load or after `max_age` s. Safe on any thread."""
+        """The fleet's load as read last. Safe on any thread.
+
+        None if no read has succeeded so far, or the last successful read is older than `max_age` s.
+        """
         last = self._last
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
 
@@ -106,18 +112,19 @@ class FleetReader:
         return min(WAIT_SECONDS_MAX, asked or 0.0)
 
     async def read_load(self) -> FleetLoad | None:
-        """Read the load once; return None if the calls so far returned only stopped items.
+        """Read the load once; return None if only stopped items were read and the list goes on.
 
-        A long history of stopped items is read in several calls. Until a call reaches the
-        unfinished items, a load would count none of them, and autoscalers would remove busy
-        workers after each restart of this process.
+        The list of items may begin with so many stopped items that one call of this method reads
+        only some of them; the next call reads on. Until a call reaches the unfinished items, a load
+        would count none of them, and autoscalers would remove busy workers after each restart of
+        this process.
 
         Raises:
-            ControlPlaneError: Statistics or list cannot be read.
+            ControlPlaneError: The statistics or the list of items cannot be read.
         """
-        # The statistics are read before the list, so an item that is acknowledged in between counts
-        # twice. If the list were read first, that item would not be counted, and autoscalers could
-        # remove the worker that runs the item.
+        # Read the statistics before the list of items: an item that is acknowledged between the two
+        # reads then counts twice in the load, as waiting and as running. In the other order, the
+        # load would not contain the item, and autoscalers could remove the worker that runs it.
         refusal: RefusedError | None = None
         stats: QueueStats | None = None
         try:
@@ -155,8 +162,9 @@ def compute_fleet_load(stats: QueueStats | None, count: CountedItems) -> FleetLo
         return FleetLoad(count.queued, 0, count.running, oldest, lower_bound=not count.complete)
     pending = stats.pending
     if count.complete:
-        # Some control planes report running items as pending, too. Limit `pending` to the queued
-        # items in the list that `stats.depth` does not contain, so that no item counts twice.
+        # Some control planes count running items in `stats.pending`, too. Limit `pending` to the
+        # number of delivered items, so that no running item counts twice: `count.queued` includes
+        # the delivered items, and `stats.depth` does not.
         pending = min(pending, max(0, count.queued - stats.depth))
     oldest = _seconds_since(stats.oldest_queued_at)
     return FleetLoad(stats.depth, pending, count.running, oldest, lower_bound=not count.complete)

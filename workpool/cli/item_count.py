@@ -74,7 +74,10 @@ class ItemCounter:
         )
 
     async def _list_items_to_count(self) -> FoundItems:
-        """Read the items after the id `_after`, or all items if that id is None or refused."""
+        """Read the items after the id `_after`, or from the first item if `_after` is None.
+
+        If the control plane refuses `_after`, set it to None and read from the first item.
+        """
         if self._after is not None:
             try:
                 return await self._find_items(self._after)

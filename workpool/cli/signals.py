@@ -68,9 +68,10 @@ class SignalEvents:
             signal.signal(each, former)
 
     def _start_listening(self) -> None:
-        # Call `add_signal_handler` once: without it, asyncio's Unix loop does not wake up when a
-        # signal arrives. The call replaces the recorder, which is installed again below, and a
-        # signal in between is lost. So use SIGUSR1, whose loss is harmless.
+        # Without a call of `add_signal_handler`, asyncio's Unix loop does not wake up when a signal
+        # arrives. The call replaces `_recorder` as the signal's handler, and `signal.signal`
+        # installs `_recorder` again. If the signal arrives between these two calls, it is lost, so
+        # use SIGUSR1, whose loss is harmless.
         for each in USER[:1]:
             with contextlib.suppress(NotImplementedError):
                 self._loop.add_signal_handler(each, self._handle_signals)

@@ -121,7 +121,10 @@ def _make_worker_rows(urls: "Sequence[str]", statuses: "Sequence[Status]") -> "l
 
 
 def _list_environment_statuses(status: Status) -> "list[Status]":
-    """Return the status of each environment of a worker; `[status]` if `status` lists none."""
+    """Return the statuses of the environments of a worker, from the worker's `status`.
+
+    Return `[status]` if `status` has no list of environments.
+    """
     found = status.get("environments")
     if not isinstance(found, list):
         return [status]

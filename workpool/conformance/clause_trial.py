@@ -51,7 +51,10 @@ class ClauseTrial:
         self._starting = True
 
     def release_start_permit(self) -> None:
-        """Release the start permit, because this clause has ended or waits for time to pass."""
+        """Release the start permit of this clause, so that another clause can start.
+
+        Called when this clause has ended or waits for time to pass. Further calls have no effect.
+        """
         if self._starting:
             self._starting = False
             self._queue.starts.release()

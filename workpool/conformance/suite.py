@@ -1,4 +1,7 @@
-"""The conformance suite: checks within a time limit whether an environment obeys clauses."""
+"""Runs the conformance suite, which checks whether an environment obeys the protocol's clauses.
+
+The run has a time limit.
+"""
 
 from __future__ import annotations
 

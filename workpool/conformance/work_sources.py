@@ -94,7 +94,7 @@ class ExistingItemSource:
         self._left = list(work_ids)
 
     async def create_item(self, api: WorkerApi, script: Script | None = None) -> str:
-        """Return the id of an existing item that has not been used yet."""
+        """Create nothing; return the id of an existing item that was not returned before."""
         del api
         _require_no_script(script)
         if not self._left:

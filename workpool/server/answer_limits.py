@@ -39,7 +39,10 @@ def check_metadata_limits(metadata: Mapping[str, str], limit: int = METADATA_LIM
 
 
 def check_enqueue_response_size(count: int, metadata: Mapping[str, str]) -> None:
-    """Raise a 400 if an enqueue's answer, which repeats `metadata` `count` times, is too large."""
+    """Raise a 400 if the answer to an enqueue call would be too large.
+
+    The answer contains the metadata once for each of the `count` items.
+    """
     size = count * (len(orjson.dumps(metadata, default=dict)) + ITEM_BYTES)
     if size > ANSWER_LIMIT_BYTES:
         raise APIError(

@@ -1,4 +1,4 @@
-"""The error answers of the control plane, and the exceptions for a failed start or store.
+"""The error answers of the control plane, and its exceptions for failures to start or to save.
 
 Owns the protocol's error envelope. No message may contain a token or a request body.
 See workpool/docs/protocol.md, "Errors".

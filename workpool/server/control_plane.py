@@ -57,7 +57,7 @@ _PORT_MAX: Final = 65535
 
 
 class ControlPlane:
-    """A work queue that is served over HTTP in both dialects, on the running loop.
+    """A work queue that is served over HTTP, in both dialects of the protocol, on the running loop.
 
     `async with ControlPlane() as plane:` serves one environment on a free port of the loopback
     interface, in memory. The port is bound from the beginning to the end of the block.
@@ -139,7 +139,7 @@ class ControlPlane:
 
     @property
     def operations(self) -> Operations:
-        """The object whose synchronous methods are the calls on the state in memory.
+        """The calls of the protocol as synchronous methods, which use the state in memory.
 
         Raises:
             RuntimeError: The store is a `PostgresStore`.
@@ -178,7 +178,7 @@ class ControlPlane:
         return self.operations.history
 
     def summary(self) -> Summary:
-        """Count all items in `history`, lost items, and items that two workers ran at once."""
+        """Compute the counts of `Summary`, such as the number of lost items, from `history`."""
         return summarize(self.history)
 
     def enqueue(

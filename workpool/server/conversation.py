@@ -104,7 +104,7 @@ class Conversation:
         self._place = 0  # the index of the next tool use in the script
         self._uses: dict[str, _ToolUse] = {}
         self._open: dict[str, _ToolUse] = {}  # the tool uses that have no result yet
-        self._ended_threads: set[str] = set()  # ids of terminated threads
+        self._ended_threads: set[str] = set()  # ids of the session's terminated threads
         # The ids of the tool uses that the last event `session.status_idle` waits for.
         self._blocking: tuple[str, ...] = ()
         # `_turn`: whether a user's message waits for the agent's response. `_next_turn`: whether a
@@ -290,7 +290,10 @@ class Conversation:
         self.status = "terminated"
 
     def _end_session_thread(self, event: StoredEvent) -> None:
-        """Forget the open tool uses of a terminated thread, which accepts no results."""
+        """Record that a session thread is terminated.
+
+        Forget the tool uses of the thread that have no result yet: it accepts no results anymore.
+        """
         thread = _read_session_thread_id(event)
         if thread is None:
             return

@@ -108,7 +108,7 @@ class Summary(NamedTuple):
 
 
 def summarize(records: Iterable[Record]) -> Summary:
-    """Count all items in a history, lost items, and items that two workers ran at once."""
+    """Compute the counts of `Summary`, such as the number of lost items, from a history."""
     lives: dict[str, _ItemHistory] = {}
     for record in records:
         lives.setdefault(record.work_id, _ItemHistory()).update_from_record(record)
@@ -141,8 +141,8 @@ class _ItemHistory:
             return  # the call was refused, so the item has not changed
         if self._another_worker_holds_lease(record):
             if record.kind == "heartbeat" and record.op != BLIND:
-                # The sender names the time of the holder's last heartbeat. Only a handoff by the
-                # holder can give the sender this time, so the two workers do not overlap.
+                # This worker's heartbeat contains the time of the holder's last heartbeat. Only a
+                # handoff by the holder can give this worker the time, so the two do not overlap.
                 self._holder = record.worker_id
             else:
                 self.overlapping = True

@@ -253,8 +253,8 @@ class MemoryIndexEngine:
                 after=after, before=before, newest_first=wanted.newest_first
             )
             for each in islice(walk, SCAN_ROWS):
-                # Make the session's view before the next await, during which another call may
-                # delete the session.
+                # Make the session's `SessionView` before the next await, during which another call
+                # may delete the session.
                 view = self._make_session_view(*each)
                 last = view.id
                 if wanted.matches(view):

@@ -536,8 +536,9 @@ class Operations:
         """Delete the sessions whose retention is over, with all items and events of each."""
         for session_id in self._retention.pop_due_sessions(self._latest):
             work_ids = self.sessions.item_ids(session_id)
+            # The session was already deleted when the retention of another of its items was over.
             if not work_ids:
-                continue  # the session was deleted when another of its items was due
+                continue
             queue = self._queues[self.sessions.find_session(session_id)[0].environment_id]
             items = queue.find_items_by_id(work_ids)
             # Keep the session if any of its items is not stopped, or was stopped too recently.

@@ -57,7 +57,10 @@ class StoppedItemRetention:
     def split_off_ended_sessions(
         self, contents: StoreContents, now: int
     ) -> tuple[StoreContents, list[Row]]:
-        """Return `contents` without sessions whose retention is over, and the rows left out."""
+        """Split the sessions whose retention is over from the contents of a store.
+
+        Return the contents without these sessions, and all rows of these sessions.
+        """
         if self._time is None:
             return contents, []
         alive = {

@@ -44,7 +44,10 @@ class SessionRegistry:
         self._closing = False
 
     def restore_sessions(self, contents: StoreContents, ids: IdGenerator, now: int) -> None:
-        """Restore the stored sessions; append control plane responses that a crash prevented."""
+        """Restore the stored sessions and their events.
+
+        Append the control plane's response events that a crash kept it from appending.
+        """
         self._ids = ids
         sessions = {session.id: session for session in contents.sessions}
         for item in contents.items:

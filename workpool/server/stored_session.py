@@ -54,7 +54,7 @@ USAGE: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session as it is stored. Updates of an item's metadata do not change the session's.
+    """A session as it is stored. An update of an item's metadata does not change `metadata` here.
 
     Attributes:
         script: The tool uses of a scripted session; None: the session has no script.

@@ -61,7 +61,10 @@ class Fault:
     rewrite: Callable[[Any], Any] | None = None
 
     def replace_answer(self, true: Response) -> Response | NoAnswer:
-        """Return the answer that replaces `true`, which is the control plane's answer."""
+        """Return the answer that the client gets in place of the control plane's answer.
+
+        The argument `true` is the control plane's answer.
+        """
         match self.answer:
             case None if self.rewrite is not None and true.status in range(200, 300):
                 body = true.body if isinstance(true.body, bytes) else b""
@@ -212,8 +215,8 @@ def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None =
     queue = plane.operations.get_queue(environment_id or plane.environments[0])
     item = queue.get_item(work_id)
     if item.lease_end is not None:
-        # The history is ordered by time. A lease that ends later than the last recorded time
-        # would break this order.
+        # End the lease at the time of the latest call, so that it has expired and its end becomes
+        # the next record of the control plane's history, which is ordered by time.
         queue.put_item(
             replace(item, lease_end=min(item.lease_end, plane.operations.time_of_latest_call))
         )

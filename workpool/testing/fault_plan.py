@@ -173,7 +173,7 @@ def _describe_mistake_in_file(place: tuple[int | str, ...], message: str) -> str
     """Describe one mistake in a faults file, as in `fault 2: code: field required`."""
     words = [str(part) for part in place]
     if len(place) > 1 and isinstance(place[1], int):
-        # Pydantic gives the place of a mistake as ("fault", index, kind, key...). Drop the kind of
-        # the fault, which would look like a key of the file in the message.
+        # Pydantic gives the place of a mistake as ("fault", index, kind, key...). Leave out `kind`:
+        # readers of the message would take it for a key of the file.
         words = [f"{place[0]} {place[1] + 1}", *words[3:]]
     return ": ".join([*words, _WORDING.get(message, message[:1].lower() + message[1:])])

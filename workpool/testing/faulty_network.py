@@ -1,4 +1,4 @@
-"""A TCP proxy between a worker and a control plane that simulates network failures.
+"""A TCP proxy that simulates network failures between a worker and a control plane.
 
 The proxy listens on the loopback address; each worker has its own. The bytes are not parsed: the
 failures are below HTTP, where neither side is notified. Faults of single calls are in `fault`.
@@ -214,8 +214,8 @@ class Proxy:
             if not self._drops_bytes(connection):
                 sink.write_eof()
                 return
-            # A black hole does not forward the end of the stream, so this task waits until the end
-            # of the proxy cancels it.
+            # A black hole does not forward the end of the stream. So this task waits until
+            # the proxy is closed, which cancels the task.
             await asyncio.Event().wait()
         if not connection.lost_bytes:
             sink.transport.abort()

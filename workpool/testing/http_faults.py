@@ -60,7 +60,10 @@ async def answer_with_fault(
 async def _replace_answer(
     fault: Fault, request: web.Request, true: web.StreamResponse
 ) -> web.StreamResponse:
-    """Answer with the fault's answer instead of `true`, which is the control plane's answer."""
+    """Answer with the fault's answer in place of the control plane's answer.
+
+    The argument `true` is the control plane's answer.
+    """
     headers = {
         name: value for name, value in true.headers.items() if name.lower() != "content-length"
     }

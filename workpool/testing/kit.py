@@ -86,7 +86,7 @@ class Kit:
 
     @functools.cached_property
     def server(self) -> ControlPlane:
-        """The control plane of the test. It has a free port, or no port in virtual time."""
+        """The control plane of the test. In virtual time it has no port, else a free one."""
         __tracebackhide__ = True
         loop = _virtual_loop()
         if loop is None:
@@ -281,7 +281,7 @@ class Kit:
             await self.server.__aexit__(kind, error, trace)
 
     def around(self, test: Callable[..., Coroutine[Any, Any, T]]) -> Callable[..., Any]:
-        """Return a wrapper of the test function that opens the control plane around each call."""
+        """Return a wrapper that opens the control plane, calls `test`, and closes it again."""
 
         @functools.wraps(test)
         async def run_with_control_plane(*args: Any, **kwargs: Any) -> T:

@@ -72,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run an `async def` test that uses the fixture, if no other plugin runs it."""
+    """Run an `async def` test with the fixture `workpool` or `kit`, if no other plugin runs it."""
     ours = "_workpool_kit" in pyfuncitem.funcargs
     if not ours or not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None

@@ -1,4 +1,7 @@
-"""The sessions of `workpool demo`, whose items match the rules of the demo's handler."""
+"""Makes the sessions of `workpool demo` for the plugin that the demo runs.
+
+The item of each session has the type and the metadata that a handler of the plugin requires.
+"""
 
 from collections.abc import Mapping
 from types import ModuleType
@@ -27,11 +30,12 @@ class DemoSession(NamedTuple):
 def make_sessions_for_handler(
     handler: str, given: Mapping[str, str], count: int
 ) -> list[DemoSession]:
-    """Return `count` sessions for a plugin; sessions of several handlers alternate.
+    """Return `count` sessions for the plugin that `handler` names.
+
+    If the plugin has several handlers, the sessions are for each of them in turn.
 
     Raises:
-        PluginError: The plugin cannot be imported, or takes no item with the metadata that was
-            given.
+        PluginError: The plugin cannot be imported, or takes no item with the metadata `given`.
     """
     rules = find_handler_rules(handler)
     if handler == EXAMPLE:

@@ -101,7 +101,7 @@ async def check_heartbeat_with_malformed_value_is_refused(trial: ClauseTrial) ->
 
 @clause("heartbeat-unconditional", "Without an expected value the lease is extended.")
 async def check_heartbeat_without_expected_value_extends_lease(trial: ClauseTrial) -> None:
-    """Send a heartbeat without an expected value, and check that it is accepted."""
+    """Send a heartbeat without the expected time of the last heartbeat; check its acceptance."""
     subject = await trial.create_active_item()
     answer = await trial.api.heartbeat(subject.id, None, 60)
     raise_clause_differs_unless(answer.ok, str(answer))

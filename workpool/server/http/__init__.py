@@ -1,1 +1,1 @@
-"""The control plane over HTTP: routes, permissions, and answers in the format of each vendor."""
+"""The control plane over HTTP: routes, permissions, and answers in the format of each dialect."""

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class ApplicationRoutes:
-    """The endpoints of environments and sessions that only applications call, in one dialect."""
+    """The HTTP endpoints, in one dialect of the protocol, that only applications call.
+
+    With these endpoints, applications manage environments and sessions.
+    """
 
     def __init__(
         self,
@@ -119,8 +122,8 @@ class ApplicationRoutes:
             requests.read_single_parameter(request, name)
             for name in ("deployment_id", "memory_store_id")
         ):
-            # No session of this control plane has a deployment or a memory store, so no session may
-            # match.
+            # No session of this control plane has a deployment or a memory store. So return no
+            # sessions: an empty set of statuses matches none.
             statuses = frozenset()
         return SessionFilter(
             environments=limits,

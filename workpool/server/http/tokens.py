@@ -112,7 +112,11 @@ def _compute_token_digest(token: str) -> bytes:
 
 
 def check_token(token: str) -> str:
-    """Return the token; raises a `ServeError` without the token if no header can contain it."""
+    """Return the token if an HTTP header can contain it.
+
+    Raises:
+        ServeError: No HTTP header can contain the token. The error's text does not show the token.
+    """
     if not _TOKEN.fullmatch(token):
         raise ServeError("a token must be 1 to 1024 printable ASCII characters without spaces")
     return token

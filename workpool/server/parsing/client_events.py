@@ -32,7 +32,9 @@ def parse_client_events(given: object, name: str, limit: int) -> list[dict[str, 
     events = [_parse_event(event) for event in given]
     try:
         orjson.dumps({"data": events})
-    except orjson.JSONEncodeError:  # orjson limits nesting, so no answer could contain the event
+    # orjson encodes the answers, too, and limits the nesting of values. Refuse an event that is
+    # nested too deep, because no answer could contain it.
+    except orjson.JSONEncodeError:
         raise APIError(400, f"{name} are nested too deep", name) from None
     return events
 

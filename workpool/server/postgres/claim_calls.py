@@ -157,8 +157,10 @@ class ClaimCalls(DatabaseCalls):
                 return None
             seconds = _compute_poll_wait_seconds(remaining, poll, delivery.due_seconds)
             announced = await self._hub.wait_for_topic_change(topic, seen, seconds)
+            # The time of this poll is over, so it does not claim again: the next poll of the worker
+            # begins with a claim.
             if not announced and loop.time() >= deadline:
-                return None  # no further claim: the worker's next poll begins with a claim
+                return None
         self._hub.wake_waiting_calls(
             topic
         )  # the client has disconnected: wake another poll instead
@@ -170,8 +172,9 @@ class ClaimCalls(DatabaseCalls):
         try:
             return await asyncio.shield(claim)
         except asyncio.CancelledError:
-            # Let the claim finish, in order to withdraw its delivery. The time limits of the
-            # statements bound this wait, and a second cancellation ends it.
+            # Wait for the end of the claim, in order to withdraw the delivery of the item that it
+            # returns. The time limits of the claim's SQL statements limit this wait, too, and a
+            # second cancellation ends it.
             with suppress(UnavailableError):
                 delivery = await claim
                 if delivery.item is not None:

@@ -1,4 +1,7 @@
-"""The calls on environments, which either a node's arguments name or clients create."""
+"""The calls on environments.
+
+Each environment either is named in the arguments of a node or was created by a client.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ class EnvironmentCalls(DatabaseCalls):
     async def list_environments(
         self, place: ListPageRequest, limits: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
+        """Return a page of environments.
+
+        `limits` has the ids of the environments that the list may contain; None: all environments.
+        """
         given = [
             self._make_environment_from_configuration(name)
             for name in self._self_hosted | self._cloud

@@ -68,9 +68,10 @@ class NotificationHub:
         self._waiting: dict[str, OrderedDict[Waiter, None]] = {}
         self._fallbacks: dict[str, asyncio.TimerHandle] = {}
         self._changes = 0
-        # The value of `_changes` at the last change of each topic, in ascending order. If there are
-        # too many topics, the entry with the lowest value is removed, and `_forgotten` is set to
-        # this value.
+        # `_changes` is the number of changes so far. `_last` has the number of the last change of
+        # each topic, in ascending order. If `_last` has too many topics, the topic with the lowest
+        # number is removed, and `_forgotten` is set to this number. A topic that is not in `_last`
+        # has therefore not changed since change number `_forgotten`.
         self._last: OrderedDict[str, int] = OrderedDict()
         self._forgotten = 0
         # For each topic, the number of new items that were announced while no poll was waiting.
@@ -99,7 +100,8 @@ class NotificationHub:
         try:
             return await waiter
         except asyncio.CancelledError:
-            # This poll was woken for an item before it was cancelled: wake the next poll instead.
+            # This poll was cancelled after a new item had woken it, so it does not claim the item:
+            # wake another poll instead.
             if waiter.done() and not waiter.cancelled():
                 self.wake_waiting_calls(topic)
             raise
@@ -171,7 +173,8 @@ class NotificationHub:
         connection.add_termination_listener(lambda _: self._wanted.set())
         await connection.add_listener(CHANNEL, self._on_notification)
         self.listening.set()
-        self._wake_all_after_lost_notifications()  # notifications before LISTEN
+        # This node has not received the notifications that were sent before it began to listen.
+        self._wake_all_after_lost_notifications()
 
     async def _send_announcements(self, connection: Any) -> None:
         """Send announced changes until the connection is lost. Raises `DRIVER_ERRORS`.
@@ -214,7 +217,7 @@ class NotificationHub:
     def _remove_sent_changes(self, topic: str, count: int) -> None:
         left = self._unsent.get(topic, 0) - count
         if left > 0:
-            self._unsent[topic] = left  # these changes were announced during the sending
+            self._unsent[topic] = left  # changes that were announced while the batch was sent
         else:
             self._unsent.pop(topic, None)
 

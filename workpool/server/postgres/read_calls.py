@@ -206,7 +206,7 @@ class ReadCalls(StoredSessionCalls):
     async def _iterate_sessions(
         self, place: ListPageRequest, *, backwards: bool
     ) -> AsyncIterator[SessionView]:
-        """Iterate over the views of sessions between the ids `place.after` and `place.before`."""
+        """Yield a `SessionView` of each session with an id between those in `place`."""
         _, after, before = place
         statement = _SESSIONS.format("DESC" if backwards else "")
         batch = place.limit + 1

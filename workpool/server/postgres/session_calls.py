@@ -224,7 +224,10 @@ class StoredSessionCalls(ItemCalls, CreationCalls):
         )
 
     async def _load_conversation(self, connection: Connection, read: _SessionRow) -> Conversation:
-        """Return the conversation of the session `read`, with `read.event_count` events."""
+        """Return the conversation of a session with its first `read.event_count` events.
+
+        The argument `read` is the row of the session.
+        """
         session = read.view.session
         conversation = self._conversations.pop(session.id)
         if conversation is None or not await self._conversation_matches_stored_events(

@@ -17,9 +17,10 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        # The delivered items that are not in `_due`: they were too recent for every poll so far.
+        # The ids and delivery times of the items that were delivered so recently that no poll so
+        # far could receive them again.
         self._recent: OrderedDict[str, int] = OrderedDict()
-        self._due: list[str] = []  # the delivered items that are not in `_recent`, by ascending id
+        self._due: list[str] = []  # the ids of the other delivered items, in ascending order
 
     def __len__(self) -> int:
         return len(self._times)
@@ -43,11 +44,11 @@ class Deliveries:
         return min(chain(self._due[:1], self._recent), default=None)
 
     def lowest_due_id(self, until: int) -> str | None:
-        """Return the lowest id of the items delivered by the time `until`; None: no such item.
+        """Return the lowest id of the items that were delivered at the time `until` or earlier.
 
-        Each id moves once from `_recent` to the sorted list `_due`. The result is the first id of
-        that list, unless a poll with a shorter window has moved ids that are too recent for this
-        poll.
+        Return None if there is no such item. Each id moves once from `_recent` to the sorted list
+        `_due`. The result is the first id of `_due`, unless an earlier poll with a shorter reclaim
+        window has moved ids of items that were delivered after `until`.
         """
         oldest = self.oldest_delivery_time()
         if oldest is None or oldest > until:

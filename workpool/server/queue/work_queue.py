@@ -126,7 +126,11 @@ class WorkQueue:
             self._recent[item.id] = item.delivered_at
 
     def find_oldest_claimable_item(self, delivered_until: int) -> Item | None:
-        """Return the oldest claimable item without a delivery after `delivered_until`, or None."""
+        """Return the oldest item that a poll may claim; None: no such item.
+
+        A poll may claim a queued item that is not delivered, or was delivered at the time
+        `delivered_until` or earlier.
+        """
         ids = (self._undelivered.lowest(), self.deliveries.lowest_due_id(delivered_until))
         oldest = min((work_id for work_id in ids if work_id is not None), default=None)
         return None if oldest is None else self._items[oldest]

@@ -56,8 +56,8 @@ class SqliteStore:
         # The lock must be reentrant: code in a block of `transaction` holds the lock, and queues
         # rows with methods that acquire it again.
         self._changed = threading.Condition(threading.RLock())
-        # `_changed` guards the next three attributes. `_unsaved` has only the newest version of
-        # each row.
+        # `_changed` is a condition; its lock protects the next three attributes. `_unsaved` has
+        # only the newest version of each row. `_saved` is the number of changes so far.
         self._unsaved: dict[str, Row | DeletedRow] = {}
         self._saved = 0
         self._closing = False
@@ -193,7 +193,10 @@ class SqliteStore:
         return StoreContents(items, sessions, events, environments, signing_key)
 
     def _next_batch(self) -> tuple[Sequence[Row | DeletedRow], int] | None:
-        """Wait for unsaved rows; return the rows and `_saved`, or None if the store closes."""
+        """Wait for unsaved rows; return them and the number of the last change that they contain.
+
+        `_saved` is this number. Return None if the store closes and no rows are unsaved.
+        """
         with self._changed:
             while not self._unsaved and not self._closing:
                 self._changed.wait()
