@@ -63,7 +63,7 @@ def find_unresolved_citations(text: str) -> list[tuple[str, str]]:
 
 
 def find_malformed_mentions(text: str) -> list[str]:
-    """Return the mentions of documents that are not valid citations."""
+    """Return the words that mention a document but belong to no valid citation."""
     rest = CITATION.sub("", text_without_line_breaks(text))
     return OUTSIDE.findall(rest) + re.findall(r"[\w./-]+\.md\b", rest)
 
@@ -148,7 +148,7 @@ def test_malformed_citation_in_text_is_reported(text: str, found: list[str]) -> 
 
 
 def read_architecture_table_rows(first_column: str) -> list[list[str]]:
-    """Return the rows of one table of the architecture page, chosen by its first column title."""
+    """Return the rows of the architecture page's table whose first column is `first_column`."""
     table = ARCHITECTURE.partition(f"| {first_column} |")[2].partition("\n\n")[0]
     lines = table.splitlines()[2:]
     return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines]
@@ -246,7 +246,7 @@ def test_documented_name_that_the_source_lacks_is_reported_as_missing(
 @pytest.mark.parametrize(
     "name",
     [
-        "HandoffChildSupervisor.request_drain()",  # A base class of it defines this method.
+        "HandoffChildSupervisor.request_drain()",  # The method is inherited from a base class.
         "LeaseRenewer.remove_lease",
         "PoolItem.state",
         "hand_off",

@@ -1,4 +1,4 @@
-"""Functions that wait for states of threads, sockets or other tasks, which emit no event."""
+"""Functions that wait until threads, sockets or tasks reach a state that no event reports."""
 
 from __future__ import annotations
 

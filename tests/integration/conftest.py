@@ -138,7 +138,7 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
 
 @pytest.fixture
 def short_release_mark_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a drain give up an unanswered write of a release mark after 0.1 s."""
+    """Limit a drain's wait for the write of a release mark into an item's metadata to 0.1 s."""
     monkeypatch.setattr(completion, "MARK_SECONDS", 0.1)
 
 

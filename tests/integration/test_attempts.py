@@ -196,7 +196,8 @@ async def test_lost_lease_counts_as_attempt_although_drain_released_earlier_sess
         await asyncio.Event().wait()
 
     assert (await item_testbed.run_one_session(lose_lease)).outcome == "lease_lost"
-    assert seen == [{}]  # The mark of the earlier run was deleted before the handler started.
+    # The release mark was deleted from the item's metadata before the handler started.
+    assert seen == [{}]
     await item_testbed.run_one_session(return_at_once)
     assert item_testbed.attempt_numbers == [1, 1, 2]
 

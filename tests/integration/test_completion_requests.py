@@ -119,7 +119,8 @@ async def test_retry_after_header_longer_than_lease_does_not_prevent_retry_withi
     final = await run_one_item(return_result)
     assert (final.outcome, final.item.state) == ("completed", "stopped")
     first, second = [request.at for request in final.sent if request.op == op]
-    # The pool does not repeat the call at once, but waits as long as its lease allows.
+    # The pool does not repeat the call at once. Its wait is shorter than the requested 60 s, so
+    # that it can repeat the call before the item's lease ends.
     assert second - first > 0.5
 
 
@@ -164,7 +165,7 @@ async def test_session_completes_if_heartbeat_conflict_follows_unanswered_stop_c
 async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_stopped(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """After the stop, a heartbeat gets no answer and the next one 412: the pool reads the item."""
+    """The pool reads the item after an unanswered heartbeat and a heartbeat answered with 412."""
     hold = Hold(applied=True)
     faults.add(hold, "stop")
     faults.add(lost(), "heartbeat", where=lambda _: hold.held > 0, times=1)
@@ -179,7 +180,7 @@ async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_st
 async def test_session_outcome_is_stopped_if_another_client_stops_item_after_throttled_stop(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
-    """The pool's stop was answered 429 and not applied, so another client stopped the item."""
+    """The control plane does not apply the pool's stop (429), and another client stops the item."""
 
     def stop_item_as_another_client() -> bytes:
         work_id = faults.of("ack")[-1].work_id
@@ -239,7 +240,10 @@ async def test_refused_result_write_fails_session_if_earlier_result_was_written(
     wait_for_session_end: Any,
     code: int,
 ) -> None:
-    """Only a refusal of its first write shows that a credential is not permitted to write."""
+    """Only a refusal of a credential's first write shows that the credential may not write.
+
+    Here the credential has written the first item's result before the second result is refused.
+    """
     faults.add(status(code), "update", skip=1, times=1)
     async with make_pool(return_result, concurrency=1):
         ended = [await wait_for_session_end(item.id) for item in control_plane.enqueue(2)]
@@ -344,7 +348,7 @@ async def test_session_completion_continues_after_cancellation_of_task_that_runs
     recorder: Recorder,
     wait_for_session_end: Any,
 ) -> None:
-    """The embedder is cancelled while the result is written, and the item is still stopped."""
+    """The task is cancelled while the pool writes the result. The pool still stops the item."""
     hold = Hold()
     faults.add(hold, "update")
     (item,) = control_plane.enqueue()

@@ -384,7 +384,8 @@ async def test_cancellation_of_pool_start_at_any_point_leaves_no_task(
         async with asyncio.TaskGroup() as group:
             starting = group.create_task(supervisor.__aenter__())
             for turn in range(turns):
-                # After 15 iterations, the start waits for another thread, which needs real time.
+                # After 15 iterations of the event loop, the pool's start waits for another thread.
+                # That thread needs real time.
                 await asyncio.sleep(0.0005 * (turn > 15))
             starting.cancel()
             await asyncio.wait({starting}, timeout=20)

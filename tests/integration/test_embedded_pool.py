@@ -1,4 +1,4 @@
-"""Pools embedded in another application change no global state and leave nothing.
+"""Pools embedded in another application change no global state and leave no task or thread.
 
 See workpool/docs/embedding.md, "Embedding".
 """

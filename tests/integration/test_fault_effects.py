@@ -54,7 +54,7 @@ SHORT_SECONDS = 0.2
 
 
 class FaultEffect(NamedTuple):
-    """The effect of a fault on an ack: the caller's answer, the item's state, the request log."""
+    """The effect of a fault on an ack: the caller's result, the item's state, the requests."""
 
     answer: object
     state: str

@@ -167,7 +167,8 @@ async def test_lease_expiry_fault_ends_lease_at_once(
     await http_item_client.acknowledge_item()
     clock.advance(61)
     assert http_item_client.item_state == "queued"
-    # The item has no lease, so this call must not record a third expiry.
+    # Two leases of the item have expired: one by the fault, and one as the clock advanced. The item
+    # has no lease now, so `expire_lease` must not record a third expiry.
     expire_lease(control_plane, http_item_client.id)
     lapsed = [record for record in control_plane.history if record.kind == "lapsed"]
     assert len(lapsed) == 2

@@ -46,7 +46,7 @@ class HandoffChildInVirtualTime(ThreadlessSupervisor, HandoffChildSupervisor):
 
 
 class HandoffTestbed:
-    """One pool with one session, a child process, and the requests that both sent.
+    """One pool with one session, a client in place of the child process, and the pool's requests.
 
     Attributes:
         lease: The handed-off lease of the last handoff.
@@ -320,7 +320,7 @@ async def test_item_returns_to_pool_if_handoff_starts_no_child_process() -> None
         assert testbed.loop.time() == pytest.approx(TAKE_BACK_SECONDS, abs=0.1)
         assert await testbed.is_child_heartbeat_refused()
         await session.update_metadata({"a": "b"})
-        await asyncio.sleep(100)  # The TTL is shorter, so the lease must be renewed.
+        await asyncio.sleep(100)  # longer than the TTL, so the pool must renew the lease
         return {"c": "d"}
 
     assert await testbed.run_handler(hand_off_item) == "completed"

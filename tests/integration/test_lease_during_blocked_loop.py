@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PoolOnThread:
-    """A pool on its own thread and loop, which its handlers may block."""
+    """A pool on a thread with an event loop of its own, so that handlers may block that loop."""
 
     def __init__(self, settings: Settings, call: Callable[[Session], Coroutine[Any, Any, None]]):
         self.recorder = Recorder()

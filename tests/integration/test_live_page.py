@@ -75,7 +75,7 @@ async def test_live_status_shows_slots_sessions_polls_and_outcomes(
         may_end.set()
         await recorder.wait_for(SessionFinished)
         async with asyncio.timeout(20):
-            # The session leaves the status shortly after SessionFinished, so wait until then.
+            # The session disappears from the status page shortly after SessionFinished.
             while (shown := await fetch_live_status(pool))["sessions"]:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         assert shown["outcomes"]["completed"] == 1

@@ -141,7 +141,10 @@ class UncancellablePlugin:
                 await self.may_end.wait()
 
     async def end_plugin_context(self) -> None:
-        """Let the plugin's context end, and wait until the abandoned pool has closed."""
+        """Let the plugin's context end, and wait until the pool's task has ended.
+
+        The start or run of the pool has ended earlier, after a limited wait for that task.
+        """
         self.may_end.set()
         [root] = [task for task in asyncio.all_tasks() if task.get_name() == "workpool"]
         await asyncio.wait({root}, timeout=20)

@@ -167,7 +167,8 @@ async def test_proxy_resets_server_connection_even_if_client_connection_was_abor
     await server.expect_bytes(b"known to both")
     for link in testbed.proxy._connections:
         link.worker.transport.abort()
-    # In this one iteration the transports close, but the links' tasks do not notice it yet.
+    # In this one iteration of the event loop, the workers' transports close, but the proxy's
+    # tasks that forward bytes do not notice it yet.
     await asyncio.sleep(0)
     testbed.proxy.reset()
     await server.expect_connection_reset()

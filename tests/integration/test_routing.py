@@ -179,7 +179,8 @@ async def test_wanted_item_is_never_delivered_if_too_many_unwanted_items_are_que
         assert compute_declines_per_poll(pool) > read_alert_threshold()
         assert workpool.item(wanted).state == "queued"
         assert workpool.item(wanted).delivered_at is None
-        # A second pool with another handler runs the unwanted items, and then the wanted one.
+        # A second pool has a handler for any item. It runs the items that the first pool declined,
+        # and then the wanted item.
         async with workpool.pool(any_session_handler):
             await workpool.wait_for(SessionFinished, count=31)
     assert workpool.item(wanted).state == "stopped"

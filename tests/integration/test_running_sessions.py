@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class CancellationIgnoringHandler:
-    """A handler that ignores its cancellation, and records the errors of calls after it."""
+    """A handler that ignores its cancellation and then records the error of a metadata write."""
 
     def __init__(self) -> None:
         self.cancelled = self.left = False
@@ -166,7 +166,7 @@ async def test_stuck_handler_keeps_its_slot_and_session_until_it_ends(
         assert not recorder.of(SessionFinished)
         assert log_levels_of_message(caplog, "handler ignores its cancellation") == ["CRITICAL"]
         [report] = [each for each in caplog.records if "ignores its cancellation" in each.message]
-        # The report contains the line at which the handler waits.
+        # The stack in the log record contains the line at which the handler waits.
         assert "await self.may_end.wait()" in str(report.stack_info)
         assert supervisor.status().reasons == ("handlers that ignore their cancellation: 1",)
         cancellation_ignoring_handler.may_end.set()

@@ -76,5 +76,6 @@ async def test_context_variables_set_in_one_session_are_unset_in_the_next(
         await recorder.wait_for(SessionFinished, count=4)
     unset = dict.fromkeys(VARIABLES, "unset")
     own = unset | {"embedder": "before start", "lifespan": "set"}
-    # A session sees the variables that plugin contexts and observers of its events have set.
+    # A session sees the context variables that were set before the pool started, by plugins'
+    # context managers, and by observers of the session's own events.
     assert setting.seen == [own | {"wrapper": "set", "observer": "set"}, own, own, own]

@@ -123,7 +123,8 @@ async def test_handler_is_cancelled_and_sends_nothing_if_another_worker_holds_it
                 errors.append(error)
 
     (item,) = control_plane.enqueue()
-    # The pool's only slot is used, so the pool does not poll for the item itself.
+    # The session occupies the pool's only slot. So the pool does not poll, and only the other
+    # worker can claim the item again.
     async with make_pool(write_metadata_when_cancelled, concurrency=1):
         await recorder.wait_for(SessionStarted)
         faults.add(hold, "heartbeat", times=1)

@@ -45,7 +45,10 @@ def malformed_item(item: dict[str, Any]) -> bytes:
 def unreadable_items(
     faults: Faults, request: pytest.FixtureRequest
 ) -> Callable[[dict[str, Any]], bytes]:
-    """Return a function that makes an item unreadable; apply it to polled items with `bad`."""
+    """Return a function that makes an item unreadable.
+
+    A fault applies the function to each polled item whose metadata have the key `bad`.
+    """
     make_unreadable: Callable[[dict[str, Any]], bytes] = request.param
 
     async def corrupt_items_marked_bad(

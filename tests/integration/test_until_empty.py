@@ -91,7 +91,10 @@ async def test_run_until_empty_does_not_end_while_another_poll_is_in_flight(
 async def test_pool_run_until_empty_ends_although_its_two_pollers_poll_alternately(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
-    """Polls are answered before `block_ms`, so each poller pauses while the other one polls."""
+    """Each poll is answered before `block_ms` has passed.
+
+    The poller pauses for the rest of that time, and the other poller polls during this pause.
+    """
 
     @handler
     async def wait_until_seventh_poll(_: Session) -> None:

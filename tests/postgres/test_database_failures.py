@@ -123,7 +123,8 @@ class WorkersUnderLoad:
     async def _process_item(self, client: NodeClient, work_id: str) -> None:
         acked = await self._call_until_answered(partial(client.ack, work_id), 409)
         if acked.status == 409:
-            # Another worker has acknowledged the item, or a stop without an answer has stopped it.
+            # Another worker has acknowledged the item, or a stop call whose answer was lost has
+            # stopped the item.
             return
         assert work_id not in self.holders, "two workers hold one item"
         self.holders[work_id] = client._worker

@@ -87,7 +87,8 @@ async def test_migration_waiting_for_a_locked_table_does_not_block_other_stateme
         await reader.execute("SELECT * FROM number")
         migration = group.create_task(migrate(database_url, [FIRST, SECOND]))
         other = await open_connection(database_url)
-        # The migration waits for its lock only briefly at a time. Statements run between the waits.
+        # The migration tries repeatedly to lock the table, each time for `LOCK_SECONDS`. Statements
+        # of other connections run between these tries.
         for _ in range(5):
             await other.execute("SELECT * FROM number")
             await asyncio.sleep(0.1)

@@ -84,8 +84,8 @@ async def test_announced_items_wake_one_poll_per_item_on_each_node(
         hubs[0].announce_topic_changes(WORK, 3)
         assert len(hubs[0]._waiting[WORK]) == 17
         await wait_until(lambda: len(there.ended) >= 3)
-        # Notifications arrive in order. Once the notification of `env_2` has arrived, all polls of
-        # WORK that should wake have been woken.
+        # Notifications arrive in the order in which they were sent. Once the notification for the
+        # topic of `env_2` has arrived, the one for the topic WORK has already woken its polls.
         hubs[0].announce_topic_changes(make_work_topic("env_2"))
         await wait_until(lambda: other.ended)
         assert (here.ended, there.ended) == ([True] * 3, [True] * 3)
@@ -117,8 +117,8 @@ async def test_wait_for_change_returns_at_once_if_topic_changed_after_given_chan
         assert not await here.wait_for_topic_change(SESSION, before, 0.01)
         await wait_until(lambda: there.get_change_count() > far)
         assert await there.wait_for_topic_change(WORK, far, LONG)
-        # The hub remembers only two topics, so three new topics make the hub forget the change of
-        # WORK. The wait for WORK must end nevertheless.
+        # The hub remembers the last change of only two topics, so changes of three other topics
+        # make it forget the change of the topic WORK. A wait for that change must end nevertheless.
         for number in range(3):
             here.announce_topic_changes(f"session:{number}")
         assert await here.wait_for_topic_change(WORK, before, LONG)
@@ -129,7 +129,8 @@ async def test_polls_that_missed_announcement_read_again_once_per_announced_item
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
-    seen = hub.get_change_count()  # now twenty polls begin to read the table
+    # Twenty polls read this change count, and then begin to read the table of items.
+    seen = hub.get_change_count()
     hub.announce_topic_changes(WORK, 3)
     ended = [await hub.wait_for_topic_change(WORK, seen, 0.001) for _ in range(20)]
     assert ended == [True] * 3 + [False] * 17
@@ -165,8 +166,9 @@ async def test_waiting_call_without_notification_reads_database_again_after_fall
         )
         await wait_until(lambda: len(polls.ended) == 1)
         await wait_until(lambda: len(streams.ended) == 3)
-        # Wake the second poll, as the first one does if it has found an item. The third poll reads
-        # again at the end of the next fallback interval.
+        # The first poll would now read the database, and wake the second poll if it found an item.
+        # Here the test wakes the second poll. The wait of the third poll ends with the next
+        # fallback interval.
         hubs[0].wake_waiting_calls(WORK)
         await wait_until(lambda: len(polls.ended) == 2)
         await wait_until(lambda: len(polls.ended) == 3)

@@ -251,7 +251,7 @@ def memory_and_sqlite_stores() -> None:
 
 @pytest.fixture
 def every_kind_of_store() -> None:
-    """Run the test with the memory store, with SQLite and, as a trial, with PostgreSQL.
+    """Run the test with the memory store, with SQLite and, if trials run, with PostgreSQL.
 
     This fixture is for tests without the fixture `control_plane`.
     """

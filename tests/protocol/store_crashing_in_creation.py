@@ -1,4 +1,4 @@
-"""Program that creates a session on SQLite and is killed before its events are saved.
+"""Program that creates a session on SQLite and kills itself before it saves the session's events.
 
 Usage: `store_crashing_in_creation.py FILE`.
 """

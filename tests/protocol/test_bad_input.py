@@ -263,7 +263,10 @@ async def test_request_whose_body_does_not_arrive_is_answered_with_408(
 async def test_server_reads_only_a_few_large_bodies_at_the_same_time(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server reads a few large bodies at once, to limit its memory; other requests wait."""
+    """Each large body needs memory, so the server limits how many of them it reads at a time.
+
+    The requests above this limit wait.
+    """
     now, most = 0, 0
     read = web.Request.read
 

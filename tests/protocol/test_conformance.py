@@ -377,8 +377,8 @@ async def test_suite_with_test_environment_option_stops_items_of_other_clients(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     items = control_plane.enqueue(3)
-    # Items that two nodes on PostgreSQL create within one millisecond are delivered in any order.
-    # At the same time, the suite's own item could be delivered before these items.
+    # Two nodes on PostgreSQL deliver the items of one millisecond in any order. Advance the clock,
+    # so that the suite's own item is created later than these items and delivered after them.
     clock.advance(1)
     suite = make_suite_that_advances_clock(
         control_plane, http_session, clock, "qoder", test_environment=True

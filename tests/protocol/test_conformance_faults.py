@@ -82,9 +82,9 @@ def make_fault_that_rewrites_answers(path: str, change: Callable[[Any], Any]) ->
 
 
 def make_fault_that_replaces_errors(answer: Callable[[int], web.Response]) -> Any:
-    """Return a fault that replaces each response with an error status.
+    """Return a fault that replaces each response whose status is 400 or higher.
 
-    `answer` returns the replacement for a status.
+    `answer` receives this status and returns the replacement.
     """
 
     @web.middleware

@@ -429,7 +429,8 @@ async def test_stream_returns_events_after_given_position(engine: ControlPlaneEn
     assert list(await engine.wait_for_events(item.session_id, 2, 0.01) or "x") == ["x"]
     async with asyncio.TaskGroup() as group:
         stream = group.create_task(engine.wait_for_events(item.session_id, 2, 999.0))
-        # Let the stream wait for an event. The test also passes if it starts after the send.
+        # Give the stream time to begin its wait. The test also passes if the stream begins to wait
+        # only after the event was sent.
         await asyncio.sleep(0.05)
         third = await engine.send_events(item.session_id, [MESSAGE])
     assert stream.result() == list(third)

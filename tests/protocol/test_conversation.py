@@ -108,7 +108,10 @@ class ConversationStateMachine(RuleBasedStateMachine):
 
     @rule(custom=st.booleans(), permission=st.sampled_from(["allow", "ask", "deny"]))
     def emit_tool_use(self, permission: str, *, custom: bool) -> None:
-        """Append a tool use as the agent does. A scripted conversation may refuse it."""
+        """Append a tool use as the agent does, unless the conversation refuses the tool use.
+
+        Only a conversation that follows a script may refuse a tool use.
+        """
         kind = "agent.custom_tool_use" if custom else "agent.tool_use"
         event = {"type": kind, "evaluated_permission": permission}
         try:

@@ -74,7 +74,7 @@ async def test_bad_request_to_stopped_item_is_400_rather_than_409(
     work_id = await api.create_item_in_state("stopped")
     method, suffix = CALLS[call]
     answer = await api(method, api.work_url(suffix.format(id=work_id)), **BAD_REQUEST)
-    # An ack has no parameters, so only the conflict can be reported.
+    # An ack has no parameters that could be bad, so its only error is the 409 for the stopped item.
     assert answer.status == (409 if call == "ack" else 400)
 
 

@@ -40,7 +40,7 @@ class VirtualTimeEventLoop(asyncio.SelectorEventLoop):
 
 
 def run_in_virtual_time(check: Callable[[Operations], Awaitable[Any]]) -> Any:
-    """Run an async function in virtual time. Its `Operations` use the event loop's clock."""
+    """Run `check` in virtual time, and pass it new `Operations` that use the event loop's clock."""
     with asyncio.Runner(loop_factory=VirtualTimeEventLoop) as runner:
 
         async def pass_new_operations_to_check() -> Any:

@@ -67,7 +67,7 @@ async def test_items_sessions_and_stats_survive_restart(
             url = f"{api.base_url}/sessions/{session['id']}"
             assert (await api("GET", url)).body == session
         _, stopping, active, starting, queued = (item["id"] for item in before[0]["data"])
-        # Worker `a` received this item before the restart, so that worker `b` may not ack it.
+        # Worker `a` received this item before the restart, so the server refuses the ack of `b`.
         assert (await api.ack(queued, worker="b")).status == 409
         assert (await api.heartbeat(active, "NO_HEARTBEAT")).status == 412
         assert (await api.heartbeat(starting, "NO_HEARTBEAT")).status == 200

@@ -1,4 +1,4 @@
-"""Fixtures of unit tests: leases in virtual time, settings without variables, and signals."""
+"""Fixtures of unit tests: leases, environment variables, configuration files, process signals."""
 
 from __future__ import annotations
 

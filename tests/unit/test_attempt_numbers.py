@@ -1,4 +1,4 @@
-"""AttemptNumber numbers of an item, from counts of this process and from the item's metadata."""
+"""The attempt number of an item, from the runs in this process and from the item's metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bounded queue: no queue place is lost or used twice, and tasks wait for one in order."""
+"""The bounded queue: no place is lost or used twice, and tasks get places in order of arrival."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 async def test_ack_that_may_have_been_applied_is_not_repeated_once_its_lease_has_ended(
     testbed: type[LeaseTestbed],
 ) -> None:
-    """The pool counts the lease from the first ack, so the lease from a later ack is useless."""
+    """The pool counts the lease from the first ack, so a later ack would not prolong the lease."""
     one = testbed(ack=[Fault(answer=500, applied=False)] * 999)
     async with one.opened_clients():
         _, result = await ClaimerTestbed(one, window=300).acknowledge_item()

@@ -605,7 +605,7 @@ async def test_stop_that_ignores_returned_item_accepts_any_json_object_as_answer
 async def test_stop_that_ignores_returned_item_rejects_answer_that_is_no_json_object(
     qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware, body: bytes
 ) -> None:
-    """A page of a gateway with status 200 may mean that the request was not forwarded."""
+    """An HTML page with status 200 may come from a gateway that did not forward the request."""
     server_middleware.instead = lambda: web.Response(body=body)
     with pytest.raises(TransientError):
         await qoder_dialect_client.stop(UNKNOWN, force=True, read_item=False)
@@ -747,7 +747,7 @@ async def test_calls_waiting_for_rate_limit_are_sent_by_priority(
             while sum(map(len, limiter._line._waiters.values())) < 4:  # noqa: ASYNC110 - no event tells that a call waits
                 await asyncio.sleep(0)
             for op in ("stop", "ack", "update", "update"):
-                limiter.refund()  # A refund makes one token available at once.
+                limiter.refund()  # This adds one token to the rate limiter.
                 assert await sent.get() == op
 
 

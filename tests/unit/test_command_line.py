@@ -85,7 +85,8 @@ def test_each_option_with_a_value_shows_its_default(path: str) -> None:
 def test_every_help_text_has_examples_that_can_be_parsed(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The examples of `workpool hold` can be parsed only with the variables of its parent process.
+    # The examples of `workpool hold` can be parsed only with these environment variables, which the
+    # parent process of `workpool hold` sets.
     for name in (WORK_ID, LAST_HEARTBEAT):
         monkeypatch.setenv(name, "x")
     lines = examples_in_help(COMMANDS[path])

@@ -1,4 +1,4 @@
-"""The completion table, the error notes in metadata, and the outcomes of sessions."""
+"""The completion of a session for each end reason, its error text in metadata, its outcome."""
 
 from __future__ import annotations
 

@@ -202,8 +202,8 @@ async def test_requests_for_pages_of_endless_event_history_slow_down_with_backof
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
-    # 100 pages are requested in 5 s, then backoff takes 5 s on average. So the mean rate is half
-    # of the maximum; the rest of the bound is tolerance for the random backoff.
+    # The stream requests 100 pages in 5 s, and then backs off for 5 s on average. So its mean rate
+    # is 0.5 * PAGES_PER_SECOND. The factor 0.75 leaves tolerance for the random backoff.
     assert len(endless.asked) < 0.75 * 600 * PAGES_PER_SECOND
 
 

@@ -316,7 +316,8 @@ def read_link_target(path: Path) -> str:
     try:
         return str(path.readlink())
     except OSError:
-        # The listing includes the descriptor that was open to read it, which is closed by now.
+        # `FDS.iterdir()` also lists the descriptor that it opened to read the directory. That
+        # descriptor is closed by now.
         return ""
 
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def make_fleet_scaling_calculator(
     loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
 ) -> FleetScalingCalculator:
-    """Return load readers of several environments; None is the load before the first read."""
+    """Return a scaling calculator with one load reader for each environment in `loads`.
+
+    The load None stands for a reader that has read no load yet.
+    """
     client = WorkClient(Settings(environment_id="env_a"))
     readers = {}
     for number, (environment_id, load) in enumerate(loads.items(), start=1):

@@ -1,4 +1,7 @@
-"""Handlers that fail at once leave their items to other workers, in virtual time."""
+"""Handlers whose sessions fail right after their start leave items to other workers.
+
+The tests run in virtual time.
+"""
 
 from __future__ import annotations
 
@@ -167,7 +170,8 @@ def test_failing_handler_recovers_after_completed_session_or_failure_after_five_
         again.end_sessions_as_failed(4)
         again.end_session(outcome, seconds)
         again.end_session()
-        assert again.is_failing != resets  # Without a reset, the handler has failed 4 + 1 times.
+        # If the session in between has not reset the count of failures, the count is 4 + 1 = 5 now.
+        assert again.is_failing != resets
 
     assert_failures_are_reset()
 
@@ -240,10 +244,10 @@ async def test_wait_to_claim_ends_when_running_session_of_failing_handler_ends()
 @in_virtual_time
 async def test_wait_to_claim_ends_with_shorter_pause_of_two_failing_handlers() -> None:
     bench = HandlerHealthTestbed()
-    bench.end_sessions_as_failed(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
+    bench.end_sessions_as_failed(FAILURES + 2)  # No claims for BROKEN for 4 s.
     await asyncio.sleep(1)
     for _ in range(FAILURES):
-        bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
+        bench.end_session(handler=OTHER)  # No claims for OTHER for 1 s.
     before = bench.loop.time()
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() - before == pytest.approx(1)
@@ -252,12 +256,15 @@ async def test_wait_to_claim_ends_with_shorter_pause_of_two_failing_handlers() -
 
 @in_virtual_time
 async def test_wait_to_claim_ends_with_pause_of_failing_handler_although_another_runs() -> None:
-    """The handler OTHER runs the one session that a failing handler may run; BROKEN pauses."""
+    """The failing handler OTHER runs a session while the failing handler BROKEN is in its pause.
+
+    A failing handler may run only one session, so OTHER may claim no item meanwhile.
+    """
     bench = HandlerHealthTestbed()
     for _ in range(FAILURES):
-        bench.end_session(handler=OTHER)  # The handler OTHER pauses for 1 s.
+        bench.end_session(handler=OTHER)  # No claims for OTHER for 1 s.
     bench.owned[OTHER] = 1
-    bench.end_sessions_as_failed(FAILURES + 2)  # The handler BROKEN pauses for 4 s.
+    bench.end_sessions_as_failed(FAILURES + 2)  # No claims for BROKEN for 4 s.
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(4)
     assert bench.health.may_claim(BROKEN)

@@ -34,7 +34,7 @@ MEGABYTE = 1_000_000
 
 
 class ServerWithConnectionLimit:
-    """An HTTP server whose connections `InboundConnections` limits."""
+    """An HTTP server whose number of connections is limited by an `InboundConnections` object."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self.connections = InboundConnections(limit)

@@ -119,14 +119,14 @@ def unsettled_lease() -> Lease:
 
 
 def unsettled_lease_after_unanswered_heartbeat() -> Lease:
-    """Return a lease of an item `active` at its ack; the first heartbeat got no answer."""
+    """Return a lease whose ack was answered with `active`; its first heartbeat got no answer."""
     lease = unsettled_lease()
     begin_heartbeat_and_apply_answer(lease, 5.0, 6.0, make_transient_error())
     return lease
 
 
 def lease_settled_by_heartbeat() -> Lease:
-    """Return a lease of an item `active` at its ack; the first heartbeat succeeded."""
+    """Return a lease whose ack was answered with `active`; its first heartbeat succeeded."""
     lease = unsettled_lease()
     begin_heartbeat_and_apply_answer(lease, BEGUN_AT, BEGUN_AT, make_heartbeat())
     return lease
@@ -501,7 +501,8 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("again", "recovered", due=0)),
     (lease_with_unanswered_heartbeat, item_of_this_worker(state="stopping"),
      ExpectedLease("again", "recovered", due=0)),
-    # After two reads in a row, the next heartbeat waits, so that requests do not loop.
+    # After two reads of the item in a row, the lease delays the next heartbeat. Otherwise,
+    # heartbeats and reads could follow each other without a pause.
     (lease_confirmed_by_reading_item, item_of_this_worker(),
      ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
     (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),
@@ -533,7 +534,7 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
     (lease_in_handoff, item_of_another_worker(),
      ExpectedLease("over", "conflict", "lost", confirmed=True, due=LOST)),
-    # The error of a failed read determines the delay of the next heartbeat.
+    # If the read of the item fails, its error determines the delay of the next heartbeat.
     (renewed_lease, make_transient_error("timeout"),
      ExpectedLease("again", "timeout", due=FIRST_REPEAT)),
     (renewed_lease, make_transient_error("server_error", 9.0),
@@ -900,7 +901,10 @@ class LeaseStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.under_way)
     @rule(index=st.integers(0, 5))
     def deliver_heartbeat_request(self, index: int) -> None:
-        """Deliver a sent heartbeat to the control plane; the lease may have given it up by now."""
+        """Deliver a sent heartbeat to the control plane.
+
+        By now, the lease may have recorded that the heartbeat got no answer.
+        """
         attempt = self.under_way.pop(index % len(self.under_way))
         answer = self.plane.extend_lease(attempt.expected, attempt.ttl)
         if attempt is self.attempt:
@@ -975,12 +979,13 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.reading, self.item = False, None
 
     def _assert_lease_matches_heartbeat_decision(self, decision: HeartbeatDecision) -> None:
-        """Assert the conditions that hold after every decision on a heartbeat or read."""
+        """Assert the conditions that hold after the answer to a heartbeat or a read of the item."""
         assert self.lease.in_flight == (decision.then == "read")
         assert (decision.then == "over") == self.lease.is_over
         if decision.then == "again":
             assert self.current_time <= self.lease.due_at < math.inf
-            # A heartbeat sent at once after two reads in a row would begin a loop of requests.
+            # Until a heartbeat succeeds, only one decision may make the next one due at once.
+            # Otherwise, heartbeats and reads of the item could follow each other without a pause.
             hurried = self.lease.due_at == self.current_time
             assert not (hurried and self.last_decision == "hurried")
             self.last_decision = "hurried" if hurried else self.last_decision

@@ -541,7 +541,8 @@ async def test_worker_after_machine_pause_sends_only_heartbeats_until_leases_are
         for item in items:
             one.sender.check_requests_allowed(item, by_handler=False)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 0, 5, 5, 5])
-    # Each lease is reported, because the report wakes the calls that wait for verification.
+    # The renewer reports each verified lease to the pool, although its status is unchanged: the
+    # report wakes the calls that wait until the lease is verified.
     assert [status for _, status in one.changes] == ["held"] * 3
 
 

@@ -410,7 +410,10 @@ async def test_no_heartbeat_is_sent_while_event_loop_is_blocked_too_long(
 async def test_logged_blocking_time_of_loop_is_exact_although_it_is_checked_rarely(
     testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A clock measures the seconds: the monitor counts at most a third of each renewer tick."""
+    """The logged seconds come from a clock, and not from the time that the monitor adds up.
+
+    In this test, the monitor adds at most a third of each tick of the renewer.
+    """
     monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     async with testbed.make_renewer(max_block=0.1):
         await testbed.wait_until(

@@ -44,7 +44,7 @@ def make_prometheus_client_metric(row: MetricDefinition) -> Counter | Histogram:
 
 
 def add_amounts_and_get_metric_lines(row: MetricDefinition, amounts: Iterable[float]) -> list[str]:
-    """Add the amounts to a new store under each label set, and return the store's exposed text."""
+    """Add `amounts` to each series of a new metric store; return the lines that it exposes."""
     store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
         series = store.find_series(labels)

@@ -1,4 +1,4 @@
-"""Calls of plugins: the choice of handlers, contexts, events, and errors that name the plugin."""
+"""Plugins: their choice of handlers, their observers, their context managers, and their errors."""
 
 import asyncio
 import functools

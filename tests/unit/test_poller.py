@@ -1,4 +1,4 @@
-"""One poller: it survives errors, and releases queue place and ack permit after each poll."""
+"""One poller: it survives most errors, and releases places and permits that no item uses."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
 
 async def test_request_waits_for_token_after_heartbeats_exceeded_rate_limit() -> None:
     limiter = RateLimiter("write", 200)
-    # Take the start time first, because the limiter gains tokens while its burst is used up.
+    # Read the clock first, because the limiter gains tokens while `acquire_all_tokens` runs.
     started = time.monotonic()
     acquire_all_tokens(limiter)
     for _ in range(20):

@@ -40,7 +40,10 @@ class RefusedByRequestCheckError(Exception):
 
 
 class RequestCheckTimeoutError(TimeoutError):
-    """A refusal by a check that looks like a network error, after which aiohttp repeats a GET."""
+    """The error by which a check refuses a request; this error looks like a network error.
+
+    aiohttp repeats a GET request after a network error.
+    """
 
 
 @dataclass
@@ -332,8 +335,8 @@ async def assert_transient_error(call: Awaitable[object]) -> None:
 async def test_request_refused_by_request_check_after_wait_for_connection_sends_no_byte() -> None:
     check = SwitchableRequestCheck()
     connector = aiohttp.TCPConnector(limit=1)
-    # The server answers with no bytes, so the first request never ends and occupies the only
-    # connection.
+    # The server sends no byte of an answer, so the first request occupies the only connection until
+    # the test cancels it.
     hold: list[bytes | None] = [b""]
     async with (
         recording_server(*hold) as server,

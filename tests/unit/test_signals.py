@@ -1,4 +1,4 @@
-"""Process signals become asyncio events, and the former signal handlers return at the end."""
+"""Process signals become asyncio events; at the end, the former signal handlers are restored."""
 
 from __future__ import annotations
 

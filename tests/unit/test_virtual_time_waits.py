@@ -81,7 +81,7 @@ def test_virtual_time_error_names_awaited_process(output: int | None) -> None:
                 await process.communicate()
         finally:
             process.kill()
-            await process.wait()  # Virtual time has failed by now, so this wait takes real time.
+            await process.wait()  # After its RuntimeError, the loop waits in real time.
 
     with pytest.raises(RuntimeError, match=r"virtual time cannot wait for process \d+ \(sleep\)$"):
         run_on_virtual_loop(wait_for_process())
