@@ -87,9 +87,10 @@ class MetricDefinition:
 
 
 def _make_labels(**closed: tuple[str, ...]) -> _Labels:
-    """Return the labels of a metric: the environment, and each label in `closed`.
+    """Return the labels of a metric: the environment, and one label for each argument.
 
-    The values in `closed` are all values that the label can have.
+    An argument has the name of its label, and its value contains all values of that label,
+    or is `OPEN`.
     """
     return {ENVIRONMENT: OPEN, **closed}
 

@@ -352,7 +352,10 @@ class Metrics:
             self._ensure_handler_label(handler)
 
     def _ensure_handler_label(self, handler: str) -> str:
-        """Return a handler's value of the label `handler`, after creating missing series for it."""
+        """Return the value of the label `handler` that stands for a handler.
+
+        Create the series with this value if they do not exist yet.
+        """
         label = self._source.handler_label(handler)
         if label not in self._source.handlers:
             if label == OTHER_HANDLERS:

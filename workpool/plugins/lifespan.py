@@ -24,7 +24,10 @@ CLOSE_SECONDS = 10.0
 
 
 class PluginLifespan:
-    """Wraps the context that a plugin's `workpool_lifespan` returned, and limits its time."""
+    """Wraps the context manager that a plugin's `workpool_lifespan` returned.
+
+    Leaving the context may take at most `CLOSE_SECONDS`; entering it has no time limit.
+    """
 
     def __init__(self, plugin: str, context: AbstractAsyncContextManager[object]) -> None:
         self._plugin = plugin

@@ -131,9 +131,9 @@ class Plugins:
 
     @property
     def handlers(self) -> tuple[Handler, ...]:
-        """The handlers of functions with `@handler`.
+        """The handlers that plugins define as functions with the decorator `@handler`.
 
-        The handlers that hooks return are missing here: a hook chooses its handler for each item.
+        The handlers that hooks return are not included: a hook chooses its handler for each item.
         """
         return tuple(route.handler for plugin in self._plugins for route in plugin.routes)
 
@@ -272,8 +272,8 @@ def _sort_hooks_by_calling_order(plugins: Sequence[Plugin]) -> dict[str, list[Ho
     registry.add_hookspecs(hookspecs)
     owners: dict[str, str] = {}
     routes = [route for plugin in plugins for route in plugin.routes]
-    # pluggy calls the implementation that was registered last before the others, so register the
-    # plugins in reverse order.
+    # pluggy calls the implementations of a hook in the reverse order of their registration, so
+    # register the last plugin first.
     for plugin in reversed(plugins):
         if plugin.routes:
             adapter = registry.register(
@@ -304,9 +304,9 @@ def _group_observers_by_event_type(
 
 
 def _find_routes_covered_by_plugin(plugin: Plugin, routes: Iterable[Route]) -> list[Route]:
-    """Return the `routes` of all plugins whose rule is covered by a rule of `plugin`.
+    """Return each route whose items all match one rule of `plugin`.
 
-    The most specific route comes first.
+    `routes` are the routes of all plugins. The result has the most specific route first.
     """
     own = [route.rule for route in plugin.routes]
     refined = [route for route in routes if any(rule.covers_rule(route.rule) for rule in own)]

@@ -1,9 +1,10 @@
-"""Rules for claiming items: pauses, plugins' refusals, handler slots and failures, exit limits.
+"""Decides when a pool may claim items, and when it must end because of an exit limit.
 
-Running sessions are not affected. A handler that fails at once could take item after item from
-other workers, so it claims only one at a time, after a pause that doubles with every further
-failure. Once an exit limit is reached, no item is claimed anymore, and the pool drains when no
-session runs. Lives on the handlers' loop; the reasons may be read on any thread. See
+A pool claims nothing while it is paused or a plugin refuses. A handler without a free slot gets no
+item. A handler that fails at once could take item after item from other workers, so it gets only
+one at a time, after a pause that doubles with every further failure. Once an exit limit is reached,
+no item is claimed anymore, and the pool drains when no session runs. Running sessions are not
+affected. Lives on the handlers' loop; the reasons may be read on any thread. See
 workpool/docs/architecture.md, "Admission", "Failing handlers" and "Limits of a process", and
 workpool/docs/routing.md, "Limits of handlers".
 """
@@ -76,7 +77,10 @@ class Admission:
         return None if reason is None or self._wall() >= self._until else reason
 
     def set_plugin_refusal_function(self, ask: Callable[[], str | None]) -> None:
-        """Set the function that returns a plugin's reason to refuse claims, or None."""
+        """Set the function that asks the plugins whether they refuse claims.
+
+        The function returns the reason of a plugin that refuses, or None if no plugin refuses.
+        """
         self._ask, self.gated = ask, True
 
     def pause(self, reason: str, until: datetime | None) -> None:
@@ -130,7 +134,11 @@ class Admission:
         return refused
 
     async def _wait_for_pause_change(self) -> None:
-        """Wait until a pause begins or ends, at most until the next check of plugins and clock."""
+        """Wait until a pause begins or ends, but at most until the next check is due.
+
+        Without a pause, the check of the plugins is due after `ASK_SECONDS`. In a pause, the check
+        of the wall clock is due at the pause's end, or after `LOOK_SECONDS` if that is earlier.
+        """
         seconds = ASK_SECONDS
         if self._paused is not None:
             seconds = max(0.0, min(LOOK_SECONDS, self._until - self._wall()))
@@ -212,8 +220,8 @@ class HandlerHealth:
         """
         while self.failures and self._no_handler_may_claim():
             now = asyncio.get_running_loop().time()
-            # Set a timeout only for the handlers that are still in their pause. Every other failing
-            # handler has a running session, and the end of that session sets `_changed`.
+            # Wait at most until the next pause of a failing handler ends. A handler whose pause has
+            # ended may claim nothing because it has a session; that session's end sets `_changed`.
             resume_at = [each.resume_at for each in self.failures.values()]
             pauses = [each - now for each in resume_at if each > now]
             self._changed.clear()
@@ -358,7 +366,8 @@ class ExitLimits:
     def _record_poll_result(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         period = self._pools.get(admission)
         if period is None:
-            return  # The pool was removed from the limits before its last poll ended.
+            # The poll ended after `remove_pool_from_limits`, so its result does not count.
+            return
         if not idle:
             period.since = None
             return
@@ -382,7 +391,9 @@ class ExitLimits:
 
 @dataclass(slots=True)
 class _IdlePeriod:
-    """A period in which no poll of one pool has brought an item, on the loop's clock.
+    """A period in which no poll of one pool has brought an item.
+
+    Both attributes are times on the loop's clock.
 
     Attributes:
         since: The time of the first poll of the period; None: the pool is not idle.

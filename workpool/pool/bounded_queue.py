@@ -75,7 +75,10 @@ class BoundedQueue(Generic[T]):
 
     @property
     def waiting_item_count(self) -> int:
-        """The number of items in the queue that wait for a slot, without those set aside."""
+        """The number of items that wait in the queue's places until a slot is free.
+
+        Items set aside are not counted, because they have no place.
+        """
         return len(self._waiting)
 
     @property
@@ -149,9 +152,10 @@ class BoundedQueue(Generic[T]):
 
     @property
     def too_many_items_set_aside(self) -> bool:
-        """Whether the number of items set aside has reached the number of places in the queue.
+        """Whether at least as many items are set aside as the queue has places.
 
-        The pool should then poll more slowly, because it may hold back items from other workers.
+        Items set aside wait outside the queue's places until their handler has a free slot. If so
+        many are set aside, the pool should poll more slowly, so that other workers get items.
         """
         return len(self._aside) >= self.capacity
 
@@ -257,6 +261,9 @@ class BoundedQueue(Generic[T]):
         )
 
     def _start_item_in_shared_slot(self, item: T) -> None:
-        """Start an item that was set aside, in the shared slot that the pool has just got."""
+        """Start an item that was set aside, in a slot that several pools share.
+
+        The slot has just been granted to this pool.
+        """
         self._move_item_to_slot(item)
         self.start(item)

@@ -1,7 +1,8 @@
-"""Claiming an item: its acknowledgement, then its first heartbeat, sent on the handlers' loop.
+"""Claims an item: sends its acknowledgement, and then its first heartbeat.
 
-No handler runs for the item before the first heartbeat has succeeded, so a claim that is lost
-costs a redelivery and nothing else. After that the lease renewer extends the lease.
+Both requests are sent on the handlers' loop. No handler runs for the item before the first
+heartbeat has succeeded, so a claim that is lost costs a redelivery and nothing else. After that
+heartbeat, the lease renewer extends the lease.
 See workpool/docs/architecture.md, "The path of one item".
 """
 

@@ -61,13 +61,13 @@ class ClientProtocol(Protocol):
         """Wait until the rate limit permits one write; waits of higher priority end first."""
 
     def release_permit(self) -> None:
-        """Return the permit of a write to the rate limit, because the write was not sent."""
+        """Give an acquired permit back to the rate limiter, because the write was not sent."""
 
     async def acquire_ack_permit(self) -> None:
         """Wait until the rate limit permits the ack that may follow a poll."""
 
     def release_ack_permit(self) -> None:
-        """Return an ack permit to the rate limit, because the poll brought no item."""
+        """Give an ack permit back to the rate limiter, because the poll brought no item."""
 
     async def poll(
         self, block_ms: int | None = None, reclaim_older_than_ms: int | None = None

@@ -74,7 +74,8 @@ class CompletionActions:
     outcome: Outcome
 
 
-# If a session has several end reasons, the lowest of their rows in this table applies.
+# The end reasons are sorted by severity. If a session has several of them, the row of the most
+# severe one applies, which is the last of their rows.
 TABLE: Final[Mapping[EndReason, CompletionActions]] = {
     EndReason.RETURNED: CompletionActions("stop", "result", "completed"),
     EndReason.RAISED: CompletionActions("stop", "error", "failed"),
@@ -203,7 +204,8 @@ class Completion:
             )
             if row.metadata != "result":
                 return row.outcome
-            # Without its result the session has failed; write the error instead.
+            # The control plane has refused the result, so the session has failed. Write this error
+            # to the metadata instead of the result.
             item.error = error
             notes = self._make_error_metadata(item)
             with contextlib.suppress(RefusedError, ConflictError, PreconditionError):
@@ -219,7 +221,7 @@ class Completion:
         try:
             await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
         except NotPermittedError:
-            pass  # Without this permission, the pool never wrote metadata that it could delete.
+            pass  # The pool may not write metadata, so it has written no mark to delete.
         except ControlPlaneError as error:
             log.warning(
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -242,9 +244,9 @@ class Completion:
     async def mark_released_session_as_uncounted(
         self, item: PoolItem, reason: str, seconds: float
     ) -> None:
-        """Write metadata that exclude a released session from the attempts, within `seconds`.
+        """Write metadata that exclude a released session from the attempts of its item.
 
-        Writes nothing if another process may own the item.
+        The write takes `seconds` at most. Writes nothing if another process may own the item.
         """
         lease = item.lease
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
@@ -261,7 +263,8 @@ class Completion:
             await self.write_metadata(item, attempt.make_release_metadata(reason, retry), request)
             attempt.marked = True
         except NotPermittedError:
-            pass  # If metadata cannot be written, `LocalRunCounter` counts the runs here.
+            # The pool may not write metadata: `LocalRunCounter` counts the runs in this process.
+            pass
         except (ControlPlaneError, SessionGoneError) as error:
             log.warning(
                 "mark not written: %s", error, extra={"work_id": item.id, "error": str(error)}
@@ -379,7 +382,8 @@ def find_outcome_of_expired_lease(lease: Lease) -> Outcome:
 def iterate_errors_in_group(error: BaseException) -> Iterator[BaseException]:
     """Yield the errors inside an exception group, at any depth, or a plain error itself."""
     unread = [error]
-    # Deeply nested groups would exceed the recursion limit of a recursive function.
+    # Use a loop: a recursive function would reach the recursion limit in an exception group that is
+    # nested deeply.
     while unread:
         each = unread.pop()
         if isinstance(each, BaseExceptionGroup):

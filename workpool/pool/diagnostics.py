@@ -105,8 +105,9 @@ class LoopMonitor:
             Whether that time has reached `max_block`.
         """
         was_blocked = self.is_loop_blocked
-        # Count at most twice the interval between calls: if the whole process was stopped for
-        # longer, its loop was not blocked in that time.
+        # The calls of this method are `TICK_SECONDS` apart. If more than twice that time has passed
+        # since the last call, the whole process was stopped: do not add the excess, because the
+        # loop was not blocked in it.
         self._waited += min(seconds, 2 * TICK_SECONDS)
         if self.is_loop_blocked and not was_blocked:
             _warn_on_new_thread(

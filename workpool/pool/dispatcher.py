@@ -112,14 +112,15 @@ class Dispatcher:
         self.idle_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
         self._aside_seconds = context.seconds_until_redelivery - ASIDE_MARGIN_SECONDS
-        # Id of an item → whether its decline was logged.
+        # Id of a received item → whether the log says that the pool has declined the item.
         self._seen: OrderedDict[str, bool] = OrderedDict()
 
     @property
     def must_pause_between_polls(self) -> bool:
-        """Whether pollers must pause between polls, as no handler was called for the latest items.
+        """Whether pollers must pause between polls.
 
-        True after `UNSTARTED` owned items in a row ended before a handler was called.
+        True after `UNSTARTED` owned items in a row ended before a handler was called: without a
+        pause, many more such items could keep the pollers busy.
         """
         return self.runner.unstarted >= UNSTARTED
 
@@ -131,7 +132,8 @@ class Dispatcher:
         if self._context.draining or (
             self._admission.gated and self._admission.pause_reason is not None
         ):
-            return "declined"  # The control plane delivers an unacknowledged item to others.
+            # The item stays unacknowledged, so the control plane delivers it to another worker.
+            return "declined"
         owned = self.items.find_item(work_item.id)
         # Skip the search if no expiry timer is set, because then no item is set aside.
         if owned is None and self._expiry is not None:
@@ -219,7 +221,10 @@ class Dispatcher:
         )
 
     def _set_expiry_timer(self) -> None:
-        """Set the timer for the time when the oldest item set aside must be declined."""
+        """Set the timer for the time when the pool must decline the oldest of the items set aside.
+
+        That time is shortly before the redelivery of the item.
+        """
         aside = self._context.queue.items_set_aside
         if aside and self._expiry is None:
             oldest = min(item.delivered_at for item in aside)
@@ -294,9 +299,9 @@ class Dispatcher:
     def _start_item(self, item: PoolItem) -> None:
         """Start the task of an item that has just got a slot."""
         if self.items.find_item(item.id) is None:
-            # The item was set aside, so it is not owned yet. Log with the ids of its own context:
-            # if the end of another pool's session has freed this slot, the current context is that
-            # of the other pool.
+            # The item was set aside, so it is not owned yet. Add it in the item's context, so that
+            # the log records have the ids of its pool. The current context may belong to another
+            # pool, namely if the slot was freed by the end of a session of that pool.
             item.context.run(self._add_owned_item, item)
         item.advance_state("slot" if item.parents_heartbeat is None else "adopted")
         item.task = self._group.create_task(
@@ -333,7 +338,8 @@ class Dispatcher:
             self._context.client.release_ack_permit()
         for item in self._context.queue.forget_waiting_items():
             item.advance_state("closed")
-            # An item that was set aside is not in `items` yet: `remove_item` would raise.
+            # `items` does not contain the items that were set aside; for these, `remove_item` would
+            # raise a KeyError.
             if self.items.find_item(item.id) is item:
                 self.items.remove_item(item)
 
@@ -351,10 +357,10 @@ class Dispatcher:
         return running - sum(item.is_handler_running for item in self.executor.stuck)
 
     async def wait_for_uncounted_run_marks(self, seconds: float) -> None:
-        """Wait for the writes that exclude runs of stuck handlers from the attempts.
+        """Wait until the runs of stuck handlers are marked as not counting towards `max_attempts`.
 
-        The wait takes `seconds` at most. Without this wait, a drain would abandon these items
-        and cancel the writes at once.
+        The wait takes `seconds` at most. Without it, a drain would abandon the items at once and
+        cancel the writes of these marks.
         """
         marks = [item.mark_task for item in self.executor.stuck if item.mark_task is not None]
         if marks:

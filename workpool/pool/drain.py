@@ -41,7 +41,7 @@ That is 2 s before the end of the grace period. See workpool/docs/operating.md, 
 
 
 class Drain:
-    """The beginning, the deadline and the number of requests of one supervisor's drain.
+    """The drain of one supervisor: its beginning, its deadline, and how often it was requested.
 
     Attributes:
         requested: Set once the drain has begun.

@@ -89,8 +89,8 @@ class HandlerExecutor:
         task = item.handler_task = self._group.create_task(
             self._call_handler(item, handler, session),
             name=f"{handler.name} {item.id}",
-            # Copy the context: an eager task runs its first step inside this call, and a context
-            # that is entered already, as the item's is now, cannot be entered again.
+            # This code runs in `item.context`. An eager task enters its context inside this call,
+            # and a context cannot be entered twice at the same time, so pass a copy.
             context=item.context.copy(),
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
@@ -164,10 +164,11 @@ class HandlerExecutor:
         """
         now = self._clock()
         late = late if item.progressed_at == seen_at else 0.0
-        # The check is late by the time since `due_at`, or since a later progress of the handler.
+        # This check was due at `due_at`. If the handler has made progress after that time, only the
+        # time since the progress counts.
         lateness = now - max(due_at, item.progressed_at)
-        # Ignore short delays, which every timer has: otherwise their sum would keep a stalled
-        # handler running for longer.
+        # Do not subtract the short delay that every timer has: the delays of many checks would add
+        # up, and a stalled handler would run for longer than `stall`.
         if lateness >= LATE_SECONDS:
             late += lateness
         silence = max(0.0, item.seconds_without_progress(now) - late)
@@ -221,12 +222,12 @@ class HandlerExecutor:
             item.stall_timer = None
 
     async def _call_handler(self, item: PoolItem, handler: Handler, session: Session) -> None:
-        """Call the handler, if its lease is still held, and record its result or error.
+        """Call the handler if the item's lease is still held; record the handler's result or error.
 
         An error is recorded and not raised, since it would cancel all other handlers of the group.
         """
-        # The session's methods check `item.handler_task`. An eager task runs before `create_task`
-        # returns, so `run_handler` has not set the attribute yet.
+        # An eager task runs before `create_task` returns, so `run_handler` has not set
+        # `item.handler_task` yet. Set it here, because the session's methods check it.
         if item.handler_task is None:
             item.handler_task = asyncio.current_task()
         if not self._lease_allows_handler_call(item):
@@ -349,7 +350,7 @@ class HandlerExecutor:
 
     def _record_handler_error(self, item: PoolItem, error: BaseException) -> None:
         if item.state == "closed":
-            return  # The abandonment of the session has already reported its end.
+            return  # The session was abandoned, and its end was reported then.
         release = find_release_exception(error)
         item.error = release or error
         if release is not None:

@@ -78,7 +78,10 @@ def _check_text_is_encodable(key: str, value: str) -> None:
 def _check_result_size(
     result: Mapping[str, str], limits: MetadataLimits | None
 ) -> Mapping[str, str]:
-    """Raise `ResultError` if the result exceeds a limit of the dialect; else return the result."""
+    """Raise `ResultError` if the result exceeds one of the `limits`; else return the result.
+
+    The limits are those of the dialect, the variant of the protocol; None: no limits.
+    """
     if limits is None:
         return result
     for number, (key, value) in enumerate(result.items(), 1):

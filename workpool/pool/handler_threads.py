@@ -255,7 +255,8 @@ class _LoopCallerForThread:
     ) -> None:
         def finish_context() -> None:
             if left.done():
-                return  # A cancelled task has already left the context manager.
+                # The task was cancelled, so it has already left the asynchronous context manager.
+                return
             if error is None:
                 left.set_result(None)
             else:
@@ -263,7 +264,8 @@ class _LoopCallerForThread:
 
         try:
             self._loop.call_soon_threadsafe(finish_context)
-        except RuntimeError:  # The loop is closed: its task has already left the context manager.
+        except RuntimeError:
+            # The loop is closed, so the task has already left the asynchronous context manager.
             raise SessionEnded(self._item.id) from error
 
 

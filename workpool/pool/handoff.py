@@ -42,7 +42,10 @@ give-up time of the lease."""
 
 
 class HandoffRunner:
-    """Hands one item off to a child. Created on the handlers' loop, used on the renewer's."""
+    """Hands one item off to a child process.
+
+    Created on the handlers' loop, used on the event loop of the lease renewer.
+    """
 
     def __init__(self, item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
         self._item = item
@@ -78,7 +81,8 @@ class HandoffRunner:
 
     async def _wait_for_child(self) -> None:
         lease, handoff, clock = self._lease, self._handoff, self._renewer.clock
-        # Stop waiting early enough for the heartbeat by which this pool takes the item back.
+        # Stop waiting while enough time is left to send the heartbeat by which this pool takes the
+        # item back.
         until = lease.give_up_at - lease.ttl / TAKE_BACK_PART
         while not (handoff.taken_back or lease.is_over) and (left := until - clock()) > 0:
             handoff.changed.clear()
@@ -179,7 +183,7 @@ async def _wait_until_handoff_opens(
 async def _wait_for_handoff_state(
     item: PoolItem, handoff: Handoff, state: str, clock: Clock
 ) -> None:
-    """Wait until the handoff is in this state or closed, at most until the lease ends."""
+    """Wait until the handoff's state is `state` or "closed", or until the item's lease ends."""
     lease, states = item.lease, {state, "closed"}
     seconds = max(0.0, lease.deadline - clock())
     await item.wait_until(lambda: handoff.state in states or lease.status != "held", seconds)

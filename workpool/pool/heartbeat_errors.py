@@ -47,7 +47,7 @@ def classify_heartbeat_error(
     if isinstance(error, PreconditionError):
         return LeaseErrorConsequence("precondition", "read" if owner_unknown else "taken")
     if error.status == HTTPStatus.BAD_REQUEST:
-        # The control plane does not accept the request itself, so repeating it is useless.
+        # The control plane considers the request invalid, so repeating the request is useless.
         return LeaseErrorConsequence("rejected", "refused")
     # Repeat after other errors: a token, a proxy or a certificate may be repaired while the lease
     # lasts.

@@ -63,7 +63,7 @@ def choose_suspend_aware_clock() -> Clock:
     The result is the platform's own function: a wrapper would cost some forty calls for each
     item.
     """
-    if hasattr(time, "CLOCK_BOOTTIME"):  # on Linux only
+    if hasattr(time, "CLOCK_BOOTTIME"):  # Only Linux has this clock.
         return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
     if sys.platform == "darwin":  # On macOS, `time.monotonic` stands still during sleep.
         return functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
@@ -94,7 +94,10 @@ class MachinePauseDetector:
         return self._wall() - (self._clock() if now is None else now)
 
     def was_machine_paused(self, since: float, now: float | None = None) -> bool:
-        """Return whether the machine was paused since `wall_clock_offset` returned `since`."""
+        """Return whether the machine was paused after an earlier call of `wall_clock_offset`.
+
+        `since` is the value that this call returned.
+        """
         return abs(self.seconds_missed_by_lease_clock(since, now)) >= PAUSE_SECONDS
 
     def seconds_missed_by_lease_clock(self, since: float, now: float | None = None) -> float:
@@ -302,8 +305,8 @@ class Lease:
         """
         self.own_stop = True
 
-    # The following methods are called on one thread at a time: on the handlers' loop until the
-    # lease has begun, then on the lease renewer's.
+    # Only one thread at a time calls the following methods: the thread of the handlers' loop until
+    # the lease has begun, and the lease renewer's thread after that.
 
     def end_lease(self, status: LeaseStatus, loss: LossReason = "expired") -> None:
         """End a held lease; a lease that has ended does not change."""
@@ -334,9 +337,10 @@ class Lease:
         return first
 
     def schedule_last_heartbeat(self, now: float, delay: float) -> None:
-        """Release the item by one last heartbeat, which is due now.
+        """Make one last heartbeat due now, which releases the item.
 
-        The heartbeat requests a TTL of `delay` seconds; after it, another worker may get the item.
+        The heartbeat requests a TTL of `delay` seconds. The lease ends after this time, and then
+        another worker may get the item.
         """
         self._release_ttl = round(min(max(delay, TTL_MIN_SECONDS), TTL_MAX_SECONDS))
         self.due_at = now
@@ -427,8 +431,9 @@ class Lease:
         self._unanswered = False
         self.expected = _find_last_heartbeat(outcome)
         if self._read_twice:
-            # For the second time, the read contradicts the answer to the heartbeat. Wait before the
-            # next heartbeat: otherwise such answers would cause a busy loop.
+            # For the second time, the item that was read contradicts the answer to the heartbeat
+            # before the read. Wait before the next heartbeat: otherwise the heartbeats and reads
+            # would be a busy loop.
             self._schedule_heartbeat_retry(now)
         else:
             self._read_twice = True
@@ -498,8 +503,8 @@ class Lease:
             ttl = heartbeat.ttl_seconds
             self._set_deadline(attempt.at + ttl, ttl)
         if self._release_ttl is not None and not attempt.last:
-            # `schedule_last_heartbeat` was called during this heartbeat: keep its value of
-            # `due_at`.
+            # While this heartbeat was in flight, `schedule_last_heartbeat` has set `due_at`: keep
+            # that value.
             return
         jitter = 1 - JITTER * random.random()  # noqa: S311 - spreads load, guards nothing
         self.due_at = attempt.at + self.ttl / RENEW_PART * jitter
@@ -518,8 +523,8 @@ class Lease:
         if consequence.then == "read":
             if not self.unsettled:
                 return HeartbeatDecision("read", consequence.result)
-            # Reading the item would not show whether this pool has it: `acknowledged_at` in the
-            # answer to a repeated ack may be that of another worker's ack.
+            # `acknowledged_at` in the answer to this pool's ack may be the time at which another
+            # worker acknowledged the item. So reading the item would not show who has it.
             consequence = consequence._replace(then="taken")
         return self._retry_or_end_lease(now, consequence, error)
 
@@ -548,7 +553,8 @@ class Lease:
 
 
 def _find_last_heartbeat(item: WorkItem) -> str:
-    # A `starting` item has had no heartbeat under this lease. Its `last_heartbeat` is one of an
-    # earlier lease, and the next heartbeat must not expect it.
+    # The lease of a `starting` item has had no heartbeat yet. If the item has a `last_heartbeat`,
+    # that value is from an earlier lease, and the next heartbeat must not send it as the value that
+    # the control plane should have.
     fresh = item.state == STARTING or item.last_heartbeat is None
     return NO_HEARTBEAT if fresh else str(item.last_heartbeat)

@@ -77,7 +77,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 
 class LeaseRenewer:
-    """Extends leases on a separate thread, which runs while the renewer is entered.
+    """Extends leases on a separate thread, which runs while this context manager is open.
 
     Args:
         settings: The settings of the pool.
@@ -91,7 +91,7 @@ class LeaseRenewer:
         client: The renewer's client; set once it has started.
         optional: Makes the calls that the credential may not permit.
         pauses: Detects that the machine was paused; used at every check of the leases.
-        monitor: Measures how long the handlers' loop is blocked; set once the renewer is entered.
+        monitor: Measures how long the handlers' loop is blocked; set by `__aenter__`.
         renewing: False while the handlers' loop has been blocked for `max_block` or does not run,
             and once the thread has failed. Written on the renewer's thread.
     """
@@ -168,8 +168,8 @@ class LeaseRenewer:
             self._leases[lease] = item
             if self._error is not None:
                 lease.end_lease("lost")
-            # Wake the thread: after a slow answer to the first heartbeat, the second one is due
-            # before the next check of all leases.
+            # If the answer to the first heartbeat was slow, the second heartbeat is due before the
+            # next check of all leases: wake the renewer's thread.
             elif lease.due_at < self._next_look_at:
                 self._schedule_on_renewer_loop(self._look_now.set)
 
@@ -181,7 +181,8 @@ class LeaseRenewer:
         lease.closed = True
         item = self._leases.pop(lease, None)
         if item is not None and item.handoff is not None:
-            # Wake the handoff, which waits for answers to heartbeats: no heartbeat follows anymore.
+            # The task that hands the item off waits for answers to heartbeats. Wake this task,
+            # because no heartbeat follows anymore.
             self.run_on_renewer_loop(item.handoff.wake_handoff_task)
 
     def request_heartbeat(self, lease: Lease) -> None:
@@ -243,7 +244,8 @@ class LeaseRenewer:
         return ended
 
     def _join_thread(self) -> None:
-        # The loop has ended, so the thread returns at once, and the join does not block this loop.
+        # The renewer's loop has ended, so its thread returns at once, and the join does not block
+        # the handlers' loop.
         self._os_thread.join(JOIN_SECONDS)
 
     def _schedule_on_renewer_loop(self, callback: Callable[..., object], *args: object) -> None:

@@ -218,8 +218,9 @@ class PollerGroup:
             self.ack_refused = True
             self.begin_cooldown(self._ack_backoff.next_delay())
         else:
-            # Without this cooldown, two workers with the same rhythm could make each other's acks
-            # fail forever: the poll of each would return the item just before the other's ack.
+            # Without this cooldown, two workers could make each other's acks fail forever: whenever
+            # one of them is about to send its ack, the control plane delivers the item to the other
+            # one.
             seconds = self._conflict_backoff.next_delay()
             if self._conflict_backoff.failures > 1:
                 self.begin_cooldown(seconds)
@@ -325,8 +326,8 @@ class Poller:
             await self._back_off_after_error(error)
             return
         if item is None:
-            # Check the queue before the pause below: during the pause, other pollers may send new
-            # polls, and the group could not end until those are answered.
+            # End the poller group before the pause below, if it must end: during the pause, other
+            # pollers may send polls, and the group could end only after their answers.
             await self._group.end_if_queue_is_empty()
         if reception == "declined" or self._dispatcher.must_pause_between_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with

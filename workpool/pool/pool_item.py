@@ -1,4 +1,4 @@
-"""An item that the pool owns: its state, the end reason and the number of its run.
+"""An item that the pool owns: its state, why its session ended, and the number of its run.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. It is changed on the handlers' loop, except where an attribute says
@@ -280,7 +280,7 @@ class PoolItem:
             self.reason = reason
 
     def find_end_reason_of_lease(self, now: float) -> EndReason | None:
-        """Return the end reason that follows from the lease; None while the session may go on."""
+        """Return the reason why the lease ends the session; None while the session may go on."""
         lease = self.lease
         if lease.begun and lease.is_held(now):
             return EndReason.STOP_REQUESTED if lease.stop_requested else None
@@ -379,11 +379,13 @@ class AttemptNumber:
                 self._notes[key] = None
 
     def set_number_from_local_count(self, earlier: int) -> None:
-        """Set the number of this run from the number of `earlier` runs that this process counted.
+        """Set `number` from a count of the item's runs in this process, without the metadata.
 
-        The patches stay as they are, so that they are right if metadata can be written later.
+        `earlier` is the count before this run. The metadata patches stay as they are, so that they
+        are right if metadata can be written later.
         """
-        # Do not add the number in the metadata to `earlier`: both may count the same runs.
+        # Use the greater number and not a sum: `_first`, the number in the metadata, and `earlier`
+        # may count the same runs.
         self.number = max(self._first, 1 + earlier)
 
     def make_run_number_metadata(self) -> Patch:

@@ -1,4 +1,4 @@
-"""Runs an item from its slot to its end: acknowledgement, first heartbeat, handler, completion.
+"""Runs an item that has got a slot: acknowledgement, first heartbeat, handler, completion.
 
 `SessionRunner.run_item` is the main path of the pool; it reads top to bottom. `close_item` ends an
 item exactly once, however often it is called. Every acknowledged session ends in exactly one
@@ -261,13 +261,16 @@ class SessionRunner:
             self._executor.cancel_handler_later(item, EndReason.STOP_REQUESTED, grace)
 
     def _must_count_runs_locally(self) -> bool:
-        """Return whether `_runs` counts the runs, because their numbers cannot be written."""
+        """Return whether `_runs` must count the runs, because the pool may not write metadata."""
         return "update" in self._context.optional.refused
 
     async def _write_run_number_if_needed(
         self, item: PoolItem, session: Session, attempt: AttemptNumber
     ) -> None:
-        """Write the number of this run if necessary; end the session above `max_attempts`."""
+        """Write the number of this run to the metadata, unless it is there or may not be written.
+
+        If the number is greater than `max_attempts`, end the session instead.
+        """
         counts_itself = self._must_count_runs_locally()
         if counts_itself:
             attempt.set_number_from_local_count(self._runs.number_of_runs(item.id))
@@ -299,7 +302,8 @@ class SessionRunner:
             item.error = PoolRelease("not started: its attempt could not be counted")
             item.add_end_reason(EndReason.RELEASED)
         except NotPermittedError:
-            # The number cannot be stored in metadata, so use the count of this process in `_runs`.
+            # The pool may not write the run number to the metadata. Call this method again: it now
+            # takes the number from `_runs`, which counts the runs in this process.
             await self._write_run_number_if_needed(item, session, attempt)
         except ControlPlaneError as error:
             log.warning(

@@ -83,10 +83,11 @@ class SharedSlots:
             self._uses -= 1
 
     def _find_next_waiting_environment(self) -> tuple[SlotShare, Callable[[], None]] | None:
-        """Return the waiting environment with the lowest rank, and a function that uses a new slot.
+        """Return the waiting environment with the lowest rank, and the function that uses its slot.
 
-        The function starts an item or a poll of the environment in the slot. Returns None if no
-        environment waits for a slot that it may take.
+        The caller gives the environment a new slot and then calls the function, which starts an
+        item or a poll in that slot. Returns None if no environment waits for a slot that it may
+        take.
         """
         common, most = self._count_free_slots()
         waiting = [
@@ -97,9 +98,10 @@ class SharedSlots:
         return min(waiting, key=lambda each: each[0].rank, default=None)
 
     def _count_free_slots(self) -> tuple[int, int]:
-        """Return the number of free shared slots, and the number of items that `uses` permits.
+        """Return how many shared slots are free, and how many more slots `uses` permits to take.
 
-        A shared slot is not reserved for one environment.
+        A shared slot is not reserved for one environment. `uses` is the number of items that the
+        process may still run, and every slot that is taken now needs one of them.
         """
         taken = [each.taken for each in tuple(self._shares)]
         common = max(0, self._total - sum(max(1, each) for each in taken))
@@ -126,9 +128,9 @@ class SlotShare:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The sort key of the waiting environments: first `taken`, then `granted`.
+        """The rank of this environment among those that wait for a slot: (`taken`, `granted`).
 
-        The environment with the lowest rank gets the next slot.
+        The waiting environment with the lowest rank gets the next slot.
         """
         return self.taken, self.granted
 

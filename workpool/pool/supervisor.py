@@ -269,7 +269,10 @@ class Supervisor:
             self._view.dispatcher.forget_waiting_items()
 
     def resume(self) -> None:
-        """End the pause of `pause()`, if there is one. A plugin may still refuse."""
+        """End the pause of `pause()`, if there is one.
+
+        The pool then claims items again, unless a plugin refuses.
+        """
         with self._log_ids_context():
             self._admission.resume()
 
@@ -352,7 +355,7 @@ class Supervisor:
             self._opened.set()
 
     async def _open_client_and_plugins(self, stack: contextlib.AsyncExitStack) -> None:
-        """Open telemetry, the client and the plugins.
+        """Open the pool's telemetry, client and plugins.
 
         They are opened before the lease renewer and closed after it, because it uses them.
         """

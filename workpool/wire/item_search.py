@@ -1,4 +1,4 @@
-"""A bounded search of the item list by state and failure, in either order.
+"""A bounded search of the item list by state and failure, newest first or in the list's order.
 
 The control plane of this package applies the parameters itself. Others ignore or refuse them; then
 all items are read, up to a bound, and selected here. See workpool/docs/protocol.md, "List items".

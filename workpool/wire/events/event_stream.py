@@ -72,11 +72,13 @@ class EventStream:
         # The events that were read and not yet yielded, each with the value that `caught_up` gets
         # when the event is yielded.
         self._ready: deque[tuple[SessionEvent, bool]] = deque()
-        # Contains only the last event of the latest page, or nothing. The event waits here until
-        # the next page shows whether it is the last of the history, as `caught_up` reports.
+        # Contains the last event of the latest history page until the next page is read, else
+        # nothing. `caught_up` becomes true with the last event of the history, and only the next
+        # page shows whether this event is the last one.
         self._held_back: list[SessionEvent] = []
         self._seen = BoundedIdSet(REMEMBERED_EVENTS)
-        # Whether events of the history are skipped until one of them is in `_seen`.
+        # Whether events of the history are skipped, because they were read before and `_seen` may
+        # have forgotten their ids. The first event whose id is in `_seen` ends the skipping.
         self._skipping = False
         self._last_id: str | None = None
         self._reconnect_at = 0.0
@@ -169,8 +171,9 @@ class EventStream:
     async def _read_live_events(self, stream: EventStreamConnection) -> None:
         clock = asyncio.get_running_loop().time
         # Measure the timeout from the last received byte and not from the beginning of this wait: a
-        # reader that cancels each wait early would otherwise never notice a dead connection. A
-        # timeout of 0 s, after a long pause of the reader, still reads the bytes that have arrived.
+        # reader that cancels each wait early would otherwise never notice a dead connection. If the
+        # reader has paused for longer than the timeout, pass 0 s: the call then still returns the
+        # bytes that have arrived.
         silence_left = self._last_byte_at + self._stall_seconds - clock()
         try:
             chunk = await self._guard.await_guarded_call(stream.read, max(0.0, silence_left))

@@ -98,7 +98,7 @@ class CheckedPayload(aiohttp.payload.Payload):
         self, writer: AbstractStreamWriter, content_length: int | None
     ) -> None:
         """Run the check, then write the headers and the whole body."""
-        del content_length  # Not needed: aiohttp passes None or the size of the whole body.
+        del content_length  # Unused: aiohttp passes the size of the whole body, or None.
         self._check.run_check()
         if self._headers_first:
             writer.send_headers()
@@ -152,9 +152,10 @@ class CheckedRequest(aiohttp.ClientRequest):
     check: RequestCheck | None = None
 
     def update_body_from_data(self, body: object, _stacklevel: int = 3) -> None:
-        """Set the body; for a `RequestCheck`, store the check and set the body that it contains.
+        """Set the body of the request; `body` may be a `RequestCheck`, which contains a body.
 
-        A POST without a body gets no payload: `send` then runs the check.
+        A payload for that body then runs the check. A POST whose `RequestCheck` has an empty body
+        gets no payload, so `send` runs the check.
         """
         if type(body) is RequestCheck:
             self.check = body
@@ -162,7 +163,11 @@ class CheckedRequest(aiohttp.ClientRequest):
         super().update_body_from_data(body, _stacklevel)
 
     async def send(self, conn: Connection) -> aiohttp.ClientResponse:
-        """Send the request; if it has a check but no payload, run the check first."""
+        """Send the request.
+
+        A payload runs the check before it writes the body. If the request has a check and no
+        payload, run the check here.
+        """
         protocol = conn.protocol
         # Replace `feed_data` once for each connection. Use `setattr` and not `__dict__`: once a
         # connection's `__dict__` was read, Python 3.11 reads its attributes more slowly, which cost

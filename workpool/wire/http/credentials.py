@@ -1,5 +1,6 @@
-"""Reads a credential from a setting, a file, or the service's own environment variable.
+"""Reads a credential from a setting, a file, or an environment variable.
 
+Each dialect has an environment variable of its own, in which users of its service keep their token.
 Each call reads the source again, so that a rotated token is found. No error text quotes the
 credential.
 """

@@ -57,7 +57,7 @@ class _WaiterQueue:
         self._waiters[waiter.priority].append(waiter)
 
     def discard_waiter(self, waiter: _Waiter) -> None:
-        # A waiter whose loop is closed may be missing: `find_first_waiter` removes such waiters.
+        # If the waiter's loop is closed, `find_first_waiter` may have removed the waiter already.
         with suppress(ValueError):
             self._waiters[waiter.priority].remove(waiter)
 
@@ -178,8 +178,9 @@ class RateLimiter:
         if missing <= 0:
             self._tokens -= 1
             return 0.0
-        # While `_debt` is positive, three quarters of the new tokens are subtracted from it, and
-        # this call gets the last quarter. Wait at least a millisecond, the resolution of timers.
+        # While `_debt` is positive, heartbeats use three quarters of the new tokens, which reduces
+        # `_debt`; one quarter is left for this call. Wait at least a millisecond, the resolution of
+        # timers.
         return max(0.001, min(missing / (1 - _DEBT_SHARE), missing + self._debt) / self.rate)
 
     def _add_tokens(self) -> None:

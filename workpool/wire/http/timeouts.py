@@ -112,8 +112,8 @@ class SharedTimer:
         self.cancel()
         if at != math.inf:
             self.at = at
-            # Pass an empty context: a copy of the current one would keep the objects of the
-            # current request alive.
+            # Pass an empty context to the timer: by default it would keep a copy of the current
+            # context, and with it the objects of the current request.
             self._handle = self.loop.call_at(at, self._expire_due_limits, context=Context())
 
     def cancel_if_no_open_limits(self) -> None:

@@ -329,7 +329,8 @@ class Transport:
         if check is None:
             # aiohttp sends a BytesIO in pieces. In one piece, a large body would block the loop.
             data = io.BytesIO(body) if body and len(body) > LARGE_BYTES else body
-        # A caller's own aiohttp session has no `CheckedRequest`, so a payload must run the check.
+        # A caller's own aiohttp session does not use `CheckedRequest`, which makes a payload from a
+        # `RequestCheck`. Make the payload here: it runs the check before it writes the body.
         elif self._given is not None:
             data = CheckedPayload(check, headers_first=True)
         connections = self._connections
@@ -344,8 +345,8 @@ class Transport:
         )
         try:
             if check is not None and check.refusal is not None:
-                # The lease check failed, so the request was not sent. The server has sent this
-                # answer without a request.
+                # The lease check failed and the request was not sent, so the server has sent this
+                # answer unasked: ignore it.
                 raise NotSentError
             return response, await read_limited_body(response, endpoint.limit)
         finally:
@@ -453,7 +454,7 @@ class Transport:
         rules = DIALECTS[self._settings.dialect]
         headers = {
             "Accept": "application/json",
-            "Accept-Encoding": "identity",  # answers are small, so compression costs more CPU time
+            "Accept-Encoding": "identity",  # answers are small: compression only costs CPU time
             "User-Agent": f"workpool/{_read_package_version()}",
             **rules.headers,
         }
