@@ -154,7 +154,7 @@ async def test_attempt_number_is_two_after_worker_crashed_in_first_attempt(
     assert item_testbed.item_metadata == {"workpool.attempt": "2"}
 
 
-async def test_drained_runs_do_not_use_up_max_attempts(
+async def test_session_that_drain_releases_does_not_count_towards_max_attempts(
     item_testbed: ItemTestbed,
 ) -> None:
     for _ in range(3):
@@ -233,7 +233,7 @@ async def test_item_acknowledged_during_drain_is_not_counted_as_attempt(
     assert item_testbed.attempt_numbers == [number]
 
 
-async def test_attempt_number_counts_crash_of_another_worker_while_item_waited_for_slot(
+async def test_waiting_item_starts_as_second_attempt_if_another_worker_ran_it_and_crashed(
     item_testbed: ItemTestbed, clock: Clock
 ) -> None:
     may_end = asyncio.Event()
@@ -287,7 +287,7 @@ async def test_session_that_ends_during_drain_leaves_no_metadata_about_release(
     assert item_testbed.faults.of("update")
 
 
-async def test_session_that_fails_during_write_of_metadata_about_release_leaves_none(
+async def test_no_metadata_about_release_remains_if_session_fails_while_drain_writes_it(
     item_testbed: ItemTestbed,
 ) -> None:
     mark = Hold()
@@ -304,7 +304,7 @@ async def test_session_that_fails_during_write_of_metadata_about_release_leaves_
 
 
 @pytest.mark.usefixtures("short_release_mark_timeout")
-async def test_drained_session_is_released_although_metadata_write_about_release_has_no_answer(
+async def test_drain_releases_session_although_metadata_write_about_release_is_never_answered(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.faults.add(Hold(), "update")
@@ -424,7 +424,7 @@ async def test_attempt_is_counted_once_although_write_of_attempt_number_is_not_a
 )  # fmt: skip
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.usefixtures("short_attempt_number_timeout")
-async def test_attempt_is_not_counted_and_item_is_released_if_number_cannot_be_written(
+async def test_failed_write_of_attempt_number_releases_item_and_does_not_count_as_attempt(
     item_testbed: ItemTestbed, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
     notes: Any, number: int, *, applied: bool,
 ) -> None:  # fmt: skip
@@ -485,7 +485,7 @@ async def test_item_beyond_ten_attempts_fails_by_default(
     assert isinstance(finished.error, AttemptsExceeded) is (outcome == "failed")
 
 
-async def test_item_beyond_max_attempts_fails_without_write_of_attempt_number(
+async def test_session_beyond_max_attempts_fails_and_leaves_attempt_number_unchanged(
     item_testbed: ItemTestbed,
 ) -> None:
     item_testbed.run_item_and_crash()

@@ -113,7 +113,7 @@ PARTS = ("workpool", "metrics off", "a wrapper", "one loop")
 
 @pytest.mark.trial
 @pytest.mark.timeout(120)
-async def test_benchmark_of_part_costs_prints_one_row_for_each_pool_variant() -> None:
+async def test_benchmark_of_pool_parts_prints_one_row_for_each_variant_of_pool() -> None:
     found = await run_benchmark_and_read_rows(
         "pool_part_costs.py", "--items", "10", "--rounds", "1", only=PARTS
     )
@@ -140,7 +140,7 @@ async def test_function_calls_benchmark_lists_source_files_executed_for_one_item
     assert "pool/diagnostics.py" not in names
 
 
-async def test_help_of_instructions_benchmark_lists_handwritten_loop_and_pool_variants() -> None:
+async def test_help_text_of_cpu_benchmark_lists_handwritten_loop_and_all_pool_variants() -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(BENCHMARKS / "cpu_instructions.py"), "--help"),
         stdout=asyncio.subprocess.PIPE,

@@ -359,7 +359,7 @@ async def test_item_of_unknown_type_is_offered_to_plugins(
     assert (declined.item.id, declined.reason) == (other.id, "unwanted")
 
 
-async def test_items_of_custom_type_without_session_run_concurrently(
+async def test_items_of_custom_type_that_have_no_session_id_run_concurrently(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     opened = asyncio.Event()
@@ -452,7 +452,7 @@ async def test_pool_without_environment_id_refuses_to_start(make_pool: Any) -> N
         await make_pool(return_at_once, environment_id=None).__aenter__()
 
 
-async def test_ack_of_waiting_item_reports_item_lost_if_another_worker_acknowledged_it(
+async def test_waiting_item_is_reported_as_lost_at_ack_if_another_worker_acknowledged_it(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     gate = SessionCountingHandler()

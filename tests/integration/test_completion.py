@@ -108,7 +108,7 @@ async def test_exception_of_handler_fails_session_with_error_type_as_metadata(
     [("why", "ValueError: why"), ("", "ValueError"), ("x" * 600, "ValueError: " + "x" * 500),
      ("a\ud800b", "ValueError: a?b")],
 )  # fmt: skip
-async def test_error_message_is_written_to_metadata_if_report_errors_setting_is_message(
+async def test_error_message_is_written_to_metadata_if_settings_allow_it(
     run_one_item: Any, message: str, note: str
 ) -> None:
     async def raise_with_message(_: Session) -> None:
@@ -190,7 +190,7 @@ async def test_session_whose_handler_raises_release_is_released_with_delay(
     assert final.item.ttl_seconds == ttl
 
 
-async def test_release_reason_is_written_to_metadata_if_report_errors_setting_is_message(
+async def test_release_reason_is_written_to_metadata_if_settings_allow_it(
     run_one_item: Any,
 ) -> None:
     async def release_with_reason(_: Session) -> None:
@@ -225,7 +225,7 @@ async def test_release_with_delay_outside_allowed_limits_fails_session(
     ],
     ids=["one", "two", "nested"],
 )
-async def test_exception_group_of_releases_releases_session_with_longest_delay(
+async def test_exception_group_that_contains_only_releases_causes_release_with_longest_delay(
     run_one_item: Any, group: ExceptionGroup[Release], reason: str, ttl: int
 ) -> None:
     async def raise_exception_group(_: Session) -> None:
@@ -272,7 +272,7 @@ async def test_session_fails_if_exception_group_contains_release_and_another_err
     assert final.metadata == {"workpool.error": type(group).__name__}
 
 
-async def test_deeply_nested_exception_group_of_release_releases_session(
+async def test_release_exception_in_deeply_nested_exception_group_releases_session(
     run_one_item: Any,
 ) -> None:
     error: Exception = Release("deep")
@@ -337,7 +337,7 @@ async def test_session_outcome_is_stopped_and_result_is_written_after_stop_reque
     assert (stop.mode, stop.result) == ("confirm", "ok")
 
 
-async def test_session_that_ignores_stop_request_is_stopped_after_stop_grace(
+async def test_session_that_ignores_stop_request_is_stopped_after_grace_period(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -414,7 +414,7 @@ HANDLER_ENDS = {
 
 
 @pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
-async def test_outcome_lease_lost_does_not_depend_on_how_handler_ends(
+async def test_lost_lease_gives_outcome_lease_lost_whether_handler_returns_or_raises(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -530,7 +530,7 @@ async def test_session_with_stop_request_is_stopped_and_not_released_by_drain(
 
 
 @pytest.mark.parametrize("end", HANDLER_ENDS.values(), ids=HANDLER_ENDS)
-async def test_outcome_is_stopped_however_handler_ends_after_another_client_stopped_item(
+async def test_stop_by_another_client_gives_outcome_stopped_whether_handler_returns_or_raises(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,

@@ -108,7 +108,7 @@ async def test_result_write_is_repeated_for_longer_than_request_timeout(
 
 
 @pytest.mark.parametrize("op", ["update", "stop"])
-async def test_retry_after_header_longer_than_lease_does_not_prevent_retry_within_lease(
+async def test_completion_call_is_repeated_within_lease_although_server_asks_for_longer_wait(
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch, op: Any
 ) -> None:
     """One 429 must not cause a finished session to be run again."""
@@ -177,7 +177,7 @@ async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_st
 
 
 @pytest.mark.usefixtures("frequent_heartbeats")
-async def test_session_outcome_is_stopped_if_another_client_stops_item_after_throttled_stop(
+async def test_session_has_outcome_stopped_if_another_client_stops_item_after_throttled_stop_call(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
     """The control plane does not apply the pool's stop (429), and another client stops the item."""

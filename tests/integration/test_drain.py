@@ -350,7 +350,7 @@ async def test_repeated_cancellation_of_task_that_runs_pool_leaves_no_pool_task(
     assert recorder.of(SessionFinished)[0].outcome == "released"
 
 
-async def test_pool_is_not_drained_when_a_call_of_wait_is_cancelled(
+async def test_cancellation_of_wait_method_does_not_drain_pool(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     async with make_pool(interruptible_handler) as supervisor:
@@ -362,7 +362,7 @@ async def test_pool_is_not_drained_when_a_call_of_wait_is_cancelled(
         await recorder.wait_for(SessionStarted)
 
 
-async def test_call_of_wait_returns_after_pool_has_drained_and_closed(make_pool: Any) -> None:
+async def test_wait_method_returns_after_pool_has_drained_and_closed(make_pool: Any) -> None:
     async with make_pool(endless_handler) as supervisor, asyncio.TaskGroup() as group:
         waiting = group.create_task(supervisor.wait())
         await supervisor.drain()

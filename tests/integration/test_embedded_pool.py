@@ -213,7 +213,7 @@ async def test_metrics_registry_of_caller_is_used_and_can_be_reused_afterwards(
         pass
 
 
-async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
+async def test_second_start_of_same_pool_raises(make_pool: Any) -> None:
     supervisor = make_pool(wait_if_metadata_requests_wait)
     async with supervisor:
         with pytest.raises(RuntimeError, match="runs once"):
@@ -223,7 +223,7 @@ async def test_supervisor_started_twice_raises(make_pool: Any) -> None:
         await supervisor.run()
 
 
-async def test_supervisor_before_start_reports_not_started(make_pool: Any) -> None:
+async def test_pool_that_has_not_started_says_so_in_status_and_errors(make_pool: Any) -> None:
     supervisor = make_pool(wait_if_metadata_requests_wait)
     for call in (supervisor.wait, supervisor.drain):
         with pytest.raises(RuntimeError, match="not started"):

@@ -205,7 +205,7 @@ async def test_environment_whose_plugin_cannot_open_does_not_end_other_environme
 
 
 @pytest.mark.parametrize("ignores_cancellation", [False, True])
-async def test_process_continues_after_lease_renewer_failed_unless_handler_ignores_cancellation(
+async def test_process_ends_after_lease_renewer_crash_only_if_handler_ignores_cancellation(
     make_environment_group: Callable[..., EnvironmentGroup],
     control_plane: ControlPlane,
     plugin_module: Any,

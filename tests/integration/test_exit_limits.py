@@ -49,7 +49,7 @@ def item_states(plane: ControlPlane, items: Any) -> list[str]:
     "case",
     [(1, 1, 0, 1), (1, 8, 0, 3), (3, 2, 0, 2), (3, 8, 4, 3), (2, 1, 3, 2)],
 )
-async def test_pool_with_exit_after_sessions_ends_and_claims_no_more_items(
+async def test_pool_ends_at_exit_limit_of_sessions_and_claims_no_more_items(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -86,7 +86,7 @@ async def test_last_session_before_exit_is_neither_interrupted_nor_limited_by_dr
     assert [event.timeout for event in recorder.of(DrainStarted)] == [None]
 
 
-async def test_drain_timeout_argument_applies_during_last_session_before_exit_limit(
+async def test_drain_with_timeout_zero_releases_last_session_that_exit_limit_allows(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
@@ -98,7 +98,7 @@ async def test_drain_timeout_argument_applies_during_last_session_before_exit_li
 
 
 @pytest.mark.parametrize("code", [409, 404])
-async def test_item_lost_at_ack_is_not_counted_by_setting_exit_after_sessions(
+async def test_item_lost_at_ack_does_not_count_towards_exit_limit_of_sessions(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder, code: int
 ) -> None:
     items = control_plane.enqueue(3)
@@ -109,7 +109,7 @@ async def test_item_lost_at_ack_is_not_counted_by_setting_exit_after_sessions(
     assert item_states(control_plane, items).count("stopped") == 1
 
 
-async def test_item_lost_at_first_heartbeat_is_not_counted_by_setting_exit_after_sessions(
+async def test_item_lost_at_first_heartbeat_does_not_count_towards_exit_limit_of_sessions(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue(2)
@@ -120,7 +120,7 @@ async def test_item_lost_at_first_heartbeat_is_not_counted_by_setting_exit_after
     assert outcomes == ["lease_lost", "completed"]
 
 
-async def test_health_check_does_not_count_towards_exit_after_sessions(
+async def test_health_check_item_does_not_count_towards_exit_limit_of_sessions(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     (check,) = control_plane.enqueue(work_type=HEALTHCHECK)
@@ -131,7 +131,7 @@ async def test_health_check_does_not_count_towards_exit_after_sessions(
     assert session_count(recorder) == 1
 
 
-async def test_setting_exit_after_idle_does_not_end_pool_while_session_runs(
+async def test_pool_with_idle_time_limit_stays_ready_while_session_runs(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()
@@ -146,7 +146,7 @@ async def test_setting_exit_after_idle_does_not_end_pool_while_session_runs(
     assert len(recorder.of(ItemReceived)) == 1
 
 
-async def test_idle_pool_ends_before_setting_exit_after_sessions_is_reached(
+async def test_pool_that_stays_idle_ends_although_exit_limit_of_sessions_is_not_reached(
     make_pool: Any, recorder: Recorder
 ) -> None:
     limits = {"exit_after_sessions": 1, "exit_after_idle": 0.05}

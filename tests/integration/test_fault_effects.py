@@ -102,7 +102,7 @@ async def test_fault_has_same_effect_over_http_and_in_process(
         )
 
 
-async def test_lease_expiry_fault_takes_effect_before_heartbeat_of_http_and_local_client(
+async def test_lease_expiry_fault_causes_conflict_at_next_heartbeat_over_http_and_in_process(
     control_plane: ControlPlane, faults: Faults, make_settings: Callable[..., Settings]
 ) -> None:
     faults.add(expired(control_plane), "heartbeat")

@@ -94,7 +94,7 @@ async def test_injected_reset_raises_connection_reset(
 
 
 @pytest.mark.parametrize(("applied", "state"), [(True, "starting"), (False, "queued")])
-async def test_injected_status_has_json_or_html_body_and_retry_after(
+async def test_injected_status_has_json_or_html_body_and_retry_after_header(
     http_item_client: HttpItemClient, faults: Faults, state: str, *, applied: bool
 ) -> None:
     faults.add(status(503, retry_after=7, applied=applied), "ack", times=1)
@@ -180,7 +180,7 @@ async def read_status_codes(wire: HttpItemClient, count: int) -> list[int]:
     return [(await wire("GET", f"/{wire.id}"))[0] for _ in range(count)]
 
 
-async def test_fault_parameters_skip_and_times_limit_affected_requests(
+async def test_fault_that_skips_one_request_and_applies_twice_affects_second_and_third_request(
     http_item_client: HttpItemClient, faults: Faults
 ) -> None:
     rule = faults.add(status(500), "get", skip=1, times=2)
@@ -188,7 +188,7 @@ async def test_fault_parameters_skip_and_times_limit_affected_requests(
     assert rule.hits == 2
 
 
-async def test_fault_with_named_calls_leaves_other_calls_unchanged(
+async def test_fault_for_get_and_list_calls_does_not_affect_ack_call(
     http_item_client: HttpItemClient, faults: Faults
 ) -> None:
     faults.add(status(500), "get", "list")
@@ -197,7 +197,7 @@ async def test_fault_with_named_calls_leaves_other_calls_unchanged(
     assert (await http_item_client.acknowledge_item())[0] == 200
 
 
-async def test_fault_without_named_calls_applies_to_all_calls(
+async def test_fault_without_call_names_applies_to_all_calls(
     http_item_client: HttpItemClient, faults: Faults
 ) -> None:
     faults.add(status(500))

@@ -197,7 +197,7 @@ async def test_fleet_load_is_lower_bound_if_long_item_list_begins_with_newest_it
 
 
 @pytest.mark.parametrize("after_id", ["known", "ignored", "refused"])
-async def test_item_count_is_exact_whether_after_id_parameter_is_known_ignored_or_refused(
+async def test_item_count_is_exact_whether_control_plane_knows_ignores_or_refuses_cursor(
     after_id: str,
 ) -> None:
     middlewares = [make_middleware_that_hides_running_count(after_id=after_id)]

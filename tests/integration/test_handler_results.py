@@ -51,7 +51,7 @@ async def test_result_that_is_not_json_fails_session_and_is_logged(
     ],
     ids=["value", "key", "pairs", "json"],
 )
-async def test_result_beyond_limit_of_dialect_fails_session(
+async def test_result_larger_than_anthropic_api_allows_fails_session(
     run_one_item: Any,
     control_plane: ControlPlane,
     caplog: pytest.LogCaptureFixture,
@@ -79,7 +79,7 @@ async def test_result_beyond_limit_of_dialect_fails_session(
     assert f"{size}; the dialect allows {limit}" in caplog.text
 
 
-async def test_result_at_limits_of_dialect_is_written(
+async def test_result_as_large_as_anthropic_api_allows_is_written(
     run_one_item: Any, control_plane: ControlPlane
 ) -> None:
     result = {f"{number:064}": "☃" * 512 for number in range(16)}

@@ -82,7 +82,7 @@ async def test_item_of_handler_at_session_limit_is_acknowledged_when_slot_become
 
 
 @in_virtual_time
-async def test_item_is_declined_before_redelivery_if_its_handler_is_at_session_limit(
+async def test_item_that_waits_for_busy_handler_is_declined_shortly_before_redelivery(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2, metadata={"kind": "limited"})
@@ -148,7 +148,7 @@ async def test_items_of_other_handlers_overtake_items_of_handler_at_session_limi
 
 
 @in_virtual_time
-async def test_pool_run_until_empty_completes_items_above_session_limit_of_handler(
+async def test_run_until_empty_completes_all_items_of_handler_at_session_limit(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=5, metadata={"kind": "limited"})

@@ -230,7 +230,7 @@ async def test_handoff_begins_only_after_heartbeat_in_progress_is_answered() -> 
 
 
 @in_virtual_time
-async def test_effect_of_unanswered_heartbeat_is_determined_before_child_process_starts() -> None:
+async def test_pool_finds_out_before_handoff_whether_unanswered_heartbeat_was_applied() -> None:
     """The child must send the time of the parent's last applied heartbeat, answered or not."""
     testbed = HandoffTestbed(heartbeat=[None, UNANSWERED])
 
@@ -462,7 +462,7 @@ async def test_session_timeout_during_handoff_returns_item_to_parent() -> None:
 
 
 @in_virtual_time
-async def test_session_timeout_at_start_of_handoff_prevents_entry_into_with_block() -> None:
+async def test_handoff_block_is_not_entered_if_session_times_out_before_it() -> None:
     testbed = HandoffTestbed(heartbeat=[None, Fault(request_delay=1, answer_delay=4)])
 
     async def hand_off_item(session: Session) -> None:
@@ -490,7 +490,7 @@ async def test_lease_that_cannot_be_renewed_during_handoff_is_lost(inside: bool)
 
 
 @in_virtual_time
-async def test_session_outcome_is_lease_lost_if_lease_expires_during_handoff() -> None:
+async def test_session_has_outcome_lease_lost_if_lease_expires_during_handoff() -> None:
     """The control plane ends the lease early, so neither parent nor child holds the item."""
     testbed = HandoffTestbed()
 

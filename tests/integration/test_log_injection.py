@@ -69,7 +69,7 @@ def check_log_lines(output: io.StringIO, token: str, limit: int) -> None:
     assert len(text) < limit
 
 
-async def test_hostile_type_of_declined_item_is_escaped_and_cut(
+async def test_hostile_type_of_declined_item_is_escaped_and_shortened_in_log(
     control_plane: ControlPlane,
     make_pool: Any,
     recorder: Recorder,
@@ -90,7 +90,7 @@ async def test_hostile_type_of_declined_item_is_escaped_and_cut(
     assert control_plane.token not in message
 
 
-async def test_hostile_error_of_control_plane_is_escaped_and_cut(
+async def test_hostile_error_of_control_plane_is_escaped_and_shortened_in_log(
     control_plane: ControlPlane,
     faults: Faults,
     make_pool: Any,
@@ -110,7 +110,7 @@ async def test_hostile_error_of_control_plane_is_escaped_and_cut(
     assert control_plane.token not in message
 
 
-async def test_hostile_text_in_traceback_of_handler_is_escaped_and_cut(
+async def test_hostile_text_in_handler_traceback_is_escaped_and_shortened_in_log(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, log_output: io.StringIO
 ) -> None:
     text = f"{control_plane.token}{FORGED}" + FORGED * 20_000

@@ -182,7 +182,7 @@ async def test_plain_handler_sees_context_variables_and_state_of_plugins(
     assert found == [("the embedder's", "open")]
 
 
-def test_class_blocking_session_has_all_public_names_of_class_session() -> None:
+def test_blocking_session_class_has_all_names_that_session_class_offers_to_handlers() -> None:
     """`BlockingSession` lacks only `outcome` and the two names of `Session` that the pool uses."""
     of_the_pool = {"interrupt", "trace_fields", "outcome"}
     names = {name for name in dir(Session) if not name.startswith("_")} - of_the_pool
@@ -394,7 +394,7 @@ async def test_plain_handler_answers_tool_uses_of_an_agent(workpool: Kit) -> Non
     assert (result.outcome, dict(result.metadata)) == ("completed", {"done": "3", "before": "some"})
 
 
-async def test_plain_handler_continues_session_after_handoff_block_raised_error(
+async def test_plain_handler_can_complete_session_after_error_in_handoff_block(
     workpool: Kit,
 ) -> None:
     @handler
@@ -421,7 +421,7 @@ async def test_plain_handler_hands_its_item_off_to_a_child(workpool: Kit) -> Non
     assert (result.outcome, result.item.state) == ("detached", "active")
 
 
-async def test_stall_timeout_of_plain_handler_excludes_time_in_session_waiting(
+async def test_time_in_waiting_block_does_not_count_towards_stall_timeout_of_plain_handler(
     workpool: Kit,
 ) -> None:
     waited: list[bool] = []
@@ -437,7 +437,7 @@ async def test_stall_timeout_of_plain_handler_excludes_time_in_session_waiting(
     assert (result.outcome, waited) == ("stalled", [False, True])
 
 
-def test_error_in_virtual_time_names_plain_handler_that_blocks_its_thread(
+def test_plain_handler_that_blocks_in_virtual_time_causes_error_with_its_name(
     thread_gate: ThreadGate,
 ) -> None:
     @handler
@@ -488,7 +488,9 @@ def decorated_handler(_: BlockingSession) -> str:
     ],
     ids=["marked", "handler"],
 )
-async def test_plain_handler_chosen_by_hook_runs_on_thread(workpool: Kit, answer: Any) -> None:
+async def test_plain_handler_runs_on_handler_thread_if_plugin_hook_chooses_it(
+    workpool: Kit, answer: Any
+) -> None:
     result = await workpool.run_session(HandlerChoosingPlugin(answer))
     assert result.metadata == {"workpool.result": '"workpool-handler-1"'}
 

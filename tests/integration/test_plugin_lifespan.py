@@ -86,7 +86,7 @@ class PluginFailingAtStart:
         yield
 
 
-async def test_error_at_start_is_raised_although_outer_lifespan_swallows_it(
+async def test_plugin_that_suppresses_errors_cannot_hide_start_error_of_another_plugin(
     make_pool: Any,
 ) -> None:
     swallowing = ExceptionSwallowingPlugin()

@@ -132,7 +132,7 @@ async def test_proxy_partition_delays_bytes_until_healed(testbed: ProxyTestbed) 
     await client.expect_bytes(b"news")
 
 
-async def test_proxy_still_forwards_client_data_after_half_closing_connection(
+async def test_proxy_half_close_ends_stream_to_client_but_forwards_client_data(
     testbed: ProxyTestbed,
 ) -> None:
     client, server = await testbed.connect_through_proxy()

@@ -107,7 +107,7 @@ async def test_only_errors_of_listed_types_are_retried(
 
 
 @in_virtual_time
-async def test_release_and_invalid_result_are_not_retried(workpool: Kit) -> None:
+async def test_handler_is_not_called_again_after_release_or_invalid_result(workpool: Kit) -> None:
     retry = Retry(on=Exception)
     dependency = FailingDependency(error=Release("later", 60))
     assert (await workpool.run_session(retrying_handler(dependency, retry))).outcome == "released"

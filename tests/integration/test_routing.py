@@ -153,7 +153,7 @@ def read_alert_threshold() -> float:
 
 @pytest.mark.parametrize("pollers", [1, 2])
 @in_virtual_time
-async def test_items_of_another_pool_cost_polls_but_do_not_delay_matching_items(
+async def test_items_of_another_pool_delay_no_matching_item_and_cause_no_alert(
     workpool: Kit, pollers: int
 ) -> None:
     workpool.enqueue(count=3, metadata={"job": "of another pool"})

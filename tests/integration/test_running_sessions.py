@@ -77,7 +77,7 @@ def log_levels_of_message(caplog: pytest.LogCaptureFixture, text: str) -> list[s
     return [record.levelname for record in caplog.records if text in record.getMessage()]
 
 
-async def test_stop_request_interrupts_session_and_sets_session_stopping(
+async def test_stop_request_interrupts_session_and_makes_its_stopping_attribute_true(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, heartbeat_now: Any
 ) -> None:
     seen: list[tuple[bool, bool]] = []
@@ -342,7 +342,7 @@ async def test_refused_metadata_write_raises_in_handler(
     assert final.metadata == {"workpool.error": error.__name__}
 
 
-async def test_metadata_write_without_success_in_time_raises_in_handler(
+async def test_metadata_write_that_keeps_failing_raises_transient_error_in_handler(
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.session_runner.UPDATE_SECONDS", 3.0)
@@ -505,7 +505,7 @@ async def test_plugin_context_can_swallow_exception_of_handler(
     assert (final.outcome, final.request_names) == ("completed", ["ack", "heartbeat", "stop"])
 
 
-async def test_item_whose_lease_another_worker_lost_runs_as_second_attempt(
+async def test_redelivered_item_has_attempt_number_two_before_handler_is_called(
     control_plane: ControlPlane, make_pool: Any, wait_for_session_end: Any, recorder: Recorder
 ) -> None:
     seen: list[Any] = []
@@ -565,7 +565,7 @@ async def test_attempt_beyond_max_attempts_fails_session_before_handler_runs(
         assert final.metadata["workpool.error"] == "AttemptsExceeded"
 
 
-async def test_session_redelivered_attribute_is_false_for_item_without_earlier_lease(
+async def test_session_does_not_count_as_redelivered_if_item_had_no_earlier_lease(
     run_one_item: Any,
 ) -> None:
     @handler

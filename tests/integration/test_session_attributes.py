@@ -183,7 +183,7 @@ async def test_session_deadline_is_earlier_after_drain_or_stop_request(workpool:
 
 
 @in_virtual_time
-async def test_drain_without_timeout_leaves_deadline_of_handler_timeout_unchanged(
+async def test_drain_without_timeout_does_not_change_session_deadline_set_by_handler_timeout(
     workpool: Kit,
 ) -> None:
     left: list[float | None] = []

@@ -100,7 +100,7 @@ async def test_item_with_state_active_after_ack_is_not_run_if_another_worker_hol
     assert (lost.direction, lost.stage) == ("lost", "start")
 
 
-async def test_health_check_item_is_stopped_after_heartbeat_if_ack_answer_is_active(
+async def test_health_check_item_is_stopped_after_heartbeat_if_ack_answer_has_state_active(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     faults.add(ACTIVE, "ack")
@@ -110,7 +110,7 @@ async def test_health_check_item_is_stopped_after_heartbeat_if_ack_answer_is_act
     assert [request.op for request in faults.of(work_id=item.id)] == ["ack", "heartbeat", "stop"]
 
 
-async def test_heartbeat_answer_with_last_heartbeat_null_loses_lease_at_once(
+async def test_heartbeat_answer_that_reports_lease_as_not_extended_loses_lease_at_once(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
     faults.add(LOST, "heartbeat")

@@ -105,7 +105,7 @@ async def test_renewer_closes_before_plugins_and_plugins_before_connections(
             await client.stats()
 
 
-async def test_dispatcher_remembers_ids_of_limited_number_of_ended_items(
+async def test_dispatcher_remembers_no_more_item_ids_than_its_limit(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workpool.pool.dispatcher.REMEMBERED_IDS", 3)

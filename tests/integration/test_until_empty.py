@@ -88,7 +88,7 @@ async def test_run_until_empty_does_not_end_while_another_poll_is_in_flight(
     assert len(recorder.of(SessionFinished)) == 1
 
 
-async def test_pool_run_until_empty_ends_although_its_two_pollers_poll_alternately(
+async def test_run_until_empty_ends_although_two_pollers_poll_alternately(
     control_plane: ControlPlane, faults: Faults, make_pool: Any
 ) -> None:
     """Each poll is answered before `block_ms` has passed.

@@ -43,7 +43,9 @@ class UnprintableError(Exception):
         raise LookupError("no words")
 
 
-async def test_result_with_enum_keys_is_written_as_strings(run_one_item: Any) -> None:
+async def test_enum_members_in_result_and_metadata_are_written_as_strings(
+    run_one_item: Any,
+) -> None:
     async def return_enum_members(session: Session) -> Mapping[str, str]:
         await session.update_metadata({PhaseEnum.DONE: PhaseEnum.PHASE})
         return {PhaseEnum.PHASE: PhaseEnum.DONE}
@@ -78,7 +80,9 @@ async def test_result_changed_after_return_is_written_as_returned(
     assert (final.outcome, final.metadata) == ("completed", {"rows": "42"})
 
 
-async def test_error_whose_str_raises_is_reported_with_placeholder(run_one_item: Any) -> None:
+async def test_placeholder_is_reported_for_error_that_cannot_be_converted_to_text(
+    run_one_item: Any,
+) -> None:
     async def raise_unprintable_error(_: Session) -> None:
         raise UnprintableError
 
@@ -172,7 +176,7 @@ async def test_result_is_written_if_within_size_limit_and_otherwise_fails_sessio
     assert ("workpool.error" in final.metadata) is (outcome == "failed")
 
 
-async def test_both_agent_sessions_can_run_after_ack_response_with_wrong_session_id(
+async def test_next_item_of_session_is_acknowledged_after_ack_response_with_wrong_session_id(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     @handler(type="session")

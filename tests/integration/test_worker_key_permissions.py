@@ -190,7 +190,7 @@ async def test_pool_counts_attempts_itself_if_worker_key_forbids_metadata_writes
     )
 
 
-async def test_released_session_is_no_attempt_if_worker_key_forbids_metadata_writes(
+async def test_released_session_is_not_counted_as_attempt_if_worker_key_forbids_metadata_writes(
     control_plane: ControlPlane, clock: Clock, make_pool: Any, recorder: Recorder
 ) -> None:
     attempts: list[int] = []
@@ -212,7 +212,7 @@ async def test_released_session_is_no_attempt_if_worker_key_forbids_metadata_wri
     assert ends[-1].outcome == "completed"
 
 
-async def test_metadata_write_that_worker_key_forbids_raises_without_further_requests(
+async def test_metadata_write_raises_without_further_requests_if_worker_key_forbids_it(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     errors: list[str] = []
@@ -274,7 +274,7 @@ async def test_api_key_is_used_only_for_calls_that_worker_key_may_not_make(
     assert {name for name, key in names if not key} == {"poll", "ack", "heartbeat", "stop"}
 
 
-async def test_calls_refused_for_worker_key_are_tried_again_after_refused_poll(
+async def test_refused_poll_makes_pool_try_forbidden_calls_again(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     """A fault that refused a poll for a while may have refused the optional calls, too."""

@@ -119,7 +119,7 @@ async def test_fixture_method_run_session_fails_at_once_without_matching_handler
 
 
 @in_virtual_time
-async def test_unfinished_session_is_reported_with_its_current_await(workpool: Kit) -> None:
+async def test_report_of_unfinished_session_shows_line_where_handler_waits(workpool: Kit) -> None:
     with pytest.raises(AssertionError) as caught:
         await workpool.run_session(
             sleep_for_given_seconds,
@@ -136,7 +136,7 @@ async def test_unfinished_session_is_reported_with_its_current_await(workpool: K
     )
 
 
-async def test_wait_for_event_that_does_not_occur_reports_other_events(workpool: Kit) -> None:
+async def test_fixture_reports_other_events_if_awaited_event_does_not_occur(workpool: Kit) -> None:
     workpool.enqueue()
     async with workpool.pool(wait_for_cancellation):
         await workpool.wait_for(SessionStarted)
@@ -152,7 +152,7 @@ async def test_fixture_method_run_session_raises_error_of_failed_pool(workpool: 
         await workpool.run_session(wait_for_cancellation)
 
 
-async def test_use_of_kit_outside_its_async_with_block_raises() -> None:
+async def test_class_kit_raises_if_session_is_run_outside_async_with_block() -> None:
     async with Kit() as kit:
         result = await kit.run_session(add_numbers, metadata={"job": "add", "a": "1", "b": "2"})
     assert result.metadata["sum"] == "3"
@@ -248,14 +248,16 @@ async def test_faults_are_injected_and_requests_are_recorded_in_virtual_time(wor
 
 
 @in_virtual_time
-async def test_session_in_virtual_time_loses_lease_that_a_fault_expires(workpool: Kit) -> None:
+async def test_session_in_virtual_time_has_outcome_lease_lost_after_fault_ends_lease(
+    workpool: Kit,
+) -> None:
     workpool.faults.add(expired(workpool.server), "heartbeat", skip=1, times=1)
     result = await workpool.run_session(sleep_for_given_seconds, metadata={"seconds": "100"})
     assert result.outcome == "lease_lost"
 
 
 @in_virtual_time
-async def test_faults_wait_for_returns_answered_request_with_status_in_virtual_time(
+async def test_fixture_waits_in_virtual_time_until_delayed_request_is_answered(
     workpool: Kit,
 ) -> None:
     workpool.faults.add(delay(8, applied=True), "ack")
@@ -272,7 +274,7 @@ async def test_fault_that_needs_http_is_refused_in_virtual_time(workpool: Kit) -
         workpool.faults.add(Hold(), "poll")
 
 
-async def test_fixture_method_wait_for_without_count_argument_returns_each_event_once(
+async def test_fixture_returns_another_event_at_each_wait_unless_count_is_given(
     workpool: Kit,
 ) -> None:
     workpool.enqueue(count=2)
@@ -285,7 +287,7 @@ async def test_fixture_method_wait_for_without_count_argument_returns_each_event
         assert await workpool.wait_for(SessionStarted, count=1) is first
 
 
-async def test_timeout_of_fixture_method_wait_for_lists_items_and_waiting_handlers(
+async def test_fixture_lists_items_and_waiting_handlers_if_awaited_event_does_not_occur(
     workpool: Kit,
 ) -> None:
     (running,) = workpool.enqueue()
@@ -336,7 +338,7 @@ async def test_fixture_named_kit_opens_control_plane_without_fixture_named_workp
     assert kit.server.port
 
 
-def test_handler_waiting_for_thread_in_virtual_time_raises_error_that_names_function() -> None:
+def test_handler_that_waits_for_thread_in_virtual_time_causes_error_with_function_name() -> None:
     @handler
     async def wait_in_thread(_: Session) -> None:
         await asyncio.to_thread(release.wait, 20)
@@ -353,7 +355,7 @@ def test_handler_waiting_for_thread_in_virtual_time_raises_error_that_names_func
 
 
 @in_virtual_time
-async def test_kit_without_pytest_fixture_runs_session_in_virtual_time() -> None:
+async def test_class_kit_runs_session_in_virtual_time_without_pytest_fixture() -> None:
     async with Kit() as kit:
         result = await kit.run_session(
             sleep_for_given_seconds, metadata={"seconds": str(HOUR_SECONDS)}
