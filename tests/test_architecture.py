@@ -175,7 +175,7 @@ def test_lint_suppressions_in_tests_have_reasons() -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_module_with_a_loop_of_the_pool_suppresses_no_coverage_or_complexity_rule(
+def test_module_that_runs_a_pool_loop_suppresses_no_coverage_or_complexity_rule(
     name: str,
 ) -> None:
     hidden = [

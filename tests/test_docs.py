@@ -146,14 +146,14 @@ def test_ci_script_runs_both_test_commands_of_readme() -> None:
         assert f"{command} || exit" in gate
 
 
-def test_ci_script_runs_every_python_version_of_classifiers() -> None:
+def test_python_versions_in_ci_script_equal_those_in_package_classifiers() -> None:
     gate = (ROOT / ".ci/run").read_text()
     [others] = re.findall(r"^for version in ([\d. ]+); do$", gate, re.MULTILINE)
     supported = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     assert supported == ["3.11", *others.split()]
 
 
-def test_each_test_runs_in_exactly_one_of_poe_test_and_poe_trials() -> None:
+def test_every_test_belongs_to_either_the_test_task_or_the_trials_task() -> None:
     """`poe test` runs the tests without the marker `trial`; `poe trials` runs all others."""
     assert TOOLS["pytest"]["ini_options"]["addopts"][-2:] == ["-m", "not trial"]
     tasks = TOOLS["poe"]["tasks"]
@@ -256,7 +256,7 @@ async def test_documented_handler_that_runs_blocking_code_in_thread_writes_diges
 
 
 @pytest.mark.usefixtures("control_plane_for_examples")
-async def test_documented_handler_with_release_on_exhaustion_writes_byte_count_to_metadata(
+async def test_documented_scratch_file_handler_writes_byte_count_to_metadata(
     tmp_path: Path,
 ) -> None:
     scratch = run_example("# scratch.py", tmp_path)["scratch"]

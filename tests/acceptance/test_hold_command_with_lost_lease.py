@@ -54,7 +54,7 @@ def make_client(plane: ControlPlane, name: str) -> WorkClient:
 
 
 @in_virtual_time
-async def test_body_of_handover_context_runs_only_after_heartbeats_are_suspended() -> None:
+async def test_handover_block_is_not_entered_if_heartbeats_cannot_be_suspended() -> None:
     """`async with session.handover()` enters its block only after it has suspended heartbeats.
 
     In this test, the renewer thread never confirms the suspension, until the lease is lost.
@@ -130,7 +130,7 @@ async def test_hold_command_ignores_plugins_in_config_file_shared_with_parent(
 
 
 @pytest.mark.acceptance
-async def test_program_started_by_hold_command_receives_sighup_that_the_command_ignores(
+async def test_sighup_ends_program_of_hold_command_although_hold_command_ignores_sighup(
     tmp_path: Path,
 ) -> None:
     note = tmp_path / "ended"

@@ -53,7 +53,7 @@ async def control_plane(
         yield control_plane
 
 
-async def test_commands_check_and_work_list_and_run_succeed_with_open_managed_agents(
+async def test_open_managed_agents_accepts_the_check_and_work_list_and_run_commands(
     control_plane: OpenManagedAgentsServer,
     start_command_without_settings: CommandStarter,
     command_working_directory: Path,

@@ -93,7 +93,7 @@ def test_trade_off_table_lists_every_setting_with_a_trade_off() -> None:
     assert rows == [name for name in fields if name not in NOT_TRADED and name[0] != "_"]
 
 
-def test_settings_for_four_hundred_sessions_with_default_lease_ttl_cause_a_warning() -> None:
+def test_default_lease_ttl_with_four_hundred_concurrent_sessions_causes_a_warning() -> None:
     """The numbers are those of the example in the section "Size" of the operating page."""
     many: dict[str, Any] = {"concurrency": 400, "write_rate": 20, "drain_timeout": 60}
     assert 400 * 3 / Settings().lease_ttl == many["write_rate"]
@@ -112,7 +112,7 @@ async def wait_until_ready(worker: RunningCommand) -> None:
                     return
 
 
-async def test_documented_upgrade_of_worker_loses_no_session_and_counts_no_attempt(
+async def test_documented_upgrade_of_worker_loses_no_session_and_keeps_attempt_count_at_1(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     """The old worker has two sessions: the first ends during the drain, the second is released.

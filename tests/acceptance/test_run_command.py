@@ -163,7 +163,7 @@ async def test_thread_started_by_handler_is_logged_and_does_not_keep_process_run
     assert "idle-pool" not in command.err
 
 
-async def test_loop_blocked_for_max_block_ends_process_with_status_1(
+async def test_process_ends_with_status_1_if_handler_blocks_event_loop_beyond_time_limit(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     enqueue_items(control_plane, "block")

@@ -84,7 +84,7 @@ async def test_scale_command_recommends_workers_for_waiting_and_running_items(
     assert await command.wait_for_exit() == 0
 
 
-async def test_scale_command_without_control_plane_serves_last_numbers_then_status_503(
+async def test_scale_command_serves_numbers_of_lost_control_plane_until_they_are_too_old(
     start_command_without_settings: CommandStarter,
 ) -> None:
     async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as control_plane:

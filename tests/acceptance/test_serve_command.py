@@ -108,7 +108,7 @@ async def test_worker_of_anthropic_sdk_completes_session_from_serve_command(
     assert await command.wait_for_exit() == 0
 
 
-async def test_ready_line_of_serve_has_variables_that_a_worker_needs(
+async def test_first_output_line_of_serve_command_contains_settings_for_a_worker(
     start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command = await start_command_without_settings("serve", "--port", "0")
@@ -374,7 +374,7 @@ async def test_serve_command_never_prints_password_of_its_database(
         assert "word-9137" not in text
 
 
-async def test_migrate_flag_creates_schema_and_ends(
+async def test_serve_command_with_migrate_flag_creates_schema_and_exits(
     start_command_without_settings: CommandStarter, postgres: Cluster, database_url: str
 ) -> None:
     for number in ("1", "0"):

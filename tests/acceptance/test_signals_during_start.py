@@ -303,7 +303,7 @@ async def start_command_on_terminal(
 WORKPOOL = (sys.executable, "-m", "workpool")
 
 
-async def test_closing_terminal_of_running_pool_drains_the_pool(
+async def test_pool_drains_when_its_terminal_closes(
     start_command_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "wait"})
@@ -315,7 +315,7 @@ async def test_closing_terminal_of_running_pool_drains_the_pool(
     assert read_history_kinds_of_item(control_plane, item)[-1] == "stopped"
 
 
-async def test_closing_terminal_of_shell_drains_the_pool_started_there(
+async def test_pool_drains_when_terminal_of_its_parent_shell_closes(
     start_command_on_terminal: TerminalCommandStarter, control_plane: ControlPlane
 ) -> None:
     [item] = control_plane.enqueue(metadata={"do": "wait"})

@@ -329,7 +329,7 @@ def test_unit_file_accepts_notifications_only_of_main_process() -> None:
     )
 
 
-def test_watchdog_timeout_is_shorter_than_time_between_due_heartbeat_and_give_up() -> None:
+def test_watchdog_timeout_is_shorter_than_time_left_when_heartbeat_becomes_due() -> None:
     ttl = Settings().lease_ttl
     # The seconds from the time at which a heartbeat is due until the lease ends.
     left = ttl - ttl / RENEW_PART

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(120)]
 
 
-async def test_top_command_shows_session_of_worker_and_address_that_does_not_answer(
+async def test_top_command_shows_running_session_and_marks_unreachable_address(
     start_command: CommandStarter, control_plane: ControlPlane, run_in_process: CommandRunner
 ) -> None:
     (item,) = control_plane.enqueue(metadata={"do": "wait"})

@@ -161,7 +161,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         assert ended.out == ""
 
 
-async def test_work_stop_with_key_that_may_only_list_items_prints_stopped_item(
+async def test_work_stop_prints_stopped_item_even_if_key_may_not_read_single_items(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     """The key may list items, but may not read a single item.

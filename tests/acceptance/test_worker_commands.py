@@ -228,7 +228,7 @@ async def test_run_command_with_other_file_at_control_socket_path_fails_and_keep
     assert (command_working_directory / "file").read_text() == "mine"
 
 
-async def test_worker_with_control_socket_off_is_not_found_by_pause(
+async def test_pause_command_finds_no_worker_whose_control_socket_is_disabled(
     start_command: CommandStarter, run_in_process: CommandRunner, socket_directory: Path
 ) -> None:
     worker = await start_command("run", "handlers", "--control-socket", "off")

@@ -15,6 +15,6 @@ PLUGINS = sorted({name for cause in CAUSES.values() for name in cause.plugins})
 
 
 @pytest.mark.parametrize("name", PLUGINS)
-def test_plugin_name_in_each_alert_cause_resolves_to_a_callable(name: str) -> None:
+def test_plugin_of_each_alert_cause_is_an_importable_callable(name: str) -> None:
     module, _, attribute = name.partition(":")
     assert callable(getattr(importlib.import_module(module), attribute))

@@ -160,7 +160,7 @@ def test_storm_checker_accepts_late_request_if_event_loop_was_delayed() -> None:
     assert check_storm_records([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
 
 
-def test_storm_checker_accepts_acks_and_stop_requests_of_operators_without_a_lease() -> None:
+def test_storm_checker_accepts_ack_without_lease_and_stop_request_of_operator() -> None:
     journal = [
         *LEASE_PASSED_TO_B,
         make_arrived_request(13, "stop", None),
@@ -178,7 +178,7 @@ WOKEN = [
 STOP = [{"t": 2, "what": "stop", "pid": 1}, {"t": 16, "what": "cont", "pid": 1}]
 
 
-def test_storm_checker_accepts_run_that_ends_shortly_after_its_process_resumes() -> None:
+def test_storm_checker_allows_resumed_process_a_short_time_to_end_its_run() -> None:
     verdict = check_storm_records(
         [*LEASE_PASSED_TO_B, *END], [*WOKEN, make_trace_line(16.1, 1, "cancelled")], STOP
     )

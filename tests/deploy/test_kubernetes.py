@@ -268,7 +268,7 @@ def test_autoscaled_deployment_leaves_the_number_of_pods_to_the_autoscaler(
             assert each["spec"]["replicas"] == 1
 
 
-def test_deletion_cost_component_binds_role_and_gives_pod_its_name_and_token(
+def test_overlay_with_deletion_cost_binds_role_and_provides_pod_name_and_token(
     kubectl: str, tmp_path: Path
 ) -> None:
     found = render_overlay(
@@ -375,7 +375,7 @@ def test_probes_and_scrapes_use_the_metrics_port_of_the_settings(
 
 
 @WORKERS
-def test_container_environment_variables_name_settings_and_contain_no_secret(kind: str) -> None:
+def test_container_sets_only_variables_of_settings_and_none_from_a_secret(kind: str) -> None:
     for variable in worker_container(manifest_of_kind(manifests_in_files(), kind))["env"]:
         name = variable["name"].removeprefix("WORKPOOL_").lower()
         assert name in {*(each.name for each in fields(Settings)), "config"}
@@ -408,7 +408,9 @@ def test_pods_of_scaled_job_differ_from_pods_of_deployment_only_in_exit_limits()
     assert job == deployment
 
 
-def test_autoscaler_target_values_equal_the_slots_of_a_worker(worker_settings: Settings) -> None:
+def test_target_value_of_both_autoscalers_equals_concurrency_of_a_worker(
+    worker_settings: Settings,
+) -> None:
     [trigger] = manifest_in_file("overlays/autoscaled/scaledobject.yaml")["spec"]["triggers"]
     assert float(trigger["metadata"]["threshold"]) == worker_settings.concurrency
     [metric] = manifest_of_kind(manifests_in_files(), "HorizontalPodAutoscaler")["spec"]["metrics"]
@@ -517,7 +519,7 @@ def test_scale_process_listens_on_the_port_of_service_and_probes() -> None:
         assert container[name]["httpGet"] == {"path": path, "port": port["name"]}
 
 
-def test_keda_scaled_job_uses_strategy_default_and_counts_running_items() -> None:
+def test_keda_scaled_job_has_default_strategy_and_counts_unfinished_items() -> None:
     """KEDA's strategy `default` subtracts the running jobs from the number of unfinished items."""
     spec = manifest_of_kind(manifests_in_files(), "ScaledJob")["spec"]
     [trigger] = spec["triggers"]
@@ -546,7 +548,7 @@ def test_documented_trigger_authentication_is_valid_and_uses_the_scale_token() -
     assert wanted["metadata"]["valueLocation"] in FLEET_NUMBERS
 
 
-def test_rollout_keeps_running_jobs_and_starts_new_pods_before_ending_old() -> None:
+def test_rollout_is_gradual_for_jobs_and_makes_no_pod_of_deployment_unavailable() -> None:
     job, deployment = (
         manifest_of_kind(manifests_in_files(), "ScaledJob"),
         manifest_of_kind(manifests_in_files(), "Deployment"),

@@ -195,7 +195,7 @@ async def test_statement_on_terminated_connection_raises_503(
 
 
 @pytest.mark.parametrize("end", ["restart", "kill"])
-async def test_pool_reconnects_after_a_database_restart(
+async def test_connection_pool_works_again_after_database_restart(
     dedicated_postgres: Cluster, end: str
 ) -> None:
     pool = ConnectionPool(dedicated_postgres.create_database())
@@ -267,7 +267,7 @@ async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPo
         await pool.retry_colliding_call(fail_transaction_in_every_call)
 
 
-async def test_wrong_statement_raises_error_of_database_driver_unchanged(
+async def test_wrong_statement_raises_original_error_of_database_driver(
     pool: ConnectionPool,
 ) -> None:
     await pool.execute("CREATE TABLE number (value int PRIMARY KEY)")

@@ -105,7 +105,7 @@ async def test_announced_event_wakes_all_streams_of_its_session(
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_wait_for_change_returns_at_once_if_topic_changed_after_given_change_count(
+async def test_wait_for_topic_change_returns_at_once_if_topic_has_already_changed(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 2)
@@ -125,7 +125,7 @@ async def test_wait_for_change_returns_at_once_if_topic_changed_after_given_chan
         assert not await here.wait_for_topic_change(WORK, here.get_change_count(), 0.01)
 
 
-async def test_polls_that_missed_announcement_read_again_once_per_announced_item(
+async def test_announcement_of_three_items_makes_three_of_twenty_polls_read_again(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -142,7 +142,7 @@ async def test_polls_that_missed_announcement_read_again_once_per_announced_item
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_announcement_of_one_item_wakes_waiting_poll_not_poll_that_reads_table(
+async def test_announcement_of_one_item_wakes_earlier_waiting_poll_but_not_later_poll(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
@@ -275,7 +275,7 @@ async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> 
     assert first.ended == []
 
 
-async def test_waits_for_changes_return_at_once_after_end_all_waits(
+async def test_call_to_end_all_waits_also_ends_waits_that_begin_later(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)

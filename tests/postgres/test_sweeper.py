@@ -50,7 +50,7 @@ class FakeSweepBatch:
         return changed
 
 
-async def test_sweep_repeats_each_batch_until_nothing_is_left(
+async def test_sweep_repeats_each_kind_of_batch_until_no_row_is_left(
     connection_pools: tuple[ConnectionPool, ConnectionPool],
 ) -> None:
     lapses, deletions = FakeSweepBatch(25), FakeSweepBatch()
@@ -58,7 +58,7 @@ async def test_sweep_repeats_each_batch_until_nothing_is_left(
     assert (lapses.left, lapses.calls, deletions.calls) == (0, 4, 1)
 
 
-async def test_sweep_over_its_time_limit_runs_each_batch_only_once(
+async def test_sweep_that_exceeded_its_time_limit_runs_each_kind_of_batch_once(
     connection_pools: tuple[ConnectionPool, ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweeper, "_SWEEP_MAX_SECONDS", 0.0)

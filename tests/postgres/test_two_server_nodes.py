@@ -99,7 +99,9 @@ async def test_stream_gets_event_that_other_node_appends(nodes: list[ControlPlan
     assert stream.result() == list(sent)
 
 
-async def test_cancelled_poll_leaves_its_item_undelivered(nodes: list[ControlPlaneEngine]) -> None:
+async def test_poll_that_is_cancelled_leaves_item_undelivered_in_queue(
+    nodes: list[ControlPlaneEngine],
+) -> None:
     for _ in range(20):
         await nodes[0].enqueue(ENV)
         async with asyncio.TaskGroup() as group:

@@ -94,7 +94,9 @@ async def test_late_ack_is_accepted_if_item_was_not_redelivered(
 
 
 @pytest.mark.parametrize("state", ["stopping", "stopped"])
-async def test_ack_of_stopping_or_stopped_item_is_409(api: ApiClient, state: str) -> None:
+async def test_ack_is_409_if_item_is_in_state_stopping_or_stopped(
+    api: ApiClient, state: str
+) -> None:
     work_id = await api.create_item_in_state(state)
     answer = await api.ack(work_id)
     assert answer.status == 409

@@ -360,7 +360,7 @@ async def test_archived_session_is_terminated_and_accepts_no_event(
 
 
 @pytest.mark.parametrize(("state", "then"), [("starting", "stopping"), ("active", "stopping")])
-async def test_archiving_session_with_leased_item_sets_item_to_stopping(
+async def test_archive_of_session_with_leased_item_changes_item_state_to_stopping(
     anthropic_api: ApiClient, state: str, then: str
 ) -> None:
     work_id = await anthropic_api.create_item_in_state(state)

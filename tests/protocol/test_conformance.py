@@ -291,7 +291,7 @@ async def test_conformance_clause_on_faulty_control_plane_has_expected_verdict_a
     assert (finding.verdict, finding.seen) == (verdict, seen)
 
 
-async def test_conformance_verdict_is_differs_if_control_plane_refuses_item_reads(
+async def test_only_clause_about_item_reads_gets_verdict_differs_if_reads_are_refused(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def refuse_item_reads(request: web.Request) -> web.Response | None:
@@ -308,7 +308,7 @@ async def test_conformance_verdict_is_differs_if_control_plane_refuses_item_read
     assert finding.verdict is Verdict.HOLDS
 
 
-async def test_conformance_verdict_is_breaks_if_item_with_expired_lease_is_not_redelivered(
+async def test_conformance_suite_gives_verdict_breaks_if_expired_lease_causes_no_redelivery(
     http_session: aiohttp.ClientSession,
 ) -> None:
     polls = 0
@@ -398,7 +398,7 @@ async def test_conformance_suite_stops_the_items_that_each_clause_created(
     assert [item.state for item in items] == ["stopped"] * 3
 
 
-async def test_conformance_verdict_is_untried_if_all_given_items_are_used(
+async def test_conformance_suite_gives_verdict_untried_after_all_given_items_are_used(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
@@ -559,7 +559,7 @@ async def test_conformance_finding_hides_token_that_response_repeats(
     assert finding.seen == "HTTP 404 (no: Bearer [token])"
 
 
-async def test_conformance_verdict_is_untried_if_response_exceeds_size_limit(
+async def test_conformance_suite_gives_verdict_untried_if_response_exceeds_size_limit(
     http_session: aiohttp.ClientSession,
 ) -> None:
     def send_oversized_answer(_: web.Request) -> web.Response:

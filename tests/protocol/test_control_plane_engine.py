@@ -136,7 +136,7 @@ async def test_history_of_item_is_recorded_in_order(engine: ControlPlaneEngine) 
 @pytest.mark.parametrize("expected", ["last", "wrong", "NO_HEARTBEAT", None])
 @pytest.mark.parametrize("state", ["active", "stopping"])
 @pytest.mark.parametrize("compare_on_stop", [True, False])
-async def test_heartbeat_in_every_engine_has_same_result_as_in_state_machine(
+async def test_every_engine_answers_heartbeat_as_the_item_state_machine_defines(
     engine: ControlPlaneEngine,
     clock: MovableClock,
     seconds: int,
@@ -236,7 +236,7 @@ async def test_waiting_poll_wakes_for_new_item(engine: ControlPlaneEngine) -> No
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_waiting_polls_and_event_streams_return_after_end_all_waits(
+async def test_call_to_end_all_waits_ends_waiting_poll_and_event_stream(
     engine: ControlPlaneEngine,
 ) -> None:
     (item,) = await engine.enqueue(OTHER)

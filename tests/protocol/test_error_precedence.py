@@ -78,7 +78,9 @@ async def test_bad_request_to_stopped_item_is_400_rather_than_409(
     assert answer.status == (409 if call == "ack" else 400)
 
 
-async def test_conflict_409_precedes_412(qoder_api: ApiClient) -> None:
+async def test_heartbeat_with_wrong_time_on_stopped_item_is_409_rather_than_412(
+    qoder_api: ApiClient,
+) -> None:
     work_id = await qoder_api.create_item_in_state("stopped")
     assert (await qoder_api.heartbeat(work_id, "2026-03-01T12:00:00Z")).status == 409
 

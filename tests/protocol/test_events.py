@@ -402,7 +402,7 @@ async def test_reading_and_sending_session_events_needs_token_for_the_environmen
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_event_pages_are_listed_in_both_directions(api: ApiClient) -> None:
+async def test_event_list_can_be_read_forward_and_backward_page_by_page(api: ApiClient) -> None:
     session_id = create_scripted_session(api)
     for _ in range(5):
         await send_events(api, session_id, {"type": "user.message", "content": TEXT})
@@ -553,7 +553,7 @@ async def test_events_are_filtered_by_time(
     )
 
 
-async def test_event_list_before_an_id_with_filter_has_nearest_events_in_ascending_order(
+async def test_filtered_event_list_before_an_id_returns_matching_event_closest_to_id(
     api: ApiClient, id_of_session_with_five_events: str
 ) -> None:
     last_id = (await event_history(api, id_of_session_with_five_events))[-1]["id"]
@@ -581,7 +581,7 @@ async def test_malformed_event_filter_is_400_and_names_parameter(
     assert (answer.status, answer.error["param"]) == (400, name)
 
 
-async def test_event_list_after_an_id_in_descending_order_is_400(
+async def test_event_list_with_both_after_id_and_descending_order_is_400(
     api: ApiClient, id_of_session_with_five_events: str
 ) -> None:
     first_id = (await event_history(api, id_of_session_with_five_events))[0]["id"]
@@ -682,7 +682,7 @@ async def test_event_with_malformed_thread_id_belongs_to_primary_thread(api: Api
     [{}, {"type": 1}, {"type": "user.message"}, {"type": "agent.tool_use", "name": "Bash"},
      {"type": "agent.message", "content": object()}],
 )  # fmt: skip
-async def test_emit_refuses_event_that_agents_do_not_send(
+async def test_control_plane_emits_no_event_that_is_malformed_or_not_of_an_agent(
     qoder_api: ApiClient, event: dict[str, Any]
 ) -> None:
     session_id = create_scripted_session(qoder_api, BASH)
@@ -747,7 +747,7 @@ async def test_scripted_session_continues_after_restart(
     assert before[-1]["stop_reason"] == {"type": "end_turn"}
 
 
-async def test_event_that_is_missing_after_crash_is_appended_at_start(
+async def test_restarted_control_plane_appends_events_that_were_lost_in_a_crash(
     tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"

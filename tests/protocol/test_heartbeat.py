@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_first_heartbeat_moves_item_to_active(api: ApiClient, clock: MovableClock) -> None:
+async def test_first_heartbeat_changes_item_state_from_starting_to_active(
+    api: ApiClient, clock: MovableClock
+) -> None:
     work_id = await api.create_item_in_state("starting")
     clock.advance(1.25)
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT")
@@ -60,7 +62,7 @@ async def test_two_heartbeats_in_the_same_microsecond_receive_different_times(
 
 
 @pytest.mark.parametrize("state", ["starting", "active", "stopping"])
-async def test_unconditional_heartbeat_is_accepted_in_every_leased_state(
+async def test_heartbeat_without_expected_last_heartbeat_is_accepted_whenever_item_is_leased(
     api: ApiClient, state: str
 ) -> None:
     work_id = await api.create_item_in_state(state)

@@ -74,7 +74,7 @@ def test_history_summary_has_no_problems_if_all_items_were_completed(
     assert summarize(operations.history) == Summary(3, 3, 0, 0, 0)
 
 
-def test_item_with_expired_lease_counts_as_reclaim_if_another_worker_takes_it(
+def test_reclaim_is_counted_if_another_worker_takes_item_with_expired_lease(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -84,7 +84,7 @@ def test_item_with_expired_lease_counts_as_reclaim_if_another_worker_takes_it(
     assert summarize(operations.history) == Summary(1, 1, 1, 0, 0)
 
 
-def test_redelivered_item_counts_as_reclaim_if_another_worker_acknowledges_it(
+def test_reclaim_is_counted_if_another_worker_acknowledges_redelivered_item(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -110,7 +110,7 @@ def test_history_summary_counts_item_that_was_never_stopped_as_lost(operations: 
     assert summarize(operations.history) == Summary(2, 0, 0, 2, 0)
 
 
-def test_expiry_of_lease_in_state_stopping_does_not_count_as_reclaim(
+def test_no_reclaim_is_counted_if_lease_expires_after_stop_request(
     operations: Operations, clock: MovableClock
 ) -> None:
     operations.enqueue(ENV)
@@ -171,7 +171,7 @@ def test_history_beyond_limit_drops_oldest_records_and_counts_them() -> None:
     assert (len(history), history.forgotten) == (2, 3)
 
 
-def test_heartbeat_of_child_in_handoff_takes_item_without_lease_overlap(
+def test_handoff_of_item_to_child_process_does_not_count_as_lease_overlap(
     operations: Operations,
 ) -> None:
     """A child in a handoff sends the time of its parent's last heartbeat to take the item over.

@@ -69,7 +69,7 @@ async def test_heartbeat_with_long_ttl_extends_short_lease(
     assert await api.item_state(work_id) == "queued"
 
 
-async def test_item_with_expired_lease_keeps_timestamps_until_next_ack_and_heartbeat(
+async def test_timestamps_of_item_remain_after_lease_expiry_until_later_calls_replace_them(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("active", "a")

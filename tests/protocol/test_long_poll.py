@@ -171,7 +171,7 @@ def test_thousand_waiting_polls_receive_one_item_each() -> None:
     run_in_virtual_time(enqueue_one_item_per_poll)
 
 
-def test_waiting_polls_are_answered_with_null_after_end_all_waits() -> None:
+def test_call_to_end_all_waits_answers_waiting_and_later_polls_with_null() -> None:
     async def end_all_waits_during_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         ),
     ],
 )
-async def test_update_merges_metadata_patch(
+async def test_metadata_update_sets_given_keys_removes_null_keys_and_keeps_others(
     api: ApiClient, patch: object, metadata: object
 ) -> None:
     (item,) = api.plane.enqueue(metadata={"a": "1", "b": "2"})

@@ -259,7 +259,7 @@ TestQueueMachineWithRetention = QueueStateMachineWithRetention.TestCase
 TestQueueMachineWithRetention.settings = TestQueueMachine.settings
 
 
-def test_python_function_calls_of_poll_do_not_increase_with_stopped_items() -> None:
+def test_number_of_python_calls_in_poll_does_not_grow_with_stopped_items() -> None:
     """A stop must remove the item's id from the index of queued items.
 
     Otherwise the next poll would need time to skip the ids of all stopped items.

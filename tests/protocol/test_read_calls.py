@@ -91,7 +91,7 @@ async def test_item_pages_continue_forward_to_the_end(api: ApiClient) -> None:
     assert seen == ids
 
 
-async def test_item_pages_before_an_id_continue_back_to_first_item(api: ApiClient) -> None:
+async def test_item_list_before_an_id_can_be_paged_back_to_first_item(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(10)]
     page = await read_item_page(api, before_id=ids[8], limit=3)
     assert page["ids"] == ids[5:8]
@@ -201,7 +201,7 @@ async def test_stats_exclude_acknowledged_and_stopped_items(
     assert stats["oldest_queued_at"] == "2026-03-01T12:00:00Z"
 
 
-async def test_stats_count_distinct_named_workers_that_polled_within_30_seconds(
+async def test_stats_count_each_worker_id_that_polled_within_30_seconds_once(
     api: ApiClient, clock: MovableClock
 ) -> None:
     for worker in ("a", "b", "a", None):
@@ -248,7 +248,7 @@ async def test_anthropic_session_of_stopping_item_is_running(anthropic_api: ApiC
     assert answer.body["status"] == "running"
 
 
-async def test_update_time_of_session_changes_with_item_and_events(
+async def test_item_changes_and_new_events_advance_updated_at_of_session(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("starting")

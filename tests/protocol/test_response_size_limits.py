@@ -166,7 +166,7 @@ async def read_ids_and_largest_page_size(
         query.pop("before_id", None)
 
 
-async def test_item_pages_are_shortened_to_response_limit(api: ApiClient) -> None:
+async def test_item_list_is_split_into_pages_within_response_size_limit(api: ApiClient) -> None:
     items = [api.plane.enqueue(metadata=make_metadata_of_size(MEGABYTE))[0].id for _ in range(11)]
     ids, largest = await read_ids_and_largest_page_size(api, api.work_url())
     assert ids == items
@@ -191,7 +191,7 @@ async def test_item_page_stays_within_response_limit_if_items_have_largest_metad
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-async def test_session_pages_are_shortened_to_response_limit(
+async def test_session_list_is_split_into_pages_within_response_size_limit(
     anthropic_api: ApiClient, order: str
 ) -> None:
     for _ in range(7):
@@ -205,7 +205,9 @@ async def test_session_pages_are_shortened_to_response_limit(
 
 
 @pytest.mark.parametrize("order", ["asc", "desc"])
-async def test_event_pages_are_shortened_to_response_limit(api: ApiClient, order: str) -> None:
+async def test_event_list_is_split_into_pages_within_response_size_limit(
+    api: ApiClient, order: str
+) -> None:
     session_id = create_scripted_session(api)
     for _ in range(9):
         assert (await send_events(api, session_id, make_message_of_size(MEGABYTE))).status == 200

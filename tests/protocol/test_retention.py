@@ -101,7 +101,7 @@ async def test_deleted_items_are_removed_from_database_file(
     assert count_database_rows(file) == [1, 1, 0]
 
 
-async def test_items_expired_while_server_was_down_are_deleted_at_start(
+async def test_server_start_deletes_items_whose_retention_ended_while_server_was_down(
     tmp_path: Path, clock: MovableClock
 ) -> None:
     file = tmp_path / "work.db"

@@ -78,7 +78,7 @@ async def test_items_sessions_and_stats_survive_restart(
         assert newer.id > max(item["id"] for item in before[0]["data"])
 
 
-async def test_worker_that_holds_item_is_known_after_restart(
+async def test_item_is_still_leased_to_same_worker_after_restart_of_control_plane(
     database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:

@@ -65,7 +65,7 @@ async def test_anthropic_stop_is_409_for_conflicting_item_state_and_204_otherwis
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b'{"force": null}', b'{"force": false}', b' {"other": 1} ']
 )
-async def test_stop_of_active_item_without_force_leaves_it_stopping(
+async def test_stop_without_force_changes_state_of_active_item_to_stopping(
     api: ApiClient, body: bytes
 ) -> None:
     work_id = await api.create_item_in_state("active")

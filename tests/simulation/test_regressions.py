@@ -137,7 +137,7 @@ async def test_second_heartbeat_waits_for_answer_to_first_if_drain_begins_meanwh
 
 
 @in_virtual_time
-async def test_session_whose_stop_is_rejected_until_lease_expires_has_outcome_lease_lost() -> None:
+async def test_outcome_is_lost_lease_if_control_plane_rejects_stop_until_lease_expires() -> None:
     """Formerly the session counted as completed, although its item was queued and run again."""
     script = FaultScript(stop=[Fault(answer=429, applied=False, retry_after=30)])
     bench = PoolTestbed(script, lease_ttl=10)
@@ -166,7 +166,7 @@ async def test_abandoned_session_counts_as_stopped_if_operator_stopped_its_item(
 
 
 @in_virtual_time
-async def test_stop_request_in_answer_to_first_heartbeat_is_reported() -> None:
+async def test_pool_reports_stop_request_that_arrives_in_answer_to_first_heartbeat() -> None:
     """Formerly a stop request was reported only if the answer to a later heartbeat contained it."""
     bench = PoolTestbed(FaultScript(heartbeat=[Fault(request_delay=1)]))
     async with bench.supervisor:

@@ -144,7 +144,7 @@ async def test_command_session_fails_if_its_directory_was_replaced_by_symlink(
 
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENOMEM])
-def test_resource_exhaustion_at_command_start_raises_release(number: int) -> None:
+def test_command_start_raises_release_exception_if_worker_resources_run_out(number: int) -> None:
     with pytest.raises(Release), release_or_fail_on_start_error("tool"):
         raise OSError(number, os.strerror(number))
 

@@ -110,7 +110,7 @@ async def test_group_leader_reaped_by_code_outside_plugin_has_unknown_exit_statu
     await procfs.wait_for_process_end(await procfs.wait_for_file_lines(tmp_path / "pids"))
 
 
-async def test_reap_on_exit_leaves_status_unknown_if_code_outside_plugin_reaped_leader(
+async def test_watch_of_leader_that_was_reaped_elsewhere_ends_with_unknown_status(
     install_spawn_callback: InstallCallback,
 ) -> None:
     install_spawn_callback(lambda pid: os.waitpid(pid, 0))
@@ -141,7 +141,7 @@ async def test_process_group_start_without_free_descriptor_raises_emfile_and_kil
     await procfs.wait_for_process_end(pids)
 
 
-async def test_reap_on_exit_sets_exited_for_reaped_leader_if_no_descriptor_is_free(
+async def test_watch_of_leader_that_was_reaped_elsewhere_ends_although_descriptors_ran_out(
     install_spawn_callback: InstallCallback,
 ) -> None:
     with ExitStack() as stack:
@@ -195,7 +195,7 @@ async def test_process_group_start_raises_start_error_even_if_kill_is_forbidden(
     assert vars(record)["pid"] == pids[0]
 
 
-async def test_announcement_to_guard_process_is_withdrawn_if_program_is_missing() -> None:
+async def test_start_of_missing_program_leaves_no_announcement_at_guard_process() -> None:
     guard = RecordingGroupRegistry()
     start = replace(sh_arguments(""), argv=["/no/such/program"], unique_entry="ENTRY=1")
     with pytest.raises(FileNotFoundError):
@@ -215,7 +215,7 @@ async def test_process_group_is_killed_and_reaped_if_registration_at_guard_fails
             pytest.fail("the block was entered")
 
 
-async def test_killed_group_leader_is_reaped_on_exit_despite_second_cancellation(
+async def test_group_leader_that_outlives_second_cancellation_is_reaped_when_it_exits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     guard, entered, removed = RecordingGroupRegistry(), asyncio.Event(), asyncio.Event()

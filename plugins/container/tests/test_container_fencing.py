@@ -204,7 +204,7 @@ async def test_container_is_not_started_if_lease_of_item_ends_before_start(
     assert testbed.log.lines == []
 
 
-async def test_item_whose_metadata_cannot_be_written_is_released_without_container(
+async def test_session_is_released_before_container_starts_if_metadata_cannot_be_written(
     testbed: ContainerTestbed, engine: EngineClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = ControlledSessionRun(testbed, engine)

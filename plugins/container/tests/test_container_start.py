@@ -188,7 +188,7 @@ async def start_leftover_container(testbed: ContainerTestbed, work_id: str) -> s
     return created.id
 
 
-async def test_container_sweep_removes_leftovers_but_keeps_adoptable_and_unknown_containers(
+async def test_worker_removes_abandoned_containers_but_keeps_adoptable_and_unknown_ones(
     testbed: ContainerTestbed,
 ) -> None:
     stopped, superseded, adoptable = (item.id for item in testbed.plane.enqueue(count=3))

@@ -65,7 +65,9 @@ async def test_container_beyond_its_timeout_is_stopped(testbed: ContainerTestbed
     await testbed.wait_for_removal(finished.session.item.id)
 
 
-async def test_container_without_output_is_stalled_and_removed(testbed: ContainerTestbed) -> None:
+async def test_container_without_output_is_removed_and_its_session_counts_as_stalled(
+    testbed: ContainerTestbed,
+) -> None:
     finished = await testbed.run_item("echo ready; sleep 1000", stall_timeout=3)
     assert finished.outcome == "stalled"
     await testbed.wait_for_removal(finished.session.item.id)
@@ -116,7 +118,7 @@ async def test_container_of_lost_lease_is_removed_before_next_run_starts_another
         assert len(await testbed.item_containers(item.id)) == 1
 
 
-async def test_container_at_drain_deadline_is_removed_and_session_released(
+async def test_drain_at_its_deadline_releases_session_and_removes_container(
     testbed: ContainerTestbed,
 ) -> None:
     (item,) = testbed.plane.enqueue()
@@ -180,7 +182,7 @@ async def test_container_left_running_by_drain_is_adopted_by_next_run(
     assert await testbed.item_containers(item.id) == []
 
 
-async def test_next_run_reports_exit_status_of_container_that_ended_between_session_runs(
+async def test_exit_status_of_container_that_ended_after_drain_is_reported_by_next_run(
     testbed: ContainerTestbed, mounted_directory: Path
 ) -> None:
     script = RECORD_START + "while [ ! -e /kept/end ]; do sleep 0.05; done; exit 4"

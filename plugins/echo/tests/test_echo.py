@@ -33,7 +33,9 @@ async def test_echo_runs_for_requested_seconds(workpool: Kit) -> None:
     assert 3600 <= result.seconds < 3601
 
 
-async def test_echo_handler_returns_stopped_early_after_stop_by_operator(workpool: Kit) -> None:
+async def test_echo_stores_text_stopped_early_as_metadata_if_operator_stops_item(
+    workpool: Kit,
+) -> None:
     (item,) = workpool.enqueue(metadata=ONE_HOUR)
     async with workpool.pool(echo):
         await workpool.wait_for(SessionStarted)

@@ -77,7 +77,7 @@ async def test_cost_that_changes_quickly_is_written_once_per_interval() -> None:
 
 
 @in_virtual_time
-async def test_cost_that_changes_during_write_is_written_afterwards() -> None:
+async def test_new_deletion_cost_is_written_after_write_in_progress_ends() -> None:
     testbed = WriterTestbed()
     testbed.write_seconds = 8.0
     async with testbed.running_cost_writer():
@@ -97,7 +97,7 @@ async def test_cost_that_changes_and_changes_back_within_interval_is_not_written
 
 
 @in_virtual_time
-async def test_deletion_cost_changed_without_request_is_written_after_recheck_interval() -> None:
+async def test_periodic_recheck_writes_deletion_cost_that_changed_without_request() -> None:
     testbed = WriterTestbed()
     async with testbed.running_cost_writer():
         await asyncio.sleep(10)

@@ -199,7 +199,7 @@ async def test_span_of_failed_request_has_error_status(
     assert [each.status.status_code for each in stops] == [StatusCode.ERROR, StatusCode.UNSET]
 
 
-async def test_trace_context_is_written_to_metadata_unless_write_context_is_false(
+async def test_trace_context_is_written_to_metadata_unless_plugin_setting_disables_it(
     kit: Kit, span_recorder: SpanRecorder
 ) -> None:
     written = kit.enqueue()[0]

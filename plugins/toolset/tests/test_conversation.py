@@ -76,7 +76,7 @@ def test_conversation_waits_for_person_to_confirm_call_or_send_message() -> None
     )
 
 
-def test_call_needs_no_answer_if_its_result_arrived_first() -> None:
+def test_call_needs_no_answer_if_result_arrives_before_tool_use_event() -> None:
     assert (
         ConversationTestbed()
         .apply_event("user.tool_result", tool_use_id="a")
@@ -86,7 +86,7 @@ def test_call_needs_no_answer_if_its_result_arrived_first() -> None:
     )
 
 
-def test_repeated_event_of_answered_call_opens_no_new_call() -> None:
+def test_answered_call_stays_answered_when_its_tool_use_event_arrives_again() -> None:
     uses = ConversationTestbed().add_tool_use("a")
     uses.now.mark_call_answered("a")
     assert uses.add_tool_use("a").next_tool_call is None
@@ -106,7 +106,9 @@ def test_calls_of_unknown_tools_are_left_to_other_clients() -> None:
 
 
 @pytest.mark.parametrize("permission", ["ask", "unknown", 1, {}])
-def test_call_without_permission_is_not_next_call_until_confirmed(permission: object) -> None:
+def test_tool_call_without_granted_permission_is_skipped_until_user_allows_it(
+    permission: object,
+) -> None:
     uses = (
         ConversationTestbed().add_tool_use("a", evaluated_permission=permission).add_tool_use("b")
     )
@@ -153,7 +155,7 @@ def test_automatically_permitted_call_is_not_run_after_person_denied_it() -> Non
     ("reason", "idle"),
     [("end_turn", True), ("retries_exhausted", True), (None, True), ("requires_action", False)],
 )
-def test_conversation_is_idle_after_every_stop_reason_except_requires_action(
+def test_conversation_is_idle_after_turn_unless_stop_reason_is_requires_action(
     reason: object, *, idle: bool
 ) -> None:
     assert ConversationTestbed().end_turn(reason).now.is_idle is idle
@@ -168,7 +170,7 @@ def test_message_ends_idle_state_but_confirmation_does_not() -> None:
     assert not uses.apply_event("something.new").now.is_idle
 
 
-def test_interrupt_affects_open_calls_but_not_calls_that_follow() -> None:
+def test_interrupt_applies_to_unanswered_calls_but_not_to_later_calls() -> None:
     uses = (
         ConversationTestbed()
         .add_tool_use("a")

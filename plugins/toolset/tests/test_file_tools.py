@@ -145,7 +145,7 @@ async def test_file_read_with_malformed_line_range_is_refused(
     await agent_without_sandbox.expect_tool_error("read", file_path="lines", view_range=view_range)
 
 
-async def test_large_file_is_readable_only_by_range(
+async def test_read_of_large_file_fails_unless_request_gives_a_line_range(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     line = "é" * 49 + "\n"
@@ -323,7 +323,7 @@ async def test_edit_with_result_above_limit_is_refused(
     )
 
 
-async def test_edit_replaces_one_occurrence_but_several_need_replace_all(
+async def test_edit_of_text_that_occurs_several_times_needs_replace_all_option(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     path = workspace_directory / "code.py"

@@ -92,7 +92,7 @@ async def test_glob_lists_directories_and_follows_links_inside_workspace(
     assert (await agent.expect_tool_success("glob", pattern="*")).splitlines() == ["src"]
 
 
-async def test_glob_follows_only_links_that_lead_to_roots(
+async def test_glob_skips_link_out_of_workspace_unless_it_leads_to_allowed_root(
     fake_agent_factory: Any, workspace_directory: Path, tmp_path: Path
 ) -> None:
     shared = tmp_path / "shared"
@@ -249,7 +249,7 @@ async def test_grep_error_for_invalid_expression_names_no_ripgrep_option(
     assert not re.search("rg|ripgrep|--|pcre|-U", output, re.IGNORECASE)
 
 
-async def test_grep_without_searched_files_reports_no_matches(
+async def test_grep_that_searches_no_file_reports_no_matches_but_still_checks_pattern(
     agent: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "a").write_text("word")

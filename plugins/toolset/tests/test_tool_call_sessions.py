@@ -430,7 +430,7 @@ async def test_drain_finishes_current_tool_call_and_leaves_others_to_next_worker
     assert log.read_text() == "1\n2\n"
 
 
-async def test_call_with_unknown_result_is_answered_with_error_and_not_run(
+async def test_call_that_crashed_worker_began_is_answered_with_error_and_not_run_again(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     [item] = workpool.enqueue(
@@ -502,7 +502,7 @@ async def test_call_is_not_executed_if_another_machine_may_have_begun_it(
     assert answers == [(tool_call_answerer.UNKNOWN_OUTCOME, True), ("2\n", False)]
 
 
-async def test_call_is_not_executed_again_if_run_on_another_machine_began_it(
+async def test_call_that_was_begun_on_another_machine_is_not_executed_again(
     workpool: Kit, make_toolset: Make, tmp_path: Path
 ) -> None:
     """The second of three runs is on another machine, so the local journal lacks its call."""

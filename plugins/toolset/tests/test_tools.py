@@ -220,7 +220,7 @@ async def test_read_only_root_that_contains_token_file_is_refused_at_start(
             pass
 
 
-async def test_root_is_refused_if_session_can_replace_its_parent_directory(
+async def test_read_only_root_is_refused_if_session_can_replace_directory_above_it(
     workpool: Kit, tmp_path: Path
 ) -> None:
     """With the roots `open` and `open/between/deep`, a session can replace `between` by a link."""
@@ -283,7 +283,7 @@ async def test_sandbox_that_cannot_be_checked_is_error_at_start(
             pass
 
 
-async def test_sandbox_check_without_answer_reports_problem(
+async def test_sandbox_check_reports_problem_if_bubblewrap_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent = tmp_path / "bwrap"

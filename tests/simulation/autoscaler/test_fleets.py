@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.timeout(180)
-def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_simulations(
+def test_scale_down_with_documented_settings_interrupts_no_session_in_fifty_simulations(
     record_property: Callable[[str, object], None],
 ) -> None:
     """The seeds differ from the default seeds of the command line, to cover other schedules."""
@@ -48,14 +48,14 @@ def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_simulation
 
 
 @pytest.mark.timeout(120)
-def test_scale_down_without_documented_settings_cuts_sessions() -> None:
+def test_scale_down_without_documented_settings_interrupts_sessions() -> None:
     report = simulate_fleet_seeds(range(8), frozenset(WITHOUT))
     assert report.failures == (), str(report)
     assert report.counts.cut > 0
 
 
 @pytest.mark.parametrize("name", WITHOUT)
-def test_omitted_documented_setting_changes_only_the_settings_of_a_fleet_schedule(
+def test_fleet_schedule_without_a_documented_setting_differs_only_in_its_settings(
     name: str,
 ) -> None:
     documented = generate_fleet_schedule_for_seed(1, DOCUMENTED)

@@ -41,7 +41,7 @@ def make_autoscaler(
         (100, 120, 1, 2),  # 1.2 times one pod is rounded up to 2 pods
     ],
 )
-def test_number_of_pods_follows_metric_that_differs_from_target_beyond_tolerance(
+def test_number_of_pods_is_scaled_with_metric_unless_ratio_is_within_tolerance(
     target: float, average: float, pods: int, desired: int
 ) -> None:
     assert (
@@ -138,7 +138,7 @@ def test_number_of_pods_is_unchanged_if_metric_is_within_tolerance_of_target() -
     assert make_autoscaler().compute_replicas_at_sync(0.0, 9, 9, 8.0) == 8
 
 
-def test_keda_starts_at_least_the_minimum_of_pods_for_first_work() -> None:
+def test_keda_with_work_runs_at_least_one_pod_and_at_least_the_minimum() -> None:
     assert KedaScaler(0, 300.0).compute_replicas_after_poll(0.0, 0, 1.0) == 1
     assert KedaScaler(3, 300.0).compute_replicas_after_poll(0.0, 0, 1.0) == 3
     assert KedaScaler(0, 300.0).compute_replicas_after_poll(0.0, 6, 1.0) == 6
