@@ -5,7 +5,7 @@ from __future__ import annotations
 from workpool.pool.pool_item import AttemptNumber, LocalRunCounter
 
 
-def test_release_writes_attempt_number_known_only_to_this_process_into_metadata() -> None:
+def test_release_metadata_contain_attempt_number_that_only_this_process_knows() -> None:
     """The metadata are the only place where another process can read the attempt number."""
     attempt = AttemptNumber({}, redelivered=True)
     attempt.set_number_from_local_count(0)
@@ -24,7 +24,7 @@ def test_attempt_number_comes_from_metadata_or_counted_runs_whichever_is_greater
     assert attempt.number == 5
 
 
-def test_retry_interrupted_by_drain_keeps_its_number_in_next_run() -> None:
+def test_retry_number_is_unchanged_in_next_run_after_drain_interrupts_retry() -> None:
     first = AttemptNumber({}, redelivered=False)
     left = first.make_release_metadata("draining", 2)
     assert left == {"workpool.released": "draining", "workpool.retries": "2"}

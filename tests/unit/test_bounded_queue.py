@@ -137,7 +137,7 @@ async def test_items_dropped_from_queue_free_their_places_and_wake_waiters() -> 
     ("items", "taken", "full", "idle"),
     [(0, 0, False, True), (1, 0, False, False), (1, 1, False, False), (2, 1, True, False)],
 )
-async def test_queue_counts_as_full_or_idle_regardless_of_reserved_places(
+async def test_reserved_places_do_not_affect_whether_queue_is_full_or_idle(
     items: int, taken: int, *, full: bool, idle: bool
 ) -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
@@ -166,7 +166,7 @@ async def test_reservation_cancelled_while_queue_place_becomes_free_raises_cance
     assert queue.reserved == 0
 
 
-async def test_queue_capacity_shrinks_as_slots_reach_limit_on_number_of_items() -> None:
+async def test_queue_capacity_falls_to_zero_as_allowed_slot_uses_are_used_up() -> None:
     queue: BoundedQueue[int] = BoundedQueue(2, 1, uses=2)
     assert queue.capacity == 2
     for used_up in (False, True):
@@ -244,7 +244,7 @@ async def test_queue_under_random_use_and_cancellation_loses_no_queue_place(seed
             await queue.reserve_place()
 
 
-async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None:
+async def test_item_that_waits_for_busy_handler_occupies_no_queue_place() -> None:
     queue: BoundedQueue[str] = BoundedQueue(2, 0)
     await queue.reserve_place()
     queue.release_reserved_place()
@@ -254,7 +254,7 @@ async def test_item_set_aside_for_busy_handler_occupies_no_queue_place() -> None
     assert (queue.reserved, queue.waiting_item_count, queue.is_idle) == (2, 0, False)
 
 
-async def test_queue_has_too_many_items_set_aside_when_they_fill_its_capacity() -> None:
+async def test_items_of_busy_handlers_are_too_many_when_they_reach_queue_capacity() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     assert not queue.too_many_items_set_aside
@@ -262,7 +262,7 @@ async def test_queue_has_too_many_items_set_aside_when_they_fill_its_capacity() 
     assert queue.too_many_items_set_aside
 
 
-async def test_item_set_aside_starts_before_queued_items_when_its_handler_is_free() -> None:
+async def test_item_of_handler_that_has_become_free_starts_before_queued_items() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 1)
     queue.set_item_aside("a")
     queue.set_item_aside("b")
@@ -272,7 +272,7 @@ async def test_item_set_aside_starts_before_queued_items_when_its_handler_is_fre
     assert (queue.items_set_aside, queue.waiting_item_count, queue.running) == (["a"], 1, 1)
 
 
-async def test_released_slot_goes_to_item_set_aside_rather_than_waiting_poller() -> None:
+async def test_freed_slot_goes_first_to_item_that_waits_for_handler_then_to_poller() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     await reserve_places_and_put_items(queue, "a")
     assert queue.take_startable_item() == "a"
@@ -290,7 +290,7 @@ async def test_released_slot_goes_to_item_set_aside_rather_than_waiting_poller()
     assert queue.reserved == 1
 
 
-async def test_wait_because_of_too_many_items_set_aside_ends_when_one_starts() -> None:
+async def test_wait_for_fewer_items_of_busy_handlers_ends_when_one_item_starts() -> None:
     queue: BoundedQueue[str] = BoundedQueue(1, 0)
     queue.set_item_aside("a")
     async with asyncio.TaskGroup() as group:

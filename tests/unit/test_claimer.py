@@ -123,7 +123,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 
 
 @in_virtual_time
-async def test_ack_that_may_have_been_applied_is_not_repeated_once_its_lease_has_ended(
+async def test_ack_that_may_have_been_applied_is_not_repeated_after_lease_ends(
     testbed: type[LeaseTestbed],
 ) -> None:
     """The pool counts the lease from the first ack, so a later ack would not prolong the lease."""
@@ -153,7 +153,7 @@ async def test_repeated_ack_delayed_beyond_end_of_lease_is_not_sent(
     ("status", "result", "reported"),
     [(404, "gone", 0), (409, "conflict", 1), (412, "conflict", 1), (403, "error", 1)],
 )
-def test_refused_ack_is_not_repeated_and_is_reported_unless_item_is_gone(
+def test_refused_ack_is_never_repeated_but_is_reported_if_item_still_exists(
     testbed: type[LeaseTestbed], status: int, result: str, reported: int
 ) -> None:
     """A reported refusal makes pollers pause. An item that is gone (404) must not cause a pause."""
@@ -189,7 +189,7 @@ def make_fault_that_changes_state(state: str) -> Fault:
     ("state", "result"),
     [("queued", "conflict"), ("active", "ok"), ("stopping", "conflict"), ("stopped", "conflict")],
 )
-def test_result_of_repeated_ack_depends_on_state_of_item(
+def test_ack_is_ok_if_item_is_active_and_conflict_if_queued_or_stopped(
     testbed: type[LeaseTestbed], state: str, result: str
 ) -> None:
     @in_virtual_time
@@ -297,7 +297,7 @@ async def test_first_heartbeat_of_item_held_by_another_worker_is_not_repeated(
 
 
 @in_virtual_time
-async def test_lease_of_item_held_by_another_worker_is_lost_without_get_request(
+async def test_lease_is_lost_without_get_request_if_another_worker_holds_item(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""
@@ -311,7 +311,7 @@ async def test_lease_of_item_held_by_another_worker_is_lost_without_get_request(
 
 
 @in_virtual_time
-async def test_ack_of_active_item_forbids_writes_until_heartbeat_succeeds(
+async def test_writes_are_forbidden_until_heartbeat_succeeds_if_item_is_active_after_ack(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(ack=[make_fault_that_changes_state("active")])
@@ -325,7 +325,7 @@ async def test_ack_of_active_item_forbids_writes_until_heartbeat_succeeds(
 
 
 @in_virtual_time
-async def test_drain_before_first_heartbeat_releases_lease_with_that_heartbeat(
+async def test_first_heartbeat_of_lease_during_drain_releases_that_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -371,7 +371,7 @@ async def test_failed_first_heartbeat_during_drain_is_not_repeated_in_tight_loop
 
 
 @in_virtual_time
-async def test_first_heartbeat_whose_task_was_cancelled_counts_as_unanswered_heartbeat(
+async def test_first_heartbeat_counts_as_unanswered_if_its_task_is_cancelled(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(heartbeat=[Fault(answer_delay=5), None])

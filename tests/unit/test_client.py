@@ -118,7 +118,7 @@ async def poll_and_expect_item(client: WorkClient) -> WorkItem:
     return item
 
 
-async def test_item_goes_through_all_client_calls_from_poll_to_stop(
+async def test_client_calls_take_item_from_queued_to_stopped(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     control_plane.enqueue(metadata={"job": "a"})
@@ -167,7 +167,7 @@ async def test_waiting_poll_returns_item_enqueued_meanwhile(
     assert server_middleware.requested_paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
 
 
-async def test_first_stop_without_force_requests_stop_and_second_confirms_it(
+async def test_second_stop_call_without_force_changes_item_state_from_stopping_to_stopped(
     control_plane: ControlPlane, qoder_dialect_client: WorkClient
 ) -> None:
     control_plane.enqueue()
@@ -286,7 +286,7 @@ async def test_wrong_token_raises_refused_error(control_plane: ControlPlane) -> 
     assert (refused.value.status, refused.value.error_type) == (401, "authentication_error")
 
 
-async def test_expected_last_heartbeat_is_sent_unchanged_as_query_parameter(
+async def test_parameter_expected_last_heartbeat_is_sent_unchanged_in_query(
     control_plane: ControlPlane,
     qoder_dialect_client: WorkClient,
     server_middleware: RecordingMiddleware,
@@ -309,7 +309,7 @@ async def test_poll_answered_without_item_returns_none(
 
 
 @pytest.mark.parametrize("body", [b"[]", b"false", b"0", b'""', b'"item"'])
-async def test_poll_answered_with_json_other_than_object_or_null_raises_bad_body(
+async def test_poll_answer_with_json_other_than_object_or_null_raises_transient_error(
     qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware, body: bytes
 ) -> None:
     server_middleware.instead = lambda: json_response(body)
@@ -443,7 +443,7 @@ async def test_invalid_id_is_never_sent_in_url(
     assert server_middleware.seen == []
 
 
-async def test_metadata_other_than_text_raise_type_error_before_any_request(
+async def test_update_with_metadata_other_than_text_raises_type_error_before_any_request(
     qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
 ) -> None:
     for bad in ({"a": 1}, {"a": {"b": "c"}}, {1: "a"}, {"a": "\ud800"}):
@@ -552,7 +552,7 @@ async def test_client_callbacks_are_called_for_each_request_and_each_credential_
     assert refreshes == ["ok"]
 
 
-async def test_call_raises_timeout_error_after_timeout_of_call_or_of_settings(
+async def test_call_times_out_after_timeout_argument_or_timeout_in_settings(
     control_plane: ControlPlane, server_middleware: RecordingMiddleware
 ) -> None:
     server_middleware.hold = asyncio.Event()
@@ -592,7 +592,7 @@ async def test_poll_with_malformed_item_raises_transient_error_about_bad_body(
     assert (raised.value.reason, raised.value.status) == ("bad_body", 200)
 
 
-async def test_stop_that_ignores_returned_item_accepts_any_json_object_as_answer(
+async def test_stop_call_that_skips_item_in_answer_accepts_any_json_object(
     qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
 ) -> None:
     server_middleware.instead = lambda: web.Response(body=b'{"id": 7}')
@@ -602,7 +602,7 @@ async def test_stop_that_ignores_returned_item_accepts_any_json_object_as_answer
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{" * 5_000_000])
-async def test_stop_that_ignores_returned_item_rejects_answer_that_is_no_json_object(
+async def test_stop_call_that_skips_item_in_answer_still_rejects_answer_without_json_object(
     qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware, body: bytes
 ) -> None:
     """An HTML page with status 200 may come from a gateway that did not forward the request."""
@@ -611,7 +611,7 @@ async def test_stop_that_ignores_returned_item_rejects_answer_that_is_no_json_ob
         await qoder_dialect_client.stop(UNKNOWN, force=True, read_item=False)
 
 
-async def test_refused_stop_that_ignores_returned_item_raises_refused_error(
+async def test_stop_call_that_skips_item_in_answer_raises_refused_error_for_unknown_item(
     qoder_dialect_client: WorkClient,
 ) -> None:
     with pytest.raises(RefusedError) as raised:

@@ -34,7 +34,7 @@ def test_clock_skew_beyond_five_seconds_is_a_warning(
     assert found.exit == 0
 
 
-def test_clock_skew_message_says_behind_or_ahead() -> None:
+def test_clock_skew_message_says_whether_local_clock_is_behind_or_ahead() -> None:
     assert "60 s behind" in check_clock_difference(DATE, THEN - timedelta(seconds=60), 0.0).message
     assert "ahead of" in check_clock_difference(DATE, THEN + timedelta(seconds=60), 0.0).message
 

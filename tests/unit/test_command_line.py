@@ -44,7 +44,7 @@ def test_list_of_commands_has_the_first_line_of_each_help_text() -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS)
-def test_short_flag_prints_the_help_text(path: str) -> None:
+def test_flag_h_prints_help_text_of_each_command(path: str) -> None:
     result = CliRunner().invoke(app, [*path.split()[1:], "-h"], env={"COLUMNS": "300"})
     assert (result.exit_code, result.stdout) == (0, help_text(path))
 
@@ -111,7 +111,7 @@ def test_every_help_text_has_examples_that_can_be_parsed(
         ("workpool work en", "enqueue"),
     ],
 )
-def test_completion_offers_commands_and_flags(typed: str, offered: str) -> None:
+def test_shell_completion_offers_commands_and_flags(typed: str, offered: str) -> None:
     code = "import sys; sys.argv = ['workpool']; from workpool.cli import main; main()"
     variables = {
         "_WORKPOOL_COMPLETE": "complete_bash",
@@ -121,7 +121,7 @@ def test_completion_offers_commands_and_flags(typed: str, offered: str) -> None:
     assert run_python(code, **variables).split() == [offered]
 
 
-def test_completion_script_can_be_shown() -> None:
+def test_shell_completion_script_can_be_shown() -> None:
     code = "import sys; sys.argv = ['workpool', '--show-completion', 'bash']\n"
     code += "from workpool.cli import main; main()"
     assert "_WORKPOOL_COMPLETE" in run_python(
@@ -152,7 +152,7 @@ def test_import_of_the_supervisor_imports_no_server_and_no_pydantic() -> None:
     assert not {"pydantic", "aiohttp.web", "typer", "rich"} & set(run_python(code).split())
 
 
-def test_no_color_turns_colours_off_in_tables() -> None:
+def test_environment_variable_no_color_removes_colours_from_tables() -> None:
     code = "from workpool.cli.tables import print_table; print_table(['id'], [['work_1']])"
     colour = re.compile(r"\x1b\[[0-9;]*3[0-7]|\x1b\[[0-9;]*38;")
     variables = {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "80"}

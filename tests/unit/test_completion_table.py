@@ -67,7 +67,7 @@ def test_each_end_reason_selects_its_own_row_of_completion_table(reason: EndReas
     assert find_completion_actions(item) is TABLE[reason]
 
 
-def test_session_without_end_reason_has_no_completion_row() -> None:
+def test_completion_of_session_without_end_reason_raises_runtime_error() -> None:
     item: Any = StandInWithGivenAttributes(reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
         find_completion_actions(item)
@@ -133,13 +133,13 @@ def test_invalid_release_delay_is_replaced_by_default(delay: Any, seconds: float
     assert read_release_delay_seconds(release) == seconds
 
 
-def test_exception_group_of_releases_counts_as_release_with_longest_delay() -> None:
+def test_exception_group_of_release_exceptions_counts_as_the_one_with_longest_delay() -> None:
     short, long = Release("short", 11), Release("long", 19)
     assert find_release_exception(short) is short
     assert find_release_exception(ExceptionGroup("g", [short, ExceptionGroup("g", [long])])) is long
 
 
-def test_exception_group_with_release_and_other_error_is_not_a_release() -> None:
+def test_exception_group_of_release_and_other_exceptions_counts_as_no_release() -> None:
     assert find_release_exception(ValueError()) is None
     assert (
         find_release_exception(
@@ -149,7 +149,7 @@ def test_exception_group_with_release_and_other_error_is_not_a_release() -> None
     )
 
 
-def test_release_in_deeply_nested_exception_group_is_recognised() -> None:
+def test_release_exception_in_deeply_nested_exception_group_is_recognised() -> None:
     error: Exception = Release("deep")
     innermost = error
     for _ in range(5_000):

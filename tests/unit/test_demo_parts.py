@@ -157,7 +157,7 @@ def test_demo_without_given_metadata_enqueues_sessions_that_match_handler_rules(
 
 
 @pytest.mark.usefixtures("module_with_two_handlers")
-def test_demo_metadata_that_no_handler_rule_matches_raise_plugin_error() -> None:
+def test_demo_with_metadata_that_no_handler_rule_matches_raises_plugin_error() -> None:
     given = {"job": "daily-report", "day": "monday"}
     assert make_sessions_for_handler("demo_reports:handle_daily_report", given, 1) == [
         DemoSession("session", given)

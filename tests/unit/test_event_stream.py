@@ -187,7 +187,7 @@ async def test_event_history_is_read_at_no_more_than_twenty_pages_a_second() -> 
     ids=["empty", "same", "cycle"],
 )
 @in_virtual_time
-async def test_event_history_whose_pages_bring_nothing_new_raises_transient_error(
+async def test_event_list_with_endless_pages_without_new_events_raises_transient_error(
     make: Callable[[int], list[str]],
 ) -> None:
     endless = EndlessEventHistory(make)
@@ -197,7 +197,7 @@ async def test_event_history_whose_pages_bring_nothing_new_raises_transient_erro
 
 
 @in_virtual_time
-async def test_requests_for_pages_of_endless_event_history_slow_down_with_backoff() -> None:
+async def test_event_stream_slows_down_requests_for_pages_of_endless_history() -> None:
     endless = EndlessEventHistory(lambda _: [])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:

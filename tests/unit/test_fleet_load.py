@@ -53,7 +53,7 @@ def test_recommended_replicas_are_the_maximum_over_all_environments() -> None:
     assert numbers["recommended_replicas"] == few["recommended_replicas"] == 5
 
 
-def test_fleet_totals_are_none_until_every_environment_has_been_read() -> None:
+def test_fleet_totals_are_unknown_until_every_environment_has_been_read() -> None:
     fleet = make_fleet_scaling_calculator(
         {"env_a": FleetLoad(1, 0, 0), "env_b": None}, {"env_a": 8, "env_b": 8}
     )

@@ -68,7 +68,7 @@ def test_later_change_of_metadata_argument_does_not_change_handler_rule() -> Non
     assert rule.metadata["job"] == "a"
 
 
-def test_bound_method_has_the_handler_rule_of_its_decorated_function() -> None:
+def test_bound_method_has_same_handler_rule_as_its_decorated_function() -> None:
     class ClassWithHandlerMethod:
         @handler(max_sessions=3)
         async def handle_daily_report(self, session: Session) -> None: ...
@@ -78,7 +78,7 @@ def test_bound_method_has_the_handler_rule_of_its_decorated_function() -> None:
     assert rule.max_sessions == 3
 
 
-def test_functools_partial_of_decorated_function_has_its_handler_rule() -> None:
+def test_functools_partial_has_same_handler_rule_as_function_that_it_wraps() -> None:
     assert (
         find_handler_rule(functools.partial(functools.partial(handler(make_handler_function()))))
         is not None

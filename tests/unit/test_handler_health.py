@@ -156,7 +156,7 @@ def test_only_quick_failures_and_exhausted_resources_make_handler_failing(
         ("detached", 5.0, False),
     ],
 )
-def test_failing_handler_recovers_after_completed_session_or_failure_after_five_seconds(
+def test_completed_session_or_failure_after_five_seconds_makes_handler_healthy(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time
@@ -177,7 +177,7 @@ def test_failing_handler_recovers_after_completed_session_or_failure_after_five_
 
 
 @in_virtual_time
-async def test_failing_handler_first_claims_nothing_and_then_one_item_at_a_time() -> None:
+async def test_failing_handler_gets_no_item_for_a_second_and_then_single_items() -> None:
     bench = HandlerHealthTestbed()
     bench.end_sessions_as_failed()
     await asyncio.sleep(0.9)
@@ -189,7 +189,7 @@ async def test_failing_handler_first_claims_nothing_and_then_one_item_at_a_time(
 
 
 @in_virtual_time
-async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
+async def test_pause_of_failing_handler_doubles_after_each_failure_up_to_thirty_seconds() -> None:
     bench = HandlerHealthTestbed()
     bench.end_sessions_as_failed()
     pauses = []
@@ -210,7 +210,7 @@ async def test_pause_of_failing_handler_doubles_up_to_thirty_seconds() -> None:
 
 
 @in_virtual_time
-async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() -> None:
+async def test_claims_continue_unless_all_handlers_used_so_far_are_failing() -> None:
     bench = HandlerHealthTestbed()
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == 0
@@ -225,7 +225,7 @@ async def test_admission_waits_only_if_every_handler_used_so_far_is_failing() ->
 
 
 @in_virtual_time
-async def test_wait_to_claim_ends_when_running_session_of_failing_handler_ends() -> None:
+async def test_claims_resume_when_running_session_of_failing_handler_ends() -> None:
     bench = HandlerHealthTestbed()
     bench.end_sessions_as_failed()
     await asyncio.sleep(2)
@@ -242,7 +242,7 @@ async def test_wait_to_claim_ends_when_running_session_of_failing_handler_ends()
 
 
 @in_virtual_time
-async def test_wait_to_claim_ends_with_shorter_pause_of_two_failing_handlers() -> None:
+async def test_claims_resume_when_shorter_pause_of_two_failing_handlers_ends() -> None:
     bench = HandlerHealthTestbed()
     bench.end_sessions_as_failed(FAILURES + 2)  # No claims for BROKEN for 4 s.
     await asyncio.sleep(1)
@@ -255,7 +255,7 @@ async def test_wait_to_claim_ends_with_shorter_pause_of_two_failing_handlers() -
 
 
 @in_virtual_time
-async def test_wait_to_claim_ends_with_pause_of_failing_handler_although_another_runs() -> None:
+async def test_claims_resume_after_pause_of_failing_handler_while_another_handler_runs() -> None:
     """The failing handler OTHER runs a session while the failing handler BROKEN is in its pause.
 
     A failing handler may run only one session, so OTHER may claim no item meanwhile.

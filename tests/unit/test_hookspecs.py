@@ -105,7 +105,7 @@ async def test_contexts_of_wrap_session_hooks_are_left_in_reverse_order_of_entry
     ]
 
 
-async def test_context_of_lifespan_hook_is_entered_before_and_left_after_pool() -> None:
+async def test_context_of_lifespan_hook_is_open_while_pool_runs() -> None:
     seen: list[str] = []
 
     class DatabasePlugin:
@@ -122,7 +122,7 @@ async def test_context_of_lifespan_hook_is_entered_before_and_left_after_pool() 
     assert seen == ["open for the pool", "inside", "closed"]
 
 
-def test_claims_are_refused_if_admission_hook_raises_error_or_returns_reason() -> None:
+def test_admission_hook_that_raises_error_or_returns_reason_prevents_claims() -> None:
     answers: list[Any] = [None, "disk full", 7, RuntimeError("x")]
     asked: list[object] = []
 

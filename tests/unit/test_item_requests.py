@@ -154,7 +154,7 @@ async def test_pool_may_write_to_item_after_cancellation_of_handler(
 
 
 @in_virtual_time
-async def test_call_waiting_during_long_machine_sleep_is_not_sent(
+async def test_waiting_call_is_not_sent_after_machine_sleeps_longer_than_lease(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
@@ -166,7 +166,7 @@ async def test_call_waiting_during_long_machine_sleep_is_not_sent(
 
 
 @in_virtual_time
-async def test_call_waiting_during_machine_pause_is_sent_after_next_heartbeat(
+async def test_waiting_call_is_sent_after_first_heartbeat_that_follows_machine_pause(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
@@ -179,7 +179,7 @@ async def test_call_waiting_during_machine_pause_is_sent_after_next_heartbeat(
 
 
 @in_virtual_time
-async def test_write_after_undetected_machine_pause_beyond_lease_end_raises_lease_lost(
+async def test_write_raises_lease_lost_if_lease_ended_during_undetected_machine_pause(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -192,7 +192,7 @@ async def test_write_after_undetected_machine_pause_beyond_lease_end_raises_leas
 
 
 @in_virtual_time
-async def test_call_waiting_during_machine_pause_is_not_sent_if_another_worker_claims_item(
+async def test_waiting_call_is_not_sent_if_another_worker_claims_item_during_machine_pause(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[Fault(wait=5.0)])
@@ -209,7 +209,7 @@ async def test_call_waiting_during_machine_pause_is_not_sent_if_another_worker_c
 
 
 @in_virtual_time
-async def test_callback_before_sending_is_not_called_if_request_is_not_sent(
+async def test_callback_that_runs_right_before_sending_is_not_called_if_lease_is_lost(
     testbed: type[LeaseTestbed],
 ) -> None:
     called: list[float] = []
@@ -285,7 +285,9 @@ async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
 
 
 @in_virtual_time
-async def test_attempt_of_call_takes_at_most_request_timeout(testbed: type[LeaseTestbed]) -> None:
+async def test_each_attempt_of_call_is_limited_by_setting_request_timeout(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed(request_timeout=2.0, update=[SILENCE])
     async with item_with_renewed_lease(one) as item:
         await send_metadata_update(one, item)
@@ -338,7 +340,7 @@ def test_call_repeated_because_of_missing_answer_uses_new_connection(
 
 
 @in_virtual_time
-async def test_retries_of_call_keep_its_rate_limiter_priority_and_permit(
+async def test_repeated_call_keeps_rate_limit_priority_and_permit_of_first_attempt(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed(update=[SILENCE])
@@ -401,7 +403,7 @@ def test_call_ends_at_once_if_lease_is_lost_meanwhile(
 
 
 @in_virtual_time
-async def test_call_raises_lease_lost_if_timeout_and_loss_come_in_same_loop_turn(
+async def test_call_raises_lease_lost_if_it_times_out_just_as_lease_is_lost(
     testbed: type[LeaseTestbed],
 ) -> None:
     """A loop that was blocked may handle the timeout and the loss of the lease in one turn."""
@@ -429,7 +431,7 @@ async def test_call_raises_cancelled_error_if_calling_task_is_cancelled(
 
 
 @in_virtual_time
-async def test_read_while_leased_continues_while_lease_is_renewed(
+async def test_call_that_needs_lease_continues_while_lease_is_renewed(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()
@@ -445,7 +447,7 @@ async def test_read_while_leased_continues_while_lease_is_renewed(
 
 
 @in_virtual_time
-async def test_read_while_leased_ends_at_time_limit_or_when_lease_is_lost(
+async def test_call_that_needs_lease_ends_at_time_limit_or_when_lease_is_lost(
     testbed: type[LeaseTestbed],
 ) -> None:
     one = testbed()

@@ -305,7 +305,7 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), ANSWERS)
-def test_heartbeat_answer_determines_decision_and_status_and_deadline_of_lease(
+def test_heartbeat_answer_determines_next_step_and_status_and_deadline_of_lease(
     state: Callable[[], Lease],
     outcome: Heartbeat | ControlPlaneError,
     expected: ExpectedLease,
@@ -341,7 +341,7 @@ def test_lease_before_first_heartbeat_ends_sixty_seconds_after_ack() -> None:
     assert not lease.begun
 
 
-def test_deadline_after_ack_of_active_item_counts_from_poll() -> None:
+def test_lease_deadline_counts_from_poll_if_item_is_active_after_ack() -> None:
     lease = make_lease(ttl=30, state="active", polled_at=-9.0)
     assert (lease.deadline, lease.give_up_at) == (51, 45)
     assert lease.unsettled
@@ -375,7 +375,7 @@ def test_heartbeat_timeout_is_limited_by_request_timeout_ttl_and_deadline(
 
 
 @pytest.mark.parametrize("lease", [make_lease(ttl=10), releasing_lease()], ids=["first", "release"])
-def test_timeout_of_heartbeat_that_may_shorten_lease_leaves_time_for_another_attempt(
+def test_timeout_of_first_or_last_heartbeat_leaves_time_for_another_attempt(
     lease: Lease,
 ) -> None:
     attempt = lease.begin_heartbeat(SENT, SENT)
@@ -411,7 +411,7 @@ def test_heartbeat_answer_after_deadline_does_not_extend_lease() -> None:
     assert (lease.status, lease.is_loss_confirmed, lease.deadline) == ("lost", False, 60)
 
 
-def test_unanswered_heartbeat_shortens_lease_to_ttl_that_it_requested() -> None:
+def test_unanswered_heartbeat_shortens_lease_to_requested_ttl() -> None:
     lease = make_lease(ttl=10)
     begin_heartbeat_and_apply_answer(lease, 1.0, 2.0, make_transient_error())
     assert (lease.deadline, lease.give_up_at) == (11, 10)
@@ -461,7 +461,7 @@ def test_heartbeat_answer_after_end_of_lease_changes_nothing(
     assert (lease.due_at, lease.in_flight) == (math.inf, False)
 
 
-def test_expected_last_heartbeat_field_comes_from_latest_answered_heartbeat() -> None:
+def test_next_heartbeat_refers_to_latest_answered_heartbeat() -> None:
     lease = make_lease()
     assert lease.begin_heartbeat(0.0, 0.0).expected == "NO_HEARTBEAT"
     lease = renewed_lease()
@@ -472,7 +472,7 @@ def test_expected_last_heartbeat_field_comes_from_latest_answered_heartbeat() ->
     assert lease.expected == "hb_2"
 
 
-def test_child_process_expects_last_heartbeat_of_its_parent_process() -> None:
+def test_lease_in_child_process_refers_to_last_heartbeat_of_parent_process() -> None:
     assert make_lease(parents_heartbeat="hb_7").expected == "hb_7"
 
 
@@ -485,7 +485,7 @@ def test_child_process_expects_last_heartbeat_of_its_parent_process() -> None:
         (item_of_this_worker(state="starting", last_heartbeat="hb_5"), "NO_HEARTBEAT"),
     ],
 )
-def test_expected_last_heartbeat_field_after_reading_item_comes_from_that_item(
+def test_next_heartbeat_refers_to_last_heartbeat_in_item_that_was_read(
     item: WorkItem, expected: str
 ) -> None:
     lease = lease_with_unanswered_heartbeat()
@@ -549,7 +549,7 @@ READ_AT = ANSWERED + 1
 
 
 @pytest.mark.parametrize(("state", "outcome", "expected"), READS)
-def test_answer_to_get_request_determines_decision_and_status_and_deadline_of_lease(
+def test_answer_to_get_request_determines_next_step_and_status_of_lease(
     state: Callable[[], Lease],
     outcome: WorkItem | ControlPlaneError | None,
     expected: ExpectedLease,
@@ -564,7 +564,7 @@ def test_answer_to_get_request_determines_decision_and_status_and_deadline_of_le
     assert lease.due_at == pytest.approx(READ_AT + (expected.due or 0))
 
 
-def test_heartbeat_answer_412_causes_get_request_while_holder_of_item_is_unknown() -> None:
+def test_heartbeat_answer_with_status_412_causes_get_request_if_item_holder_is_unknown() -> None:
     lease = renewed_lease()
     begin_heartbeat_and_apply_answer(lease, SENT, ANSWERED, CONFLICT)
     lease.apply_item_read_outcome(READ_AT, "conflict", make_transient_error())
@@ -588,7 +588,7 @@ def test_answer_to_get_request_that_arrives_after_lease_end_changes_nothing() ->
 
 
 @pytest.mark.parametrize(("state", "requested"), [(renewed_lease, True), (stopped_lease, False)])
-def test_heartbeat_answer_with_state_stopping_is_stop_request_unless_pool_stopped_item(
+def test_answer_that_item_is_stopping_counts_as_stop_request_unless_pool_stopped_it(
     state: Callable[[], Lease], *, requested: bool
 ) -> None:
     lease = state()
@@ -598,7 +598,7 @@ def test_heartbeat_answer_with_state_stopping_is_stop_request_unless_pool_stoppe
     assert lease.stop_requested == requested  # A stop request is never withdrawn.
 
 
-def test_first_heartbeat_answer_with_state_stopping_begins_lease() -> None:
+def test_first_heartbeat_answer_begins_lease_even_if_item_is_stopping() -> None:
     lease = fresh_lease()
     begin_heartbeat_and_apply_answer(lease, 0.0, 1.0, make_heartbeat(state="stopping"))
     assert lease.begun
@@ -642,7 +642,7 @@ def test_unanswered_heartbeat_that_releases_lease_is_repeated_with_same_ttl() ->
     assert lease.deadline == SENT + 12
 
 
-def test_answer_with_state_stopping_to_last_heartbeat_releases_lease_without_extension() -> None:
+def test_last_heartbeat_releases_lease_even_if_answer_says_that_item_is_stopping() -> None:
     lease = releasing_lease()
     begin_heartbeat_and_apply_answer(
         lease, SENT, ANSWERED, make_heartbeat(2, lease_extended=False, state="stopping")
@@ -680,7 +680,7 @@ def test_failed_heartbeat_after_machine_pause_is_repeated_after_delay() -> None:
     assert lease.due_at == due_at
 
 
-def test_another_pause_of_machine_after_successful_heartbeat_requires_new_verification() -> None:
+def test_second_machine_pause_requires_lease_verification_again() -> None:
     lease = renewed_lease()
     lease.request_verification_after_pause(5.0)
     begin_heartbeat_and_apply_answer(lease, 5.0, 5.1, make_heartbeat(2))
@@ -696,7 +696,7 @@ def test_successful_heartbeat_records_wall_clock_offset_of_its_send_time() -> No
 
 
 @pytest.mark.parametrize("extended", [True, False])
-def test_heartbeat_answer_with_state_stopping_after_machine_pause_ends_lease_as_lost(
+def test_lease_is_lost_if_heartbeat_after_machine_pause_finds_item_stopping(
     *, extended: bool
 ) -> None:
     lease = renewed_lease()

@@ -279,7 +279,7 @@ async def test_suspended_renewer_sends_no_heartbeats(testbed: type[LeaseTestbed]
 
 
 @in_virtual_time
-async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> None:
+async def test_release_of_lease_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> None:
     one = testbed()
     async with one.opened_clients():
         item = await one.claim_item()
@@ -294,7 +294,7 @@ async def test_release_sends_one_last_heartbeat(testbed: type[LeaseTestbed]) -> 
 
 
 @pytest.mark.parametrize("answer", [Fault(answer_delay=4), RESET], ids=["slow", "reset"])
-def test_release_during_heartbeat_or_retry_sends_one_last_heartbeat(
+def test_release_of_lease_during_heartbeat_or_retry_sends_one_last_heartbeat(
     testbed: type[LeaseTestbed], answer: Fault
 ) -> None:
     @in_virtual_time

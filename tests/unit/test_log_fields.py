@@ -64,7 +64,7 @@ def get_field_names_of_logging_call(call: ast.Call, function: ast.AST) -> set[st
     }
 
 
-def test_every_field_logged_by_the_package_is_in_the_schema() -> None:
+def test_log_schema_contains_exactly_the_fields_that_package_logs() -> None:
     found = {
         place: get_field_names_of_logging_call(call, function)
         for place, call, function in find_logging_calls()
@@ -137,7 +137,7 @@ def make_opentelemetry_module_with_span(trace_id: int, *, valid: bool) -> Module
 
 
 @pytest.mark.parametrize("valid", [True, False])
-def test_record_has_the_trace_of_a_valid_span(
+def test_log_record_has_trace_id_only_if_opentelemetry_span_is_valid(
     capture_log_records: list[logging.LogRecord], monkeypatch: pytest.MonkeyPatch, *, valid: bool
 ) -> None:
     module = make_opentelemetry_module_with_span(0xAB, valid=valid)

@@ -163,7 +163,7 @@ def test_log_record_of_megabytes_is_cut_to_limit(char: str) -> None:
     assert len(TextFormatter().format(made)) <= LINE_CHARACTERS
 
 
-def test_cut_log_message_keeps_both_ends_and_ids() -> None:
+def test_shortened_log_message_keeps_its_beginning_and_end_and_ids() -> None:
     made = make_log_record("declined type=%s reason=unwanted", "x" * 3_900_000, work_id="work_1")
     line = TextFormatter().format(made)
     assert "declined type=xxx" in line

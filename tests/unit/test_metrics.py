@@ -365,7 +365,7 @@ def test_each_event_increases_exactly_the_metrics_listed_for_it(
     assert compute_increases_of_samples(before, scrape_samples(registry)) == adds
 
 
-def test_table_of_metric_increases_covers_every_event_type() -> None:
+def test_every_event_type_has_a_row_in_table_of_expected_metric_changes() -> None:
     assert {type(event) for event, _ in FED} == set(get_args(ev.Event))
 
 
@@ -376,7 +376,7 @@ def test_error_in_metrics_is_logged_and_not_raised(
     assert "metrics failed" in caplog.text
 
 
-def test_handlers_beyond_one_hundred_are_counted_as_other_with_one_warning(
+def test_handlers_after_first_hundred_share_one_metric_label_and_cause_one_warning(
     registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [f"many.handler_{number}" for number in range(150)]
@@ -483,7 +483,7 @@ def test_build_info_shows_version_python_and_dialect(
     )
 
 
-def test_poll_null_ratio_is_share_of_empty_polls_in_last_minute(
+def test_metric_poll_null_ratio_is_share_of_empty_polls_in_last_minute(
     pool: PoolMetricsTestbed, registry: CollectorRegistry
 ) -> None:
     key = "poll_null_ratio{environment_id=env_1}"

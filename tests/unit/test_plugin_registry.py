@@ -116,7 +116,7 @@ def test_hook_options_tryfirst_and_trylast_change_order_of_plugins() -> None:
     )
 
 
-def test_handler_hook_of_plugin_precedes_rules_of_that_plugin_and_next_plugin() -> None:
+def test_handler_hook_is_tried_before_rules_of_its_plugin_and_before_next_plugin() -> None:
     class PluginWithHookAndHandlerRules:
         async def handler_chosen_by_hook(self, session: Session) -> None: ...
 

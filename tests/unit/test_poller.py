@@ -246,7 +246,7 @@ async def test_rejected_item_releases_its_queue_place_and_ack_permit(answer: Any
     assert bench.client.permits == 0
 
 
-async def test_item_set_aside_releases_its_queue_place_but_keeps_ack_permit() -> None:
+async def test_poller_frees_queue_place_but_keeps_ack_permit_of_item_for_busy_handler() -> None:
     bench = PollerTestbed("item", answer="aside")
     await bench.run_poller()
     assert (bench.queue.reserved, bench.queue.items_set_aside, bench.client.permits) == (
@@ -257,7 +257,7 @@ async def test_item_set_aside_releases_its_queue_place_but_keeps_ack_permit() ->
 
 
 @in_virtual_time
-async def test_poller_polls_again_at_once_after_item_is_set_aside() -> None:
+async def test_poller_polls_again_at_once_after_item_whose_handler_is_busy() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), answer="aside", block_ms=999, concurrency=10)
     clock = asyncio.get_running_loop().time
     started = clock()
@@ -266,7 +266,7 @@ async def test_poller_polls_again_at_once_after_item_is_set_aside() -> None:
 
 
 @in_virtual_time
-async def test_poller_pauses_between_polls_while_no_item_starts_a_handler() -> None:
+async def test_poller_pauses_between_polls_if_dispatcher_demands_pause() -> None:
     bench = PollerTestbed(*("item" for _ in range(5)), block_ms=999, concurrency=10)
     bench.dispatcher.must_pause_between_polls = True
     clock = asyncio.get_running_loop().time
@@ -295,6 +295,6 @@ async def test_poller_crash_is_logged_with_traceback(caplog: pytest.LogCaptureFi
     assert record.exc_info is not None
 
 
-def test_backoff_cap_and_crash_limit_have_documented_values() -> None:
+def test_poller_backoff_cap_and_crash_limit_have_documented_values() -> None:
     assert poller.BACKOFF_CAP_SECONDS == 30
     assert poller.CRASHES == 5

@@ -117,7 +117,7 @@ def test_polls_refused_for_five_minutes_are_fatal() -> None:
     ],
     ids=["null", "item", "network error", "throttled"],
 )
-def test_time_limit_of_refused_polls_restarts_after_poll_that_is_not_refused(
+def test_time_limit_of_refused_polls_restarts_after_any_other_poll_result(
     between: Callable[[PollerGroupTestbed], None],
 ) -> None:
     bench = PollerGroupTestbed()
@@ -154,7 +154,7 @@ def test_consecutive_polls_without_item_are_logged_only_once_as_idle(
 
 
 @in_virtual_time
-async def test_cooldown_of_pollers_is_extended_but_never_shortened_by_later_cooldown() -> None:
+async def test_later_cooldown_may_extend_but_never_shortens_cooldown_of_pollers() -> None:
     group = PollerGroupTestbed().group
     loop = asyncio.get_running_loop()
     group.begin_cooldown(5)
@@ -230,7 +230,7 @@ def test_number_of_pollers_falls_after_empty_polls_and_recovers_with_items() -> 
     ]  # fmt: skip
 
 
-def test_throttled_poll_halves_number_of_pollers() -> None:
+def test_each_throttled_poll_halves_number_of_pollers_down_to_one() -> None:
     bench = PollerGroupTestbed(9)
     for _ in range(5):
         bench.record_throttled_poll()
@@ -278,7 +278,7 @@ def test_number_of_pollers_stays_within_limits_and_each_change_emits_event(
 
 
 @in_virtual_time
-async def test_pool_with_until_empty_ends_when_queue_is_empty_and_no_item_runs() -> None:
+async def test_pool_with_setting_until_empty_ends_when_queue_is_empty_and_nothing_runs() -> None:
     bench = PollerGroupTestbed(until_empty=True)
     other = PollerGroupTestbed()
     # Without until_empty, an empty queue does not end the pool.

@@ -127,7 +127,7 @@ async def test_client_calls_succeed_while_all_default_executor_threads_are_busy(
         assert len(server.lines) == 5
 
 
-async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
+async def test_calls_by_pool_do_not_wait_for_two_hundred_calls_by_handlers() -> None:
     def answer_stop_requests_only(head: str, _: int) -> bytes | None:
         return ANSWER if "/stop" in head else None
 
@@ -154,7 +154,7 @@ async def test_pool_calls_do_not_wait_for_two_hundred_handler_calls() -> None:
             task.cancel()
 
 
-async def test_number_of_connections_for_pool_calls_is_unlimited() -> None:
+async def test_each_of_150_concurrent_heartbeats_gets_its_own_connection() -> None:
     async with (
         running_server(lambda _line, _connection: None) as server,
         WorkClient(server.settings_for_url(concurrency=1)) as client,

@@ -114,7 +114,7 @@ def test_forbidden_transition_raises_and_keeps_state(
     assert item.state == state
 
 
-def test_state_closed_can_be_reached_from_every_item_state() -> None:
+def test_item_in_any_state_can_reach_final_state_closed() -> None:
     assert make_item().state == "delivered"
     for state in get_args(ItemState):
         seen = {state}
@@ -155,7 +155,7 @@ def test_item_keeps_more_severe_of_two_end_reasons_in_either_order(
 
 
 @in_virtual_time
-async def test_wait_for_condition_ends_at_first_notification_after_condition_holds() -> None:
+async def test_wait_for_condition_of_item_ends_when_notification_finds_condition_true() -> None:
     item, met = make_item(), list[int]()
     loop = asyncio.get_running_loop()
     for seconds in (1, 2, 3):
@@ -166,7 +166,7 @@ async def test_wait_for_condition_ends_at_first_notification_after_condition_hol
 
 
 @in_virtual_time
-async def test_wait_ends_at_once_if_condition_holds_and_else_at_time_limit() -> None:
+async def test_wait_for_item_condition_ends_at_once_if_true_else_at_time_limit() -> None:
     item = make_item()
     loop = asyncio.get_running_loop()
     item.notify_waiters()  # No task waits, so this notification must have no effect.
@@ -177,7 +177,7 @@ async def test_wait_ends_at_once_if_condition_holds_and_else_at_time_limit() -> 
 
 
 @in_virtual_time
-async def test_notification_of_item_wakes_all_tasks_that_wait_for_it() -> None:
+async def test_notification_wakes_all_tasks_that_wait_for_condition_of_item() -> None:
     item = make_item()
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         met: list[int] = []

@@ -122,7 +122,7 @@ def test_heartbeats_overdraw_rate_limiter_by_at_most_one_second_of_tokens(
     assert acquire_all_tokens(limiter) == 5
 
 
-async def test_rate_limiter_wait_lasts_as_long_as_rate_requires() -> None:
+async def test_rate_limiter_without_tokens_delays_requests_to_configured_rate() -> None:
     limiter = RateLimiter("write", 50)
     acquire_all_tokens(limiter)
     started = time.monotonic()

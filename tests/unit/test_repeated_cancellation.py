@@ -93,7 +93,7 @@ Step = tuple[float, EndReason]
     ids=["once", "same reason", "less grave", "graver", "graver at once"],
 )
 @in_virtual_time
-async def test_cancellation_is_repeated_every_ten_seconds_and_at_once_for_severer_end_reason(
+async def test_handler_is_cancelled_again_every_ten_seconds_and_at_once_for_graver_reason(
     testbed: type[LeaseTestbed], steps: list[Step], times: list[float]
 ) -> None:
     handler = StubbornHandler(until=34)

@@ -207,7 +207,7 @@ async def test_request_whose_check_raises_network_error_is_not_repeated(endpoint
         assert len(server) == before
 
 
-async def test_request_refused_by_its_check_is_not_reported_to_observers() -> None:
+async def test_on_request_callback_is_not_called_if_request_check_refuses_request() -> None:
     reported: list[str] = []
     async with recording_server() as server, connected_transport(server.url) as transport:
         transport.on_request = lambda *each: reported.append(each[1])
@@ -260,7 +260,7 @@ class DelayedResolver(AbstractResolver):
         pass
 
 
-async def test_request_refused_by_its_check_after_slow_host_lookup_sends_no_byte() -> None:
+async def test_request_refused_by_request_check_after_slow_host_lookup_sends_no_byte() -> None:
     check = SwitchableRequestCheck()
     async with recording_server() as server:
         resolver = DelayedResolver()
@@ -287,7 +287,7 @@ async def assert_refused_by_check(call: Awaitable[object]) -> None:
         await call
 
 
-async def test_request_refused_by_its_check_after_slow_proxy_sends_no_byte(
+async def test_request_refused_by_request_check_after_slow_proxy_sends_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The proxy receives the CONNECT request for the host, but no byte of the refused request."""
@@ -374,7 +374,7 @@ async def test_request_refused_by_request_check_after_wait_for_rate_limit_sends_
     assert len(server) == 0
 
 
-async def test_request_is_sent_although_trace_callback_of_caller_waits() -> None:
+async def test_request_is_sent_before_aiohttp_trace_callback_of_caller_returns() -> None:
     """The server receives bytes before the trace callback of the caller's session returns."""
     waiting, release = asyncio.Event(), asyncio.Event()
 

@@ -65,12 +65,14 @@ def test_recommended_replicas_do_not_change_when_the_last_queued_items_are_claim
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1), (1, -1, 1), (1, 2, 1)])
-def test_replica_rule_with_invalid_number_raises_value_error(wrong: tuple[int, int, int]) -> None:
+def test_invalid_number_of_slots_or_replicas_raises_value_error(
+    wrong: tuple[int, int, int],
+) -> None:
     with pytest.raises(ValueError, match=r"slots_per_worker|minimum and maximum"):
         ReplicaRule(*wrong)
 
 
-def test_scaling_numbers_are_a_flat_mapping_with_listed_fields() -> None:
+def test_calculated_scaling_numbers_have_exactly_the_listed_fields_in_order() -> None:
     numbers = calculate_scaling_numbers(
         FleetLoad(3, 1, 12, 4.5, lower_bound=True), ReplicaRule(8, 1, 20), age_seconds=2.5
     )
@@ -88,7 +90,7 @@ def test_scaling_numbers_are_a_flat_mapping_with_listed_fields() -> None:
     assert list(numbers) == list(FLEET_NUMBERS)
 
 
-def test_page_operating_md_explains_every_field_of_scaling_numbers() -> None:
+def test_documented_table_of_scaling_fields_equals_fields_in_code() -> None:
     page = (Path(__file__).parents[2] / "workpool/docs/operating.md").read_text()
     table = page.partition("### The fleet\n")[2].partition("\n### ")[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(FLEET_NUMBERS)

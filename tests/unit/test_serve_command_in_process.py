@@ -38,7 +38,7 @@ class StoreWithSlowOpening(MemoryStore):
     ("store", "given", "expected"),
     [("memory", None, 3600), ("work.db", None, 86_400), ("memory", 60, 60), ("work.db", 90, 90)],
 )
-def test_default_retention_depends_on_the_store(
+def test_default_retention_is_one_hour_in_memory_and_one_day_in_database_file(
     store: str, given: float | None, expected: float
 ) -> None:
     assert _retention_seconds(store, given) == expected
@@ -57,7 +57,7 @@ async def test_sigterm_ends_serve_command_while_its_store_is_opening(
     assert capsys.readouterr().out == ""
 
 
-async def test_command_serve_ends_with_error_of_failed_store() -> None:
+async def test_serve_command_raises_error_of_store_that_has_failed() -> None:
     class FailingStore(StoreWithSlowOpening):
         async def wait_for_failure(self) -> None:
             raise StoreError("it is full")

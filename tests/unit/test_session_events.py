@@ -148,7 +148,7 @@ async def test_event_list_with_repeated_page_token_raises_transient_error(
      b'{"data": [{"id": "a/b", "type": "x"}]}', b'{"data": [{"id": "evt_1", "type": 1}]}',
      b'{"data": [], "next_page": 1}'],
 )  # fmt: skip
-async def test_event_list_with_malformed_page_raises_bad_body(
+async def test_event_list_with_malformed_page_raises_transient_error_about_bad_body(
     control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults, body: bytes
 ) -> None:
     faults.add(literal(body), "events")
@@ -157,7 +157,7 @@ async def test_event_list_with_malformed_page_raises_bad_body(
     assert caught.value.reason == "bad_body"
 
 
-async def test_send_returns_events_as_stored_by_control_plane(
+async def test_call_that_sends_events_returns_them_as_stored_by_control_plane(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     session_id = create_session(control_plane, BASH)
@@ -166,7 +166,9 @@ async def test_send_returns_events_as_stored_by_control_plane(
     assert list(stored) == list(control_plane.events(session_id)[3:5])
 
 
-async def test_invalid_events_are_refused(control_plane: ControlPlane, client: WorkClient) -> None:
+async def test_sending_invalid_event_raises_error_and_stores_nothing(
+    control_plane: ControlPlane, client: WorkClient
+) -> None:
     session_id = create_session(control_plane, BASH)
     events = client.events(session_id)
     with pytest.raises(RefusedError) as refused:
@@ -210,7 +212,7 @@ async def test_second_tool_result_with_different_content_raises_conflict(
         await qoder_dialect_client.events(session_id).send({**tool_result(use), **other})
 
 
-async def test_repeated_tool_confirmation_is_accepted_but_opposite_one_raises_conflict_error(
+async def test_repeated_tool_confirmation_is_accepted_but_contrary_confirmation_raises_conflict(
     control_plane: ControlPlane, qoder_dialect_client: WorkClient
 ) -> None:
     session_id = create_session(control_plane, {**BASH, "permission": "ask"})
@@ -259,7 +261,7 @@ class GuardThatRepeatsDelayedCall(PermissiveSessionGuard):
         limit.reschedule(asyncio.get_running_loop().time())
 
 
-async def test_unanswered_send_is_repeated_for_tool_result_but_not_for_message(
+async def test_tool_result_without_answer_is_sent_again_but_message_is_not(
     control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane, BASH)
@@ -280,7 +282,7 @@ async def test_unanswered_send_is_repeated_for_tool_result_but_not_for_message(
     hold.release()
 
 
-async def test_events_call_with_token_argument_never_renews_that_token(
+async def test_client_never_renews_token_that_caller_passed_to_events_method(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     refreshed: list[str] = []
@@ -313,7 +315,7 @@ async def test_stream_returns_history_before_live_events(
             assert stream.caught_up
 
 
-async def test_stream_of_empty_history_yields_its_first_event_as_live(
+async def test_stream_counts_first_event_as_live_if_session_has_no_history(
     control_plane: ControlPlane, client: WorkClient
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -386,7 +388,7 @@ async def test_broken_event_streams_neither_lose_nor_repeat_events(
     assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))
 
 
-async def test_events_missed_while_stream_was_broken_are_replayed_as_history(
+async def test_stream_counts_events_that_it_missed_while_broken_as_history(
     control_plane: ControlPlane, client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane)
@@ -503,7 +505,7 @@ async def test_stream_with_malformed_frames_is_reopened(
         assert event_ids(reader.result()) == event_ids(control_plane.events(session_id))[4:]
 
 
-async def test_frames_other_than_events_are_ignored(
+async def test_stream_ignores_frames_that_contain_no_event(
     control_plane: ControlPlane, qoder_dialect_client: WorkClient, faults: Faults
 ) -> None:
     session_id = create_session(control_plane)
@@ -518,7 +520,7 @@ async def test_frames_other_than_events_are_ignored(
 
 
 @pytest.mark.parametrize("kind", ["session.status_terminated", "session.deleted"])
-async def test_stream_ends_with_its_session(
+async def test_event_stream_ends_after_event_about_termination_or_deletion_of_session(
     control_plane: ControlPlane, client: WorkClient, kind: str
 ) -> None:
     session_id = create_session(control_plane)
@@ -608,7 +610,7 @@ async def test_on_request_callback_receives_operation_and_status_of_event_reques
     assert reported == [("stream", "404"), ("stream", "2xx"), ("events", "2xx"), ("events", "2xx")]
 
 
-async def test_event_requests_wait_for_rate_limits_of_their_client(
+async def test_reading_and_sending_events_waits_for_rate_limits_of_client(
     control_plane: ControlPlane, make_settings: Callable[..., Settings]
 ) -> None:
     waits: list[str] = []
@@ -636,7 +638,7 @@ async def test_stream_after_token_rotation_uses_renewed_token(
             assert len(await read_events(stream, 4)) == 4
 
 
-async def test_event_stream_waits_and_event_send_fails_if_control_plane_is_unreachable(
+async def test_event_stream_waits_but_sending_event_fails_if_control_plane_is_unreachable(
     make_settings: Callable[..., Settings],
 ) -> None:
     settings = make_settings(base_url="http://127.0.0.1:1/api")

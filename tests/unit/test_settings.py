@@ -473,7 +473,7 @@ def test_token_comes_from_setting_or_file_or_environment_variable_of_dialect(
     assert Settings(token=GIVEN).read_token() == GIVEN
 
 
-def test_token_or_token_file_from_source_of_higher_precedence_is_used(
+def test_source_with_higher_precedence_decides_between_token_and_token_file(
     monkeypatch: pytest.MonkeyPatch, write_config: Callable[[str], Path], tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORKPOOL_TOKEN_FILE", str(tmp_path / "none"))
@@ -482,7 +482,7 @@ def test_token_or_token_file_from_source_of_higher_precedence_is_used(
     assert Settings(config=path).token is None
 
 
-def test_token_file_and_variable_are_read_anew_for_each_token_request(
+def test_settings_return_new_token_after_its_file_or_variable_has_changed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = tmp_path / "token"
@@ -535,7 +535,7 @@ def test_token_file_that_is_a_pipe_is_refused_without_hanging(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("token", ["", "a\r\nX-Other: b", "a\x00"])
-def test_token_that_does_not_fit_header_is_refused(token: str) -> None:
+def test_token_that_is_empty_or_has_control_characters_is_refused(token: str) -> None:
     with pytest.raises(SettingsError, match="token: "):
         Settings(token=token).read_token()
 
@@ -639,7 +639,7 @@ def test_each_suspicious_setting_gives_a_warning_with_the_reason(
 @pytest.mark.parametrize(
     ("lease_ttl", "held", "fitting"), [(10, 9, 90), (60, 54, 540), (600, 540, 5400)]
 )
-def test_write_rate_too_low_to_complete_sessions_within_lease_gives_warning(
+def test_settings_warn_if_write_rate_is_too_low_to_complete_sessions_within_lease(
     lease_ttl: int, held: int, fitting: int
 ) -> None:
     def list_warnings_except_heartbeats(concurrency: int) -> list[str]:
@@ -657,7 +657,7 @@ def test_write_rate_too_low_to_complete_sessions_within_lease_gives_warning(
     ]
 
 
-def test_write_rate_limit_too_low_to_complete_sessions_during_drain_gives_warning() -> None:
+def test_settings_warn_if_write_rate_is_too_low_to_complete_sessions_during_drain() -> None:
     assert Settings(write_rate=2, drain_timeout=8).warnings() == ()
     [warning] = Settings(write_rate=2, drain_timeout=7.9).warnings()
     assert "a drain waits 7.9 s; raise write_rate or drain_timeout, or lower conc" in warning
@@ -675,7 +675,7 @@ def test_plain_http_to_local_host_gives_no_warning(base_url: str) -> None:
     assert Settings(base_url=base_url).warnings() == ()
 
 
-def test_heartbeats_that_need_half_of_write_rate_limit_give_no_warning() -> None:
+def test_settings_do_not_warn_if_heartbeats_need_half_of_write_rate_limit() -> None:
     assert Settings(concurrency=100, write_rate=10).warnings() == ()
 
 

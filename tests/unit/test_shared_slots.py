@@ -68,7 +68,7 @@ async def test_freed_slot_goes_to_waiting_environment_with_fewest_slots() -> Non
     assert (busy.running + busy.reserved, late.running + late.reserved) == (3, 3)
 
 
-async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn() -> None:
+async def test_environments_with_equal_numbers_of_slots_receive_free_slot_in_turn() -> None:
     three = make_queues_with_shared_slots(SharedSlots(4), 3, 4)
     order: list[int] = []
 
@@ -87,7 +87,7 @@ async def test_environments_with_equally_many_slots_get_the_shared_slot_in_turn(
     assert order == [0, 1, 2] * 4
 
 
-async def test_environment_with_fewer_slots_gets_freed_slot_before_item_set_aside() -> None:
+async def test_freed_slot_goes_to_environment_with_fewer_slots_before_waiting_item_starts() -> None:
     busy, late = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     started: list[str] = []
     busy.start = started.append
@@ -106,7 +106,7 @@ async def test_environment_with_fewer_slots_gets_freed_slot_before_item_set_asid
     assert started == ["aside"]
 
 
-async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> None:
+async def test_item_that_waits_for_handler_starts_when_another_environment_frees_slot() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(3), 2, 3)
     started: list[str] = []
     first.start = started.append
@@ -124,7 +124,7 @@ async def test_item_set_aside_starts_when_another_environment_frees_a_slot() -> 
         await poller
 
 
-async def test_freed_slot_goes_to_poller_while_handler_of_item_set_aside_is_busy() -> None:
+async def test_freed_slot_goes_to_poller_while_handler_of_waiting_item_is_busy() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(3), 2, 3)
     first.may_start = lambda _: False
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
@@ -138,7 +138,7 @@ async def test_freed_slot_goes_to_poller_while_handler_of_item_set_aside_is_busy
     assert (first.items_set_aside, first.reserved) == (["aside"], 1)
 
 
-async def test_item_set_aside_starts_when_another_environment_reserves_a_queue_place() -> None:
+async def test_item_that_waits_for_handler_starts_when_another_environment_reserves_place() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     handler_is_free = False
     started: list[str] = []
@@ -165,7 +165,7 @@ async def test_slot_reserved_by_ended_environment_becomes_free_for_other_environ
         await waiting
 
 
-async def test_limit_on_total_uses_of_shared_slots_counts_all_environments() -> None:
+async def test_uses_of_shared_slots_in_all_environments_count_towards_one_limit() -> None:
     first, second = make_queues_with_shared_slots(SharedSlots(4, uses=2), 2, 4)
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         await start_items_in_slots(first, 1)

@@ -54,7 +54,7 @@ def test_first_and_second_signal_each_wake_event_loop_that_is_waiting(
         runner.run(wait_for_both_signals())
 
 
-async def test_signals_are_received_on_loop_without_add_signal_handler(
+async def test_signals_are_received_if_event_loop_cannot_install_signal_handlers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse_to_install_signal_handler(*_: object) -> NoReturn:
@@ -104,7 +104,7 @@ def test_signal_received_while_event_loop_starts_counts_once(
 
 @pytest.mark.parametrize("hung_up", [True, False])
 @pytest.mark.parametrize("hangup_ends", [True, False])
-async def test_sighup_counts_as_first_signal_only_after_terminal_hangup(
+async def test_sighup_counts_as_shutdown_signal_only_after_terminal_was_lost(
     signal_recorder: SignalRecorder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -124,7 +124,7 @@ async def test_sighup_counts_as_first_signal_only_after_terminal_hangup(
     assert len(caplog.messages) == (0 if hung_up and hangup_ends else 2)
 
 
-def test_signal_sighup_that_was_ignored_at_start_is_still_ignored() -> None:
+def test_sighup_is_still_ignored_if_it_was_ignored_at_start() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         former = SignalRecorder().install_handlers()

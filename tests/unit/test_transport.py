@@ -741,7 +741,7 @@ def test_arbitrary_retry_after_gives_valid_seconds_or_none(value: str) -> None:
     assert seconds is None or 0 <= seconds <= RETRY_AFTER_MAX_SECONDS
 
 
-async def test_only_get_requests_are_repeated_after_connection_was_closed() -> None:
+async def test_get_request_but_not_post_request_is_repeated_after_connection_closes() -> None:
     # aiohttp repeats a GET on a new connection, which is right: a read changes nothing.
     async with (
         running_server(OK, close_connection, OK) as server,
@@ -1033,7 +1033,7 @@ async def test_request_without_worker_id_has_no_worker_id_header() -> None:
     assert "Worker-ID" not in server.requests[0].headers
 
 
-async def test_proxy_from_environment_variable_is_used_with_its_own_credentials(
+async def test_request_has_credentials_from_proxy_variable_and_token_in_separate_headers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with running_server(OK) as proxy:

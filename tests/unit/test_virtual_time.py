@@ -52,7 +52,9 @@ async def test_timers_do_not_advance_while_simulated_machine_is_suspended(
 
 
 @in_virtual_time
-async def test_item_goes_through_all_calls_of_local_client(testbed: type[LeaseTestbed]) -> None:
+async def test_local_client_answers_all_calls_for_item_from_poll_to_stop(
+    testbed: type[LeaseTestbed],
+) -> None:
     one = testbed()
     codes: list[tuple[str, str]] = []
     one.client.on_request = lambda op, code, _: codes.append((op, code))
@@ -171,7 +173,7 @@ async def test_local_client_sends_no_request_that_request_check_refuses() -> Non
 
 
 @in_virtual_time
-async def test_local_client_stop_that_ignores_returned_item_accepts_any_json_object() -> None:
+async def test_local_client_stop_call_that_skips_item_in_answer_accepts_any_json_object() -> None:
     script = FaultScript(stop=[Fault(answer=b"{}"), Fault(answer=b"{}"), Fault(answer=b"no JSON")])
     settings = Settings(environment_id=ENVIRONMENT)
     async with LocalClient(Operations([ENVIRONMENT]), settings, faults=script) as client:
