@@ -32,7 +32,7 @@ LEASE_SECONDS = 60
 
 @dataclass(frozen=True)
 class BenchmarkEntry:
-    """A program that benchmarks compare with others, and the package that it needs.
+    """A program to be compared with others in a benchmark, and the package that it needs.
 
     Attributes:
         package: The package that must be installed (`pip install -e '.[bench]'`).

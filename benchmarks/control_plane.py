@@ -43,7 +43,7 @@ ENTRIES = COMPARED_STORES | {JOB_QUEUE.name: JOB_QUEUE}
 def open_measured_system(
     entry: ComparedStore, stopped: int, server: Cluster | None
 ) -> Iterator[MeasuredSystem]:
-    """Start a control plane or the job queue, with a store that has `stopped` ended items."""
+    """Start a control plane or the job queue `procrastinate` with `stopped` ended items or jobs."""
     if entry is not JOB_QUEUE:
         system = entry.open_store(run_pool, Backlog(stopped), server)
     else:

@@ -95,7 +95,10 @@ COSTS = ("server ms", "database ms", "worker ms", "items/s")
 
 
 def format_costs(found: RunMeasurement) -> list[str]:
-    """Return table cells: CPU ms per item of each kind of process, and items per second."""
+    """Return table cells: for each kind of process the CPU ms per item, then the items per second.
+
+    The kinds are the servers, the database and the workers.
+    """
     use = found.use
     each = (sum(use.servers), use.database, sum(use.workers))
     return [
@@ -110,14 +113,14 @@ def format_leases_report(bench: ScaleBenchmark) -> str:
 
 
 def format_event_streams_report(bench: ScaleBenchmark) -> str:
-    """Return the table of the cost of waiting sessions with event streams, by their number."""
+    """Return the table of the cost of waiting sessions by the number of their event streams."""
     return format_waiting_sessions_report(bench, bench.options.streams, streams=True)
 
 
 def format_waiting_sessions_report(
     bench: ScaleBenchmark, numbers: Sequence[int], *, streams: bool
 ) -> str:
-    """Return the table of the cost of waiting sessions, by their number.
+    """Return the table of the cost of waiting sessions, by the number of sessions.
 
     The memory is the difference to processes with a single session.
     """

@@ -62,7 +62,7 @@ ENTRIES = (
 
 @dataclass
 class FunctionCallMeter(ProgramMeter):
-    """Counts the calls of Python functions for each item, including those of the warm-up."""
+    """Counts the calls of Python functions for each item, including the items of the warm-up."""
 
     calls_of_items: list[Counter[CodeType]] = field(default_factory=list)
     _calls: Counter[CodeType] = field(default_factory=Counter)

@@ -61,7 +61,11 @@ def measure_item_waits(
 
 
 def format_report(waits: dict[tuple[str, str], list[float]]) -> str:
-    """Return the table. Each ratio compares with the first program with the same gaps."""
+    """Return the table of the waits.
+
+    A ratio divides a program's wait by the wait of the first program. Both are waits of items that
+    were enqueued with the same range of gaps.
+    """
     base: dict[str, tuple[float, float]] = {}
     rows = []
     for (gaps, name), seconds in waits.items():

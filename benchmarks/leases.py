@@ -73,7 +73,7 @@ async def hold_leases_with_bare_aiohttp_loop(
 
 
 async def hold_leases_with_pool(plane: ControlPlaneAddress, meter: ProgramMeter) -> None:
-    """Hold leases in a pool with a slot for each lease and handlers that wait."""
+    """Hold leases in a pool. The pool has a slot for each lease, and its handlers only wait."""
 
     @handler
     async def wait_until_interrupted(session: Session) -> None:

@@ -93,12 +93,12 @@ async def run_pool_with_logging(
 
 
 def make_benchmark_entry_for_pool(name: str, **changed: Any) -> BenchmarkEntry:
-    """Return the pool as a compared program, with changed settings, plugins or supervisor."""
+    """Return a benchmark entry that runs a pool with changed settings, plugins or supervisor."""
     return BenchmarkEntry(name, partial(run_pool, **changed), "workpool")
 
 
 def make_entry_with_disabled_function(name: str, function: str) -> BenchmarkEntry:
-    """Return the pool as a compared program in which the given function does nothing."""
+    """Return a benchmark entry that runs a pool in which the given function does nothing."""
     pkgutil.resolve_name(function)
     return BenchmarkEntry(name, partial(run_pool_with_disabled_function, function), "workpool")
 

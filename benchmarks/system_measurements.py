@@ -196,9 +196,10 @@ def measure_run(system: MeasuredSystem, items: int, warm_up: int, workers: int) 
 
 
 def measure_at_queue_depth(system: MeasuredSystem, items: int, warm_up: int) -> RunMeasurement:
-    """Measure items while the number of queued items stays the same.
+    """Measure the cost and the rate of handled items at an almost constant queue depth.
 
-    There is one worker for each control plane process.
+    Each handled batch of items is replaced by a new batch. There is one worker for each control
+    plane process.
     """
     assert system.plane is not None
     with WorkerProcesses(system, len(system.servers)) as team:

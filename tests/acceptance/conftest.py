@@ -205,7 +205,10 @@ def workpool_command_words() -> tuple[str, ...]:
 async def start_command_without_settings(
     command_working_directory: Path, workpool_command_words: tuple[str, ...]
 ) -> AsyncIterator[CommandStarter]:
-    """Return a function that starts a command with the given settings only."""
+    """Return a function that starts a command without the settings of the test process.
+
+    The command gets only the settings that are passed to the function.
+    """
     commands: list[RunningCommand] = []
     foreign = ("WORKPOOL_", "QODER_PAT", "ANTHROPIC_")
 

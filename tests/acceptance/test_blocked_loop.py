@@ -170,7 +170,10 @@ async def test_exporter_that_raises_system_exit_ends_process_with_status_1(
     command_working_directory: Path,
     do: str,
 ) -> None:
-    """The handler `block` blocks the event loop, and the handler `linger` does not block it."""
+    """The exporter raises SystemExit while a handler runs.
+
+    The handler `block` blocks the event loop, and the handler `linger` does not.
+    """
     (command_working_directory / "raising.py").write_text(
         RAISING_EXPORTER.format(error="SystemExit")
     )

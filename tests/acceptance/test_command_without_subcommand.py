@@ -1,4 +1,4 @@
-"""`workpool` without a command: help, version, unknown commands, and no extra `cli` installed."""
+"""Tests of `workpool` with no or an unknown command, and without the extra `workpool[cli]`."""
 
 from __future__ import annotations
 

@@ -146,7 +146,11 @@ async def test_items_of_killed_worker_are_finished_by_another_worker(
 
 
 class ControlPlaneClient:
-    """A client that records the last state it read of each item, to compare it after a SIGKILL."""
+    """A client that records the last state that it read of each item.
+
+    After the control plane was killed and started again, the test compares the items with these
+    states.
+    """
 
     def __init__(self, http: aiohttp.ClientSession, port: int) -> None:
         self.known: dict[str, dict[str, Any]] = {}

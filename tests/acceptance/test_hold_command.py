@@ -233,7 +233,7 @@ subprocess.run([sys.executable, "-m", "workpool", "hold", "--", "sh", "-c", sys.
 async def test_program_started_by_hold_command_survives_end_of_parent_and_terminal(
     control_plane: ControlPlane, client: WorkClient, prepare_handoff: HandoffPreparer, tmp_path: Any
 ) -> None:
-    """`workpool hold` also survives, and stops the item when the program ends."""
+    """Neither the program nor `workpool hold` ends early. The end of the program stops the item."""
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     handed = await prepare_handoff()

@@ -160,7 +160,10 @@ async def test_handoff_to_hold_command_is_not_counted_as_overlapping_lease() -> 
 
 
 async def test_first_heartbeat_for_item_of_another_worker_counts_as_overlapping_lease() -> None:
-    """Unlike a child in a handoff, the worker does not send the time of the last heartbeat."""
+    """A child in a handoff sends the time of the holder's last heartbeat, which marks the handoff.
+
+    The worker `thief` does not send it, so its heartbeat counts as an overlap.
+    """
     async with ControlPlane() as plane:
         [item] = plane.enqueue()
         async with make_client(plane, "holder") as holder, make_client(plane, "thief") as thief:

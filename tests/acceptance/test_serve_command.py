@@ -150,7 +150,7 @@ async def test_serve_command_limits_tokens_to_environments_and_never_prints_them
 
 
 def read_command_line_of_process(pid: int) -> str:
-    """Return the command line that `ps` shows for a process; empty without /proc."""
+    """Return the command line of a process from /proc, which `ps` shows; empty without /proc."""
     file = Path(f"/proc/{pid}/cmdline")
     return file.read_text() if file.exists() else ""
 

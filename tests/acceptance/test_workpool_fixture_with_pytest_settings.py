@@ -90,8 +90,9 @@ def test_async_tests_with_workpool_fixture_pass_with_any_or_no_async_plugin(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, marks: str, options: Sequence[str]
 ) -> None:
     monkeypatch.setenv("WORKPOOL_CONCURRENCY", "a mistake of this machine's")
-    # pytest-asyncio and anyio reject their marks on plain functions, and `in_virtual_time` returns
-    # a plain function. So the module with marks does not contain the test in virtual time.
+    # pytest-asyncio and anyio reject the marks `asyncio` and `anyio` on plain functions, and
+    # `in_virtual_time` returns a plain function. So a test module with one of these marks does not
+    # contain the test `VIRTUAL`.
     virtual = "" if "anyio" in marks or "asyncio" in marks else VIRTUAL
     pytester.makepyfile(TESTS.replace("MARKS", marks) + virtual)
     result = pytester.runpytest_inprocess("-p", "pytest_workpool", "-W", "error", *options)

@@ -1,1 +1,1 @@
-"""Runs of workers that make each alert rule fire in a real Prometheus."""
+"""Starts workers whose metrics make each alert rule fire in a real Prometheus."""

@@ -52,9 +52,8 @@ class Balancer:
         assert task is not None
         self._connections.add(task)
         try:
-            with suppress(
-                asyncio.CancelledError
-            ):  # `__aexit__` cancels this task and only waits for its end
+            # `__aexit__` cancels this task, waits for its end and ignores its result.
+            with suppress(asyncio.CancelledError):
                 await self._connect_to_node(reader, writer)
         finally:
             self._connections.discard(task)

@@ -104,7 +104,7 @@ class ItemHistoryInJournalFile(History):
     async def record_arriving_requests(
         self, request: web.Request, handler: Handler
     ) -> web.StreamResponse:
-        """Outermost middleware: write the arrival of each request."""
+        """Outermost middleware: write a journal line when a request for an item arrives."""
         if "work_id" in request.match_info:
             self.write_journal_line("came", **_describe_request_for_journal(request))
         return await handler(request)
@@ -113,7 +113,10 @@ class ItemHistoryInJournalFile(History):
     async def record_successful_requests(
         self, request: web.Request, handler: Handler
     ) -> web.StreamResponse:
-        """Innermost middleware: write each successful call before a fault changes its answer."""
+        """Innermost middleware: write a journal line for a successful call for an item.
+
+        The line is written before a fault changes the answer.
+        """
         response = await handler(request)
         if "work_id" in request.match_info and response.status == 200:
             self.write_journal_line("durable", **_describe_request_for_journal(request))
@@ -223,5 +226,5 @@ if __name__ == "__main__":
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
             runner.run(serve_control_plane(config))
-        except ServeError as error:  # for example, the database is not available
+        except ServeError as error:  # raised, for example, if the database is not available
             sys.exit(f"cannot start: {error}")

@@ -95,8 +95,8 @@ class DatabaseStorm(Storm):
             await asyncio.sleep(DATABASE_EVERY * self._random.uniform(0.7, 1.3))
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
             self._record_storm_action("database killed" if crash else "database stopped")
-            # If this task is cancelled, the thread still restarts the database. So keep the task of
-            # the thread: `_end_faults_and_drain_queue` waits for it.
+            # The thread continues if the method `_restart_database_repeatedly` is cancelled. So
+            # store the task that waits for the thread. `_end_faults_and_drain_queue` awaits it.
             self._restart = asyncio.create_task(  # noqa: TID251 - `_end_faults_and_drain_queue` awaits it
                 asyncio.to_thread(self._restart_database, away, crash=crash)
             )

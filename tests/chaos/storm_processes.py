@@ -190,7 +190,7 @@ class StormProcesses:
 
     @contextmanager
     def _open_log(self, name: str) -> Iterator[IO[str]]:
-        """Open the log file of a process for the start of the process, which inherits the file."""
+        """Open a log file. The process that is started in the `with` block inherits the file."""
         with (self.folder / f"{name}.log").open("a") as file:
             yield file
 

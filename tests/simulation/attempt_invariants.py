@@ -44,7 +44,9 @@ class _ItemAttempt:
 
 
 def attempts_are_counted(case: FinishedSimulation) -> Iterator[str]:
-    """Invariant 8a: a run's attempt number is 1 plus the earlier tries without a release mark.
+    """Invariant 8a: a run's attempt number is 1 plus the number of earlier tries that count.
+
+    A try counts if it has no release mark, which says that the try was released.
 
     A try without a handler run may or may not count, as may one whose number was refused. A pool
     that may not write notes counts its own tries only. If its child may write them, the child's
@@ -191,7 +193,10 @@ def list_writes_of_attempt_metadata(case: FinishedSimulation, work_id: str) -> l
 
 
 def has_late_write_of_attempt_metadata(case: FinishedSimulation, work_id: str) -> bool:
-    """Return whether a write of attempt metadata arrived after its pool had lost the lease."""
+    """Return whether a pool's write of attempt metadata arrived after this pool's lease had ended.
+
+    Attempt metadata are those that `list_writes_of_attempt_metadata` names.
+    """
     for call in list_writes_of_attempt_metadata(case, work_id):
         lease = case.find_last_lease_of_pool(call.node, work_id, call.at)
         if lease is None or call.arrival_time > lease.ended:

@@ -67,8 +67,8 @@ def _describe_wrong_outcome(
     if event.outcome in {"lease_lost", "released"} and case.is_item_owner_uncertain(
         node, work_id, at
     ):
-        # After an ack answered `active`, both outcomes are right: another worker may own the item,
-        # or a drain has ended the claim.
+        # The answer to the pool's ack was `active`, so the outcome `lease_lost` is right if another
+        # worker owns the item, and the outcome `released` is right if a drain has ended the claim.
         return None
     lease = case.find_last_lease_of_pool(node, work_id, at)
     if lease is None:
@@ -96,7 +96,7 @@ def pools_do_not_own_items_that_they_report_as_lost(case: FinishedSimulation) ->
 def _is_reported_loss_of_another_ack(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, at: float
 ) -> bool:
-    """Return whether the loss reported at `at` concerns another ack than that of `lease`.
+    """Return whether the pool reported at `at` the loss of the item, but not the loss of `lease`.
 
     Either the ack of a later delivery was refused, or the pool had already given up the ack that
     began `lease`.
@@ -205,7 +205,7 @@ def _was_item_ended_by_others(
     if foreign or lease.stop_requested <= at:
         return True
     # A stop that the pool sent during an earlier lease may have arrived during this lease. The pool
-    # does not know that its own stop ended the item, so this stop counts as one by others.
+    # does not know that its own stop ended the item, so this stop counts like another client's.
     return any(
         call.op == "stop" and call.at < lease.began for call in case.sent[node, lease.work_id]
     )
@@ -248,7 +248,10 @@ def _add_event_counts(case: FinishedSimulation, seen: Counter[tuple[str, ...]]) 
 def _add_counts_of_misreported_events(
     case: FinishedSimulation, node: PoolProcess, seen: Counter[tuple[str, ...]]
 ) -> None:
-    """Add to `seen` the expected count of each kind of event whose reported count is wrong."""
+    """Check the numbers of three kinds of events that a pool reported.
+
+    If a number is wrong, add the right number to `seen`.
+    """
     calls = [run for run in case.trace.runs if run.node is node and run.behaviour != "alone"]
     runs = sum(not run.again for run in calls)
     started = sum(isinstance(event, SessionStarted) for _, event in node.events)

@@ -60,13 +60,13 @@ class GrantedLease:
     extended_by: str | None = None
 
     def lease_end_granted_before(self, at: float) -> float:
-        """Return the end of the lease that the last answer before the time `at` granted."""
+        """Return the end that the control plane had last granted to this lease by the time `at`."""
         place = bisect_right(self.ends, (at, FOREVER)) - 1
         return self.ends[max(place, 0)][1]
 
     @property
     def last_granted_lease_end(self) -> float:
-        """The end of this lease that the control plane's last answer granted."""
+        """The end that the control plane last granted to this lease."""
         return self.ends[-1][1]
 
 
@@ -135,7 +135,7 @@ class FinishedSimulation:
     def find_last_lease_of_pool(
         self, node: PoolProcess, work_id: str, at: float
     ) -> GrantedLease | None:
-        """Return the pool's last lease of the item that began at `at` or before."""
+        """Return the last lease of the item that the pool got by the time `at`."""
         found = None
         for lease in self.leases.get(work_id, ()):
             if lease.worker_id == node.worker_id and lease.began <= at:
@@ -145,7 +145,10 @@ class FinishedSimulation:
     def find_claim_with_uncertain_owner(
         self, node: PoolProcess, work_id: str, at: float
     ) -> ClaimWithUncertainOwner | None:
-        """Return the pool's last claim of the item before `at` if the ack's answer was `active`."""
+        """Return the pool's last claim of the item whose ack was answered by the time `at`.
+
+        Return None if there is no such claim, or if the answer to its ack was not `active`.
+        """
         calls = self.sent.get((node, work_id), [])
         ack = max(
             (call for call in calls if call.op == "ack" and call.answered_at <= at),
@@ -201,7 +204,7 @@ class FinishedSimulation:
                 yield nodes[lease.worker_id], lease
 
     def find_last_handler_run(self, node: PoolProcess, lease: GrantedLease) -> HandlerRun | None:
-        """Return the last handler run during a lease; None if no handler ran."""
+        """Return the last run of the pool's handler that began in a lease; None if no run did."""
         found = None
         for run in self.runs.get(lease.work_id, ()):
             if run.node is node and lease is self.find_last_lease_of_pool(

@@ -21,8 +21,8 @@ def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
     """
     for period in case.trace.handoff_periods:
         until = min(period.left, period.entered + period.ttl / 2)
-        # If the handler is cancelled as the handoff begins, there is nothing to check: the parent
-        # sends calls again at once.
+        # Skip a handoff that ended as it began, because the handler was cancelled. The handler's
+        # pool may send calls for the item at once.
         if period.left <= period.entered or period.node.was_machine_halted(
             period.entered - 1, until
         ):
@@ -64,20 +64,20 @@ def _check_calls_after_handoff(
         ):
             continue
         if case.is_item_owner_uncertain(node, lease.work_id, call.at):
-            continue  # The call belongs to a later claim of the item, which 3g checks.
+            continue  # The call belongs to a later claim of the item. Invariant 3g checks the call.
         if call.op in {"stop", "update"}:
             yield f"{call} was sent for an item that a child owns"
         tries += call.op == "heartbeat" and call.fault is None
         tries -= call.op == "get" and (call.fault is not None or call.answer != "ok")
-    # A pool with a worker's key finds the owner in the list of all items. If the list call failed,
-    # one more heartbeat is allowed.
+    # A pool with a worker's key finds the owner of the item in the list of all items. Allow the
+    # pool one more heartbeat for each list call that failed: the call did not show the owner.
     tries -= sum(
         call.node is node and call.op == "list" and call.fault is not None
         for call in case.trace.sent
         if call.at >= lease.ended
     )
-    # Allow one more heartbeat for each read of the item that got no connection, because this read
-    # did not show the parent who owns the item.
+    # Allow the pool one more heartbeat for each read that had to wait for a connection, because a
+    # read that was never sent did not show the owner of the item.
     tries -= sum(
         delay.node is node
         and (delay.work_id == lease.work_id or delay.op == "list")

@@ -278,8 +278,8 @@ def _time_of_reported_lease_end(
     over = call.op == "stop" and call.answer == "ok"
     if call.op == "heartbeat" and call.answer == HTTPStatus.PRECONDITION_FAILED:
         before = [each for each in calls if each.op in {"heartbeat", "get"} and each.at < call.at]
-        # During a handoff, a 412 does not show whether the parent or the child owns the item, so it
-        # does not count here. Invariant 3f checks the calls that follow.
+        # During a handoff, a 412 does not show whether the parent or the child owns the item, so
+        # the 412 is no sign here that the lease is over. Invariant 3f checks the calls that follow.
         handoff = (
             lease.end_kind == "detached"
             or (call.node.child and not any(each.answer == "ok" for each in before))
@@ -291,7 +291,8 @@ def _time_of_reported_lease_end(
             )
         )
         # A heartbeat that got no connection was not sent, but the pool cannot know that. The pool
-        # may take a later 412 for the effect of this heartbeat, so a later 412 does not count.
+        # may take a later 412 for the effect of this heartbeat, so the 412 does not show the pool
+        # that the lease is over.
         delayed = any(
             delay.node is call.node
             and delay.work_id == call.work_id
@@ -312,7 +313,7 @@ def items_are_stopped_only_after_handler_end_or_request(case: FinishedSimulation
         if call.op != "stop" or call.work_id is None:
             continue
         lease = case.find_last_lease_of_pool(call.node, call.work_id, call.at)
-        # Invariant 3a reports the stops that were sent without a lease.
+        # Skip a stop that was sent without a lease, because invariant 3a reports it.
         if lease is not None and lease.stop_requested > call.at:
             run = case.find_last_handler_run(call.node, lease)
             if problem := _describe_unjustified_stop(call, run):
@@ -538,7 +539,8 @@ def closed_pools_own_no_items_and_run_no_handlers(case: FinishedSimulation) -> I
             lease.settled
             and lease.last_granted_lease_end > node.closed + RELEASED_SECONDS
             and not case.pool_had_fault_during_lease(node, lease, node.closed)
-            # After an ack answered `active`, another worker may own the item, which is allowed.
+            # A pool whose ack was answered with `active` does not know whether it owns the item, so
+            # it may close without a release.
             and not case.is_item_owner_uncertain(node, lease.work_id, node.closed)
         ):
             yield f"{lease.work_id} is held by {node.machine.name}, which has closed"

@@ -24,7 +24,9 @@ LIMIT = 2000
 
 
 class SourceEdit(NamedTuple):
-    """A replacement of the text `old` by `new` in the one function of a class that contains `old`.
+    """A replacement of the text `old` by `new` in one function of a class.
+
+    Only one function of the class contains `old`.
 
     Attributes:
         where: `module:Class`. The module is relative to `workpool.pool`, or to `workpool` if it has
@@ -41,7 +43,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "dispatcher:Dispatcher", "owned = self.items.find_item(work_item.id)", "owned = None"
         ),
-        # Disable the check for a running session too: it would also decline a second delivery.
+        # Also disable the check that declines items of a running agent session. This check would
+        # decline an item that is delivered again while the pool owns it.
         SourceEdit(
             "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
         ),

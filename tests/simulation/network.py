@@ -98,11 +98,10 @@ class SimulatedNetwork:
             return None
         kind = self._random.choice(self._kinds)
         fault = generate_fault_of_kind(kind, self._random)
-        if (
-            kind == "asleep" and op != "poll"
-        ):  # the machine halts while the call waits in the client
+        if kind == "asleep" and op != "poll":
+            # Halt the machine while the call waits in the client before it is sent.
             self._schedule_machine_halt(node, fault.wait / 2)
-        elif kind == "drowsy":  # the machine halts while it processes the answer
+        elif kind == "drowsy":  # halt the machine while it processes the answer
             fault = self._halt_machine_when_answer_arrives(node, fault)
         # The fault `fading` delays the answer to this call, and then cuts the network for a while.
         elif kind == "fading" and op in FADING:
@@ -134,7 +133,11 @@ class SimulatedNetwork:
     def _schedule_machine_halt(
         self, node: PoolProcess, seconds: float, steps: int = 0, how: HaltKind | None = None
     ) -> float:
-        """Halt the machine after `seconds` and `steps` callbacks. Return the halt's seconds."""
+        """Schedule a halt: after `seconds`, the machine halts once it has run `steps` callbacks.
+
+        Returns:
+            The length of the halt in seconds.
+        """
         loop, length = _current_loop(), self._random.choice((5.0, 15.0, 40.0, 70.0))
         kind = self._random.choice(SLEEPS) if how is None else how
 
@@ -266,7 +269,7 @@ class SimulatedClient(LocalClient):
         def run_check_and_record_metadata() -> None:
             if options.check is not None:
                 options.check()
-            self._patch = dict(patch)  # `_record_sent_call` records the patch of this call
+            self._patch = dict(patch)  # `_record_sent_call` adds it to the record of this call
 
         noting = options._replace(check=run_check_and_record_metadata)
         return await super().update_metadata(work_id, patch, timeout=timeout, options=noting)

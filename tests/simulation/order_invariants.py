@@ -66,7 +66,9 @@ def _find_claims_permitted_before_completion(
     if stop is None or run.node.was_machine_halted(run.ended, stop.at):
         return
     if run.node.lease_clock_stood_still(run.started, stop.at):
-        return  # after an unnoticed pause, the stop waits for a heartbeat that verifies the lease
+        # After an unnoticed pause, the pool sends the stop only once a heartbeat has verified the
+        # lease.
+        return
     writes = [call for call in writes if call.at <= stop.at]
     delayed = _had_halt_or_missing_connection(case, run.node, run.work_id, run.ended, stop.at)
     if delayed or any(call.fault is not None for call in writes):
@@ -272,7 +274,7 @@ def writes_time_out_early_enough_to_be_sent_again(case: FinishedSimulation) -> I
 
 
 def refused_optional_calls_are_not_repeated(case: FinishedSimulation) -> Iterator[str]:
-    """Invariant 9j: a pool does not repeat an optional call that its key may not make.
+    """Invariant 9j: a pool does not repeat an optional call that was refused to the pool's key.
 
     After a refused poll the pool may try the call again. A call that was already being repeated
     when another one was refused is repeated until it is refused itself. A read that already waited
@@ -316,7 +318,11 @@ def _has_call_waited_for_connection(case: FinishedSimulation, call: SentCall, si
 def _is_repetition_of_unanswered_call(
     case: FinishedSimulation, call: SentCall, since: float
 ) -> bool:
-    """Return whether the call began before `since`, or repeats a call unanswered at `since`."""
+    """Return whether the pool decided before the time `since` to make this call.
+
+    Either the call began to wait in the client before `since`, or it repeats a call that was sent
+    before `since` and had no answer by then.
+    """
     waited = any(
         delay.node is call.node
         and (delay.op, delay.work_id) == (call.op, call.work_id)
@@ -387,9 +393,9 @@ def _lease_end_known_to_pool(
 
 
 def _time_of_decision_to_send(case: FinishedSimulation, call: SentCall) -> float:
-    """Return when the pool decided to send the call, which is before any wait in its client.
+    """Return when the pool decided to send the call. A wait in the pool's client comes later.
 
-    The pool counts its lease from that time, the control plane from the call's arrival. The
+    The pool counts its lease from the decision, the control plane from the call's arrival. The
     difference is large if the machine sleeps during the wait.
     """
     if call.fault is None or not call.fault.wait:

@@ -25,7 +25,10 @@ _RETRIES: Final = "workpool.retries"
 
 
 def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
-    """Invariant 11a: a handler that failed is called again in the lease, within the retry delay."""
+    """Invariant 11a: a handler that failed is called again during the same lease.
+
+    The call begins at most `MARGIN_SECONDS` after the retry delay, halts of the machine excluded.
+    """
     for node, lease in case.all_leases():
         runs = _list_handler_calls(case, node, lease)
         for number, (run, following) in enumerate(pairwise([*runs, None])):

@@ -218,14 +218,20 @@ def _add_timeouts_and_handlers_for_stalls(schedule: Schedule, random: Random) ->
 
 
 def _generate_halt_or_stop_request(work: Action, random: Random) -> Action:
-    """Return an action soon after `work`: a long halt of a machine, or a stop request."""
+    """Return an action that follows the action `work` by 1 to 12 s.
+
+    The action is a long halt of a machine, or a stop request.
+    """
     kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause", "stop", "stop", "stop")
     at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)
     return Action(round(at, 3), random.choice(kinds), random.randrange(4), round(seconds, 3))
 
 
 def _generate_retry_behaviour(action: Action, random: Random) -> Action:
-    """Return the action, or a copy with the behaviour `retry` for half of the `work` actions."""
+    """Return the action. If it is a `work` action, give it the behaviour `retry` at random.
+
+    The probability is one half.
+    """
     chosen = action.kind == "work" and random.random() < 0.5
     return replace(action, behaviour="retry") if chosen else action
 

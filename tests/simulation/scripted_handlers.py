@@ -65,7 +65,10 @@ async def run_retried_session(session: Session) -> Any:
 
 
 class MaxSessionsPlugin:
-    """A plugin that supplies a handler with the limit `max_sessions` to pools that have one."""
+    """A plugin that supplies a handler with the limit `max_sessions` of the simulated machine.
+
+    It supplies no handler to a pool on a machine without this limit.
+    """
 
     @hookimpl
     def workpool_session_handler(self, item: WorkItem) -> Handler | None:
@@ -274,7 +277,7 @@ class SimulatedHandlers:
     async def _run_hang_behaviour(
         self, session: Session, run: HandlerRun, seconds: float, first: bool
     ) -> Any:
-        """Report progress for a while. If the pool has a stall timeout, hang longer than that."""
+        """Report progress, then hang for longer than the pool's stall timeout, if there is one."""
         await self._run_report_progress_behaviour(session, run, seconds / 2, first)
         await asyncio.sleep(HANG_SECONDS * (self._node.pool.stall_timeout or 0.0))
         return {"done": "after all"}

@@ -24,7 +24,7 @@ def test_mutation_table_of_simulation_has_at_least_twenty_entries() -> None:
 
 @pytest.mark.parametrize("name", mutations.MUTATIONS)
 def test_each_edit_of_a_pool_mutation_matches_exactly_one_place_in_source(name: str) -> None:
-    """A change of the lines that a mutation edits must fail in this quick test already."""
+    """Without this quick test, only a slow trial would fail after a change of the edited lines."""
     with mutations.apply_mutation(mutations.MUTATIONS[name]):
         pass
 

@@ -181,7 +181,11 @@ async def test_pool_reports_stop_request_that_arrives_in_answer_to_first_heartbe
 
 @in_virtual_time
 async def test_one_second_session_claimed_after_machine_pause_sends_one_heartbeat() -> None:
-    """Formerly a pause before the claim made the first write wait for a second heartbeat."""
+    """Formerly a pause of the machine before the claim made the pool send a second heartbeat.
+
+    The first write for the item found a pause that the lease had not seen, and waited for a
+    heartbeat.
+    """
     script = FaultScript()
     bench = PoolTestbed(script)
     async with bench.supervisor:
@@ -279,9 +283,10 @@ class MachinePausingPlugin:
 
 @in_virtual_time
 async def test_handler_does_not_start_after_machine_slept_longer_than_the_lease() -> None:
-    """Formerly the lease was checked only before the task of the handler was created.
+    """Formerly the handler started although its lease had ended while the machine slept.
 
-    The machine can sleep between these two steps, and another worker can then run the item.
+    The lease was checked only before the handler's task was created. The machine can sleep between
+    the creation of the task and the start of the handler, and another worker can then run the item.
     """
     bench = PoolTestbed(FaultScript(), observer=MachinePausingPlugin())
     async with bench.supervisor:
@@ -340,7 +345,11 @@ async def test_pool_does_not_stop_item_that_another_worker_took_during_machine_p
 
 @in_virtual_time
 async def test_drain_after_machine_pause_writes_no_metadata_to_lost_item() -> None:
-    """Formerly the drain wrote a release mark, so the attempt of the other worker did not count."""
+    """Formerly the drain wrote a release mark to the item, which another worker had taken over.
+
+    A release mark says that a run was released and is no attempt, so the run of the other worker
+    did not count as an attempt.
+    """
     bench = PoolTestbed(FaultScript(ack=[Fault(answer_delay=7)]))
     async with bench.supervisor as pool, asyncio.TaskGroup() as group:
         (item,) = bench.operations.enqueue(ENVIRONMENT)
@@ -432,15 +441,20 @@ async def test_unanswered_completion_request_is_retried_until_one_second_before_
         await bench.recorder.wait_for(HeartbeatFinished, count=2)
         assert bench.loop.machine_time() - started > 8
         await bench.recorder.wait_for(SessionFinished)
-        # The pool counts the lease of 10 s from the time at which the second heartbeat was due, and
-        # gives up the completion 1 s before the lease ends: 12 to 12.4 s after the start.
+        # The pool counts the lease of 10 s from the time at which the second heartbeat was due, 3
+        # to 3.4 s after the start. The pool stops trying to write the result 1 s before the lease
+        # ends: 12 to 12.4 s after the start.
         assert 12 <= bench.loop.machine_time() - started < 12.5
     assert bench.session_outcomes == ["lease_lost"]
 
 
 @in_virtual_time
 async def test_item_that_two_workers_poll_at_once_is_soon_acknowledged_by_one() -> None:
-    """Formerly all acks were refused: each worker polled before the other's ack arrived."""
+    """Formerly neither worker could acknowledge the item while both polled at the same pace.
+
+    Each worker's poll delivered the item again before the ack of the other worker arrived, and the
+    control plane refused that ack.
+    """
 
     def make_latency_fault(request: Request) -> Fault:
         return Fault(request_delay=0.005 if request.op == "ack" else 0.001, answer_delay=0.001)

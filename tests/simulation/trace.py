@@ -59,7 +59,7 @@ class SentCall:
 
     @property
     def latest_effect_time(self) -> float:
-        """The latest time at which the call can take effect, even if its sender gave up before."""
+        """The latest time at which the call can take effect, even if its sender no longer waits."""
         fault = self.fault
         late = 0.0
         if fault is not None:

@@ -125,7 +125,8 @@ async def test_detached_command_and_workpool_hold_process_cannot_read_key_of_wor
         finished = await kit.recorder.wait_for(SessionFinished, timeout=WAIT_SECONDS)
         assert finished.outcome == "detached"
         await kit.faults.wait_for("stop", answered=True, timeout=WAIT_SECONDS)
-        # Wait until the `workpool hold` process is reaped. Only the guard process may remain.
+        # Wait until the pool has reaped the `workpool hold` process. Then at most one child process
+        # is left: the plugin's guard process, which runs until the pool ends.
         await procfs.wait_until(lambda: len(procfs.list_child_processes() - before) <= 1)
     assert kit.item(item).state == "stopped"
     dump = (tmp_path / "dump").read_bytes()

@@ -1,4 +1,4 @@
-"""Tests of errors in settings, at the start of a pool, and at the start of a command."""
+"""Tests of errors in settings, errors at a pool's start, and errors at a command's start."""
 
 from __future__ import annotations
 

@@ -188,8 +188,9 @@ async def test_process_group_start_raises_start_error_even_if_kill_is_forbidden(
     os.kill(pids[0], signal.SIGKILL)
     await asyncio.to_thread(os.waitpid, pids[0], 0)
 
-    # `caught` holds the error, which keeps the `Popen` alive. Delete `caught` now, because the
-    # ResourceWarning of the `Popen` needs a free descriptor.
+    # `caught` holds the error, which keeps the `Popen` of the child process alive. Delete `caught`
+    # now, when descriptors are free again: the end of the `Popen` issues a ResourceWarning, and
+    # Python needs a free descriptor to report it.
     del caught
     [record] = [each for each in caplog.records if each.message == "command may still run"]
     assert vars(record)["pid"] == pids[0]

@@ -45,7 +45,7 @@ USAGE_ERROR_STATUS: Final = 2
 
 
 class DetachedCommandSettings(Protocol):
-    """The settings of the plugin class `Command` that a detached command needs."""
+    """The subset of the settings of the plugin class `Command` that a detached command needs."""
 
     command: Sequence[str]
     environment: Sequence[str]

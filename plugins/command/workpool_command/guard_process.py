@@ -106,7 +106,9 @@ class GuardProcessPipe:
 
 @asynccontextmanager
 async def running_guard_process(env: Mapping[str, str]) -> AsyncIterator[GuardProcessPipe]:
-    """Run a guard process during the `with` block. Then the process kills remaining groups.
+    """Run a guard process during the `with` block.
+
+    At the end of the block, the guard process kills the process groups that still run, and exits.
 
     Raises:
         OSError: The guard cannot be started.

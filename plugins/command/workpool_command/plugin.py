@@ -119,7 +119,8 @@ class Command:
             with release_on_exhaustion():
                 return await self._run_command(session)
 
-        # `handler` quotes the function's qualified name in error messages about the settings.
+        # The decorator `handler` puts the qualified name of `run` into its error messages about
+        # wrong settings.
         run.__qualname__ = NAME
         as_handler = handler(
             type=self.type,
@@ -133,7 +134,7 @@ class Command:
     @hookimpl
     @asynccontextmanager
     async def workpool_lifespan(self, supervisor: Supervisor) -> AsyncIterator[None]:
-        """Check the machine, and run the guard process while the pool runs."""
+        """Check that the machine can run the command. Run the guard process while the pool runs."""
         if self._guard is not None:
             raise PluginError(NAME, "one object serves one pool; give each its own")
         async with AsyncExitStack() as stack:
@@ -175,8 +176,8 @@ class Command:
         if self._root is not None:
             self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._root):
-            # Do nothing with the directory. Only its creation is checked, which raises an error on
-            # failure.
+            # Do nothing with the temporary directory. An OSError has been raised before if the
+            # directory cannot be created.
             pass
         if self.detach and importlib.util.find_spec("typer") is None:
             raise PluginError(NAME, "detach: needs `workpool hold`, of workpool[cli]")

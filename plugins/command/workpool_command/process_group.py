@@ -78,11 +78,11 @@ class ProcessGroupRegistry(Protocol):
     """
 
     def announce_group_before_spawn(self, unique_entry: str) -> None:
-        """Announce a process group that will be spawned.
+        """Announce to the guard process that a process group will be spawned.
 
-        The environment of its leader will contain `unique_entry`, which has the form `NAME=value`.
-
-        An empty entry withdraws the announcement.
+        The environment of the group's leader will contain `unique_entry`, of the form `NAME=value`.
+        If the worker is killed before it registers the group, the guard process finds the leader by
+        this entry and kills the group. An empty entry withdraws the announcement.
         """
 
     def register_process_group(self, number: int) -> None:
@@ -246,8 +246,8 @@ def _start_group_announced_to_guard(
     try:
         return start_group(start)
     except BaseException:
-        # Withdraw the announcement. Otherwise the guard process would search for this command after
-        # the worker's end.
+        # Withdraw the announcement that was made above. Otherwise the guard process would search
+        # for this command after the worker's end.
         registry.announce_group_before_spawn("")
         raise
 

@@ -238,7 +238,7 @@ class ContainerTestbed:
 
 
 class SessionLog(logging.Handler):
-    """A logging handler that stores the messages of sessions, for tests that wait for one."""
+    """A logging handler that stores log messages of sessions. Tests wait for such a message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,10 @@ class SessionLog(logging.Handler):
 async def docker_client(
     podman: PodmanEngine, engine: EngineClient
 ) -> AsyncIterator[aiodocker.Docker]:
-    """A Docker client that is independent of the plugin. Its teardown removes all containers."""
+    """A Docker client of the test's own, independent of the plugin.
+
+    After the test, this fixture removes all containers of the Podman engine.
+    """
     async with aiodocker.Docker(f"unix://{podman.socket}", api_version="v1.41") as client:
         yield client
         for container in await client.containers.list(all=True):

@@ -1,7 +1,7 @@
-"""The plugin class `Container`: checks at the start of a pool, the sweeper, and the handler.
+"""The plugin class `Container`: its handler, its sweeper, and its checks at the start of a pool.
 
-The start fails without an engine or an image, so that the worker claims no sessions that only other
-workers can run.
+The start of the pool fails without an engine or an image, so that the worker claims no sessions
+that only other workers can run.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Container:
                 finally:
                     self._sweeper = None
                     sweeping.cancel()
-            # Sweep once more, because sessions may have ended since the last sweep of the loop.
+            # Sweep once more, because sessions may have ended since the last sweep of the task
+            # `sweeping`.
             await sweeper.remove_leftover_containers()
 
     @hookimpl

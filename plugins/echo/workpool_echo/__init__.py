@@ -1,4 +1,4 @@
-"""The example plugin: one handler, which takes every session and returns a text of its item."""
+"""The example plugin: a handler that takes every session and returns a text from the metadata."""
 
 import asyncio
 

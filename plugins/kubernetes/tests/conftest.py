@@ -94,7 +94,10 @@ class PodAPIServer:
         return Kubernetes(service_account=self.service_account, **{"interval": 1.0} | settings)
 
     def rotate_token(self) -> None:
-        """Accept only a new token, and replace the token's file as the kubelet does."""
+        """Make the fake API server accept only a new token, and replace the file of the token.
+
+        The kubelet replaces the file in the same way.
+        """
         self.token += "-rotated"
         new = self.service_account / "token.new"
         new.write_text(f"{self.token}\n")

@@ -65,7 +65,8 @@ async def test_deletion_cost_is_number_of_sessions_of_all_pools_in_process(
             await api_server.wait_for_deletion_cost("4")
             await first.drain(0)
             await first.wait()
-            # The first pool has ended, so the plugin of the second pool writes the cost now.
+            # Only the plugin of the first pool writes the deletion cost. The first pool has ended,
+            # so the second pool is now the first one, and its plugin writes the deletion cost.
             await api_server.wait_for_deletion_cost("2")
             blocked.end.set()
             await api_server.wait_for_deletion_cost("0")

@@ -1,4 +1,4 @@
-"""The client of the Kubernetes API server, which sets an annotation of the worker's own pod.
+"""A client of the Kubernetes API server. It sets an annotation of the worker's own pod.
 
 The time of a call and the size of an answer are limited. Every failure is an `APIServerError`.
 """

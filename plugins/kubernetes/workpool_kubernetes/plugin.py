@@ -85,7 +85,7 @@ class Kubernetes:
 
     @hookimpl
     def workpool_event(self, event: AckFinished | SessionFinished | StopFinished) -> None:  # noqa: ARG002 - its annotation selects the events
-        """Request an update of the cost, because the number of sessions may have changed."""
+        """Request an update of the pod's deletion cost: the number of sessions may have changed."""
         if self._writer is not None:
             _request_deletion_cost_update()
 
@@ -94,7 +94,7 @@ def compute_deletion_cost(supervisor: Supervisor) -> int | None:
     """Return the number of sessions in this process, or None if another pool writes the number.
 
     A worker for several environments has several pools in one process. Only the plugin of the first
-    pool writes the cost, which is the sum of the sessions of all pools.
+    pool writes the pod's deletion cost, which is the number of the sessions of all these pools.
     """
     pools = tuple(_UPDATE_REQUESTS)
     if pools[:1] != (supervisor,):
@@ -123,8 +123,9 @@ def _count_pool_sessions(supervisor: Supervisor, writer: CostWriter) -> Iterator
 
 
 def _request_deletion_cost_update() -> None:
-    """Request an update from the first pool's plugin. That plugin writes the cost of all pools."""
+    """Ask the plugin of the first pool in this process to write the pod's deletion cost."""
     for request in tuple(_UPDATE_REQUESTS.values())[:1]:
-        # Ignore the RuntimeError of a closed event loop: the first pool may have ended.
+        # Each pool may run on an event loop of its own. Ignore the RuntimeError that is raised if
+        # the first pool's event loop is already closed.
         with suppress(RuntimeError):
             request()

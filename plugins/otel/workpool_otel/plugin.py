@@ -129,7 +129,10 @@ class Otel:
 
 
 async def _write_trace_context(session: Session, context: dict[str, str]) -> None:
-    """Write the run's trace context to the item's metadata. Log an error of the control plane."""
+    """Write the run's trace context to the item's metadata.
+
+    If the write fails with an error of the control plane, log the error and do not raise it.
+    """
     try:
         await session.update_metadata(
             {f"workpool.{name}": value for name, value in context.items()}

@@ -157,7 +157,10 @@ class SessionSpans:
         span.end()
 
     def _get_or_start_span(self, run: _SessionRunSpan, item: WorkItem) -> Span:
-        """Return the span of a run. Create a missing span, with the spans of early requests."""
+        """Return the span of a run. If the run has no span yet, start it.
+
+        With the run's span, also add the spans of the requests that were sent before it existed.
+        """
         if run.span is None:
             run.attributes = {
                 span_attributes.SYSTEM: "workpool",

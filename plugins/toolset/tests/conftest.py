@@ -38,7 +38,10 @@ SESSION = "sess_1"
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark every test that needs bubblewrap as `trial`, because no Python package provides it."""
+    """Mark every test that needs bubblewrap with `trial`, which excludes it from a plain run.
+
+    No Python package provides the program bubblewrap, so a machine may lack it.
+    """
     if "sandbox" in getattr(item, "fixturenames", ()):
         item.add_marker(pytest.mark.trial)
 

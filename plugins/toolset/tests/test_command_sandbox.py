@@ -1,4 +1,4 @@
-"""Tests of the check of the sandbox at start, kernel key rings, and directories in memory."""
+"""Tests of the sandbox: its check at start, its key rings, and its in-memory directories."""
 
 from __future__ import annotations
 

@@ -325,7 +325,10 @@ while True:
 
 @pytest.fixture
 def process_that_swaps_files_with_links(workspace_directory: Path) -> Iterator[None]:
-    """Run a process that keeps exchanging a directory and a file with links to the outside."""
+    """Run a process that swaps a directory and a file of the workspace with links, over and over.
+
+    The links lead out of the workspace.
+    """
     (workspace_directory / "place").mkdir()
     (workspace_directory / "place/secret.txt").write_text("own")
     (workspace_directory / "leaf").write_text("own")

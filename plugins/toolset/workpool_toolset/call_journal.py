@@ -1,4 +1,4 @@
-"""The journal of a session's tool calls on this machine, which survives a crash.
+"""A journal on disk of the tool calls that a session made on this machine.
 
 The begin record of a call is on disk *before* the call is executed, and its result before it is
 sent. So after a crash each call is in one of three states: not begun (execute it), begun without a
@@ -79,8 +79,8 @@ class CallJournal:
         path = self._directory / "name"
         if not path.exists():
             written = self._write_temporary_file(secrets.token_hex(8))
-            # Another process may create the file first. This journal then reads its name from that
-            # file.
+            # Another process may create the file first, with another name for the journal. The name
+            # that is in the file counts.
             with contextlib.suppress(FileExistsError):
                 path.hardlink_to(written)
             written.unlink()

@@ -85,7 +85,11 @@ class Conversation:
         return [o.call for o in self._open.values() if o.allowed and not o.interrupted]
 
     def is_interrupted(self, call: str) -> bool:
-        """Return whether the user has interrupted the open call with this id."""
+        """Return whether the user has interrupted a call that has no answer yet.
+
+        Args:
+            call: The id of the call.
+        """
         open_call = self._open.get(call)
         return open_call is not None and open_call.interrupted
 
@@ -116,7 +120,11 @@ class Conversation:
         self.ended = self.ended or kind in _ENDINGS
 
     def _interrupt_or_close_calls(self, kind: str, thread: str | None) -> None:
-        """Mark all open calls as interrupted, or close the calls of an ended `thread`."""
+        """Apply an interrupt or the end of a thread to the open calls.
+
+        An interrupt marks all open calls as interrupted. The end of `thread` removes the thread's
+        open calls, which need no answer anymore.
+        """
         for name, one in list(self._open.items()):
             if kind == _INTERRUPT:
                 one.interrupted = True
@@ -152,7 +160,7 @@ class Conversation:
         self._decisions.setdefault(name, allowed)
         waiting = self._open.get(name)
         if waiting and not allowed:
-            # Close the denied call, because the control plane answers it.
+            # Remove the denied call from the open calls, because the control plane answers it.
             self.mark_call_answered(name)
             self.on_denied(waiting.call)
         elif waiting:

@@ -67,7 +67,7 @@ DEFAULT_SIZE_LIMITS: Final = FileSizeLimits()
 def read_file(
     workspace: Workspace, path: str, view_range: tuple[int, int] | None, sizes: FileSizeLimits
 ) -> str | list[Block]:
-    """Return the text of a file, or an image or a PDF as a block.
+    """Return the text of a file, or an image or a PDF as a content block of a tool result.
 
     Args:
         workspace: The roots of the session.

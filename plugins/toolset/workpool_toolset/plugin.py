@@ -223,7 +223,11 @@ class Toolset:
             raise PluginError(NAME, f"tool_timeout must exceed bash_timeout by {MARGIN_SECONDS:g}")
 
     def _check_token_and_state_paths(self, private: Sequence[Path]) -> None:
-        """Raise an error if sessions could read the worker's tokens or state in a sandbox."""
+        """Raise an error if sandboxed sessions could read a private path.
+
+        The private paths are the worker's files with tokens and the plugin's state. Without a
+        sandbox, nothing is checked.
+        """
         for path in private if self.isolation != "none" else ():
             for visible in VISIBLE_PATHS:
                 if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(visible)):
@@ -240,7 +244,11 @@ class Toolset:
                     )
 
     def _root_directories(self, private: Sequence[Path]) -> Iterator[WorkspaceRoot]:
-        """Yield the roots of the settings. Raise an error if a root would show tokens or state."""
+        """Yield the roots of the settings.
+
+        Raise an error if a root would let sandboxed sessions read one of the private paths: the
+        worker's files with tokens and the plugin's state.
+        """
         writable_roots = [(path, True) for path in self.allowed_roots]
         for path, writable in [*writable_roots, *((path, False) for path in self.read_only_roots)]:
             host = Path(os.path.realpath(path))

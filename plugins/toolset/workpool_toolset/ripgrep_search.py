@@ -105,7 +105,8 @@ class RipgrepMatches:
                 if not (dropped or self.cut or len(message) > MAX_MESSAGE_BYTES):
                     self._apply_ripgrep_message(json.loads(message))
                 dropped = False
-            # Drop a message of this length, because the line in it exceeds the limit for a line.
+            # Drop a message of ripgrep that exceeds `MAX_MESSAGE_BYTES`, because the matching line
+            # that the message contains is too long.
             if len(part) > MAX_MESSAGE_BYTES:
                 part, dropped = b"", True
             if self.cut:

@@ -158,7 +158,10 @@ class _WalkerOutput:
     async def read_walker_output(
         self, stream: asyncio.StreamReader | None, enough: Callable[[], None]
     ) -> None:
-        """Read all output of the walker. Call `enough` when the output exceeds `GREP_BYTES`."""
+        """Read the output of the walker process, and keep at most `GREP_BYTES` of it.
+
+        `enough` is called once the output exceeds this limit, so that the process can be killed.
+        """
         text, cut = await _read_first_lines(stream, GREP_BYTES, enough)
         self.text = text + (CUT if cut else "")
 

@@ -161,11 +161,11 @@ class ToolCallAnswerer:
         return self._conversation.next_tool_call()
 
     async def _write_journal_name_to_item(self) -> None:
-        """Record calls of another machine as begun. Then write the journal's name to the metadata.
+        """Write the name of this machine's journal to the item's metadata.
 
-        If the last run was on another machine, calls may have begun there. They are recorded in
-        this journal as begun, so that they are not executed again. The name is written last.
-        Otherwise a crash between the two steps would make these calls look as if they had never
+        If the item's last run was on another machine, the open calls may have begun there. First
+        record these calls as begun in this machine's journal, so that they are not executed again.
+        If the name were written first, these calls would look after a crash as if they had never
         begun.
         """
         stored_name, name = self._session.item.metadata.get(JOURNAL_KEY), self._journal.name

@@ -133,7 +133,7 @@ class DirectoryWalk:
             os.close(opened)
             raise
         if stat.S_ISDIR(state.st_mode):
-            # Enter a directory through links only once, because links may form a cycle.
+            # Links may form a cycle. Do not list a directory that was already reached by a link.
             again = (state.st_dev, state.st_ino) in self._linked
             self._linked.add((state.st_dev, state.st_ino))
             yield from self._list_directory_and_entries(
@@ -246,9 +246,10 @@ def path_matches_pattern(parts: Sequence[str], patterns: list[str]) -> bool:
 
 
 def _add_positions_after_double_star(reached: set[int], patterns: list[str]) -> set[int]:
-    """Return the reached positions of a pattern, and the position after each reached `**`.
+    """Return `reached`, with the position after each reached `**` added.
 
-    A `**` may match no component, so the component after it is reached at the same time.
+    `reached` has the positions in `patterns` at which the next component of the path may match. A
+    `**` may match no component, so the component may also match the pattern after the `**`.
     """
     for place in range(len(patterns)):
         if place in reached and patterns[place] == "**":

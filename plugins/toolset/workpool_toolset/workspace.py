@@ -77,7 +77,7 @@ class ResolvedPath:
     root: WorkspaceRoot
 
     def set_entry_owner(self, name: str) -> None:
-        """Set the owner of a new file or directory in `directory` to the owner of the root."""
+        """Set the owner of a new file or directory to `root.owner`; None changes nothing."""
         if self.root.owner:
             os.chown(name, *self.root.owner, dir_fd=self.directory, follow_symlinks=False)
 

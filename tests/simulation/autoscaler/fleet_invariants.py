@@ -1,6 +1,6 @@
-"""The invariants of an autoscaled fleet of workers, and counts of its cut sessions.
+"""The invariants of an autoscaled fleet of workers, and the counts of its *cut sessions*.
 
-A session is *cut* if its handler was cancelled or killed because its pod was removed.
+A session is cut if its handler was cancelled or killed because its pod was removed.
 """
 
 from __future__ import annotations

@@ -71,7 +71,10 @@ class FleetReport(NamedTuple):
 
 
 def generate_fleet_schedule_for_seed(seed: int, without: Without = DOCUMENTED) -> FleetSchedule:
-    """Return the fleet schedule of a seed; `without` names documented settings to leave out."""
+    """Return the fleet schedule of a seed.
+
+    `without` has the names of the documented settings that the schedule leaves out.
+    """
     return generate_fleet_schedule(seed, random.Random(seed), without)
 
 

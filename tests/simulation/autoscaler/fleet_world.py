@@ -235,7 +235,10 @@ class FleetWorld(SimulatedWorld):
             self.cluster.set_replicas(replicas)
 
     def _count_items_that_autoscaler_knows(self) -> int:
-        """Count the unfinished items that are so old that every reading of the queue has them."""
+        """Return the number of unfinished items that are older than `KNOWN_SECONDS`.
+
+        Each reading of the load that the autoscaler uses counts these items.
+        """
         known = self.loop.now - KNOWN_SECONDS
         items = [self.operations.get_item(ENVIRONMENT, work_id) for work_id in self.items]
         return sum(
@@ -254,11 +257,11 @@ class FleetWorld(SimulatedWorld):
         return machine
 
     def terminate_process(self, process: PoolProcess) -> None:
-        """Send SIGTERM to the process of a pod, which begins its drain."""
+        """Simulate a SIGTERM to the process of a pod: the drain of the process begins."""
         self._begin_drain(process, process.pool.drain_timeout)
 
     def kill_process(self, process: PoolProcess) -> None:
-        """Send SIGKILL to the process of a pod, which crashes."""
+        """Simulate a SIGKILL to the process of a pod: the process crashes."""
         self._crash_machine(process)
 
     def is_ready(self, process: PoolProcess) -> bool:
@@ -266,7 +269,7 @@ class FleetWorld(SimulatedWorld):
         return process in self._started_processes() and self._supervisors[process].status().ready
 
     def count_running_handlers(self, process: PoolProcess) -> int:
-        """Return the number of handlers that run in a process."""
+        """Return the number of handlers that run in the given process."""
         return sum(run.node is process and run.ended == FOREVER for run in self.trace.runs)
 
     def busy_seconds_of_process(self, process: PoolProcess) -> float:

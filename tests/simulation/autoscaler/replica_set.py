@@ -71,7 +71,10 @@ def _compare_by_deletion_order(
 
 
 def _deletion_sort_key(hosts: Counter[str | None], pod: PodState) -> tuple[int, ...]:
-    """Return a pod's sort key by the first five rules. The pod with the lowest key goes first."""
+    """Return a pod's sort key by the first five of the rules of Kubernetes.
+
+    The pod with the lowest key is deleted first.
+    """
     return (
         pod.host is not None,
         pod.running,
