@@ -76,7 +76,7 @@ def words_in_name(name: str) -> set[str]:
     return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
 
 
-def test_architecture_tests_check_modules_of_package_and_plugins() -> None:
+def test_architecture_checks_find_modules_in_package_and_in_plugins() -> None:
     assert len(MODULES) > 40
     assert PLUGIN_MODULES
 

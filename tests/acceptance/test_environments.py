@@ -269,7 +269,7 @@ async def test_environment_id_flag_runs_only_that_environment_of_the_file(
     assert ENVIRONMENT not in worker.err
 
 
-async def test_exit_after_sessions_counts_the_sessions_of_all_environments(
+async def test_run_command_with_exit_after_sessions_flag_counts_sessions_of_all_environments(
     start_command_without_settings: CommandStarter,
     control_plane: ControlPlane,
     two_environments_config_file: Path,

@@ -171,7 +171,7 @@ async def test_hold_command_logs_that_exit_limit_settings_have_no_effect(
     assert "done" in command.out
 
 
-async def test_lost_lease_ends_program_started_by_hold_command_without_further_requests(
+async def test_hold_command_ends_program_and_sends_nothing_more_after_its_lease_is_lost(
     control_plane: ControlPlane,
     client: WorkClient,
     start_command: CommandStarter,

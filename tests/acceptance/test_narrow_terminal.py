@@ -54,7 +54,7 @@ async def run_command_and_read_terminal_lines(
 
 
 @WIDTHS
-async def test_work_list_on_narrow_terminal_shows_whole_ids(
+async def test_work_list_command_on_narrow_terminal_shows_whole_ids(
     control_plane: ControlPlane, command_working_directory: Path, width: int
 ) -> None:
     items = control_plane.enqueue(count=3, metadata={"job": "a job with a long description" * 3})
@@ -79,7 +79,7 @@ async def test_work_list_on_narrow_terminal_shows_whole_ids(
 
 
 @WIDTHS
-async def test_work_get_on_narrow_terminal_shows_whole_ids(
+async def test_work_get_command_on_narrow_terminal_shows_whole_ids(
     control_plane: ControlPlane, command_working_directory: Path, width: int
 ) -> None:
     [item] = control_plane.enqueue(metadata={"job": "a job with a long description" * 3})

@@ -155,7 +155,7 @@ def read_command_line_of_process(pid: int) -> str:
     return file.read_text() if file.exists() else ""
 
 
-async def test_token_in_environment_variable_of_serve_is_not_in_process_list(
+async def test_process_list_shows_no_token_from_environment_variable_of_serve_command(
     start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve_command(
@@ -189,7 +189,7 @@ async def test_serve_command_with_unreadable_store_row_names_row_and_ends_with_1
     assert "work.db: the row 'sess_1' cannot be read: metadata is malformed" in command.err
 
 
-async def test_items_in_store_on_disk_survive_restart_of_serve(
+async def test_items_in_store_on_disk_survive_restart_of_serve_command(
     start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve_command(start_command_without_settings, "--store", "work.db")
@@ -299,7 +299,7 @@ async def test_serve_command_with_unwritable_store_ends_with_1(
     assert "Traceback" not in command.err
 
 
-async def test_verbose_serve_logs_requests_without_tokens_queries_and_bodies(
+async def test_serve_command_with_verbose_flag_logs_requests_without_tokens_queries_and_bodies(
     start_command_without_settings: CommandStarter, run_in_process: CommandRunner
 ) -> None:
     command, ready = await start_serve_command(start_command_without_settings, "-v")
@@ -386,7 +386,7 @@ async def test_serve_command_with_migrate_flag_creates_schema_and_exits(
     assert postgres.execute("SELECT count(*) FROM items", database_url) == "0"
 
 
-async def test_migrate_without_a_postgresql_database_is_refused(
+async def test_serve_command_refuses_migrate_flag_without_postgresql_database(
     start_command_without_settings: CommandStarter,
 ) -> None:
     command = await start_command_without_settings("serve", "--migrate")

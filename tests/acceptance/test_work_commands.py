@@ -97,7 +97,7 @@ async def test_work_commands_create_list_and_stop_an_item(
     assert [item["type"] for item in created] == ["healthcheck"]
 
 
-async def test_work_enqueue_with_script_creates_scripted_session(
+async def test_work_enqueue_command_with_script_creates_scripted_session(
     run_in_process: CommandRunner, command_working_directory: Path, control_plane: ControlPlane
 ) -> None:
     (command_working_directory / "script.json").write_text(
@@ -161,7 +161,7 @@ async def test_work_command_with_invalid_arguments_ends_with_2(
         assert ended.out == ""
 
 
-async def test_work_stop_prints_stopped_item_even_if_key_may_not_read_single_items(
+async def test_work_stop_command_prints_stopped_item_if_key_may_not_read_single_items(
     run_in_process: CommandRunner, control_plane: ControlPlane
 ) -> None:
     """The key may list items, but may not read a single item.
@@ -210,7 +210,7 @@ async def test_failed_item_is_listed_and_retried_as_a_copy(
     assert (stats["running"], stats["stopped"]) == (0, 2)
 
 
-async def test_work_retry_prints_metadata_of_item_if_control_plane_cannot_create_items(
+async def test_work_retry_command_prints_item_metadata_if_control_plane_cannot_create_items(
     run_in_process: CommandRunner,
 ) -> None:
     faults = Faults()
@@ -234,7 +234,7 @@ async def test_work_list_command_with_unknown_state_ends_with_status_2(
     assert "queued, starting, active, stopping, stopped" in ended.err
 
 
-async def test_work_list_with_watch_flag_prints_changes_until_a_signal(
+async def test_work_list_command_with_watch_flag_prints_changes_until_a_signal(
     start_command: CommandStarter, control_plane: ControlPlane
 ) -> None:
     (first,) = control_plane.enqueue()

@@ -99,7 +99,7 @@ def test_async_tests_with_workpool_fixture_pass_with_any_or_no_async_plugin(
     result.assert_outcomes(passed=3 + bool(virtual))
 
 
-def test_failing_test_with_fixture_prints_failing_line_and_log_of_pool(
+def test_pytest_prints_failing_line_and_pool_log_of_test_with_workpool_fixture(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makepyfile(

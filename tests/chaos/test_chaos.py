@@ -45,7 +45,7 @@ async def test_storm_of_faults_causes_no_lost_item_and_no_overlapping_runs(tmp_p
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_storm_on_three_nodes_causes_no_lost_item_and_no_overlapping_leases(
+async def test_random_faults_on_three_nodes_cause_no_lost_item_and_no_overlapping_leases(
     tmp_path: Path, dedicated_postgres: Cluster, seed: int
 ) -> None:
     settings = StormSettings(seed=seed, seconds=60, slack=1.5)

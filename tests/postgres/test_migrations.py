@@ -39,7 +39,7 @@ async def test_migrations_create_the_tables_on_first_run_and_change_nothing_on_s
     assert postgres.execute(clock, database_url) == "t"
 
 
-async def test_migrate_runs_only_migrations_that_database_lacks(
+async def test_second_migration_run_adds_each_migration_that_database_lacks(
     postgres: Cluster, database_url: str
 ) -> None:
     assert await migrate(database_url, [FIRST]) == 1
@@ -64,7 +64,7 @@ async def test_failed_migration_leaves_database_unchanged(
     assert await migrate(database_url, [FIRST, SECOND]) == 1
 
 
-async def test_migrate_refuses_schema_of_newer_release_only_if_incompatible(
+async def test_migration_accepts_schema_of_newer_release_unless_it_is_incompatible(
     database_url: str,
 ) -> None:
     await migrate(database_url, [FIRST, SECOND])

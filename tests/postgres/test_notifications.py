@@ -238,7 +238,7 @@ async def test_topics_too_long_for_one_notification_are_sent_in_several_notifica
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_overflow_of_unsent_notification_topics_wakes_all_waiting_calls(
+async def test_too_many_unsent_notifications_wake_waiting_calls_of_every_topic(
     hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notifications, "_TOPICS_MAX", 10)

@@ -327,7 +327,7 @@ async def test_conformance_suite_gives_verdict_breaks_if_expired_lease_causes_no
     assert finding.seen == "never: an item is lost when its worker dies"
 
 
-async def test_suite_refuses_environment_with_item_of_another_client(
+async def test_conformance_suite_refuses_environment_with_item_of_another_client(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     (item,) = control_plane.enqueue()
@@ -373,7 +373,7 @@ class ItemSourceWithForeignItems(EnqueuedItemSource):
         return await super().create_item(api, script)
 
 
-async def test_suite_with_test_environment_option_stops_items_of_other_clients(
+async def test_conformance_suite_stops_items_of_other_clients_in_declared_test_environment(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     items = control_plane.enqueue(3)
@@ -454,7 +454,7 @@ async def test_malformed_response_gives_conformance_verdict_instead_of_exception
             assert finding.verdict is not Verdict.HOLDS or clause.name == "poll-empty"
 
 
-async def test_suite_ends_within_time_limit_if_control_plane_never_answers(
+async def test_conformance_suite_ends_within_time_limit_if_control_plane_never_answers(
     http_session: aiohttp.ClientSession,
 ) -> None:
     hung = asyncio.Event()
@@ -501,7 +501,7 @@ async def test_conformance_suite_stops_its_items_when_it_is_cancelled(
     assert {item.state for item in control_plane.operations.list_items(ENV).items} == {"stopped"}
 
 
-async def test_conformance_suite_with_session_source_creates_items_by_creating_sessions(
+async def test_conformance_suite_can_create_its_items_by_creating_sessions(
     control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
@@ -529,7 +529,7 @@ OPTIONAL = {
 }
 
 
-async def test_conformance_run_with_worker_key_fails_only_clauses_with_forbidden_calls(
+async def test_each_conformance_clause_holds_for_worker_key_unless_key_forbids_its_calls(
     http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(

@@ -311,7 +311,9 @@ async def test_statistics_count_every_state(
     )
 
 
-async def test_item_pages_are_read_in_both_directions(engine: ControlPlaneEngine) -> None:
+async def test_item_list_can_be_read_forward_and_backward_page_by_page(
+    engine: ControlPlaneEngine,
+) -> None:
     items = list(await engine.enqueue(ENV, count=5))
     await engine.enqueue(OTHER)
     page = await engine.list_items(ENV, ListPageRequest(2, "", None))

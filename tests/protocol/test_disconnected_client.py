@@ -178,7 +178,7 @@ async def test_server_does_not_withdraw_delivery_of_item_that_was_acknowledged_m
     assert "withdrawn" not in list_history_record_kinds(api_with_blocked_commits)
 
 
-async def test_closing_control_plane_answers_waiting_polls(
+async def test_control_plane_answers_waiting_polls_when_it_closes(
     http_session: aiohttp.ClientSession,
 ) -> None:
     plane = ControlPlane(environments=(ENV,), tokens={TOKEN: None})

@@ -691,7 +691,9 @@ async def test_control_plane_emits_no_event_that_is_malformed_or_not_of_an_agent
     assert len(qoder_api.plane.events(session_id)) == 3
 
 
-async def test_session_of_stopping_item_takes_its_status_from_the_item(api: ApiClient) -> None:
+async def test_session_status_depends_on_item_and_not_on_events_in_state_stopping(
+    api: ApiClient,
+) -> None:
     work_id = await api.create_item_in_state("stopping")
     session_id = api.plane.operations.get_item(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_running"})
@@ -699,7 +701,9 @@ async def test_session_of_stopping_item_takes_its_status_from_the_item(api: ApiC
     assert await session_status(api, session_id) == written
 
 
-async def test_terminated_session_of_stopping_item_stays_terminated(api: ApiClient) -> None:
+async def test_terminated_session_stays_terminated_while_item_state_is_stopping(
+    api: ApiClient,
+) -> None:
     work_id = await api.create_item_in_state("stopping")
     session_id = api.plane.operations.get_item(ENV, work_id).session_id
     api.plane.emit(session_id, {"type": "session.status_terminated"})

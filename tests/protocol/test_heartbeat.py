@@ -265,7 +265,7 @@ async def test_anthropic_heartbeat_with_malformed_expected_heartbeat_is_400_in_e
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_heartbeat_of_stopping_item_returns_state_stopping_and_extends_lease(
+async def test_heartbeat_in_state_stopping_returns_that_state_and_extends_lease(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("stopping")

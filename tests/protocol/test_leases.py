@@ -110,7 +110,7 @@ async def test_item_with_expired_lease_is_delivered_at_once(
     assert (await api.poll(params=params)).body is None
 
 
-async def test_stopping_item_whose_lease_expires_becomes_stopped(
+async def test_item_state_changes_from_stopping_to_stopped_when_lease_expires(
     api: ApiClient, clock: MovableClock
 ) -> None:
     work_id = await api.create_item_in_state("stopping")

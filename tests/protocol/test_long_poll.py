@@ -61,7 +61,7 @@ async def poll_and_return_time_and_item(
     return round(asyncio.get_running_loop().time(), 3), item
 
 
-def test_poll_of_empty_queue_waits_for_block_ms() -> None:
+def test_poll_of_empty_queue_waits_for_milliseconds_in_block_ms_parameter() -> None:
     assert run_in_virtual_time(
         lambda operations: poll_and_return_time_and_item(operations, block_ms=250)
     ) == (

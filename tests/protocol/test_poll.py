@@ -49,7 +49,7 @@ async def test_session_id_of_anthropic_item_has_prefix_of_dialect(
     assert item["data"]["id"] == created.session_id.replace("sess_", "session_")
 
 
-async def test_beta_query_is_accepted_but_not_required(anthropic_api: ApiClient) -> None:
+async def test_poll_is_accepted_with_and_without_beta_parameter(anthropic_api: ApiClient) -> None:
     anthropic_api.plane.enqueue(2)
     assert (await anthropic_api.poll(params={"beta": "true"})).body is not None
     assert (await anthropic_api.poll()).body is not None
@@ -108,7 +108,7 @@ async def test_redeliveries_come_oldest_item_first_regardless_of_time_of_last_de
         ("9" * 5000, 10_000.0, False),
     ],
 )
-async def test_item_is_redelivered_after_reclaim_window_named_by_poll(
+async def test_item_is_redelivered_after_reclaim_window_that_poll_requests(
     qoder_api: ApiClient, clock: MovableClock, reclaim: str | None, age: float, *, comes: bool
 ) -> None:
     qoder_api.plane.enqueue()
@@ -122,7 +122,9 @@ async def test_item_is_redelivered_after_reclaim_window_named_by_poll(
     "value",
     ["0", "1000", "-1", "+5", "", " 5", "5 ", "1.0", "1e2", "0x10", "1_0", "five", "٣", "9" * 5000],
 )
-async def test_block_ms_out_of_range_is_400(api: ApiClient, value: str) -> None:
+async def test_poll_with_block_ms_parameter_outside_range_is_400(
+    api: ApiClient, value: str
+) -> None:
     api.plane.enqueue()
     answer = await api.poll(params={"block_ms": value})
     assert answer.status == 400
@@ -132,7 +134,9 @@ async def test_block_ms_out_of_range_is_400(api: ApiClient, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["1", "999", "0999"])
-async def test_block_ms_in_range_is_accepted(api: ApiClient, value: str) -> None:
+async def test_poll_with_block_ms_parameter_in_range_is_accepted(
+    api: ApiClient, value: str
+) -> None:
     api.plane.enqueue()
     assert (await api.poll(params={"block_ms": value})).body is not None
 

@@ -28,7 +28,7 @@ STEPS = st.lists(
 
 
 @given(STEPS)
-def test_index_of_deliveries_has_same_results_as_full_scan(
+def test_index_of_delivered_items_has_same_results_as_full_scan(
     steps: Sequence[tuple[str, int, int]],
 ) -> None:
     deliveries, model, now = Deliveries(), dict[str, int](), 0
@@ -112,7 +112,7 @@ def test_lease_index_returns_each_expired_lease_once(
 
 @given(st.lists(st.tuples(st.booleans(), IDS), max_size=100), st.integers(0, 3 * CHUNK_MAX))
 @settings(max_examples=50)
-def test_ids_inserted_in_any_order_are_sorted(
+def test_id_list_is_in_ascending_order_after_any_insertions_and_removals(
     steps: Sequence[tuple[bool, str]], number: int
 ) -> None:
     model = {f"work_{each:05}" for each in range(number)}
@@ -128,7 +128,7 @@ def test_ids_inserted_in_any_order_are_sorted(
     assert list(iterate_ids(ids)) == sorted(model)
 
 
-def test_ids_inserted_in_descending_order_are_sorted() -> None:
+def test_id_list_is_in_ascending_order_after_insertions_in_descending_order() -> None:
     every = [f"work_{number:05}" for number in range(3 * CHUNK_MAX)]
     ids = AscendingIdList()
     for each in every[::-1]:

@@ -80,7 +80,7 @@ async def test_list_of_empty_queue_has_no_items(api: ApiClient) -> None:
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_item_pages_continue_forward_to_the_end(api: ApiClient) -> None:
+async def test_item_list_can_be_paged_forward_to_last_item(api: ApiClient) -> None:
     ids = [item.id for item in api.plane.enqueue(45)]
     page = await read_item_page(api)
     seen = page["ids"]
@@ -241,7 +241,9 @@ async def test_session_status_follows_state_of_item(
     assert answer.body["agent"]["id"]
 
 
-async def test_anthropic_session_of_stopping_item_is_running(anthropic_api: ApiClient) -> None:
+async def test_anthropic_session_status_is_running_while_item_state_is_stopping(
+    anthropic_api: ApiClient,
+) -> None:
     work_id = await anthropic_api.create_item_in_state("stopping")
     session_id = (await anthropic_api.get(work_id)).body["data"]["id"]
     answer = await anthropic_api("GET", f"{anthropic_api.base_url}/sessions/{session_id}")

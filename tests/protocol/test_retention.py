@@ -174,7 +174,7 @@ async def test_stream_of_deleted_session_ends(qoder_api: ApiClient, clock: Movab
             assert await reader.response.content.read() == b""
 
 
-async def test_one_poll_deletes_limited_number_of_expired_items(
+async def test_one_poll_deletes_limited_number_of_items_whose_retention_ended(
     control_plane: ControlPlane, clock: MovableClock
 ) -> None:
     operations = control_plane.operations

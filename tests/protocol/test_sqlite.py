@@ -276,7 +276,7 @@ async def test_malformed_row_prevents_start_and_is_named_in_error(
         "UPDATE work SET id = 'work_nothex'",
     ],
 )
-async def test_rows_of_database_that_contradict_each_other_prevent_start(
+async def test_contradictory_rows_in_database_prevent_start_of_control_plane(
     database_path: Path, clock: MovableClock, change: str
 ) -> None:
     await create_item_with_event_in_database(database_path, clock)
@@ -332,7 +332,7 @@ def test_database_uses_wal_and_full_sync(database_path: Path) -> None:
         assert connection.execute("PRAGMA synchronous").fetchone() == (full,)
 
 
-async def test_failed_store_answers_500_to_every_later_call(
+async def test_every_call_after_failure_of_store_is_answered_with_500(
     database_path: Path,
     clock: MovableClock,
     http_session: aiohttp.ClientSession,
@@ -439,7 +439,7 @@ async def test_server_killed_under_load_loses_no_change_of_answered_request(
         assert stopped
 
 
-async def test_process_killed_between_creation_of_item_and_of_first_event_stores_neither(
+async def test_server_kill_between_new_item_and_its_first_event_leaves_neither_in_database(
     database_path: Path,
 ) -> None:
     """A worker that gets an item without its first message would wait for that message forever."""

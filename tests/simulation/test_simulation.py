@@ -112,7 +112,7 @@ def test_two_simulations_of_one_seed_have_the_same_calls_and_history() -> None:
     assert simulate_once() == simulate_once()
 
 
-def test_simulation_replay_prints_lines_for_actions_calls_handlers_and_events() -> None:
+def test_replay_of_simulation_prints_each_kind_of_line() -> None:
     schedule = generate_schedule_for_seed(7)
     case, _ = simulate_schedule(schedule)
     lines = list(format_simulation_as_lines(schedule, case))

@@ -95,7 +95,7 @@ def sh_arguments(text: str, *arguments: object) -> CommandArguments:
     )
 
 
-async def test_group_leader_reaped_by_code_outside_plugin_has_unknown_exit_status(
+async def test_exit_status_of_group_leader_is_unknown_if_code_outside_plugin_reaped_it(
     install_spawn_callback: InstallCallback, procfs: Any, tmp_path: Path
 ) -> None:
     install_spawn_callback(lambda pid: os.waitpid(pid, 0))

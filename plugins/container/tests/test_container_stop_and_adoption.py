@@ -151,7 +151,7 @@ async def test_drain_sends_sigterm_to_container_and_uses_its_exit_status(
     assert await testbed.item_containers(item.id) == []
 
 
-async def test_container_removed_by_another_program_fails_its_session(
+async def test_session_fails_if_another_program_removes_its_container(
     testbed: ContainerTestbed,
 ) -> None:
     (item,) = testbed.plane.enqueue()
@@ -163,7 +163,7 @@ async def test_container_removed_by_another_program_fails_its_session(
     assert "removed by another program" in str(finished.error)
 
 
-async def test_container_left_running_by_drain_is_adopted_by_next_run(
+async def test_next_run_adopts_container_that_drain_left_running(
     testbed: ContainerTestbed, mounted_directory: Path
 ) -> None:
     script = RECORD_START + "while [ ! -e /kept/end ]; do sleep 0.05; done"

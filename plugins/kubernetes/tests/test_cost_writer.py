@@ -50,7 +50,7 @@ class WriterTestbed:
 
 
 @in_virtual_time
-async def test_cost_is_written_at_start_and_then_only_after_changes() -> None:
+async def test_deletion_cost_is_written_at_start_and_then_only_when_it_changes() -> None:
     testbed = WriterTestbed()
     async with testbed.running_cost_writer():
         await asyncio.sleep(1000)
@@ -63,7 +63,7 @@ async def test_cost_is_written_at_start_and_then_only_after_changes() -> None:
 
 
 @in_virtual_time
-async def test_cost_that_changes_quickly_is_written_once_per_interval() -> None:
+async def test_deletion_cost_that_changes_quickly_is_written_once_per_interval() -> None:
     testbed = WriterTestbed(interval=5.0)
     async with testbed.running_cost_writer():
         for cost in range(1, 100):
@@ -87,7 +87,7 @@ async def test_new_deletion_cost_is_written_after_write_in_progress_ends() -> No
 
 
 @in_virtual_time
-async def test_cost_that_changes_and_changes_back_within_interval_is_not_written() -> None:
+async def test_deletion_cost_that_changes_and_changes_back_within_interval_is_not_written() -> None:
     testbed = WriterTestbed()
     async with testbed.running_cost_writer():
         testbed.set_deletion_cost(1)
@@ -107,7 +107,7 @@ async def test_periodic_recheck_writes_deletion_cost_that_changed_without_reques
 
 
 @in_virtual_time
-async def test_failed_cost_write_is_repeated_after_pauses_that_grow_to_limit(
+async def test_failed_write_of_deletion_cost_is_repeated_after_pauses_that_grow_to_limit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -85,7 +85,7 @@ async def test_write_after_rotation_of_token_uses_new_token(
     assert logged_warnings.texts.empty()
 
 
-async def test_service_account_without_role_runs_sessions_and_logs_missing_role(
+async def test_pool_without_kubernetes_role_runs_sessions_and_logs_missing_role(
     workpool: Kit, api_server: PodAPIServer, logged_warnings: LoggedWarnings
 ) -> None:
     api_server.failures = [403] * 100
@@ -99,7 +99,7 @@ async def test_service_account_without_role_runs_sessions_and_logs_missing_role(
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 302])
-async def test_cost_is_written_again_after_error_of_api_server(
+async def test_deletion_cost_is_written_again_after_error_of_api_server(
     workpool: Kit, api_server: PodAPIServer, logged_warnings: LoggedWarnings, status: int
 ) -> None:
     api_server.failures = [status]

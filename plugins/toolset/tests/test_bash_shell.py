@@ -186,7 +186,7 @@ async def test_closed_shell_leaves_no_process_of_its_group(agent_without_sandbox
     await wait_for_process_end(*processes)
 
 
-async def test_closing_sandboxed_shell_ends_its_processes_in_every_process_group(
+async def test_close_of_sandboxed_shell_ends_processes_in_every_process_group(
     agent_with_sandbox: Any,
 ) -> None:
     await agent_with_sandbox.expect_tool_success("bash", command=two_process_command("setsid sh"))

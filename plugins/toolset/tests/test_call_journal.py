@@ -53,7 +53,7 @@ async def test_reopened_journal_still_contains_begun_calls_and_stored_results(
     assert await journal.begin_call("c") == "new"
 
 
-async def test_journal_reports_call_as_new_to_only_one_of_two_workers(
+async def test_journal_lets_one_of_two_workers_begin_a_call_as_new(
     journal_directory: Path,
 ) -> None:
     workers = [await open_journal(journal_directory), await open_journal(journal_directory)]

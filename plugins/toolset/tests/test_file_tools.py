@@ -42,7 +42,7 @@ async def test_written_file_is_read_back_unchanged(
     assert [path.name for path in (workspace_directory / "new/deep").iterdir()] == ["a.txt"]
 
 
-async def test_overwriting_file_keeps_its_mode_but_clears_setuid_bit(
+async def test_file_keeps_mode_but_loses_setuid_bit_when_it_is_overwritten(
     agent_without_sandbox: Any, workspace_directory: Path
 ) -> None:
     (workspace_directory / "run.sh").write_text("old")

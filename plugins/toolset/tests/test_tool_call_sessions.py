@@ -259,7 +259,7 @@ async def test_tool_call_has_one_execution_and_result_despite_lost_answers(
     assert log.read_text() == "0\n1\n2\n"
 
 
-async def test_result_refused_by_control_plane_is_replaced_by_error(
+async def test_error_is_sent_instead_of_tool_result_that_control_plane_refuses(
     workpool: Kit, make_toolset: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool_call_answerer, "REFUSED_SECONDS", 0.0)
@@ -273,7 +273,7 @@ async def test_result_refused_by_control_plane_is_replaced_by_error(
     ]
 
 
-async def test_result_refused_once_with_status_400_is_sent_again(
+async def test_tool_result_is_sent_again_if_control_plane_refuses_it_once_with_400(
     workpool: Kit, make_toolset: Make
 ) -> None:
     workpool.faults.add(status(400), "send", times=1)
@@ -576,7 +576,7 @@ async def test_tool_result_is_sent_although_full_disk_prevents_storing_it(
     assert workpool.recorder.of(SessionFinished)[-1].outcome == "completed"
 
 
-async def test_terminated_session_completes_without_executing_its_calls(
+async def test_tool_calls_of_terminated_session_are_neither_executed_nor_answered(
     workpool: Kit, make_toolset: Make
 ) -> None:
     [item] = workpool.enqueue()
