@@ -138,7 +138,7 @@ def heartbeat_now(control_plane: ControlPlane, faults: Faults) -> Callable[[str]
 
 @pytest.fixture
 def short_release_mark_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limit a drain's wait for the write of a release mark into an item's metadata to 0.1 s."""
+    """Let a drain wait only 0.1 s for the answer to the metadata that it writes about a release."""
     monkeypatch.setattr(completion, "MARK_SECONDS", 0.1)
 
 

@@ -304,7 +304,7 @@ Limit = Literal["exit_after_sessions", "exit_after_idle", "exit_after_uptime"]
 
 
 class ExitLimits:
-    """The exit limits of one process, which apply to all of its pools together.
+    """The limits after which one process ends: sessions, idle time and uptime of all its pools.
 
     Args:
         settings: The settings of the process.

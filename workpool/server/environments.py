@@ -27,7 +27,7 @@ _CLOUD: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """One queue. An environment's `name` is its `id`, unless a client created the environment."""
+    """One queue. `name` is the name that its creator gave, or the `id` if settings define it."""
 
     id: str
     name: str

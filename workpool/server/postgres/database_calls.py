@@ -97,7 +97,7 @@ class ItemChange(NamedTuple):
 
 
 class DatabaseCalls:
-    """The base class of the calls on one database.
+    """The base of the classes whose methods are the calls of a control plane on one database.
 
     Args:
         pool: The connections.
