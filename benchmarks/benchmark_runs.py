@@ -269,10 +269,10 @@ async def _serve_control_plane(pipe: Connection, requests: Synchronized[int]) ->
 
 
 def _run_measured_program(pipe: Connection, run: BenchmarkRun) -> None:
-    uvloop.run(_send_program_measurement(pipe, run))
+    uvloop.run(_measure_program_and_send_result(pipe, run))
 
 
-async def _send_program_measurement(pipe: Connection, run: BenchmarkRun) -> None:
+async def _measure_program_and_send_result(pipe: Connection, run: BenchmarkRun) -> None:
     meter = ProgramMeter(run.warm_up, run.items)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(run.program(run.plane, meter), name="program")

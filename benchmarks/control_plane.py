@@ -53,7 +53,7 @@ def open_measured_system(
         yield found
 
 
-def measure_cpu_by_system(
+def measure_systems(
     entries: list[ComparedStore], options: argparse.Namespace, server: Cluster | None
 ) -> dict[tuple[ComparedStore, int], list[RunMeasurement]]:
     """Measure each system that can run on this machine, with each number of stopped items."""
@@ -110,7 +110,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     on_database = any(entry.on_database for entry in entries)
     with database_server() if on_database else nullcontext() as server:
-        found = measure_cpu_by_system(entries, options, server)
+        found = measure_systems(entries, options, server)
     print(format_report(found, min(options.stopped_rows)))
     print(
         f"\n{options.rounds} rounds, {options.workers} workers, a load of {load:.0f} at the start."

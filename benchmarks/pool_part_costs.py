@@ -92,38 +92,38 @@ async def run_pool_with_logging(
         await run_pool(plane, meter)
 
 
-def make_benchmark_entry_for_pool(name: str, **changed: Any) -> BenchmarkEntry:
+def make_pool_entry(name: str, **changed: Any) -> BenchmarkEntry:
     """Return a benchmark entry that runs a pool with changed settings, plugins or supervisor."""
     return BenchmarkEntry(name, partial(run_pool, **changed), "workpool")
 
 
-def make_entry_with_disabled_function(name: str, function: str) -> BenchmarkEntry:
+def make_pool_entry_with_disabled_function(name: str, function: str) -> BenchmarkEntry:
     """Return a benchmark entry that runs a pool in which the given function does nothing."""
     pkgutil.resolve_name(function)
     return BenchmarkEntry(name, partial(run_pool_with_disabled_function, function), "workpool")
 
 
 ENTRIES = (
-    make_benchmark_entry_for_pool("workpool"),
+    make_pool_entry("workpool"),
     BenchmarkEntry("bare", run_bare_aiohttp_loop, "aiohttp"),
     BenchmarkEntry("client only", run_workpool_client_loop, "workpool"),
-    make_entry_with_disabled_function("metrics off", "workpool.metrics:Metrics.count"),
-    make_entry_with_disabled_function(
+    make_pool_entry_with_disabled_function("metrics off", "workpool.metrics:Metrics.count"),
+    make_pool_entry_with_disabled_function(
         "session log left out", "workpool.pool.session_runner:_log_session_end"
     ),
     BenchmarkEntry("INFO as text", partial(run_pool_with_logging, TextFormatter()), "workpool"),
     BenchmarkEntry("INFO as JSON", partial(run_pool_with_logging, JsonFormatter()), "workpool"),
-    make_benchmark_entry_for_pool("an observer", plugins=(AllEventsObserver,)),
-    make_benchmark_entry_for_pool("an observer of one type", plugins=(SingleEventObserver,)),
-    make_benchmark_entry_for_pool("a wrapper", plugins=(SessionWrappingPlugin,)),
-    make_benchmark_entry_for_pool("one loop", supervisor=ThreadlessSupervisor),
-    make_benchmark_entry_for_pool("stats_interval=0", stats_interval=0),
-    make_benchmark_entry_for_pool("stats_interval=1", stats_interval=1),
-    make_benchmark_entry_for_pool("rates=100000", read_rate=100_000, write_rate=100_000),
-    make_benchmark_entry_for_pool("session_timeout=60", session_timeout=60),
-    make_benchmark_entry_for_pool("max_attempts=3", max_attempts=3),
-    make_benchmark_entry_for_pool("prefetch=8", prefetch=8),
-    make_benchmark_entry_for_pool("metrics_listen=:0", metrics_listen="127.0.0.1:0"),
+    make_pool_entry("an observer", plugins=(AllEventsObserver,)),
+    make_pool_entry("an observer of one type", plugins=(SingleEventObserver,)),
+    make_pool_entry("a wrapper", plugins=(SessionWrappingPlugin,)),
+    make_pool_entry("one loop", supervisor=ThreadlessSupervisor),
+    make_pool_entry("stats_interval=0", stats_interval=0),
+    make_pool_entry("stats_interval=1", stats_interval=1),
+    make_pool_entry("rates=100000", read_rate=100_000, write_rate=100_000),
+    make_pool_entry("session_timeout=60", session_timeout=60),
+    make_pool_entry("max_attempts=3", max_attempts=3),
+    make_pool_entry("prefetch=8", prefetch=8),
+    make_pool_entry("metrics_listen=:0", metrics_listen="127.0.0.1:0"),
 )
 
 

@@ -203,7 +203,7 @@ CAUSES: Mapping[str, AlertCause] = {
     "heartbeats fail": AlertCause(
         inject_heartbeat_errors, full_alert_names("SessionsLost", "LeaseLate")
     ),
-    "unwanted items": AlertCause(
+    "items without a handler": AlertCause(
         enqueue_items_without_handler,
         full_alert_names("QueueNotTaken", "PollsWasted", "ItemsNotAcknowledged"),
     ),
@@ -242,5 +242,5 @@ CAUSES: Mapping[str, AlertCause] = {
     "acks are late": AlertCause(
         delay_acks, full_alert_names("AckLate"), full_alert_names("QueueNotTaken", "Backlog")
     ),
-    "two pools on one environment": AlertCause(run_two_workers_under_light_load),
+    "two workers under light load": AlertCause(run_two_workers_under_light_load),
 }

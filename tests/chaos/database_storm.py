@@ -96,8 +96,8 @@ class DatabaseStorm(Storm):
             crash, away = self._random.random() < 0.5, self._random.choice([0, 0, 4])
             self._record_storm_action("database killed" if crash else "database stopped")
             # The thread continues if the method `_restart_database_repeatedly` is cancelled. So
-            # store the task that waits for the thread. `_end_faults_and_drain_queue` awaits it.
-            self._restart = asyncio.create_task(  # noqa: TID251 - `_end_faults_and_drain_queue` awaits it
+            # store the task that waits for the thread. `_end_faults_and_finish_items` awaits it.
+            self._restart = asyncio.create_task(  # noqa: TID251 - `_end_faults_and_finish_items` awaits it
                 asyncio.to_thread(self._restart_database, away, crash=crash)
             )
             await asyncio.shield(self._restart)
@@ -120,10 +120,10 @@ class DatabaseStorm(Storm):
             item[3] = None if item[3] is None else item[3] / 1e6 - self._fleet.offset
         self._snapshots.append({**found, "t": found["t"] - self._fleet.offset, "what": what})
 
-    async def _end_faults_and_drain_queue(self, *args: Any) -> None:
+    async def _end_faults_and_finish_items(self, *args: Any) -> None:
         if self._restart is not None:
             await self._restart
-        await super()._end_faults_and_drain_queue(*args)
+        await super()._end_faults_and_finish_items(*args)
         await self._take_snapshot("end")
 
     def _read_storm_journal(self) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ class Storm:
             for name in NAMES:
                 await self._start_worker(name, proxy)
             await self._enqueue_items_and_inject_faults(http, proxy)
-            await self._end_faults_and_drain_queue(http, proxy)
+            await self._end_faults_and_finish_items(http, proxy)
         return self._check_workpool_guarantees()
 
     def _make_storm_processes(self, folder: Path) -> StormProcesses:
@@ -255,7 +255,7 @@ class Storm:
             if lag > LAG_SECONDS:
                 self._lags.append({"t": seconds_since_boot(), "what": "lag", "seconds": lag})
 
-    async def _end_faults_and_drain_queue(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
+    async def _end_faults_and_finish_items(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         proxy.heal()
         if self.settings.fresh:
             for name in NAMES:

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from workpool.cli import fleet_reader, item_count
 from workpool.cli.fleet_reader import FleetReader, compute_fleet_load
-from workpool.cli.item_count import CountedItems, ItemCounter
+from workpool.cli.item_count import ItemCounter, ItemCounts
 from workpool.errors import RefusedError, TransientError
 from workpool.scaling import FleetLoad
 from workpool.server import ControlPlane
@@ -162,7 +162,7 @@ async def test_fleet_reader_becomes_ready_after_skipping_many_stopped_items(
         reader = make_fleet_reader(client)
         assert reader.unready_reasons() == ["the queue is not read to its end yet"]
         async with asyncio.TaskGroup() as group:
-            reading = group.create_task(reader.read_fleet_load_periodically())
+            reading = group.create_task(reader.read_load_periodically())
             for _ in range(2000):
                 if reader.latest_load is not None:
                     break
@@ -251,7 +251,7 @@ async def test_item_counter_that_skips_stopped_items_still_counts_running_items(
         counter = ItemCounter(client)
         assert (await counter.count_items()).running == PAGE_ITEMS + 3
         stop_items(plane, *(item.id for item in items[1:]))
-        assert await counter.count_items() == CountedItems(0, 1, None, complete=True)
+        assert await counter.count_items() == ItemCounts(0, 1, None, complete=True)
         stop_items(plane, items[0].id)
         assert [(await counter.count_items()).running for _ in range(2)] == [0, 0]
         plane.enqueue(2)
@@ -262,7 +262,7 @@ async def test_item_counter_that_skips_stopped_items_still_counts_running_items(
 
 def test_item_that_is_both_pending_and_running_is_counted_once_in_load() -> None:
     stats = QueueStats(depth=1, pending=5, oldest_queued_at=None, workers_polling=2)
-    count = CountedItems(queued=1, running=5, oldest_queued_at=None, complete=True)
+    count = ItemCounts(queued=1, running=5, oldest_queued_at=None, complete=True)
     assert compute_fleet_load(stats, count) == FleetLoad(1, 0, 5)
     assert compute_fleet_load(stats, count._replace(complete=False)) == FleetLoad(
         1, 5, 5, lower_bound=True

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OperationsThatAckForAnyWorker(Operations):
-    """Control plane operations that answer every ack with the state `active`.
+    """Operations that answer an ack with `active` even if another worker already holds the item.
 
     Args:
         values: The arguments of `Operations`.

@@ -140,7 +140,7 @@ def _find_contradiction_of_outcome(
         case "lease_lost" if not case.pool_had_fault_during_lease(
             node, lease
         ) and not _is_near_lease_end(lease, at):
-            return f"its lease was granted until {lease.lease_end_granted_before(at):.3f}"
+            return f"its lease was granted until {lease.lease_end_granted_by(at):.3f}"
         case "released" if _was_item_stopped_at_time(
             case, lease, _arrival_of_last_answered_heartbeat(case, node, lease, at)
         ) and not (unread or case.pool_had_fault_during_lease(node, lease)):
@@ -212,7 +212,7 @@ def _was_item_ended_by_others(
 
 
 def _is_near_lease_end(lease: GrantedLease, at: float) -> bool:
-    return lease.ended <= at or lease.lease_end_granted_before(at) - GIVE_UP_SECONDS <= at
+    return lease.ended <= at or lease.lease_end_granted_by(at) - GIVE_UP_SECONDS <= at
 
 
 def metrics_agree_with_calls(case: FinishedSimulation) -> Iterator[str]:

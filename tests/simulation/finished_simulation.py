@@ -59,7 +59,7 @@ class GrantedLease:
     settled: bool = True
     extended_by: str | None = None
 
-    def lease_end_granted_before(self, at: float) -> float:
+    def lease_end_granted_by(self, at: float) -> float:
         """Return the end that the control plane had last granted to this lease by the time `at`."""
         place = bisect_right(self.ends, (at, FOREVER)) - 1
         return self.ends[max(place, 0)][1]
@@ -81,7 +81,7 @@ class ClaimWithUncertainOwner(NamedTuple):
     polled_at: float
     calls: list[SentCall]
 
-    def list_heartbeats_answered_before(self, at: float) -> list[SentCall]:
+    def list_heartbeats_answered_by(self, at: float) -> list[SentCall]:
         """Return the heartbeats of this claim that were answered by the time `at`."""
         return [each for each in self.calls if each.op == "heartbeat" and each.answered_at <= at]
 
@@ -89,7 +89,7 @@ class ClaimWithUncertainOwner(NamedTuple):
         """Return whether a heartbeat answered by the time `at` showed the pool to be the owner."""
         return any(
             each.answer == "ok" and getattr(each.value, "state", None) == ACTIVE
-            for each in self.list_heartbeats_answered_before(at)
+            for each in self.list_heartbeats_answered_by(at)
         )
 
 

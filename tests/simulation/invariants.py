@@ -111,10 +111,10 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
         ):
             yield f"{_describe_run(run)} started before a heartbeat was answered"
         if _is_handler_start_too_late(case, lease, run):
-            granted = lease.lease_end_granted_before(run.started)
+            granted = lease.lease_end_granted_by(run.started)
             yield f"{_describe_run(run)} started; granted until {granted:.3f}"
         until = run.time_of_end_or_cancellation
-        limit = lease.lease_end_granted_before(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
+        limit = lease.lease_end_granted_by(until) - GIVE_UP_SECONDS + MARGIN_SECONDS
         excused = (
             _machine_was_halted_shortly_before(run.node, until)
             or case.has_extended_lease_of_another_worker(run.node, run.work_id)
@@ -128,7 +128,7 @@ def _is_handler_start_too_late(
     case: FinishedSimulation, lease: GrantedLease, run: HandlerRun
 ) -> bool:
     late = (
-        run.started > lease.lease_end_granted_before(run.started) + MARGIN_SECONDS
+        run.started > lease.lease_end_granted_by(run.started) + MARGIN_SECONDS
         and run.behaviour != "alone"
     )
     return late and not case.has_extended_lease_of_another_worker(run.node, run.work_id)
@@ -182,10 +182,10 @@ def nothing_is_sent_without_the_lease(case: FinishedSimulation) -> Iterator[str]
         if lease is None:
             if call.op != "heartbeat" or not call.node.child:
                 yield f"{call} was sent without a lease"
-        elif call.at > lease.lease_end_granted_before(call.at) + MARGIN_SECONDS and not (
+        elif call.at > lease.lease_end_granted_by(call.at) + MARGIN_SECONDS and not (
             _is_heartbeat_after_unnoticed_pause(case, lease, call)
         ):
-            yield f"{call} was sent; granted until {lease.lease_end_granted_before(call.at):.3f}"
+            yield f"{call} was sent; granted until {lease.lease_end_granted_by(call.at):.3f}"
 
 
 def _is_item_owner_still_unknown(case: FinishedSimulation, call: SentCall) -> bool:
@@ -222,7 +222,7 @@ def only_heartbeats_are_sent_until_owner_of_item_is_known(
             continue
         if call.op != "heartbeat":
             yield f"{call} was sent for an item that may be another worker's"
-        elif any(each.answer in OWNED for each in claim.list_heartbeats_answered_before(call.at)):
+        elif any(each.answer in OWNED for each in claim.list_heartbeats_answered_by(call.at)):
             yield f"{call} was sent for an item that another worker owns"
 
 

@@ -154,7 +154,7 @@ def _find_claims_made_too_early(
         if node.pool.max_sessions is None and _has_retrying_handler(event) != retried:
             continue
         if isinstance(event, SessionFinished):
-            failed, grown = _update_failures_and_pause(event, failed, pause)
+            failed, grown = _compute_failures_and_pause(event, failed, pause)
             if grown != pause or _has_failed_within_a_second(event):
                 resume_at, pause = at + grown, grown
         elif _is_claim_event(event, at, declined) and at < resume_at - INSTANT_SECONDS:
@@ -170,7 +170,7 @@ def _has_retrying_handler(event: Event) -> bool:
     return item is not None and item.metadata.get("behaviour") == "retry"
 
 
-def _update_failures_and_pause(
+def _compute_failures_and_pause(
     event: SessionFinished, failed: set[str], pause: float
 ) -> tuple[set[str], float]:
     """Return the items that failed in a row up to `event`, and the pause before the next claim."""
@@ -265,7 +265,7 @@ def writes_time_out_early_enough_to_be_sent_again(case: FinishedSimulation) -> I
             lease = case.find_last_lease_of_pool(node, work_id, call.at)
             if lease is None:
                 continue
-            left = (lease.lease_end_granted_before(call.at) - call.at) / TRY_PART
+            left = (lease.lease_end_granted_by(call.at) - call.at) / TRY_PART
             most = min(node.pool.request_timeout, max(0.0, left)) + MARGIN_SECONDS
             if call.answered_at - call.at > most + node.seconds_of_machine_halts(
                 call.at, call.answered_at

@@ -37,7 +37,7 @@ def failed_calls_are_repeated(case: FinishedSimulation) -> Iterator[str]:
             until = run.ended + min(RETRY.backoff * 2.0**number, RETRY.backoff_max) + MARGIN_SECONDS
             until += node.seconds_of_machine_halts(run.ended, FOREVER)
             if following is None:
-                if not _may_session_have_ended_before(case, node, lease, until):
+                if not _may_session_have_ended_by(case, node, lease, until):
                     yield f"{_describe_run(run)} failed, and is not called again until {until:.3f}"
             elif following.retry != run.retry + 1 or following.started > until:
                 again = _describe_run(following)
@@ -105,10 +105,10 @@ def _list_handler_calls(
     ]
 
 
-def _may_session_have_ended_before(
+def _may_session_have_ended_by(
     case: FinishedSimulation, node: PoolProcess, lease: GrantedLease, until: float
 ) -> bool:
-    """Return whether the session may have ended before `until`, so that no retry is due."""
+    """Return whether the session may have ended by `until`, so that no retry is due."""
     drains = [at for at, event in node.events if isinstance(event, DrainStarted)]
     return (
         node.error is not None

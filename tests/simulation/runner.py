@@ -121,7 +121,7 @@ def simulate_in_parallel(
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for part, result in pool.imap_unordered(_simulate_range_of_seeds, missing):
             if progress is not None:
-                progress.append_finished_seed_range(part, result)
+                progress.append_report_of_seed_range(part, result)
             report = report.add_report(result)
     return report
 

@@ -1,4 +1,4 @@
-"""Schedules: the pools, actions and faults of a simulation, drawn at random from one seed."""
+"""Schedules: the pools, actions and faults of a simulation, generated at random from one seed."""
 
 from __future__ import annotations
 

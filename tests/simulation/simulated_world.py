@@ -111,7 +111,7 @@ class SimulatedSupervisor(ThreadlessSupervisor):
         return replace(context, observe=record_and_forward_event)
 
 
-class SimulatedHandoffChildProcess(SimulatedSupervisor, HandoffChildSupervisor):
+class SimulatedHandoffChildSupervisor(SimulatedSupervisor, HandoffChildSupervisor):
     """The child process of a handoff on a simulated machine, as `workpool hold` runs it."""
 
 
@@ -238,7 +238,7 @@ class SimulatedWorld:
         pool = replace(parent.pool, session_timeout=None, stall_timeout=None, lease_ttl=lease.ttl)
         node = self._create_pool_process(pool)
         node.child = True
-        child = SimulatedHandoffChildProcess(
+        child = SimulatedHandoffChildSupervisor(
             pool_settings(node.pool),
             lease.work_id,
             lease.last_heartbeat,

@@ -78,7 +78,7 @@ class ProgressFile:
                 )
         return found
 
-    def append_finished_seed_range(self, seeds: range, report: SimulationReport) -> None:
+    def append_report_of_seed_range(self, seeds: range, report: SimulationReport) -> None:
         """Append to the file the result of the simulations of a range of seeds."""
         *numbers, failures = report
         part = {

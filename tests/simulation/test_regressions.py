@@ -311,7 +311,7 @@ async def test_heartbeat_whose_answer_arrives_after_machine_pause_is_repeated_at
         await pool.drain(0)
 
 
-class OperationsThatAcceptAnyHeartbeat(Operations):
+class OperationsThatAcceptAnyHeartbeatOfStoppingItem(Operations):
     """Operations that accept any heartbeat of a `stopping` item, as the anthropic dialect does."""
 
     def heartbeat(self, *values: Any, **named: Any) -> Item:
@@ -326,7 +326,7 @@ async def test_pool_does_not_stop_item_that_another_worker_took_during_machine_p
     """
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
-    operations = OperationsThatAcceptAnyHeartbeat(
+    operations = OperationsThatAcceptAnyHeartbeatOfStoppingItem(
         [ENVIRONMENT], now=lambda: START + loop.wall_time()
     )
     bench = PoolTestbed(FaultScript(), operations=operations, concurrency=1)

@@ -123,7 +123,7 @@ def test_replay_of_simulation_prints_each_kind_of_line() -> None:
 def test_continued_simulation_reads_finished_results_from_progress_file(tmp_path: Path) -> None:
     file = tmp_path / "progress"
     failed = SimulationReport(50, 1, 2, 3, ((7, ("first violation", "second violation")),))
-    ProgressFile(file).append_finished_seed_range(range(50), failed)
+    ProgressFile(file).append_report_of_seed_range(range(50), failed)
     with file.open("a") as cut:
         cut.write('\n{"source": "')
     first = simulate_in_parallel(0, 60, 1, file)
@@ -136,7 +136,7 @@ def test_continued_simulation_reads_finished_results_from_progress_file(tmp_path
 def test_progress_file_of_another_version_of_the_code_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ProgressFile(tmp_path / "progress").append_finished_seed_range(range(50), SimulationReport(50))
+    ProgressFile(tmp_path / "progress").append_report_of_seed_range(range(50), SimulationReport(50))
     monkeypatch.setattr("tests.simulation.simulation_report._hash_source_code", lambda: "other")
     assert ProgressFile(tmp_path / "progress").read_reports_by_seed_range() == {}
 

@@ -198,7 +198,10 @@ class PoolProcess:
         return sum(max(0.0, min(end, until) - max(start, since)) for since, until in pauses)
 
     def lease_clock_stood_still(self, start: float, end: float) -> bool:
-        """Return whether the lease clock stood still at any time between `start` and `end`."""
+        """Return whether the lease clock stood still at any time between `start` and `end`.
+
+        This is an unnoticed pause: the pool cannot see it on this clock.
+        """
         return any(since < end and until > start for since, until in self.machine.unseen)
 
 

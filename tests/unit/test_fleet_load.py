@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from workpool.cli.fleet_reader import FleetReader
-from workpool.cli.fleet_scaling import FleetScalingCalculator
+from workpool.cli.fleet_scaling import FleetScaling
 from workpool.scaling import FleetLoad, ReplicaRule, sum_fleet_loads
 from workpool.settings import Settings
 from workpool.wire.client import WorkClient
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def make_fleet_scaling_calculator(
     loads: Mapping[str, FleetLoad | None], slots: Mapping[str, int]
-) -> FleetScalingCalculator:
+) -> FleetScaling:
     """Return a scaling calculator with one load reader for each environment in `loads`.
 
     The load None stands for a reader that has read no load yet.
@@ -27,7 +27,7 @@ def make_fleet_scaling_calculator(
         reader = FleetReader(client, interval=15, max_age=120, clock=lambda: 100.0)
         reader._last = None if load is None else (100.0 - number, load)
         readers[environment_id] = reader
-    return FleetScalingCalculator(readers, slots, ReplicaRule(7, 1, 20))
+    return FleetScaling(readers, slots, ReplicaRule(7, 1, 20))
 
 
 def test_fleet_totals_sum_item_counts_and_contain_longest_queue_time() -> None:

@@ -291,7 +291,9 @@ class EnvironmentGroup:
                 await self._changed.wait()
 
     @asynccontextmanager
-    async def _opened_environment_marker(self, environment_id: str | None) -> AsyncIterator[None]:
+    async def _mark_environment_opened_on_entry(
+        self, environment_id: str | None
+    ) -> AsyncIterator[None]:
         """Return a context that marks an environment as opened on entry.
 
         The lease renewer of the environment enters the context when it starts.
@@ -344,12 +346,14 @@ class EnvironmentGroup:
         share = self._shares[settings.environment_id]
         supervisor.shared = SharedPoolResources(share, self._limits, self._exporter)
         supervisor.awaits_last_scrape = True
-        supervisor.renewer_services = [self._opened_environment_marker(settings.environment_id)]
-        supervisor.on_blocked = partial(self._end_process_after_failed_renewal, supervisor)
+        supervisor.renewer_services = [
+            self._mark_environment_opened_on_entry(settings.environment_id)
+        ]
+        supervisor.on_blocked = partial(self._handle_renewal_failure, supervisor)
         return supervisor
 
-    def _end_process_after_failed_renewal(self, supervisor: Supervisor) -> None:
-        """End the process, because an environment's leases are not renewed anymore.
+    def _handle_renewal_failure(self, supervisor: Supervisor) -> None:
+        """End the process if an environment whose leases are not renewed anymore cannot drain.
 
         If the lease renewer failed and the loop is not blocked, the environment drains by itself
         and the others go on. The process ends if that drain takes longer than the shortest lease

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
 
-from workpool.cli.item_count import CountedItems, ItemCounter
+from workpool.cli.item_count import ItemCounter, ItemCounts
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.scaling import FleetLoad
 from workpool.wire.client import WorkClient
@@ -55,18 +55,18 @@ class FleetReader:
 
     @property
     def load_age_seconds(self) -> float | None:
-        """The seconds since the last successful read of the fleet's load; None before the first.
+        """The seconds since the read of the latest load began; None before the first load.
 
-        Safe on any thread.
+        May be called on any thread.
         """
         last = self._last
         return None if last is None else self._clock() - last[0]
 
     @property
     def latest_load(self) -> FleetLoad | None:
-        """The fleet's load as read last. Safe on any thread.
+        """The last load that was read; None before the first, or if it is older than `max_age` s.
 
-        None if no read has succeeded so far, or the last successful read is older than `max_age` s.
+        May be called on any thread.
         """
         last = self._last
         return None if last is None or self._clock() - last[0] > self._max_age else last[1]
@@ -82,7 +82,7 @@ class FleetReader:
             return [f"the queue cannot be read: {error}"]
         return ["the queue is not read to its end yet"]
 
-    async def read_fleet_load_periodically(self) -> None:
+    async def read_load_periodically(self) -> None:
         """Read the load at intervals until cancelled; a failed read keeps the previous load."""
         while True:
             began_at = self._clock()
@@ -152,7 +152,7 @@ class FleetReader:
             )
 
 
-def compute_fleet_load(stats: QueueStats | None, count: CountedItems) -> FleetLoad:
+def compute_fleet_load(stats: QueueStats | None, count: ItemCounts) -> FleetLoad:
     """Compute the load from the count of listed items, and from the statistics if they are known.
 
     The number of running items comes from the count, because the statistics do not contain it.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from workpool.cli.fleet_reader import FleetReader
 
 
-class FleetScalingCalculator:
+class FleetScaling:
     """Reads the load of each environment of a fleet, and computes the numbers for autoscalers.
 
     Each worker of the fleet works for all of these environments.
@@ -89,10 +89,8 @@ class FleetScalingCalculator:
             for reason in reader.unready_reasons()
         ]
 
-    async def read_fleet_load_periodically(self) -> None:
-        """Read the load of all environments at intervals until cancelled."""
+    async def read_loads_periodically(self) -> None:
+        """Read the load of each environment at intervals until cancelled."""
         async with asyncio.TaskGroup() as group:
             for environment_id, reader in self.readers.items():
-                group.create_task(
-                    reader.read_fleet_load_periodically(), name=f"read {environment_id}"
-                )
+                group.create_task(reader.read_load_periodically(), name=f"read {environment_id}")

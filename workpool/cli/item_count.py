@@ -20,7 +20,7 @@ LISTED_ITEMS_MAX: Final = 2000
 """Items that one count reads: 20 pages, in at least a second."""
 
 
-class CountedItems(NamedTuple):
+class ItemCounts(NamedTuple):
     """The result of one count: the number of queued and of running items in the list.
 
     Attributes:
@@ -55,7 +55,7 @@ class ItemCounter:
         self._after: str | None = None
         """The id after which the next count begins; all items up to it are stopped."""
 
-    async def count_items(self) -> CountedItems:
+    async def count_items(self) -> ItemCounts:
         """Read the list of items, and count the unfinished ones.
 
         Raises:
@@ -65,7 +65,7 @@ class ItemCounter:
         self._skip_stopped_items_next_time(found.items)
         states = Counter(item.state for item in found.items)
         queued = [item.created_at for item in found.items if item.state == QUEUED]
-        return CountedItems(
+        return ItemCounts(
             queued=len(queued),
             running=sum(states.values()) - states[QUEUED] - states[STOPPED],
             oldest_queued_at=min((time for time in queued if time is not None), default=None),

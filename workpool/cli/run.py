@@ -82,7 +82,7 @@ def run(
     add_current_directory_to_path()
     reporter = ServiceReporter(pool.status)
     if reporter.wanted:
-        pool.renewer_services = [reporter.periodic_reports()]
+        pool.renewer_services = [reporter.reporting_to_service_manager()]
     signals.on_user = functools.partial(_pause_or_resume, pool)
     with exits.exit_on_error():
         control = ControlSocket(settings.control_socket, settings.origin_of("control_socket"))

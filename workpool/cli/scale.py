@@ -25,7 +25,7 @@ from workpool.cli.flags import (
     require_connection_settings,
 )
 from workpool.cli.fleet_reader import FleetReader
-from workpool.cli.fleet_scaling import FleetScalingCalculator
+from workpool.cli.fleet_scaling import FleetScaling
 from workpool.cli.help_text import format_examples_section
 from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.cli.signals import SignalEvents
@@ -154,7 +154,7 @@ async def _serve_scaling_numbers(
             environment_id = str(each.environment_id)
             readers[environment_id] = new_reader(await stack.enter_async_context(client))
             slots[environment_id] = each.concurrency
-        fleet = FleetScalingCalculator(readers, slots, rule)
+        fleet = FleetScaling(readers, slots, rule)
         registry = CollectorRegistry()
         registry.register(FleetMetrics(fleet))
         address = settings.metrics_address
@@ -165,7 +165,7 @@ async def _serve_scaling_numbers(
         exporter.scale = fleet.calculate_fleet_scaling_numbers
         async with exporter:
             typer.echo(f"ready {exporter.url}/scale")
-            await fleet.read_fleet_load_periodically()
+            await fleet.read_loads_periodically()
 
 
 class FleetMetrics(Collector):
@@ -174,7 +174,7 @@ class FleetMetrics(Collector):
     An environment whose load is unknown is left out.
     """
 
-    def __init__(self, fleet: FleetScalingCalculator) -> None:
+    def __init__(self, fleet: FleetScaling) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterable[Metric]:

@@ -52,7 +52,7 @@ class ServiceReporter:
         self._failed = False
 
     @asynccontextmanager
-    async def periodic_reports(self) -> AsyncIterator[None]:
+    async def reporting_to_service_manager(self) -> AsyncIterator[None]:
         """A context in which the pool is reported as ready and alive; its end reports the stop.
 
         Entered on the loop of the lease renewer, once plugins and exporter are open.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from workpool.server.timestamps import format_time_in_seconds
+from workpool.server.timestamps import format_time_with_whole_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,7 +37,7 @@ class Environment:
 
     def to_json(self, *, cloud: bool) -> dict[str, Any]:
         """Return the environment's JSON, with all fields that the vendor's SDKs require."""
-        created = format_time_in_seconds(self.created_at)
+        created = format_time_with_whole_seconds(self.created_at)
         return {
             "id": self.id,
             "type": "environment",

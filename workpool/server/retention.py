@@ -24,7 +24,9 @@ BATCH_MAX: Final = 100
 
 
 class StoppedItemRetention:
-    """The sessions of stopped items, in the order in which the items stopped.
+    """Decides when the sessions of stopped items are deleted.
+
+    Keeps the ids of these sessions in the order in which the items stopped.
 
     Args:
         seconds: Seconds for which a stopped item is kept; None: forever, and no item is recorded.

@@ -8,7 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from workpool.server.timestamps import TimeRange, format_heartbeat_time, format_time_in_seconds
+from workpool.server.timestamps import (
+    TimeRange,
+    format_heartbeat_time,
+    format_time_with_whole_seconds,
+)
 from workpool.wire.protocol import ACTIVE, QUEUED, SESSION, STARTING, STOPPED, STOPPING
 
 if TYPE_CHECKING:
@@ -125,10 +129,12 @@ class SessionView(NamedTuple):
             "outcome_evaluations": [],
             "stats": {},
             "usage": USAGE,
-            "created_at": format_time_in_seconds(session.created_at),
+            "created_at": format_time_with_whole_seconds(session.created_at),
             "updated_at": self.updated_at,
             "archived_at": (
-                None if session.archived_at is None else format_time_in_seconds(session.archived_at)
+                None
+                if session.archived_at is None
+                else format_time_with_whole_seconds(session.archived_at)
             ),
         }
 

@@ -47,7 +47,7 @@ def _format_utc_second(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def format_time_in_seconds(instant: int) -> str:
+def format_time_with_whole_seconds(instant: int) -> str:
     """Return a time as RFC 3339 with whole seconds."""
     return _format_utc_second(instant // SECOND) + "Z"
 

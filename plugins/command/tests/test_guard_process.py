@@ -54,7 +54,7 @@ async def work():
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             unique_entry="ENTRY=of this command",
         )
-        guard.announce_group_before_spawn(start.unique_entry)
+        guard.announce_group(start.unique_entry)
         process = start.spawn_process()
         if sys.argv[2] == "reported":
             guard.register_process_group(process.pid)

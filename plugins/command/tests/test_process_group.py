@@ -35,7 +35,7 @@ class RecordingGroupRegistry:
         self.announced = ""
         self._refusal = refusal
 
-    def announce_group_before_spawn(self, unique_entry: str) -> None:
+    def announce_group(self, unique_entry: str) -> None:
         self.announced = unique_entry
 
     def register_process_group(self, number: int) -> None:

@@ -43,7 +43,7 @@ def inherited_environment_variables(names: Iterable[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
-def environment_variables_with_ids(session: Session) -> dict[str, str]:
+def id_environment_variables(session: Session) -> dict[str, str]:
     """Return the variables with the ids of the item, the session and the environment."""
     return {
         "WORKPOOL_WORK_ID": session.item.id,
@@ -57,7 +57,7 @@ def redelivery_environment_variables(session: Session) -> dict[str, str]:
     return {"WORKPOOL_REDELIVERED": "1" if session.redelivered else "0"}
 
 
-def environment_variables_with_trace_context(session: Session) -> dict[str, str]:
+def trace_context_environment_variables(session: Session) -> dict[str, str]:
     """Return the variable `TRACEPARENT`, or no variable if the session has no trace context."""
     return {} if session.traceparent is None else {"TRACEPARENT": session.traceparent}
 

@@ -20,9 +20,9 @@ from workpool import Release
 from workpool.errors import HandoverError, innermost
 from workpool_command.command_inputs import (
     encode_item_as_json,
-    environment_variables_with_trace_context,
     inherited_environment_variables,
     redelivery_environment_variables,
+    trace_context_environment_variables,
 )
 from workpool_command.command_result import (
     CommandFailed,
@@ -110,7 +110,7 @@ class WorkpoolHoldStarter:
         hold = (sys.executable, "-P", "-m", "workpool", "hold", "--")
         variables = {
             **redelivery_environment_variables(session),
-            **environment_variables_with_trace_context(session),
+            **trace_context_environment_variables(session),
         }
         assignments = [f"{name}={value}" for name, value in variables.items()]
         with (

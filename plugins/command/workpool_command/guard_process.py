@@ -75,7 +75,7 @@ class GuardProcessPipe:
     def __init__(self, pipe: RawIOBase) -> None:
         self._pipe = pipe
 
-    def announce_group_before_spawn(self, unique_entry: str) -> None:
+    def announce_group(self, unique_entry: str) -> None:
         """Announce a process group that will be spawned and then registered.
 
         A worker can be killed before it calls `register_process_group`. The guard process then

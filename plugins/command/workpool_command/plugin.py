@@ -33,11 +33,11 @@ from workpool_command.command_inputs import (
     DEFAULT_VARIABLES,
     encode_item_as_json,
     ensure_private_directory,
-    environment_variables_with_ids,
-    environment_variables_with_trace_context,
+    id_environment_variables,
     inherited_environment_variables,
     redelivery_environment_variables,
     temporary_directory,
+    trace_context_environment_variables,
 )
 from workpool_command.command_output import read_output_into_log
 from workpool_command.command_result import (
@@ -251,9 +251,9 @@ class Command:
             argv=self.command,
             cwd=cwd,
             env=inherited_environment_variables(self.environment)
-            | environment_variables_with_ids(session)
+            | id_environment_variables(session)
             | redelivery_environment_variables(session)
-            | environment_variables_with_trace_context(session)
+            | trace_context_environment_variables(session)
             | self._item_token_variables(session),
             stdin=encode_item_as_json(session.item),
             stdout=stdout,

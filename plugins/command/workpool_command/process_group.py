@@ -77,7 +77,7 @@ class ProcessGroupRegistry(Protocol):
     The guard process kills the registered groups if the worker is killed.
     """
 
-    def announce_group_before_spawn(self, unique_entry: str) -> None:
+    def announce_group(self, unique_entry: str) -> None:
         """Announce to the guard process that a process group will be spawned.
 
         The environment of the group's leader will contain `unique_entry`, of the form `NAME=value`.
@@ -239,16 +239,16 @@ def start_group(start: CommandArguments) -> ProcessGroup:
     return group
 
 
-def _start_group_announced_to_guard(
+def _announce_and_start_group(
     start: CommandArguments, registry: ProcessGroupRegistry
 ) -> ProcessGroup:
-    registry.announce_group_before_spawn(start.unique_entry)
+    registry.announce_group(start.unique_entry)
     try:
         return start_group(start)
     except BaseException:
         # Withdraw the announcement that was made above. Otherwise the guard process would search
         # for this command after the worker's end.
-        registry.announce_group_before_spawn("")
+        registry.announce_group("")
         raise
 
 
@@ -266,7 +266,7 @@ async def running_process_group(
     Raises:
         OSError: The command cannot be started.
     """
-    group = _start_group_announced_to_guard(start, registry)
+    group = _announce_and_start_group(start, registry)
     try:
         registry.register_process_group(group.number)
         yield group

@@ -277,11 +277,11 @@ class ContainerRun:
                     await asyncio.wait({removal})
                 except asyncio.CancelledError as error:
                     second_cancellation = error
-                    self._end_container_stop_grace()
+                    self._skip_remaining_grace()
         if second_cancellation is not None:
             raise second_cancellation
 
-    def _end_container_stop_grace(self) -> None:
+    def _skip_remaining_grace(self) -> None:
         self._without_grace = True
         if self._grace_timeout is not None and not self._grace_timeout.expired():
             self._grace_timeout.reschedule(asyncio.get_running_loop().time())

@@ -1,4 +1,4 @@
-"""Schedules of autoscaled fleets: settings, work and incidents, drawn at random from a seed."""
+"""Schedules of autoscaled fleets: settings, work and incidents, generated at random from a seed."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class FleetWorld(SimulatedWorld):
                 max_age=AGE_SECONDS,
                 clock=self._reader_node.machine.lease_clock,
             )
-            await self._reader.read_fleet_load_periodically()
+            await self._reader.read_load_periodically()
 
     def _read_scaling_metric(self) -> float | None:
         """Return the metric that the autoscaler reads from `/scale`; None if the answer is 503."""

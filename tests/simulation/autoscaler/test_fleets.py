@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.timeout(180)
-def test_scale_down_with_documented_settings_interrupts_no_session_in_fifty_simulations(
+def test_scale_down_with_documented_settings_cuts_no_session_in_fifty_simulations(
     record_property: Callable[[str, object], None],
 ) -> None:
     """The seeds differ from the default seeds of the command line, to cover other schedules."""
@@ -48,7 +48,7 @@ def test_scale_down_with_documented_settings_interrupts_no_session_in_fifty_simu
 
 
 @pytest.mark.timeout(120)
-def test_scale_down_without_documented_settings_interrupts_sessions() -> None:
+def test_scale_down_without_documented_settings_cuts_sessions() -> None:
     report = simulate_fleet_seeds(range(8), frozenset(WITHOUT))
     assert report.failures == (), str(report)
     assert report.counts.cut > 0

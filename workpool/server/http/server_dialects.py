@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from workpool.server.stored_item import SESSION_PREFIX
 from workpool.server.stored_session import STATUS, TERMINATED
-from workpool.server.timestamps import format_heartbeat_time, format_time_in_seconds
+from workpool.server.timestamps import format_heartbeat_time, format_time_with_whole_seconds
 from workpool.wire import protocol
 from workpool.wire.protocol import STOPPED, STOPPING
 
@@ -89,20 +89,20 @@ class ServerDialect:
             "environment_id": item.environment_id,
             "data": {"type": item.type, "id": self.format_session_id(item.session_id)},
             "state": item.state,
-            "created_at": format_time_in_seconds(item.created_at),
-            "acknowledged_at": _format_optional_time_in_seconds(item.acknowledged_at),
-            "started_at": _format_optional_time_in_seconds(item.started_at),
+            "created_at": format_time_with_whole_seconds(item.created_at),
+            "acknowledged_at": _format_optional_time_with_whole_seconds(item.acknowledged_at),
+            "started_at": _format_optional_time_with_whole_seconds(item.started_at),
             "latest_heartbeat_at": (
                 None if item.heartbeat_at is None else format_heartbeat_time(item.heartbeat_at)
             ),
-            "stop_requested_at": _format_optional_time_in_seconds(item.stop_requested_at),
-            "stopped_at": _format_optional_time_in_seconds(item.stopped_at),
+            "stop_requested_at": _format_optional_time_with_whole_seconds(item.stop_requested_at),
+            "stopped_at": _format_optional_time_with_whole_seconds(item.stopped_at),
             "metadata": item.metadata,
         }
 
 
-def _format_optional_time_in_seconds(instant: int | None) -> str | None:
-    return None if instant is None else format_time_in_seconds(instant)
+def _format_optional_time_with_whole_seconds(instant: int | None) -> str | None:
+    return None if instant is None else format_time_with_whole_seconds(instant)
 
 
 QODER: Final = ServerDialect(

@@ -97,7 +97,7 @@ class SessionRoutes:
         view = await self._authorize_session(request)
         await requests.read_body(request)
         last = request.headers.get(LAST_EVENT_ID_HEADER)
-        # Read the position before sending the first byte: an open stream must miss no event.
+        # Count the events to skip before sending the first byte: an open stream must miss no event.
         place = await self._engine.count_events_to_skip(view.id, last)
         response = web.StreamResponse(headers=_STREAM)
         # The stream ends if the connection is lost, the reader stops reading or the store fails.

@@ -228,7 +228,7 @@ class ClaimCalls(DatabaseCalls):
         ended = first is not None and first <= 0
         return await self.end_leases(environment_id) if ended else 0
 
-    async def end_all_expired_leases(self) -> int:
+    async def end_batch_of_expired_leases(self) -> int:
         """End at most `LAPSES_MAX` expired leases of all environments, and return their number.
 
         If this call ended any leases, more may have expired, so the next call checks at once.

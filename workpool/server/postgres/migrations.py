@@ -27,8 +27,9 @@ MIGRATION_SECONDS: Final = 600.0
 LOCK_SECONDS: Final = 0.5
 """Longest time for which a migration waits for a lock on a table.
 
-All calls that need the table wait behind it meanwhile. The time is shorter than the database's
-`deadlock_timeout` of 1 s, so that in a deadlock the migration is rolled back, not a call.
+All calls that need the table wait behind it meanwhile. The time is shorter than 1 s, the
+default of the database's `deadlock_timeout`, so that a deadlock usually rolls back the migration,
+not a call.
 """
 _ATTEMPTS: Final = 120
 _ADVISORY_LOCK: Final = 0x776F726B706F6F6C

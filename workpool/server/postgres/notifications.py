@@ -55,7 +55,7 @@ def make_session_topic(session_id: str) -> str:
 class NotificationHub:
     """The waiting calls of one node. Each call waits for a change of one topic.
 
-    A call takes `get_change_count`, reads the database, and then waits with that value, so that a
+    A call gets the change count, reads the database, and then waits with that count, so that a
     change between the two ends the wait at once.
 
     Attributes:

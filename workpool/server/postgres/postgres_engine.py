@@ -77,7 +77,7 @@ class PostgresEngine(ReadCalls, RetentionCalls):
     async def _run_background_tasks(self) -> None:
         """Run the notification hub and the sweeper until cancelled."""
         batches: list[Callable[[], Awaitable[int]]] = [
-            self.end_all_expired_leases,
+            self.end_batch_of_expired_leases,
             self.delete_idle_pollers,
         ]
         if self._retention is not None:

@@ -15,7 +15,7 @@ from workpool.server.ascending_ids import AscendingIdList, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
 from workpool.server.queue.lease_ends import LeaseEndTimes
 from workpool.server.queue.long_polls import WaitingPolls
-from workpool.server.timestamps import MILLISECOND, SECOND, format_time_in_seconds
+from workpool.server.timestamps import MILLISECOND, SECOND, format_time_with_whole_seconds
 from workpool.wire.protocol import (
     QUEUED,
     RECLAIM_OLDER_THAN_MS,
@@ -53,7 +53,7 @@ class WorkQueueStats(NamedTuple):
         numbers = self._asdict()
         del numbers["read_at"]
         oldest = self.oldest_queued_at
-        text = None if oldest is None else format_time_in_seconds(oldest)
+        text = None if oldest is None else format_time_with_whole_seconds(oldest)
         return {"type": WORK_QUEUE_STATS, **numbers, "oldest_queued_at": text}
 
 

@@ -120,7 +120,7 @@ def _is_session_script(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
-def _make_check_optional(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
+def _make_check_that_allows_none(is_valid: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: value is None or is_valid(value)
 
 
@@ -129,15 +129,15 @@ _JSON: Final = ("Mapping", "Script")
 
 _CHECKS: Final[Mapping[str, Callable[[object], bool]]] = {
     "str": _is_text,
-    "str | None": _make_check_optional(_is_text),
+    "str | None": _make_check_that_allows_none(_is_text),
     "int": _is_number,
-    "int | None": _make_check_optional(_is_number),
+    "int | None": _make_check_that_allows_none(_is_number),
     "bool": _is_boolean,
     "State": _is_item_state,
     "Mapping[str, str]": _is_string_mapping,
     "Mapping[str, Any]": _is_event,
-    "Mapping[str, Any] | None": _make_check_optional(_is_object),
-    "Script | None": _make_check_optional(_is_session_script),
+    "Mapping[str, Any] | None": _make_check_that_allows_none(_is_object),
+    "Script | None": _make_check_that_allows_none(_is_session_script),
 }
 """For each type of a field, the check of a column's value."""
 
