@@ -14,14 +14,17 @@ import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.unit.event_loops import run_ready_tasks
+from tests.unit.manual_clock import ManualClock
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.pool.lease_renewer import new_event_loop
-from workpool.wire.http import resolver
+from workpool.wire.http import resolver, transport
 from workpool.wire.http.call_options import CallOptions, Priority
 from workpool.wire.http.connections import BUFFER_BYTES, POOL_BUFFER_BYTES
 from workpool.wire.http.daemon_threads import DaemonThreads
@@ -106,6 +109,10 @@ async def block_all_threads_of_default_executor() -> AsyncIterator[None]:
     await asyncio.gather(*blocked)
 
 
+def deny_old_token(head: str, _: int) -> bytes:
+    return DENIED if "Bearer old" in head else ANSWER
+
+
 @pytest.mark.usefixtures("block_all_threads_of_default_executor")
 async def test_client_calls_succeed_while_all_default_executor_threads_are_busy(
     tmp_path: Path,
@@ -113,10 +120,6 @@ async def test_client_calls_succeed_while_all_default_executor_threads_are_busy(
     """The client looks up a host name and reads a renewed token; each of the two needs a thread."""
     path = tmp_path / "token"
     path.write_text("old")
-
-    def deny_old_token(head: str, _: int) -> bytes:
-        return DENIED if "Bearer old" in head else ANSWER
-
     async with running_server(deny_old_token) as server:
         async with WorkClient(server.settings_for_url("localhost", token_file=path)) as client:
             path.write_text("new")
@@ -206,14 +209,17 @@ class HangingCredentialReader:
 
     Attributes:
         reads: The number of started reads.
+        started: Set when the first read starts.
     """
 
     def __init__(self) -> None:
         self.reads = 0
+        self.started = threading.Event()
         self.release = threading.Event()
 
     def __call__(self, *_: object) -> str:
         self.reads += 1
+        self.started.set()
         self.release.wait()
         return "new"
 
@@ -232,21 +238,57 @@ async def test_concurrent_calls_share_one_reading_of_token_file_that_hangs(
 ) -> None:
     path = tmp_path / "token"
     path.write_text("old")
+    all_denied = asyncio.Event()
+    codes: list[str] = []
 
-    def deny_old_token(head: str, _: int) -> bytes:
-        return DENIED if "Bearer old" in head else ANSWER
+    def record_status(_call: str, code: str, _seconds: float) -> None:
+        codes.append(code)
+        if len(codes) == 40:
+            all_denied.set()
 
-    async with (
-        running_server(deny_old_token) as server,
-        WorkClient(server.settings_for_url(token_file=path)) as client,
-    ):
-        monkeypatch.setattr("workpool.settings.read_credential", hanging_credential_reader)
-        asked = [client.stop(WORK, timeout=0.3) for _ in range(40)]
-        results = await asyncio.gather(*asked, return_exceptions=True)
-        assert all(isinstance(each, RefusedError) for each in results)
+    async with running_server(deny_old_token) as server:
+        client = WorkClient(server.settings_for_url(token_file=path))
+        client.on_request = record_status
+        async with client, asyncio.timeout(50), asyncio.TaskGroup() as group:
+            monkeypatch.setattr("workpool.settings.read_credential", hanging_credential_reader)
+            calls = [group.create_task(client.stop(WORK, timeout=40)) for _ in range(40)]
+            await all_denied.wait()
+            assert codes == ["401"] * 40
+            # Each call requests a read at once after its 401, so a second read would start here.
+            await run_ready_tasks()
+            assert await asyncio.to_thread(hanging_credential_reader.started.wait, 20)
+            assert not any(call.done() for call in calls)
+            hanging_credential_reader.release.set()
         assert hanging_credential_reader.reads == 1
-        hanging_credential_reader.release.set()
-        await client.stop(WORK, timeout=20)
+
+
+async def test_denied_call_ends_at_its_time_limit_although_reading_of_token_file_hangs(
+    hanging_credential_reader: HangingCredentialReader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "token"
+    path.write_text("old")
+    clock = ManualClock(1000.0)
+
+    def advance_clock_after_denial(_call: str, code: str, _seconds: float) -> None:
+        # Of the call's 40 s, 0.1 s are left for the reading of the file.
+        if code == "401":
+            clock.now += 39.9
+
+    async with running_server(deny_old_token) as server:
+        client = WorkClient(server.settings_for_url(token_file=path, request_timeout=60))
+        client.on_request = advance_clock_after_denial
+        async with client, asyncio.timeout(50):
+            monkeypatch.setattr("workpool.settings.read_credential", hanging_credential_reader)
+            began = time.monotonic()
+            with monkeypatch.context() as patch:
+                patch.setattr(transport, "time", SimpleNamespace(monotonic=clock))
+                with pytest.raises(RefusedError):
+                    await client.stop(WORK, timeout=40)
+            assert time.monotonic() - began < 30
+            hanging_credential_reader.release.set()
+            await client.stop(WORK, timeout=40)
 
 
 async def test_client_opening_with_token_file_that_hangs_fails_in_bounded_time(
