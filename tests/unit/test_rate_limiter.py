@@ -124,8 +124,9 @@ def test_heartbeats_overdraw_rate_limiter_by_at_most_one_second_of_tokens(
 
 async def test_rate_limiter_without_tokens_delays_requests_to_configured_rate() -> None:
     limiter = RateLimiter("write", 50)
-    acquire_all_tokens(limiter)
+    # Read the clock first, because the limiter gains tokens after `acquire_all_tokens`.
     started = time.monotonic()
+    acquire_all_tokens(limiter)
     for _ in range(10):
         await limiter.acquire()
     # The wait has a lower bound only, because a slow machine may wait longer.
@@ -380,8 +381,9 @@ def test_rate_limiter_grants_tokens_in_same_order_as_simple_model(
 
 def test_two_event_loops_on_two_threads_share_one_rate() -> None:
     limiter = RateLimiter("write", 200)
-    acquire_all_tokens(limiter)
+    # Read the clock first, because the limiter gains tokens after `acquire_all_tokens`.
     started = time.monotonic()
+    acquire_all_tokens(limiter)
 
     async def acquire_twenty_tokens() -> None:
         await asyncio.gather(*(limiter.acquire() for _ in range(20)))
