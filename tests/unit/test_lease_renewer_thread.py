@@ -219,19 +219,23 @@ async def test_failed_start_of_renewer_raises_error_and_closes_opened_services(
 
 
 async def test_cancelled_start_of_renewer_leaves_no_thread(testbed: LeaseRenewerTestbed) -> None:
-    hanging = threading.Event()
+    hanging, release = threading.Event(), threading.Event()
 
     @contextlib.asynccontextmanager
     async def service_that_opens_slowly() -> AsyncIterator[None]:
         hanging.set()
-        await asyncio.sleep(0.2)
+        await asyncio.to_thread(release.wait, 30)
         yield
 
     async with asyncio.TaskGroup() as group:
         starting = group.create_task(testbed.make_renewer(service_that_opens_slowly()).__aenter__())
-        await asyncio.to_thread(hanging.wait, 5)
+        assert await asyncio.to_thread(hanging.wait, 30)
         starting.cancel()
+        release.set()
     assert starting.cancelled()
+    for thread in renewer_threads():
+        await asyncio.to_thread(thread.join, 20)
+    assert not renewer_threads()
 
 
 async def test_close_of_renewer_is_bounded_and_logs_abandoned_thread(
