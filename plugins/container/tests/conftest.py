@@ -30,11 +30,12 @@ from plugins.container.tests.engines import (
 )
 from workpool import Settings, Supervisor
 from workpool.events import SessionFinished
+from workpool.pool import drain
 from workpool.server import ControlPlane
 from workpool.server.http.server_dialects import DIALECTS
 from workpool.testing import Faults, Recorder, literal
 from workpool.testing.bounded_wait import BoundedCondition
-from workpool_container import Container
+from workpool_container import Container, container_run
 from workpool_container.engine_client import EngineClient
 
 if TYPE_CHECKING:
@@ -291,6 +292,14 @@ async def testbed(
         yield testbed
         log.removeHandler(testbed.log)
         log.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _increase_removal_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allow more time for the removal of a container, which is slow on a loaded machine."""
+    monkeypatch.setattr(container_run, "REMOVAL_SECONDS", 60.0)
+    # A drain abandons a session whose container is not removed within this time.
+    monkeypatch.setattr(drain, "AFTER_DEADLINE_SECONDS", 70.0)
 
 
 @pytest.fixture(autouse=True)

@@ -72,12 +72,6 @@ class ControlledSessionRun:
         return await ContainerRun(self.engine, self.options, self.session).run_container()
 
 
-@pytest.fixture(autouse=True)
-def _increase_removal_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow more time for the removal of a container, which is slow on a loaded machine."""
-    monkeypatch.setattr(container_run, "REMOVAL_SECONDS", 60.0)
-
-
 async def container_states(testbed: ContainerTestbed) -> dict[str, str]:
     """Return the state of each container of the item, by container id."""
     return {each.id: each["State"] for each in await testbed.item_containers(testbed.work_id)}
