@@ -135,18 +135,15 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
 ) -> None:
     control_plane.enqueue(metadata={"do": "block"})
     command = await start_command("run", "handlers", WORKPOOL_MAX_BLOCK="2.5")
-    began = read_timestamp_of_log_line(await command.wait_for_log("block runs"))
+    started = read_timestamp_of_log_line(await command.wait_for_log("pool started"))
     line = await command.wait_for_log("event loop blocked")
     assert await command.wait_for_exit() == 1
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
-    blocked = read_timestamp_of_log_line(line) - began
-    # The timestamp of a log line may be this many seconds later than the event that it reports.
-    late = 0.1
-    assert blocked - late <= float(stated[1])
-    # The loop answers the monitor once a second. The reported time begins at the loop's last
-    # answer, which may be up to a second before the block.
-    assert float(stated[1]) <= blocked + 1.0 + late
+    # The loop has answered after the start of the pool, and then not for `max_block` seconds. The
+    # monitor's clock is inexact by some milliseconds. A test of the lease renewer checks the exact
+    # value.
+    assert 2.4 <= float(stated[1]) <= read_timestamp_of_log_line(line) - started
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit", "KeyboardInterrupt"])
