@@ -121,7 +121,8 @@ async def test_documented_upgrade_of_worker_loses_no_session_and_keeps_attempt_c
     """
     [waiting] = control_plane.enqueue(metadata={"do": "wait"})
     [lingering] = control_plane.enqueue(metadata={"do": "linger"})
-    old = await start_command("run", "handlers", "--drain-timeout", "1")
+    # The timeout is long enough for the first session to complete on a loaded machine.
+    old = await start_command("run", "handlers", "--drain-timeout", "20")
     await old.wait_for_log("wait runs")
     await old.wait_for_log("linger runs")
     new = await start_command("run", "handlers", "--drain-timeout", "1")

@@ -344,7 +344,8 @@ async def test_sigterm_lets_one_session_complete_and_releases_the_endless_sessio
 ) -> None:
     [waiting] = worker_starter.plane.enqueue(metadata={"do": "wait"})
     [lingering] = worker_starter.plane.enqueue(metadata={"do": "linger"})
-    worker = await worker_starter.start_worker("handlers", "--drain-timeout", "2")
+    # The timeout is long enough for the first session to complete on a loaded machine.
+    worker = await worker_starter.start_worker("handlers", "--drain-timeout", "20")
     await worker.wait_for_log("wait runs")
     await worker.wait_for_log("linger runs")
     await worker.send_signal("TERM")
