@@ -269,15 +269,20 @@ async def test_slowly_sent_header_bytes_do_not_extend_time_limit(
 async def test_idle_connection_is_kept_longer_than_header_time_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    async with asyncio.timeout(20), ServerWithConnectionLimit().open_server() as site:
-        idle = await SlowlyReadingClient.connect(site.port, WHOLE)
-        assert (await idle.read_bytes()).startswith(OK)
-        other = await SlowlyReadingClient.connect(site.port, b"")
-        # The server closes this connection after HEADER_SECONDS.
-        assert await other.read_bytes() == b""
+    async with asyncio.timeout(50), ServerWithConnectionLimit().open_server() as site:
+        idle = await SlowlyReadingClient.connect(site.port, WAIT)
+        await wait_until(lambda: site.waiting)
+        # The limit is short only while no complete request is on its way to the server.
+        with monkeypatch.context() as patch:
+            patch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
+            site.released.set()
+            assert (await idle.read_bytes()).startswith(OK)
+            other = await SlowlyReadingClient.connect(site.port, b"")
+            # The server closes this connection after HEADER_SECONDS.
+            assert await other.read_bytes() == b""
         await idle.send_request(WHOLE)
         assert (await idle.read_bytes()).startswith(OK)
+        monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
         await idle.send_request(HALF)
         assert await idle.read_bytes() == b""
 
@@ -285,15 +290,20 @@ async def test_idle_connection_is_kept_longer_than_header_time_limit(
 async def test_active_request_may_last_longer_than_header_and_idle_limits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
-    monkeypatch.setattr(inbound_connections, "IDLE_SECONDS", 0.05)
-    async with asyncio.timeout(20), ServerWithConnectionLimit().open_server() as site:
-        waiting = await SlowlyReadingClient.connect(site.port, WAIT)
-        await wait_until(lambda: site.waiting)
-        idle = await SlowlyReadingClient.connect(site.port, WHOLE)
-        assert (await idle.read_bytes()).startswith(OK)
-        # The server closes this connection after IDLE_SECONDS.
-        assert await idle.read_bytes() == b""
+    async with asyncio.timeout(50), ServerWithConnectionLimit().open_server() as site:
+        with monkeypatch.context() as patch:
+            patch.setattr(inbound_connections, "HEADER_SECONDS", 0.05)
+            patch.setattr(inbound_connections, "IDLE_SECONDS", 0.05)
+            # Check no connection until the request is active: a check before could close its
+            # connection rightly.
+            patch.setattr(inbound_connections, "CHECK_SECONDS", 3600.0)
+            waiting = await SlowlyReadingClient.connect(site.port, WAIT)
+            await wait_until(lambda: site.waiting)
+            patch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
+            site.connections._close_overdue_connections()
+            other = await SlowlyReadingClient.connect(site.port, b"")
+            # The server closes this connection after HEADER_SECONDS, which equals IDLE_SECONDS.
+            assert await other.read_bytes() == b""
         site.released.set()
         assert (await waiting.read_bytes()).startswith(OK)
 
