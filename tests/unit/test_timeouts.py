@@ -102,18 +102,14 @@ async def test_cancellation_before_end_of_time_limit_raises_cancelled_error(
 async def test_cancellation_in_same_loop_iteration_as_timeout_raises_cancelled_error(
     make_time_limit: Bounded,
 ) -> None:
-    started = asyncio.Event()
-
     async def sleep_within_time_limit() -> None:
         async with make_time_limit(0.05):
-            started.set()
+            asyncio.get_running_loop().call_later(0.05, task.cancel)
+            time.sleep(0.1)  # noqa: ASYNC251 - both are due in one turn of the loop, the bound first
             await asyncio.sleep(LONG)
 
     async with asyncio.TaskGroup() as group:
         task = group.create_task(sleep_within_time_limit())
-        await started.wait()
-        asyncio.get_running_loop().call_later(0.05, task.cancel)
-        time.sleep(0.1)  # noqa: ASYNC251 - both are due in one turn of the loop, the bound first
     assert task.cancelled()
 
 
