@@ -59,10 +59,10 @@ def test_diagnostic_report_that_hangs_returns_after_time_limit(
         ended.set()
 
     log_on_new_thread(hang_while_writing_report)
-    assert began.is_set()
+    assert began.wait(20)
     assert not ended.is_set()
     release.set()
-    assert ended.wait(10)
+    assert ended.wait(20)
 
 
 def test_thread_stacks_are_returned_without_a_temporary_directory(
