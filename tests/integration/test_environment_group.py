@@ -213,7 +213,7 @@ async def test_process_ends_after_lease_renewer_crash_only_if_handler_ignores_ca
     *,
     ignores_cancellation: bool,
 ) -> None:
-    monkeypatch.setattr(exits, "FAILED_SECONDS", 0.5 if ignores_cancellation else 10.0)
+    monkeypatch.setattr(exits, "FAILED_SECONDS", 0.05 if ignores_cancellation else 10.0)
     monkeypatch.setattr(drain, "AFTER_DEADLINE_SECONDS", 1.0 if ignores_cancellation else 25.0)
     monkeypatch.setattr(environment_group, "RETRY_SECONDS", LONG)
     ended = threading.Event()
