@@ -239,7 +239,7 @@ async def test_queue_under_random_use_and_cancellation_loses_no_queue_place(seed
     assert {task.cancelled() for task in tasks} == {True, False}
     queue.forget_waiting_items()
     assert (queue.reserved, queue.running, queue.waiting_item_count) == (0, 0, 0)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         for _ in range(queue.capacity):
             await queue.reserve_place()
 

@@ -523,7 +523,7 @@ async def test_renewer_thread_ends_lease_before_deadline_although_heartbeat_hang
         testbed.sent.acquire()
         testbed.script = FaultScript(heartbeat=[Fault(answer="silence", applied=False)])
         renewer.request_heartbeat(lease)
-        assert await asyncio.to_thread(testbed.sent.acquire, timeout=5)
+        assert await asyncio.to_thread(testbed.sent.acquire, timeout=30)
         testbed.ahead += 53.5
         await testbed.wait_until(lambda: testbed.reported)
         assert lease.status == "lost"
