@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import hypothesis
 import pytest
 
-from tests.postgres.cluster import FIXTURES, database_url, dedicated_postgres, postgres, standby
+from tests.postgres.cluster import (
+    FIXTURES,
+    TEST_SECONDS,
+    database_url,
+    dedicated_postgres,
+    postgres,
+    standby,
+)
 from workpool import Settings, Supervisor, logs
 from workpool.server import ControlPlane
 from workpool.testing import Clock, Faults, Recorder
@@ -26,9 +33,14 @@ __all__ = ["database_url", "dedicated_postgres", "postgres", "standby"]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark every test that needs PostgreSQL as `trial`, so that `poe test` leaves it out."""
+    """Mark every test that needs PostgreSQL as `trial`, so that `poe test` leaves it out.
+
+    The test also gets a longer time limit, since its fixtures may create and start a cluster.
+    """
     if any(name in getattr(item, "fixturenames", ()) for name in FIXTURES):
         item.add_marker(pytest.mark.trial)
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.hookimpl(wrapper=True)

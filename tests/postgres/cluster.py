@@ -41,6 +41,8 @@ SETTINGS = {
     "shared_buffers": "64MB",
     "log_min_messages": "warning",
 }
+TEST_SECONDS = 300
+"""Time limit of a test that may create and start a cluster."""
 _START_ATTEMPTS = 5
 
 
@@ -269,9 +271,16 @@ def postgres() -> Iterator[Cluster]:
     yield from _running_cluster()
 
 
+def extend_database_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extend the time limits of database calls, so that slow ones give no 503 on a busy machine."""
+    for name in ("CONNECT_SECONDS", "ACQUIRE_SECONDS", "STATEMENT_SECONDS"):
+        monkeypatch.setattr(f"workpool.server.postgres.connection_pool.{name}", float(SECONDS))
+
+
 @pytest.fixture
-def dedicated_postgres() -> Iterator[Cluster]:
+def dedicated_postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Return a running cluster of this test alone, which the test may stop and kill."""
+    extend_database_limits(monkeypatch)
     yield from _running_cluster()
 
 
@@ -294,8 +303,9 @@ def standby(dedicated_postgres: Cluster) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def database_url(postgres: Cluster) -> str:
+def database_url(postgres: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the URL of an empty database of this test alone."""
+    extend_database_limits(monkeypatch)
     return postgres.create_database()
 
 

@@ -13,8 +13,10 @@ import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytest
 from aiohttp import web
 
+from tests.postgres.cluster import extend_database_limits
 from workpool.conformance.api import WorkCallClient
 from workpool.server import ControlPlane, PostgresStore
 
@@ -107,4 +109,5 @@ async def _run_node_until_killed(url: str, call: str) -> None:
 
 
 if __name__ == "__main__":
+    extend_database_limits(pytest.MonkeyPatch())
     asyncio.run(_run_node_until_killed(sys.argv[1], "".join(sys.argv[2:])))

@@ -6,11 +6,11 @@ import asyncio
 import os
 import signal
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool.server.postgres import connection_pool, notifications
+from workpool.server.postgres import notifications
 from workpool.server.postgres.connection_pool import open_connection
 from workpool.server.postgres.notifications import (
     NotificationHub,
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 SECONDS = 45.0
 LONG = 600.0
 WORK, SESSION = make_work_topic("env_1"), make_session_topic("sess_1")
-LISTENER = """
-SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
-"""
 
 
 @asynccontextmanager
@@ -206,18 +203,24 @@ async def test_notification_hub_reconnects_and_wakes_waiting_calls_after_lost_co
 
 @pytest.mark.usefixtures("disable_fallback_reads")
 async def test_notification_connection_that_answers_no_ping_is_replaced(
-    hubs: tuple[NotificationHub, NotificationHub],
-    postgres: Cluster,
-    database_url: str,
-    monkeypatch: pytest.MonkeyPatch,
+    hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notifications, "_PING_SECONDS", 0.2)
-    monkeypatch.setattr(connection_pool, "STATEMENT_SECONDS", 0.2)
+    monkeypatch.setattr(notifications, "_PING_SECONDS", LONG)
+    connections = []
+
+    async def open_connection_with_short_limit(url: str) -> Any:
+        connections.append(await open_connection(url, statement_seconds=0.2))
+        return connections[-1]
+
+    monkeypatch.setattr(notifications, "open_connection", open_connection_with_short_limit)
     hub = hubs[0]
     async with run_notification_hubs(hub), asyncio.TaskGroup() as group:
         streams = TasksWaitingForChange(group, hub, SESSION, 1)
-        process = int(await asyncio.to_thread(postgres.execute, LISTENER, database_url))
+        process = connections[-1].get_server_pid()
         os.kill(process, signal.SIGSTOP)  # the server is now silent, like behind a broken network
+        # Send pings only now. A ping that was late before would have replaced the connection.
+        monkeypatch.setattr(notifications, "_PING_SECONDS", 0.2)
+        hub._wanted.set()  # makes the hub read the new interval; there is no notification to send
         try:
             await wait_until(lambda: streams.ended)
         finally:

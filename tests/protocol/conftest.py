@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from tests.postgres.cluster import TEST_SECONDS, extend_database_limits
 from tests.protocol.postgres_control_plane import PostgresControlPlane
 from workpool.conformance.api import WorkCallClient
 from workpool.server import ControlPlane, MemoryStore, PostgresStore, SqliteStore
@@ -163,8 +164,11 @@ def migrated_database_url(postgres: Cluster) -> str:
 
 
 @pytest.fixture
-def url_of_emptied_database(postgres: Cluster, migrated_database_url: str) -> str:
+def url_of_emptied_database(
+    postgres: Cluster, migrated_database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Delete all rows of the database that the tests share, and return its URL."""
+    extend_database_limits(monkeypatch)
     statements = [f"DELETE FROM {each};" for each in TABLES]  # noqa: S608 - our own names
     postgres.execute("".join(statements), migrated_database_url)
     return migrated_database_url
@@ -240,7 +244,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"memory_and_sqlite_stores", "every_kind_of_store"} & names:
         stores.append("sqlite")
     if {"control_plane", "engine", "every_kind_of_store"} & names:
-        stores.append(pytest.param("postgres", marks=pytest.mark.trial))
+        marks = pytest.mark.trial, pytest.mark.timeout(TEST_SECONDS)
+        stores.append(pytest.param("postgres", marks=marks))
     metafunc.parametrize("store", stores, indirect=True)
 
 
