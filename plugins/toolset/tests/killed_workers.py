@@ -113,12 +113,15 @@ class ScriptedSession:
         self.settings = Settings(
             base_url=plane.base_url, token=plane.token, environment_id=plane.environments[0]
         )
+        # A suspended worker must lose its lease soon. Without suspensions, no lease may end while
+        # its worker runs, even on a loaded machine.
+        lease_ttl = 10 if sleeping else 60
         (folder / "show_tools.py").write_text(TOOLS)
         (folder / "workpool.toml").write_text(
             f"""
             [workpool]
             metrics_listen = "off"
-            lease_ttl = 10
+            lease_ttl = {lease_ttl}
             [workpool.plugin.toolset]
             state = {json.dumps(str(folder / "state"))}
             isolation = "bubblewrap"
