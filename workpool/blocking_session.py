@@ -53,10 +53,10 @@ class BlockingSession:
             slot is occupied until then.
     """
 
-    def __init__(self, session: Session, calls: LoopCaller) -> None:
+    def __init__(self, session: Session, caller: LoopCaller) -> None:
         self.cancelled = threading.Event()
         self._session = session
-        self._calls = calls
+        self._caller = caller
         self._interrupted = threading.Event()
 
     def __repr__(self) -> str:
@@ -131,7 +131,7 @@ class BlockingSession:
     @property
     def events(self) -> BlockingEvents:
         """The messages, tool uses and results of the session: `list()`, `send(…)`, `stream()`."""
-        return BlockingEvents(self._session, self._calls)
+        return BlockingEvents(self._session, self._caller)
 
     def progress(self) -> None:
         """Record that the handler makes progress, so that `stall_timeout` starts again."""
@@ -161,11 +161,11 @@ class BlockingSession:
             NotPermittedError: The pool's credential may not write metadata.
             ControlPlaneError: The control plane refused, or did not answer in time.
         """
-        return self._calls.run_on_handlers_loop(lambda: self._session.update_metadata(patch))
+        return self._caller.run_on_handlers_loop(lambda: self._session.update_metadata(patch))
 
     def handover(self) -> AbstractContextManager[HandedLease]:
         """Hand the item off to a child process. See `Session.handover`."""
-        return self._calls.enter_context_on_handlers_loop(self._session.handover)
+        return self._caller.enter_context_on_handlers_loop(self._session.handover)
 
     def interrupt(self, *, cancel: bool = False) -> None:
         """Make `interrupted()` return at once; with `cancel`, also set the event `cancelled`.
@@ -183,9 +183,9 @@ class BlockingEvents:
     See `workpool.wire.events.session_events`.
     """
 
-    def __init__(self, session: Session, calls: LoopCaller) -> None:
+    def __init__(self, session: Session, caller: LoopCaller) -> None:
         self._session = session
-        self._calls = calls
+        self._caller = caller
 
     def list(self) -> Iterator[SessionEvent]:
         """Iterate over the whole history, oldest first, page by page."""
@@ -193,21 +193,21 @@ class BlockingEvents:
         async def open_event_history() -> Any:
             return self._session.events.list()
 
-        events = self._calls.run_on_handlers_loop(open_event_history)
+        events = self._caller.run_on_handlers_loop(open_event_history)
         try:
             while (
-                event := self._calls.run_on_handlers_loop(lambda: anext(events, None))
+                event := self._caller.run_on_handlers_loop(lambda: anext(events, None))
             ) is not None:
                 yield event
         finally:
             # If the session has ended, `events` is closed already and `run_on_handlers_loop`
             # raises.
             with suppress(SessionGoneError):
-                self._calls.run_on_handlers_loop(events.aclose)
+                self._caller.run_on_handlers_loop(events.aclose)
 
     def send(self, *events: Mapping[str, Any]) -> Sequence[SessionEvent]:
         """Append either all of these events or none of them, and return the stored events."""
-        return self._calls.run_on_handlers_loop(lambda: self._session.events.send(*events))
+        return self._caller.run_on_handlers_loop(lambda: self._session.events.send(*events))
 
     def _open_stream(self) -> EventStream:
         return self._session.events.stream()
@@ -215,16 +215,16 @@ class BlockingEvents:
     @contextmanager
     def stream(self) -> Iterator[BlockingStream]:
         """Follow the session: first its history, then new events; reconnect after a failure."""
-        with self._calls.enter_context_on_handlers_loop(self._open_stream) as stream:
-            yield BlockingStream(stream, self._calls)
+        with self._caller.enter_context_on_handlers_loop(self._open_stream) as stream:
+            yield BlockingStream(stream, self._caller)
 
 
 class BlockingStream(Iterator["SessionEvent"]):
     """The events of one session, past and new, in order."""
 
-    def __init__(self, stream: EventStream, calls: LoopCaller) -> None:
+    def __init__(self, stream: EventStream, caller: LoopCaller) -> None:
         self._stream = stream
-        self._calls = calls
+        self._caller = caller
 
     @property
     def caught_up(self) -> bool:
@@ -232,7 +232,7 @@ class BlockingStream(Iterator["SessionEvent"]):
         return self._stream.caught_up
 
     def __next__(self) -> SessionEvent:
-        event = self._calls.run_on_handlers_loop(lambda: anext(self._stream, None))
+        event = self._caller.run_on_handlers_loop(lambda: anext(self._stream, None))
         if event is None:
             raise StopIteration
         return event

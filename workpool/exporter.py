@@ -246,7 +246,7 @@ class Exporter:
         app.router.add_get("/healthz", self._serve_healthz)
         app.router.add_get("/readyz", self._serve_readyz)
         if self.scale is not None:
-            app.router.add_get("/scale", partial(_serve_autoscaler_numbers, self.scale))
+            app.router.add_get("/scale", partial(_serve_scaling_numbers, self.scale))
         if self._live_page is not None:
             self._page = add_page(app.router, "worker")
             app.router.add_get("/live.json", self._serve_live_page_data)
@@ -307,7 +307,7 @@ class Exporter:
         return _make_health_response("ready", self._readiness())
 
 
-async def _serve_autoscaler_numbers(numbers: Numbers, _: web.Request) -> web.Response:
+async def _serve_scaling_numbers(numbers: Numbers, _: web.Request) -> web.Response:
     found = numbers()
     if found is None:
         reason = {"status": "unknown", "reasons": ["the numbers are too old"]}

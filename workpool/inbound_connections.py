@@ -122,7 +122,7 @@ class InboundConnections:
         self._serving.pop(connection, None)
         self.remove_unread_bytes(connection)
 
-    def record_unread_bytes(self, connection: _Connection) -> None:
+    def add_unread_bytes(self, connection: _Connection) -> None:
         """Record that the client of this connection has not read all bytes that were sent to it."""
         self._unread[connection] = size = connection.count_unread_bytes()
         self._unread_bytes += size
@@ -218,7 +218,7 @@ class _Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         self.read_due = asyncio.get_running_loop().time() + READ_SECONDS
         self._protocol.pause_writing()
-        self._connections.record_unread_bytes(self)
+        self._connections.add_unread_bytes(self)
 
     def resume_writing(self) -> None:
         self.read_due = 0.0

@@ -100,7 +100,7 @@ def _redact_tokens(text: str) -> str:
     for tokens in (_tokens, _item_tokens):
         for token, forms in tuple(tokens.items()):
             if not forms:
-                forms = tokens[token] = _list_token_encodings(token)  # noqa: PLW2901 - the same, computed now
+                forms = tokens[token] = _list_token_forms(token)  # noqa: PLW2901 - the same, computed now
             for form in forms:
                 if form in text:
                     found.append(form)  # noqa: PERF401 - a third of the time of a generator
@@ -110,7 +110,7 @@ def _redact_tokens(text: str) -> str:
     return text
 
 
-def _list_token_encodings(token: str) -> Sequence[str]:
+def _list_token_forms(token: str) -> Sequence[str]:
     """Return the forms in which a text may contain the token: plain, quoted and encoded."""
     return list({token, repr(token)[1:-1], json.dumps(token)[1:-1], quote(token, safe="")})
 

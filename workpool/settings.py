@@ -236,11 +236,11 @@ class _ConfigFile(NamedTuple):
     plugins: Mapping[str, Table]
     environments: Mapping[str, Table]
 
-    def list_process_settings(self) -> dict[str, _SourcedValue]:
+    def read_process_settings(self) -> dict[str, _SourcedValue]:
         """Return the settings of the table `[workpool]`."""
         return {name: _SourcedValue(value, str(self.path)) for name, value in self.table.items()}
 
-    def list_environment_settings(self, environment_id: str) -> dict[str, _SourcedValue]:
+    def read_environment_settings(self, environment_id: str) -> dict[str, _SourcedValue]:
         """Return the settings of the table `[workpool.environments.ID]` for this id."""
         table = {**self.environments[environment_id], "environment_id": environment_id}
         origin = self.environment_table_name(environment_id)
@@ -527,7 +527,7 @@ class Settings:
         layer: dict[str, _SourcedValue] = {}
         problems = _find_environment_id_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
-            layer = file.list_environment_settings(given.value)
+            layer = file.read_environment_settings(given.value)
             problems = _find_environment_table_problems(file, given.value)
         self._load_layers(file, (variables, layer, keywords), problems, chosen=bool(given.value))
 
@@ -550,7 +550,7 @@ class Settings:
         for environment_id in process.environment_ids:
             layers = (
                 _read_settings_from_variables(),
-                file.list_environment_settings(environment_id),
+                file.read_environment_settings(environment_id),
                 cls._add_sources_to_keywords(values),
             )
             one = cls.__new__(cls)
@@ -593,7 +593,7 @@ class Settings:
         Raises:
             SettingsError: There are problems, or some settings are wrong.
         """
-        given, more = _merge_setting_layers(file.list_process_settings(), *layers)
+        given, more = _merge_setting_layers(file.read_process_settings(), *layers)
         parsed, wrong = _parse_setting_values(given)
         origins = {name: each.origin for name, each in given.items()}
         problems = [

@@ -66,7 +66,7 @@ async def test_handover_block_is_not_entered_if_heartbeats_cannot_be_suspended()
         nonlocal entered
         renewer = session._held._context.renewer  # type: ignore[attr-defined]  # no test has another way
         # Drop calls to the renewer thread, so that the thread seems to be suspended.
-        renewer.run_on_renewer_loop = lambda *_: None
+        renewer.call_on_renewer_loop = lambda *_: None
         with pytest.raises(LeaseLost):
             async with session.handover():
                 entered = True

@@ -51,7 +51,7 @@ async def block_the_renewer(session):
     def block():
         loop.call_soon_threadsafe(blocked.set)
         time.sleep(3600)
-    renewer.run_on_renewer_loop(block)
+    renewer.call_on_renewer_loop(block)
     await blocked.wait()
     session.log.info("the renewer is blocked")
     await asyncio.sleep(3600)

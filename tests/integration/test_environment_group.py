@@ -254,7 +254,7 @@ def crash_renewer(member: GroupMember) -> None:
 
     view = member.supervisor._view
     assert view is not None
-    view.context.renewer.run_on_renewer_loop(raise_error)
+    view.context.renewer.call_on_renewer_loop(raise_error)
 
 
 async def test_environment_with_many_items_yields_shared_slots_to_environment_that_waits(

@@ -335,7 +335,7 @@ async def test_unexpected_exception_that_ends_pool_is_logged_with_traceback(
     supervisor = await Supervisor(
         make_settings(), plugins=[return_at_once], connect=ClientWithFailingAck
     ).__aenter__()
-    await asyncio.wait({supervisor._get_pool_task()})
+    await asyncio.wait({supervisor._require_pool_task()})
     assert supervisor.status().reasons[0] == "failed: KeyError"
     [record] = [each for each in caplog.records if "pool failed" in each.message]
     assert record.levelname == "CRITICAL"

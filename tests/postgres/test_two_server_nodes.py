@@ -39,7 +39,7 @@ async def nodes(database_url: str) -> AsyncIterator[list[ControlPlaneEngine]]:
             yield nodes
     finally:
         for node in nodes:
-            node.end_all_waits()
+            node.end_waits()
             await node.close()
 
 

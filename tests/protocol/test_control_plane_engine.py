@@ -56,7 +56,7 @@ async def open_engine(
         async with asyncio.timeout(WAIT_SECONDS):
             yield engine
     finally:
-        engine.end_all_waits()
+        engine.end_waits()
         await engine.close()
 
 
@@ -236,7 +236,7 @@ async def test_waiting_poll_wakes_for_new_item(engine: ControlPlaneEngine) -> No
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_call_to_end_all_waits_ends_waiting_poll_and_event_stream(
+async def test_call_to_end_waits_ends_waiting_poll_and_event_stream(
     engine: ControlPlaneEngine,
 ) -> None:
     (item,) = await engine.enqueue(OTHER)
@@ -245,9 +245,9 @@ async def test_call_to_end_all_waits_ends_waiting_poll_and_event_stream(
             engine.long_poll(ENV, Poll("a", 999_000), client_is_never_disconnected)
         )
         stream = group.create_task(engine.wait_for_events(item.session_id, 0, 999.0))
-        # Let both calls wait. The test also passes if they start after `end_all_waits`.
+        # Let both calls wait. The test also passes if they start after `end_waits`.
         await asyncio.sleep(0.05)
-        engine.end_all_waits()
+        engine.end_waits()
     assert poll.result() is None
     assert stream.result() is None
 

@@ -484,7 +484,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "released by silence": [
         SourceEdit(
             "completion:Completion",
-            "self._renewer.send_last_heartbeat(lease, read_release_delay_seconds(release))",
+            "self._renewer.request_last_heartbeat(lease, read_release_delay_seconds(release))",
             "0",
         ),
     ],

@@ -224,7 +224,7 @@ class SimulatedClient(LocalClient):
         """Open the client, read its token, and record the pool's `worker_id`."""
         self._node.worker_id = self.worker_id or ""
         await super().__aenter__()
-        await self._token_source.read_from_source(THREADS)
+        await self._token_source.read_current_credential(THREADS)
         return self
 
     async def poll(

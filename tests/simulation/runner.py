@@ -138,7 +138,7 @@ def metrics_registry() -> CollectorRegistry:
 
 @functools.cache
 def _load_plugins_once(given: tuple[object, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    plugins = loading.load_plugins(given, {})
+    plugins = loading.load_and_check_plugins(given, {})
     return plugins, registry._sort_hooks_by_calling_order(plugins)
 
 
@@ -165,7 +165,7 @@ def _replace_slow_steps_of_pool_start(given: tuple[object, ...]) -> Iterator[Non
     """
     plugins, hooks = _load_plugins_once(given)
     replaced = [
-        (registry, "load_plugins", lambda *_: plugins),
+        (registry, "load_and_check_plugins", lambda *_: plugins),
         (registry, "_sort_hooks_by_calling_order", lambda _: hooks),
         (observer, "_MetricSeries", _get_cached_metric_series),
         (telemetry, "version", _cached_distribution_version),

@@ -43,7 +43,7 @@ class ClaimerTestbed:
         self.acks: list[Exception | None] = []
         context: Any = SimpleNamespace(
             draining=False,
-            seconds_until_redelivery=RECLAIM_SECONDS if window is None else window,
+            redelivery_window_seconds=RECLAIM_SECONDS if window is None else window,
             client=bench.client,
             clock=bench.clock,
             observe=lambda kind, *values: self.events.append(kind(*values)),

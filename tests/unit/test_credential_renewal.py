@@ -44,12 +44,13 @@ async def test_concurrent_readers_of_a_file_share_one_reading(
     source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
         readers = [
-            group.create_task(source.read_from_source(executor_with_four_threads)) for _ in range(3)
+            group.create_task(source.read_current_credential(executor_with_four_threads))
+            for _ in range(3)
         ]
         await asyncio.sleep(0)
         file.may_end.set()
     assert [reader.result() for reader in readers] == ["token 1"] * 3
-    assert await source.read_from_source(executor_with_four_threads) == "token 2"
+    assert await source.read_current_credential(executor_with_four_threads) == "token 2"
 
 
 async def test_credential_reading_shared_by_two_callers_continues_after_one_is_cancelled(
@@ -59,7 +60,8 @@ async def test_credential_reading_shared_by_two_callers_continues_after_one_is_c
     source = CredentialSource(file.read_credential, FILE)
     async with asyncio.TaskGroup() as group:
         first, second = (
-            group.create_task(source.read_from_source(executor_with_four_threads)) for _ in range(2)
+            group.create_task(source.read_current_credential(executor_with_four_threads))
+            for _ in range(2)
         )
         await asyncio.sleep(0)
         first.cancel()
@@ -73,4 +75,4 @@ async def test_credential_source_without_file_is_read_on_the_calling_thread(
 ) -> None:
     thread = threading.get_ident()
     source = CredentialSource(lambda: str(threading.get_ident() == thread), None)
-    assert await source.read_from_source(executor_with_four_threads) == "True"
+    assert await source.read_current_credential(executor_with_four_threads) == "True"

@@ -40,7 +40,7 @@ class DispatcherStandIn:
     def count_unfinished_items(self) -> int:
         return self.running - self.stuck
 
-    async def wait_for_uncounted_run_marks(self, seconds: float) -> None:
+    async def wait_for_release_marks(self, seconds: float) -> None:
         """Return at once: a simulated session does not mark its run in metadata as uncounted."""
 
     def simulate_end_of_sessions(self, count: int = 1) -> None:

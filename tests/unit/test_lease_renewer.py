@@ -285,7 +285,7 @@ async def test_release_of_lease_sends_one_last_heartbeat(testbed: type[LeaseTest
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         await asyncio.sleep(5)
-        one.renewer.send_last_heartbeat(lease, 12.4)
+        one.renewer.request_last_heartbeat(lease, 12.4)
         await asyncio.sleep(300)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 5])
     assert lease.status == "released"
@@ -305,7 +305,7 @@ def test_release_of_lease_during_heartbeat_or_retry_sends_one_last_heartbeat(
             lease = await one.send_first_heartbeat(item)
             one.renewer.request_heartbeat(lease)
             await asyncio.sleep(0.5)
-            one.renewer.send_last_heartbeat(lease, 10)
+            one.renewer.request_last_heartbeat(lease, 10)
             await asyncio.sleep(300)
         assert lease.status == "released"
         ttls = [
@@ -323,7 +323,7 @@ async def test_lease_is_lost_if_heartbeat_that_releases_it_cannot_be_sent(
     one = testbed(heartbeat=[None, *[UNSENT] * 99])
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
-        one.renewer.send_last_heartbeat(lease, 10)
+        one.renewer.request_last_heartbeat(lease, 10)
         await asyncio.sleep(300)
     assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
     assert lease.status == "lost"
@@ -338,7 +338,7 @@ async def test_release_of_ended_lease_sends_no_heartbeat(testbed: type[LeaseTest
         item = await one.claim_item()
         lease = await one.send_first_heartbeat(item)
         lease.end_lease("lost")
-        one.renewer.send_last_heartbeat(lease, 10)
+        one.renewer.request_last_heartbeat(lease, 10)
         await asyncio.sleep(30)
     assert len(one.sent) == 1
 

@@ -287,7 +287,7 @@ async def test_failure_of_renewer_thread_is_fatal_and_ends_all_leases_as_lost(
         renewer.add_lease(later.lease, later)
         assert later.lease.status == "lost"
         # After the end of the renewer thread, these calls must do nothing and raise no error.
-        renewer.send_last_heartbeat(lease, 10)
+        renewer.request_last_heartbeat(lease, 10)
         renewer.remove_lease(lease)
     assert len(testbed.failures) == 1
 
@@ -303,7 +303,7 @@ async def test_exception_in_call_on_renewer_thread_is_fatal(
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
-        renewer.run_on_renewer_loop(raise_error)
+        renewer.call_on_renewer_loop(raise_error)
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert testbed.failures[0].__cause__ is error
         assert testbed.ended == testbed.failures

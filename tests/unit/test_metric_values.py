@@ -47,7 +47,7 @@ def add_amounts_and_get_metric_lines(row: MetricDefinition, amounts: Iterable[fl
     """Add `amounts` to each series of a new metric store; return the lines that it exposes."""
     store = new_metric_store(row, threading.RLock())
     for labels in LABELS:
-        series = store.find_series(labels)
+        series = store.get_or_create_series(labels)
         for amount in amounts:
             series.add(amount)
     return expose_collector_as_lines(store)
@@ -84,7 +84,7 @@ def test_increments_from_four_threads_to_one_series_are_all_counted(row: MetricD
         begin.wait()
         for _ in range(2000):
             with lock:
-                store.find_series(("a", "b")).add(1)
+                store.get_or_create_series(("a", "b")).add(1)
 
     threads = [threading.Thread(target=increment_series_repeatedly) for _ in range(4)]
     for thread in threads:

@@ -121,7 +121,7 @@ def scale(
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(
                 _serve_until_signal(
-                    _serve_scaling_numbers(settings, environments, rule, new_reader)
+                    _serve_fleet_scaling_numbers(settings, environments, rule, new_reader)
                 )
             )
 
@@ -139,7 +139,7 @@ async def _serve_until_signal(serve: Coroutine[Any, Any, None]) -> None:
         log_config.log.info("scale ends", extra={"signal": ending.name if ending else None})
 
 
-async def _serve_scaling_numbers(
+async def _serve_fleet_scaling_numbers(
     settings: Settings,
     environments: Sequence[Settings],
     rule: ReplicaRule,

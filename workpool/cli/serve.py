@@ -197,8 +197,8 @@ async def _serve_until_failed(plane: ControlPlane, shown: str | None, *, as_json
     async with plane:
         hide_token(plane.token)
         typer.echo(_format_startup_line(plane, shown, as_json=as_json))
-        # `wait_for_store_failure` never returns: it raises the error of a store that fails.
-        await plane.engine.wait_for_store_failure()
+        # `wait_for_failure` never returns: it raises the error of a store that fails.
+        await plane.engine.wait_for_failure()
 
 
 def _format_startup_line(plane: ControlPlane, token: str | None, *, as_json: bool) -> str:

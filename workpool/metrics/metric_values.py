@@ -38,8 +38,8 @@ class Series(Protocol):
 class MetricStore(Protocol):
     """The interface of a store that contains all series of one metric."""
 
-    def find_series(self, labels: tuple[str, ...]) -> Series:
-        """Return the series of these label values. A new series begins at 0."""
+    def get_or_create_series(self, labels: tuple[str, ...]) -> Series:
+        """Return the series of these label values; a new series begins at 0."""
 
     def describe(self) -> Iterable[Metric]:
         """Return the name and the type of the metric, without series."""
@@ -80,7 +80,7 @@ class _CounterStore:
         self._lock = lock
         self._series: dict[tuple[str, ...], CounterSeries] = {}
 
-    def find_series(self, labels: tuple[str, ...]) -> CounterSeries:
+    def get_or_create_series(self, labels: tuple[str, ...]) -> CounterSeries:
         return self._series.setdefault(labels, CounterSeries())
 
     def describe(self) -> Iterable[CounterMetricFamily]:
@@ -132,7 +132,7 @@ class _HistogramStore:
         self._names = [*map(str, self._bounds), "+Inf"]
         self._series: dict[tuple[str, ...], HistogramSeries] = {}
 
-    def find_series(self, labels: tuple[str, ...]) -> HistogramSeries:
+    def get_or_create_series(self, labels: tuple[str, ...]) -> HistogramSeries:
         return self._series.setdefault(labels, HistogramSeries(self._bounds))
 
     def describe(self) -> Iterable[HistogramMetricFamily]:
@@ -170,6 +170,6 @@ class _PrometheusStore:
         self.describe = self._metric.describe
         self.collect = self._metric.collect
 
-    def find_series(self, labels: tuple[str, ...]) -> _PrometheusSeries:
+    def get_or_create_series(self, labels: tuple[str, ...]) -> _PrometheusSeries:
         child = self._metric.labels(*labels) if labels else self._metric
         return _PrometheusSeries(child.inc if isinstance(child, Counter) else child.observe)

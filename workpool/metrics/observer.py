@@ -124,7 +124,7 @@ class _MetricSeries(dict["Hashable", "Series"]):
         choices = (self._row.labels[label] or (given[label],) for label in self.labels)
         for values in itertools.product(*choices):
             environment = (self._environment_id,) if ENVIRONMENT in self._row.labels else ()
-            series = self._store.find_series((*environment, *map(str, values)))
+            series = self._store.get_or_create_series((*environment, *map(str, values)))
             self[_make_series_key(values)] = series
 
 

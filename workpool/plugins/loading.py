@@ -66,7 +66,7 @@ class Plugin:
     event_types: frozenset[type[events.Event]] = frozenset()
 
 
-def load_plugins(
+def load_and_check_plugins(
     given: Sequence[object],
     options: Mapping[str, Mapping[str, Any]],
     file: Path | None = None,

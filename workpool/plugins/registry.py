@@ -26,7 +26,7 @@ from workpool.handlers import Handler, callable_name, find_handler_rule, is_asyn
 from workpool.hookspecs import PROJECT, hookimpl
 from workpool.log_fields import pool_logger
 from workpool.plugins.discovery import call_plugin_function
-from workpool.plugins.loading import SPECS, Plugin, load_plugins, make_plugin_handler
+from workpool.plugins.loading import SPECS, Plugin, load_and_check_plugins, make_plugin_handler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,7 +68,7 @@ class _RouteAdapter:
         return None
 
 
-class _LastAdmissionError(NamedTuple):
+class _LastLoggedAdmissionError(NamedTuple):
     """The last error of a plugin's hook `workpool_admission` that was logged.
 
     Attributes:
@@ -93,7 +93,7 @@ class Plugins:
         self.metrics: Callable[[Event], None] | None = None
         # `_reported` and `_failing` need no lock: only the thread of the event loop changes them.
         self._reported: set[tuple[str, str, type[BaseException]]] = set()
-        self._failing: dict[str, _LastAdmissionError] = {}
+        self._failing: dict[str, _LastLoggedAdmissionError] = {}
         self._plugins = plugins
         self._choosers = hooks["workpool_session_handler"]
         self._wrappers = hooks["workpool_wrap_session"]
@@ -121,7 +121,7 @@ class Plugins:
         Raises:
             PluginError: A plugin cannot be used.
         """
-        plugins = load_plugins((*objects, *names), options, file)
+        plugins = load_and_check_plugins((*objects, *names), options, file)
         return cls(plugins, _sort_hooks_by_calling_order(plugins))
 
     @property
@@ -171,7 +171,7 @@ class Plugins:
         last = self._failing.get(plugin)
         if last is not None and (last.text == text or now - last.at < REFUSAL_LOG_SECONDS):
             return False
-        self._failing[plugin] = _LastAdmissionError(text, now)
+        self._failing[plugin] = _LastLoggedAdmissionError(text, now)
         return True
 
     def active_plugins(self) -> tuple[Plugin, ...]:

@@ -55,13 +55,13 @@ class Admission:
 
     Attributes:
         gated: Whether pollers must await `wait_until_claiming_is_allowed` before they poll.
-        refused: The reason of the last plugin that refused; None: no plugin refuses.
+        refusal_reason: The reason of the last plugin that refused; None: no plugin refuses.
         granted_at: The time at which the last pause or refusal ended, on the loop's clock.
     """
 
     def __init__(self, wall: Clock) -> None:
         self.gated = False
-        self.refused: str | None = None
+        self.refusal_reason: str | None = None
         self.granted_at = -math.inf
         self._wall = wall
         self._paused: str | None = None
@@ -124,14 +124,14 @@ class Admission:
         Logs the first refusal, and the first answer without a refusal after it.
         """
         reason = None if self._ask is None else self._ask()
-        refused = None if reason is None else readable(reason, REASON_CHARACTERS)
-        if refused != self.refused:
-            if refused is None:
+        refusal = None if reason is None else readable(reason, REASON_CHARACTERS)
+        if refusal != self.refusal_reason:
+            if refusal is None:
                 log.info("claiming again; no plugin refuses any more")
-            elif self.refused is None:
-                log.warning("claiming nothing, as a plugin refuses", extra={"reason": refused})
-            self.refused = refused
-        return refused
+            elif self.refusal_reason is None:
+                log.warning("claiming nothing, as a plugin refuses", extra={"reason": refusal})
+            self.refusal_reason = refusal
+        return refusal
 
     async def _wait_for_pause_change(self) -> None:
         """Wait until a pause begins or ends, but at most until the next check is due.
@@ -347,8 +347,8 @@ class ExitLimits:
         self._pools[admission] = _IdlePeriod()
         return partial(self._record_poll_result, admission)
 
-    def remove_pool_from_limits(self, admission: Admission) -> None:
-        """Do not check `exit_after_idle` for a pool anymore, because the pool has ended."""
+    def exclude_pool_from_idle_limit(self, admission: Admission) -> None:
+        """Exclude a pool from the check of `exit_after_idle`, because the pool has ended."""
         self._pools.pop(admission, None)
 
     async def wait_for_exit_limit(self) -> Limit:
@@ -366,7 +366,7 @@ class ExitLimits:
     def _record_poll_result(self, admission: Admission, idle: bool) -> None:  # noqa: FBT001 - a callback
         period = self._pools.get(admission)
         if period is None:
-            # The poll ended after `remove_pool_from_limits`, so its result does not count.
+            # The poll ended after `exclude_pool_from_idle_limit`, so its result does not count.
             return
         if not idle:
             period.since = None
@@ -376,7 +376,9 @@ class ExitLimits:
             period.since = now
         period.last = now
         if self._idle is not None and all(
-            each.idle_seconds >= self._idle and pool.pause_reason is None and pool.refused is None
+            each.idle_seconds >= self._idle
+            and pool.pause_reason is None
+            and pool.refusal_reason is None
             for pool, each in self._pools.items()
         ):
             self._record_reached_limit("exit_after_idle")

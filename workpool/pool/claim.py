@@ -105,7 +105,7 @@ class Claimer:
                 result = self._report_ack_refusal(item, error)
             except TransientError as error:
                 repeats = repeats or _AckRetryState(
-                    item.delivered_at + self._context.seconds_until_redelivery
+                    item.delivered_at + self._context.redelivery_window_seconds
                 )
                 options = CallOptions(
                     partial(self._check_ack_not_too_late, repeats), Priority.CLAIM

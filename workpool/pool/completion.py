@@ -186,7 +186,7 @@ class Completion:
         attempt = item.attempt
         if row.metadata == "result" and not item.result:
             if patch := attempt.make_session_end_metadata({}):
-                await self._delete_uncounted_run_mark(item, patch)
+                await self._delete_release_mark(item, patch)
             return row.outcome
         notes = item.result if row.metadata == "result" else self._make_error_metadata(item)
         try:
@@ -213,8 +213,8 @@ class Completion:
             return "failed"
         return row.outcome
 
-    async def _delete_uncounted_run_mark(self, item: PoolItem, patch: Patch) -> None:
-        """Delete the metadata by which a drain has excluded this run from the attempts.
+    async def _delete_release_mark(self, item: PoolItem, patch: Patch) -> None:
+        """Delete the release mark that a drain has written, so that this run counts as an attempt.
 
         A failure is logged; it does not change the outcome of the session.
         """
@@ -228,7 +228,7 @@ class Completion:
             )
 
     async def mark_running_session_as_uncounted(self, item: PoolItem) -> None:
-        """At the beginning of a drain, write metadata that exclude a running session from attempts.
+        """At the beginning of a drain, write the release mark of a running session.
 
         Without this mark, the run would count as an attempt if the process ended before the
         session did. The write is cancelled once the session ends.
@@ -239,12 +239,12 @@ class Completion:
         # When a drain begins, every session sends this write. Its priority is low, so that
         # completions do not wait for all these writes.
         request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
-        await self._write_uncounted_run_mark(item, DRAIN_REASON, request)
+        await self._write_release_mark(item, DRAIN_REASON, request)
 
     async def mark_released_session_as_uncounted(
         self, item: PoolItem, reason: str, seconds: float
     ) -> None:
-        """Write metadata that exclude a released session from the attempts of its item.
+        """Write the release mark of a released session, whose run then does not count.
 
         The write takes `seconds` at most. Writes nothing if another process may own the item.
         """
@@ -252,11 +252,9 @@ class Completion:
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
             # Before the first successful heartbeat another process may own the item: write nothing.
             return
-        await self._write_uncounted_run_mark(item, reason, WRITE._replace(seconds=seconds))
+        await self._write_release_mark(item, reason, WRITE._replace(seconds=seconds))
 
-    async def _write_uncounted_run_mark(
-        self, item: PoolItem, reason: str, request: SendOptions
-    ) -> None:
+    async def _write_release_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
         attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
@@ -304,7 +302,7 @@ class Completion:
                 self._format_release_reason(release),
                 MARK_SECONDS if hurried else MARK_TRY_SECONDS,
             )
-        self._renewer.send_last_heartbeat(lease, read_release_delay_seconds(release))
+        self._renewer.request_last_heartbeat(lease, read_release_delay_seconds(release))
         await item.wait_until(
             lambda: lease.status != "held", lease.remaining_seconds(self._clock())
         )
@@ -331,7 +329,7 @@ def _make_error_for_reason(reason: EndReason | None) -> Exception:
 
 
 def find_completion_actions(item: PoolItem) -> CompletionActions:
-    """Return the row of the completion table for the item's gravest end reason."""
+    """Return the row of the completion table for the item's most severe end reason."""
     if item.reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
     return TABLE[item.reason]

@@ -111,7 +111,7 @@ class Dispatcher:
         )
         self.idle_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
-        self._aside_seconds = context.seconds_until_redelivery - ASIDE_MARGIN_SECONDS
+        self._aside_seconds = context.redelivery_window_seconds - ASIDE_MARGIN_SECONDS
         # Id of a received item → whether the log says that the pool has declined the item.
         self._seen: OrderedDict[str, bool] = OrderedDict()
 
@@ -356,7 +356,7 @@ class Dispatcher:
         running = self._context.queue.running
         return running - sum(item.is_handler_running for item in self.executor.stuck)
 
-    async def wait_for_uncounted_run_marks(self, seconds: float) -> None:
+    async def wait_for_release_marks(self, seconds: float) -> None:
         """Wait until the runs of stuck handlers are marked as not counting towards `max_attempts`.
 
         The wait takes `seconds` at most. Without it, a drain would abandon the items at once and

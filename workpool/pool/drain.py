@@ -96,7 +96,7 @@ class Drain:
         if not clean:
             dispatcher.release_all_items()
             await self._wait_until_items_finished(dispatcher, lambda: until)
-        await dispatcher.wait_for_uncounted_run_marks(until - loop.time())
+        await dispatcher.wait_for_release_marks(until - loop.time())
         abandoned = dispatcher.abandon_items()
         result: DrainResult = "killed" if abandoned else "clean" if clean else "deadline"
         seconds = loop.time() - started

@@ -86,16 +86,18 @@ def _check_result_size(
         return result
     for number, (key, value) in enumerate(result.items(), 1):
         if number > limits.pairs:
-            _raise_result_error(key, "is pair", number, limits.pairs)
+            _raise_result_over_limit(key, "is pair", number, limits.pairs)
         if len(key) > limits.key_characters:
-            _raise_result_error(key, "is a key whose length is", len(key), limits.key_characters)
+            _raise_result_over_limit(
+                key, "is a key whose length is", len(key), limits.key_characters
+            )
         if len(value) > limits.value_characters:
-            _raise_result_error(
+            _raise_result_over_limit(
                 key, "has a value whose length is", len(value), limits.value_characters
             )
     return result
 
 
-def _raise_result_error(key: str, problem: str, size: int, limit: int) -> None:
+def _raise_result_over_limit(key: str, problem: str, size: int, limit: int) -> None:
     text = f"{problem} {size}; the dialect allows {limit}"
     raise ResultError(key, text, size=size, limit=limit)

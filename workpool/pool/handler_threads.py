@@ -71,13 +71,13 @@ class HandlerThreads:
             Release: The machine cannot start a thread.
         """
         async with asyncio.TaskGroup() as group:
-            calls = _LoopCallerForThread(item, group, self._clock)
-            blocking = BlockingSession(session, calls)
+            caller = _LoopCallerForThread(item, group, self._clock)
+            blocking = BlockingSession(session, caller)
             waiting = group.create_task(_interrupt_blocking_session(session, blocking))
             try:
-                outcome = await self._run_handler_on_thread(item, function, blocking, calls)
+                outcome = await self._run_handler_on_thread(item, function, blocking, caller)
             finally:
-                calls.refuse_session_calls()
+                caller.refuse_session_calls()
                 waiting.cancel()
         if not isinstance(outcome, _CaughtHandlerError):
             return outcome
@@ -95,7 +95,7 @@ class HandlerThreads:
         item: PoolItem,
         function: Function,
         blocking: BlockingSession,
-        calls: _LoopCallerForThread,
+        caller: _LoopCallerForThread,
     ) -> object:
         run = functools.partial(copy_context().run, self._wrap_function(item, function), blocking)
         try:
@@ -108,7 +108,7 @@ class HandlerThreads:
                 await asyncio.wait({future})
             except asyncio.CancelledError:
                 blocking.interrupt(cancel=True)
-                calls.cancel_calls()
+                caller.cancel_calls()
                 if item.state == "closed":
                     # A thread cannot be ended from outside, so only stop waiting for it.
                     future.cancel()

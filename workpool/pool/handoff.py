@@ -84,7 +84,7 @@ class HandoffRunner:
         # Stop waiting while enough time is left to send the heartbeat by which this pool takes the
         # item back.
         until = lease.give_up_at - lease.ttl / TAKE_BACK_PART
-        while not (handoff.taken_back or lease.is_over) and (left := until - clock()) > 0:
+        while not (handoff.take_back_requested or lease.is_over) and (left := until - clock()) > 0:
             handoff.changed.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(
@@ -131,10 +131,10 @@ async def hand_off(
     renewer.start_handoff_task(HandoffRunner(item, handoff, renewer).run_handoff, "handoff")
     try:
         yield await _wait_until_handoff_opens(item, handoff, context, sender)
-        renewer.run_on_renewer_loop(handoff.record_child_started)
+        renewer.call_on_renewer_loop(handoff.record_child_started)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     except asyncio.CancelledError:
-        renewer.run_on_renewer_loop(handoff.stop_waiting_for_child)
+        renewer.call_on_renewer_loop(handoff.request_take_back)
         # Do not wait for the end of the handoff, since a cancelled handler must end at once. The
         # session runner waits for it in `finish_handoff`.
         raise
@@ -149,7 +149,7 @@ async def hand_off(
 async def finish_handoff(item: PoolItem, handoff: Handoff, renewer: LeaseRenewer) -> None:
     """Take the item back unless a child has it, and wait until the handoff is closed."""
     if handoff.state != "closed":
-        renewer.run_on_renewer_loop(handoff.stop_waiting_for_child)
+        renewer.call_on_renewer_loop(handoff.request_take_back)
         await _wait_for_handoff_state(item, handoff, "closed", renewer.clock)
     if item.lease.status == "handed_off":
         log.info("handed off", extra={"work_id": item.id})

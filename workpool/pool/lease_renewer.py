@@ -183,21 +183,21 @@ class LeaseRenewer:
         if item is not None and item.handoff is not None:
             # The task that hands the item off waits for answers to heartbeats. Wake this task,
             # because no heartbeat follows anymore.
-            self.run_on_renewer_loop(item.handoff.wake_handoff_task)
+            self.call_on_renewer_loop(item.handoff.wake_handoff_task)
 
     def request_heartbeat(self, lease: Lease) -> None:
-        """Send a heartbeat now for a lease that may be lost."""
-        self.run_on_renewer_loop(
+        """Make the renewer send a heartbeat now for a lease that may be lost."""
+        self.call_on_renewer_loop(
             lambda: self._send_unscheduled_heartbeat(lease, lease.make_heartbeat_due)
         )
 
     def request_lease_check(self) -> None:
-        """Check all leases now, because the machine was paused."""
-        self.run_on_renewer_loop(self._look_now.set)
+        """Make the renewer check all leases now, because the machine was paused."""
+        self.call_on_renewer_loop(self._look_now.set)
 
-    def send_last_heartbeat(self, lease: Lease, delay: float) -> None:
+    def request_last_heartbeat(self, lease: Lease, delay: float) -> None:
         """Release an item: one last heartbeat makes its lease end after `delay` seconds."""
-        self.run_on_renewer_loop(
+        self.call_on_renewer_loop(
             lambda: self._send_unscheduled_heartbeat(
                 lease, functools.partial(lease.schedule_last_heartbeat, delay=delay)
             )
@@ -207,10 +207,10 @@ class LeaseRenewer:
         self, work: Callable[[], Coroutine[object, object, None]], name: str
     ) -> None:
         """Run the coroutine of a handoff in a task on the renewer's loop."""
-        self.run_on_renewer_loop(lambda: self._group.create_task(work(), name=name))
+        self.call_on_renewer_loop(lambda: self._group.create_task(work(), name=name))
 
-    def run_on_renewer_loop(self, callback: Callable[[], object]) -> None:
-        """Run a callback on the renewer's loop."""
+    def call_on_renewer_loop(self, callback: Callable[[], object]) -> None:
+        """Schedule a callback on the renewer's loop."""
         self._schedule_on_renewer_loop(self._run_submitted_callback, callback)
 
     def held_leases(self) -> list[Lease]:
@@ -367,7 +367,7 @@ class LeaseRenewer:
             task.cancel()
 
     def _call_on_handlers_loop(self, callback: Callable[[], object]) -> None:
-        """Run `callback` on the handlers' loop."""
+        """Schedule a callback on the handlers' loop."""
         # If the handlers' loop is closed, the call is not needed anymore.
         with contextlib.suppress(RuntimeError):
             self._handlers_loop.call_soon_threadsafe(callback)

@@ -58,7 +58,7 @@ class PoolContext:
     draining: bool = False
 
     @property
-    def seconds_until_redelivery(self) -> float:
+    def redelivery_window_seconds(self) -> float:
         """Seconds from the delivery of an unacknowledged item to its delivery to another worker."""
         window = self.settings.reclaim_older_than_ms
         return (RECLAIM_OLDER_THAN_MS if window is None else window) / 1000

@@ -105,7 +105,7 @@ class Handoff:
         last_heartbeat: The value that the child's first heartbeat must expect, once open.
         ttl: The TTL in seconds of the pool's last heartbeat, once open.
         child_expected: Whether the child was started.
-        taken_back: Whether the wait for a child has ended and the item is taken back.
+        take_back_requested: Whether the pool is to stop waiting for a child and take the item back.
         changed: Set at every change, and when a heartbeat was answered or the lease has ended.
     """
 
@@ -113,7 +113,7 @@ class Handoff:
         self.state: Literal["asked", "open", "closed"] = "asked"
         self.last_heartbeat = ""
         self.ttl = 0
-        self.child_expected = self.taken_back = False
+        self.child_expected = self.take_back_requested = False
         self.changed = asyncio.Event()
 
     def wake_handoff_task(self) -> None:
@@ -125,9 +125,9 @@ class Handoff:
         self.child_expected = True
         self.changed.set()
 
-    def stop_waiting_for_child(self) -> None:
-        """Let the handoff's task stop waiting for a child and take the item back."""
-        self.taken_back = True
+    def request_take_back(self) -> None:
+        """Make the handoff's task stop waiting for a child and take the item back."""
+        self.take_back_requested = True
         self.changed.set()
 
 
@@ -157,7 +157,7 @@ class PoolItem:
         mark_task: Writes the mark of a drain while the handler runs, if a drain has begun.
         handoff: The last attempt to hand the item off.
         handler_task: Runs the handler, from its start.
-        cancelled_for: The gravest reason for which the handler was cancelled.
+        cancelled_for: The most severe reason for which the handler was cancelled.
         cancelled_at: The time of the handler's cancellation, on the loop's clock; infinite: none is
             planned. A drain has a deadline of its own.
         timer: Cancels the handler later, or repeats a cancellation that the handler ignores.
@@ -221,7 +221,7 @@ class PoolItem:
         self.counted = False
         self.state: ItemState = "delivered"
         self.reason: EndReason | None = None
-        """The gravest reason so far; None while nothing ends the session."""
+        """The most severe reason so far; None while nothing ends the session."""
         self.session: Session | None = None
         self.task: asyncio.Task[None] | None = None
         self.mark_task: asyncio.Task[None] | None = None

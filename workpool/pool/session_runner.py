@@ -247,7 +247,7 @@ class SessionRunner:
         self.unstarted = 0
         await self._executor.run_handler(item, handler, session)
         if item.mark_task is not None:
-            await _wait_for_uncounted_run_mark(item.mark_task)
+            await _wait_for_release_mark(item.mark_task)
         if item.handoff is not None:
             await finish_handoff(item, item.handoff, self._context.renewer)
         item.add_end_reason(item.find_end_reason_of_lease(self._context.clock()))
@@ -382,8 +382,8 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
     log.info("session ended", extra=fields | session.trace_fields)
 
 
-async def _wait_for_uncounted_run_mark(task: asyncio.Task[None]) -> None:
-    """Wait briefly for the metadata write that a drain has begun, then cancel it.
+async def _wait_for_release_mark(task: asyncio.Task[None]) -> None:
+    """Wait briefly for the release mark that a drain writes, then cancel the write.
 
     If it were applied after the metadata of the completion, it would overwrite them.
     """
@@ -448,7 +448,7 @@ class PoolSessionBackend:
         optional = self._context.optional
         written = await optional.send_optional_call(
             "update",
-            lambda: self._send_session_request(
+            lambda: self._send_request_of_handler(
                 lambda options, seconds: client.update_metadata(
                     work_id, patch, timeout=seconds, options=options
                 ),
@@ -466,7 +466,7 @@ class PoolSessionBackend:
 
     async def run_write_call(self, call: Callable[[CallOptions], Awaitable[T]]) -> T:
         """Make a call that writes to the session, with retries for `EVENTS_SECONDS`."""
-        sent = await self._send_session_request(lambda options, _: call(options), EVENTS_SECONDS)
+        sent = await self._send_request_of_handler(lambda options, _: call(options), EVENTS_SECONDS)
         self.progress()
         return sent
 
@@ -476,7 +476,7 @@ class PoolSessionBackend:
         """Await a call that reads the session, while the lease is held and the handler runs."""
         return await self._sender.await_call_while_leased(self._item, call, seconds)
 
-    async def _send_session_request(
+    async def _send_request_of_handler(
         self,
         call: Callable[[CallOptions, float], Awaitable[T]],
         seconds: float,

@@ -146,7 +146,7 @@ class PoolView:
         admission, limits = self.context.admission, self.limits
         return {
             "pause": admission.pause_reason is not None,
-            "plugin": admission.refused is not None,
+            "plugin": admission.refusal_reason is not None,
             "limit": limits is not None and limits.reached is not None,
         }
 
@@ -174,7 +174,7 @@ class PoolView:
     def paused(self) -> bool:
         """Whether a pause or the refusal of a plugin keeps the pool from claiming."""
         admission = self.context.admission
-        return (admission.pause_reason, admission.refused) != (None, None)
+        return (admission.pause_reason, admission.refusal_reason) != (None, None)
 
     @property
     def idle_seconds(self) -> float:
@@ -198,7 +198,7 @@ class PoolView:
             yield f"ending: {self.limits.reached}"
         if (paused := self.context.admission.pause_reason) is not None:
             yield f"paused: {paused}"
-        if (refused := self.context.admission.refused) is not None:
+        if (refused := self.context.admission.refusal_reason) is not None:
             yield f"refused: {refused}"
 
     def _find_problems_for_operator(self) -> Iterator[str]:

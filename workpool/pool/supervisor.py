@@ -234,7 +234,7 @@ class Supervisor:
         Raises:
             RuntimeError: Called by a handler, for whose end the drain would wait.
         """
-        root = self._get_pool_task()
+        root = self._require_pool_task()
         if _RUNNING_IN.get() is self:
             raise RuntimeError(
                 "a handler cannot wait for the drain, which waits for the handler; "
@@ -505,7 +505,7 @@ class Supervisor:
         try:
             await self._drain.requested.wait()
         finally:
-            self._limits.remove_pool_from_limits(self._admission)
+            self._limits.exclude_pool_from_idle_limit(self._admission)
             dispatcher.forget_waiting_items()
 
     async def _end_pool_at_exit_limit(
@@ -537,7 +537,7 @@ class Supervisor:
         """Return a context manager that adds the pool's ids to the log records made inside it."""
         return pool_log_ids_context(self.log_ids)
 
-    def _get_pool_task(self) -> asyncio.Task[None]:
+    def _require_pool_task(self) -> asyncio.Task[None]:
         if self._root is None:
             raise RuntimeError(_NOT_STARTED)
         return self._root
@@ -547,7 +547,7 @@ class Supervisor:
 
         Once all sessions have ended, the wait takes `CLOSE_SECONDS` at most.
         """
-        root = self._get_pool_task()
+        root = self._require_pool_task()
         await self._served.wait()
         # If the task is done, do not call `asyncio.wait`: it would yield to the loop once, and a
         # cancellation could be raised at that point.

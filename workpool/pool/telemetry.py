@@ -46,7 +46,7 @@ log = pool_logger(__name__)
 Ts = TypeVarTuple("Ts")
 
 
-def _log_poll(result: PollResult, seconds: float) -> None:
+def _log_poll_end(result: PollResult, seconds: float) -> None:
     log.debug("poll ended", extra={"result": result, "seconds": round(seconds, 3)})
 
 
@@ -54,26 +54,26 @@ def _log_received_item(item: WorkItem, origin: Origin, _: float | None) -> None:
     log.debug("item received", extra={"work_id": item.id, "origin": origin})
 
 
-def _log_ack(item: WorkItem, result: CallResult, _: float, seconds: float) -> None:
+def _log_ack_end(item: WorkItem, result: CallResult, _: float, seconds: float) -> None:
     log.debug(
         "ack ended", extra={"work_id": item.id, "result": result, "seconds": round(seconds, 3)}
     )
 
 
-def _log_heartbeat(item: WorkItem, result: HeartbeatResult, _: float) -> None:
+def _log_heartbeat_end(item: WorkItem, result: HeartbeatResult, _: float) -> None:
     log.debug("heartbeat ended", extra={"work_id": item.id, "result": result})
 
 
-def _log_item_stop(item: WorkItem, mode: StopMode, result: CallResult) -> None:
+def _log_stop_end(item: WorkItem, mode: StopMode, result: CallResult) -> None:
     log.debug("stop ended", extra={"work_id": item.id, "mode": mode, "result": result})
 
 
 LOGGED: Final[tuple[tuple[type[Event], Callable[..., None]], ...]] = (
-    (PollFinished, _log_poll),
+    (PollFinished, _log_poll_end),
     (ItemReceived, _log_received_item),
-    (AckFinished, _log_ack),
-    (HeartbeatFinished, _log_heartbeat),
-    (StopFinished, _log_item_stop),
+    (AckFinished, _log_ack_end),
+    (HeartbeatFinished, _log_heartbeat_end),
+    (StopFinished, _log_stop_end),
 )
 """The events that are logged at level DEBUG; each function takes the values of their fields."""
 

@@ -295,7 +295,7 @@ class ControlPlane:
         )
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        stack.callback(self.engine.end_all_waits)
+        stack.callback(self.engine.end_waits)
         server = await asyncio.get_running_loop().create_server(
             connections.protocol_factory(runner.server),
             sock=bound,

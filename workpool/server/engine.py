@@ -43,10 +43,10 @@ class ControlPlaneEngine(Protocol):
     async def close(self) -> None:
         """Close everything that `open` opened, if anything is open."""
 
-    async def wait_for_store_failure(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until the store fails permanently; then raise `StoreError`."""
 
-    def end_all_waits(self) -> None:
+    def end_waits(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
 
     async def require_self_hosted_environment(self, environment_id: str) -> None:

@@ -60,13 +60,13 @@ class MemoryIndexEngine:
         """Close the store."""
         await self._operations.close()
 
-    async def wait_for_store_failure(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until the store can no longer save anything; then raise `StoreError`."""
-        await self._operations.wait_for_store_failure()
+        await self._operations.wait_for_failure()
 
-    def end_all_waits(self) -> None:
+    def end_waits(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
-        self._operations.end_all_waits()
+        self._operations.end_waits()
 
     async def _call_and_wait_until_durable(
         self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs

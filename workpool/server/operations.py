@@ -131,7 +131,7 @@ class Operations:
         """Wait until all changes made before this call survive a crash. Raises `StoreError`."""
         await self._store.wait_until_durable()
 
-    async def wait_for_store_failure(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until the store can no longer save anything; then raise `StoreError`."""
         await self._store.wait_for_failure()
 
@@ -139,10 +139,10 @@ class Operations:
         """Close the store."""
         await self._store.close()
 
-    def end_all_waits(self) -> None:
+    def end_waits(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._closing = True
-        self.sessions.end_all_waits()
+        self.sessions.end_waits()
         self.wake_all_polls()
 
     def wake_all_polls(self) -> None:
@@ -151,7 +151,7 @@ class Operations:
             queue.waiting.wake_polls(len(queue.waiting))
 
     @property
-    def time_of_latest_call(self) -> int:
+    def latest_time(self) -> int:
         """The time of the latest call in microseconds. No record of the history is newer."""
         return self._latest
 

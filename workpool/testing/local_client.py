@@ -164,10 +164,12 @@ class LocalClient:
 
         async def receive_answer() -> Response | NoAnswer:
             await asyncio.sleep(fault.wait + fault.request_delay)
-            self._call_before_callback(request, fault)
+            self._run_callback_before_arrival(request, fault)
             item = None
             if fault.applied:
-                item = await self._operations.long_poll(self._environment_id, poll, _is_client_gone)
+                item = await self._operations.long_poll(
+                    self._environment_id, poll, _client_is_never_gone
+                )
             answer = run_operation_with_fault(
                 fault, lambda: None if item is None else QODER.item_json(item)
             )
@@ -334,7 +336,7 @@ class LocalClient:
         self._record_sent_call(endpoint.op, work_id, fault)
 
         def deliver_request() -> None:
-            self._call_before_callback(request, fault)
+            self._run_callback_before_arrival(request, fault)
             answer = run_operation_with_fault(fault, run_operation)
             if answer != "silence":
                 loop.call_later(compute_answer_delay(fault, answer), deliver_answer, answer)
@@ -396,7 +398,7 @@ class LocalClient:
     def _fault_for_request(self, request: Request) -> Fault:
         return (self._faults(request) if self._faults else None) or NO_FAULT
 
-    def _call_before_callback(self, request: Request, fault: Fault) -> None:
+    def _run_callback_before_arrival(self, request: Request, fault: Fault) -> None:
         if fault.before is not None:
             fault.before(self._environment_id, request.work_id)
 
@@ -450,5 +452,5 @@ def _make_operation_response(run_operation: Callable[[], object]) -> Response:
         return Response(refusal.status, {}, orjson.dumps(refusal.to_envelope()))
 
 
-def _is_client_gone() -> bool:
+def _client_is_never_gone() -> bool:
     return False

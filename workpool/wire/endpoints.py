@@ -170,7 +170,7 @@ def _require_json_object(obj: object) -> dict[str, Any]:
     raise ValueError("not an object")
 
 
-def _extract_page_rows(page: dict[str, Any]) -> list[object]:
+def _require_page_rows(page: dict[str, Any]) -> list[object]:
     data = page.get("data")
     if isinstance(data, list):
         return data
@@ -193,7 +193,7 @@ def _parse_next_page_token(page: dict[str, Any]) -> str | None:
 
 def _parse_item_page(obj: object) -> ItemPage:
     page = _require_json_object(obj)
-    items = [parse_item(row) for row in _extract_page_rows(page)]
+    items = [parse_item(row) for row in _require_page_rows(page)]
     return ItemPage(items, _parse_next_page_token(page), page.get("selected") is True)
 
 
@@ -210,7 +210,7 @@ def parse_event(obj: object) -> SessionEvent:
 def _parse_event_page(obj: object) -> EventPage:
     page = _require_json_object(obj)
     return EventPage(
-        [parse_event(row) for row in _extract_page_rows(page)], _parse_next_page_token(page)
+        [parse_event(row) for row in _require_page_rows(page)], _parse_next_page_token(page)
     )
 
 
@@ -218,7 +218,7 @@ def _parse_stored_events(obj: object) -> list[SessionEvent]:
     page = {} if obj is NO_CONTENT else _require_json_object(obj)
     # In the anthropic dialect, the answer may have no `data`, and so not name the stored events.
     return (
-        [] if page.get("data") is None else [parse_event(row) for row in _extract_page_rows(page)]
+        [] if page.get("data") is None else [parse_event(row) for row in _require_page_rows(page)]
     )
 
 

@@ -180,7 +180,7 @@ def _parse_heartbeat_without_extension(obj: object) -> Heartbeat:
     """
     get = _require_json_object("heartbeat", obj).get
     extended = _require_flag("lease_extended", get("lease_extended"))
-    state = _parse_item_state(get("state"))
+    state = _require_item_state(get("state"))
     last_heartbeat, ttl_seconds = get("last_heartbeat"), get("ttl_seconds")
     over = not extended or state == protocol.STOPPED
     return Heartbeat(
@@ -277,7 +277,7 @@ def _parse_sessions_token(secret: object) -> Secret | None:
     return Secret(token)
 
 
-def _parse_item_state(value: object) -> State:
+def _require_item_state(value: object) -> State:
     if value in protocol.STATES:
         return value
     raise ValueError("state: not one of the protocol's five")

@@ -64,15 +64,15 @@ class PostgresEngine(ReadCalls, RetentionCalls):
             await asyncio.wait([running])
         await self._pool.close()
 
-    async def wait_for_store_failure(self) -> None:
+    async def wait_for_failure(self) -> None:
         """Wait until a background task fails. An unavailable database does not make a task fail."""
         if self._running is not None:
             await asyncio.shield(self._running)
 
-    def end_all_waits(self) -> None:
+    def end_waits(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._closing = True
-        self._hub.end_all_waits()
+        self._hub.end_waits()
 
     async def _run_background_tasks(self) -> None:
         """Run the notification hub and the sweeper until cancelled."""

@@ -73,7 +73,7 @@ class MemoryStore:
     """A store that saves nothing: its content is lost when the process ends."""
 
     async def open(self) -> StoreContents:
-        """Return `StoreContents` without rows, because a new store has saved nothing."""
+        """Return `StoreContents` without rows, because this store saves nothing."""
         return StoreContents()
 
     def transaction(self) -> AbstractContextManager[object]:

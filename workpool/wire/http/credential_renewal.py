@@ -24,7 +24,7 @@ class CredentialSource:
         self._path = path
         self._reading: asyncio.Future[str | None] | None = None
 
-    async def read_from_source(self, executor: Executor) -> str | None:
+    async def read_current_credential(self, executor: Executor) -> str | None:
         """Read and return the credential; concurrent calls share one read of the file.
 
         A file may be on a disk that does not answer, so it is read on a thread of the executor, and

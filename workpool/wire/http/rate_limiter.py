@@ -71,7 +71,7 @@ class _WaiterQueue:
                 return waiters[0]
         return None
 
-    def must_new_call_wait(self, priority: Priority) -> bool:
+    def new_call_must_wait(self, priority: Priority) -> bool:
         """Return whether a new call of this priority must wait behind a call that waits already."""
         first = self.find_first_waiter()
         return first is not None and (priority, first.priority) not in _OVERTAKES
@@ -119,7 +119,7 @@ class RateLimiter:
     def try_acquire(self, priority: Priority = Priority.HANDLER) -> bool:
         """Take a token and return True, or return False if the call would have to wait."""
         with self._lock:
-            return not self._line.must_new_call_wait(priority) and self._take_token() == 0
+            return not self._line.new_call_must_wait(priority) and self._take_token() == 0
 
     async def acquire(self, priority: Priority = Priority.HANDLER) -> None:
         """Take a token. If none is left, wait for one in the order of the priorities.

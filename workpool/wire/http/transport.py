@@ -389,7 +389,7 @@ class Transport:
         result = "error"
         try:
             async with asyncio.timeout(until - time.monotonic()):
-                token = await self._source.read_from_source(self._threads) or self._token
+                token = await self._source.read_current_credential(self._threads) or self._token
             result = "ok"
         except (SettingsError, TimeoutError):
             return False
