@@ -10,7 +10,7 @@ import pytest
 from workpool import LeaseLost, Session, handler
 from workpool.events import HeartbeatFinished, ItemReclaimed, SessionFinished, SessionStarted
 from workpool.pool import supervisor
-from workpool.pool.lease import lease_clock
+from workpool.pool.machine_pauses import lease_clock
 from workpool.testing import Hold, garbled, lost, reset, status
 from workpool.wire.client import WorkClient
 

@@ -13,7 +13,7 @@ import pytest
 from workpool.errors import LeaseLost
 from workpool.events import AckFinished
 from workpool.pool.claim import Claimer
-from workpool.pool.lease import MachinePauseDetector
+from workpool.pool.machine_pauses import MachinePauseDetector
 from workpool.pool.pool_item import PoolItem
 from workpool.secret import Secret
 from workpool.testing.fault import Fault

@@ -18,8 +18,9 @@ from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
 from workpool.pool import diagnostics, lease_renewer
 from workpool.pool.diagnostics import LoopMonitor
 from workpool.pool.item_requests import HeartbeatSender
-from workpool.pool.lease import Lease, MachinePauseDetector, lease_clock
+from workpool.pool.lease import Lease
 from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
+from workpool.pool.machine_pauses import MachinePauseDetector, lease_clock
 from workpool.pool.pool_item import PoolItem
 from workpool.server import Operations
 from workpool.testing.bounded_wait import BoundedCondition

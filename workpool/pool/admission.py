@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from workpool.handlers import Handler
-    from workpool.pool.lease import Clock
+    from workpool.pool.machine_pauses import Clock
     from workpool.pool.pool_item import OwnedItems, PoolItem
     from workpool.session import Outcome
     from workpool.settings import Settings

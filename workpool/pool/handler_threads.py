@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from contextlib import AbstractAsyncContextManager
 
-    from workpool.pool.lease import Clock
+    from workpool.pool.machine_pauses import Clock
     from workpool.pool.pool_item import PoolItem
     from workpool.session import Session
 

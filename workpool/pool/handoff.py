@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from workpool.pool.item_requests import ItemSender
-    from workpool.pool.lease import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
+    from workpool.pool.machine_pauses import Clock
     from workpool.pool.pool_context import PoolContext
     from workpool.pool.pool_item import PoolItem
 

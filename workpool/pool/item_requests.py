@@ -30,7 +30,7 @@ from workpool.errors import (
 from workpool.events import HeartbeatFinished
 from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls, read_or_find_item
-from workpool.pool.lease import PAUSE_SECONDS
+from workpool.pool.machine_pauses import PAUSE_SECONDS
 from workpool.wire.http.call_options import CallOptions, Priority
 from workpool.wire.http.timeouts import TimeLimit
 
@@ -39,13 +39,8 @@ if TYPE_CHECKING:
 
     from workpool.errors import ControlPlaneError
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.lease import (
-        Clock,
-        HeartbeatAttempt,
-        HeartbeatDecision,
-        Lease,
-        MachinePauseDetector,
-    )
+    from workpool.pool.lease import HeartbeatAttempt, HeartbeatDecision, Lease
+    from workpool.pool.machine_pauses import Clock, MachinePauseDetector
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import EventReporter
     from workpool.wire.items import Heartbeat, WorkItem

@@ -1,24 +1,15 @@
-"""The deadlines and the status of one item's lease, and the clocks that measure them.
+"""The deadlines and the status of one item's lease.
 
 `Lease` reads no clock and awaits nothing: each method gets the time. One thread writes a lease at
 a time: the handlers' loop until the first heartbeat has succeeded, the lease renewer from then on.
-Any thread may read `status`, `deadline` and the flags.
-
-Event loop clocks stop while a machine sleeps; the control plane's does not. Deadlines therefore use
-a clock that counts sleep: a worker that wakes must notice that its leases are lost before it sends
-anything. A paused, restored or cloned virtual machine stops that clock too; there, only the wall
-clock shows that time has passed.
-See workpool/docs/architecture.md, "The arithmetic of a lease" and "Clocks".
+Any thread may read `status`, `deadline` and the flags. Deadlines are times on the lease clock of
+`machine_pauses.py`. See workpool/docs/architecture.md, "The arithmetic of a lease".
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import random
-import sys
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from workpool.errors import (
@@ -32,6 +23,7 @@ from workpool.pool.heartbeat_errors import (
     classify_heartbeat_error,
     classify_item_read_error,
 )
+from workpool.pool.machine_pauses import PAUSE_SECONDS
 from workpool.settings import lease_margin
 from workpool.wire.items import Heartbeat
 from workpool.wire.protocol import (
@@ -49,65 +41,6 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from workpool.events import HeartbeatResult, LossReason
     from workpool.wire.items import WorkItem
-
-Clock = Callable[[], float]
-"""Seconds on a monotonic clock; only differences mean anything."""
-
-PAUSE_SECONDS = 2.0
-"""The machine counts as paused if the two clocks moved apart by this many seconds."""
-
-
-def choose_suspend_aware_clock() -> Clock:
-    """Return this platform's monotonic clock that goes on while the machine sleeps.
-
-    The result is the platform's own function: a wrapper would cost some forty calls for each
-    item.
-    """
-    if hasattr(time, "CLOCK_BOOTTIME"):  # Only Linux has this clock.
-        return functools.partial(time.clock_gettime, time.CLOCK_BOOTTIME)
-    if sys.platform == "darwin":  # On macOS, `time.monotonic` stands still during sleep.
-        return functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
-    return time.monotonic
-
-
-lease_clock: Clock = choose_suspend_aware_clock()
-"""Seconds on a clock that counts sleep, since an arbitrary moment."""
-wall_clock: Clock = time.time  # noqa: TID251 - compared with the lease clock, never a deadline
-"""Seconds since 1970 on the clock that people and time servers set."""
-
-
-class MachinePauseDetector:
-    """Detects pauses of the machine, in which the wall clock runs and the lease clock does not.
-
-    May be used on any thread.
-    """
-
-    def __init__(self, clock: Clock, wall: Clock = wall_clock) -> None:
-        self._clock = clock
-        self._wall = wall
-
-    def wall_clock_offset(self, now: float | None = None) -> float:
-        """Return the seconds by which the wall clock is ahead of the lease clock.
-
-        `now` is the lease clock's time if the caller has just read it.
-        """
-        return self._wall() - (self._clock() if now is None else now)
-
-    def was_machine_paused(self, since: float, now: float | None = None) -> bool:
-        """Return whether the machine was paused after an earlier call of `wall_clock_offset`.
-
-        `since` is the value that this call returned.
-        """
-        return abs(self.seconds_missed_by_lease_clock(since, now)) >= PAUSE_SECONDS
-
-    def seconds_missed_by_lease_clock(self, since: float, now: float | None = None) -> float:
-        """Return by how many seconds the wall clock has got ahead of the lease clock.
-
-        The time is measured from the call in which `wall_clock_offset` returned `since`. The result
-        is negative if the wall clock was set back.
-        """
-        return self._wall() - (self._clock() if now is None else now) - since
-
 
 RENEW_PART, JITTER = 3, 0.1
 """The parts that set the time of a renewal: a third of the TTL, less up to a tenth of that.

@@ -26,14 +26,15 @@ from workpool.log_fields import pool_logger
 from workpool.pool.call_permissions import OptionalCalls
 from workpool.pool.diagnostics import LoopMonitor, log_on_new_thread
 from workpool.pool.item_requests import HeartbeatSender
-from workpool.pool.lease import PAUSE_SECONDS, MachinePauseDetector
+from workpool.pool.machine_pauses import PAUSE_SECONDS, MachinePauseDetector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.lease import Clock, Lease
+    from workpool.pool.lease import Lease
+    from workpool.pool.machine_pauses import Clock
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import EventReporter
     from workpool.settings import Settings

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from workpool.pool.admission import Admission
 from workpool.pool.call_permissions import OptionalCalls
-from workpool.pool.lease import wall_clock
+from workpool.pool.machine_pauses import wall_clock
 from workpool.wire.protocol import RECLAIM_OLDER_THAN_MS
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from workpool.pool.bounded_queue import BoundedQueue
     from workpool.pool.client_protocol import ClientProtocol
     from workpool.pool.handler_threads import HandlerThreads
-    from workpool.pool.lease import Clock
     from workpool.pool.lease_renewer import LeaseRenewer
+    from workpool.pool.machine_pauses import Clock
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.telemetry import EventReporter
     from workpool.settings import Settings

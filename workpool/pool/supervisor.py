@@ -29,8 +29,8 @@ from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, await_despite_cancellation
 from workpool.pool.handler_executor import open_handler_task_group
 from workpool.pool.handler_threads import HandlerThreads
-from workpool.pool.lease import lease_clock, wall_clock
 from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
+from workpool.pool.machine_pauses import lease_clock, wall_clock
 from workpool.pool.poller import Poller, PollerGroup
 from workpool.pool.pool_context import PoolContext
 from workpool.pool.status import PoolView, Status, compute_worker_scaling_numbers, read_remote_stats
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from workpool.errors import LeaseRenewerError
     from workpool.exporter import Exporter
     from workpool.pool.client_protocol import ClientProtocol
-    from workpool.pool.lease import Clock
     from workpool.pool.live_status import Counts
+    from workpool.pool.machine_pauses import Clock
     from workpool.pool.pool_item import PoolItem
     from workpool.pool.shared_slots import SharedPoolResources
     from workpool.settings import Settings

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from workpool.pool.lease import (
+from workpool.pool.machine_pauses import (
     PAUSE_SECONDS,
     MachinePauseDetector,
     choose_suspend_aware_clock,
