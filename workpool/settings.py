@@ -13,14 +13,20 @@ import difflib
 import os
 import re
 import socket
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import orjson
 from yarl import URL
 
+from workpool.config_file import (
+    ConfigFile,
+    SourcedValue,
+    append_setting_sources,
+    find_environment_id_problems,
+    find_environment_table_problems,
+    read_config_file,
+)
 from workpool.errors import SettingsError
 from workpool.setting_values import (
     checked_text_parser,
@@ -44,6 +50,7 @@ from workpool.wire.http.tls import tls_context
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
     from typing import Self
 
     from workpool.secret import Secret
@@ -57,13 +64,6 @@ SERVE_VARIABLE: Final = "WORKPOOL_SERVE_TOKEN"
 """Read by `workpool serve`, whose shell often has the settings of a worker, too."""
 PORT_MAX: Final = 65535
 OFF: Final = "off"
-PROCESS_SETTINGS: Final = frozenset(
-    {
-        *("metrics_listen", "live_page_ids", "log_level", "log_format", "control_socket"),
-        *("exit_after_sessions", "exit_after_idle", "exit_after_uptime", "max_block"),
-    }
-)
-"""Settings of a process, which the table of an environment may not hold."""
 SOCKET_PATH_BYTES: Final = 100
 """Largest length of the path of a Unix socket; systems allow 104 to 108."""
 DEFAULT_READ_RATE: Final = 50.0
@@ -190,18 +190,6 @@ def _default_worker_name() -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname())[:64].strip("-") or "worker"
 
 
-class _SourcedValue(NamedTuple):
-    """The value of a setting, with the place that it comes from.
-
-    Attributes:
-        value: The value.
-        origin: The variable, file or flag, as errors name it; empty for a keyword argument.
-    """
-
-    value: object
-    origin: str
-
-
 @dataclass(frozen=True, slots=True)
 class _Sources:
     """The sources of the settings, and the environments and plugin tables of the TOML file.
@@ -219,53 +207,6 @@ class _Sources:
         default_factory=dict, repr=False
     )
     environment_ids: tuple[str, ...] = ()
-
-
-class _ConfigFile(NamedTuple):
-    """The content of the TOML file: the table `[workpool]` and its sub-tables.
-
-    Attributes:
-        path: The path of the file; None without a file.
-        table: The table `[workpool]` without its sub-tables.
-        plugins: The tables `[workpool.plugin.NAME]`, by name.
-        environments: The tables `[workpool.environments.ID]`, by id.
-    """
-
-    path: Path | None
-    table: Table
-    plugins: Mapping[str, Table]
-    environments: Mapping[str, Table]
-
-    def read_process_settings(self) -> dict[str, _SourcedValue]:
-        """Return the settings of the table `[workpool]`."""
-        return {name: _SourcedValue(value, str(self.path)) for name, value in self.table.items()}
-
-    def read_environment_settings(self, environment_id: str) -> dict[str, _SourcedValue]:
-        """Return the settings of the table `[workpool.environments.ID]` for this id."""
-        table = {**self.environments[environment_id], "environment_id": environment_id}
-        origin = self.environment_table_name(environment_id)
-        return {
-            name: _SourcedValue(value, origin) for name, value in table.items() if name != "plugin"
-        }
-
-    def environment_table_name(self, environment_id: str) -> str:
-        """Return the text that names an environment's TOML table in error messages."""
-        return f"{self.path} [workpool.environments.{environment_id}]"
-
-    def plugin_tables(self, plugins: Iterable[str]) -> Mapping[str, Table]:
-        """Return the tables `[workpool.plugin.NAME]` for one environment, which runs `plugins`.
-
-        A table is left out if only other environments run its plugin: this environment would refuse
-        it as a table of no active plugin.
-        """
-        given = [table.get("plugins") for table in (self.table, *self.environments.values())]
-        elsewhere = {name for each in given for name in _find_plugin_table_names(each)}
-        here = _find_plugin_table_names(tuple(plugins))
-        return {
-            name: table
-            for name, table in self.plugins.items()
-            if name in here or name not in elsewhere or not self.environments
-        }
 
 
 Level = Literal["debug", "info", "warning", "error", "critical"]
@@ -523,12 +464,12 @@ class Settings:
     def __init__(self, *, config: str | os.PathLike[str] | None = None, **values: Any) -> None:
         file = self._read_file(config)
         variables, keywords = _read_settings_from_variables(), self._add_sources_to_keywords(values)
-        given = {**variables, **keywords}.get("environment_id", _SourcedValue(None, ""))
-        layer: dict[str, _SourcedValue] = {}
-        problems = _find_environment_id_problems(file, given)
+        given = {**variables, **keywords}.get("environment_id", SourcedValue(None, ""))
+        layer: dict[str, SourcedValue] = {}
+        problems = find_environment_id_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
             layer = file.read_environment_settings(given.value)
-            problems = _find_environment_table_problems(file, given.value)
+            problems = find_environment_table_problems(file, given.value)
         self._load_layers(file, (variables, layer, keywords), problems, chosen=bool(given.value))
 
     @classmethod
@@ -558,7 +499,7 @@ class Settings:
                 one._load_layers(  # noqa: SLF001 - of this class
                     file,
                     layers,
-                    _find_environment_table_problems(file, environment_id),
+                    find_environment_table_problems(file, environment_id),
                     chosen=True,
                 )
             except SettingsError as error:
@@ -569,15 +510,15 @@ class Settings:
             needed = len(process.environment_ids)
             problem = f"concurrency: must be {needed} or more, one for each environment"
             origin = {"concurrency": process.origin_of("concurrency")}
-            problems.append(_append_setting_sources(problem, origin))
+            problems.append(append_setting_sources(problem, origin))
         if problems:
             raise SettingsError(tuple(dict.fromkeys(problems)))
         return process, tuple(found)
 
     def _load_layers(
         self,
-        file: _ConfigFile,
-        layers: Iterable[Mapping[str, _SourcedValue]],
+        file: ConfigFile,
+        layers: Iterable[Mapping[str, SourcedValue]],
         problems: Iterable[str],
         *,
         chosen: bool,
@@ -598,7 +539,7 @@ class Settings:
         origins = {name: each.origin for name, each in given.items()}
         problems = [
             *problems,
-            *(_append_setting_sources(each, origins) for each in (*more, *wrong)),
+            *(append_setting_sources(each, origins) for each in (*more, *wrong)),
         ]
         self._raise_error_for_problems(problems, {})
         for name, value in parsed.items():
@@ -612,15 +553,15 @@ class Settings:
         object.__setattr__(self, "_sources", sources)
 
     @classmethod
-    def _read_file(cls, config: str | os.PathLike[str] | None) -> _ConfigFile:
+    def _read_file(cls, config: str | os.PathLike[str] | None) -> ConfigFile:
         if config:
-            return _read_config_file(config, cls._keyword_source_name("config"))
-        return _read_config_file(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
+            return read_config_file(config, cls._keyword_source_name("config"))
+        return read_config_file(os.environ.get(CONFIG_VARIABLE), CONFIG_VARIABLE)
 
     @classmethod
-    def _add_sources_to_keywords(cls, values: Mapping[str, Any]) -> dict[str, _SourcedValue]:
+    def _add_sources_to_keywords(cls, values: Mapping[str, Any]) -> dict[str, SourcedValue]:
         return {
-            name: _SourcedValue(value, cls._keyword_source_name(name))
+            name: SourcedValue(value, cls._keyword_source_name(name))
             for name, value in values.items()
         }
 
@@ -636,7 +577,7 @@ class Settings:
     @staticmethod
     def _raise_error_for_problems(problems: Iterable[str], origins: Mapping[str, str]) -> None:
         """Raise `SettingsError` if there are problems, and name the source of each."""
-        found = tuple(_append_setting_sources(problem, origins) for problem in problems)
+        found = tuple(append_setting_sources(problem, origins) for problem in problems)
         if found:
             raise SettingsError(found)
 
@@ -789,102 +730,7 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
 """The documentation of each setting, by name."""
 
 
-def _read_config_file(file: str | os.PathLike[str] | None, origin: str) -> _ConfigFile:
-    """Read the TOML file.
-
-    Args:
-        file: The path of the file; None or empty: there is none.
-        origin: The source of the path.
-
-    Raises:
-        SettingsError: The file cannot be read, or a table has a wrong form.
-    """
-    if not file:
-        return _ConfigFile(None, {}, {}, {})
-    try:
-        with Path(file).open("rb") as opened:
-            table = tomllib.load(opened).get("workpool")
-        problem = "has no table [workpool]"
-    except OSError as error:
-        table, problem = None, error.strerror or "cannot be read"
-    # The file is not TOML or not UTF-8. Do not quote the error, which may contain a secret value.
-    except ValueError as error:
-        place = re.search(r"\(at line \d+, column \d+\)$", str(error))
-        twice = "a table or key is given twice" if " twice " in str(error) else "not TOML"
-        table, problem = None, f"{twice} {place[0]}" if place else "not TOML"
-    if isinstance(table, dict):
-        problem = _find_config_table_problem(table)
-        if not problem:
-            below = table.pop("plugin", {}), table.pop("environments", {})
-            return _ConfigFile(Path(file), table, *below)
-    found = _append_setting_sources(f"config: {os.fspath(file)}: {problem}", {"config": origin})
-    raise SettingsError((found,))
-
-
-def _find_config_table_problem(table: Table) -> str:
-    """Return a text about wrong sub-tables of `[workpool]`; empty if all are correct."""
-    for name in ("plugin", "environments"):
-        below = table.get(name, {})
-        if not isinstance(below, dict) or not all(isinstance(t, dict) for t in below.values()):
-            return f"[workpool.{name}] holds something else than tables"
-    if table.get("environments") == {}:
-        return "[workpool.environments] has no table of an environment"
-    if isinstance(table.get("plugins"), dict):
-        # `[workpool.plugins.NAME]` is a misspelling of `[workpool.plugin.NAME]`. Refuse it even if
-        # a flag or a variable sets `plugins`: the plugins would run without their options.
-        return "the tables of plugins are [workpool.plugin.NAME], without an s"
-    if isinstance(table.get("environment"), dict | list):
-        return "the tables of environments are [workpool.environments.ID], with an s"
-    return ""
-
-
-def _find_environment_id_problems(file: _ConfigFile, given: _SourcedValue) -> list[str]:
-    """Return the problems of `environment_id` if the TOML file has tables of environments.
-
-    `given` is the value from a variable or a keyword, which names no environment of the file.
-    """
-    if not file.environments:
-        return []
-    problems = []
-    if "environment_id" in file.table:
-        problems.append(
-            "environment_id: the tables [workpool.environments.ID] name the environments; remove "
-            f"it (from {file.path})"
-        )
-    if given.value:
-        known = ", ".join(file.environments)
-        problem = f"environment_id: {file.path} has tables of {known}, and none of this one"
-        problems.append(_append_setting_sources(problem, {"environment_id": given.origin}))
-    return problems
-
-
-def _find_environment_table_problems(file: _ConfigFile, environment_id: str) -> list[str]:
-    """Return a problem for each setting in an environment's table that is not allowed there."""
-    refused = {
-        "environment_id": "the name of the table is the id; remove it",
-        "plugin": "the tables of plugins are [workpool.plugin.NAME], for all environments",
-        **dict.fromkeys(PROCESS_SETTINGS, "is for all environments; move it to [workpool]"),
-    }
-    table, origin = file.environments[environment_id], file.environment_table_name(environment_id)
-    problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
-    return problems + _find_environment_id_problems(file, _SourcedValue(None, ""))
-
-
-def _find_plugin_table_names(plugins: object) -> set[str]:
-    """Return the names that the tables `[workpool.plugin.NAME]` of these plugins may have.
-
-    Empty if `plugins` is not a list of names.
-    """
-    try:
-        given = parse_names(plugins)
-    except ValueError:
-        return set()
-    # The table of an installed plugin is named after the plugin's entry point. The table of
-    # `pkg.module` or `pkg.module:Name` is named after the last part, `module` or `Name`.
-    return {*given, *(re.split("[.:]", each)[-1] for each in given)}
-
-
-def _read_settings_from_variables() -> dict[str, _SourcedValue]:
+def _read_settings_from_variables() -> dict[str, SourcedValue]:
     """Return the settings from environment variables. An empty variable counts as not set.
 
     An empty `base_url` is an exception, and becomes an error later: as not set, it would make the
@@ -895,18 +741,18 @@ def _read_settings_from_variables() -> dict[str, _SourcedValue]:
     for name in DESCRIPTIONS:
         variable = environment.get(f"{PREFIX}{name.upper()}")
         if variable is not None and (os.environ[variable] or name == "base_url"):
-            found[name] = _SourcedValue(os.environ[variable], variable)
+            found[name] = SourcedValue(os.environ[variable], variable)
     return found
 
 
 def _merge_setting_layers(
-    *layers: Mapping[str, _SourcedValue],
-) -> tuple[dict[str, _SourcedValue], list[str]]:
+    *layers: Mapping[str, SourcedValue],
+) -> tuple[dict[str, SourcedValue], list[str]]:
     """Merge layers of settings; a later layer overrides an earlier one.
 
     Return the merged settings, and the problems: conflicting or unknown settings.
     """
-    merged: dict[str, _SourcedValue] = {}
+    merged: dict[str, SourcedValue] = {}
     problems: list[str] = []
     for layer in layers:
         for name, file in CREDENTIALS:
@@ -924,14 +770,14 @@ def _merge_setting_layers(
     dialect = merged.get("dialect")
     for name, rules in DIALECTS.items():
         if dialect is not None and name == dialect.value:
-            merged.setdefault("base_url", _SourcedValue(rules.base_url, ""))
+            merged.setdefault("base_url", SourcedValue(rules.base_url, ""))
     problems += [
         _describe_unknown_setting(name, DESCRIPTIONS) for name in merged if name not in DESCRIPTIONS
     ]
     return merged, problems
 
 
-def _parse_setting_values(given: Mapping[str, _SourcedValue]) -> tuple[Table, list[str]]:
+def _parse_setting_values(given: Mapping[str, SourcedValue]) -> tuple[Table, list[str]]:
     """Return the value of each setting, and the problems of the wrong settings."""
     values: Table = {}
     problems: list[str] = []
@@ -946,16 +792,6 @@ def _parse_setting_values(given: Mapping[str, _SourcedValue]) -> tuple[Table, li
         elif each.default_factory is not dataclasses.MISSING:
             values[each.name] = each.default_factory()
     return values, problems
-
-
-def _append_setting_sources(problem: str, origins: Mapping[str, str]) -> str:
-    """Return the text of a problem, with the sources of its settings appended.
-
-    The names of these settings are at the beginning of the text, before a colon.
-    """
-    names = problem.partition(":")[0].split(", ")
-    found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))
-    return f"{problem} (from {', '.join(found)})" if found else problem
 
 
 def _describe_unknown_setting(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -273,7 +273,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "pause not noticed": [
-        SourceEdit("lease:MachinePauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
+        SourceEdit("machine_pauses:MachinePauseDetector", ">= PAUSE_SECONDS", ">= 1e9"),
         SourceEdit(
             "item_requests:ItemSender",
             "unseen = self._pauses.seconds_missed_by_lease_clock(lease.clock_offset, now)",

@@ -208,7 +208,7 @@ class ContainerTestbed:
 
         async def find_running_container_id() -> str:
             states = {each["State"]: each.id for each in await self.item_containers(work_id)}
-            return states.get("running", "")
+            return str(states.get("running", ""))
 
         return await self.wait_until_true(find_running_container_id)
 
