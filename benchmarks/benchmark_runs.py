@@ -229,8 +229,8 @@ def run_process(target: Callable[..., None], *args: object) -> Iterator[Callable
     ours, theirs = _processes.Pipe()
     running = _processes.Process(target=target, args=(theirs, *args), daemon=True)
     running.start()
-    # The new process has a copy of `theirs`. Close the copy of this process. Otherwise `recv` would
-    # hang after the end of the new process.
+    # The new process has a copy of `theirs`, so this process closes its own copy. Otherwise `recv`
+    # would hang after the end of the new process.
     theirs.close()
 
     def receive_message() -> Any:

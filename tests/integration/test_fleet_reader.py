@@ -100,7 +100,7 @@ async def claim_items(client: WorkClient, count: int) -> None:
         await client.ack(item.id)
 
 
-async def test_fleet_load_is_read_from_statistics_that_include_running_items() -> None:
+async def test_fleet_load_includes_running_items_if_statistics_count_them() -> None:
     async with ControlPlane() as plane, make_client(plane) as client:
         plane.enqueue(5)
         await claim_items(client, 2)

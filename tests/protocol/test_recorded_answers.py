@@ -103,7 +103,7 @@ async def test_client_parses_each_recorded_response_into_expected_result(
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recorded_answers_include_their_source_commit_and_every_worker_call(name: str) -> None:
+def test_each_recording_names_a_commit_and_has_an_answer_to_every_worker_call(name: str) -> None:
     plane = RECORDED[name]
     assert plane["repository"].count("/") == 1
     assert len(plane["commit"]) == 40

@@ -331,8 +331,8 @@ def _convert_to_handler(plugin: str, answer: object) -> Handler:
     # may fail.
     looking = "looking at the answer of workpool_session_handler"
     name = call_plugin_function(plugin, looking, callable_name, answer)
-    # Accept a plain function only with `@handler`: without that mark, it may be a function that
-    # returns a coroutine.
+    # Accept a function without `async` only with `@handler`. Without that mark, it may be a wrapper
+    # of an async function, which must be awaited on the loop and not run on a thread.
     rule = call_plugin_function(plugin, looking, find_handler_rule, answer)
     plain = rule is not None and rule.blocking
     if plain or call_plugin_function(plugin, looking, is_async_callable, answer):

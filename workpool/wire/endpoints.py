@@ -216,7 +216,7 @@ def _parse_event_page(obj: object) -> EventPage:
 
 def _parse_stored_events(obj: object) -> list[SessionEvent]:
     page = {} if obj is NO_CONTENT else _require_json_object(obj)
-    # In the anthropic dialect, the answer may have no `data`, and so not name the stored events.
+    # In the anthropic dialect, `data`, the list of the stored events, may be absent.
     return (
         [] if page.get("data") is None else [parse_event(row) for row in _require_page_rows(page)]
     )

@@ -179,8 +179,8 @@ class ToolCallAnswerer:
         try:
             await self._session.update_metadata({JOURNAL_KEY: name})
         except NotPermittedError:
-            # Continue, although the item's metadata lack the journal's name. The pool has already
-            # logged the error.
+            # The control plane refused the write. Continue, although the item's metadata lack the
+            # journal's name. The pool has already logged the refusal.
             pass
         except TransientError as error:
             raise Release("the item cannot name its journal") from error
