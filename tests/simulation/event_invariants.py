@@ -298,12 +298,14 @@ def _list_event_counts_with_bounds(
         for at in received
     )
     yield "items", len(claimed), certain, len(received)
-    declined = {(at, e.item.id) for at, e in node.events if isinstance(e, ItemDeclined)}
-    gained = sum(
-        event.origin != "duplicate" and (at, event.item.id) not in declined
+    # Two polls can return one item at the same time: one of the two is declined, the other is not.
+    declined = Counter((at, e.item.id) for at, e in node.events if isinstance(e, ItemDeclined))
+    held_before = Counter(
+        (at, event.item.id)
         for at, event in claimed
-        if event.item.acknowledged_at or event.item.last_heartbeat
+        if event.origin != "duplicate" and (event.item.acknowledged_at or event.item.last_heartbeat)
     )
+    gained = (held_before - declined).total()
     reclaims = [event.direction for event in events if isinstance(event, ItemReclaimed)]
     # A pool reports an item that it took over from another worker. If the handler has a limit, the
     # pool reports the item only when its session starts, and the session may never start.
