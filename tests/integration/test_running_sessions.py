@@ -345,7 +345,7 @@ async def test_refused_metadata_write_raises_in_handler(
 async def test_metadata_write_that_keeps_failing_raises_transient_error_in_handler(
     run_one_item: Any, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workpool.pool.session_runner.UPDATE_SECONDS", 3.0)
+    monkeypatch.setattr("workpool.pool.session_backend.UPDATE_SECONDS", 3.0)
 
     @handler
     async def write_metadata(session: Session) -> None:

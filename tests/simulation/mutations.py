@@ -456,7 +456,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "progress not counted": [
         SourceEdit(
-            "session_runner:PoolSessionBackend",
+            "session_backend:PoolSessionBackend",
             "self._item.progressed_at = self._context.clock()",
             "pass",
         ),

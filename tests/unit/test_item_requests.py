@@ -21,7 +21,7 @@ from workpool.errors import (
 )
 from workpool.pool.item_requests import CALLS_PER_SESSION, TRY_PART, SendOptions
 from workpool.pool.pool_item import EndReason
-from workpool.pool.session_runner import UPDATE_SECONDS, PoolSessionBackend
+from workpool.pool.session_backend import UPDATE_SECONDS, PoolSessionBackend
 from workpool.testing.fault import Fault
 from workpool.testing.virtual_time import in_virtual_time
 from workpool.wire.http.call_options import Priority

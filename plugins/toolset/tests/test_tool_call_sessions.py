@@ -285,7 +285,7 @@ async def test_result_that_cannot_be_sent_is_kept_and_sent_by_next_run(
     workpool: Kit, make_toolset: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tool_call_answerer, "POST_SECONDS", 0.0)
-    monkeypatch.setattr("workpool.pool.session_runner.EVENTS_SECONDS", 0.2)
+    monkeypatch.setattr("workpool.pool.session_backend.EVENTS_SECONDS", 0.2)
     toolset = make_toolset()
     with workpool.faults.add(status(500), "send"):
         result = await workpool.run_session(toolset, script=[make_bash_call("echo 1 | tee -a log")])
