@@ -17,7 +17,8 @@ from workpool.events import (
     SessionStarted,
 )
 from workpool.pool import supervisor as supervisor_module
-from workpool.pool.admission import Admission, ExitLimits
+from workpool.pool.admission import Admission
+from workpool.pool.exit_limits import ExitLimits
 from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.testing import Hold, in_virtual_time, status
 from workpool.wire.protocol import HEALTHCHECK

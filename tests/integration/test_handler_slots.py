@@ -13,7 +13,7 @@ import pytest
 
 from workpool import PluginError, Session, handler
 from workpool.events import ItemDeclined, SessionFinished, SessionStarted
-from workpool.pool.admission import ExitLimits
+from workpool.pool.exit_limits import ExitLimits
 from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.testing import in_virtual_time
 

@@ -360,14 +360,14 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "failing handler claims on": [
         SourceEdit(
-            "admission:HandlerHealth",
+            "handler_health:HandlerHealth",
             "return failures is None or self._failures_allow_claim(failures)",
             "return True",
         ),
     ],
     "pause of a failing handler does not grow": [
         SourceEdit(
-            "admission:HandlerHealth",
+            "handler_health:HandlerHealth",
             "max(FAILING_PAUSE_SECONDS, 2 * failures.pause)",
             "FAILING_PAUSE_SECONDS",
         ),

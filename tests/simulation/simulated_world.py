@@ -31,7 +31,7 @@ from tests.simulation.simulated_machine import (
 )
 from tests.simulation.trace import FOREVER, LATENCY_SECONDS, PoolProcess, Trace
 from workpool.errors import WorkpoolError
-from workpool.pool.admission import ExitLimits
+from workpool.pool.exit_limits import ExitLimits
 from workpool.pool.handoff_child import HandoffChildSupervisor
 from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.server import APIError, Operations

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from workpool.pool.admission import ExitLimits
+from workpool.pool.exit_limits import ExitLimits
 from workpool.settings import Settings
 
 UPTIME = 600

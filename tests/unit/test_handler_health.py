@@ -14,7 +14,7 @@ import pytest
 
 from workpool import Release
 from workpool.handlers import Handler
-from workpool.pool.admission import (
+from workpool.pool.handler_health import (
     FAILING_PAUSE_MAX_SECONDS,
     FAILURES,
     QUICK_SECONDS,

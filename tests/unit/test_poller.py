@@ -21,8 +21,8 @@ from workpool.errors import (
 )
 from workpool.events import PollerBackedOff, PollerRestarted, PollFinished
 from workpool.pool import poller
-from workpool.pool.admission import HandlerHealth
 from workpool.pool.bounded_queue import BoundedQueue
+from workpool.pool.handler_health import HandlerHealth
 from workpool.pool.poller import Poller, PollerGroup
 from workpool.pool.pool_context import PoolContext
 from workpool.testing.virtual_time import in_virtual_time

@@ -19,7 +19,7 @@ from workpool.cli.log_config import log
 from workpool.cli.rate_limit_groups import find_shared_rate_limits
 from workpool.cli.service_thread import ServiceThread
 from workpool.errors import PluginError, SettingsError, WorkpoolError
-from workpool.pool.admission import ExitLimits
+from workpool.pool.exit_limits import ExitLimits
 from workpool.pool.shared_slots import SharedPoolResources, SharedSlots
 from workpool.pool.status import Status, compute_worker_scaling_numbers
 from workpool.pool.supervisor import Supervisor

@@ -15,9 +15,10 @@ from workpool.errors import PluginError
 from workpool.events import ItemDeclined, ItemReceived, ItemReclaimed
 from workpool.log_fields import pool_logger
 from workpool.logs import readable
-from workpool.pool.admission import HandlerHealth, HandlerSlots
 from workpool.pool.claim import Claimer
 from workpool.pool.handler_executor import HandlerExecutor
+from workpool.pool.handler_health import HandlerHealth
+from workpool.pool.handler_slots import HandlerSlots
 from workpool.pool.item_requests import HeartbeatSender, ItemSender
 from workpool.pool.pool_item import EndReason, OwnedItems, PoolItem
 from workpool.pool.session_runner import SessionRunner

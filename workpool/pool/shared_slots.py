@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.exporter import Exporter
-    from workpool.pool.admission import ExitLimits
+    from workpool.pool.exit_limits import ExitLimits
 
 
 class SharedSlots:

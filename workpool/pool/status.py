@@ -21,9 +21,9 @@ from workpool.pool.diagnostics import LAG_WARNING_SECONDS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from workpool.pool.admission import ExitLimits
     from workpool.pool.dispatcher import Dispatcher
     from workpool.pool.drain import Drain
+    from workpool.pool.exit_limits import ExitLimits
     from workpool.pool.poller import Poller, PollerGroup
     from workpool.pool.pool_context import PoolContext
 

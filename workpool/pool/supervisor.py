@@ -23,10 +23,11 @@ from workpool.log_fields import pool_log_ids_context, pool_logger
 from workpool.metrics import PoolSnapshot
 from workpool.plugins import Plugins
 from workpool.plugins.lifespan import PluginLifespan
-from workpool.pool.admission import Admission, ExitLimits
+from workpool.pool.admission import Admission
 from workpool.pool.bounded_queue import BoundedQueue
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.drain import Drain, await_despite_cancellation
+from workpool.pool.exit_limits import ExitLimits
 from workpool.pool.handler_executor import open_handler_task_group
 from workpool.pool.handler_threads import HandlerThreads
 from workpool.pool.lease_renewer import LeaseRenewer, RenewerCallbacks
