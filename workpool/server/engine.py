@@ -56,9 +56,9 @@ class ControlPlaneEngine(Protocol):
         """Return an environment; raises a 404 for an unknown id."""
 
     async def list_environments(
-        self, place: ListPageRequest, limits: frozenset[str] | None
+        self, place: ListPageRequest, allowed_ids: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
+        """Return a page of environments: those in `allowed_ids`, or all if that is None."""
 
     async def create_environment(self, wanted: NewEnvironment) -> Environment:
         """Create a `self_hosted` environment."""

@@ -93,13 +93,14 @@ class MemoryIndexEngine:
         return self._call_and_wait_until_durable(self._operations.get_environment, environment_id)
 
     async def list_environments(
-        self, place: ListPageRequest, limits: frozenset[str] | None
+        self, place: ListPageRequest, allowed_ids: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of environments: those with ids in `limits`, or all if `limits` is None."""
+        """Return a page of environments: those in `allowed_ids`, or all if that is None."""
         found = [
             self._operations.get_environment(environment_id)
             for environment_id in self._operations.environment_ids()
-            if environment_id > place.after and (limits is None or environment_id in limits)
+            if environment_id > place.after
+            and (allowed_ids is None or environment_id in allowed_ids)
         ]
         await self._operations.wait_until_durable()
         return make_page(found[: place.limit + 1], place.limit, backwards=False)

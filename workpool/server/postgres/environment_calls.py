@@ -62,18 +62,15 @@ class EnvironmentCalls(DatabaseCalls):
         return await self._find_client_created_environment(environment_id)
 
     async def list_environments(
-        self, place: ListPageRequest, limits: frozenset[str] | None
+        self, place: ListPageRequest, allowed_ids: frozenset[str] | None
     ) -> ListPage[Environment]:
-        """Return a page of environments.
-
-        `limits` has the ids of the environments that the list may contain; None: all environments.
-        """
+        """Return a page of environments: those in `allowed_ids`, or all if that is None."""
         given = [
             self._make_environment_from_configuration(name)
             for name in self._self_hosted | self._cloud
-            if name > place.after and (limits is None or name in limits)
+            if name > place.after and (allowed_ids is None or name in allowed_ids)
         ]
-        wanted = None if limits is None else list(limits)
+        wanted = None if allowed_ids is None else list(allowed_ids)
         rows = await self._pool.fetch(_PAGE, place.after, wanted, place.limit + 1)
         found = sorted([*given, *map(environment_from_row, rows)], key=lambda each: each.id)
         return make_page(found[: place.limit + 1], place.limit, backwards=False)
