@@ -122,8 +122,8 @@ class LeaseRenewer:
         self.pauses = MachinePauseDetector(clock, wall)
         # Changed on the handlers' loop, copied on the renewer's. Each change and copy is atomic.
         self._leases: dict[Lease, PoolItem] = {}
-        # Only the handlers' loop writes `_serving` and `_closing`.
-        self._serving = self._closing = False
+        # Only the handlers' loop writes `_started` and `_closing`.
+        self._started = self._closing = False
         # Only the renewer's thread writes `_error`.
         self._error: LeaseRenewerError | None = None
 
@@ -151,7 +151,7 @@ class LeaseRenewer:
             await self._opened.wait()
             if self._thread.done():
                 await self._thread  # If an error has ended the thread, raise it here.
-            self._serving = True
+            self._started = True
         except BaseException:
             await self._close_thread()
             raise
@@ -257,7 +257,7 @@ class LeaseRenewer:
     def _on_thread_ended(self, thread: asyncio.Future[None]) -> None:
         self._opened.set()
         cause = None if thread.cancelled() else thread.exception()
-        if not self._serving:
+        if not self._started:
             return  # `__aenter__` raises the error of a thread that has failed to start.
         if self._closing:
             if cause is not None:
@@ -319,7 +319,7 @@ class LeaseRenewer:
         Returns:
             False if the pool has failed or is closing already, so that this call has no effect.
         """
-        if self._error is not None or self._closing or not self._serving:
+        if self._error is not None or self._closing or not self._started:
             return False
         self._error = LeaseRenewerError("the thread that renews the leases failed")
         self._error.__cause__ = cause

@@ -164,7 +164,7 @@ class Supervisor:
                 functools.partial(self._plugins.admission_refusal_reason, self)
             )
         self._opened = asyncio.Event()
-        self._served = asyncio.Event()
+        self._sessions_ended = asyncio.Event()
         with self._log_ids_context():
             self._root = asyncio.get_running_loop().create_task(
                 self._open_and_run_pool(), name="workpool"
@@ -179,7 +179,7 @@ class Supervisor:
                 self._root.cancel()
                 # With this event set, `_wait_until_pool_closed` ends after `CLOSE_SECONDS`, even if
                 # the task ignores its cancellation.
-                self._served.set()
+                self._sessions_ended.set()
             await await_despite_cancellation(self._wait_until_pool_closed, self._drain)
             raise
         if self._root.done():
@@ -242,8 +242,8 @@ class Supervisor:
                 "call request_drain() instead"
             )
         self.request_drain(timeout)
-        while not root.done() and not self._served.is_set():
-            await self._served.wait()
+        while not root.done() and not self._sessions_ended.is_set():
+            await self._sessions_ended.wait()
 
     def request_drain(self, timeout: float | EllipsisType | None = ...) -> None:
         """Begin a drain and return at once. Handlers, too, may call this method."""
@@ -348,11 +348,11 @@ class Supervisor:
                 try:
                     await self._run_pool(context)
                 finally:
-                    self._served.set()
+                    self._sessions_ended.set()
         except BaseExceptionGroup as group:
             raise innermost(group) from None
         finally:
-            self._served.set()
+            self._sessions_ended.set()
             self._opened.set()
 
     async def _open_client_and_plugins(self, stack: contextlib.AsyncExitStack) -> None:
@@ -549,7 +549,7 @@ class Supervisor:
         Once all sessions have ended, the wait takes `CLOSE_SECONDS` at most.
         """
         root = self._require_pool_task()
-        await self._served.wait()
+        await self._sessions_ended.wait()
         # If the task is done, do not call `asyncio.wait`: it would yield to the loop once, and a
         # cancellation could be raised at that point.
         if not root.done():
