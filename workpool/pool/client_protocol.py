@@ -98,7 +98,7 @@ class ClientProtocol(Protocol):
     async def stop(
         self,
         work_id: str,
-        force: bool = False,  # noqa: FBT001, FBT002 - the call has one argument
+        force: bool = False,  # noqa: FBT001, FBT002 - `stop(id, True)` is public
         *,
         read_item: bool = True,
         timeout: float | None = None,
