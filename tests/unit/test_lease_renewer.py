@@ -13,7 +13,7 @@ import pytest
 
 from workpool.errors import LeaseLost, TransientError
 from workpool.pool.lease import Lease
-from workpool.pool.lease_renewer import NEW_CONNECTIONS_PER_SECOND, WIDTH_MIN, WIDTH_SECONDS
+from workpool.pool.lease_renewer import HEARTBEATS_MIN, NEW_CONNECTIONS_PER_SECOND, SHRINK_SECONDS
 from workpool.testing.fault import Fault
 from workpool.testing.local_client import FaultScript, LocalClient
 from workpool.testing.virtual_time import in_virtual_time
@@ -27,7 +27,7 @@ LOST = Fault(answer="silence")
 """A heartbeat that is applied but whose answer is lost."""
 UNSENT = Fault(answer="silence", applied=False)
 RESET = Fault(answer="reset", applied=False)
-LOOK = 0.1
+TOLERANCE = 0.1
 """A little more than the shortest time between two ticks of the renewer."""
 
 
@@ -42,7 +42,7 @@ def compute_seconds_between_times(times: list[float]) -> list[float]:
 def assert_single_lease_status_change(one: LeaseTestbed, at: float, status: str) -> None:
     """Assert that the status of one lease changed once: at the time `at`, to `status`."""
     [(changed_at, changed_to)] = one.changes
-    assert changed_at == pytest.approx(at, abs=LOOK)
+    assert changed_at == pytest.approx(at, abs=TOLERANCE)
     assert changed_to == status
 
 
@@ -86,9 +86,9 @@ async def test_lease_is_renewed_every_third_of_ttl_for_an_hour(testbed: type[Lea
         assert lease.is_held(one.clock())
     between = compute_seconds_between_times(one.get_send_times("heartbeat"))
     assert len(between) > 3_600 / 20.1
-    assert all(18 <= gap <= 20 + LOOK for gap in between)
+    assert all(18 <= gap <= 20 + TOLERANCE for gap in between)
     assert set(one.heartbeat_results()) == {"ok"}
-    assert max(event.lag_seconds for _, event in one.results) < LOOK
+    assert max(event.lag_seconds for _, event in one.results) < TOLERANCE
     assert not one.changes
 
 
@@ -100,7 +100,7 @@ async def test_lease_added_to_idle_renewer_is_renewed_in_time(testbed: type[Leas
         lease = await one.send_first_heartbeat(await one.claim_item())
         await asyncio.sleep(100)
         assert lease.is_held(one.clock())
-    assert max(compute_seconds_between_times(one.get_send_times("heartbeat"))) < 10 / 3 + LOOK
+    assert max(compute_seconds_between_times(one.get_send_times("heartbeat"))) < 10 / 3 + TOLERANCE
 
 
 @in_virtual_time
@@ -132,7 +132,7 @@ async def test_failed_heartbeat_is_repeated_with_growing_delay(testbed: type[Lea
         await asyncio.sleep(50)
         assert lease.is_held(one.clock())
     assert compute_seconds_between_times(one.get_send_times("heartbeat"))[1:7] == pytest.approx(
-        [1, 2, 4, 4, 4, 4], abs=LOOK
+        [1, 2, 4, 4, 4, 4], abs=TOLERANCE
     )
     assert one.heartbeat_results() == ["ok", *["transient"] * 6, "ok"]
 
@@ -149,7 +149,7 @@ async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
     _, second, third = one.get_send_times("heartbeat")
     assert third == pytest.approx(second + 6)
     # The slow answers delay the third heartbeat, but this delay is no lag of the renewer.
-    assert max(event.lag_seconds for _, event in one.results) < LOOK
+    assert max(event.lag_seconds for _, event in one.results) < TOLERANCE
 
 
 @in_virtual_time
@@ -201,7 +201,7 @@ async def test_lease_is_lost_before_deadline_while_heartbeat_waits_for_connectio
         one.script = FaultScript(heartbeat=[UNSENT] * 9_999)
         await asyncio.sleep(30)
     assert len(one.lost_at) == 200
-    assert all(one.lost_at[lease.item.id] <= lease.deadline - 1 + LOOK for lease in leases)
+    assert all(one.lost_at[lease.item.id] <= lease.deadline - 1 + TOLERANCE for lease in leases)
 
 
 @in_virtual_time
@@ -256,7 +256,7 @@ async def test_request_to_check_lease_makes_renewer_send_heartbeat_at_once(
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
         one.renewer.request_heartbeat(lease)
-        await asyncio.sleep(LOOK)
+        await asyncio.sleep(TOLERANCE)
     assert one.get_send_times("heartbeat") == pytest.approx([0, 5])
 
 
@@ -325,7 +325,7 @@ async def test_lease_is_lost_if_heartbeat_that_releases_it_cannot_be_sent(
         await asyncio.sleep(5)
         one.renewer.request_last_heartbeat(lease, 10)
         await asyncio.sleep(300)
-    assert one.changes[0][0] == pytest.approx(5 + 9, abs=LOOK)
+    assert one.changes[0][0] == pytest.approx(5 + 9, abs=TOLERANCE)
     assert lease.status == "lost"
     assert len(one.get_send_times("heartbeat")) > 3
     assert not lease.is_loss_confirmed
@@ -344,11 +344,11 @@ async def test_release_of_ended_lease_sends_no_heartbeat(testbed: type[LeaseTest
 
 
 def assert_heartbeats_limited(
-    peaks: list[tuple[float, int]], since: float, width: int = WIDTH_MIN
+    peaks: list[tuple[float, int]], since: float, limit: int = HEARTBEATS_MIN
 ) -> None:
     """Assert that after `since`, concurrent heartbeats grow in number by at most 50 a second."""
-    for at, under_way in peaks:
-        assert under_way <= width + NEW_CONNECTIONS_PER_SECOND * (at - since + LOOK) + 1
+    for at, in_flight in peaks:
+        assert in_flight <= limit + NEW_CONNECTIONS_PER_SECOND * (at - since + TOLERANCE) + 1
 
 
 @in_virtual_time
@@ -366,7 +366,7 @@ async def test_heartbeats_after_machine_sleep_use_at_most_fifty_new_connections_
         assert all(lease.is_held(one.clock()) for lease in leases)
     assert len(one.peaks) >= 800
     assert_heartbeats_limited(one.peaks, since=32)
-    assert max(under_way for _, under_way in one.peaks) > 100
+    assert max(in_flight for _, in_flight in one.peaks) > 100
 
 
 @in_virtual_time
@@ -384,7 +384,7 @@ async def test_heartbeats_with_quick_answers_need_few_connections(
             one.renewer.request_heartbeat(lease)
         await asyncio.sleep(0.5)
     assert len(one.peaks) == 300
-    assert max(under_way for _, under_way in one.peaks) <= WIDTH_MIN + 50 * 0.1
+    assert max(in_flight for _, in_flight in one.peaks) <= HEARTBEATS_MIN + 50 * 0.1
 
 
 @in_virtual_time
@@ -396,11 +396,11 @@ async def test_limit_on_concurrent_heartbeats_shrinks_when_few_leases_remain(
         leases = [await one.send_first_heartbeat(await one.claim_item()) for _ in range(400)]
         one.latency = 5.0
         await asyncio.sleep(40)
-        assert max(under_way for _, under_way in one.peaks) > 100
+        assert max(in_flight for _, in_flight in one.peaks) > 100
         for lease in leases[5:]:
             one.renewer.remove_lease(lease)
-        await asyncio.sleep(2 * WIDTH_SECONDS + 10)
-        assert one.renewer._width == WIDTH_MIN
+        await asyncio.sleep(2 * SHRINK_SECONDS + 10)
+        assert one.renewer._heartbeat_limit == HEARTBEATS_MIN
 
 
 class ClientWithSlowHeartbeats(LocalClient):
@@ -411,17 +411,17 @@ class ClientWithSlowHeartbeats(LocalClient):
 
     def __init__(self, bench: LeaseTestbed) -> None:
         super().__init__(bench.operations, bench.settings)
-        self.under_way = 0
+        self.in_flight = 0
         self.peaks: list[tuple[float, int]] = []
 
     async def heartbeat(
         self, work_id: str, expected: str | None = None, ttl: int | None = None, **_: Any
     ) -> Heartbeat:
         del work_id, expected
-        self.under_way += 1
-        self.peaks.append((asyncio.get_running_loop().time(), self.under_way))
+        self.in_flight += 1
+        self.peaks.append((asyncio.get_running_loop().time(), self.in_flight))
         await asyncio.sleep(0.5)
-        self.under_way -= 1
+        self.in_flight -= 1
         return Heartbeat("hb", lease_extended=True, state="active", ttl_seconds=ttl or 0)
 
 
@@ -472,7 +472,7 @@ async def test_machine_that_slept_beyond_ttl_loses_its_leases(testbed: type[Leas
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
         one.loop.suspend(55)
-        await asyncio.sleep(1 + LOOK)
+        await asyncio.sleep(1 + TOLERANCE)
         assert (lease.status, lease.is_loss_confirmed) == ("lost", False)
     assert len(one.sent) == 1
 
@@ -486,7 +486,7 @@ async def test_machine_that_slept_within_ttl_renews_its_leases_at_once(
     async with one.renewed_lease() as lease:
         await asyncio.sleep(1)
         one.loop.suspend(50)
-        await asyncio.sleep(1 + LOOK)
+        await asyncio.sleep(1 + TOLERANCE)
         assert lease.remaining_seconds(one.clock()) > 58
 
 
@@ -499,7 +499,7 @@ async def test_lease_with_hanging_heartbeat_is_lost_before_deadline_after_machin
         one.renewer.request_heartbeat(lease)
         await asyncio.sleep(0.5)
         one.loop.suspend(53.5)
-        await asyncio.sleep(1 + LOOK)
+        await asyncio.sleep(1 + TOLERANCE)
         assert lease.status == "lost"
     assert one.changes[0][0] < lease.deadline
 
@@ -552,7 +552,7 @@ async def test_renewer_detects_pause_of_machine_at_next_tick(testbed: type[Lease
     async with one.renewed_lease() as lease:
         await asyncio.sleep(5)
         one.ahead += 30
-        await asyncio.sleep(1 + LOOK)
+        await asyncio.sleep(1 + TOLERANCE)
         assert lease.remaining_seconds(one.clock()) > 58
     assert len(one.sent) == 2
 
@@ -592,7 +592,7 @@ async def test_machine_pause_during_heartbeat_causes_another_heartbeat_at_once(
             one.sender.check_writes_allowed(item, by_handler=False)
         await asyncio.sleep(1.1)
         one.sender.check_requests_allowed(item, by_handler=False)
-    assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 2], abs=LOOK)
+    assert one.get_send_times("heartbeat") == pytest.approx([0, 0, 2], abs=TOLERANCE)
 
 
 @in_virtual_time
@@ -613,7 +613,7 @@ async def test_machine_pause_during_claim_forbids_writes_until_lease_is_verified
                 one.sender.check_writes_allowed(first, by_handler=False)
         with pytest.raises(TransientError, match="verified first"):
             one.sender.check_writes_allowed(second, by_handler=False)
-        await asyncio.sleep(1 + LOOK)
+        await asyncio.sleep(1 + TOLERANCE)
         with pytest.raises(LeaseLost):
             one.sender.check_requests_allowed(second, by_handler=False)
 
