@@ -268,8 +268,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "no check after the wait": [
         SourceEdit(
             "item_requests:ItemSender",
-            "options = CallOptions(check,",
-            "options = CallOptions(before_bytes,",
+            "call_options = CallOptions(check,",
+            "call_options = CallOptions(before_bytes,",
         ),
     ],
     "pause not noticed": [
@@ -320,12 +320,12 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "completion behind claims in the line": [
         SourceEdit(
             "item_requests:ItemSender",
-            "try_acquire_permit(request.priority)",
+            "try_acquire_permit(options.priority)",
             "try_acquire_permit(Priority.HANDLER)",
         ),
         SourceEdit(
             "item_requests:ItemSender",
-            "await self._client.acquire_permit(request.priority)",
+            "await self._client.acquire_permit(options.priority)",
             "await self._client.acquire_permit(Priority.HANDLER)",
         ),
     ],
@@ -351,7 +351,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "ack behind completions in the line": [
-        SourceEdit("claim:Claimer", "permit=repeats is None", "permit=False")
+        SourceEdit("claim:Claimer", "permit=retry is None", "permit=False")
     ],
     "refused acks not backed off": [
         SourceEdit(

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from workpool.wire.http.call_options import CallOptions
 
 SILENCE = Fault(answer="silence", applied=False)
-WRITE = SendOptions(Priority.COMPLETION, by_handler=False)
-CALL = SendOptions(Priority.HANDLER, by_handler=True)
+COMPLETION_OPTIONS = SendOptions(Priority.COMPLETION, by_handler=False)
+HANDLER_OPTIONS = SendOptions(Priority.HANDLER, by_handler=True)
 
 
 @asynccontextmanager
@@ -54,15 +54,15 @@ async def item_with_renewed_lease(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
 async def send_metadata_update(
     one: LeaseTestbed,
     item: PoolItem,
-    request: SendOptions = WRITE,
+    options: SendOptions = COMPLETION_OPTIONS,
     before_bytes: Callable[[], None] | None = None,
 ) -> object:
-    async def update_metadata(options: CallOptions, seconds: float) -> object:
+    async def update_metadata(call_options: CallOptions, seconds: float) -> object:
         return await one.client.update_metadata(
-            item.id, {"key": "value"}, timeout=seconds, options=options
+            item.id, {"key": "value"}, timeout=seconds, options=call_options
         )
 
-    return await one.sender.send_with_retries(item, update_metadata, request, before_bytes)
+    return await one.sender.send_with_retries(item, update_metadata, options, before_bytes)
 
 
 def get_attempts_to_update_metadata(
@@ -125,13 +125,13 @@ def test_request_is_not_sent_if_lease_ends_right_before_sending(
         one = testbed(update=[Fault(wait=5.0)] if wait == "connection" else [])
         async with item_with_renewed_lease(one) as item:
             one.permit_seconds = 5.0 if wait == "rate limit" else 0.0
-            request = CALL if by_handler else WRITE
+            options = HANDLER_OPTIONS if by_handler else COMPLETION_OPTIONS
             if wait == "before":
                 end(item)
             else:
                 one.loop.call_later(4.9, end, item)
             with pytest.raises(error):
-                await send_metadata_update(one, item, request)
+                await send_metadata_update(one, item, options)
             assert (
                 len(get_attempts_to_update_metadata(one)) <= 1
             )  # A call that the check refuses is not retried.
@@ -147,9 +147,9 @@ async def test_pool_may_write_to_item_after_cancellation_of_handler(
     one = testbed()
     async with item_with_renewed_lease(one) as item:
         item.cancelled_for = EndReason.TIMED_OUT
-        await send_metadata_update(one, item, WRITE)
+        await send_metadata_update(one, item, COMPLETION_OPTIONS)
         with pytest.raises(SessionEnded):
-            await send_metadata_update(one, item, CALL)
+            await send_metadata_update(one, item, HANDLER_OPTIONS)
     assert len(one.get_send_times("update")) == 1
 
 
@@ -303,7 +303,7 @@ async def test_each_attempt_takes_at_most_a_third_of_time_limit_of_call(
     one = testbed(update=[SILENCE] * 99)
     async with item_with_renewed_lease(one) as item:
         with pytest.raises(TransientError) as caught:
-            await send_metadata_update(one, item, WRITE._replace(seconds=3.0))
+            await send_metadata_update(one, item, COMPLETION_OPTIONS._replace(seconds=3.0))
         assert caught.value.reason == "timeout"
         assert 1.0 < one.clock() <= 3.0
     assert get_attempts_to_update_metadata(one)[0][1] == pytest.approx(1.0)
@@ -345,8 +345,8 @@ async def test_repeated_call_keeps_rate_limit_priority_and_permit_of_first_attem
 ) -> None:
     one = testbed(update=[SILENCE])
     async with item_with_renewed_lease(one) as item:
-        await send_metadata_update(one, item, WRITE)
-        await send_metadata_update(one, item, CALL)
+        await send_metadata_update(one, item, COMPLETION_OPTIONS)
+        await send_metadata_update(one, item, HANDLER_OPTIONS)
     assert [options.priority for *_, options in get_attempts_to_update_metadata(one)] == [
         Priority.COMPLETION,
         Priority.COMPLETION,
@@ -378,7 +378,7 @@ async def test_retry_delay_of_control_plane_is_limited_to_half_of_remaining_time
     two = testbed(update=[Fault(answer=429, applied=False, retry_after=300)])
     begun_at = two.clock()
     async with item_with_renewed_lease(two) as item:
-        await send_metadata_update(two, item, WRITE._replace(seconds=20.0))
+        await send_metadata_update(two, item, COMPLETION_OPTIONS._replace(seconds=20.0))
         assert two.clock() == pytest.approx(begun_at + 10)
 
 

@@ -14,7 +14,7 @@ from workpool.wire.http.timeouts import CLOCK_SECONDS, SharedTimer, TimeLimit
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    Bounded = Callable[[float], AbstractAsyncContextManager[object]]
+    MakeTimeLimit = Callable[[float], AbstractAsyncContextManager[object]]
 
 LONG = 60.0
 
@@ -34,9 +34,9 @@ async def time_limit_with_shared_timer(seconds: float) -> AsyncIterator[None]:
 @pytest.fixture(
     params=[time_limit_with_separate_timer, time_limit_with_shared_timer, asyncio.timeout]
 )
-def make_time_limit(request: pytest.FixtureRequest) -> Bounded:
-    bound: Bounded = request.param
-    return bound
+def make_time_limit(request: pytest.FixtureRequest) -> MakeTimeLimit:
+    make: MakeTimeLimit = request.param
+    return make
 
 
 def count_pending_cancellations() -> int:
@@ -47,8 +47,8 @@ def count_pending_cancellations() -> int:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.01, -1.0])
-async def test_code_that_exceeds_time_bound_raises_timeout_error(
-    make_time_limit: Bounded, seconds: float
+async def test_code_that_exceeds_time_limit_raises_timeout_error(
+    make_time_limit: MakeTimeLimit, seconds: float
 ) -> None:
     with pytest.raises(TimeoutError) as caught:
         async with make_time_limit(seconds):
@@ -57,7 +57,9 @@ async def test_code_that_exceeds_time_bound_raises_timeout_error(
     assert count_pending_cancellations() == 0
 
 
-async def test_code_that_ends_within_time_bound_is_not_cancelled(make_time_limit: Bounded) -> None:
+async def test_code_that_ends_within_time_limit_is_not_cancelled(
+    make_time_limit: MakeTimeLimit,
+) -> None:
     async with make_time_limit(0.01):
         pass
     with pytest.raises(KeyError):
@@ -68,7 +70,7 @@ async def test_code_that_ends_within_time_bound_is_not_cancelled(make_time_limit
 
 
 async def test_error_raised_in_response_to_timeout_replaces_timeout_error(
-    make_time_limit: Bounded,
+    make_time_limit: MakeTimeLimit,
 ) -> None:
     async def raise_error_at_timeout() -> None:
         async with make_time_limit(0):
@@ -83,7 +85,7 @@ async def test_error_raised_in_response_to_timeout_replaces_timeout_error(
 
 
 async def test_cancellation_before_end_of_time_limit_raises_cancelled_error(
-    make_time_limit: Bounded,
+    make_time_limit: MakeTimeLimit,
 ) -> None:
     started = asyncio.Event()
 
@@ -100,12 +102,12 @@ async def test_cancellation_before_end_of_time_limit_raises_cancelled_error(
 
 
 async def test_cancellation_in_same_loop_iteration_as_timeout_raises_cancelled_error(
-    make_time_limit: Bounded,
+    make_time_limit: MakeTimeLimit,
 ) -> None:
     async def sleep_within_time_limit() -> None:
         async with make_time_limit(0.05):
             asyncio.get_running_loop().call_later(0.05, task.cancel)
-            time.sleep(0.1)  # noqa: ASYNC251 - both are due in one turn of the loop, the bound first
+            time.sleep(0.1)  # noqa: ASYNC251 - both are due in one turn of the loop, the limit first
             await asyncio.sleep(LONG)
 
     async with asyncio.TaskGroup() as group:
@@ -113,8 +115,8 @@ async def test_cancellation_in_same_loop_iteration_as_timeout_raises_cancelled_e
     assert task.cancelled()
 
 
-async def test_expired_inner_time_bound_raises_timeout_error_within_outer_bound(
-    make_time_limit: Bounded,
+async def test_expired_inner_time_limit_raises_timeout_error_within_outer_limit(
+    make_time_limit: MakeTimeLimit,
 ) -> None:
     texts = []
     async with make_time_limit(LONG):

@@ -94,30 +94,26 @@ class Claimer:
         After "ok", `item.work_item` is the answer and `item.acked_at` is set. `taken_at` is the
         current time on the lease clock: the item has just got its slot.
         """
-        sent, repeats, options = taken_at, None, CLAIM_OPTIONS
+        sent, retry, options = taken_at, None, CLAIM_OPTIONS
         while True:
             try:
-                answer = await self._client.ack(item.id, permit=repeats is None, options=options)
+                answer = await self._client.ack(item.id, permit=retry is None, options=options)
             except (ConflictError, PreconditionError) as error:
                 self._on_ack(error)
                 result: CallResult | None = "conflict"
             except RefusedError as error:
                 result = self._report_ack_refusal(item, error)
             except TransientError as error:
-                repeats = repeats or _AckRetryState(
+                retry = retry or _AckRetryState(
                     item.delivered_at + self._context.redelivery_window_seconds
                 )
-                options = CallOptions(
-                    partial(self._check_ack_not_too_late, repeats), Priority.CLAIM
-                )
+                options = CallOptions(partial(self._check_ack_not_too_late, retry), Priority.CLAIM)
                 result = (
-                    None
-                    if await self._wait_before_ack_retry(item, repeats, error, sent)
-                    else "error"
+                    None if await self._wait_before_ack_retry(item, retry, error, sent) else "error"
                 )
             else:
                 self._on_ack(None)
-                first_sent = sent if repeats is None else min(repeats.first_sent, sent)
+                first_sent = sent if retry is None else min(retry.first_sent, sent)
                 result = _apply_ack_answer(item, answer, first_sent)
             now, delivered_at = self._clock(), item.delivered_at
             if result is not None:
@@ -126,12 +122,12 @@ class Claimer:
                 return result
             sent = now
 
-    def _check_ack_not_too_late(self, repeats: _AckRetryState) -> None:
+    def _check_ack_not_too_late(self, retry: _AckRetryState) -> None:
         """Raise an error if it is too late to repeat the ack. Called right before the ack is sent.
 
         A late ack could lease the item for 60 s to this pool, which would not run it.
         """
-        if self._clock() >= repeats.until:
+        if self._clock() >= retry.until:
             raise TransientError("ack", None, "too late to own the item", reason="not_sent")
 
     async def send_first_heartbeats(self, item: PoolItem) -> None:
@@ -163,16 +159,16 @@ class Claimer:
             lease.end_lease("lost")
 
     async def _wait_before_ack_retry(
-        self, item: PoolItem, repeats: _AckRetryState, failure: TransientError, sent: float
+        self, item: PoolItem, retry: _AckRetryState, failure: TransientError, sent: float
     ) -> bool:
         """Wait for the next try of an ack; return False if the ack must not be repeated."""
         if failure.may_be_applied:
             # If the control plane applied the ack, no other worker can get the item while the lease
             # lasts. So the ack may be repeated until shortly before the end of the lease.
-            repeats.first_sent = min(repeats.first_sent, sent)
-            repeats.until = repeats.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
-        delay = max(repeats.backoff.next_delay(), failure.retry_after or 0.0)
-        if self._clock() + delay < repeats.until and not await self._wait_for_drain(item, delay):
+            retry.first_sent = min(retry.first_sent, sent)
+            retry.until = retry.first_sent + ACK_LEASE_SECONDS - MARGIN_SECONDS
+        delay = max(retry.backoff.next_delay(), failure.retry_after or 0.0)
+        if self._clock() + delay < retry.until and not await self._wait_for_drain(item, delay):
             return True
         log.warning("ack given up: %s", failure, extra={"work_id": item.id, "error": str(failure)})
         return False

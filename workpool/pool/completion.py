@@ -89,7 +89,7 @@ TABLE: Final[Mapping[EndReason, CompletionActions]] = {
     EndReason.LOST: CompletionActions("untouched", "none", "lease_lost"),
 }
 
-WRITE: Final = SendOptions(Priority.COMPLETION, by_handler=False)
+COMPLETION_OPTIONS: Final = SendOptions(Priority.COMPLETION, by_handler=False)
 
 
 class Completion:
@@ -147,7 +147,11 @@ class Completion:
             RefusedError, TransientError: The stop was refused, or may not have been applied.
         """
         lease = item.lease
-        options = WRITE if seconds == math.inf else WRITE._replace(seconds=seconds)
+        options = (
+            COMPLETION_OPTIONS
+            if seconds == math.inf
+            else COMPLETION_OPTIONS._replace(seconds=seconds)
+        )
         result: CallResult = "error"
         try:
             call = partial(self._send_stop, item)
@@ -219,7 +223,9 @@ class Completion:
         A failure is logged; it does not change the outcome of the session.
         """
         try:
-            await self.write_metadata(item, patch, WRITE._replace(seconds=MARK_SECONDS))
+            await self.write_metadata(
+                item, patch, COMPLETION_OPTIONS._replace(seconds=MARK_SECONDS)
+            )
         except NotPermittedError:
             pass  # The pool may not write metadata, so it has written no mark to delete.
         except ControlPlaneError as error:
@@ -238,8 +244,8 @@ class Completion:
             return
         # When a drain begins, every session sends this write. Its priority is low, so that
         # completions do not wait for all these writes.
-        request = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
-        await self._write_release_mark(item, DRAIN_REASON, request)
+        options = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
+        await self._write_release_mark(item, DRAIN_REASON, options)
 
     async def mark_released_session_as_uncounted(
         self, item: PoolItem, reason: str, seconds: float
@@ -252,13 +258,13 @@ class Completion:
         if lease.unsettled or (item.parents_heartbeat is not None and not lease.begun):
             # Before the first successful heartbeat another process may own the item: write nothing.
             return
-        await self._write_release_mark(item, reason, WRITE._replace(seconds=seconds))
+        await self._write_release_mark(item, reason, COMPLETION_OPTIONS._replace(seconds=seconds))
 
-    async def _write_release_mark(self, item: PoolItem, reason: str, request: SendOptions) -> None:
+    async def _write_release_mark(self, item: PoolItem, reason: str, options: SendOptions) -> None:
         attempt = item.attempt
         retry = 0 if item.session is None else item.session.retry
         try:
-            await self.write_metadata(item, attempt.make_release_metadata(reason, retry), request)
+            await self.write_metadata(item, attempt.make_release_metadata(reason, retry), options)
             attempt.marked = True
         except NotPermittedError:
             # The pool may not write metadata: `LocalRunCounter` counts the runs in this process.
@@ -269,9 +275,12 @@ class Completion:
             )
 
     async def write_metadata(
-        self, item: PoolItem, patch: Mapping[str, str | None], request: SendOptions = WRITE
+        self,
+        item: PoolItem,
+        patch: Mapping[str, str | None],
+        options: SendOptions = COMPLETION_OPTIONS,
     ) -> None:
-        """Write metadata of the item; retry while the lease is held, for `request.seconds` at most.
+        """Write metadata of the item; retry while the lease is held, for `options.seconds` at most.
 
         Raises:
             NotPermittedError: The credential may not write metadata.
@@ -281,10 +290,10 @@ class Completion:
             "update",
             lambda: self._sender.send_with_retries(
                 item,
-                lambda options, timeout: self._client.update_metadata(
-                    item.id, patch, timeout=timeout, options=options
+                lambda call_options, timeout: self._client.update_metadata(
+                    item.id, patch, timeout=timeout, options=call_options
                 ),
-                request,
+                options,
                 # Check the permission again right before sending: while this write waited for a
                 # connection, the control plane may have refused another write.
                 partial(self._optional.check_permitted, "update"),

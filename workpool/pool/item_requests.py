@@ -163,12 +163,12 @@ class ItemSender:
         self,
         item: PoolItem,
         call: Call[T],
-        request: SendOptions,
+        options: SendOptions,
         before_bytes: Callable[[], None] | None = None,
     ) -> T:
         """Make a call that needs the lease, and retry it after transient errors.
 
-        The retries end with the lease, or after `request.seconds`. `before_bytes` is called after
+        The retries end with the lease, or after `options.seconds`. `before_bytes` is called after
         the check of the lease, right before the first byte is written.
 
         Raises:
@@ -177,29 +177,31 @@ class ItemSender:
         """
         backoff: Backoff | None = None
         until = math.inf
-        if request.seconds != math.inf:
-            until = asyncio.get_running_loop().time() + request.seconds
+        if options.seconds != math.inf:
+            until = asyncio.get_running_loop().time() + options.seconds
         check = partial(
             self.check_writes_allowed,
             item,
-            by_handler=request.by_handler,
+            by_handler=options.by_handler,
             before_bytes=before_bytes,
         )
-        options = CallOptions(check, request.priority, False, True)  # noqa: FBT003 - in the order of its fields
+        call_options = CallOptions(check, options.priority, permit=True)
         while True:
             try:
-                return await self._try_request_once(item, call, request, until, options)
+                return await self._try_request_once(item, call, options, until, call_options)
             except TransientError as error:
                 failure = error
             backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
-            options = options._replace(new_connection=failure.reason in {"timeout", "network"})
+            call_options = call_options._replace(
+                new_connection=failure.reason in {"timeout", "network"}
+            )
             left = self._seconds_left_to_send(item, until, self._clock())
             # Wait for at most half of the remaining time, even if the Retry-After is longer: time
             # must be left for another try. If the stop of an ended session were never sent, another
             # worker would run the item again.
             delay = max(backoff.next_delay(), min(failure.retry_after or 0.0, left / 2))
             if delay >= left:
-                self.check_requests_allowed(item, by_handler=request.by_handler)
+                self.check_requests_allowed(item, by_handler=options.by_handler)
                 raise failure
             await item.wait_until(partial(self._should_end_retry_wait, item.lease, failure), delay)
 
@@ -231,33 +233,33 @@ class ItemSender:
 
     def abort_waits_for_answers(self, item: PoolItem) -> None:
         """End every wait for an answer to a request for the item; each wait raises TimeoutError."""
-        for bound in list(item.open_sends):
-            bound.expire_now()
+        for limit in list(item.open_sends):
+            limit.expire_now()
 
     async def _try_request_once(
         self,
         item: PoolItem,
         call: Call[T],
-        request: SendOptions,
+        options: SendOptions,
         until: float,
-        options: CallOptions,
+        call_options: CallOptions,
     ) -> T:
         now = self._clock()
-        self.check_requests_allowed(item, by_handler=request.by_handler, now=now)
+        self.check_requests_allowed(item, by_handler=options.by_handler, now=now)
         try:
-            if not self._client.try_acquire_permit(request.priority):
+            if not self._client.try_acquire_permit(options.priority):
                 with TimeLimit(
                     self._seconds_left_to_send(item, until, now), open_limits=item.open_sends
                 ):
-                    await self._client.acquire_permit(request.priority)
+                    await self._client.acquire_permit(options.priority)
                 now = self._clock()
             seconds = min(
                 self._request_timeout, self._seconds_left_to_send(item, until, now) / TRY_PART
             )
             with TimeLimit(None, open_limits=item.open_sends):
-                return await call(options, seconds)
+                return await call(call_options, seconds)
         except TimeoutError:
-            self.check_requests_allowed(item, by_handler=request.by_handler)
+            self.check_requests_allowed(item, by_handler=options.by_handler)
             raise TransientError("call", None, "no answer in time", reason="timeout") from None
 
     def _should_end_retry_wait(self, lease: Lease, failure: TransientError) -> bool:

@@ -31,10 +31,10 @@ from workpool.events import (
 from workpool.log_fields import pool_logger
 from workpool.logs import readable
 from workpool.pool.completion import (
+    COMPLETION_OPTIONS,
     DRAIN_REASON,
     MARK_SECONDS,
     NOTE_LIMIT,
-    WRITE,
     Completion,
     find_outcome_of_abandoned_session,
     str_without_raising,
@@ -276,7 +276,7 @@ class SessionRunner:
     ) -> None:
         try:
             await self.completion.write_metadata(
-                item, patch, WRITE._replace(seconds=ATTEMPT_SECONDS)
+                item, patch, COMPLETION_OPTIONS._replace(seconds=ATTEMPT_SECONDS)
             )
             attempt.clear_written_run_number()
         except SessionGoneError:
