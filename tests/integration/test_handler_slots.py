@@ -228,7 +228,7 @@ async def test_redelivered_item_of_handler_at_session_limit_runs_once(workpool: 
         dispatcher, queue = pool._view.dispatcher, pool._view.context.queue
         (aside,) = queue.items_set_aside
         await queue.reserve_place()
-        assert dispatcher.offer_item(aside.work_item, pool._view.context.clock()) == "declined"
+        assert dispatcher.offer_item(aside.work_item, pool._view.context.clock()) == "not_taken"
         queue.release_reserved_place()
         assert queue.items_set_aside == [aside]
         await workpool.wait_for(SessionFinished, count=2)

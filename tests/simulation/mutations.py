@@ -68,9 +68,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "item taken during a pause": [
         SourceEdit(
             "dispatcher:Dispatcher",
-            " or (\n"
-            "        self._admission.gated and self._admission.pause_reason is not None\n"
-            "    )",
+            " or self._admission.pause_reason is not None",
             "",
         ),
     ],
@@ -78,9 +76,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit("admission:Admission", "while self.pause_reason is not None or", "while"),
         SourceEdit(
             "dispatcher:Dispatcher",
-            " or (\n"
-            "        self._admission.gated and self._admission.pause_reason is not None\n"
-            "    )",
+            " or self._admission.pause_reason is not None",
             "",
         ),
     ],

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from workpool.events import Event
-    from workpool.pool.dispatcher import Reception
+    from workpool.pool.dispatcher import OfferResult
 
 REFUSED = RefusedError("poll", 401, "no")
 
@@ -65,7 +65,7 @@ class DispatcherWithFixedAnswer:
     """A dispatcher that gives every item the same answer or raises the same error."""
 
     def __init__(
-        self, queue: BoundedQueue[Any], *, answer: Reception | Exception = "queued"
+        self, queue: BoundedQueue[Any], *, answer: OfferResult | Exception = "queued"
     ) -> None:
         self.queue = queue
         self.answer = answer
@@ -73,7 +73,7 @@ class DispatcherWithFixedAnswer:
         self.health = HandlerHealth(lambda _: 0)
         self.offered: list[object] = []
 
-    def offer_item(self, item: object, polled_at: float) -> Reception:
+    def offer_item(self, item: object, polled_at: float) -> OfferResult:
         assert polled_at <= asyncio.get_running_loop().time()
         self.offered.append(item)
         if isinstance(self.answer, Exception):
@@ -91,7 +91,7 @@ class PollerTestbed:
     def __init__(
         self,
         *answers: object,
-        answer: Reception | Exception = "queued",
+        answer: OfferResult | Exception = "queued",
         block_ms: int = 1,
         concurrency: int = 2,
     ) -> None:
@@ -237,8 +237,8 @@ async def test_item_accepted_by_dispatcher_keeps_queue_place_and_ack_permit() ->
     assert (bench.queue.reserved, bench.queue.waiting_item_count, bench.client.permits) == (0, 1, 1)
 
 
-@pytest.mark.parametrize("answer", ["declined", KeyError("bug")], ids=["declined", "bug"])
-async def test_rejected_item_releases_its_queue_place_and_ack_permit(answer: Any) -> None:
+@pytest.mark.parametrize("answer", ["not_taken", KeyError("bug")], ids=["not taken", "bug"])
+async def test_item_that_is_not_taken_releases_its_queue_place_and_ack_permit(answer: Any) -> None:
     bench = PollerTestbed("item", answer=answer)
     await bench.run_poller()
     assert bench.dispatcher.offered == ["item"]

@@ -45,11 +45,12 @@ ASIDE_MARGIN_SECONDS = 1.0
 TYPE_CHARACTERS = 128
 """Largest number of characters of an item's type in the log."""
 
-Reception = Literal["queued", "aside", "declined"]
-"""The decision about an item that is offered to the dispatcher.
+OfferResult = Literal["queued", "aside", "not_taken"]
+"""The result of a poll whose item, if any, is offered to the dispatcher.
 
 `queued`: the item is in the reserved place. `aside`: it waits for a slot of its handler and has no
-place. `declined`: the pool does not accept this delivery.
+place. `not_taken`: the poll brought no item, or the item is declined or owned already, or the pool
+is paused or draining.
 """
 
 
@@ -125,16 +126,14 @@ class Dispatcher:
         """
         return self.runner.unstarted >= UNSTARTED
 
-    def offer_item(self, work_item: WorkItem, polled_at: float) -> Reception:
+    def offer_item(self, work_item: WorkItem, polled_at: float) -> OfferResult:
         """Accept, set aside or decline an item that a poll returned; return the decision.
 
         `polled_at` is the time when that poll was sent, on the lease clock.
         """
-        if self._context.draining or (
-            self._admission.gated and self._admission.pause_reason is not None
-        ):
+        if self._context.draining or self._admission.pause_reason is not None:
             # The item stays unacknowledged, so the control plane delivers it to another worker.
-            return "declined"
+            return "not_taken"
         owned = self.items.find_item(work_item.id)
         # Skip the search if no expiry timer is set, because then no item is set aside.
         if owned is None and self._expiry is not None:
@@ -146,12 +145,12 @@ class Dispatcher:
         self._context.observe(ItemReceived, work_item, origin, age)
         if owned is not None:
             self._update_redelivered_item(owned, polled_at)
-            return "declined"
+            return "not_taken"
         item.polled_at = polled_at
         if work_item.type != HEALTHCHECK:
             item.handler = self._choose_handler(work_item)
             if item.handler is None:
-                return "declined"
+                return "not_taken"
             if not self._slots.has_free_slot(item.handler):
                 return self._set_item_aside(item)
         self._add_owned_item(item)
@@ -197,11 +196,11 @@ class Dispatcher:
             self._context.observe(ItemReclaimed, item.work_item, "gained", "poll")
         self.items.add_item(item)
 
-    def _set_item_aside(self, item: PoolItem) -> Reception:
+    def _set_item_aside(self, item: PoolItem) -> OfferResult:
         """Let an unacknowledged item wait up to `_aside_seconds` for a slot of its handler."""
         if self._aside_seconds <= 0:
             self._decline_item(item.work_item, "busy")
-            return "declined"
+            return "not_taken"
         self._context.queue.set_item_aside(item)
         self._set_expiry_timer()
         return "aside"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         WorkpoolError,
     )
     from workpool.events import BackoffReason, PollResult, ScaleDirection, ScaleReason
-    from workpool.pool.dispatcher import Dispatcher, Reception
+    from workpool.pool.dispatcher import Dispatcher, OfferResult
     from workpool.pool.pool_context import PoolContext
     from workpool.wire.items import WorkItem
 
@@ -318,7 +318,7 @@ class Poller:
         self.state = "waiting_slot"
         await self._context.queue.reserve_place()
         try:
-            item, reception = await self._poll_and_offer_item()
+            item, result = await self._poll_and_offer_item()
         except UnreadableError as error:
             await self._skip_unreadable_item(error)
             return
@@ -329,23 +329,23 @@ class Poller:
             # End the poller group before the pause below, if it must end: during the pause, other
             # pollers may send polls, and the group could end only after their answers.
             await self._group.end_if_queue_is_empty()
-        if reception == "declined" or self._dispatcher.must_pause_between_polls:
+        if result == "not_taken" or self._dispatcher.must_pause_between_polls:
             # Without this pause, the loop would be busy if the control plane answers at once with
             # null, or with items that are declined or cannot be claimed.
             await self._set_state_and_sleep(self._seconds_left_of_long_poll(), "pacing")
-        elif reception == "aside" and self._context.queue.too_many_items_set_aside:
+        elif result == "aside" and self._context.queue.too_many_items_set_aside:
             self.state = "pacing"
             await self._context.queue.wait_while_too_many_items_set_aside(
                 self._seconds_left_of_long_poll()
             )
 
-    async def _poll_and_offer_item(self) -> tuple[WorkItem | None, Reception]:
+    async def _poll_and_offer_item(self) -> tuple[WorkItem | None, OfferResult]:
         """Poll as soon as cooldown and rate limit allow, and offer the item.
 
-        Returns: The item, and the dispatcher's decision about it.
+        Returns: The item, and the result of the offer.
         """
         item, permitted = None, False
-        reception: Reception = "declined"
+        result: OfferResult = "not_taken"
         try:
             self.state = "paused"
             if self._group.cooldown_until:
@@ -358,13 +358,13 @@ class Poller:
             permitted = True
             item = await self._send_poll()
             if item is not None:
-                reception = self._dispatcher.offer_item(item, self._polled_at)
+                result = self._dispatcher.offer_item(item, self._polled_at)
         finally:
-            if reception != "queued":
+            if result != "queued":
                 self._context.queue.release_reserved_place()
-            if permitted and reception == "declined":
+            if permitted and result == "not_taken":
                 self._context.client.release_ack_permit()
-        return item, reception
+        return item, result
 
     async def _send_poll(self) -> WorkItem | None:
         self.state = "polling"
