@@ -460,16 +460,19 @@ async def test_item_that_two_workers_poll_at_once_is_soon_acknowledged_by_one() 
         return Fault(request_delay=0.005 if request.op == "ack" else 0.001, answer_delay=0.001)
 
     settings: dict[str, Any] = {"concurrency": 1, "pollers": 1, "reclaim_older_than_ms": 0}
-    one = PoolTestbed(make_latency_fault, **settings)
-    two = PoolTestbed(make_latency_fault, operations=one.operations, **settings)
-    async with one.supervisor:
-        (item,) = one.operations.enqueue(ENVIRONMENT)
-        await one.recorder.wait_for(ItemReceived)
+    bench = PoolTestbed(make_latency_fault, **settings)
+    other_bench = PoolTestbed(make_latency_fault, operations=bench.operations, **settings)
+    async with bench.supervisor:
+        (item,) = bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(ItemReceived)
         await asyncio.sleep(0.002)
-        async with two.supervisor:
+        async with other_bench.supervisor:
             await asyncio.sleep(30)
-            assert one.operations.get_item(ENVIRONMENT, item.id).state == "stopped"
-    acks = [each.result for each in (*one.recorder.of(AckFinished), *two.recorder.of(AckFinished))]
+            assert bench.operations.get_item(ENVIRONMENT, item.id).state == "stopped"
+    acks = [
+        each.result
+        for each in (*bench.recorder.of(AckFinished), *other_bench.recorder.of(AckFinished))
+    ]
     assert acks.count("ok") == 1
     assert acks.count("conflict") < 20
 

@@ -268,7 +268,7 @@ class LeaseTestbed:
 
 
 @pytest.fixture
-def testbed() -> type[LeaseTestbed]:
+def make_testbed() -> type[LeaseTestbed]:
     """Return the class `LeaseTestbed`, because a test must instantiate it in virtual time."""
     return LeaseTestbed
 

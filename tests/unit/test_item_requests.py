@@ -39,46 +39,46 @@ HANDLER_OPTIONS = SendOptions(Priority.HANDLER, by_handler=True)
 
 
 @asynccontextmanager
-async def item_with_renewed_lease(one: LeaseTestbed) -> AsyncIterator[PoolItem]:
+async def item_with_renewed_lease(bench: LeaseTestbed) -> AsyncIterator[PoolItem]:
     """Yield an item with a renewed lease and a running handler."""
-    async with one.opened_clients():
-        item = await one.claim_item()
-        await one.send_first_heartbeat(item)
-        one.tries.clear()
-        one.sent.clear()
-        async with one.running_handler(item):
+    async with bench.opened_clients():
+        item = await bench.claim_item()
+        await bench.send_first_heartbeat(item)
+        bench.tries.clear()
+        bench.sent.clear()
+        async with bench.running_handler(item):
             await asyncio.sleep(0)
             yield item
 
 
 async def send_metadata_update(
-    one: LeaseTestbed,
+    bench: LeaseTestbed,
     item: PoolItem,
     options: SendOptions = COMPLETION_OPTIONS,
     before_bytes: Callable[[], None] | None = None,
 ) -> object:
     async def update_metadata(call_options: CallOptions, seconds: float) -> object:
-        return await one.client.update_metadata(
+        return await bench.client.update_metadata(
             item.id, {"key": "value"}, timeout=seconds, options=call_options
         )
 
-    return await one.sender.send_with_retries(item, update_metadata, options, before_bytes)
+    return await bench.sender.send_with_retries(item, update_metadata, options, before_bytes)
 
 
 def get_attempts_to_update_metadata(
-    one: LeaseTestbed,
+    bench: LeaseTestbed,
 ) -> list[tuple[str, float | None, CallOptions]]:
-    return [each for each in one.tries if each[0] == "update"]
+    return [each for each in bench.tries if each[0] == "update"]
 
 
 def lose_lease(item: PoolItem) -> None:
     item.lease.end_lease("lost")
 
 
-def report_lost_lease(one: LeaseTestbed, item: PoolItem) -> None:
+def report_lost_lease(bench: LeaseTestbed, item: PoolItem) -> None:
     """End the lease as lost and report the change, as the renewer does."""
     lose_lease(item)
-    one.record_lease_change(item)
+    bench.record_lease_change(item)
 
 
 def request_stop(item: PoolItem) -> None:
@@ -111,7 +111,7 @@ ENDS: list[tuple[Callable[[PoolItem], None], type[Exception], bool]] = [
 @pytest.mark.parametrize(("end", "error", "by_handler"), ENDS)
 @pytest.mark.parametrize("wait", ["before", "rate limit", "connection"])
 def test_request_is_not_sent_if_lease_ends_right_before_sending(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
     end: Callable[[PoolItem], None],
     error: type[Exception],
     wait: str,
@@ -122,121 +122,121 @@ def test_request_is_not_sent_if_lease_ends_right_before_sending(
 
     @in_virtual_time
     async def assert_nothing_is_sent() -> None:
-        one = testbed(update=[Fault(wait=5.0)] if wait == "connection" else [])
-        async with item_with_renewed_lease(one) as item:
-            one.permit_seconds = 5.0 if wait == "rate limit" else 0.0
+        bench = make_testbed(update=[Fault(wait=5.0)] if wait == "connection" else [])
+        async with item_with_renewed_lease(bench) as item:
+            bench.permit_seconds = 5.0 if wait == "rate limit" else 0.0
             options = HANDLER_OPTIONS if by_handler else COMPLETION_OPTIONS
             if wait == "before":
                 end(item)
             else:
-                one.loop.call_later(4.9, end, item)
+                bench.loop.call_later(4.9, end, item)
             with pytest.raises(error):
-                await send_metadata_update(one, item, options)
+                await send_metadata_update(bench, item, options)
             assert (
-                len(get_attempts_to_update_metadata(one)) <= 1
+                len(get_attempts_to_update_metadata(bench)) <= 1
             )  # A call that the check refuses is not retried.
-        assert not one.get_send_times("update")
+        assert not bench.get_send_times("update")
 
     assert_nothing_is_sent()
 
 
 @in_virtual_time
 async def test_pool_may_write_to_item_after_cancellation_of_handler(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
-    async with item_with_renewed_lease(one) as item:
+    bench = make_testbed()
+    async with item_with_renewed_lease(bench) as item:
         item.cancelled_for = EndReason.TIMED_OUT
-        await send_metadata_update(one, item, COMPLETION_OPTIONS)
+        await send_metadata_update(bench, item, COMPLETION_OPTIONS)
         with pytest.raises(SessionEnded):
-            await send_metadata_update(one, item, HANDLER_OPTIONS)
-    assert len(one.get_send_times("update")) == 1
+            await send_metadata_update(bench, item, HANDLER_OPTIONS)
+    assert len(bench.get_send_times("update")) == 1
 
 
 @in_virtual_time
 async def test_waiting_call_is_not_sent_after_machine_sleeps_longer_than_lease(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[Fault(wait=5.0)])
-    async with item_with_renewed_lease(one) as item:
-        one.loop.call_later(4.9, one.loop.suspend, 300)
+    bench = make_testbed(update=[Fault(wait=5.0)])
+    async with item_with_renewed_lease(bench) as item:
+        bench.loop.call_later(4.9, bench.loop.suspend, 300)
         with pytest.raises(LeaseLost):
-            await send_metadata_update(one, item)
-    assert not one.get_send_times("update")
+            await send_metadata_update(bench, item)
+    assert not bench.get_send_times("update")
 
 
 @in_virtual_time
 async def test_waiting_call_is_sent_after_first_heartbeat_that_follows_machine_pause(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[Fault(wait=5.0)])
-    async with item_with_renewed_lease(one) as item:
-        one.loop.call_later(4.99, setattr, one, "ahead", 30.0)
-        await send_metadata_update(one, item)
-        (sent,) = one.get_send_times("update")
-        heartbeat, *_ = one.get_send_times("heartbeat")
+    bench = make_testbed(update=[Fault(wait=5.0)])
+    async with item_with_renewed_lease(bench) as item:
+        bench.loop.call_later(4.99, setattr, bench, "ahead", 30.0)
+        await send_metadata_update(bench, item)
+        (sent,) = bench.get_send_times("update")
+        heartbeat, *_ = bench.get_send_times("heartbeat")
         assert 4.99 <= heartbeat <= sent
 
 
 @in_virtual_time
 async def test_write_raises_lease_lost_if_lease_ended_during_undetected_machine_pause(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
-    async with item_with_renewed_lease(one) as item:
-        item.lease.deadline = one.clock() + 1.0
-        one.sender.check_writes_allowed(item, by_handler=False)
-        one.ahead = 1.5
+    bench = make_testbed()
+    async with item_with_renewed_lease(bench) as item:
+        item.lease.deadline = bench.clock() + 1.0
+        bench.sender.check_writes_allowed(item, by_handler=False)
+        bench.ahead = 1.5
         with pytest.raises(LeaseLost):
-            one.sender.check_writes_allowed(item, by_handler=False)
+            bench.sender.check_writes_allowed(item, by_handler=False)
 
 
 @in_virtual_time
 async def test_waiting_call_is_not_sent_if_another_worker_claims_item_during_machine_pause(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[Fault(wait=5.0)])
-    async with item_with_renewed_lease(one) as item:
+    bench = make_testbed(update=[Fault(wait=5.0)])
+    async with item_with_renewed_lease(bench) as item:
 
         def simulate_machine_pause() -> None:
-            one.ahead = 300.0
-            one.claim_as_other_worker(item.id)
+            bench.ahead = 300.0
+            bench.claim_as_other_worker(item.id)
 
-        one.loop.call_later(4.99, simulate_machine_pause)
+        bench.loop.call_later(4.99, simulate_machine_pause)
         with pytest.raises(SessionGoneError):
-            await send_metadata_update(one, item)
-    assert not one.get_send_times("update")
+            await send_metadata_update(bench, item)
+    assert not bench.get_send_times("update")
 
 
 @in_virtual_time
 async def test_callback_that_runs_right_before_sending_is_not_called_if_lease_is_lost(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
     called: list[float] = []
-    one = testbed(update=[Fault(wait=5.0)])
-    async with item_with_renewed_lease(one) as item:
+    bench = make_testbed(update=[Fault(wait=5.0)])
+    async with item_with_renewed_lease(bench) as item:
 
         def record_time_of_send() -> None:
-            called.append(one.clock())
+            called.append(bench.clock())
 
-        await send_metadata_update(one, item, before_bytes=record_time_of_send)
+        await send_metadata_update(bench, item, before_bytes=record_time_of_send)
         assert called == pytest.approx([5.0])
         lose_lease(item)
         with pytest.raises(LeaseLost):
-            await send_metadata_update(one, item, before_bytes=record_time_of_send)
+            await send_metadata_update(bench, item, before_bytes=record_time_of_send)
     assert len(called) == 1
 
 
 @in_virtual_time
 async def test_call_for_item_whose_lease_attribute_is_missing_raises_attribute_error(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
-    async with one.opened_clients():
-        item = await one.claim_item()
+    bench = make_testbed()
+    async with bench.opened_clients():
+        item = await bench.claim_item()
         del item.lease
         with pytest.raises(AttributeError, match="lease"):
-            await send_metadata_update(one, item)
+            await send_metadata_update(bench, item)
 
 
 @pytest.mark.parametrize(
@@ -248,66 +248,68 @@ async def test_call_for_item_whose_lease_attribute_is_missing_raises_attribute_e
     ],
 )
 def test_call_refused_by_control_plane_is_never_retried(
-    testbed: type[LeaseTestbed], error: ControlPlaneError
+    make_testbed: type[LeaseTestbed], error: ControlPlaneError
 ) -> None:
     @in_virtual_time
     async def assert_single_request() -> None:
         assert error.status is not None
-        one = testbed(update=[Fault(answer=error.status, applied=False)])
-        async with item_with_renewed_lease(one) as item:
+        bench = make_testbed(update=[Fault(answer=error.status, applied=False)])
+        async with item_with_renewed_lease(bench) as item:
             with pytest.raises(type(error)):
-                await send_metadata_update(one, item)
-        assert len(one.get_send_times("update")) == 1
+                await send_metadata_update(bench, item)
+        assert len(bench.get_send_times("update")) == 1
 
     assert_single_request()
 
 
 @in_virtual_time
 async def test_attempt_of_call_takes_at_most_a_third_of_remaining_lease(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(request_timeout=300.0, update=[SILENCE] * 99)
-    async with item_with_renewed_lease(one) as item:
+    bench = make_testbed(request_timeout=300.0, update=[SILENCE] * 99)
+    async with item_with_renewed_lease(bench) as item:
         lease = item.lease
-        one.renewer.remove_lease(lease)
+        bench.renewer.remove_lease(lease)
         # `remove_lease` also marks the session as closed, which this test does not need.
         lease.closed = False
         with pytest.raises(TransientError):
-            await send_metadata_update(one, item)
-        sent = one.get_send_times("update")
+            await send_metadata_update(bench, item)
+        sent = bench.get_send_times("update")
         assert len(sent) > 5
         assert all(
             seconds is not None and seconds <= (60 - at) / TRY_PART + 1e-6
-            for at, (_, seconds, _) in zip(sent, get_attempts_to_update_metadata(one), strict=True)
+            for at, (_, seconds, _) in zip(
+                sent, get_attempts_to_update_metadata(bench), strict=True
+            )
         )
-        assert get_attempts_to_update_metadata(one)[0][1] == pytest.approx(20)
-        assert one.clock() <= lease.deadline
+        assert get_attempts_to_update_metadata(bench)[0][1] == pytest.approx(20)
+        assert bench.clock() <= lease.deadline
 
 
 @in_virtual_time
 async def test_each_attempt_of_call_is_limited_by_setting_request_timeout(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(request_timeout=2.0, update=[SILENCE])
-    async with item_with_renewed_lease(one) as item:
-        await send_metadata_update(one, item)
-    assert [seconds for _, seconds, _ in get_attempts_to_update_metadata(one)] == [2.0, 2.0]
-    first, second = one.get_send_times("update")
+    bench = make_testbed(request_timeout=2.0, update=[SILENCE])
+    async with item_with_renewed_lease(bench) as item:
+        await send_metadata_update(bench, item)
+    assert [seconds for _, seconds, _ in get_attempts_to_update_metadata(bench)] == [2.0, 2.0]
+    first, second = bench.get_send_times("update")
     assert 2.0 <= second - first <= 2.0 + 0.2
 
 
 @in_virtual_time
 async def test_each_attempt_takes_at_most_a_third_of_time_limit_of_call(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[SILENCE] * 99)
-    async with item_with_renewed_lease(one) as item:
+    bench = make_testbed(update=[SILENCE] * 99)
+    async with item_with_renewed_lease(bench) as item:
         with pytest.raises(TransientError) as caught:
-            await send_metadata_update(one, item, COMPLETION_OPTIONS._replace(seconds=3.0))
+            await send_metadata_update(bench, item, COMPLETION_OPTIONS._replace(seconds=3.0))
         assert caught.value.reason == "timeout"
-        assert 1.0 < one.clock() <= 3.0
-    assert get_attempts_to_update_metadata(one)[0][1] == pytest.approx(1.0)
-    assert len(get_attempts_to_update_metadata(one)) > 1
+        assert 1.0 < bench.clock() <= 3.0
+    assert get_attempts_to_update_metadata(bench)[0][1] == pytest.approx(1.0)
+    assert len(get_attempts_to_update_metadata(bench)) > 1
 
 
 @pytest.mark.parametrize(
@@ -322,15 +324,17 @@ async def test_each_attempt_takes_at_most_a_third_of_time_limit_of_call(
     ids=["silence", "reset", "503", "429", "garbage"],
 )
 def test_call_repeated_because_of_missing_answer_uses_new_connection(
-    testbed: type[LeaseTestbed], failure: Fault, *, new: bool
+    make_testbed: type[LeaseTestbed], failure: Fault, *, new: bool
 ) -> None:
     @in_virtual_time
     async def send_two_updates() -> None:
-        one = testbed(update=[failure])
-        async with item_with_renewed_lease(one) as item:
-            await send_metadata_update(one, item)
-            await send_metadata_update(one, item)
-        assert [options.new_connection for *_, options in get_attempts_to_update_metadata(one)] == [
+        bench = make_testbed(update=[failure])
+        async with item_with_renewed_lease(bench) as item:
+            await send_metadata_update(bench, item)
+            await send_metadata_update(bench, item)
+        assert [
+            options.new_connection for *_, options in get_attempts_to_update_metadata(bench)
+        ] == [
             False,
             new,
             False,
@@ -341,45 +345,45 @@ def test_call_repeated_because_of_missing_answer_uses_new_connection(
 
 @in_virtual_time
 async def test_repeated_call_keeps_rate_limit_priority_and_permit_of_first_attempt(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[SILENCE])
-    async with item_with_renewed_lease(one) as item:
-        await send_metadata_update(one, item, COMPLETION_OPTIONS)
-        await send_metadata_update(one, item, HANDLER_OPTIONS)
-    assert [options.priority for *_, options in get_attempts_to_update_metadata(one)] == [
+    bench = make_testbed(update=[SILENCE])
+    async with item_with_renewed_lease(bench) as item:
+        await send_metadata_update(bench, item, COMPLETION_OPTIONS)
+        await send_metadata_update(bench, item, HANDLER_OPTIONS)
+    assert [options.priority for *_, options in get_attempts_to_update_metadata(bench)] == [
         Priority.COMPLETION,
         Priority.COMPLETION,
         Priority.HANDLER,
     ]
-    assert all(options.permit for *_, options in get_attempts_to_update_metadata(one))
+    assert all(options.permit for *_, options in get_attempts_to_update_metadata(bench))
 
 
 @in_virtual_time
 async def test_completion_write_is_retried_as_long_as_lease_is_renewed(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[Fault(answer=503, applied=False)] * 200)
-    async with item_with_renewed_lease(one) as item:
-        await send_metadata_update(one, item)
-        assert one.clock() > 200
-        between = [later - earlier for earlier, later in pairwise(one.get_send_times("update"))]
+    bench = make_testbed(update=[Fault(answer=503, applied=False)] * 200)
+    async with item_with_renewed_lease(bench) as item:
+        await send_metadata_update(bench, item)
+        assert bench.clock() > 200
+        between = [later - earlier for earlier, later in pairwise(bench.get_send_times("update"))]
         assert max(between) <= 3.0 + 1e-6
 
 
 @in_virtual_time
 async def test_retry_delay_of_control_plane_is_limited_to_half_of_remaining_time(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
-    async with item_with_renewed_lease(one) as item:
-        await send_metadata_update(one, item)
-        assert one.clock() == pytest.approx(5)
-    two = testbed(update=[Fault(answer=429, applied=False, retry_after=300)])
-    begun_at = two.clock()
-    async with item_with_renewed_lease(two) as item:
-        await send_metadata_update(two, item, COMPLETION_OPTIONS._replace(seconds=20.0))
-        assert two.clock() == pytest.approx(begun_at + 10)
+    bench = make_testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
+    async with item_with_renewed_lease(bench) as item:
+        await send_metadata_update(bench, item)
+        assert bench.clock() == pytest.approx(5)
+    other_bench = make_testbed(update=[Fault(answer=429, applied=False, retry_after=300)])
+    begun_at = other_bench.clock()
+    async with item_with_renewed_lease(other_bench) as item:
+        await send_metadata_update(other_bench, item, COMPLETION_OPTIONS._replace(seconds=20.0))
+        assert other_bench.clock() == pytest.approx(begun_at + 10)
 
 
 @pytest.mark.parametrize(
@@ -388,41 +392,41 @@ async def test_retry_delay_of_control_plane_is_limited_to_half_of_remaining_time
     ids=["between two attempts", "during an attempt"],
 )
 def test_call_ends_at_once_if_lease_is_lost_meanwhile(
-    testbed: type[LeaseTestbed], fault: Fault
+    make_testbed: type[LeaseTestbed], fault: Fault
 ) -> None:
     @in_virtual_time
     async def lose_lease_during_update() -> None:
-        one = testbed(update=[fault])
-        async with item_with_renewed_lease(one) as item:
-            one.loop.call_later(1, report_lost_lease, one, item)
+        bench = make_testbed(update=[fault])
+        async with item_with_renewed_lease(bench) as item:
+            bench.loop.call_later(1, report_lost_lease, bench, item)
             with pytest.raises(LeaseLost):
-                await send_metadata_update(one, item)
-            assert one.clock() == pytest.approx(1)
+                await send_metadata_update(bench, item)
+            assert bench.clock() == pytest.approx(1)
 
     lose_lease_during_update()
 
 
 @in_virtual_time
 async def test_call_raises_lease_lost_if_it_times_out_just_as_lease_is_lost(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
     """A loop that was blocked may handle the timeout and the loss of the lease in one turn."""
-    one = testbed(update=[SILENCE] * 9)
-    async with item_with_renewed_lease(one) as item:
+    bench = make_testbed(update=[SILENCE] * 9)
+    async with item_with_renewed_lease(bench) as item:
         # The lease ends so soon after the timeout that both happen in one turn of the loop.
-        one.loop.call_at(10 + 1e-7, report_lost_lease, one, item)
+        bench.loop.call_at(10 + 1e-7, report_lost_lease, bench, item)
         with pytest.raises(LeaseLost):
-            await send_metadata_update(one, item)
-        assert one.clock() < 11
+            await send_metadata_update(bench, item)
+        assert bench.clock() < 11
 
 
 @in_virtual_time
 async def test_call_raises_cancelled_error_if_calling_task_is_cancelled(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[SILENCE])
-    async with item_with_renewed_lease(one) as item, asyncio.TaskGroup() as group:
-        task = group.create_task(send_metadata_update(one, item))
+    bench = make_testbed(update=[SILENCE])
+    async with item_with_renewed_lease(bench) as item, asyncio.TaskGroup() as group:
+        task = group.create_task(send_metadata_update(bench, item))
         await asyncio.sleep(1)
         task.cancel()
         await asyncio.wait({task})
@@ -432,65 +436,65 @@ async def test_call_raises_cancelled_error_if_calling_task_is_cancelled(
 
 @in_virtual_time
 async def test_call_that_needs_lease_continues_while_lease_is_renewed(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
+    bench = make_testbed()
     answered = asyncio.Event()
-    async with item_with_renewed_lease(one) as item:
+    async with item_with_renewed_lease(bench) as item:
 
         async def read_session() -> str:
             await answered.wait()
             return "answer"
 
-        one.loop.call_later(300, answered.set)
-        assert await one.sender.await_call_while_leased(item, read_session) == "answer"
+        bench.loop.call_later(300, answered.set)
+        assert await bench.sender.await_call_while_leased(item, read_session) == "answer"
 
 
 @in_virtual_time
 async def test_call_that_needs_lease_ends_at_time_limit_or_when_lease_is_lost(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
-    async with item_with_renewed_lease(one) as item:
+    bench = make_testbed()
+    async with item_with_renewed_lease(bench) as item:
         with pytest.raises(TimeoutError):
-            await one.sender.await_call_while_leased(item, asyncio.Event().wait, 7.0)
-        assert one.clock() == pytest.approx(7)
-        one.loop.call_later(3, report_lost_lease, one, item)
+            await bench.sender.await_call_while_leased(item, asyncio.Event().wait, 7.0)
+        assert bench.clock() == pytest.approx(7)
+        bench.loop.call_later(3, report_lost_lease, bench, item)
         with pytest.raises(LeaseLost):
-            await one.sender.await_call_while_leased(item, asyncio.Event().wait, 100.0)
-        assert one.clock() == pytest.approx(10)
+            await bench.sender.await_call_while_leased(item, asyncio.Event().wait, 100.0)
+        assert bench.clock() == pytest.approx(10)
 
 
 @in_virtual_time
 async def test_many_concurrent_calls_by_one_handler_do_not_delay_calls_by_another(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
-    async with item_with_renewed_lease(one) as item:
-        other = await one.claim_item()
-        await one.send_first_heartbeat(other)
-        async with one.running_handler(other), asyncio.TaskGroup() as group:
+    bench = make_testbed()
+    async with item_with_renewed_lease(bench) as item:
+        other = await bench.claim_item()
+        await bench.send_first_heartbeat(other)
+        async with bench.running_handler(other), asyncio.TaskGroup() as group:
             await asyncio.sleep(0)
-            one.peaks.clear()
-            one.latency = 1.0
-            context: Any = one
-            busy = PoolSessionBackend(item, context, one.sender)
+            bench.peaks.clear()
+            bench.latency = 1.0
+            context: Any = bench
+            busy = PoolSessionBackend(item, context, bench.sender)
             calls = [group.create_task(busy.update_metadata({"a": "b"})) for _ in range(100)]
             await asyncio.sleep(0.5)
-            assert one.under_way == CALLS_PER_SESSION == 8
-            await PoolSessionBackend(other, context, one.sender).update_metadata({"a": "b"})
-            assert one.clock() == pytest.approx(1.5)
+            assert bench.under_way == CALLS_PER_SESSION == 8
+            await PoolSessionBackend(other, context, bench.sender).update_metadata({"a": "b"})
+            assert bench.clock() == pytest.approx(1.5)
             await asyncio.wait(calls)
-        assert max(under_way for _, under_way in one.peaks) == CALLS_PER_SESSION + 1
+        assert max(under_way for _, under_way in bench.peaks) == CALLS_PER_SESSION + 1
 
 
 @in_virtual_time
 async def test_call_made_by_handler_is_retried_until_time_limit_of_call(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(update=[Fault(answer=503, applied=False)] * 999)
-    async with item_with_renewed_lease(one) as item:
-        context: Any = one
+    bench = make_testbed(update=[Fault(answer=503, applied=False)] * 999)
+    async with item_with_renewed_lease(bench) as item:
+        context: Any = bench
         with pytest.raises(TransientError):
-            await PoolSessionBackend(item, context, one.sender).update_metadata({"a": "b"})
-        assert UPDATE_SECONDS - 3 <= one.clock() <= UPDATE_SECONDS
+            await PoolSessionBackend(item, context, bench.sender).update_metadata({"a": "b"})
+        assert UPDATE_SECONDS - 3 <= bench.clock() <= UPDATE_SECONDS

@@ -118,9 +118,9 @@ class PollerTestbed:
 
     async def run_poller(self, seconds: float = 20) -> None:
         """Run one poller until the poller ends or the client has returned its last answer."""
-        one = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
+        tested_poller = Poller(self.context, self.group, cast("Any", self.dispatcher), 0)
         async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
-            task = group.create_task(one.run_polls())
+            task = group.create_task(tested_poller.run_polls())
             over = group.create_task(self.client.exhausted.wait())
             await asyncio.wait({task, over}, return_when=asyncio.FIRST_COMPLETED)
             task.cancel()

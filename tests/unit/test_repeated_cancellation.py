@@ -49,24 +49,24 @@ class StubbornHandler:
 
 @asynccontextmanager
 async def running_stubborn_handler(
-    bench: type[LeaseTestbed], handler: StubbornHandler
+    make_testbed: type[LeaseTestbed], handler: StubbornHandler
 ) -> AsyncIterator[tuple[HandlerExecutor, PoolItem]]:
     """Run the handler during the `async with` block, then wait until the handler ends."""
-    parts = bench()
+    bench = make_testbed()
     context = SimpleNamespace(
-        settings=parts.settings,
+        settings=bench.settings,
         plugins=Plugins.load([], [], {}),
-        clock=parts.clock,
-        observe=parts.record_event,
-        renewer=parts.renewer,
-        threads=HandlerThreads(1, parts.clock),
+        clock=bench.clock,
+        observe=bench.record_event,
+        renewer=bench.renewer,
+        threads=HandlerThreads(1, bench.clock),
     )
     async with (
         open_handler_task_group() as handlers,
-        parts.opened_clients(),
+        bench.opened_clients(),
         asyncio.TaskGroup() as group,
     ):
-        item = await parts.claim_item()
+        item = await bench.claim_item()
         item.advance_state("started")
         executor = HandlerExecutor(cast("Any", context), handlers)
         call = Handler(
@@ -94,10 +94,10 @@ Step = tuple[float, EndReason]
 )
 @in_virtual_time
 async def test_handler_is_cancelled_again_every_ten_seconds_and_at_once_for_graver_reason(
-    testbed: type[LeaseTestbed], steps: list[Step], times: list[float]
+    make_testbed: type[LeaseTestbed], steps: list[Step], times: list[float]
 ) -> None:
     handler = StubbornHandler(until=34)
-    async with running_stubborn_handler(testbed, handler) as (executor, item):
+    async with running_stubborn_handler(make_testbed, handler) as (executor, item):
         passed = 0.0
         for at, reason in steps:
             await asyncio.sleep(at - passed)
@@ -109,11 +109,11 @@ async def test_handler_is_cancelled_again_every_ten_seconds_and_at_once_for_grav
 
 @in_virtual_time
 async def test_stuck_handler_is_reported_exactly_once_and_ten_seconds_after_cancellation(
-    testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
+    make_testbed: type[LeaseTestbed], caplog: pytest.LogCaptureFixture
 ) -> None:
     reports: list[float] = []
     handler = StubbornHandler(until=34)
-    async with running_stubborn_handler(testbed, handler) as (executor, item):
+    async with running_stubborn_handler(make_testbed, handler) as (executor, item):
         now: Callable[[], float] = asyncio.get_running_loop().time
         began = now()
         executor.on_stuck = lambda: reports.append(round(now() - began, 3))
@@ -123,9 +123,11 @@ async def test_stuck_handler_is_reported_exactly_once_and_ten_seconds_after_canc
 
 
 @in_virtual_time
-async def test_handler_that_has_ended_is_not_cancelled_again(testbed: type[LeaseTestbed]) -> None:
+async def test_handler_that_has_ended_is_not_cancelled_again(
+    make_testbed: type[LeaseTestbed],
+) -> None:
     handler = StubbornHandler(until=12)
-    async with running_stubborn_handler(testbed, handler) as (executor, item):
+    async with running_stubborn_handler(make_testbed, handler) as (executor, item):
         executor.cancel_handler(item, EndReason.TIMED_OUT)
         task = item.handler_task
         assert task is not None

@@ -43,35 +43,35 @@ def test_wait_without_timer_in_virtual_time_raises_runtime_error() -> None:
 
 @in_virtual_time
 async def test_timers_do_not_advance_while_simulated_machine_is_suspended(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
-    one.loop.suspend(100)
+    bench = make_testbed()
+    bench.loop.suspend(100)
     await asyncio.sleep(5)
-    assert (one.loop.time(), one.loop.machine_time()) == (5, 105)
+    assert (bench.loop.time(), bench.loop.machine_time()) == (5, 105)
 
 
 @in_virtual_time
 async def test_local_client_answers_all_calls_for_item_from_poll_to_stop(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed()
+    bench = make_testbed()
     codes: list[tuple[str, str]] = []
-    one.client.on_request = lambda op, code, _: codes.append((op, code))
-    async with one.client, one.rival:
-        work_id = (await one.claim_item()).id
-        heartbeat = await one.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
+    bench.client.on_request = lambda op, code, _: codes.append((op, code))
+    async with bench.client, bench.rival:
+        work_id = (await bench.claim_item()).id
+        heartbeat = await bench.client.heartbeat(work_id, "NO_HEARTBEAT", 30)
         assert (heartbeat.state, heartbeat.ttl_seconds) == ("active", 30)
-        assert (await one.client.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
-        assert (await one.client.get(work_id)).last_heartbeat == heartbeat.last_heartbeat
-        assert (await one.client.stats()).depth == 0
-        stopped = await one.client.stop(work_id, force=True)
+        assert (await bench.client.update_metadata(work_id, {"a": "b"})).metadata == {"a": "b"}
+        assert (await bench.client.get(work_id)).last_heartbeat == heartbeat.last_heartbeat
+        assert (await bench.client.stats()).depth == 0
+        stopped = await bench.client.stop(work_id, force=True)
         assert stopped is not None
         assert stopped.state == "stopped"
         with pytest.raises(ConflictError):
-            await one.rival.ack(work_id)
+            await bench.rival.ack(work_id)
         with pytest.raises(RefusedError) as caught:
-            await one.client.get("work_unknown")
+            await bench.client.get("work_unknown")
         assert (caught.value.status, caught.value.error_type) == (404, "not_found_error")
         assert [op for op, _ in codes] == [
             "poll",
@@ -88,48 +88,48 @@ async def test_local_client_answers_all_calls_for_item_from_poll_to_stop(
 
 @in_virtual_time
 async def test_poll_of_local_client_waits_for_items_and_obeys_injected_faults(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(
+    bench = make_testbed(
         poll=[None, None, Fault(answer="silence"), Fault(answer_delay=2), Fault(answer=503)]
     )
-    async with one.client:
-        assert await one.client.poll(999) is None
-        assert one.clock() == pytest.approx(0.999)
-        one.loop.call_later(0.5, partial(one.operations.enqueue, ENVIRONMENT, count=2))
-        assert await one.client.poll(999)
-        assert one.clock() == pytest.approx(1.499)
+    async with bench.client:
+        assert await bench.client.poll(999) is None
+        assert bench.clock() == pytest.approx(0.999)
+        bench.loop.call_later(0.5, partial(bench.operations.enqueue, ENVIRONMENT, count=2))
+        assert await bench.client.poll(999)
+        assert bench.clock() == pytest.approx(1.499)
         with pytest.raises(TransientError, match="time"):
-            await one.client.poll()
+            await bench.client.poll()
         # The answer with the item was lost, so the item is delivered again after 10 s.
-        again = await one.client.poll()
+        again = await bench.client.poll()
         assert again is not None
-        assert one.clock() == pytest.approx(13.499)
+        assert bench.clock() == pytest.approx(13.499)
         with pytest.raises(TransientError, match="503"):
-            await one.client.poll()
+            await bench.client.poll()
 
 
 @in_virtual_time
 async def test_request_that_was_sent_still_arrives_after_timeout_of_caller(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
-    one = testbed(stop=[Fault(request_delay=30)])
-    async with one.client:
-        item = await one.claim_item()
+    bench = make_testbed(stop=[Fault(request_delay=30)])
+    async with bench.client:
+        item = await bench.claim_item()
         with pytest.raises(TransientError) as caught:
-            await one.client.stop(item.id, force=True, timeout=1)
+            await bench.client.stop(item.id, force=True, timeout=1)
         assert caught.value.reason == "timeout"
-        assert (await one.client.get(item.id)).state == "starting"
+        assert (await bench.client.get(item.id)).state == "starting"
         await asyncio.sleep(30)
-        assert (await one.client.get(item.id)).state == "stopped"
+        assert (await bench.client.get(item.id)).state == "stopped"
 
 
 @in_virtual_time
 async def test_call_of_local_client_that_is_not_open_raises_runtime_error(
-    testbed: type[LeaseTestbed],
+    make_testbed: type[LeaseTestbed],
 ) -> None:
     with pytest.raises(RuntimeError, match="not open"):
-        await testbed().client.get("work_1")
+        await make_testbed().client.get("work_1")
 
 
 async def test_pool_with_local_client_completes_session_in_real_time() -> None:
