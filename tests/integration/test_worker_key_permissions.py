@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from workpool.testing import Faults, Recorder
-    from workpool.testing.movable_clock import Clock
+    from workpool.testing.advancing_clock import Clock
 
 KEY = "key-of-a-worker"
 

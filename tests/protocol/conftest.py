@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
+from tests.manual_clock import ManualClock
 from tests.postgres.cluster import TEST_SECONDS, extend_database_limits
 from tests.protocol.postgres_control_plane import PostgresControlPlane
 from workpool.conformance.api import WorkCallClient
@@ -33,19 +34,6 @@ START = 1_772_366_400.0
 TABLES = ("environments", "sessions", "items", "events", "history", "pollers", "stopped_counts")
 
 WORKER_HEADER = {"qoder": "Worker-ID", "anthropic": "anthropic-worker-id"}
-
-
-class MovableClock:
-    """A clock in epoch seconds that only the test moves."""
-
-    def __init__(self) -> None:
-        self.seconds = START
-
-    def __call__(self) -> float:
-        return self.seconds
-
-    def advance(self, seconds: float) -> None:
-        self.seconds += seconds
 
 
 @dataclass(frozen=True)
@@ -152,8 +140,8 @@ def allow_polls_of_one_minute(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def clock() -> MovableClock:
-    return MovableClock()
+def clock() -> ManualClock:
+    return ManualClock(START)
 
 
 @pytest.fixture(scope="session")
@@ -184,7 +172,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store | PostgresSto
 
 @pytest.fixture
 async def control_plane(
-    clock: MovableClock, store: Store | PostgresStore
+    clock: ManualClock, store: Store | PostgresStore
 ) -> AsyncIterator[ControlPlane]:
     options: dict[str, Any] = {
         "environments": (ENV, OTHER),

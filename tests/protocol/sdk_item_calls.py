@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from tests.protocol.conftest import ENV
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import MovableClock
+    from tests.manual_clock import ManualClock
     from workpool.server import Item
 
 
-async def check_item_calls_of_sdk(work: Any, created: Item, clock: MovableClock) -> None:
+async def check_item_calls_of_sdk(work: Any, created: Item, clock: ManualClock) -> None:
     """Acknowledge a delivered item, send a heartbeat for it, update it and read it."""
     acked = await work.ack(created.id, environment_id=ENV)
     assert (acked.state, acked.acknowledged_at) == ("starting", "2026-03-01T12:00:00Z")

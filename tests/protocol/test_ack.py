@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_ack_moves_item_from_queued_to_starting(api: ApiClient, clock: MovableClock) -> None:
+async def test_ack_moves_item_from_queued_to_starting(api: ApiClient, clock: ManualClock) -> None:
     api.plane.enqueue()
     item = await api.claim_item(worker="a")
     clock.advance(2.75)
@@ -29,9 +30,7 @@ async def test_ack_moves_item_from_queued_to_starting(api: ApiClient, clock: Mov
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 @pytest.mark.parametrize("state", ["starting", "active"])
-async def test_repeated_ack_changes_nothing(
-    api: ApiClient, clock: MovableClock, state: str
-) -> None:
+async def test_repeated_ack_changes_nothing(api: ApiClient, clock: ManualClock, state: str) -> None:
     work_id = await api.create_item_in_state(state, "a")
     before = (await api.get(work_id)).body
     clock.advance(59)
@@ -74,7 +73,7 @@ async def test_ack_of_item_held_by_another_worker_is_409(api: ApiClient, state: 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_ack_by_former_worker_after_redelivery_is_409(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     api.plane.enqueue()
     item = await api.claim_item(worker="a")
@@ -85,7 +84,7 @@ async def test_ack_by_former_worker_after_redelivery_is_409(
 
 
 async def test_late_ack_is_accepted_if_item_was_not_redelivered(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     api.plane.enqueue()
     item = await api.claim_item(worker="a")

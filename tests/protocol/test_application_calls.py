@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.protocol.conftest import (
-    CLOUD,
-    ENV,
-    LIMITED,
-    OTHER,
-    TOKEN,
-    ApiClient,
-    HttpAnswer,
-    MovableClock,
-)
+from tests.protocol.conftest import CLOUD, ENV, LIMITED, OTHER, TOKEN, ApiClient, HttpAnswer
 from tests.protocol.test_stream import open_stream
 from workpool.server import ControlPlane, SqliteStore
 from workpool.server.environments import ENVIRONMENTS_MAX
@@ -27,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import aiohttp
+
+    from tests.manual_clock import ManualClock
 
 START_TIME = "2026-03-01T12:00:00Z"
 SELF_HOSTED = {"name": "mine", "config": {"type": "self_hosted"}}
@@ -273,7 +266,7 @@ async def test_sessions_are_listed_newest_first_by_default(anthropic_api: ApiCli
 
 
 async def test_sessions_are_filtered_by_time_status_agent_and_archive(
-    anthropic_api: ApiClient, clock: MovableClock
+    anthropic_api: ApiClient, clock: ManualClock
 ) -> None:
     first = (await create_session(anthropic_api, agent="agent_a"))["id"]
     clock.advance(1)
@@ -374,7 +367,7 @@ async def test_archive_of_unknown_session_is_404(anthropic_api: ApiClient) -> No
 
 
 async def test_environments_and_sessions_survive_restart(
-    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    tmp_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     def open_control_plane() -> ControlPlane:
         store = SqliteStore(tmp_path / "work.db")

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import ENV, TOKEN, MovableClock, wait_until
+from tests.manual_clock import ManualClock
+from tests.protocol.conftest import ENV, START, TOKEN, wait_until
 from workpool.conformance import (
     CLAUSES,
     Clause,
@@ -42,7 +43,7 @@ PAGE = Path(__file__).parents[2] / "workpool/docs/protocol.md"
 def make_suite_that_advances_clock(
     plane: ControlPlane,
     http: aiohttp.ClientSession,
-    clock: MovableClock,
+    clock: ManualClock,
     dialect: Dialect,
     *,
     token: str = TOKEN,
@@ -68,7 +69,7 @@ async def test_embedded_control_plane_fulfils_each_clause_of_conformance_suite(
     clause: Clause,
     control_plane: ControlPlane,
     http_session: aiohttp.ClientSession,
-    clock: MovableClock,
+    clock: ManualClock,
     dialect: Dialect,
 ) -> None:
     finding = await make_suite_that_advances_clock(
@@ -83,7 +84,7 @@ class ClockOfConcurrentClauses:
     The clock advances to the end of the shortest wait when all running clauses wait.
     """
 
-    def __init__(self, clock: MovableClock) -> None:
+    def __init__(self, clock: ManualClock) -> None:
         self._clock = clock
         self._waiting: list[tuple[float, asyncio.Future[None]]] = []
 
@@ -100,14 +101,14 @@ class ClockOfConcurrentClauses:
             if self._waiting and len(self._waiting) >= running:
                 at, wake = min(self._waiting, key=itemgetter(0))
                 self._waiting.remove((at, wake))
-                self._clock.seconds = max(self._clock.seconds, at)
+                self._clock.now = max(self._clock.now, at)
                 wake.set_result(None)
 
 
 async def test_every_clause_holds_when_suite_runs_clauses_concurrently(
     control_plane: ControlPlane,
     http_session: aiohttp.ClientSession,
-    clock: MovableClock,
+    clock: ManualClock,
     dialect: Dialect,
 ) -> None:
     sleepers = ClockOfConcurrentClauses(clock)
@@ -138,7 +139,7 @@ async def check_clause_against_faulty_control_plane(
     name: str, http: aiohttp.ClientSession, fault: Handler
 ) -> Finding:
     """Check one clause against a control plane with a fault; return the finding."""
-    clock = MovableClock()
+    clock = ManualClock(START)
     [clause] = [each for each in CLAUSES if each.name == name]
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, now=clock, middlewares=[fault]
@@ -328,7 +329,7 @@ async def test_conformance_suite_gives_verdict_breaks_if_expired_lease_causes_no
 
 
 async def test_conformance_suite_refuses_environment_with_item_of_another_client(
-    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: ManualClock
 ) -> None:
     (item,) = control_plane.enqueue()
     with pytest.raises(ForeignItemsError, match=f"item {item.id} was not created by the suite"):
@@ -339,7 +340,7 @@ async def test_conformance_suite_refuses_environment_with_item_of_another_client
 
 
 async def test_conformance_suite_accepts_environment_with_items_of_its_earlier_run(
-    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: ManualClock
 ) -> None:
     for _ in range(2):
         [finding] = await make_suite_that_advances_clock(
@@ -349,7 +350,7 @@ async def test_conformance_suite_accepts_environment_with_items_of_its_earlier_r
 
 
 async def test_conformance_suite_ends_if_another_client_creates_an_item_during_run(
-    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: ManualClock
 ) -> None:
     suite = make_suite_that_advances_clock(
         control_plane,
@@ -374,7 +375,7 @@ class ItemSourceWithForeignItems(EnqueuedItemSource):
 
 
 async def test_conformance_suite_stops_items_of_other_clients_in_declared_test_environment(
-    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: ManualClock
 ) -> None:
     items = control_plane.enqueue(3)
     # Two nodes on PostgreSQL deliver the items of one millisecond in any order. Advance the clock,
@@ -389,7 +390,7 @@ async def test_conformance_suite_stops_items_of_other_clients_in_declared_test_e
 
 
 async def test_conformance_suite_stops_the_items_that_each_clause_created(
-    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: ManualClock
 ) -> None:
     await make_suite_that_advances_clock(control_plane, http_session, clock, "qoder").run(
         select_clauses_by_name("list-pages", "ack-lease")
@@ -399,7 +400,7 @@ async def test_conformance_suite_stops_the_items_that_each_clause_created(
 
 
 async def test_conformance_suite_gives_verdict_untried_after_all_given_items_are_used(
-    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: ManualClock
 ) -> None:
     given = [item.id for item in control_plane.enqueue(2)]
     suite = make_suite_that_advances_clock(
@@ -433,7 +434,7 @@ def select_clauses_by_name(*names: str) -> list[Clause]:
 async def test_malformed_response_gives_conformance_verdict_instead_of_exception(
     http_session: aiohttp.ClientSession, answer: bytes
 ) -> None:
-    clock = MovableClock()
+    clock = ManualClock(START)
 
     @web.middleware
     async def send_malformed_answer(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -502,7 +503,7 @@ async def test_conformance_suite_stops_its_items_when_it_is_cancelled(
 
 
 async def test_conformance_suite_can_create_its_items_by_creating_sessions(
-    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: MovableClock
+    control_plane: ControlPlane, http_session: aiohttp.ClientSession, clock: ManualClock
 ) -> None:
     source = SessionSource("agent_00000000000070008000000000000001")
     suite = make_suite_that_advances_clock(
@@ -530,7 +531,7 @@ OPTIONAL = {
 
 
 async def test_each_conformance_clause_holds_for_worker_key_unless_key_forbids_its_calls(
-    http_session: aiohttp.ClientSession, clock: MovableClock, dialect: Dialect
+    http_session: aiohttp.ClientSession, clock: ManualClock, dialect: Dialect
 ) -> None:
     async with ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, worker_keys=(WORKER_KEY,), now=clock

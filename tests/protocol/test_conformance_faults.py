@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import ENV, START, TOKEN, MovableClock
+from tests.manual_clock import ManualClock
+from tests.protocol.conftest import ENV, START, TOKEN
 from tests.protocol.test_conformance import make_suite_that_advances_clock
 from workpool.conformance import CLAUSES, Clause, Verdict
 from workpool.server import ControlPlane
@@ -314,7 +315,7 @@ FAULTY_PLANE_OF_CLAUSE = {
 async def test_each_conformance_clause_detects_a_control_plane_that_violates_it(
     clause: Clause, http_session: aiohttp.ClientSession
 ) -> None:
-    faulty, clock = FAULTY_PLANE_OF_CLAUSE[clause.name], MovableClock()
+    faulty, clock = FAULTY_PLANE_OF_CLAUSE[clause.name], ManualClock(START)
     async with ControlPlane(
         environments=(ENV,),
         tokens={TOKEN: None},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.protocol.conftest import CLOUD, ENV, OTHER, MovableClock
+from tests.protocol.conftest import CLOUD, ENV, OTHER
 from workpool.server import APIError, ControlPlane, Poll, state_machine, summarize
 from workpool.server.conversation import EVERY_EVENT, EventFilter
 from workpool.server.parsing.creation_requests import NewEnvironment, NewSession
@@ -20,6 +20,7 @@ from workpool.server.stored_session import SessionFilter
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from tests.manual_clock import ManualClock
     from workpool.server import Item, PostgresStore, Store
     from workpool.server.engine import ControlPlaneEngine
 
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("memory_and_sqlite_stores")
 
 @pytest.fixture
 async def engine(
-    store: Store | PostgresStore, clock: MovableClock
+    store: Store | PostgresStore, clock: ManualClock
 ) -> AsyncIterator[ControlPlaneEngine]:
     async with open_engine(store, clock) as engine:
         yield engine
@@ -46,7 +47,7 @@ async def engine(
 
 @asynccontextmanager
 async def open_engine(
-    store: Store | PostgresStore, clock: MovableClock | None
+    store: Store | PostgresStore, clock: ManualClock | None
 ) -> AsyncIterator[ControlPlaneEngine]:
     engine = ControlPlane(
         environments=(ENV, OTHER), cloud_environments=(CLOUD,), store=store, now=clock
@@ -81,7 +82,7 @@ async def get_error_status_of_call(call: Any) -> int:
 
 
 async def test_item_goes_through_every_state_from_creation_to_stop(
-    engine: ControlPlaneEngine, clock: MovableClock
+    engine: ControlPlaneEngine, clock: ManualClock
 ) -> None:
     (created,) = await engine.enqueue(ENV, metadata={"k": "v\0"})
     assert created.state == "queued"
@@ -138,7 +139,7 @@ async def test_history_of_item_is_recorded_in_order(engine: ControlPlaneEngine) 
 @pytest.mark.parametrize("compare_on_stop", [True, False])
 async def test_every_engine_answers_heartbeat_as_the_item_state_machine_defines(
     engine: ControlPlaneEngine,
-    clock: MovableClock,
+    clock: ManualClock,
     seconds: int,
     expected: str | None,
     state: str,
@@ -171,7 +172,7 @@ async def test_items_are_delivered_oldest_first(engine: ControlPlaneEngine) -> N
 
 
 async def test_expired_lease_returns_item_to_queue(
-    engine: ControlPlaneEngine, clock: MovableClock
+    engine: ControlPlaneEngine, clock: ManualClock
 ) -> None:
     item = await create_active_item(engine)
     later = await engine.enqueue(ENV)
@@ -191,7 +192,7 @@ async def test_expired_lease_returns_item_to_queue(
 
 
 async def test_item_in_state_stopping_is_stopped_once_its_lease_expires(
-    engine: ControlPlaneEngine, clock: MovableClock
+    engine: ControlPlaneEngine, clock: ManualClock
 ) -> None:
     item = await create_active_item(engine)
     await engine.stop_item(ENV, item.id)
@@ -202,7 +203,7 @@ async def test_item_in_state_stopping_is_stopped_once_its_lease_expires(
 
 
 async def test_unacknowledged_item_is_delivered_again_after_reclaim_window(
-    engine: ControlPlaneEngine, clock: MovableClock
+    engine: ControlPlaneEngine, clock: ManualClock
 ) -> None:
     (item,) = await engine.enqueue(ENV)
     await claim_item(engine, "a")
@@ -293,9 +294,7 @@ async def test_concurrent_claims_deliver_each_item_once(engine: ControlPlaneEngi
     assert sorted(ids) == [item.id for item in items]
 
 
-async def test_statistics_count_every_state(
-    engine: ControlPlaneEngine, clock: MovableClock
-) -> None:
+async def test_statistics_count_every_state(engine: ControlPlaneEngine, clock: ManualClock) -> None:
     await create_active_item(engine, "a")
     stopped = await create_active_item(engine, "b")
     await engine.stop_item(ENV, stopped.id, force=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from tests.protocol.conftest import MovableClock
+    from tests.manual_clock import ManualClock
 
 BASH: dict[str, Any] = {"name": "Bash", "input": {"command": "ls"}}
 CUSTOM: dict[str, Any] = {"name": "weather", "input": {"city": "Ulm"}, "custom": True}
@@ -466,7 +466,7 @@ async def list_event_texts(api: ApiClient, session_id: str, *params: tuple[str, 
 
 
 @pytest.fixture
-def id_of_session_with_five_events(api: ApiClient, clock: MovableClock) -> str:
+def id_of_session_with_five_events(api: ApiClient, clock: ManualClock) -> str:
     """Return the id of a session with five events, whose texts are "0" to "4".
 
     Their times are one second apart.
@@ -717,14 +717,14 @@ async def test_enqueue_of_scripted_session_in_cloud_environment_is_refused(
         qoder_api.plane.enqueue(environment_id=CLOUD, script=[BASH])
 
 
-def control_plane_with_database(file: Path, clock: MovableClock) -> ControlPlane:
+def control_plane_with_database(file: Path, clock: ManualClock) -> ControlPlane:
     return ControlPlane(
         environments=(ENV,), tokens={TOKEN: None}, store=SqliteStore(file), now=clock
     )
 
 
 async def test_scripted_session_continues_after_restart(
-    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    tmp_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
     script = [{**BASH, "permission": "ask"}, BASH, CUSTOM]
@@ -752,7 +752,7 @@ async def test_scripted_session_continues_after_restart(
 
 
 async def test_restarted_control_plane_appends_events_that_were_lost_in_a_crash(
-    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    tmp_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
     async with control_plane_with_database(file, clock) as plane:
@@ -776,7 +776,7 @@ DOWNGRADES = {
 
 @pytest.mark.parametrize("version", [1, 2])
 async def test_database_of_older_version_is_migrated(
-    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession, version: int
+    tmp_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession, version: int
 ) -> None:
     file = tmp_path / "work.db"
     async with control_plane_with_database(file, clock) as plane:

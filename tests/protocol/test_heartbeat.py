@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_first_heartbeat_changes_item_state_from_starting_to_active(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("starting")
     clock.advance(1.25)
@@ -36,7 +37,7 @@ async def test_first_heartbeat_changes_item_state_from_starting_to_active(
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_later_heartbeats_do_not_change_started_at_of_item(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT")).body["last_heartbeat"]
@@ -85,7 +86,7 @@ async def test_heartbeat_without_expected_last_heartbeat_is_accepted_whenever_it
     ],
 )
 async def test_heartbeat_ttl_is_limited_to_range(
-    api: ApiClient, clock: MovableClock, asked: str | None, granted: int
+    api: ApiClient, clock: ManualClock, asked: str | None, granted: int
 ) -> None:
     work_id = await api.create_item_in_state("starting")
     answer = await api.heartbeat(work_id, "NO_HEARTBEAT", asked)
@@ -173,7 +174,7 @@ async def test_repeated_first_heartbeat_is_412_with_current_state(
 
 
 async def test_refused_heartbeat_leaves_the_end_of_the_lease_unchanged(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("active")
     clock.advance(59)
@@ -195,7 +196,7 @@ async def test_heartbeat_of_queued_or_stopped_item_is_409(
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
 async def test_anthropic_heartbeat_in_state_stopping_ignores_expected_last_heartbeat(
-    anthropic_api: ApiClient, clock: MovableClock, expected: str | None
+    anthropic_api: ApiClient, clock: ManualClock, expected: str | None
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("stopping")
     clock.advance(59)
@@ -214,7 +215,7 @@ async def test_anthropic_heartbeat_in_state_stopping_ignores_expected_last_heart
 
 @pytest.mark.parametrize("expected", [None, "NO_HEARTBEAT", "2020-01-01T00:00:00.000000Z"])
 async def test_anthropic_heartbeat_on_stopped_item_answers_state_and_changes_nothing(
-    anthropic_api: ApiClient, clock: MovableClock, expected: str | None
+    anthropic_api: ApiClient, clock: ManualClock, expected: str | None
 ) -> None:
     work_id = await anthropic_api.create_item_in_state("active")
     await anthropic_api.stop(work_id, json={"force": True})
@@ -266,7 +267,7 @@ async def test_anthropic_heartbeat_with_malformed_expected_heartbeat_is_400_in_e
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_heartbeat_in_state_stopping_returns_that_state_and_extends_lease(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("stopping")
     clock.advance(59)

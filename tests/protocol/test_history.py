@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
-from tests.protocol.conftest import ENV, MovableClock
+from tests.protocol.conftest import ENV
 from workpool.server import APIError, History, Operations, Poll, Record, Summary, summarize
 from workpool.server.timestamps import format_heartbeat_time
 
+if TYPE_CHECKING:
+    from tests.manual_clock import ManualClock
+
 
 @pytest.fixture
-def operations(clock: MovableClock) -> Operations:
+def operations(clock: ManualClock) -> Operations:
     return Operations([ENV], now=clock)
 
 
@@ -24,7 +29,7 @@ def claim_and_heartbeat(operations: Operations, worker: str) -> str:
 
 
 def test_history_records_every_call_for_an_item_in_order(
-    operations: Operations, clock: MovableClock
+    operations: Operations, clock: ManualClock
 ) -> None:
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")
@@ -46,7 +51,7 @@ def test_history_records_every_call_for_an_item_in_order(
         ("conflict", "b", "stopping"),
         ("lapsed", "a", "stopped"),
     ]
-    start = clock.seconds - 10
+    start = clock.now - 10
     records = operations.history.records_of_item(work_id)
     assert [record.time - start for record in records] == [0, 0, 0, 0, 0, 5, 5, 10]
     assert [record.lease_end and record.lease_end - start for record in records] == [
@@ -75,7 +80,7 @@ def test_history_summary_has_no_problems_if_all_items_were_completed(
 
 
 def test_reclaim_is_counted_if_another_worker_takes_item_with_expired_lease(
-    operations: Operations, clock: MovableClock
+    operations: Operations, clock: ManualClock
 ) -> None:
     operations.enqueue(ENV)
     claim_and_heartbeat(operations, "a")
@@ -85,7 +90,7 @@ def test_reclaim_is_counted_if_another_worker_takes_item_with_expired_lease(
 
 
 def test_reclaim_is_counted_if_another_worker_acknowledges_redelivered_item(
-    operations: Operations, clock: MovableClock
+    operations: Operations, clock: ManualClock
 ) -> None:
     operations.enqueue(ENV)
     operations.poll(ENV, Poll("a"))
@@ -95,7 +100,7 @@ def test_reclaim_is_counted_if_another_worker_acknowledges_redelivered_item(
 
 
 def test_redelivery_to_same_worker_does_not_count_as_reclaim(
-    operations: Operations, clock: MovableClock
+    operations: Operations, clock: ManualClock
 ) -> None:
     operations.enqueue(ENV)
     operations.poll(ENV, Poll("a"))
@@ -111,7 +116,7 @@ def test_history_summary_counts_item_that_was_never_stopped_as_lost(operations: 
 
 
 def test_no_reclaim_is_counted_if_lease_expires_after_stop_request(
-    operations: Operations, clock: MovableClock
+    operations: Operations, clock: ManualClock
 ) -> None:
     operations.enqueue(ENV)
     operations.stop_item(ENV, claim_and_heartbeat(operations, "a"))
@@ -151,7 +156,7 @@ def test_operator_stops_and_refused_calls_do_not_count_as_lease_overlaps(
 
 
 def test_late_call_of_former_worker_counts_as_lease_overlap_only_after_reclaim(
-    operations: Operations, clock: MovableClock
+    operations: Operations, clock: ManualClock
 ) -> None:
     operations.enqueue(ENV)
     work_id = claim_and_heartbeat(operations, "a")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from aiohttp import web
 
-from tests.protocol.conftest import ENV, TOKEN, ApiClient, MovableClock
+from tests.protocol.conftest import ENV, TOKEN, ApiClient
 from workpool import Settings
 from workpool.errors import RefusedError
 from workpool.server import ControlPlane, operations
@@ -18,6 +18,8 @@ from workpool.wire.items import parse_stats
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from tests.manual_clock import ManualClock
 
 STATES = ("queued", "starting", "active", "stopping", "stopped")
 
@@ -150,7 +152,7 @@ def item_search_middleware() -> ItemSearchMiddleware:
 
 @pytest.fixture
 async def control_plane(
-    clock: MovableClock, item_search_middleware: ItemSearchMiddleware
+    clock: ManualClock, item_search_middleware: ItemSearchMiddleware
 ) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(
         environments=(ENV,),
@@ -178,7 +180,7 @@ def item_search_support(
 
 
 async def test_client_item_search_has_same_result_if_control_plane_supports_no_search(
-    client: WorkClient, item_ids: dict[str, str], clock: MovableClock, item_search_support: str
+    client: WorkClient, item_ids: dict[str, str], clock: ManualClock, item_search_support: str
 ) -> None:
     failed = await client.find(ItemSearch(20, failed=True))
     assert [item.id for item in failed.items] == [item_ids["failed"]]

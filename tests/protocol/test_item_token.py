@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.protocol.conftest import ENV, OTHER, TOKEN, ApiClient, HttpAnswer, MovableClock
+from tests.protocol.conftest import ENV, OTHER, TOKEN, ApiClient, HttpAnswer
 from tests.protocol.test_events import BASH, events_path
 from workpool.server import ControlPlane, SqliteStore
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import aiohttp
+
+    from tests.manual_clock import ManualClock
 
 MESSAGE = {"type": "user.message", "content": [{"type": "text", "text": "hello"}]}
 SELF_HOSTED = {"name": "mine", "config": {"type": "self_hosted"}}
@@ -158,7 +160,7 @@ async def test_item_tokens_of_two_control_planes_differ(anthropic_api: ApiClient
 
 
 async def test_item_token_is_valid_after_restart_with_sqlite(
-    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    tmp_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     def open_control_plane() -> ControlPlane:
         store = SqliteStore(tmp_path / "work.db")

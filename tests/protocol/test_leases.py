@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
 
 pytestmark = pytest.mark.usefixtures("memory_and_sqlite_stores")
 
 
 @pytest.mark.parametrize("seen_by", ["poll", "get", "list", "stats", "ack", "heartbeat"])
 async def test_every_call_treats_item_with_expired_lease_as_queued_item(
-    api: ApiClient, clock: MovableClock, seen_by: str
+    api: ApiClient, clock: ManualClock, seen_by: str
 ) -> None:
     work_id = await api.create_item_in_state("active", "a")
     clock.advance(59.999999)
@@ -39,7 +40,7 @@ async def test_every_call_treats_item_with_expired_lease_as_queued_item(
 
 
 async def test_lease_from_ack_to_first_heartbeat_lasts_60_seconds(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("starting")
     clock.advance(59.999)
@@ -48,7 +49,7 @@ async def test_lease_from_ack_to_first_heartbeat_lasts_60_seconds(
     assert await api.item_state(work_id) == "queued"
 
 
-async def test_heartbeat_with_short_ttl_shortens_lease(api: ApiClient, clock: MovableClock) -> None:
+async def test_heartbeat_with_short_ttl_shortens_lease(api: ApiClient, clock: ManualClock) -> None:
     work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 600)).body["last_heartbeat"]
     assert (await api.heartbeat(work_id, last, 10)).body["lease_extended"] is True
@@ -57,7 +58,7 @@ async def test_heartbeat_with_short_ttl_shortens_lease(api: ApiClient, clock: Mo
 
 
 async def test_heartbeat_with_long_ttl_extends_short_lease(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("starting")
     last = (await api.heartbeat(work_id, "NO_HEARTBEAT", 10)).body["last_heartbeat"]
@@ -70,7 +71,7 @@ async def test_heartbeat_with_long_ttl_extends_short_lease(
 
 
 async def test_timestamps_of_item_remain_after_lease_expiry_until_later_calls_replace_them(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("active", "a")
     clock.advance(60)
@@ -92,7 +93,7 @@ async def test_timestamps_of_item_remain_after_lease_expiry_until_later_calls_re
 
 
 async def test_any_worker_may_ack_item_with_expired_lease(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("starting", "a")
     clock.advance(60)
@@ -101,7 +102,7 @@ async def test_any_worker_may_ack_item_with_expired_lease(
 
 
 async def test_item_with_expired_lease_is_delivered_at_once(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("active")
     clock.advance(60)
@@ -111,7 +112,7 @@ async def test_item_with_expired_lease_is_delivered_at_once(
 
 
 async def test_item_state_changes_from_stopping_to_stopped_when_lease_expires(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("stopping")
     clock.advance(3600)
@@ -122,7 +123,7 @@ async def test_item_state_changes_from_stopping_to_stopped_when_lease_expires(
     assert (await api.poll()).body is None
 
 
-async def test_graceful_stop_does_not_change_lease(api: ApiClient, clock: MovableClock) -> None:
+async def test_graceful_stop_does_not_change_lease(api: ApiClient, clock: ManualClock) -> None:
     work_id = await api.create_item_in_state("starting")
     clock.advance(50)
     await api.stop(work_id)
@@ -130,7 +131,7 @@ async def test_graceful_stop_does_not_change_lease(api: ApiClient, clock: Movabl
     assert await api.item_state(work_id) == "stopped"
 
 
-async def test_clock_set_back_does_not_change_lease(api: ApiClient, clock: MovableClock) -> None:
+async def test_clock_set_back_does_not_change_lease(api: ApiClient, clock: ManualClock) -> None:
     work_id = await api.create_item_in_state("active")
     clock.advance(-3600)
     assert await api.item_state(work_id) == "active"
@@ -139,7 +140,7 @@ async def test_clock_set_back_does_not_change_lease(api: ApiClient, clock: Movab
 
 
 async def test_leases_expire_in_order_of_their_end_times(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     slow, fast = (
         await api.create_item_in_state("active"),

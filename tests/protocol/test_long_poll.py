@@ -19,7 +19,8 @@ from workpool.server.queue.long_polls import WaitingPolls
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
     from workpool.server import Item
 
 
@@ -260,7 +261,7 @@ async def test_enqueue_over_http_wakes_waiting_poll(api: ApiClient) -> None:
 
 @pytest.mark.usefixtures("allow_polls_of_one_minute")
 async def test_waiting_poll_that_is_woken_after_lease_expiry_receives_the_item(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("active")
     waiting = api.plane.operations.get_queue(ENV).waiting

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
 
 
 async def test_poll_of_empty_queue_is_answered_with_json_null(api: ApiClient) -> None:
@@ -72,7 +73,7 @@ async def test_poll_returns_oldest_item_first(api: ApiClient) -> None:
 
 
 async def test_item_due_for_redelivery_is_delivered_before_younger_item(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     (first,) = api.plane.enqueue()
     await api.claim_item()
@@ -83,7 +84,7 @@ async def test_item_due_for_redelivery_is_delivered_before_younger_item(
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_redeliveries_come_oldest_item_first_regardless_of_time_of_last_delivery(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     first, second = (item.id for item in api.plane.enqueue(2))
     await api.claim_item()
@@ -109,7 +110,7 @@ async def test_redeliveries_come_oldest_item_first_regardless_of_time_of_last_de
     ],
 )
 async def test_item_is_redelivered_after_reclaim_window_that_poll_requests(
-    qoder_api: ApiClient, clock: MovableClock, reclaim: str | None, age: float, *, comes: bool
+    qoder_api: ApiClient, clock: ManualClock, reclaim: str | None, age: float, *, comes: bool
 ) -> None:
     qoder_api.plane.enqueue()
     await qoder_api.claim_item()

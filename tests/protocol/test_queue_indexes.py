@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.protocol.conftest import ENV, MovableClock
+from tests.manual_clock import ManualClock
+from tests.protocol.conftest import ENV, START
 from workpool.server import APIError, Item, Operations, Poll
 from workpool.server.ascending_ids import CHUNK_MAX, AscendingIdList, iterate_ids
 from workpool.server.queue.deliveries import Deliveries
@@ -165,7 +166,7 @@ class QueueStateMachine(RuleBasedStateMachine):
 
     @initialize()
     def start_queue(self) -> None:
-        self.clock = MovableClock()
+        self.clock = ManualClock(START)
         self.operations = Operations([ENV], now=self.clock, retention=self.retention)
 
     def list_all_items(self) -> Sequence[Item]:
@@ -176,7 +177,7 @@ class QueueStateMachine(RuleBasedStateMachine):
         return items[number % len(items)]
 
     def claimable_items(self, reclaim_ms: int) -> list[str]:
-        cutoff = int(self.clock.seconds * 1_000_000) - reclaim_ms * 1000
+        cutoff = int(self.clock.now * 1_000_000) - reclaim_ms * 1000
         return [
             item.id
             for item in self.list_all_items()
@@ -231,7 +232,7 @@ class QueueStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def leases_are_unexpired_and_only_of_acknowledged_items(self) -> None:
-        now = int(self.clock.seconds * 1_000_000)
+        now = int(self.clock.now * 1_000_000)
         for item in self.list_all_items():
             held = item.state in {"starting", "active", "stopping"}
             assert held is (item.lease_end is not None)
@@ -247,7 +248,7 @@ class QueueStateMachineWithRetention(QueueStateMachine):
     @rule()
     def poll_and_check_deletion_of_old_items(self) -> None:
         self.operations.poll(ENV, Poll("a"))
-        until = self.clock.seconds - self.retention
+        until = self.clock.now - self.retention
         for item in self.list_all_items():
             assert item.stopped_at is None or item.stopped_at / 1_000_000 > until
             assert self.operations.get_session(item.session_id)[1] == item

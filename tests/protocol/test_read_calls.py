@@ -13,7 +13,8 @@ from yarl import URL
 from tests.protocol.conftest import ENV, LIMITED, OTHER
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,7 @@ async def test_item_list_with_two_cursor_parameters_is_400(
 
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
-async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: MovableClock) -> None:
+async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: ManualClock) -> None:
     assert await api.queue_stats() == {
         "type": "work_queue_stats",
         "depth": 0,
@@ -188,7 +189,7 @@ async def test_stats_count_queued_and_pending_items(api: ApiClient, clock: Movab
 
 
 async def test_stats_exclude_acknowledged_and_stopped_items(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     for state in ("starting", "active", "stopping", "stopped"):
         await api.create_item_in_state(state)
@@ -202,7 +203,7 @@ async def test_stats_exclude_acknowledged_and_stopped_items(
 
 
 async def test_stats_count_each_worker_id_that_polled_within_30_seconds_once(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     for worker in ("a", "b", "a", None):
         await api.poll(worker=worker)
@@ -251,7 +252,7 @@ async def test_anthropic_session_status_is_running_while_item_state_is_stopping(
 
 
 async def test_item_changes_and_new_events_advance_updated_at_of_session(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await api.create_item_in_state("starting")
     own = api.plane.operations.get_item(ENV, work_id).session_id

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.protocol.conftest import CLOUD, ENV, OTHER, TOKEN, ApiClient, MovableClock
+from tests.protocol.conftest import CLOUD, ENV, OTHER, TOKEN, ApiClient
 from tests.protocol.test_events import events_path as path_of
 from tests.protocol.test_stream import open_stream
 from workpool.server import (
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 
+    from tests.manual_clock import ManualClock
     from workpool.server import Store
 
 RETENTION_SECONDS = 100.0
@@ -36,7 +37,7 @@ RETENTION_SECONDS = 100.0
 
 
 def make_control_plane(
-    store: Store, clock: MovableClock, retention: float | None = RETENTION_SECONDS
+    store: Store, clock: ManualClock, retention: float | None = RETENTION_SECONDS
 ) -> ControlPlane:
     return ControlPlane(
         environments=(ENV, OTHER),
@@ -49,7 +50,7 @@ def make_control_plane(
 
 
 @pytest.fixture
-async def control_plane(clock: MovableClock, store: Store) -> AsyncIterator[ControlPlane]:
+async def control_plane(clock: ManualClock, store: Store) -> AsyncIterator[ControlPlane]:
     if isinstance(store, PostgresStore):
         pytest.skip("sweeps delete on PostgreSQL: see tests/postgres/test_two_server_nodes.py")
     async with make_control_plane(store, clock) as plane:
@@ -72,7 +73,7 @@ def count_database_rows(file: Path) -> list[int]:
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 async def test_stopped_item_is_deleted_with_session_after_retention(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     item = create_stopped_item(api.plane)
     (waiting,) = api.plane.enqueue()
@@ -90,7 +91,7 @@ async def test_stopped_item_is_deleted_with_session_after_retention(
 
 
 async def test_deleted_items_are_removed_from_database_file(
-    tmp_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    tmp_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
@@ -102,7 +103,7 @@ async def test_deleted_items_are_removed_from_database_file(
 
 
 async def test_server_start_deletes_items_whose_retention_ended_while_server_was_down(
-    tmp_path: Path, clock: MovableClock
+    tmp_path: Path, clock: ManualClock
 ) -> None:
     file = tmp_path / "work.db"
     async with make_control_plane(SqliteStore(file), clock) as plane:
@@ -130,7 +131,7 @@ async def test_server_start_deletes_items_whose_retention_ended_while_server_was
 
 
 async def test_session_is_deleted_when_retention_of_its_last_item_ends(
-    control_plane: ControlPlane, clock: MovableClock
+    control_plane: ControlPlane, clock: ManualClock
 ) -> None:
     operations = control_plane.operations
     (first,) = control_plane.enqueue()
@@ -155,7 +156,7 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
 
 
 async def test_item_stopped_by_expired_lease_is_deleted_after_retention(
-    qoder_api: ApiClient, clock: MovableClock
+    qoder_api: ApiClient, clock: ManualClock
 ) -> None:
     work_id = await qoder_api.create_item_in_state("stopping")
     clock.advance(60)
@@ -165,7 +166,7 @@ async def test_item_stopped_by_expired_lease_is_deleted_after_retention(
     assert (await qoder_api.get(work_id)).status == 404
 
 
-async def test_stream_of_deleted_session_ends(qoder_api: ApiClient, clock: MovableClock) -> None:
+async def test_stream_of_deleted_session_ends(qoder_api: ApiClient, clock: ManualClock) -> None:
     item = create_stopped_item(qoder_api.plane)
     async with open_stream(qoder_api, item.session_id) as reader:
         clock.advance(RETENTION_SECONDS)
@@ -175,7 +176,7 @@ async def test_stream_of_deleted_session_ends(qoder_api: ApiClient, clock: Movab
 
 
 async def test_one_poll_deletes_limited_number_of_items_whose_retention_ended(
-    control_plane: ControlPlane, clock: MovableClock
+    control_plane: ControlPlane, clock: ManualClock
 ) -> None:
     operations = control_plane.operations
     for item in control_plane.enqueue(2 * BATCH_MAX + 1):
@@ -188,7 +189,7 @@ async def test_one_poll_deletes_limited_number_of_items_whose_retention_ended(
     assert sizes == [BATCH_MAX + 1, 1, 0]
 
 
-async def test_items_are_kept_forever_by_default(clock: MovableClock) -> None:
+async def test_items_are_kept_forever_by_default(clock: ManualClock) -> None:
     operations = Operations([ENV], now=clock)
     (item,) = operations.enqueue(ENV)
     operations.stop_item(ENV, item.id)
@@ -198,7 +199,7 @@ async def test_items_are_kept_forever_by_default(clock: MovableClock) -> None:
 
 
 async def test_paging_over_sessions_skips_deleted_sessions(
-    control_plane: ControlPlane, clock: MovableClock
+    control_plane: ControlPlane, clock: ManualClock
 ) -> None:
     ended = create_stopped_item(control_plane)
     (going_on,) = control_plane.enqueue()

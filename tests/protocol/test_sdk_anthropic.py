@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
     from workpool.server import ControlPlane
 
 
@@ -59,7 +60,7 @@ async def api_key_client(control_plane: ControlPlane) -> AsyncIterator[AsyncAnth
 
 
 async def test_anthropic_sdk_makes_all_eight_work_calls(
-    control_plane: ControlPlane, client_with_strict_validation: AsyncAnthropic, clock: MovableClock
+    control_plane: ControlPlane, client_with_strict_validation: AsyncAnthropic, clock: ManualClock
 ) -> None:
     sdk = client_with_strict_validation
     work = sdk.beta.environments.work

@@ -16,7 +16,8 @@ from tests.protocol.sdk_item_calls import check_item_calls_of_sdk
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
     from workpool.server import ControlPlane
 
 
@@ -65,11 +66,11 @@ async def test_qoder_sdk_can_list_send_and_stream_session_events(
 
 
 async def test_qoder_sdk_lists_events_by_type_time_and_order(
-    control_plane: ControlPlane, sdk_client: AsyncManaged, clock: MovableClock
+    control_plane: ControlPlane, sdk_client: AsyncManaged, clock: ManualClock
 ) -> None:
     events = sdk_client.sessions.events
     (item,) = control_plane.enqueue(script=[{"name": "Bash", "input": {"command": "ls"}}])
-    since = datetime.fromtimestamp(clock.seconds, UTC)
+    since = datetime.fromtimestamp(clock.now, UTC)
     clock.advance(1)
     (use,) = [event async for event in await events.list(
         item.session_id, types=["agent.tool_use", "agent.message"])]  # fmt: skip
@@ -111,7 +112,7 @@ async def test_session_in_every_state_validates_as_type_of_qoder_sdk(
 
 
 async def test_qoder_sdk_makes_all_eight_work_calls(
-    control_plane: ControlPlane, sdk_client: AsyncManaged, clock: MovableClock
+    control_plane: ControlPlane, sdk_client: AsyncManaged, clock: ManualClock
 ) -> None:
     work = sdk_client.environments.work
     assert await work.poll(ENV, worker_id="sdk") is None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anthropic import AsyncStream
     from anthropic.types.beta.sessions import BetaManagedAgentsStreamSessionEvents
 
-    from tests.protocol.conftest import MovableClock
+    from tests.manual_clock import ManualClock
     from workpool.server import ControlPlane
 
 pytestmark = pytest.mark.trial
@@ -85,10 +85,10 @@ async def test_anthropic_sdk_can_list_send_and_stream_session_events(
 
 
 async def test_anthropic_sdk_lists_events_by_type_time_and_order(
-    control_plane: ControlPlane, sdk_client: AsyncAnthropic, clock: MovableClock
+    control_plane: ControlPlane, sdk_client: AsyncAnthropic, clock: ManualClock
 ) -> None:
     session_id = create_scripted_session(control_plane, BASH)
-    since = clock.seconds
+    since = clock.now
     clock.advance(1)
     (use,) = [event async for event in sdk_client.beta.sessions.events.list(
         session_id, types=["agent.tool_use", "agent.message"])]  # fmt: skip

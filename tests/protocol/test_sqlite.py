@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from tests.protocol.conftest import ENV, OTHER, TOKEN, ApiClient, MovableClock
+from tests.protocol.conftest import ENV, OTHER, TOKEN, ApiClient
 from workpool.server import ControlPlane, Item, SqliteStore, StoreError
 from workpool.server.conversation import StoredEvent
 from workpool.server.stored_session import StoredSession
@@ -27,15 +27,15 @@ from workpool.server.stores.sqlite import SCHEMA_VERSION
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from tests.manual_clock import ManualClock
+
 
 @pytest.fixture
 def database_path(tmp_path: Path) -> Path:
     return tmp_path / "work.db"
 
 
-def control_plane_with_database(
-    path: Path, clock: MovableClock, *environments: str
-) -> ControlPlane:
+def control_plane_with_database(path: Path, clock: ManualClock, *environments: str) -> ControlPlane:
     return ControlPlane(
         environments=environments or (ENV,),
         tokens={TOKEN: None},
@@ -45,7 +45,7 @@ def control_plane_with_database(
 
 
 async def test_items_sessions_and_stats_survive_restart(
-    database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    database_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:
         api = ApiClient(plane, http_session, "qoder")
@@ -79,7 +79,7 @@ async def test_items_sessions_and_stats_survive_restart(
 
 
 async def test_item_is_still_leased_to_same_worker_after_restart_of_control_plane(
-    database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    database_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
@@ -94,7 +94,7 @@ async def test_item_is_still_leased_to_same_worker_after_restart_of_control_plan
 
 
 async def test_ids_ascend_across_restart_with_clock_set_back(
-    database_path: Path, clock: MovableClock
+    database_path: Path, clock: ManualClock
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
         (former,) = plane.enqueue()
@@ -104,7 +104,7 @@ async def test_ids_ascend_across_restart_with_clock_set_back(
 
 
 async def test_order_of_redeliveries_survives_restart(
-    database_path: Path, clock: MovableClock, http_session: aiohttp.ClientSession
+    database_path: Path, clock: ManualClock, http_session: aiohttp.ClientSession
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
         api = ApiClient(plane, http_session, "qoder")
@@ -123,7 +123,7 @@ async def test_order_of_redeliveries_survives_restart(
 
 
 async def test_items_survive_server_run_that_lacks_their_environment(
-    database_path: Path, clock: MovableClock
+    database_path: Path, clock: ManualClock
 ) -> None:
     async with control_plane_with_database(database_path, clock, ENV, OTHER) as plane:
         plane.enqueue(environment_id=OTHER)
@@ -178,7 +178,7 @@ async def test_every_stored_field_is_read_back(database_path: Path) -> None:
 
 
 async def test_database_with_newer_schema_is_refused(
-    database_path: Path, clock: MovableClock
+    database_path: Path, clock: ManualClock
 ) -> None:
     async with control_plane_with_database(database_path, clock):
         pass
@@ -190,7 +190,7 @@ async def test_database_with_newer_schema_is_refused(
 
 
 async def test_database_of_another_program_is_refused(
-    database_path: Path, clock: MovableClock
+    database_path: Path, clock: ManualClock
 ) -> None:
     with closing(sqlite3.connect(database_path)) as connection:
         connection.execute("CREATE TABLE theirs (x)")
@@ -198,20 +198,20 @@ async def test_database_of_another_program_is_refused(
         await control_plane_with_database(database_path, clock).__aenter__()
 
 
-def test_file_that_is_no_database_is_refused(database_path: Path, clock: MovableClock) -> None:
+def test_file_that_is_no_database_is_refused(database_path: Path, clock: ManualClock) -> None:
     database_path.write_text("not a database, and long enough to be read as one" * 100)
     with pytest.raises(StoreError, match="not a database"), asyncio.Runner() as runner:
         runner.run(control_plane_with_database(database_path, clock).__aenter__())
     assert database_path.read_text().startswith("not a database")
 
 
-async def test_store_in_missing_directory_is_refused(tmp_path: Path, clock: MovableClock) -> None:
+async def test_store_in_missing_directory_is_refused(tmp_path: Path, clock: ManualClock) -> None:
     with pytest.raises(StoreError, match="unable to open"):
         await control_plane_with_database(tmp_path / "missing" / "work.db", clock).__aenter__()
 
 
 async def test_second_server_with_same_database_file_is_refused(
-    database_path: Path, clock: MovableClock
+    database_path: Path, clock: ManualClock
 ) -> None:
     async with control_plane_with_database(database_path, clock):
         with pytest.raises(StoreError, match="locked"):
@@ -248,7 +248,7 @@ ROW_CHANGES = {
 }
 
 
-async def create_item_with_event_in_database(path: Path, clock: MovableClock) -> None:
+async def create_item_with_event_in_database(path: Path, clock: ManualClock) -> None:
     async with control_plane_with_database(path, clock) as plane:
         (item,) = plane.enqueue(script=[{"name": "Bash"}])
         plane.emit(item.session_id, {"type": "agent.message", "content": []})
@@ -256,7 +256,7 @@ async def create_item_with_event_in_database(path: Path, clock: MovableClock) ->
 
 @pytest.mark.parametrize("name", ROW_CHANGES)
 async def test_malformed_row_prevents_start_and_is_named_in_error(
-    database_path: Path, clock: MovableClock, name: str
+    database_path: Path, clock: ManualClock, name: str
 ) -> None:
     await create_item_with_event_in_database(database_path, clock)
     with closing(sqlite3.connect(database_path)) as connection:
@@ -277,7 +277,7 @@ async def test_malformed_row_prevents_start_and_is_named_in_error(
     ],
 )
 async def test_contradictory_rows_in_database_prevent_start_of_control_plane(
-    database_path: Path, clock: MovableClock, change: str
+    database_path: Path, clock: ManualClock, change: str
 ) -> None:
     await create_item_with_event_in_database(database_path, clock)
     with closing(sqlite3.connect(database_path)) as connection:
@@ -289,7 +289,7 @@ async def test_contradictory_rows_in_database_prevent_start_of_control_plane(
 
 
 async def test_sqlite_store_fails_after_an_exception_on_its_writer_thread(
-    database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
+    database_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
         monkeypatch.setattr("workpool.server.stores.sqlite._write_rows", lambda *_: 1 / 0)
@@ -300,7 +300,7 @@ async def test_sqlite_store_fails_after_an_exception_on_its_writer_thread(
 
 
 async def test_close_of_sqlite_store_ends_a_read_in_progress(
-    database_path: Path, clock: MovableClock, monkeypatch: pytest.MonkeyPatch
+    database_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with control_plane_with_database(database_path, clock) as plane:
         plane.enqueue(10)
@@ -334,7 +334,7 @@ def test_database_uses_wal_and_full_sync(database_path: Path) -> None:
 
 async def test_every_call_after_failure_of_store_is_answered_with_500(
     database_path: Path,
-    clock: MovableClock,
+    clock: ManualClock,
     http_session: aiohttp.ClientSession,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.protocol.conftest import ApiClient, MovableClock
+    from tests.manual_clock import ManualClock
+    from tests.protocol.conftest import ApiClient
 
 STOP_RESULTS = [
     (False, "queued", "stopped"),
@@ -31,7 +32,7 @@ ANTHROPIC_CONFLICTS = [(False, "stopping"), (False, "stopped"), (True, "stopped"
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 @pytest.mark.parametrize(("force", "state", "after"), STOP_RESULTS)
 async def test_stop_of_item_in_each_state_has_documented_result(
-    qoder_api: ApiClient, clock: MovableClock, state: str, after: str, *, force: bool
+    qoder_api: ApiClient, clock: ManualClock, state: str, after: str, *, force: bool
 ) -> None:
     work_id = await qoder_api.create_item_in_state(state)
     before = (await qoder_api.get(work_id)).body
@@ -102,7 +103,7 @@ async def test_malformed_stop_body_is_400_and_stops_nothing(api: ApiClient, body
 
 
 async def test_delivered_item_that_was_stopped_is_not_redelivered(
-    api: ApiClient, clock: MovableClock
+    api: ApiClient, clock: ManualClock
 ) -> None:
     api.plane.enqueue()
     item = await api.claim_item()

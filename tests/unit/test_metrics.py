@@ -19,7 +19,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.unit.manual_clock import ManualClock
+from tests.manual_clock import ManualClock
 from workpool import events as ev
 from workpool.errors import RegistryError
 from workpool.metrics import DEFINITIONS, Metrics, PoolSnapshot
@@ -493,14 +493,14 @@ def test_metric_poll_null_ratio_is_share_of_empty_polls_in_last_minute(
     for other in ("throttled", "error", "timeout", "cancelled"):
         pool.metrics.observe(ev.PollFinished(other, 1.0))
     assert scrape_samples(registry)[key] == 0.75
-    pool.clock.now += 30
+    pool.clock.advance(30)
     pool.metrics.observe(ev.PollFinished("item", 0.1))
     assert scrape_samples(registry)[key] == 0.6
-    pool.clock.now += 29
+    pool.clock.advance(29)
     assert scrape_samples(registry)[key] == 0.6
-    pool.clock.now += 1
+    pool.clock.advance(1)
     assert scrape_samples(registry)[key] == 0
-    pool.clock.now += 30
+    pool.clock.advance(30)
     assert key not in scrape_samples(registry)
     # The ring buffer overwrites the entry of a poll that is too old to count.
     pool.metrics.observe(ev.PollFinished("null", 1.0))
@@ -514,7 +514,7 @@ def test_age_of_oldest_item_grows_between_reads_of_stats(
     queued = datetime.fromtimestamp(4990, UTC)
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(1, 0, queued, 1)))
     assert scrape_samples(registry)[key] == 10
-    pool.clock.now += 5
+    pool.clock.advance(5)
     assert scrape_samples(registry)[key] == 15
     assert scrape_samples(registry)["remote_stats_timestamp_seconds{environment_id=env_1}"] == 5000
     pool.metrics.observe(ev.QueueStatsRead(QueueStats(0, 0, None, 1)))
@@ -561,7 +561,7 @@ def test_supervisors_of_one_environment_share_metric_series(registry: CollectorR
         pool.metrics.observe(ev.AckFinished(ITEM, "ok", 1.0, 1.0))
     one.metrics.observe(ev.PollFinished("item", 1.0))
     two.metrics.observe(ev.PollFinished("null", 1.0))
-    two.clock.now += 1
+    two.clock.advance(1)
     # Pool `two` reads newer queue statistics than `one`. The metrics must show the statistics of
     # `two`, although those of `one` are observed last.
     for pool, depth in ((two, 7), (one, 3)):

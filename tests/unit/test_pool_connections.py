@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.manual_clock import ManualClock
 from tests.unit.event_loops import run_ready_tasks
-from tests.unit.manual_clock import ManualClock
 from workpool import Settings, WorkClient
 from workpool.errors import RefusedError, SettingsError, TransientError
 from workpool.pool.lease_renewer import new_event_loop
@@ -274,7 +274,7 @@ async def test_denied_call_ends_at_its_time_limit_although_reading_of_token_file
     def advance_clock_after_denial(_call: str, code: str, _seconds: float) -> None:
         # Of the call's 40 s, 0.1 s are left for the reading of the file.
         if code == "401":
-            clock.now += 39.9
+            clock.advance(39.9)
 
     async with running_server(deny_old_token) as server:
         client = WorkClient(server.settings_for_url(token_file=path, request_timeout=60))

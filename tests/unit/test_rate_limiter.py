@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.manual_clock import ManualClock
 from tests.unit.event_loops import run_ready_tasks
 from tests.unit.limiter_tokens import acquire_all_tokens
-from tests.unit.manual_clock import ManualClock
 from workpool.wire.http.call_options import Priority
 from workpool.wire.http.rate_limiter import RateLimiter
 
@@ -33,7 +33,7 @@ def test_rate_limiter_with_rate_zero_is_unlimited() -> None:
 def test_rate_limiter_allows_burst_of_a_quarter_second(manual_clock: ManualClock) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     assert acquire_all_tokens(limiter) == 5
-    manual_clock.now += 60
+    manual_clock.advance(60)
     assert acquire_all_tokens(limiter) == 5
 
 
@@ -42,9 +42,9 @@ def test_rate_limiter_with_rate_below_one_allows_burst_of_one_request(
 ) -> None:
     limiter = RateLimiter("write", 0.5, manual_clock)
     assert acquire_all_tokens(limiter) == 1
-    manual_clock.now += 1.9
+    manual_clock.advance(1.9)
     assert acquire_all_tokens(limiter) == 0
-    manual_clock.now += 0.2
+    manual_clock.advance(0.2)
     assert acquire_all_tokens(limiter) == 1
 
 
@@ -55,7 +55,7 @@ def test_rate_limiter_allows_configured_number_of_requests_per_second(
     acquire_all_tokens(limiter)
     passed = 0
     for _ in range(1000):
-        manual_clock.now += 0.01
+        manual_clock.advance(0.01)
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(200, abs=1)
 
@@ -65,9 +65,9 @@ def test_rate_limiter_gains_no_tokens_from_a_stopped_or_reversed_clock(
 ) -> None:
     limiter = RateLimiter("write", 20, manual_clock)
     acquire_all_tokens(limiter)
-    manual_clock.now -= 100
+    manual_clock.advance(-100)
     assert acquire_all_tokens(limiter) == 0
-    manual_clock.now += 0.06
+    manual_clock.advance(0.06)
     assert acquire_all_tokens(limiter) == 1
 
 
@@ -77,7 +77,7 @@ def test_rate_limiter_never_exceeds_rate_plus_burst(rate: float, pauses: list[fl
     limiter = RateLimiter("write", rate, clock)
     passed = acquire_all_tokens(limiter)
     for pause in pauses:
-        clock.now += pause
+        clock.advance(pause)
         passed += acquire_all_tokens(limiter)
         assert passed <= max(1.0, rate / 4) + rate * (clock.now - 1000.0) + 1e-6
 
@@ -89,7 +89,7 @@ def test_heartbeats_take_rate_limit_tokens_from_other_requests_without_waiting(
     acquire_all_tokens(limiter)
     passed = 0
     for _ in range(100):
-        manual_clock.now += 0.1
+        manual_clock.advance(0.1)
         limiter.charge()  # Ten heartbeats a second are half of the limiter's rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(100, abs=2)
@@ -102,7 +102,7 @@ def test_heartbeats_above_rate_limit_leave_a_quarter_of_rate_to_other_requests(
     acquire_all_tokens(limiter)
     passed = 0
     for _ in range(1000):
-        manual_clock.now += 0.01
+        manual_clock.advance(0.01)
         limiter.charge()  # 100 heartbeats a second are five times the limiter's rate.
         passed += acquire_all_tokens(limiter)
     assert passed == pytest.approx(50, abs=1)
@@ -116,9 +116,9 @@ def test_heartbeats_overdraw_rate_limiter_by_at_most_one_second_of_tokens(
     for _ in range(10_000):
         limiter.charge()
     # Heartbeats overdraw the limit by at most one second (20 tokens); 15 tokens a second repay it.
-    manual_clock.now += 20 / 15
+    manual_clock.advance(20 / 15)
     acquire_all_tokens(limiter)
-    manual_clock.now += 0.25
+    manual_clock.advance(0.25)
     assert acquire_all_tokens(limiter) == 5
 
 
@@ -159,7 +159,7 @@ async def test_waiters_of_one_priority_acquire_tokens_in_order(manual_clock: Man
         await run_ready_tasks()
         assert not limiter.try_acquire()
         for _ in range(5):
-            manual_clock.now += 1
+            manual_clock.advance(1)
             # A refund wakes the first waiter, which wakes the next one after its acquisition.
             limiter.refund()
             await run_ready_tasks()
@@ -174,7 +174,7 @@ async def test_try_acquire_fails_while_another_task_waits_for_token(
     async with asyncio.TaskGroup() as group:
         first = group.create_task(limiter.acquire())
         await run_ready_tasks()
-        manual_clock.now += 1
+        manual_clock.advance(1)
         assert not limiter.try_acquire()  # The available token belongs to the first waiter.
         limiter.refund()
         await run_ready_tasks()
@@ -191,12 +191,12 @@ async def test_cancelled_waiter_takes_no_token_and_next_waiter_proceeds(
         await run_ready_tasks()
         waiting[0].cancel()
         waiting[1].cancel()
-        manual_clock.now += 1
+        manual_clock.advance(1)
         await run_ready_tasks()
         assert [task.cancelled() for task in waiting] == [True, True, False]
         assert waiting[2].done()
     assert acquire_all_tokens(limiter) == 0
-    manual_clock.now += 1
+    manual_clock.advance(1)
     assert acquire_all_tokens(limiter) == 1
 
 
@@ -289,7 +289,7 @@ async def test_try_acquire_for_completion_succeeds_while_a_claim_waits(
     async with asyncio.TaskGroup() as group:
         waiting = group.create_task(limiter.acquire(CLAIM))
         await run_ready_tasks()
-        manual_clock.now += 1
+        manual_clock.advance(1)
         assert not limiter.try_acquire(HANDLER)
         assert not limiter.try_acquire(CLAIM)
         assert limiter.try_acquire(COMPLETION)
@@ -306,7 +306,7 @@ async def test_try_acquire_for_completion_fails_while_another_completion_waits(
     async with asyncio.TaskGroup() as group:
         group.create_task(limiter.acquire(COMPLETION))
         await run_ready_tasks()
-        manual_clock.now += 1
+        manual_clock.advance(1)
         assert not limiter.try_acquire(COMPLETION)
         limiter.refund()
 
@@ -321,7 +321,7 @@ async def test_completions_get_a_quarter_of_rate_when_heartbeats_exceed_rate() -
         await run_ready_tasks()
         passed = 0
         for _ in range(1000):
-            clock.now += 0.01
+            clock.advance(0.01)
             limiter.charge()  # 100 heartbeats a second are five times the limiter's rate.
             passed += limiter.try_acquire(COMPLETION)
         assert passed == pytest.approx(50, abs=1)
@@ -418,7 +418,7 @@ async def test_waiter_left_in_closed_event_loop_does_not_delay_other_waiters(
     async with asyncio.TaskGroup() as group:
         living = group.create_task(limiter.acquire())
         await run_ready_tasks()
-        manual_clock.now += 1
+        manual_clock.advance(1)
         await asyncio.wait_for(living, 10)
     left_behind[0]._log_destroy_pending = False
 

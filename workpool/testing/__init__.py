@@ -17,6 +17,7 @@
 Each wait is bounded. See workpool/docs/testing.md, "Testing handlers".
 """
 
+from workpool.testing.advancing_clock import Clock
 from workpool.testing.event_recorder import Recorder
 from workpool.testing.fault import (
     Op,
@@ -34,7 +35,6 @@ from workpool.testing.fault_rules import Faults, Request, Rule
 from workpool.testing.faulty_network import Proxy
 from workpool.testing.http_faults import Cut, Hold
 from workpool.testing.kit import Kit, SessionResult
-from workpool.testing.movable_clock import Clock
 from workpool.testing.virtual_time import in_virtual_time
 
 __all__ = [
