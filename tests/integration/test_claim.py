@@ -267,7 +267,7 @@ async def test_pool_waits_between_polls_that_return_only_unwanted_items(
         assert time.monotonic() - started > 0.29
 
 
-async def test_item_is_declined_while_its_handler_is_at_max_sessions(
+async def test_item_of_busy_handler_is_declined_if_redelivery_is_too_near_to_set_it_aside(
     control_plane: ControlPlane, faults: Faults, make_pool: Any, recorder: Recorder
 ) -> None:
     opened = asyncio.Event()
