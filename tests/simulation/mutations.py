@@ -438,10 +438,12 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "number of a retry not left to the next run": [
-        SourceEdit("pool_item:AttemptNumber", "patch[RETRIES] = str(retry)", "pass"),
+        SourceEdit("attempt_number:AttemptNumber", "patch[RETRIES] = str(retry)", "pass"),
     ],
     "number of a retry not taken over": [
-        SourceEdit("pool_item:AttemptNumber", "int(retries) if _NUMBER(retries) else 0", "0"),
+        SourceEdit(
+            "attempt_number:AttemptNumber", "int(retries) if _match_number(retries) else 0", "0"
+        ),
     ],
     "session without progress never ended": [
         SourceEdit(
@@ -591,23 +593,31 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
     ],
     "a lost run does not count": [
-        SourceEdit("pool_item:AttemptNumber", "redelivered and RELEASED not in metadata", "False"),
+        SourceEdit(
+            "attempt_number:AttemptNumber", "redelivered and RELEASED not in metadata", "False"
+        ),
     ],
     "a release counts": [
         SourceEdit(
-            "pool_item:AttemptNumber", "redelivered and RELEASED not in metadata", "redelivered"
+            "attempt_number:AttemptNumber",
+            "redelivered and RELEASED not in metadata",
+            "redelivered",
         ),
     ],
     "mark not deleted by the next run": [
-        SourceEdit("pool_item:AttemptNumber", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"),
+        SourceEdit(
+            "attempt_number:AttemptNumber", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"
+        ),
     ],
     "release without a mark": [
         SourceEdit(
-            "pool_item:AttemptNumber", "self._notes | self._number | {RELEASED: reason}", "{}"
+            "attempt_number:AttemptNumber",
+            "self._deletions | self._number_patch | {RELEASED: reason}",
+            "{}",
         ),
     ],
     "mark left beside the error": [
-        SourceEdit("pool_item:AttemptNumber", "{**self._notes, **notes}", "{**notes}"),
+        SourceEdit("attempt_number:AttemptNumber", "{**self._deletions, **notes}", "{**notes}"),
     ],
 }
 

@@ -28,8 +28,9 @@ from workpool.errors import (
 )
 from workpool.events import ResultDropped, StopFinished
 from workpool.log_fields import pool_logger
+from workpool.pool.attempt_number import ERROR
 from workpool.pool.item_requests import SendOptions
-from workpool.pool.pool_item import ERROR, EndReason
+from workpool.pool.pool_item import EndReason
 from workpool.session import Outcome, PoolRelease, Release
 from workpool.wire.http.call_options import Priority
 
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from workpool.events import CallResult
+    from workpool.pool.attempt_number import Patch
     from workpool.pool.item_requests import ItemSender
     from workpool.pool.lease import Lease
     from workpool.pool.pool_context import PoolContext
-    from workpool.pool.pool_item import Patch, PoolItem
+    from workpool.pool.pool_item import PoolItem
     from workpool.wire.http.call_options import CallOptions
 
 log = pool_logger(__name__)

@@ -1,14 +1,9 @@
-"""An item that the pool owns: its state, why its session ended, and the number of its run.
+"""An item that the pool owns: its state, and why its session ended.
 
 `PoolItem` is the only place that records the progress of an item. Slots, owned ids and taken
 sessions are derived from it. It is changed on the handlers' loop, except where an attribute says
 otherwise.
 
-The metadata `workpool.attempt` holds the number of an item's last run; it is absent after the first
-run. The next run has the next number, unless the last run left the mark `workpool.released`: then
-it has the same number. A patch made here has the same effect when it is applied twice, so it may be
-sent again after a lost answer. Where the metadata cannot be written, `LocalRunCounter` counts the
-runs of this process instead.
 See workpool/docs/architecture.md, "The states of an item" and "The end of a session".
 """
 
@@ -17,24 +12,20 @@ from __future__ import annotations
 import asyncio
 import enum
 import math
-import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Literal
-
-from workpool.wire.protocol import OUR_ERROR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextvars import Context
 
     from workpool.handlers import Handler
+    from workpool.pool.attempt_number import AttemptNumber
     from workpool.pool.lease import Lease, LeaseStatus
     from workpool.session import Session
     from workpool.wire.http.timeouts import TimeLimit
     from workpool.wire.items import WorkItem
-
-    Patch = dict[str, str | None]
 
 ItemState = Literal["delivered", "acking", "beginning", "running", "completing", "closed"]
 Transition = Literal["slot", "adopted", "acknowledged", "started", "ended", "closed"]
@@ -58,13 +49,6 @@ TRANSITIONS: Final[Mapping[tuple[ItemState, Transition], ItemState]] = {
     ("completing", "closed"): "closed",
 }
 """Every allowed transition; any other one is a bug and raises."""
-ATTEMPT: Final = "workpool.attempt"
-ERROR: Final = OUR_ERROR
-RELEASED: Final = "workpool.released"
-RETRIES: Final = "workpool.retries"
-REMEMBERED_ITEMS: Final = 10_000
-"""Number of items whose runs are counted in memory."""
-_NUMBER = re.compile(r"[1-9][0-9]{0,8}").fullmatch
 
 
 class EndReason(enum.IntEnum):
@@ -344,94 +328,3 @@ class OwnedItems:
         if item.handler is not None:
             self._per_handler[item.handler.name] -= 1
             self._by_session.pop(item.session_id, None)
-
-
-class AttemptNumber:
-    """The number of one run of an item, and the metadata patches that store the number.
-
-    Attributes:
-        number: 1 for the first run.
-        retry: The retry number of the handler's first call: the number that a released run stored
-            in the metadata, else 0.
-        marked: Whether the control plane has confirmed the mark of this run.
-    """
-
-    __slots__ = ("_first", "_notes", "_number", "marked", "number", "retry")
-
-    def __init__(self, metadata: Mapping[str, str], *, redelivered: bool) -> None:
-        """Determine the number of this run from the item's metadata.
-
-        Args:
-            metadata: The item's metadata in the answer to the acknowledgement.
-            redelivered: Whether the item was held before.
-        """
-        stored = metadata.get(ATTEMPT, "1")
-        counts = redelivered and RELEASED not in metadata
-        self._first = int(stored) if stored != "1" and _NUMBER(stored) else 1
-        self.number = self._first + counts
-        self.marked = False
-        self._number: Patch = {} if stored == str(self.number) else {ATTEMPT: str(self.number)}
-        retries = metadata.get(RETRIES, "") if RELEASED in metadata else ""
-        self.retry = int(retries) if _NUMBER(retries) else 0
-        self._notes: Patch = {}
-        for key in (ERROR, RELEASED, RETRIES):
-            if key in metadata:
-                self._notes[key] = None
-
-    def set_number_from_local_count(self, earlier: int) -> None:
-        """Set `number` from a count of the item's runs in this process, without the metadata.
-
-        `earlier` is the count before this run. The metadata patches stay as they are, so that they
-        are right if metadata can be written later.
-        """
-        # Use the greater number and not a sum: `_first`, the number in the metadata, and `earlier`
-        # may count the same runs.
-        self.number = max(self._first, 1 + earlier)
-
-    def make_run_number_metadata(self) -> Patch:
-        """Return the metadata to write before the handler is called: the number of this run.
-
-        Empty if the metadata has this number already.
-        """
-        return self._notes | self._number
-
-    def clear_written_run_number(self) -> None:
-        """Record that the result of `make_run_number_metadata` was written."""
-        self._notes, self._number = {}, {}
-
-    def make_release_metadata(self, reason: str, retry: int) -> Patch:
-        """Return metadata that exclude this run from the attempts and pass `retry` to the next run.
-
-        After this call, `make_session_end_metadata` deletes them again, even if their write seems
-        to have failed: the control plane may have applied it.
-        """
-        patch = self._notes | self._number | {RELEASED: reason}
-        self._notes[RELEASED] = None
-        if retry:
-            patch[RETRIES] = str(retry)
-            self._notes[RETRIES] = None
-        return patch
-
-    def make_session_end_metadata(self, notes: Mapping[str, str]) -> Patch:
-        """Return the metadata patch for the end of the session: it sets `notes`, deletes old keys.
-
-        `notes` is the result or the error. A key is deleted by the value None.
-        """
-        return {**self._notes, **notes}
-
-
-class LocalRunCounter:
-    """For each work id, counts the runs in this process that ended without a release or a stop."""
-
-    def __init__(self) -> None:
-        self._counts: OrderedDict[str, int] = OrderedDict()
-
-    def count_item_run(self, work_id: str) -> None:
-        """Count a run of an item; beyond the limit, forget the item with the oldest run."""
-        self._counts[work_id] = self._counts.pop(work_id, 0) + 1
-        if len(self._counts) > REMEMBERED_ITEMS:
-            self._counts.popitem(last=False)
-
-    def number_of_runs(self, work_id: str) -> int:
-        """Return the number of runs that were counted for an item."""
-        return self._counts.get(work_id, 0)

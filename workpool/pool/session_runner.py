@@ -30,6 +30,7 @@ from workpool.events import (
 )
 from workpool.log_fields import pool_logger
 from workpool.logs import readable
+from workpool.pool.attempt_number import AttemptNumber, LocalRunCounter
 from workpool.pool.completion import (
     COMPLETION_OPTIONS,
     DRAIN_REASON,
@@ -41,7 +42,7 @@ from workpool.pool.completion import (
 )
 from workpool.pool.handoff import finish_handoff
 from workpool.pool.lease import Lease
-from workpool.pool.pool_item import AttemptNumber, EndReason, LocalRunCounter
+from workpool.pool.pool_item import EndReason
 from workpool.pool.session_backend import PoolSessionBackend
 from workpool.session import PoolRelease, Release, Session
 
@@ -50,11 +51,12 @@ if TYPE_CHECKING:
 
     from workpool.events import ReclaimStage, SessionErrorKind
     from workpool.handlers import Handler
+    from workpool.pool.attempt_number import Patch
     from workpool.pool.claim import Claimer
     from workpool.pool.handler_executor import HandlerExecutor
     from workpool.pool.item_requests import ItemSender
     from workpool.pool.pool_context import PoolContext
-    from workpool.pool.pool_item import Patch, PoolItem
+    from workpool.pool.pool_item import PoolItem
     from workpool.session import Outcome
 
 log = pool_logger(__name__)

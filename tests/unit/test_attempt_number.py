@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workpool.pool.pool_item import AttemptNumber, LocalRunCounter
+from workpool.pool.attempt_number import AttemptNumber, LocalRunCounter
 
 
 def test_release_metadata_contain_attempt_number_that_only_this_process_knows() -> None:
