@@ -46,7 +46,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         # Also disable the check that declines items of a running agent session. This check would
         # decline an item that is delivered again while the pool owns it.
         SourceEdit(
-            "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
+            "dispatcher:Dispatcher", "self.items.has_agent_session(work_item.session_id)", "False"
         ),
         SourceEdit(
             "pool_item:OwnedItems",
@@ -56,7 +56,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "two items of one session": [
         SourceEdit(
-            "dispatcher:Dispatcher", "self.items.has_session(work_item.session_id)", "False"
+            "dispatcher:Dispatcher", "self.items.has_agent_session(work_item.session_id)", "False"
         ),
     ],
     "more acknowledged items than slots": [
@@ -397,8 +397,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         ),
         SourceEdit(
             "handler_executor:HandlerExecutor",
-            "context=item.context.copy()",
-            "context=item.context",
+            "context=item.task_context.copy()",
+            "context=item.task_context",
         ),
     ],
     "failed call not repeated": [
@@ -476,7 +476,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "completion:Completion",
             "row = find_completion_actions(item)",
-            "row = TABLE[item.reason if item.reason != EndReason.DRAINED else EndReason.RETURNED]",
+            "reason = item.end_reason; "
+            "row = TABLE[reason if reason != EndReason.DRAINED else EndReason.RETURNED]",
         ),
     ],
     "released by silence": [

@@ -63,12 +63,12 @@ def test_end_reason_in_later_row_of_completion_table_outranks_earlier_ones(
 
 @pytest.mark.parametrize("reason", list(EndReason))
 def test_each_end_reason_selects_its_own_row_of_completion_table(reason: EndReason) -> None:
-    item: Any = StandInWithGivenAttributes(reason=reason)
+    item: Any = StandInWithGivenAttributes(end_reason=reason)
     assert find_completion_actions(item) is TABLE[reason]
 
 
 def test_completion_of_session_without_end_reason_raises_runtime_error() -> None:
-    item: Any = StandInWithGivenAttributes(reason=None)
+    item: Any = StandInWithGivenAttributes(end_reason=None)
     with pytest.raises(RuntimeError, match="nothing ends"):
         find_completion_actions(item)
 

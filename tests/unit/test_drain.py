@@ -41,7 +41,7 @@ class DispatcherStandIn:
         return self.running - self.stuck
 
     async def wait_for_release_marks(self, seconds: float) -> None:
-        """Return at once: a simulated session does not mark its run in metadata as uncounted."""
+        """Return at once: a simulated session writes no release mark."""
 
     def simulate_end_of_sessions(self, count: int = 1) -> None:
         self.running -= count

@@ -148,10 +148,10 @@ def test_item_keeps_more_severe_of_two_end_reasons_in_either_order(
     one: EndReason, other: EndReason
 ) -> None:
     item = make_item()
-    assert item.reason is None
+    assert item.end_reason is None
     item.add_end_reason(one)
     item.add_end_reason(other)
-    assert item.reason is max(one, other)
+    assert item.end_reason is max(one, other)
 
 
 @in_virtual_time
@@ -193,11 +193,11 @@ def test_owned_item_is_found_and_counted_until_it_is_removed() -> None:
     assert (len(owned), owned.find_item("work_1"), owned.copy_items()) == (0, None, [])
     owned.add_item(item)
     assert (len(owned), owned.find_item("work_1"), owned.copy_items()) == (1, item, [item])
-    assert owned.has_session("sesn_1")
+    assert owned.has_agent_session("sesn_1")
     assert (owned.count_items(first), owned.count_items(second)) == (1, 0)
     owned.remove_item(item)
     assert (len(owned), owned.find_item("work_1"), owned.copy_items()) == (0, None, [])
-    assert not owned.has_session("sesn_1")
+    assert not owned.has_agent_session("sesn_1")
     assert owned.count_items(first) == 0
 
 
@@ -205,7 +205,7 @@ def test_owned_item_without_handler_does_not_count_as_running_session() -> None:
     owned = OwnedItems()
     item = make_item()
     owned.add_item(item)
-    assert not owned.has_session("sesn_1")
+    assert not owned.has_agent_session("sesn_1")
     owned.remove_item(item)
     assert len(owned) == 0
 
@@ -214,7 +214,7 @@ def test_several_items_without_session_id_can_be_owned_simultaneously() -> None:
     owned = OwnedItems()
     one, other = (make_item(work_id, "", first) for work_id in ("work_1", "work_2"))
     owned.add_item(one)
-    assert not owned.has_session("")
+    assert not owned.has_agent_session("")
     owned.add_item(other)
     owned.remove_item(one)
     assert owned.count_items(first) == 1
@@ -228,7 +228,7 @@ def test_item_with_session_id_changed_by_ack_is_removed_from_owned_items() -> No
     owned.add_item(item)
     item.work_item = replace(item.work_item, session_id="sesn_other")
     owned.remove_item(item)
-    assert not owned.has_session("sesn_1")
+    assert not owned.has_agent_session("sesn_1")
 
 
 def test_owned_items_can_be_removed_while_iterating_over_copy() -> None:
@@ -256,4 +256,4 @@ def test_counts_of_owned_items_are_correct_after_random_changes() -> None:
         for each in (first, second):
             assert owned.count_items(each) == sum(item.handler is each for item in mine)
         for each_item in mine:
-            assert owned.has_session(each_item.session_id) == (each_item.handler is not None)
+            assert owned.has_agent_session(each_item.session_id) == (each_item.handler is not None)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from workpool.wire.items import WorkItem
 
     Hook = tuple[str, Callable[[Any], Any]]
-    Context = tuple[str, AbstractAsyncContextManager[object]]
+    NamedContext = tuple[str, AbstractAsyncContextManager[object]]
 
 log = pool_logger(__name__)
 
@@ -199,7 +199,7 @@ class Plugins:
                 raise
         return None
 
-    def collect_session_contexts(self, session: Session) -> list[Context]:
+    def collect_session_contexts(self, session: Session) -> list[NamedContext]:
         """Return the `workpool_wrap_session` contexts for this session, in the order of entering.
 
         An exception of a hook is not caught: it counts as an exception of the handler.
@@ -208,7 +208,7 @@ class Plugins:
             return []
         return _collect_hook_contexts("workpool_wrap_session", self._wrappers, session)
 
-    def collect_lifespan_contexts(self, supervisor: object) -> list[Context]:
+    def collect_lifespan_contexts(self, supervisor: object) -> list[NamedContext]:
         """Return the `workpool_lifespan` contexts for the pool, in the order of entering.
 
         An exception of a hook is not caught: it stops the start.
@@ -344,8 +344,10 @@ def _convert_to_handler(plugin: str, answer: object) -> Handler:
     )
 
 
-def _collect_hook_contexts(hook: str, calls: Sequence[Hook], argument: object) -> list[Context]:
-    contexts: list[Context] = []
+def _collect_hook_contexts(
+    hook: str, calls: Sequence[Hook], argument: object
+) -> list[NamedContext]:
+    contexts: list[NamedContext] = []
     for plugin, call in calls:
         try:
             context = call(argument)

@@ -235,7 +235,7 @@ class Completion:
                 "mark not removed: %s", error, extra={"work_id": item.id, "error": str(error)}
             )
 
-    async def mark_running_session_as_uncounted(self, item: PoolItem) -> None:
+    async def mark_running_session_as_no_attempt(self, item: PoolItem) -> None:
         """At the beginning of a drain, write the release mark of a running session.
 
         Without this mark, the run would count as an attempt if the process ended before the
@@ -249,7 +249,7 @@ class Completion:
         options = SendOptions(Priority.HANDLER, by_handler=False, seconds=MARK_TRY_SECONDS)
         await self._write_release_mark(item, DRAIN_REASON, options)
 
-    async def mark_released_session_as_uncounted(
+    async def mark_released_session_as_no_attempt(
         self, item: PoolItem, reason: str, seconds: float
     ) -> None:
         """Write the release mark of a released session, whose run then does not count.
@@ -308,7 +308,7 @@ class Completion:
         if release is item.error or (lease.status == "held" and not attempt.marked):
             draining = item.session is not None and item.session.draining
             hurried = draining or item.handler_task is None
-            await self.mark_released_session_as_uncounted(
+            await self.mark_released_session_as_no_attempt(
                 item,
                 self._format_release_reason(release),
                 MARK_SECONDS if hurried else MARK_TRY_SECONDS,
@@ -325,7 +325,7 @@ class Completion:
         return make_metadata_text(type(release).__name__)
 
     def _make_error_metadata(self, item: PoolItem) -> Mapping[str, str]:
-        error = item.error or _make_error_for_reason(item.reason)
+        error = item.error or _make_error_for_reason(item.end_reason)
         text = type(error).__name__
         if self._with_message and (message := str_without_raising(error)):
             text = f"{text}: {message}"
@@ -341,9 +341,9 @@ def _make_error_for_reason(reason: EndReason | None) -> Exception:
 
 def find_completion_actions(item: PoolItem) -> CompletionActions:
     """Return the row of the completion table for the item's most severe end reason."""
-    if item.reason is None:
+    if item.end_reason is None:
         raise RuntimeError(f"{item.id}: nothing ends this session")
-    return TABLE[item.reason]
+    return TABLE[item.end_reason]
 
 
 def predict_session_outcome(item: PoolItem, error: BaseException | None, now: float) -> Outcome:
@@ -362,7 +362,7 @@ def predict_session_outcome(item: PoolItem, error: BaseException | None, now: fl
         reason = item.cancelled_for
     else:
         reason = EndReason.RAISED
-    reasons = (reason, item.reason, item.find_end_reason_of_lease(now))
+    reasons = (reason, item.end_reason, item.find_end_reason_of_lease(now))
     return TABLE[max(each for each in reasons if each is not None)].outcome
 
 

@@ -215,7 +215,7 @@ class Dispatcher:
         return (
             item.handler is not None
             and self._slots.has_free_slot(item.handler)
-            and not self.items.has_session(item.session_id)
+            and not self.items.has_agent_session(item.session_id)
             and self.health.may_claim(item.handler)
             and self._context.clock() < item.delivered_at + self._aside_seconds
         )
@@ -254,7 +254,7 @@ class Dispatcher:
         """
         handler = None
         reason: DeclineReason | None = None
-        if self.items.has_session(work_item.session_id):
+        if self.items.has_agent_session(work_item.session_id):
             reason = "busy"
         else:
             try:
@@ -302,17 +302,17 @@ class Dispatcher:
             # The item was set aside, so it is not owned yet. Add it in the item's context, so that
             # the log records have the ids of its pool. The current context may belong to another
             # pool, namely if the slot was freed by the end of a session of that pool.
-            item.context.run(self._add_owned_item, item)
+            item.task_context.run(self._add_owned_item, item)
         item.advance_state("slot" if item.parents_heartbeat is None else "adopted")
         item.task = self._group.create_task(
-            self.runner.run_item(item), name=item.id, context=item.context
+            self.runner.run_item(item), name=item.id, context=item.task_context
         )
 
     def _on_item_closed(self, item: PoolItem) -> None:
         """Remove an item that has ended, and give its slot to the next item or to a poller."""
         self.items.remove_item(item)
         self.idle_since = self._context.clock()
-        self._context.queue.release_slot(used_up=item.counted)
+        self._context.queue.release_slot(used_up=item.counts_towards_exit_limit)
         self._fill_slots()
         self._context.queue.give_free_places_to_pollers()
         if self.on_closed is not None:
@@ -326,7 +326,7 @@ class Dispatcher:
             item.notify_waiters()
             if item.is_handler_running and item.session is not None:
                 item.session.interrupt(draining=True)
-                mark = self.runner.completion.mark_running_session_as_uncounted(item)
+                mark = self.runner.completion.mark_running_session_as_no_attempt(item)
                 item.mark_task = self._group.create_task(mark, name=f"mark {item.id}")
 
     def forget_waiting_items(self) -> None:

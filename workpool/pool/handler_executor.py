@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from workpool.blocking_session import BlockingSession
     from workpool.handlers import Handler, Retry
-    from workpool.plugins.registry import Context
+    from workpool.plugins.registry import NamedContext
     from workpool.pool.pool_context import PoolContext
     from workpool.pool.pool_item import PoolItem
     from workpool.session import Session
@@ -89,9 +89,9 @@ class HandlerExecutor:
         task = item.handler_task = self._group.create_task(
             self._call_handler(item, handler, session),
             name=f"{handler.name} {item.id}",
-            # This code runs in `item.context`. An eager task enters its context inside this call,
-            # and a context cannot be entered twice at the same time, so pass a copy.
-            context=item.context.copy(),
+            # This code runs in `item.task_context`. An eager task enters its context inside this
+            # call, and a context cannot be entered twice at the same time, so pass a copy.
+            context=item.task_context.copy(),
         )
         timeout = self._session_timeout if handler.timeout is None else handler.timeout
         if timeout is not None:
@@ -253,7 +253,7 @@ class HandlerExecutor:
             self._record_handler_error(item, error)
 
     async def _call_handler_in_contexts(
-        self, contexts: list[Context], item: PoolItem, call: Call, session: Session
+        self, contexts: list[NamedContext], item: PoolItem, call: Call, session: Session
     ) -> Mapping[str, str]:
         """Call the handler inside the plugins' contexts; set `session.outcome` inside them, too."""
         async with AsyncExitStack() as stack:

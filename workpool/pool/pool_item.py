@@ -130,10 +130,10 @@ class PoolItem:
         acked_at: The time at which the first ack that may have been applied was sent, on the lease
             clock.
         parents_heartbeat: The last heartbeat of the parent that handed the item off, if any.
-        counted: Whether the item counts towards `exit_after_sessions`.
-        context: The context in which everything of this session runs.
+        counts_towards_exit_limit: Whether the item counts towards `exit_after_sessions`.
+        task_context: The context in which everything of this session runs.
         lease: Set once the item is acknowledged; reading it earlier is a bug (AttributeError).
-        session_id: The session's id as it was delivered; empty for an item without a session.
+        session_id: The agent session's id as it was delivered; empty for an item without one.
         session: Set once the item is acknowledged; None for a health check.
         attempt: The number of this run, and its mark. Set together with `session`; reading it
             earlier is a bug (AttributeError).
@@ -160,9 +160,9 @@ class PoolItem:
         "attempt",
         "cancelled_at",
         "cancelled_for",
-        "context",
-        "counted",
+        "counts_towards_exit_limit",
         "delivered_at",
+        "end_reason",
         "error",
         "handler",
         "handler_task",
@@ -175,13 +175,13 @@ class PoolItem:
         "parents_heartbeat",
         "polled_at",
         "progressed_at",
-        "reason",
         "result",
         "session",
         "session_id",
         "stall_timer",
         "state",
         "task",
+        "task_context",
         "timer",
         "waits",
         "work_item",
@@ -191,7 +191,7 @@ class PoolItem:
     attempt: AttemptNumber
 
     def __init__(
-        self, work_item: WorkItem, handler: Handler | None, context: Context, now: float
+        self, work_item: WorkItem, handler: Handler | None, task_context: Context, now: float
     ) -> None:
         self.work_item, self.id = work_item, work_item.id
         self.session_id = work_item.session_id
@@ -201,10 +201,10 @@ class PoolItem:
         )
         self.delivered_at = self.acked_at = self.polled_at = self.progressed_at = now
         self.parents_heartbeat: str | None = None
-        self.context = context
-        self.counted = False
+        self.task_context = task_context
+        self.counts_towards_exit_limit = False
         self.state: ItemState = "delivered"
-        self.reason: EndReason | None = None
+        self.end_reason: EndReason | None = None
         """The most severe reason so far; None while nothing ends the session."""
         self.session: Session | None = None
         self.task: asyncio.Task[None] | None = None
@@ -260,8 +260,8 @@ class PoolItem:
 
         A reason of None has no effect.
         """
-        if reason is not None and (self.reason is None or reason > self.reason):
-            self.reason = reason
+        if reason is not None and (self.end_reason is None or reason > self.end_reason):
+            self.end_reason = reason
 
     def find_end_reason_of_lease(self, now: float) -> EndReason | None:
         """Return the reason why the lease ends the session; None while the session may go on."""
@@ -286,11 +286,11 @@ class PoolItem:
 
 
 class OwnedItems:
-    """The items that one pool owns, found by work id, by session and by handler."""
+    """The items that one pool owns, found by work id, by agent session and by handler."""
 
     def __init__(self) -> None:
         self._by_id: dict[str, PoolItem] = {}
-        self._by_session: dict[str, PoolItem] = {}
+        self._by_agent_session: dict[str, PoolItem] = {}
         # Handlers are counted by name, since a hook may return a new object for each item.
         self._per_handler: Counter[str] = Counter()
 
@@ -305,26 +305,27 @@ class OwnedItems:
         """Return a copy of all items. May be called on any thread."""
         return list(self._by_id.values())
 
-    def has_session(self, session_id: str) -> bool:
-        """Whether an item of this session is owned."""
-        return session_id in self._by_session
+    def has_agent_session(self, session_id: str) -> bool:
+        """Whether an item of this agent session is owned."""
+        return session_id in self._by_agent_session
 
     def count_items(self, handler: Handler) -> int:
         """Return the number of items of one handler."""
         return self._per_handler[handler.name]
 
     def add_item(self, item: PoolItem) -> None:
-        """Add an item, so that it can be found by its work id, its session and its handler."""
+        """Add an item, to be found by its work id, its agent session and its handler."""
         self._by_id[item.id] = item
         if item.handler is not None:
             self._per_handler[item.handler.name] += 1
-            # Items without a session would share the empty id, and only one of them could run.
+            # Items without an agent session would share the empty id, and only one of them could
+            # run.
             if item.session_id:
-                self._by_session[item.session_id] = item
+                self._by_agent_session[item.session_id] = item
 
     def remove_item(self, item: PoolItem) -> None:
         """Remove an item. Raises KeyError if it was not added."""
         del self._by_id[item.id]
         if item.handler is not None:
             self._per_handler[item.handler.name] -= 1
-            self._by_session.pop(item.session_id, None)
+            self._by_agent_session.pop(item.session_id, None)

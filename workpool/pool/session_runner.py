@@ -126,7 +126,7 @@ class SessionRunner:
                 await self._stop_healthcheck_item(item)
                 return
             session = await self._begin_session(item)
-            if item.reason is None:
+            if item.end_reason is None:
                 await self._execute_handler(item, item.handler, session)
             item.advance_state("ended")
             outcome = await self.completion.complete_session(item)
@@ -213,18 +213,18 @@ class SessionRunner:
             retry=attempt.retry,
         )
         if self._context.draining:
-            await self.completion.mark_released_session_as_uncounted(
+            await self.completion.mark_released_session_as_no_attempt(
                 item, DRAIN_REASON, MARK_SECONDS
             )
         await self._claimer.send_first_heartbeats(item)
         self._context.renewer.add_lease(lease, item)
         item.add_end_reason(item.find_end_reason_of_lease(self._context.clock()))
         must_count = self._must_count_runs_locally() or bool(attempt.make_run_number_metadata())
-        if must_count and item.reason is None and not self._context.draining:
+        if must_count and item.end_reason is None and not self._context.draining:
             await self._write_run_number_if_needed(item, session, attempt)
             item.add_end_reason(item.find_end_reason_of_lease(self._context.clock()))
-        if self.on_claimed is not None and item.reason is not EndReason.LOST:
-            item.counted = True
+        if self.on_claimed is not None and item.end_reason is not EndReason.LOST:
+            item.counts_towards_exit_limit = True
             self.on_claimed()
         if lease.stop_requested:
             self._interrupt_after_stop_request(item, session)
@@ -322,7 +322,11 @@ class SessionRunner:
             self._context.observe(
                 SessionFailed, item.work_item, find_session_error_kind(item, outcome)
             )
-        if outcome not in SETTLED and item.reason not in RELEASES and item.handler_task is not None:
+        if (
+            outcome not in SETTLED
+            and item.end_reason not in RELEASES
+            and item.handler_task is not None
+        ):
             self._runs.count_item_run(item.id)
         session.outcome = outcome
         seconds = self._context.clock() - item.acked_at
