@@ -19,7 +19,7 @@ import importlib.metadata
 import io
 import math
 import time
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from multidict import CIMultiDict
@@ -46,7 +46,7 @@ from workpool.wire.response import (
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
     import aiohttp
     from yarl import URL
@@ -185,9 +185,12 @@ class Transport:
         until = time.monotonic() + seconds
         if limiter is not None and limiter.limited and not options.permit:
             await self.acquire_rate_token(limiter, endpoint.op, options.priority, seconds)
-        return await self._attempt_with_token_renewal(
-            partial(self._attempt_request, endpoint, url, until, body, options), until
-        )
+        token = self._token
+        try:
+            return await self._attempt_request(endpoint, url, until, body, options)
+        except RefusedError as refused:
+            await self._renew_denied_token(refused, token, until)
+        return await self._attempt_request(endpoint, url, until, body, options)
 
     async def open_stream(
         self, url: URL, headers: Mapping[str, str], limiter: RateLimiter
@@ -203,9 +206,12 @@ class Transport:
             self._raise_wrong_loop()
         until = time.monotonic() + self._seconds
         await self.acquire_rate_token(limiter, STREAM, Priority.HANDLER)
-        return await self._attempt_with_token_renewal(
-            partial(self._attempt_to_open_stream, url, headers, until), until
-        )
+        token = self._token
+        try:
+            return await self._attempt_to_open_stream(url, headers, until)
+        except RefusedError as refused:
+            await self._renew_denied_token(refused, token, until)
+        return await self._attempt_to_open_stream(url, headers, until)
 
     async def acquire_rate_token(
         self, limiter: RateLimiter, op: str, priority: Priority, seconds: float | None = None
@@ -229,18 +235,6 @@ class Transport:
         finally:
             if self.on_rate_limit_wait is not None:
                 self.on_rate_limit_wait(limiter.kind, time.monotonic() - started)
-
-    async def _attempt_with_token_renewal(
-        self, attempt: Callable[[], Awaitable[T]], until: float
-    ) -> T:
-        """Make a call, and repeat it if it was denied (401, 403) and its token could be renewed."""
-        token = self._token
-        try:
-            return await attempt()
-        except RefusedError as refused:
-            if refused.status not in _DENIED or not await self._renew_token(token, until):
-                raise
-        return await attempt()
 
     async def _attempt_request(
         self,
@@ -375,6 +369,11 @@ class Transport:
             if self._loop is None
             else "this WorkClient was opened on another event loop"
         )
+
+    async def _renew_denied_token(self, refused: RefusedError, token: str, until: float) -> None:
+        """Renew `token`, with which a request was refused; raise `refused` if that is no remedy."""
+        if refused.status not in _DENIED or not await self._renew_token(token, until):
+            raise refused
 
     async def _renew_token(self, refused: str, until: float) -> bool:
         """Read the token again from its source; return whether it differs from `refused`.
