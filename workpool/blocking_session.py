@@ -53,10 +53,10 @@ class BlockingSession:
             slot is occupied until then.
     """
 
-    def __init__(self, session: Session, caller: LoopCaller) -> None:
+    def __init__(self, session: Session, calls: LoopCaller) -> None:
         self.cancelled = threading.Event()
         self._session = session
-        self._caller = caller
+        self._caller = calls
         self._interrupted = threading.Event()
 
     def __repr__(self) -> str:
