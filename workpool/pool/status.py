@@ -221,7 +221,10 @@ class PoolView:
         """The reasons why the process should be restarted."""
         if self.context.renewer.renewing:
             return []
-        return ["the handlers' event loop has been blocked for longer than max_block"]
+        return [
+            "leases are not renewed: the handlers' event loop has been blocked for max_block or "
+            "does not run, or the renewer has failed; see the log"
+        ]
 
 
 async def read_remote_stats(context: PoolContext) -> None:
