@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = [
     pytest.mark.usefixtures("eager_tasks"),
-    pytest.mark.skipif(sys.version_info < (3, 12), reason="Python 3.12 brought eager tasks"),
+    pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks need Python 3.12 or later"),
 ]
 
 

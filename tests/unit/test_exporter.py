@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
 FDS = Path("/proc/self/fd")
-COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="counts open files in /proc")
+COUNTS_FILES = pytest.mark.skipif(not FDS.exists(), reason="this platform has no /proc/self/fd")
 
 
 class FakeHealthFailureReasons:

@@ -165,7 +165,7 @@ def test_log_record_has_no_trace_id_without_fully_imported_opentelemetry(
 def test_log_record_has_trace_id_of_current_opentelemetry_span(
     capture_log_records: list[logging.LogRecord],
 ) -> None:
-    trace = pytest.importorskip("opentelemetry.trace")
+    trace = pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is not installed")
     span = trace.NonRecordingSpan(trace.SpanContext(0xCD, 1, is_remote=False))
     with trace.use_span(span):
         pool_logger("workpool.test").warning("hello")

@@ -26,7 +26,9 @@ def test_lease_clock_is_monotonic_across_threads() -> None:
     assert seen[-1] - seen[0] < 30
 
 
-@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="only Linux has this clock")
+@pytest.mark.skipif(
+    not hasattr(time, "CLOCK_BOOTTIME"), reason="this platform has no CLOCK_BOOTTIME"
+)
 def test_lease_clock_includes_time_of_machine_sleep_on_linux(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -527,7 +527,7 @@ def test_unreadable_token_file_is_refused(tmp_path: Path) -> None:
         assert raised.value.problems == (f"token_file: {path}: {problem}",)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this platform has no named pipes")
 def test_token_file_that_is_a_pipe_is_refused_without_hanging(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SettingsError, match="not a file"):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OPENSSL = shutil.which("openssl")
-pytestmark = pytest.mark.skipif(OPENSSL is None, reason="makes certificates with openssl")
+pytestmark = pytest.mark.skipif(OPENSSL is None, reason="the openssl command is not installed")
 WORK, TOKEN = "work_1", "token"
 KEY = "-newkey ec -pkeyopt ec_paramgen_curve:P-256"
 

@@ -494,7 +494,7 @@ def self_signed_context(tmp_path_factory: pytest.TempPathFactory) -> ssl.SSLCont
     return context
 
 
-@pytest.mark.skipif(OPENSSL is None, reason="makes a certificate with the openssl command")
+@pytest.mark.skipif(OPENSSL is None, reason="the openssl command is not installed")
 async def test_untrusted_certificate_raises_refused_error(
     self_signed_context: ssl.SSLContext,
 ) -> None:
