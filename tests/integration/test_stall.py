@@ -211,15 +211,19 @@ async def test_progress_reported_from_thread_prevents_stall(
 async def test_blocked_loop_does_not_stall_other_sessions(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
+    steady_handler_runs = asyncio.Event()
+
     @handler(metadata={"job": "steady"})
     async def handler_with_steady_progress(session: Session) -> None:
         for _ in range(10):
             await asyncio.sleep(0.1)
             session.progress()
+            steady_handler_runs.set()
 
     @handler(metadata={"job": "block"})
-    async def blocking_handler(_: Session) -> None:
-        await asyncio.sleep(0.15)
+    async def blocking_handler(session: Session) -> None:
+        with session.waiting():
+            await steady_handler_runs.wait()
         time.sleep(1.5)  # noqa: ASYNC251 - it blocks the loop on purpose
 
     control_plane.enqueue(metadata={"job": "steady"})
@@ -237,11 +241,12 @@ async def test_blocked_loop_does_not_stall_other_sessions(
 async def test_gauge_shows_longest_time_that_handler_made_no_progress(
     make_pool: Any, control_plane: ControlPlane, recorder: Recorder
 ) -> None:
-    go_on, may_end = asyncio.Event(), asyncio.Event()
+    waits, go_on, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @handler
     async def hang_after_waiting_block(session: Session) -> None:
         with session.waiting():
+            waits.set()
             await go_on.wait()
         await may_end.wait()
 
@@ -253,6 +258,9 @@ async def test_gauge_shows_longest_time_that_handler_made_no_progress(
     control_plane.enqueue()
     async with make_pool(hang_after_waiting_block) as supervisor:
         await recorder.wait_for(SessionStarted)
+        async with asyncio.timeout(20):
+            await waits.wait()
+        # If the time in the waiting block counted, the gauge would be 0.1 s after this sleep.
         await asyncio.sleep(0.1)
         assert read_gauge_value() == 0
         go_on.set()
