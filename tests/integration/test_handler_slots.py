@@ -121,8 +121,9 @@ async def test_item_of_handler_at_limit_starts_when_another_environment_frees_sh
     slot_of_poller, slot_of_session = asyncio.Event(), asyncio.Event()
     async with pool:
         await workpool.wait_for(SessionStarted, count=5)
-        while pool.live_status(show_ids=False)["queue"]["set_aside"] == 0:  # noqa: ASYNC110 - no event
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(MINUTE_SECONDS):
+            while pool.live_status(show_ids=False)["queue"]["set_aside"] == 0:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.1)
         others.next_use = make_callback_taking_one_slot(slot_of_poller)
         await slot_of_poller.wait()
         others.next_use = make_callback_taking_one_slot(slot_of_session)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from tests.integration.condition_polling import wait_until
@@ -103,7 +104,10 @@ async def test_metrics_show_blocked_loop_while_it_is_blocked(
 
     def wait_for_blocked_loop_metric(pool: Supervisor) -> None:
         """Read the metrics on another thread, like a scraper, until they show the blocked loop."""
+        until = time.monotonic() + 40
         while not (read_metric_value(pool, "event_loop_blocked_seconds") or 0) > 1.5:
+            if time.monotonic() > until:
+                break  # The assertions below fail.
             may_end.wait(0.05)
         polling = read_metric_value(pool, "pollers", state="polling")
         blocked = read_metric_value(pool, "pollers", state="blocked")

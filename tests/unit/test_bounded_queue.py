@@ -225,7 +225,7 @@ async def test_queue_under_random_use_and_cancellation_loses_no_queue_place(seed
     dice = random.Random(seed)  # noqa: S311 - repeatable, guards nothing
     queue: BoundedQueue[int] = BoundedQueue(2, dice.randrange(3))
     users, tasks = RandomUsersOfBoundedQueue(dice, queue), list[asyncio.Task[None]]()
-    async with asyncio.TaskGroup() as group:
+    async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for number in range(200):
             tasks.append(group.create_task(users.reserve_and_use_place(number)))
             await users.yield_to_loop_random_times()

@@ -127,11 +127,9 @@ async def send_request_and_read_answer(port: int, request: bytes = WHOLE) -> byt
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
-    for _ in range(10_000):
-        if condition():
-            return
-        await asyncio.sleep(0.001)
-    pytest.fail("it never came")
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - sockets and the kernel have no event
+            await asyncio.sleep(0.001)
 
 
 def server_has_clients_with_unread_bytes(site: ServerWithConnectionLimit, clients: int) -> bool:
