@@ -237,6 +237,7 @@ async def test_failed_pool_frees_its_shared_slots_and_counts_as_idle(
     assert share.taken == 0
     note_poll, idle = limits.include_pool_in_idle_limit(Admission(lambda: 0.0)), True
     note_poll(idle)
+    # The time between the two polls must exceed `exit_after_idle`, which is 0.001 s.
     await asyncio.sleep(0.01)
     note_poll(idle)
     assert limits.reached == "exit_after_idle"
