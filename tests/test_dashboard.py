@@ -105,7 +105,8 @@ async def test_every_dashboard_query_has_a_result_after_an_outage_and_ended_work
         await wait_for_query_value(url, 'sum(workpool_slots{state="busy"})', 4)
         killed.kill()
         with setup.faults.add(silence(applied=False)):
-            await asyncio.sleep(15)
+            timeouts = 'sum(workpool_http_requests_total{code="timeout"})'
+            await wait_for_query_value(url, timeouts, 1)
         await setup.start_worker()
         setup.enqueue_items(count=5)
         await setup.wait_for_claims(22)

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 FIRST = Migration(1, 1, "CREATE TABLE number (value int)")
 SECOND = Migration(2, 1, "ALTER TABLE number ADD COLUMN name text; CREATE TABLE other (id int)")
 THIRD = Migration(3, 2, "CREATE TABLE third (id int)")
+WAITS_FOR_TABLE = """
+SELECT count(*) > 0 FROM pg_locks JOIN pg_database AS d ON d.oid = database
+WHERE relation = 'number'::regclass AND NOT granted AND d.datname = current_database()
+"""
+"""Whether a connection waits for a lock on the table `number`."""
+SECONDS = 45
 
 
 def test_migrations_have_contiguous_versions_and_keep_previous_schema_version_usable() -> None:
@@ -81,7 +87,7 @@ async def test_migration_waiting_for_a_locked_table_does_not_block_other_stateme
     monkeypatch.setattr(migrations, "LOCK_SECONDS", 0.1)
     await migrate(database_url, [FIRST])
     reader = await open_connection(database_url)
-    async with asyncio.TaskGroup() as group:
+    async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         transaction = reader.transaction()
         await transaction.start()
         await reader.execute("SELECT * FROM number")
@@ -90,8 +96,9 @@ async def test_migration_waiting_for_a_locked_table_does_not_block_other_stateme
         # The migration tries repeatedly to lock the table, each time for `LOCK_SECONDS`. Statements
         # of other connections run between these tries.
         for _ in range(5):
+            while not await other.fetchval(WAITS_FOR_TABLE):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)
             await other.execute("SELECT * FROM number")
-            await asyncio.sleep(0.1)
         assert not migration.done()
         await transaction.rollback()
         assert await migration == 1
