@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import aiohttp
 import pytest
 
-from tests.acceptance.conftest import ENVIRONMENT, TOKEN
+from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN
 from workpool.server import ControlPlane
 
 if TYPE_CHECKING:
@@ -379,9 +379,10 @@ async def test_service_manager_receives_ready_only_after_every_environment_start
         assert manager.receive_new_datagrams() == ""
         (two_environments_config_file.parent / "open").touch()
         received = ""
-        while "READY=1" not in received:
-            await asyncio.sleep(0.05)
-            received += manager.receive_new_datagrams()
+        async with asyncio.timeout(SECONDS):
+            while "READY=1" not in received:
+                await asyncio.sleep(0.05)
+                received += manager.receive_new_datagrams()
         assert "STOPPING=1" not in received
         worker.send_signal(signal.SIGTERM)
         assert await worker.wait_for_exit() == 0

@@ -26,7 +26,7 @@ import aiohttp
 
 from tests.chaos.control_plane import seconds_since_boot
 from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormResult
-from tests.chaos.storm_processes import ENVIRONMENT, LEASE_SECONDS, TOKEN, StormProcesses
+from tests.chaos.storm_processes import ENVIRONMENT, LEASE_SECONDS, SECONDS, TOKEN, StormProcesses
 from workpool.testing import Proxy
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ class Storm:
                 )
             ]
             await asyncio.sleep(self.settings.seconds)
-            await self._woke.wait()
+            async with asyncio.timeout(4 * SECONDS):
+                await self._woke.wait()
             for disturbance in disturbances:
                 disturbance.cancel()
         if self._stopped is not None:  # a worker is still suspended, so resume it

@@ -311,7 +311,8 @@ async def test_close_of_sqlite_store_ends_a_read_in_progress(
     def read_until_connection_closes(_: object, row: object) -> None:
         rows.append(row)
         reading.set()
-        while not store._closing:
+        deadline = time.monotonic() + 20
+        while not store._closing and time.monotonic() < deadline:
             time.sleep(0.001)
 
     monkeypatch.setattr(
@@ -319,7 +320,7 @@ async def test_close_of_sqlite_store_ends_a_read_in_progress(
     )
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         opening = group.create_task(store.open())
-        await asyncio.to_thread(reading.wait)
+        assert await asyncio.to_thread(reading.wait, 20)
         opening.cancel()
         await store.close()
     assert len(rows) == 1
