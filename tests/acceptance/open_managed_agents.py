@@ -91,7 +91,9 @@ def install_control_plane(folder: Path) -> str:
                 command, capture_output=True, text=True, timeout=INSTALL_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            raise InstallationError(f"not installed within {INSTALL_SECONDS} s") from None
+            raise InstallationError(
+                f"{PACKAGE} was not installed within {INSTALL_SECONDS} s"
+            ) from None
         if done.returncode:
             problem = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise InstallationError(f"{PACKAGE} cannot be installed: {problem}")

@@ -90,7 +90,8 @@ def kubectl() -> str:
     words = [program, "version", "--client", "--output=json"]
     version = json.loads(subprocess.check_output(words))["clientVersion"]  # noqa: S603 - our own words
     if (int(version["major"]), int(re.sub(r"\D", "", version["minor"]))) < KUBECTL:
-        pytest.skip(f"kubectl {version['gitVersion']} has an old kustomize")
+        oldest = ".".join(map(str, KUBECTL))
+        pytest.skip(f"kubectl {version['gitVersion']} is older than {oldest}")
     return program
 
 

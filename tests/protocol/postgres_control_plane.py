@@ -64,7 +64,9 @@ class NodeWithBlockingCalls:
 
     def __getattr__(self, name: str) -> Any:
         if name not in CALLS:
-            pytest.skip(f"`operations.{name}` is of the index in memory")
+            pytest.skip(
+                f"PostgreSQL has no `operations.{name}`, which only the index in memory has"
+            )
 
         def call_engine_and_wait(*arguments: Any, **options: Any) -> Any:
             return self._wait_for_result(getattr(self._engine, name)(*arguments, **options))
