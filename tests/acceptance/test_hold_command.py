@@ -181,6 +181,7 @@ async def test_hold_command_logs_that_exit_limit_settings_have_no_effect(
     handed = await prepare_handoff(
         WORKPOOL_EXIT_AFTER_SESSIONS="1", WORKPOOL_EXIT_AFTER_UPTIME="0.1"
     )
+    # The program runs for longer than `exit_after_uptime`, which would end it before its output.
     command = await start_shell_script_with_hold_command(
         start_command, handed, "sleep 0.3; echo done"
     )

@@ -1,7 +1,9 @@
 """The causes of alerts, each with the alerts that must fire and those that may fire.
 
 A cause has a control plane, an environment and workers of its own, so that all of them run at the
-same time. Numbers fit the default `lease_ttl` of 60 s and scrapes every 15 s.
+same time. Numbers fit the default `lease_ttl` of 60 s and scrapes every 15 s. Before some causes, a
+sleep of 45 s or 60 s lets Prometheus scrape the healthy worker about three times: the function
+`increase` needs a value from before the first error.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ async def cause_outage(setup: AlertCauseSetup) -> None:
     setup.enqueue_items(count=6, seconds="600")
     await setup.wait_for_claims(6)
     with setup.faults.add(silence(applied=False)):
-        await asyncio.sleep(90)
+        await asyncio.sleep(90)  # longer than `lease_ttl`, so that the leases expire
 
 
 async def throttle_requests(setup: AlertCauseSetup) -> None:
@@ -106,7 +108,7 @@ async def roll_out_update(setup: AlertCauseSetup) -> None:
     setup.enqueue_items(count=40, seconds="8")
     for process in old:
         await setup.start_worker()
-        await asyncio.sleep(30)
+        await asyncio.sleep(30)  # two scrapes with both the old and the new worker
         process.send_signal(signal.SIGTERM)
 
 
@@ -133,6 +135,8 @@ async def stall_sessions(setup: AlertCauseSetup) -> None:
 async def make_handlers_hang(setup: AlertCauseSetup) -> None:
     process = await setup.start_worker()
     setup.enqueue_items(count=2, do="ignore cancellation")
+    # The alert WorkpoolHandlersStuck must fire before the drain: `session_timeout` is 20 s, and the
+    # alert waits for 2 min.
     await asyncio.sleep(5 * MINUTE)
     process.send_signal(signal.SIGTERM)
 

@@ -133,6 +133,7 @@ async def test_exit_of_shell_does_not_wait_for_background_job(agent: Any) -> Non
 async def test_exit_of_shell_does_not_wait_for_background_job_that_prints_endlessly(
     agent_without_sandbox: Any,
 ) -> None:
+    # During the sleep, the job begins to print.
     failed = await agent_without_sandbox.expect_tool_error(
         "bash", command="yes & sleep 0.1; exit 7"
     )
