@@ -22,6 +22,7 @@ from workpool.events import (
     StopRequested,
 )
 from workpool.hookspecs import hookimpl
+from workpool.pool.handler_health import FAILURES
 from workpool.server import Operations, Poll
 from workpool.testing import Recorder
 from workpool.testing.fault import Fault
@@ -500,3 +501,26 @@ async def test_handoff_of_abandoned_session_does_not_delay_end_of_pool() -> None
         drained_at = bench.loop.time()
     assert pool.abandoned == 1
     assert bench.loop.time() - drained_at < 1
+
+
+@in_virtual_time
+async def test_pool_polls_again_after_item_of_failing_handler_could_not_be_acknowledged() -> None:
+    """Formerly no poller polled again: only the end of a session ended their wait.
+
+    The item that the failing handler may claim has no session, because its ack is refused after the
+    pause of the handler.
+    """
+
+    @handler
+    async def raise_error(_: Session) -> None:
+        raise ValueError
+
+    refused = Fault(answer=409, applied=False, answer_delay=5)
+    bench = PoolTestbed(FaultScript(ack=[None] * FAILURES + [refused]), raise_error)
+    async with bench.supervisor:
+        bench.operations.enqueue(ENVIRONMENT, count=FAILURES)
+        await bench.recorder.wait_for(SessionFinished, count=FAILURES)
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(AckFinished, lambda ack: ack.result == "conflict")
+        bench.operations.enqueue(ENVIRONMENT)
+        await bench.recorder.wait_for(SessionFinished, count=FAILURES + 1, timeout=100)

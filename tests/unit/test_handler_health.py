@@ -70,6 +70,7 @@ class HandlerHealthTestbed:
             self.number if number is None else number, handler, error
         )
         self.health.record_session_end(item, outcome, seconds)
+        self.health.wake_waiting_pollers()
 
     def end_sessions_as_failed(self, times: int = FAILURES) -> None:
         for _ in range(times):
@@ -239,6 +240,23 @@ async def test_claims_resume_when_running_session_of_failing_handler_ends() -> N
     await bench.health.wait_until_a_handler_may_claim()
     assert bench.loop.time() == pytest.approx(102)
     assert not bench.is_failing
+
+
+@in_virtual_time
+async def test_claims_resume_when_item_of_failing_handler_ends_without_session() -> None:
+    bench = HandlerHealthTestbed()
+    bench.end_sessions_as_failed()
+    await asyncio.sleep(2)
+    bench.owned[BROKEN] = 1
+
+    def end_item_without_session() -> None:
+        bench.owned[BROKEN] = 0
+        bench.health.wake_waiting_pollers()
+
+    bench.loop.call_later(100, end_item_without_session)
+    await bench.health.wait_until_a_handler_may_claim()
+    assert bench.loop.time() == pytest.approx(102)
+    assert bench.is_failing
 
 
 @in_virtual_time

@@ -311,6 +311,7 @@ class Dispatcher:
     def _on_item_closed(self, item: PoolItem) -> None:
         """Remove an item that has ended, and give its slot to the next item or to a poller."""
         self.items.remove_item(item)
+        self.health.wake_waiting_pollers()
         self.idle_since = self._context.clock()
         self._context.queue.release_slot(used_up=item.counts_towards_exit_limit)
         self._fill_slots()

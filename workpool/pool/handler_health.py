@@ -72,7 +72,7 @@ class HandlerHealth:
         """Update the failure record of the handler whose session has ended."""
         if item.handler is None:
             return
-        handler, failing = item.handler, bool(self.failures)
+        handler = item.handler
         self._seen.add(handler.name)
         quick = outcome == "failed" and seconds < QUICK_SECONDS
         if quick or (outcome == "released" and exhausted(item.error)):
@@ -81,8 +81,10 @@ class HandlerHealth:
             )
         elif outcome in {"completed", "failed", "timed_out", "stalled"}:
             self.failures.pop(handler.name, None)
-        if failing:
-            self._changed.set()
+
+    def wake_waiting_pollers(self) -> None:
+        """Let the waiting pollers check again, because an item of the pool has ended."""
+        self._changed.set()
 
     def may_claim(self, handler: Handler) -> bool:
         """Whether an item may be claimed for this handler now."""
@@ -98,7 +100,7 @@ class HandlerHealth:
         while self.failures and self._no_handler_may_claim():
             now = asyncio.get_running_loop().time()
             # Wait at most until the next pause of a failing handler ends. A handler whose pause has
-            # ended may claim nothing because it has a session; that session's end sets `_changed`.
+            # ended may claim nothing while it owns an item; the end of that item sets `_changed`.
             resume_at = [each.resume_at for each in self.failures.values()]
             pauses = [each - now for each in resume_at if each > now]
             self._changed.clear()
