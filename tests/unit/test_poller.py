@@ -246,6 +246,27 @@ async def test_item_that_is_not_taken_releases_its_queue_place_and_ack_permit(an
     assert bench.client.permits == 0
 
 
+@in_virtual_time
+async def test_poller_does_not_poll_in_cooldown_that_began_while_it_waited_for_permit() -> None:
+    bench = PollerTestbed()
+    polled_at: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def begin_cooldown_and_acquire_permit() -> None:
+        bench.group.begin_cooldown(30.0)  # As another poller does after a 429.
+        await asyncio.sleep(1.0)
+
+    async def record_poll(*_: object) -> None:
+        polled_at.append(loop.time())
+        bench.client.exhausted.set()
+        await asyncio.Event().wait()
+
+    bench.client.acquire_ack_permit = begin_cooldown_and_acquire_permit  # type: ignore[method-assign] # a fake
+    bench.client.poll = record_poll  # type: ignore[method-assign] # a fake
+    await bench.run_poller(seconds=100)
+    assert polled_at == [pytest.approx(30.0)]
+
+
 async def test_poller_frees_queue_place_but_keeps_ack_permit_of_item_for_busy_handler() -> None:
     bench = PollerTestbed("item", answer="aside")
     await bench.run_poller()

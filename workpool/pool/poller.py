@@ -356,6 +356,9 @@ class Poller:
                 await self._admission.wait_until_claiming_is_allowed()
             await self._context.client.acquire_ack_permit()
             permitted = True
+            # Another poller may have begun a cooldown during the waits above.
+            if self._group.cooldown_until:
+                await self._group.wait_for_cooldown()
             item = await self._send_poll()
             if item is not None:
                 result = self._dispatcher.offer_item(item, self._polled_at)
