@@ -267,6 +267,7 @@ async def test_unreadable_notification_makes_waiting_calls_read_database_again(
         await wait_until(lambda: waits.ended == [False])
 
 
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
@@ -278,6 +279,7 @@ async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> 
     assert first.ended == []
 
 
+@pytest.mark.usefixtures("disable_fallback_reads")
 async def test_call_to_end_waits_also_ends_waits_that_begin_later(
     database_url: str,
 ) -> None:
