@@ -17,6 +17,7 @@ from workpool.server.postgres.notifications import (
     make_session_topic,
     make_work_topic,
 )
+from workpool.testing import in_virtual_time
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -152,24 +153,26 @@ async def test_announcement_of_one_item_wakes_earlier_waiting_poll_but_not_later
         await wait_until(lambda: waiting.ended == [True])
 
 
-async def test_waiting_call_without_notification_reads_database_again_after_fallback_interval(
-    hubs: tuple[NotificationHub, NotificationHub], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(notifications, "FALLBACK_SECONDS", 0.3)
-    async with run_notification_hubs(*hubs), asyncio.TaskGroup() as group:
+@in_virtual_time
+async def test_waiting_call_without_notification_reads_database_again_after_fallback_interval() -> (
+    None
+):
+    hub = NotificationHub("postgresql://127.0.0.1/not-used")
+    async with asyncio.TaskGroup() as group:
         polls, streams = (
-            TasksWaitingForChange(group, hubs[0], WORK, 3),
-            TasksWaitingForChange(group, hubs[0], SESSION, 3),
+            TasksWaitingForChange(group, hub, WORK, 3),
+            TasksWaitingForChange(group, hub, SESSION, 3),
         )
-        await wait_until(lambda: len(polls.ended) == 1)
-        await wait_until(lambda: len(streams.ended) == 3)
+        await asyncio.sleep(1.5 * notifications.FALLBACK_SECONDS)
+        assert (polls.ended, streams.ended) == ([False], [False] * 3)
         # The first poll would now read the database, and wake the second poll if it found an item.
         # Here the test wakes the second poll. The wait of the third poll ends with the next
         # fallback interval.
-        hubs[0].wake_waiting_calls(WORK)
-        await wait_until(lambda: len(polls.ended) == 2)
-        await wait_until(lambda: len(polls.ended) == 3)
-        assert sorted(polls.ended) == [False, False, True]
+        hub.wake_waiting_calls(WORK)
+        await asyncio.sleep(0.1 * notifications.FALLBACK_SECONDS)
+        assert polls.ended == [False, True]
+        await asyncio.sleep(notifications.FALLBACK_SECONDS)
+        assert polls.ended == [False, True, False]
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
@@ -293,13 +296,14 @@ async def test_call_to_end_waits_also_ends_waits_that_begin_later(
 
 
 async def test_notification_hub_started_without_database_connects_once_database_runs(
-    dedicated_postgres: Cluster,
+    dedicated_postgres: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub = NotificationHub(dedicated_postgres.url())
     dedicated_postgres.stop()
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         task = group.create_task(hub.run())
-        assert not await hub.wait_for_topic_change(WORK, hub.get_change_count(), 0.3)
+        await wait_until(lambda: "notifications interrupted" in caplog.text)
+        assert not await hub.wait_for_topic_change(WORK, hub.get_change_count(), 0.01)
         await asyncio.to_thread(dedicated_postgres.start)
         await hub.listening.wait()
         task.cancel()
