@@ -10,35 +10,15 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workpool.errors import SettingsError
-from workpool.setting_values import parse_names
+from workpool.setting_values import SourcedValue, append_setting_sources, parse_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     Table = dict[str, Any]
-
-PROCESS_SETTINGS: Final = frozenset(
-    {
-        *("metrics_listen", "live_page_ids", "log_level", "log_format", "control_socket"),
-        *("exit_after_sessions", "exit_after_idle", "exit_after_uptime", "max_block"),
-    }
-)
-"""Settings of a process, which the table of an environment may not hold."""
-
-
-class SourcedValue(NamedTuple):
-    """The value of a setting, with the place that it comes from.
-
-    Attributes:
-        value: The value.
-        origin: The variable, file or flag, as errors name it; empty for a keyword argument.
-    """
-
-    value: object
-    origin: str
 
 
 class ConfigFile(NamedTuple):
@@ -56,11 +36,11 @@ class ConfigFile(NamedTuple):
     plugins: Mapping[str, Table]
     environments: Mapping[str, Table]
 
-    def read_process_settings(self) -> dict[str, SourcedValue]:
+    def settings_of_workpool_table(self) -> dict[str, SourcedValue]:
         """Return the settings of the table `[workpool]`."""
         return {name: SourcedValue(value, str(self.path)) for name, value in self.table.items()}
 
-    def read_environment_settings(self, environment_id: str) -> dict[str, SourcedValue]:
+    def settings_of_environment_table(self, environment_id: str) -> dict[str, SourcedValue]:
         """Return the settings of the table `[workpool.environments.ID]` for this id."""
         table = {**self.environments[environment_id], "environment_id": environment_id}
         origin = self.environment_table_name(environment_id)
@@ -157,12 +137,17 @@ def find_environment_id_problems(file: ConfigFile, given: SourcedValue) -> list[
     return problems
 
 
-def find_environment_table_problems(file: ConfigFile, environment_id: str) -> list[str]:
-    """Return a problem for each setting in an environment's table that is not allowed there."""
+def find_environment_table_problems(
+    file: ConfigFile, environment_id: str, process_settings: Iterable[str]
+) -> list[str]:
+    """Return a problem for each setting in an environment's table that is not allowed there.
+
+    `process_settings` are the settings that only the table `[workpool]` may hold.
+    """
     refused = {
         "environment_id": "the name of the table is the id; remove it",
         "plugin": "the tables of plugins are [workpool.plugin.NAME], for all environments",
-        **dict.fromkeys(PROCESS_SETTINGS, "is for all environments; move it to [workpool]"),
+        **dict.fromkeys(process_settings, "is for all environments; move it to [workpool]"),
     }
     table, origin = file.environments[environment_id], file.environment_table_name(environment_id)
     problems = [f"{name}: {refused[name]} (from {origin})" for name in table if name in refused]
@@ -181,13 +166,3 @@ def _find_plugin_table_names(plugins: object) -> set[str]:
     # The table of an installed plugin is named after the plugin's entry point. The table of
     # `pkg.module` or `pkg.module:Name` is named after the last part, `module` or `Name`.
     return {*given, *(re.split("[.:]", each)[-1] for each in given)}
-
-
-def append_setting_sources(problem: str, origins: Mapping[str, str]) -> str:
-    """Return the text of a problem, with the sources of its settings appended.
-
-    The names of these settings are at the beginning of the text, before a colon.
-    """
-    names = problem.partition(":")[0].split(", ")
-    found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))
-    return f"{problem} (from {', '.join(found)})" if found else problem

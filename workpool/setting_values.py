@@ -1,4 +1,4 @@
-"""The values of settings: a parser for each kind of value, which refuses wrong values.
+"""The values of settings with their sources, and a parser for each kind of value.
 
 A parser takes the value of a keyword, a variable or a file, and returns the value of the setting.
 It raises ValueError with the end of a sentence that never quotes the given value: a wrong value may
@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from workpool.secret import Secret
 
@@ -23,18 +23,42 @@ UNLIMITED: Final = "unlimited"
 """The text for None in a variable, file or flag of a setting that has no limit by default."""
 
 
-def setting(parse: Parser, default: object, text: str) -> Any:
+class SourcedValue(NamedTuple):
+    """The value of a setting, with the place that it comes from.
+
+    Attributes:
+        value: The value.
+        origin: The variable, file or flag, as errors name it; empty for a keyword argument.
+    """
+
+    value: object
+    origin: str
+
+
+def setting(parse: Parser, default: object, text: str, *, of_process: bool = False) -> Any:
     """Return the dataclass field of a setting.
 
     Args:
         parse: Reads a value that was given.
         default: The default value, or a function without arguments that returns it.
         text: The documentation, which ends with `Default: ….`
+        of_process: Whether the setting is for the whole process, so that the table of an
+            environment may not hold it.
     """
-    metadata = {"parse": parse, "text": " ".join(text.split())}
+    metadata = {"parse": parse, "text": " ".join(text.split()), "of_process": of_process}
     if callable(default):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def append_setting_sources(problem: str, origins: Mapping[str, str]) -> str:
+    """Return the text of a problem, with the sources of its settings appended.
+
+    The names of these settings are at the beginning of the text, before a colon.
+    """
+    names = problem.partition(":")[0].split(", ")
+    found = dict.fromkeys(origin for name in names if (origin := origins.get(name)))
+    return f"{problem} (from {', '.join(found)})" if found else problem
 
 
 def optional_value_parser(parse: Parser) -> Parser:

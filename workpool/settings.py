@@ -21,14 +21,14 @@ from yarl import URL
 
 from workpool.config_file import (
     ConfigFile,
-    SourcedValue,
-    append_setting_sources,
     find_environment_id_problems,
     find_environment_table_problems,
     read_config_file,
 )
 from workpool.errors import SettingsError
 from workpool.setting_values import (
+    SourcedValue,
+    append_setting_sources,
     checked_text_parser,
     choice_parser,
     matching_text_parser,
@@ -370,18 +370,21 @@ class Settings:
         optional_value_parser(whole_number_parser(1)),
         None,
         "End after this many sessions; 1 = a process for each session. Default: no limit.",
+        of_process=True,
     )
     exit_after_idle: float | None = setting(
         optional_value_parser(_SOME_SECONDS),
         None,
         "End once polls have brought nothing for this long while no session ran. Default: no "
         "limit.",
+        of_process=True,
     )
     exit_after_uptime: float | None = setting(
         optional_value_parser(_SOME_SECONDS),
         None,
         "Claim nothing more after this time, and end after the running sessions. Default: no "
         "limit.",
+        of_process=True,
     )
     request_timeout: float = setting(
         _SOME_SECONDS,
@@ -392,6 +395,7 @@ class Settings:
         _SOME_SECONDS,
         300.0,
         "The time for which a handler may block its event loop and keep its leases. Default: 300.",
+        of_process=True,
     )
     max_attempts: int = setting(
         whole_number_parser(0),
@@ -430,12 +434,14 @@ class Settings:
         None,
         "The address of metrics and health: `HOST:PORT`, `:PORT`, port 0 for any free one, or "
         "`off`. Default: `127.0.0.1:9464` under `workpool run`, `off` when embedded.",
+        of_process=True,
     )
     live_page_ids: Literal["loopback", "always"] = setting(
         choice_parser("loopback", "always"),
         "loopback",
         "When the live page shows ids of items and sessions: if `metrics_listen` is on the "
         "`loopback` interface, or `always`. Default: `loopback`.",
+        of_process=True,
     )
     stats_interval: float = setting(
         _SECONDS,
@@ -446,17 +452,20 @@ class Settings:
         choice_parser(*get_args(Level)),
         "info",
         "The least level that the command line logs: `debug` to `critical`. Default: `info`.",
+        of_process=True,
     )
     log_format: Literal["text", "json"] = setting(
         choice_parser("text", "json"),
         "text",
         "The format of the command line's logs: `text` or `json`. Default: `text`.",
+        of_process=True,
     )
     control_socket: str | None = setting(
         optional_value_parser(checked_text_parser(_check_control_socket)),
         None,
         "The path of the Unix socket for `workpool pause`, `resume` and `drain`, or `off`. "
         "Default: a new one in a directory of the user under `workpool run`, `off` when embedded.",
+        of_process=True,
     )
 
     _sources: _Sources = dataclasses.field(default_factory=_Sources, repr=False, compare=False)
@@ -468,8 +477,8 @@ class Settings:
         layer: dict[str, SourcedValue] = {}
         problems = find_environment_id_problems(file, given)
         if isinstance(given.value, str) and given.value in file.environments:
-            layer = file.read_environment_settings(given.value)
-            problems = find_environment_table_problems(file, given.value)
+            layer = file.settings_of_environment_table(given.value)
+            problems = find_environment_table_problems(file, given.value, PROCESS_SETTINGS)
         self._load_layers(file, (variables, layer, keywords), problems, chosen=bool(given.value))
 
     @classmethod
@@ -491,7 +500,7 @@ class Settings:
         for environment_id in process.environment_ids:
             layers = (
                 _read_settings_from_variables(),
-                file.read_environment_settings(environment_id),
+                file.settings_of_environment_table(environment_id),
                 cls._add_sources_to_keywords(values),
             )
             one = cls.__new__(cls)
@@ -499,7 +508,7 @@ class Settings:
                 one._load_layers(  # noqa: SLF001 - of this class
                     file,
                     layers,
-                    find_environment_table_problems(file, environment_id),
+                    find_environment_table_problems(file, environment_id, PROCESS_SETTINGS),
                     chosen=True,
                 )
             except SettingsError as error:
@@ -534,7 +543,7 @@ class Settings:
         Raises:
             SettingsError: There are problems, or some settings are wrong.
         """
-        given, more = _merge_setting_layers(file.read_process_settings(), *layers)
+        given, more = _merge_setting_layers(file.settings_of_workpool_table(), *layers)
         parsed, wrong = _parse_setting_values(given)
         origins = {name: each.origin for name, each in given.items()}
         problems = [
@@ -728,6 +737,10 @@ DESCRIPTIONS: Final[Mapping[str, str]] = {
     each.name: each.metadata["text"] for each in dataclasses.fields(Settings) if each.metadata
 }
 """The documentation of each setting, by name."""
+PROCESS_SETTINGS: Final = frozenset(
+    each.name for each in dataclasses.fields(Settings) if each.metadata.get("of_process")
+)
+"""Settings of the whole process, which the table of an environment may not hold."""
 
 
 def _read_settings_from_variables() -> dict[str, SourcedValue]:

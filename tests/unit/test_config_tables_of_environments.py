@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from workpool.config_file import PROCESS_SETTINGS
 from workpool.errors import SettingsError
-from workpool.settings import Settings
+from workpool.settings import PROCESS_SETTINGS, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
