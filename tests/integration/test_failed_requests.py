@@ -54,7 +54,7 @@ async def return_after_interruption(session: Session) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def short_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workpool.pool.poller.BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr("workpool.pool.claim.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("workpool.pool.item_requests.RETRY_SECONDS", 0.01)
     monkeypatch.setattr("workpool.pool.lease.RETRY_PARTS", (6000,))
 
 

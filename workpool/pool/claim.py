@@ -15,11 +15,11 @@ from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from workpool.backoff import Backoff
 from workpool.errors import ConflictError, PreconditionError, RefusedError, TransientError
 from workpool.events import AckFinished
 from workpool.log_fields import pool_logger
 from workpool.pool.completion import RELEASE_DELAY_SECONDS
+from workpool.pool.item_requests import make_request_backoff
 from workpool.wire.http.call_options import CLAIM_OPTIONS, CallOptions, Priority
 from workpool.wire.protocol import (
     ACK_LEASE_SECONDS,
@@ -30,6 +30,7 @@ from workpool.wire.protocol import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from workpool.backoff import Backoff
     from workpool.events import CallResult
     from workpool.pool.item_requests import HeartbeatSender
     from workpool.pool.lease import Lease
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 log = pool_logger(__name__)
 
-RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 MARGIN_SECONDS = 6.0
 """The ack is repeated until this many seconds before the end of its lease.
 
@@ -60,7 +60,7 @@ class _AckRetryState:
 
     until: float
     first_sent: float = math.inf
-    backoff: Backoff = field(default_factory=lambda: Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS))
+    backoff: Backoff = field(default_factory=make_request_backoff)
 
 
 class Claimer:

@@ -11,11 +11,11 @@ import asyncio
 import functools
 from typing import TYPE_CHECKING
 
-from workpool.backoff import Backoff
 from workpool.errors import ControlPlaneError, RefusedError, TransientError
 from workpool.pool.call_permissions import read_or_find_item
 from workpool.pool.dispatcher import Dispatcher
 from workpool.pool.handler_executor import open_handler_task_group
+from workpool.pool.item_requests import make_request_backoff
 from workpool.pool.poller import PollerGroup
 from workpool.pool.status import PoolView
 from workpool.pool.supervisor import Supervisor
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from workpool.pool.pool_context import PoolContext
     from workpool.settings import Settings
     from workpool.wire.items import WorkItem
-
-RETRY_SECONDS, RETRY_CAP_SECONDS = 0.2, 3.0
 
 
 class HandoffChildSupervisor(Supervisor):
@@ -97,7 +95,7 @@ class HandoffChildSupervisor(Supervisor):
         """Read the item, with retries as long as the parent may still wait for the child."""
         if self._session_id is not None:
             return _build_item(self._work_id, self._session_id, str(self.settings.environment_id))
-        backoff = Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
+        backoff = make_request_backoff()
         until = context.clock() + self.settings.lease_ttl
         client, optional, seconds = context.client, context.optional, self.settings.request_timeout
         while True:

@@ -70,6 +70,11 @@ CALLS_PER_SESSION = 8
 """Largest number of concurrent calls of one session; further ones wait."""
 
 
+def make_request_backoff() -> Backoff:
+    """Create the delays between the tries of one request for an item."""
+    return Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
+
+
 class SendOptions(NamedTuple):
     """The priority and the limits of a call for an item.
 
@@ -191,7 +196,7 @@ class ItemSender:
                 return await self._try_request_once(item, call, options, until, call_options)
             except TransientError as error:
                 failure = error
-            backoff = backoff or Backoff(RETRY_SECONDS, RETRY_CAP_SECONDS)
+            backoff = backoff or make_request_backoff()
             call_options = call_options._replace(
                 new_connection=failure.reason in {"timeout", "network"}
             )
