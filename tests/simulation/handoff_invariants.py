@@ -28,8 +28,8 @@ def nothing_is_sent_during_a_handoff(case: FinishedSimulation) -> Iterator[str]:
         ):
             continue
         for call in case.sent[period.node, period.work_id]:
-            under_way = call.op == "heartbeat" and call.at <= period.entered < call.answered_at
-            if under_way or (call.op in WRITES and period.entered <= call.at < until):
+            in_flight = call.op == "heartbeat" and call.at <= period.entered < call.answered_at
+            if in_flight or (call.op in WRITES and period.entered <= call.at < until):
                 yield f"{call} was sent; its handoff began at {period.entered:.3f}"
 
 

@@ -68,8 +68,8 @@ MARGIN_SECONDS: Final = 0.05
 """Drift of clocks that differ by 100 ppm over a lease of 60 s, and the network's latency."""
 GIVE_UP_SECONDS: Final = 1.0
 """A handler is cancelled at least this long before the end of its lease."""
-TICK_SECONDS: Final = 5.0
-"""The interval of the simulated lease renewer's tick."""
+CHECK_SECONDS: Final = 5.0
+"""The longest time between two checks of the simulated lease renewer."""
 TIDY_SECONDS: Final = 1.0
 """The longest clean-up of a cancelled handler."""
 RELEASED_SECONDS: Final = 12.5
@@ -97,7 +97,7 @@ def handlers_run_under_a_lease(case: FinishedSimulation) -> Iterator[str]:
     """Invariant 2a: a pool owns an item while the item's handler runs and is not cancelled.
 
     The handler is cancelled at least a second before the lease ends. A machine that was halted may
-    cancel the handler late, by at most one tick of its lease renewer.
+    cancel the handler late, by at most the time between two checks of its lease renewer.
     """
     for run in case.trace.runs:
         lease = case.find_last_lease_of_pool(run.node, run.work_id, run.started)
@@ -394,10 +394,10 @@ def claims_and_runs_never_exceed_concurrency(case: FinishedSimulation) -> Iterat
         for op, places in (("poll", pool.concurrency + pool.prefetch), ("ack", pool.concurrency)):
             of_op = [call for call in calls if call.op == op]
             for call in of_op:
-                under_way = sum(one.at <= call.at < one.answered_at for one in of_op)
+                in_flight = sum(one.at <= call.at < one.answered_at for one in of_op)
                 running = sum(run.started <= call.at < run.ended for run in runs)
-                if under_way + running > places:
-                    yield f"{call}: {under_way} {op}s and {running} runs in {places} places"
+                if in_flight + running > places:
+                    yield f"{call}: {in_flight} {op}s and {running} runs in {places} places"
 
 
 def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
@@ -408,9 +408,9 @@ def handler_limit_is_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
             continue
         runs = [run for run in case.trace.runs if run.node is node]
         for run in runs:
-            under_way = sum(one.started <= run.started < one.ended for one in runs)
-            if under_way > limit:
-                yield f"{_describe_run(run)} was one of {under_way} runs of a handler for {limit}"
+            concurrent = sum(one.started <= run.started < one.ended for one in runs)
+            if concurrent > limit:
+                yield f"{_describe_run(run)} was one of {concurrent} runs of a handler for {limit}"
 
 
 def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
@@ -422,15 +422,15 @@ def shared_slots_are_never_exceeded(case: FinishedSimulation) -> Iterator[str]:
     runs = [run for run in case.trace.runs if run.node.share is not None]
     for call in polls:
         at = call.at
-        under_way = sum(
+        in_flight = sum(
             one.at <= at < min(one.answered_at, _time_when_slots_are_freed(one.node))
             for one in polls
         )
         running = sum(
             run.started <= at < min(run.ended, _time_when_slots_are_freed(run.node)) for run in runs
         )
-        if under_way + running > total:
-            yield f"{call}: {under_way} polls and {running} runs in {total} shared slots"
+        if in_flight + running > total:
+            yield f"{call}: {in_flight} polls and {running} runs in {total} shared slots"
 
 
 def _time_when_slots_are_freed(node: PoolProcess) -> float:
@@ -568,7 +568,7 @@ def _has_pool_stopped_claiming(node: PoolProcess, at: float) -> bool:
 
 
 def _machine_was_halted_shortly_before(node: PoolProcess, at: float, more: float = 0.0) -> bool:
-    slack = TICK_SECONDS + MARGIN_SECONDS + more
+    slack = CHECK_SECONDS + MARGIN_SECONDS + more
     return any(since <= at <= until + slack for since, until in node.machine.pauses)
 
 

@@ -83,7 +83,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     "claims beyond the limit of sessions": [
         SourceEdit("bounded_queue:BoundedQueue", "self._uses -= 1", "pass"),
     ],
-    "claims under way not limited": [
+    "claims in flight not limited": [
         SourceEdit(
             "supervisor:Supervisor",
             "settings.exit_after_sessions,",
@@ -276,7 +276,7 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
             "unseen = 0.0",
         ),
     ],
-    "pause noticed at the next tick only": [
+    "pause noticed at the next check only": [
         SourceEdit(
             "item_requests:ItemSender",
             "paused = abs(unseen) >= PAUSE_SECONDS",

@@ -33,7 +33,7 @@ REPEAT_SECONDS: Final = 10.0
 RETRY_SECONDS: Final = 3.2
 """The longest pause between two tries of a completion, with a margin."""
 DENIED_ACKS: Final = 10
-"""The most acks that are sent while all are refused, not counting those under way."""
+"""The most acks that are sent while all are refused, not counting those in flight."""
 FAILURES: Final = 5
 """A handler is failing after so many quick failures in a row."""
 OPTIONAL: Final = ("get", "update")
@@ -253,7 +253,7 @@ def heartbeats_of_an_item_do_not_overlap(case: FinishedSimulation) -> Iterator[s
             first = case.find_last_lease_of_pool(node, work_id, one.at)
             second = case.find_last_lease_of_pool(node, work_id, two.at)
             if two.at < one.answered_at and first is second:
-                yield f"{two} was sent while {one} was under way"
+                yield f"{two} was sent while {one} was in flight"
 
 
 def writes_time_out_early_enough_to_be_sent_again(case: FinishedSimulation) -> Iterator[str]:

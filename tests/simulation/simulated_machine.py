@@ -25,7 +25,7 @@ Ts = TypeVarTuple("Ts")
 HaltKind = Literal["asleep", "stopped", "paused", "crashed"]
 
 NETWORK: Final = Context()
-"""The context of no machine: a request under way arrives even if its sender halts."""
+"""The context of no machine: a request in flight arrives even if its sender halts."""
 
 
 INSTANT_SECONDS: Final = 1e-9

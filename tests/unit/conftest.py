@@ -80,12 +80,12 @@ class RecordingClient(LocalClient):
     ) -> T:
         bench = self._bench
         bench.tries.append((endpoint.op, timeout, options))
-        bench.under_way += 1
-        bench.peaks.append((bench.clock(), bench.under_way))
+        bench.in_flight += 1
+        bench.peaks.append((bench.clock(), bench.in_flight))
         try:
             return await super()._send_call(endpoint, work_id, run_operation, timeout, options)
         finally:
-            bench.under_way -= 1
+            bench.in_flight -= 1
 
     def _record_sent_call(self, op: str, work_id: str | None, fault: Fault) -> None:
         del work_id, fault
@@ -93,9 +93,9 @@ class RecordingClient(LocalClient):
 
 
 class LeaseRenewerOnTestLoop(ThreadlessLeaseRenewer):
-    """A lease renewer that runs on the loop of the test and ticks every second."""
+    """A lease renewer on the loop of the test, which checks its leases every second."""
 
-    tick_seconds = 1.0
+    check_seconds = 1.0
 
 
 class LeaseTestbed:
@@ -108,8 +108,8 @@ class LeaseTestbed:
         permit_seconds: The seconds that each call for an item waits for the rate limit.
         sent: Each call of ours whose bytes were sent.
         tries: Each call of ours: its name, its timeout, its options.
-        under_way: Calls in progress.
-        peaks: The start time of each call, and the number of calls in progress at that time.
+        in_flight: The number of calls in flight.
+        peaks: The start time of each call, and the number of calls in flight at that time.
         results: The time and the result of each heartbeat.
         changes: The time of each reported change of a lease, and the status of the lease.
         lost_at: The time of the first report of each lost lease, by work id.
@@ -125,7 +125,7 @@ class LeaseTestbed:
         self.ahead = self.latency = self.permit_seconds = 0.0
         self.sent: list[SentCall] = []
         self.tries: list[tuple[str, float | None, CallOptions]] = []
-        self.under_way = 0
+        self.in_flight = 0
         self.peaks: list[tuple[float, int]] = []
         self.results: list[tuple[float, HeartbeatFinished]] = []
         self.changes: list[tuple[float, str]] = []

@@ -481,11 +481,11 @@ async def test_many_concurrent_calls_by_one_handler_do_not_delay_calls_by_anothe
             busy = PoolSessionBackend(item, context, bench.sender)
             calls = [group.create_task(busy.update_metadata({"a": "b"})) for _ in range(100)]
             await asyncio.sleep(0.5)
-            assert bench.under_way == CALLS_PER_SESSION == 8
+            assert bench.in_flight == CALLS_PER_SESSION == 8
             await PoolSessionBackend(other, context, bench.sender).update_metadata({"a": "b"})
             assert bench.clock() == pytest.approx(1.5)
             await asyncio.wait(calls)
-        assert max(under_way for _, under_way in bench.peaks) == CALLS_PER_SESSION + 1
+        assert max(in_flight for _, in_flight in bench.peaks) == CALLS_PER_SESSION + 1
 
 
 @in_virtual_time

@@ -831,7 +831,7 @@ class LeaseStateMachine(RuleBasedStateMachine):
         self.reading = False
         self.answer: Heartbeat | ControlPlaneError | None = None
         self.item: WorkItem | None = None
-        self.under_way: list[HeartbeatAttempt] = []
+        self.undelivered: list[HeartbeatAttempt] = []
         self.final: tuple[str, bool] | None = None
         self.last_decision = ""
 
@@ -895,17 +895,17 @@ class LeaseStateMachine(RuleBasedStateMachine):
         if self.lease.due_at <= self.current_time:
             assert self.lease.is_held(self.current_time)
             self.attempt = self.lease.begin_heartbeat(self.current_time, self.lease.due_at)
-            self.under_way.append(self.attempt)
+            self.undelivered.append(self.attempt)
             self.plane.now += LATENCY
 
-    @precondition(lambda self: self.under_way)
+    @precondition(lambda self: self.undelivered)
     @rule(index=st.integers(0, 5))
     def deliver_heartbeat_request(self, index: int) -> None:
         """Deliver a sent heartbeat to the control plane.
 
         By now, the lease may have recorded that the heartbeat got no answer.
         """
-        attempt = self.under_way.pop(index % len(self.under_way))
+        attempt = self.undelivered.pop(index % len(self.undelivered))
         answer = self.plane.extend_lease(attempt.expected, attempt.ttl)
         if attempt is self.attempt:
             self.answer = answer
@@ -921,19 +921,19 @@ class LeaseStateMachine(RuleBasedStateMachine):
     def lose_heartbeat_answer(self, reason: str) -> None:
         self._apply_heartbeat_answer(make_transient_error(reason))
 
-    @precondition(lambda self: self.attempt in self.under_way)
+    @precondition(lambda self: self.attempt in self.undelivered)
     @rule(status=statuses)
     def refuse_heartbeat_in_proxy(self, status: int) -> None:
         """Let a proxy refuse the request, which then does not reach the control plane."""
         assert self.attempt is not None
-        self.under_way.remove(self.attempt)
+        self.undelivered.remove(self.attempt)
         self._apply_heartbeat_answer(make_error_for_status(status))
 
-    @precondition(lambda self: self.attempt in self.under_way)
+    @precondition(lambda self: self.attempt in self.undelivered)
     @rule()
     def abort_unsent_heartbeat(self) -> None:
         assert self.attempt is not None
-        self.under_way.remove(self.attempt)
+        self.undelivered.remove(self.attempt)
         self.lease.record_unsent_heartbeat(self.attempt)
         self.attempt = self.answer = None
 

@@ -13,7 +13,11 @@ import pytest
 
 from workpool.errors import LeaseLost, TransientError
 from workpool.pool.lease import Lease
-from workpool.pool.lease_renewer import HEARTBEATS_MIN, NEW_CONNECTIONS_PER_SECOND, SHRINK_SECONDS
+from workpool.pool.lease_renewer import (
+    HEARTBEAT_LIMIT_MIN,
+    NEW_CONNECTIONS_PER_SECOND,
+    SHRINK_SECONDS,
+)
 from workpool.testing.fault import Fault
 from workpool.testing.local_client import FaultScript, LocalClient
 from workpool.testing.virtual_time import in_virtual_time
@@ -28,7 +32,7 @@ LOST = Fault(answer="silence")
 UNSENT = Fault(answer="silence", applied=False)
 RESET = Fault(answer="reset", applied=False)
 TOLERANCE = 0.1
-"""A little more than the shortest time between two ticks of the renewer."""
+"""Allowed deviation in seconds from an expected time; checks of leases are at least 20 ms apart."""
 
 
 def make_fault_that_refuses_request(status: int) -> Fault:
@@ -47,7 +51,7 @@ def assert_single_lease_status_change(bench: LeaseTestbed, at: float, status: st
 
 
 @in_virtual_time
-async def test_lease_added_by_another_thread_during_renewer_tick_raises_no_error(
+async def test_lease_added_by_another_thread_during_renewer_check_raises_no_error(
     make_testbed: type[LeaseTestbed],
 ) -> None:
     bench = make_testbed()
@@ -58,7 +62,7 @@ async def test_lease_added_by_another_thread_during_renewer_tick_raises_no_error
         others = iter(items[20:])
 
         def add_lease_during_garbage_collection(_phase: str, _info: object) -> None:
-            # Garbage collection calls this function in the middle of a tick, and thereby simulates
+            # Garbage collection calls this function in the middle of a check, and thereby simulates
             # another thread that adds a lease.
             for item in islice(others, 1):
                 bench.renewer.add_lease(item.lease, item)
@@ -146,7 +150,7 @@ async def test_failed_heartbeat_is_repeated_with_growing_delay(
 
 
 @in_virtual_time
-async def test_urgent_heartbeat_is_sent_without_waiting_for_tick(
+async def test_urgent_heartbeat_is_sent_without_waiting_for_next_check(
     make_testbed: type[LeaseTestbed],
 ) -> None:
     slow = Fault(answer=409, applied=False, answer_delay=3)
@@ -355,7 +359,7 @@ async def test_release_of_ended_lease_sends_no_heartbeat(make_testbed: type[Leas
 
 
 def assert_heartbeats_limited(
-    peaks: list[tuple[float, int]], since: float, limit: int = HEARTBEATS_MIN
+    peaks: list[tuple[float, int]], since: float, limit: int = HEARTBEAT_LIMIT_MIN
 ) -> None:
     """Assert that after `since`, concurrent heartbeats grow in number by at most 50 a second."""
     for at, in_flight in peaks:
@@ -395,7 +399,7 @@ async def test_heartbeats_with_quick_answers_need_few_connections(
             bench.renewer.request_heartbeat(lease)
         await asyncio.sleep(0.5)
     assert len(bench.peaks) == 300
-    assert max(in_flight for _, in_flight in bench.peaks) <= HEARTBEATS_MIN + 50 * 0.1
+    assert max(in_flight for _, in_flight in bench.peaks) <= HEARTBEAT_LIMIT_MIN + 50 * 0.1
 
 
 @in_virtual_time
@@ -411,7 +415,7 @@ async def test_limit_on_concurrent_heartbeats_shrinks_when_few_leases_remain(
         for lease in leases[5:]:
             bench.renewer.remove_lease(lease)
         await asyncio.sleep(2 * SHRINK_SECONDS + 10)
-        assert bench.renewer._heartbeat_limit == HEARTBEATS_MIN
+        assert bench.renewer._heartbeat_limit == HEARTBEAT_LIMIT_MIN
 
 
 class ClientWithSlowHeartbeats(LocalClient):
@@ -560,7 +564,7 @@ async def test_worker_after_machine_pause_sends_only_heartbeats_until_leases_are
 
 
 @in_virtual_time
-async def test_renewer_detects_pause_of_machine_at_next_tick(
+async def test_renewer_detects_pause_of_machine_at_next_check(
     make_testbed: type[LeaseTestbed],
 ) -> None:
     bench = make_testbed()

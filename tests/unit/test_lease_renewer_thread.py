@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workpool.testing.fault_rules import Request
 
 ENVIRONMENT = "env_00000000000070008000000000000001"
-TICK_SECONDS = 0.02
+CHECK_SECONDS = 0.02
 
 
 class LeaseRenewerTestbed:
@@ -158,8 +158,8 @@ class LeaseRenewerTestbed:
 
 
 @pytest.fixture(autouse=True)
-def shorten_renewer_tick_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LeaseRenewer, "tick_seconds", TICK_SECONDS)
+def shorten_time_between_lease_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LeaseRenewer, "check_seconds", CHECK_SECONDS)
 
 
 @pytest.fixture(autouse=True)
@@ -279,7 +279,7 @@ async def test_failure_of_renewer_thread_is_fatal_and_ends_all_leases_as_lost(
     renewer = testbed.make_renewer()
     async with renewer:
         [lease] = await testbed.add_leases_and_wait_for_heartbeats(renewer, item)
-        testbed.fault = ZeroDivisionError("in the tick")
+        testbed.fault = ZeroDivisionError("in the check")
         await testbed.wait_until(lambda: testbed.failures)
         assert testbed.failures[0].__cause__ is testbed.fault
         assert (lease.status, lease.is_loss_confirmed) == ("lost", False)
@@ -343,7 +343,7 @@ async def test_failure_of_renewer_is_reported_before_services_have_closed(
             await asyncio.to_thread(release.wait, 20)
 
     async with testbed.make_renewer(service_that_closes_slowly()):
-        testbed.fault = ZeroDivisionError("in the tick")
+        testbed.fault = ZeroDivisionError("in the check")
         await testbed.wait_until(lambda: testbed.failures and testbed.ended)
         assert not release.is_set()
         release.set()
@@ -409,21 +409,21 @@ async def test_no_heartbeat_is_sent_while_event_loop_is_blocked_too_long(
         assert testbed.blocked.wait(10)  # This wait blocks the handlers' loop.
         renewer.request_heartbeat(lease)
         # If renewal were not suspended, the renewer thread would send this heartbeat at once.
-        time.sleep(5 * TICK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
+        time.sleep(5 * CHECK_SECONDS)  # noqa: ASYNC251 - blocking the loop is the point
         assert testbed.heartbeat_results() == ["ok"]
         await testbed.wait_for_heartbeats(2)
 
 
 async def test_logged_blocking_time_of_loop_is_exact_although_it_is_checked_rarely(
-    testbed: LeaseRenewerTestbed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    testbed: LeaseRenewerTestbed, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The logged seconds come from a clock, and not from the time that the monitor adds up.
 
-    In this test, the monitor adds at most a third of each tick of the renewer.
+    In this test, the monitor adds at most a third of the time between two checks.
     """
-    monkeypatch.setattr(diagnostics, "TICK_SECONDS", TICK_SECONDS / 6)
     started = time.monotonic()
-    async with testbed.make_renewer(max_block=0.1):
+    async with testbed.make_renewer(max_block=0.1) as renewer:
+        renewer.monitor._interval = CHECK_SECONDS / 6
         await testbed.wait_until(
             lambda: [e for e in testbed.events if isinstance(e, LoopLagMeasured)]
         )
@@ -431,12 +431,12 @@ async def test_logged_blocking_time_of_loop_is_exact_although_it_is_checked_rare
         elapsed = time.monotonic() - started
     records = [each for each in caplog.records if each.message.startswith("event loop blocked")]
     # The block lasts three times as long as the 0.1 s that the monitor adds up.
-    assert 0.25 < vars(records[0])["seconds"] <= elapsed + TICK_SECONDS
+    assert 0.25 < vars(records[0])["seconds"] <= elapsed + CHECK_SECONDS
 
 
 async def test_suspended_process_does_not_count_as_blocked_loop() -> None:
     pings: list[object] = []
-    monitor = LoopMonitor(pings.append, max_block=5)
+    monitor = LoopMonitor(pings.append, max_block=5, interval=1)
     monitor.send_ping()
     assert not monitor.is_ping_answered
     assert not monitor.add_seconds_without_ping_answer(3_600.0)
@@ -482,7 +482,7 @@ def test_stopped_loop_suspends_renewal_until_it_runs_again(
     assert not renewer.renewing
     renewer.request_heartbeat(lease)
     # If renewal were not suspended, the renewer thread would send this heartbeat at once.
-    time.sleep(5 * TICK_SECONDS)
+    time.sleep(5 * CHECK_SECONDS)
     assert bench.heartbeat_results() == ["ok"]
 
     async def wait_for_heartbeats_on_new_loop() -> None:

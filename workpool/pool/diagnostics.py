@@ -1,9 +1,10 @@
 """The monitor of the handlers' event loop, and reports about a process whose loop is blocked.
 
-From the lease renewer's thread, the monitor sends the loop a ping once per tick, measures how long
-the answer takes, logs the name of the task that blocks the loop, and reports when `max_block` is
-reached. It decides nothing about leases. A report never delays its caller for longer than
-`REPORT_SECONDS`. The stacks of all threads are collected without a file, and their size is limited.
+From the lease renewer's thread, the monitor sends the loop a ping at a fixed interval, measures
+how long the answer takes, logs the name of the task that blocks the loop, and reports when
+`max_block` is reached. It decides nothing about leases. A report never delays its caller for longer
+than `REPORT_SECONDS`. The stacks of all threads are collected without a file, and their size is
+limited.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 log = pool_logger(__name__)
 
-TICK_SECONDS = 1.0
 LAG_WARNING_SECONDS = 1.0
 REPORT_SECONDS = 2.0
 THREADS_MAX = 32
@@ -45,16 +45,20 @@ class LoopMonitor:
         lag: The seconds that the last answer took; None before the first answer.
     """
 
-    def __init__(self, tell: Callable[[Callable[[], object]], None], max_block: float) -> None:
+    def __init__(
+        self, tell: Callable[[Callable[[], object]], None], max_block: float, interval: float
+    ) -> None:
         """Create the monitor of the running loop.
 
         Args:
             tell: Runs a callback on the handlers' loop; called on the renewer's thread.
             max_block: The seconds without an answer after which the renewer stops renewing.
+            interval: The seconds between two pings, or two checks whether a ping is answered.
         """
         self.lag: float | None = None
         self._tell = tell
         self._max_block = max_block
+        self._interval = interval
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._waited = 0.0
@@ -105,10 +109,10 @@ class LoopMonitor:
             Whether that time has reached `max_block`.
         """
         was_blocked = self.is_loop_blocked
-        # The calls of this method are `TICK_SECONDS` apart. If more than twice that time has passed
-        # since the last call, the whole process was stopped: do not add the excess, because the
-        # loop was not blocked in it.
-        self._waited += min(seconds, 2 * TICK_SECONDS)
+        # The calls of this method are `_interval` seconds apart. If more than twice that time has
+        # passed since the last call, the whole process was stopped: do not add the excess, because
+        # the loop was not blocked in it.
+        self._waited += min(seconds, 2 * self._interval)
         if self.is_loop_blocked and not was_blocked:
             _warn_on_new_thread(
                 "event loop is blocked; use asyncio.to_thread for blocking code",

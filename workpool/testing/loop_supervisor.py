@@ -9,14 +9,14 @@ from workpool.pool.lease_renewer import LeaseRenewer
 from workpool.pool.supervisor import Supervisor
 from workpool.testing.virtual_time import VirtualLoop
 
-TICK_SECONDS: Final = 5.0
-"""Seconds between two ticks of the renewer: longer than on a thread, since each tick costs time."""
+CHECK_SECONDS: Final = 5.0
+"""Longest time between two checks of all leases: longer than on a thread, as each costs time."""
 
 
 class ThreadlessLeaseRenewer(LeaseRenewer):
     """A lease renewer on the handlers' loop, without a thread of its own."""
 
-    tick_seconds = TICK_SECONDS
+    check_seconds = CHECK_SECONDS
 
     def _start_thread(self) -> asyncio.Future[None]:
         self._loop = self._handlers_loop
