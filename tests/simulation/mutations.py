@@ -607,7 +607,9 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
     ],
     "mark not deleted by the next run": [
         SourceEdit(
-            "attempt_number:AttemptNumber", "(ERROR, RELEASED, RETRIES)", "(ERROR, RETRIES)"
+            "attempt_number:AttemptNumber",
+            "(OUR_ERROR, RELEASED, RETRIES)",
+            "(OUR_ERROR, RETRIES)",
         ),
     ],
     "release without a mark": [

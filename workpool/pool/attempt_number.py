@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     Patch = dict[str, str | None]
 
 ATTEMPT: Final = "workpool.attempt"
-ERROR: Final = OUR_ERROR
 RELEASED: Final = "workpool.released"
 RETRIES: Final = "workpool.retries"
 REMEMBERED_ITEMS: Final = 10_000
@@ -60,7 +59,7 @@ class AttemptNumber:
         retries = metadata.get(RETRIES, "") if RELEASED in metadata else ""
         self.retry = int(retries) if _match_number(retries) else 0
         self._deletions: Patch = {}
-        for key in (ERROR, RELEASED, RETRIES):
+        for key in (OUR_ERROR, RELEASED, RETRIES):
             if key in metadata:
                 self._deletions[key] = None
 

@@ -31,7 +31,7 @@ UNSUPPORTED: Final = "unsupported_capability"
 """The error type of one control plane's 400 for calls that it does not have."""
 NOT_PERMITTED: Final = "the credential may not make this call"
 MEANING: Final[Mapping[Op, str]] = {
-    "get": "an item in doubt is looked up in the list of items",
+    "get": "an item of unknown owner is looked up in the list of items",
     "update": "results and errors of sessions are not written, and attempts are counted in this"
     " process only",
     "stats": "the metrics of the remote queue are absent",

@@ -28,11 +28,11 @@ from workpool.errors import (
 )
 from workpool.events import ResultDropped, StopFinished
 from workpool.log_fields import pool_logger
-from workpool.pool.attempt_number import ERROR
 from workpool.pool.item_requests import SendOptions
 from workpool.pool.pool_item import EndReason
 from workpool.session import Outcome, PoolRelease, Release
 from workpool.wire.http.call_options import Priority
+from workpool.wire.protocol import OUR_ERROR
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -329,7 +329,7 @@ class Completion:
         text = type(error).__name__
         if self._with_message and (message := str_without_raising(error)):
             text = f"{text}: {message}"
-        return {ERROR: make_metadata_text(text)}
+        return {OUR_ERROR: make_metadata_text(text)}
 
 
 def _make_error_for_reason(reason: EndReason | None) -> Exception:

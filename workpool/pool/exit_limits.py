@@ -57,7 +57,8 @@ class ExitLimits:
     def include_pool_in_idle_limit(self, admission: Admission) -> Callable[[bool], None]:
         """Include a pool in the check of `exit_after_idle`.
 
-        The limit is reached once every included pool has been idle for that long and is not paused.
+        The limit is reached once every included pool has been idle for that long, is not paused,
+        and has no plugin that refuses.
 
         Returns:
             The function to call after each successful poll of the pool, with True if the poll

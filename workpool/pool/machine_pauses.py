@@ -1,4 +1,4 @@
-"""The clock of leases, which counts the sleep of the machine, and the detection of pauses.
+"""The clocks of the pool, and the detection of pauses of the machine.
 
 Event loop clocks stop while a machine sleeps; the control plane's does not. Deadlines of leases
 therefore use a clock that counts sleep: a worker that wakes must notice that its leases are lost
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 Clock = Callable[[], float]
-"""Seconds on a monotonic clock; only differences mean anything."""
+"""A clock: returns its time in seconds."""
 
 PAUSE_SECONDS = 2.0
 """The machine counts as paused if the two clocks moved apart by this many seconds."""

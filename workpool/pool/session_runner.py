@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from workpool.errors import (
     AttemptsExceeded,
@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from workpool.session import Outcome
 
 log = pool_logger(__name__)
-T = TypeVar("T")
 
 ATTEMPT_SECONDS = 10.0
 """Seconds for which the write of a run's number is retried; then the item is released."""
