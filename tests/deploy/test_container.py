@@ -204,7 +204,7 @@ def podman_engine() -> Iterator[PodmanEngine]:
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if os.geteuid() != 0:
-        pytest.skip("only root makes a base image")
+        pytest.skip("only root can make a base image")
     folder = Path(tempfile.mkdtemp(prefix="workpool-image-"))
     engine = PodmanEngine(folder)
     try:
@@ -215,7 +215,7 @@ def podman_engine() -> Iterator[PodmanEngine]:
                 ]:
                     each.result()
         except CommandFailed as error:
-            pytest.skip(str(error))
+            pytest.skip(f"the base image or the wheels cannot be made here: {error}")
         try:
             build_image(engine, folder)
         except TimeBudgetExceeded as error:

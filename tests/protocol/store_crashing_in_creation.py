@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from workpool.server.conversation import StoredEvent
 
 WRITER_SECONDS = 0.5
-"""Seconds that are more than enough for the writer's thread to commit."""
+"""Seconds in which the writer thread would commit the item, if it could without its events.
+
+On a slow machine, the test may miss a defect, but it does not fail without a defect.
+"""
 
 
 class CrashingStore(SqliteStore):
     """A store that kills its process between the save of an item and the save of its events."""
 
     def save_events(self, events: Sequence[StoredEvent]) -> NoReturn:
-        """Wait until the writer thread has saved the session and its item; kill the process."""
+        """Give the writer thread time to commit the item alone; then kill the process."""
         time.sleep(WRITER_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError(events)

@@ -63,7 +63,7 @@ def podman() -> Iterator[PodmanEngine]:
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if os.geteuid() != 0:
-        pytest.skip("only root runs containers with limits everywhere")
+        pytest.skip("only root can limit containers on every machine")
     # A socket's path is limited to 107 bytes, and a path in `tmp_path` can be longer.
     folder = Path(tempfile.mkdtemp(prefix="workpool-container-"))
     podman = engine(folder)

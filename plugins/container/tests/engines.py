@@ -100,7 +100,8 @@ class PodmanEngine:
             check=False,
         )
         if done.returncode:
-            pytest.skip(f"{self.programs[0]} {arguments[0]}: {done.stderr.decode().strip()[-500:]}")
+            message = done.stderr.decode().strip()[-500:] or f"status {done.returncode}"
+            pytest.skip(f"{self.programs[0]} {arguments[0]} does not work here: {message}")
         return done.stdout.decode().strip()
 
     def start_engine_service(self) -> None:
@@ -116,9 +117,8 @@ class PodmanEngine:
         deadline = time.monotonic() + WAIT_SECONDS
         while not Path(self.socket).is_socket():
             if self._service.poll() is not None or time.monotonic() > deadline:
-                pytest.skip(
-                    f"{self.programs[0]}: {(self._folder / 'service.log').read_text()[-500:]}"
-                )
+                message = (self._folder / "service.log").read_text().strip()[-500:] or "no message"
+                pytest.skip(f"the service of {self.programs[0]} does not start here: {message}")
             time.sleep(0.02)
 
     def stop_engine_service(self) -> None:
