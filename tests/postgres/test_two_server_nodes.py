@@ -11,7 +11,7 @@ from workpool.server import APIError, ControlPlane, Poll, PostgresStore, summari
 from workpool.server.conversation import EVERY_EVENT
 from workpool.server.parsing.creation_requests import NewEnvironment
 from workpool.server.parsing.request_values import ListPageRequest
-from workpool.server.postgres import retention_calls
+from workpool.server.postgres import connection_pool, database_calls, retention_calls
 from workpool.server.state_machine import last_heartbeat
 
 if TYPE_CHECKING:
@@ -167,6 +167,47 @@ async def test_ack_at_node_with_outdated_cached_row_after_failover_is_409(
     await other.long_poll(ENV, Poll("b"), client_is_never_disconnected)
     assert await gather_results_and_error_statuses(one.ack_item(ENV, item.id, "a")) == [409]
     assert (await other.ack_item(ENV, item.id, "b")).holder == "b"
+
+
+COLLIDING_RECORDS = """
+CREATE SEQUENCE attempts;  -- a rollback does not reset a sequence
+CREATE FUNCTION collide_twice() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF nextval('attempts') < 3 THEN RAISE SQLSTATE '40001'; END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER collide BEFORE INSERT ON history
+    FOR EACH ROW WHEN (NEW.kind = 'conflict') EXECUTE FUNCTION collide_twice();
+"""
+
+
+@pytest.mark.parametrize("attempts_without_lock", [0, 3])
+async def test_conflict_is_409_and_recorded_once_with_a_single_connection_and_collisions(
+    database_url: str,
+    postgres: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    attempts_without_lock: int,
+) -> None:
+    monkeypatch.setattr(database_calls, "_ATTEMPTS", attempts_without_lock)
+    monkeypatch.setattr(connection_pool, "POOL_SIZE", 1)
+    store = PostgresStore(database_url, history=True)
+    node = ControlPlane(environments=(ENV,), store=store).engine
+    try:
+        await node.open()
+        await asyncio.to_thread(postgres.execute, COLLIDING_RECORDS, database_url)
+        async with asyncio.timeout(SECONDS):
+            (item,) = await node.enqueue(ENV)
+            await node.stop_item(ENV, item.id, force=True)
+            with pytest.raises(APIError) as caught:
+                await node.ack_item(ENV, item.id, "w")
+            assert caught.value.status == 409
+            conflicts = [each for each in await node.read_history() if each.kind == "conflict"]
+    finally:
+        node.end_waits()
+        await node.close()
+    assert [(each.work_id, each.worker_id, each.state, each.op) for each in conflicts] == [
+        (item.id, "w", "stopped", "ack")
+    ]
 
 
 async def test_item_with_concurrent_acks_and_stop_never_has_two_holders(

@@ -220,13 +220,16 @@ class ItemCalls(ClaimCalls):
         worker_id: str | None,
         op: str | None,
     ) -> CachedItem:
-        async def attempt_to_change_item(connection: Connection) -> CachedItem | None:
+        async def attempt_to_change_item(connection: Connection) -> CachedItem | APIError | None:
             stored, item, version, now = await self._read_item(connection, environment_id, work_id)
             try:
                 change = decide(item, now)
-            except APIError:
-                await self._write_conflict_record(item, worker_id, op)
-                raise
+            except APIError as refusal:
+                # The record is written on this connection: calls that each hold one and wait for a
+                # second one would wait for each other. The error is returned, because an exception
+                # would roll back the transaction with the record.
+                await self._write_conflict_record(connection, item, worker_id, op)
+                return refusal
             changes = [] if item is stored else [make_change_that_ends_lease(stored)]
             if change.item is not item:
                 changes.append(change)
@@ -235,19 +238,21 @@ class ItemCalls(ClaimCalls):
             written = await self._write_item(connection, stored, version, changes)
             return None if written is None else CachedItem(change.item, written, now)
 
-        changed = await self._retry_with_row_lock(
+        changed: CachedItem | APIError = await self._retry_with_row_lock(
             attempt_to_change_item, LOCK_ITEM, environment_id, work_id
         )
+        if isinstance(changed, APIError):
+            raise changed
         if changed.item.state == QUEUED:
             # The change may have ended the item's lease. Then the item is claimable: wake a poll.
             self._hub.announce_topic_changes(make_work_topic(environment_id))
         return changed
 
     async def _write_conflict_record(
-        self, item: Item, worker_id: str | None, op: str | None
+        self, connection: Connection, item: Item, worker_id: str | None, op: str | None
     ) -> None:
         if op is not None and self._has_history:
-            await self._pool.execute(
+            await connection.execute(
                 _CONFLICT,
                 self._read_test_clock(),
                 item.id,
