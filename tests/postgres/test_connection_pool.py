@@ -282,6 +282,18 @@ async def test_deadlock_and_serialization_failure_are_retried(pool: ConnectionPo
         await pool.retry_colliding_call(fail_transaction_in_every_call)
 
 
+async def test_colliding_statement_is_attempted_at_most_six_times(pool: ConnectionPool) -> None:
+    await pool.execute("CREATE SEQUENCE attempts")  # a rollback does not reset a sequence
+    statement = (
+        "DO $$ BEGIN IF nextval('attempts') <> {} THEN RAISE SQLSTATE '40001'; END IF; END $$"
+    )
+    with pytest.raises(RetryableError):
+        await pool.execute(statement.format(7))
+    assert await pool.fetchval("SELECT last_value FROM attempts") == 6
+    await pool.execute(statement.format(12))
+    assert await pool.fetchval("SELECT last_value FROM attempts") == 12
+
+
 async def test_wrong_statement_raises_original_error_of_database_driver(
     pool: ConnectionPool,
 ) -> None:

@@ -11,7 +11,7 @@ import logging
 import random
 import time
 from collections import deque
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
@@ -48,7 +48,9 @@ _START_ERRORS: Final = (*DRIVER_ERRORS, ValueError)
 """The driver's errors, and those of a URL that it cannot read."""
 _RELEASE_SECONDS: Final = 2.0
 _RETRIES: Final = 5
+"""Repetitions of a colliding call."""
 _RETRY_SECONDS: Final = 0.01
+"""Longest sleep before the first repetition; it doubles with each further one."""
 _LOG_SECONDS: Final = 5.0
 """Shortest time between two log records about a database that is not available."""
 
@@ -149,8 +151,12 @@ class ConnectionPool:
         return cast("str", await self._run_statement("execute", query, args))
 
     async def _run_statement(self, method: str, query: str, args: Sequence[object]) -> Any:
-        attempt = partial(self._attempt_statement, method, query, args)
-        return await self.retry_colliding_call(attempt)
+        try:
+            return await self._attempt_statement(method, query, args)
+        except RetryableError:
+            # Only a statement that collided, which is rare, has the cost of the repetition.
+            attempt = partial(self._attempt_statement, method, query, args)
+        return await self.retry_colliding_call(attempt, collisions=1)
 
     async def _attempt_statement(self, method: str, query: str, args: Sequence[object]) -> Any:
         connection = self._take_idle_connection() or await self._acquire_connection()
@@ -182,13 +188,23 @@ class ConnectionPool:
             raise
         self._release_connection(connection)
 
-    async def retry_colliding_call(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Run `call`, and repeat it a few times while it raises `RetryableError`."""
-        for attempt in range(_RETRIES):
-            with suppress(RetryableError):
+    async def retry_colliding_call(
+        self, call: Callable[[], Awaitable[T]], *, collisions: int = 0
+    ) -> T:
+        """Run `call`, and repeat it a few times while it raises `RetryableError`.
+
+        `collisions`: attempts of the same call that have already raised `RetryableError`.
+        """
+        while True:
+            if collisions > 0:
+                ceiling = _RETRY_SECONDS * 2 ** (collisions - 1)
+                await asyncio.sleep(random.uniform(0, ceiling))  # noqa: S311 - no secret
+            try:
                 return await call()
-            await asyncio.sleep(random.uniform(0, _RETRY_SECONDS * 2**attempt))  # noqa: S311 - no secret
-        return await call()
+            except RetryableError:
+                if collisions == _RETRIES:
+                    raise
+            collisions += 1
 
     def _take_idle_connection(self) -> Any:
         """Return an idle connection; None if there is none."""
