@@ -99,18 +99,18 @@ class ApplicationRoutes:
 
     async def list_sessions(self, request: web.Request) -> web.Response:
         """Answer with a page of the sessions that the query selects, by default newest first."""
-        environments = self._authenticate_application(request).environments
+        allowed_ids = self._authenticate_application(request).environments
         await requests.read_body(request)
         place = requests.parse_page_request(request, SESSION_PREFIX)
         newest_first = requests.parse_newest_first(request, default=True)
         if newest_first and place.after:
             raise APIError(400, "after_id goes with order=asc only", "after_id")
-        wanted = self._parse_session_filter(request, environments, newest_first=newest_first)
+        wanted = self._parse_session_filter(request, allowed_ids, newest_first=newest_first)
         page = await self._engine.list_sessions(place, wanted)
         return json_response(page_json(page, self._session_json))
 
     def _parse_session_filter(
-        self, request: web.Request, environments: frozenset[str] | None, *, newest_first: bool
+        self, request: web.Request, allowed_ids: frozenset[str] | None, *, newest_first: bool
     ) -> SessionFilter:
         """Parse the query parameters that select and order a list of sessions."""
         times = requests.parse_time_range(request)
@@ -126,7 +126,7 @@ class ApplicationRoutes:
             # sessions: an empty set of statuses matches none.
             statuses = frozenset()
         return SessionFilter(
-            environments=environments,
+            environments=allowed_ids,
             archived=archived,
             times=times,
             agent_id=agent_id,

@@ -161,9 +161,8 @@ class ClaimCalls(DatabaseCalls):
             # begins with a claim.
             if not announced and loop.time() >= deadline:
                 return None
-        self._hub.wake_waiting_calls(
-            topic
-        )  # the client has disconnected: wake another poll instead
+        # The client of this poll has disconnected, so another poll must be woken for the item.
+        self._hub.wake_waiting_calls(topic)
         return None
 
     async def _claim_or_withdraw_delivery(self, environment_id: str, poll: Poll) -> ClaimOutcome:
@@ -173,8 +172,8 @@ class ClaimCalls(DatabaseCalls):
             return await asyncio.shield(claim)
         except asyncio.CancelledError:
             # Wait for the end of the claim, in order to withdraw the delivery of the item that it
-            # returns. The time limits of the claim's SQL statements limit this wait, too, and a
-            # second cancellation ends it.
+            # returns. The time limits of the claim's SQL statements limit this wait, and a second
+            # cancellation ends it.
             with suppress(UnavailableError):
                 delivery = await claim
                 if delivery.item is not None:
