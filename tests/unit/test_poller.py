@@ -247,24 +247,40 @@ async def test_item_that_is_not_taken_releases_its_queue_place_and_ack_permit(an
 
 
 @in_virtual_time
-async def test_poller_does_not_poll_in_cooldown_that_began_while_it_waited_for_permit() -> None:
+@pytest.mark.parametrize("paused_until", [None, 50.0], ids=["not_paused", "paused"])
+async def test_conditions_of_poll_are_checked_again_after_cooldown_that_began_meanwhile(
+    paused_until: float | None,
+) -> None:
+    """While the poller waited for its ack permit, another poller began a cooldown of 30 seconds."""
     bench = PollerTestbed()
     polled_at: list[float] = []
+    permits_in_cooldown: list[int] = []
     loop = asyncio.get_running_loop()
+    start = loop.time()
+    acquire_permit = bench.client.acquire_ack_permit
 
-    async def begin_cooldown_and_acquire_permit() -> None:
-        bench.group.begin_cooldown(30.0)  # As another poller does after a 429.
-        await asyncio.sleep(1.0)
+    async def acquire_permit_while_another_poller_begins_cooldown() -> None:
+        await acquire_permit()
+        if loop.time() == start:
+            bench.group.begin_cooldown(30.0)
+            loop.call_later(20.0, record_permits_and_pause)
+
+    def record_permits_and_pause() -> None:
+        permits_in_cooldown.append(bench.client.permits)
+        if paused_until is not None:
+            bench.context.admission.pause("maintenance", None)
+            loop.call_at(start + paused_until, bench.context.admission.resume)
 
     async def record_poll(*_: object) -> None:
-        polled_at.append(loop.time())
+        polled_at.append(loop.time() - start)
         bench.client.exhausted.set()
         await asyncio.Event().wait()
 
-    bench.client.acquire_ack_permit = begin_cooldown_and_acquire_permit  # type: ignore[method-assign] # a fake
+    bench.client.acquire_ack_permit = acquire_permit_while_another_poller_begins_cooldown  # type: ignore[method-assign] # a fake
     bench.client.poll = record_poll  # type: ignore[method-assign] # a fake
     await bench.run_poller(seconds=100)
-    assert polled_at == [pytest.approx(30.0)]
+    assert polled_at == [pytest.approx(paused_until or 30.0)]
+    assert permits_in_cooldown == [0]
 
 
 async def test_poller_frees_queue_place_but_keeps_ack_permit_of_item_for_busy_handler() -> None:

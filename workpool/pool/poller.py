@@ -348,17 +348,8 @@ class Poller:
         result: OfferResult = "not_taken"
         try:
             self.state = "paused"
-            if self._group.cooldown_until:
-                await self._group.wait_for_cooldown()
-            if self._dispatcher.health.failures:
-                await self._dispatcher.health.wait_until_a_handler_may_claim()
-            if self._admission.gated:
-                await self._admission.wait_until_claiming_is_allowed()
-            await self._context.client.acquire_ack_permit()
+            await self._acquire_ack_permit_when_polling_is_allowed()
             permitted = True
-            # Another poller may have begun a cooldown during the waits above.
-            if self._group.cooldown_until:
-                await self._group.wait_for_cooldown()
             item = await self._send_poll()
             if item is not None:
                 result = self._dispatcher.offer_item(item, self._polled_at)
@@ -368,6 +359,21 @@ class Poller:
             if permitted and result == "not_taken":
                 self._context.client.release_ack_permit()
         return item, result
+
+    async def _acquire_ack_permit_when_polling_is_allowed(self) -> None:
+        while True:
+            if self._group.cooldown_until:
+                await self._group.wait_for_cooldown()
+            if self._dispatcher.health.failures:
+                await self._dispatcher.health.wait_until_a_handler_may_claim()
+            if self._admission.gated:
+                await self._admission.wait_until_claiming_is_allowed()
+            await self._context.client.acquire_ack_permit()
+            if not self._group.cooldown_until:
+                return
+            # Another poller has begun a cooldown during these waits. All conditions may change
+            # until its end, so check each again, and hold no permit meanwhile.
+            self._context.client.release_ack_permit()
 
     async def _send_poll(self) -> WorkItem | None:
         self.state = "polling"
