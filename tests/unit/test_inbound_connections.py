@@ -285,6 +285,18 @@ async def test_idle_connection_is_kept_longer_than_header_time_limit(
         assert await idle.read_bytes() == b""
 
 
+async def test_connection_without_next_request_is_closed_after_idle_time_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with asyncio.timeout(20), ServerWithConnectionLimit().open_server() as site:
+        idle = await SlowlyReadingClient.connect(site.port, WAIT)
+        await wait_until(lambda: site.waiting)
+        monkeypatch.setattr(inbound_connections, "IDLE_SECONDS", 0.05)
+        site.released.set()
+        assert (await idle.read_bytes()).startswith(OK)
+        assert await idle.read_bytes() == b""
+
+
 async def test_active_request_may_last_longer_than_header_and_idle_limits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -300,7 +312,8 @@ async def test_active_request_may_last_longer_than_header_and_idle_limits(
             patch.setattr(inbound_connections, "CHECK_SECONDS", 0.01)
             site.connections._close_overdue_connections()
             other = await SlowlyReadingClient.connect(site.port, b"")
-            # The server closes this connection after HEADER_SECONDS, which equals IDLE_SECONDS.
+            # The server closes this connection after HEADER_SECONDS. Then the active request is
+            # older than both limits.
             assert await other.read_bytes() == b""
         site.released.set()
         assert (await waiting.read_bytes()).startswith(OK)
