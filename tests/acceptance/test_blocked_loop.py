@@ -141,7 +141,7 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
     stated = re.search(r"seconds=(\d+\.\d+) ", line)
     assert stated is not None
     # The loop has answered after the start of the pool, and then not for `max_block` seconds. The
-    # monitor's clock is inexact by some milliseconds. A test of the lease renewer checks the exact
+    # monitor's clock is inexact by some milliseconds. A unit test of `LoopMonitor` checks the exact
     # value.
     assert 2.4 <= float(stated[1]) <= read_timestamp_of_log_line(line) - started
 

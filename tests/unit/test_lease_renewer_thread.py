@@ -8,10 +8,12 @@ import logging
 import threading
 import time
 from contextvars import copy_context
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from tests.manual_clock import ManualClock
 from workpool import Settings
 from workpool.errors import LeaseRenewerError, ListenError
 from workpool.events import Event, HeartbeatFinished, LoopLagMeasured
@@ -414,24 +416,26 @@ async def test_no_heartbeat_is_sent_while_event_loop_is_blocked_too_long(
         await testbed.wait_for_heartbeats(2)
 
 
-async def test_logged_blocking_time_of_loop_is_exact_although_it_is_checked_rarely(
-    testbed: LeaseRenewerTestbed, caplog: pytest.LogCaptureFixture
+async def test_blocked_loop_report_states_seconds_since_last_ping_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The logged seconds come from a clock, and not from the time that the monitor adds up.
-
-    In this test, the monitor adds at most a third of the time between two checks.
-    """
-    started = time.monotonic()
-    async with testbed.make_renewer(max_block=0.1) as renewer:
-        renewer.monitor._interval = CHECK_SECONDS / 6
-        await testbed.wait_until(
-            lambda: [e for e in testbed.events if isinstance(e, LoopLagMeasured)]
-        )
-        assert testbed.blocked.wait(40)  # This wait blocks the handlers' loop.
-        elapsed = time.monotonic() - started
-    records = [each for each in caplog.records if each.message.startswith("event loop blocked")]
-    # The block lasts three times as long as the 0.1 s that the monitor adds up.
-    assert 0.25 < vars(records[0])["seconds"] <= elapsed + CHECK_SECONDS
+    """The seconds come from a clock, and not from the time that the monitor adds up."""
+    clock = ManualClock(100.0)
+    monkeypatch.setattr(diagnostics, "time", SimpleNamespace(monotonic=clock))
+    pings: list[Any] = []
+    monitor = LoopMonitor(pings.append, max_block=1.5, interval=1)
+    clock.advance(30)
+    monitor.send_ping()
+    clock.advance(0.5)
+    answer_ping = pings.pop()
+    answer_ping()
+    clock.advance(2)
+    monitor.send_ping()
+    clock.advance(5)
+    assert monitor.add_seconds_without_ping_answer(5.0)
+    monitor.prepare_blocked_loop_report()()
+    [record] = [each for each in caplog.records if each.message.startswith("event loop blocked")]
+    assert vars(record)["seconds"] == 7
 
 
 async def test_suspended_process_does_not_count_as_blocked_loop() -> None:
