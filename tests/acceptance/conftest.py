@@ -101,6 +101,16 @@ async def own_thread(session: Session) -> None:
 """
 
 
+def was_stopped(plane: ControlPlane, work_id: str) -> bool:
+    """Return whether a call has stopped the item or requested its stop.
+
+    Unlike the state of a released item, this does not change when the item's lease lapses before
+    the worker's process has ended on a loaded machine.
+    """
+    kinds = {record.kind for record in plane.history.records_of_item(work_id)}
+    return bool({"stop_requested", "stopped"} & kinds)
+
+
 class RunningCommand:
     """A running `workpool` process, and the output that was read from it so far."""
 

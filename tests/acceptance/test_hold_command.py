@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pytest
 
-from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN, RunningCommand
+from tests.acceptance.conftest import ENVIRONMENT, SECONDS, TOKEN, RunningCommand, was_stopped
 from workpool import Settings, WorkClient
 from workpool.wire.protocol import NO_HEARTBEAT
 
@@ -73,13 +73,11 @@ def read_history_kinds_after_handoff(plane: ControlPlane, work_id: str) -> list[
 
 
 def read_end_of_handed_off_run(plane: ControlPlane, work_id: str) -> str:
-    """Return "stopped" if the item was stopped, else "released".
-
-    The lease of a released item may lapse before the process has ended on a loaded machine. The
-    state of the item is then `queued` instead of `active`.
-    """
+    """Return "stopped", "released", or "unchanged" if the child has sent no heartbeat."""
+    if was_stopped(plane, work_id):
+        return "stopped"
     kinds = read_history_kinds_after_handoff(plane, work_id)
-    return "stopped" if {"stop_requested", "stopped"} & set(kinds) else "released"
+    return "released" if "heartbeat" in kinds else "unchanged"
 
 
 async def start_shell_script_with_hold_command(
