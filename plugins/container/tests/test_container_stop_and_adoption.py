@@ -9,8 +9,13 @@ import pytest
 
 from plugins.container.tests.engines import WAIT_SECONDS
 from workpool import Session
+from workpool.pool.drain import AFTER_DEADLINE_SECONDS
 from workpool.testing import expire_lease
-from workpool_container.container_run import CONTAINER_ID_KEY
+from workpool_container.container_run import (
+    CANCELLED_GRACE_SECONDS,
+    CONTAINER_ID_KEY,
+    REMOVAL_SECONDS,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,6 +139,12 @@ async def test_drain_at_its_deadline_releases_session_and_removes_container(
         await supervisor.drain(timeout=0)
         assert (await testbed.wait_for_session_end(item.id)).outcome == "released"
         await testbed.wait_for_removal(item.id)
+
+
+def test_drain_waits_longer_than_grace_and_removal_of_container() -> None:
+    """Otherwise a drain abandons the session of a container that ignores the stop signal."""
+    # These values were imported before the fixture of this package's tests increased them.
+    assert CANCELLED_GRACE_SECONDS + REMOVAL_SECONDS < AFTER_DEADLINE_SECONDS
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(0, "completed"), (9, "released")])
