@@ -132,9 +132,8 @@ def test_request_is_not_sent_if_lease_ends_right_before_sending(
                 bench.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await send_metadata_update(bench, item, options)
-            assert (
-                len(get_attempts_to_update_metadata(bench)) <= 1
-            )  # A call that the check refuses is not retried.
+            # A call that the check refuses is not retried.
+            assert len(get_attempts_to_update_metadata(bench)) <= 1
         assert not bench.get_send_times("update")
 
     assert_nothing_is_sent()
