@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.manual_clock import ManualClock
 from workpool.pool.machine_pauses import (
     PAUSE_SECONDS,
     MachinePauseDetector,
@@ -53,22 +54,6 @@ def test_lease_clock_of_other_platforms_is_the_monotonic_clock(
     assert before <= choose_suspend_aware_clock()() <= time.monotonic()
 
 
-class MovableLeaseAndWallClocks:
-    """A lease clock and a wall clock that the test moves."""
-
-    def __init__(self) -> None:
-        self.lease = 100.0
-        self.wall = 1_772_366_400.0
-        self.detector = MachinePauseDetector(lambda: self.lease, lambda: self.wall)
-
-    def move_clocks_and_detect_pause(self, lease: float, wall: float) -> bool:
-        """Move both clocks, and return whether the detector reports a pause."""
-        before = self.detector.wall_clock_offset()
-        self.lease += lease
-        self.wall += wall
-        return self.detector.was_machine_paused(since=before)
-
-
 @pytest.mark.parametrize(
     ("lease", "wall", "paused"),
     [
@@ -87,4 +72,9 @@ class MovableLeaseAndWallClocks:
 def test_wall_clock_jump_relative_to_lease_clock_counts_as_machine_pause(
     lease: float, wall: float, *, paused: bool
 ) -> None:
-    assert MovableLeaseAndWallClocks().move_clocks_and_detect_pause(lease, wall) == paused
+    clock, wall_clock = ManualClock(100.0), ManualClock(1_772_366_400.0)
+    detector = MachinePauseDetector(clock, wall_clock)
+    before = detector.wall_clock_offset()
+    clock.advance(lease)
+    wall_clock.advance(wall)
+    assert detector.was_machine_paused(since=before) == paused
