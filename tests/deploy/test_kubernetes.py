@@ -360,9 +360,8 @@ def test_probes_and_scrapes_use_the_metrics_port_of_the_settings(
 ) -> None:
     address = worker_settings.metrics_address
     assert address is not None
-    assert (
-        not address.host
-    )  # An empty host means all interfaces: probes cannot reach the loopback interface.
+    # An empty host means all interfaces: probes cannot reach the loopback interface.
+    assert not address.host
     container = worker_container(manifest_of_kind(manifests_in_files(), kind))
     [port] = container["ports"]
     assert port["containerPort"] == address.port

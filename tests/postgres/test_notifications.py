@@ -193,9 +193,8 @@ async def test_notification_hub_reconnects_and_wakes_waiting_calls_after_lost_co
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "  # noqa: S608 - our own name
             f"WHERE datname = '{name}' AND backend_type = 'client backend'",
         )
-        await wait_until(
-            lambda: len(streams.ended) == 3
-        )  # When the hub listens again, it wakes all streams: they may have missed a change.
+        # When the hub listens again, it wakes all streams: they may have missed a change.
+        await wait_until(lambda: len(streams.ended) == 3)
         await wait_until(lambda: len(polls.ended) == 1)
         assert polls.ended == [False]
         assert await there.wait_for_topic_change("work:any", before, LONG)

@@ -137,9 +137,8 @@ async def test_node_applies_calls_to_current_row_if_its_cached_row_is_outdated(
 ) -> None:
     one, other = nodes
     (item,) = await one.enqueue(ENV)
-    await one.long_poll(
-        ENV, Poll("w"), client_is_never_disconnected
-    )  # The node now has the row in its cache.
+    # With this poll, the node has the row in its cache.
+    await one.long_poll(ENV, Poll("w"), client_is_never_disconnected)
     await other.ack_item(ENV, item.id, "w")
     beaten = await other.heartbeat(ENV, item.id, "NO_HEARTBEAT", 60, "w")
     assert await one.ack_item(ENV, item.id, "w") == beaten
