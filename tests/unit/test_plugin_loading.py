@@ -338,6 +338,18 @@ def test_error_about_mistake_in_plugin_module_names_that_module(
     assert "\n" not in str(caught.value)
 
 
+def test_error_about_module_without_handlers_names_its_class_that_has_one(
+    folder_on_import_path: FolderOnImportPath,
+) -> None:
+    name = folder_on_import_path.write_module(
+        "class Other: ...\nclass Prices:\n    @handler\n    async def run(self, session): ...\n"
+    )
+    with pytest.raises(
+        PluginError, match=f"no function with @handler; did you mean '{name}:Prices'"
+    ):
+        load_plugins(names=(name,))
+
+
 def test_error_about_equal_rules_in_one_module_names_both_handlers(
     folder_on_import_path: FolderOnImportPath,
 ) -> None:

@@ -109,9 +109,7 @@ def _build_plugin(found: FoundPlugin, options: Mapping[str, Any], where: str) ->
             route = _make_handler_route(found.name, name, member, rule)
             routes.setdefault(getattr(member, "__func__", member), route)
     if not hooks and not routes:
-        if inspect.isroutine(target):
-            raise PluginError(found.name, "is a function without @handler")
-        raise PluginError(found.name, "has no hook marked @hookimpl and no function with @handler")
+        raise PluginError(found.name, _describe_lack_of_hooks_and_handlers(target))
     observer = hooks.get("workpool_event")
     event_types = _find_observed_event_types(found.name, observer) if observer else frozenset()
     return Plugin(found.name, found.source, hooks, tuple(routes.values()), event_types)
@@ -156,6 +154,24 @@ def _list_possible_hooks_and_handlers(target: object) -> Iterator[tuple[str, Any
             yield name, getattr(target, name)
         elif name.startswith(f"{PROJECT}_") and not isinstance(member, ModuleType):
             yield name, member
+
+
+def _describe_lack_of_hooks_and_handlers(target: object) -> str:
+    if inspect.isroutine(target):
+        return "is a function without @handler"
+    message = "has no hook marked @hookimpl and no function with @handler"
+    if inspect.ismodule(target):
+        for member in vars(target).values():
+            if inspect.isclass(member) and _has_hook_or_handler(member):
+                return f"{message}; did you mean '{target.__name__}:{member.__name__}'?"
+    return message
+
+
+def _has_hook_or_handler(target: type) -> bool:
+    return any(
+        hasattr(member, f"{PROJECT}_impl") or find_handler_rule(member) is not None
+        for _, member in _list_possible_hooks_and_handlers(target)
+    )
 
 
 def _is_hook(plugin: str, name: str, member: Any) -> bool:
