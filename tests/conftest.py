@@ -17,6 +17,7 @@ from tests.postgres.cluster import (
     standby,
 )
 from workpool import Settings, Supervisor, logs
+from workpool.backoff import Backoff
 from workpool.server import ControlPlane
 from workpool.testing import Clock, Faults, Recorder
 
@@ -79,6 +80,12 @@ def clock() -> Clock:
 async def control_plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(now=clock, middlewares=[faults.middleware]) as plane:
         yield plane
+
+
+@pytest.fixture
+def longest_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the random part of each delay before a retry as long as possible."""
+    monkeypatch.setattr(Backoff.__init__, "__defaults__", (lambda: 1.0,))
 
 
 @pytest.fixture

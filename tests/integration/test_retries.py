@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from workpool import Release, Retry, Session, handler, hookimpl
-from workpool.backoff import Backoff
 from workpool.events import HandlerRetried, SessionFinished, SessionStarted
 from workpool.logs import TextFormatter
 from workpool.testing import Kit, in_virtual_time
@@ -55,12 +54,6 @@ async def wait_for_first_failure(workpool: Kit, dependency: FailingDependency) -
     await workpool.wait_for(SessionStarted)
     await asyncio.sleep(1.1)
     assert dependency.calls == [0]
-
-
-@pytest.fixture
-def longest_retry_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the random part of each delay before a retry as long as possible."""
-    monkeypatch.setattr(Backoff.__init__, "__defaults__", (lambda: 1.0,))
 
 
 @in_virtual_time

@@ -100,6 +100,7 @@ def test_lease_starts_at_first_ack_that_control_plane_may_have_applied(
 
 
 @in_virtual_time
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_ack_answered_with_429_is_repeated_until_item_would_be_redelivered(
     make_testbed: type[LeaseTestbed],
 ) -> None:
@@ -112,6 +113,7 @@ async def test_ack_answered_with_429_is_repeated_until_item_would_be_redelivered
 
 
 @in_virtual_time
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
     make_testbed: type[LeaseTestbed],
 ) -> None:
@@ -123,6 +125,7 @@ async def test_ack_that_may_have_been_applied_is_repeated_while_its_lease_lasts(
 
 
 @in_virtual_time
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_ack_that_may_have_been_applied_is_not_repeated_after_lease_ends(
     make_testbed: type[LeaseTestbed],
 ) -> None:

@@ -101,13 +101,14 @@ async def test_event_stream_with_a_slow_reader_keeps_events_without_reopening() 
 
 
 @in_virtual_time
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_event_stream_backoff_grows_to_ten_seconds_and_restarts_after_event() -> None:
     bench = SessionEventsTestbed(stream=[Fault(answer=503)] * 200)
     bench.emit_event(0)
     async with bench.client as client, client.events(bench.session_id).stream() as stream:
         assert (await anext(stream))["number"] == 0
-        # With full jitter, the mean delays are 0.25 s, 0.5 s, 1 s, 2 s, 4 s, and then 5 s each.
-        assert 600 < bench.loop.time() < 1400
+        delays = [0.5, 1, 2, 4, 8] + 195 * [10]
+        assert bench.loop.time() == pytest.approx(sum(delays), abs=0.5)
         assert stream._backoff.failures == 0
 
 
@@ -197,14 +198,14 @@ async def test_event_list_with_endless_pages_without_new_events_raises_transient
 
 
 @in_virtual_time
+@pytest.mark.usefixtures("longest_retry_delays")
 async def test_event_stream_slows_down_requests_for_pages_of_endless_history() -> None:
     endless = EndlessEventHistory(lambda _: [])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(600), SessionEvents(endless, "sess_1").stream() as stream:
             await anext(stream)
-    # The stream requests 100 pages in 5 s, and then backs off for 5 s on average. So its mean rate
-    # is 0.5 * PAGES_PER_SECOND. The factor 0.75 leaves tolerance for the random backoff.
-    assert len(endless.asked) < 0.75 * 600 * PAGES_PER_SECOND
+    # The stream requests 100 pages in 5 s, and then backs off for 10 s.
+    assert len(endless.asked) == pytest.approx(600 * PAGES_PER_SECOND / 3, rel=0.1)
 
 
 @in_virtual_time
