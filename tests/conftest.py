@@ -16,13 +16,14 @@ from tests.postgres.cluster import (
     postgres,
     standby,
 )
+from tests.reserved_port import reserve_port
 from workpool import Settings, Supervisor, logs
 from workpool.backoff import Backoff
 from workpool.server import ControlPlane
 from workpool.testing import Clock, Faults, Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator
+    from collections.abc import AsyncIterator, Callable, Generator, Iterator
 
 # Set no deadline for the examples of Hypothesis. On a loaded machine, an example may take long
 # without a fault in the code.
@@ -80,6 +81,13 @@ def clock() -> Clock:
 async def control_plane(faults: Faults, clock: Clock) -> AsyncIterator[ControlPlane]:
     async with ControlPlane(now=clock, middlewares=[faults.middleware]) as plane:
         yield plane
+
+
+@pytest.fixture
+def reserved_port() -> Iterator[int]:
+    """Return a port on which only the servers of this test can listen."""
+    with reserve_port() as port:
+        yield port
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -199,19 +198,17 @@ class ControlPlaneClient:
 
 
 async def test_killed_control_plane_loses_no_item_and_its_worker_continues(
-    start_command_without_settings: CommandStarter, handlers_directory: Path
+    start_command_without_settings: CommandStarter, handlers_directory: Path, reserved_port: int
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    serve = ["serve", "--port", str(port), "--store", "work.db", "--token", TOKEN, "--json"]
-    serve += ["--environment", ENVIRONMENT]
+    serve = ["serve", "--port", str(reserved_port), "--store", "work.db", "--json"]
+    serve += ["--token", TOKEN, "--environment", ENVIRONMENT]
     plane = await start_command_without_settings(*serve)
     base_url = json.loads(await plane.wait_for_output())["base_url"]
     worker = await start_worker(
         start_command_without_settings, base_url, WORKPOOL_REQUEST_TIMEOUT="3"
     )
     async with aiohttp.ClientSession() as http:
-        shell = ControlPlaneClient(http, port)
+        shell = ControlPlaneClient(http, reserved_port)
         async with asyncio.TaskGroup() as group:
             group.create_task(shell.enqueue_until_control_plane_is_killed())
             await shell.wait_until_items_stopped(50)

@@ -85,9 +85,11 @@ async def test_scale_command_recommends_workers_for_waiting_and_running_items(
 
 
 async def test_scale_command_serves_numbers_of_lost_control_plane_until_they_are_too_old(
-    start_command_without_settings: CommandStarter,
+    start_command_without_settings: CommandStarter, reserved_port: int
 ) -> None:
-    async with ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS) as control_plane:
+    async with ControlPlane(
+        environments=(ENVIRONMENT,), tokens=TOKENS, port=reserved_port
+    ) as control_plane:
         control_plane.enqueue(3)
         command = await start_command_without_settings(
             *("scale", "--interval", "1", "--max-age", "8", "--min-replicas", "1"),
@@ -108,7 +110,7 @@ async def test_scale_command_serves_numbers_of_lost_control_plane_until_they_are
     assert unready["reasons"][0].startswith("the queue cannot be read: stats: ")
     assert "workpool_fleet_queued{" not in (await get_status_and_body(f"{url}/metrics"))[1]
 
-    again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=control_plane.port)
+    again = ControlPlane(environments=(ENVIRONMENT,), tokens=TOKENS, port=reserved_port)
     async with again:
         again.enqueue(1)
         _, numbers = await wait_for_scale_answer(url, lambda status, _: status == 200)

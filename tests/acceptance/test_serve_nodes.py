@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -21,7 +20,10 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(420)]
 
 @pytest.mark.parametrize("dialect", ["qoder", "anthropic"])
 async def test_two_servers_behind_balancer_fulfil_every_clause_of_conformance_suite(
-    start_command_without_settings: CommandStarter, database_url: str, dialect: str
+    start_command_without_settings: CommandStarter,
+    database_url: str,
+    reserved_port: int,
+    dialect: str,
 ) -> None:
     addresses = []
     for _ in range(2):
@@ -33,11 +35,9 @@ async def test_two_servers_behind_balancer_fulfil_every_clause_of_conformance_su
         ready = json.loads(await command.wait_for_output())
         addresses.append(ready["base_url" if dialect == "qoder" else "anthropic_base_url"])
     nodes = [urlsplit(address).port or 0 for address in addresses]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    async with Balancer(port, nodes):
+    async with Balancer(reserved_port, nodes):
         conform = await start_command_without_settings(
-            *("conform", addresses[0].replace(f":{nodes[0]}", f":{port}")),
+            *("conform", addresses[0].replace(f":{nodes[0]}", f":{reserved_port}")),
             *("--dialect", dialect, "--environment-id", ENVIRONMENT, "--json"),
             WORKPOOL_TOKEN=TOKEN,
             ANTHROPIC_API_KEY=TOKEN,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -53,11 +52,6 @@ def make_shell_script(found: list[tuple[str, str]], port: int) -> str:
     return "".join(steps)
 
 
-def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
 def copy_repository_files_for_tutorial(place: Path) -> Path:
     """Copy the files of the repository that the tutorial needs."""
     place.mkdir()
@@ -79,10 +73,10 @@ def copy_environment_without_workpool_settings() -> dict[str, str]:
     }
 
 
-def test_tutorial_steps_run_with_documented_results(tmp_path: Path) -> None:
+def test_tutorial_steps_run_with_documented_results(tmp_path: Path, reserved_port: int) -> None:
     place = copy_repository_files_for_tutorial(tmp_path / "workpool")
     done = subprocess.run(  # noqa: S603 - the tutorial's commands
-        ["/bin/bash", "-c", make_shell_script(read_code_blocks(), find_free_port())],
+        ["/bin/bash", "-c", make_shell_script(read_code_blocks(), reserved_port)],
         cwd=place,
         env=copy_environment_without_workpool_settings(),
         capture_output=True,

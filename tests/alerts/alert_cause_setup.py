@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
-from contextlib import closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from tests.reserved_port import reserve_port
 from workpool.server import ControlPlane
 from workpool.testing import Faults
 
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 WORKERS_MAX = 4
-
-
-def find_free_port() -> int:
-    """Return a port of the loopback interface that was free a moment ago."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class AlertCauseSetup:
@@ -46,7 +38,8 @@ class AlertCauseSetup:
         self.environment = environment
         self.faults = Faults()
         self.plane = ControlPlane(environments=[environment], middlewares=[self.faults.middleware])
-        self.ports = [find_free_port() for _ in range(WORKERS_MAX)]
+        self._reserved = ExitStack()
+        self.ports = [self._reserved.enter_context(reserve_port()) for _ in range(WORKERS_MAX)]
         self._free_ports: Iterator[int] = iter(self.ports)
         self._cause = cause
         self._logs = logs
@@ -61,6 +54,7 @@ class AlertCauseSetup:
         for worker in self._workers:
             await worker.wait()
         await self.plane.__aexit__(None, None, None)
+        self._reserved.close()
 
     def kill_workers(self) -> None:
         """Kill all workers that `start_worker` has started."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import aiohttp
 import orjson
 
-from tests.alerts.alert_cause_setup import find_free_port
+from tests.reserved_port import reserve_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -35,23 +35,23 @@ async def run_prometheus(
         targets=orjson.dumps([f"127.0.0.1:{port}" for port in ports]).decode(),
     )
     (folder / "prometheus.yml").write_text(config)
-    port = find_free_port()
-    with (folder / "prometheus.log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            program,
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}",
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        await _wait_until_ready(url)
-        yield url
-    finally:
-        process.terminate()
-        await process.wait()
+    with reserve_port() as port:
+        with (folder / "prometheus.log").open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                program,
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            await _wait_until_ready(url)
+            yield url
+        finally:
+            process.terminate()
+            await process.wait()
 
 
 async def _wait_until_ready(url: str) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sys
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tests.chaos.balancer import Balancer
 from tests.chaos.control_plane import ControlPlaneConfig, seconds_since_boot
+from tests.reserved_port import reserve_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,10 @@ class StormProcesses:
         self._planes: dict[int, Process] = {}
         self._logs: dict[int, Path] = {}
         self.offset = datetime.now(UTC).timestamp() - seconds_since_boot()
-        self._ports, [port] = _find_free_ports(planes), _find_free_ports(1)
+        self._reserved = ExitStack()
+        port, *self._ports = (
+            self._reserved.enter_context(reserve_port()) for _ in range(planes + 1)
+        )
         self._balancer = Balancer(port, self._ports) if planes > 1 else None
         self.base_url = f"http://127.0.0.1:{port if planes > 1 else self._ports[0]}/api/v1/cloud"
 
@@ -100,6 +103,7 @@ class StormProcesses:
                 await process.wait()
         if self._balancer is not None:
             await self._balancer.__aexit__(kind, error, trace)
+        self._reserved.close()
 
     async def start_control_plane(
         self, seed: int, *, number: int = 0, faults: str = "", ahead: float = 0.0
@@ -243,9 +247,3 @@ class StormProcesses:
             for pid, path in self._logs.items()
         }
         return {pid: found[1] for pid, found in said.items() if found}
-
-
-def _find_free_ports(number: int) -> list[int]:
-    with ExitStack() as stack:
-        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
-        return [each.getsockname()[1] for each in free]

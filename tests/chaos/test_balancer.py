@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from tests.chaos.balancer import Balancer
+from tests.reserved_port import reserve_port
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,12 +28,6 @@ def make_echo_node(
     return echo_lines_with_node_name
 
 
-def find_free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
-
-
 async def exchange_hello(port: int) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"hello\n")
@@ -50,7 +44,7 @@ async def test_balancer_uses_nodes_in_turn_and_skips_dead_node() -> None:
             server = await asyncio.start_server(make_echo_node(name), "127.0.0.1", 0)
             await stack.enter_async_context(server)
             ports.append(server.sockets[0].getsockname()[1])
-        dead, port = find_free_port(), find_free_port()
+        dead, port = (stack.enter_context(reserve_port()) for _ in range(2))
         async with asyncio.timeout(20), Balancer(port, [ports[0], dead, ports[1]]):
             answers = [await exchange_hello(port) for _ in range(4)]
     assert answers[0] == b"one hello\n"
@@ -58,6 +52,6 @@ async def test_balancer_uses_nodes_in_turn_and_skips_dead_node() -> None:
 
 
 async def test_balancer_without_running_node_closes_connection() -> None:
-    port = find_free_port()
-    async with asyncio.timeout(20), Balancer(port, [find_free_port()]):
-        assert await exchange_hello(port) == b""
+    with reserve_port() as port, reserve_port() as dead:
+        async with asyncio.timeout(20), Balancer(port, [dead]):
+            assert await exchange_hello(port) == b""

@@ -12,16 +12,17 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.reserved_port import reserve_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,6 @@ SETTINGS = {
 }
 TEST_SECONDS = 300
 """Time limit of a test that may create and start a cluster."""
-_START_ATTEMPTS = 5
 
 
 class PostgresMissingError(Exception):
@@ -64,6 +64,7 @@ class Cluster:
     def __init__(self, folder: Path, settings: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.port = 0
+        self._reserved = ExitStack()
         self._data = folder / "data"
         self._log = folder / "log"
         self._programs = postgres_program_folder()
@@ -107,20 +108,15 @@ class Cluster:
 
     def start(self) -> None:
         """Start the server and wait until it accepts connections."""
-        for attempt in range(1, _START_ATTEMPTS + 1):
-            chosen = self.port or _free_port()
-            options = [f"-c {name}={value}" for name, value in self._settings.items()]
-            options.append(f"-c port={chosen}")
-            try:
-                self._run_pg_ctl("start", "-l", str(self._log), "-o", " ".join(options))
-            except subprocess.CalledProcessError as error:
-                error.add_note(self.read_log())
-                if self.port or attempt == _START_ATTEMPTS:
-                    # A retry helps only with another free port: another program may use this port.
-                    raise
-            else:
-                self.port = chosen
-                return
+        if not self.port:
+            self.port = self._reserved.enter_context(reserve_port())
+        options = [f"-c {name}={value}" for name, value in self._settings.items()]
+        options.append(f"-c port={self.port}")
+        try:
+            self._run_pg_ctl("start", "-l", str(self._log), "-o", " ".join(options))
+        except subprocess.CalledProcessError as error:
+            error.add_note(self.read_log())
+            raise
 
     def stop(self, mode: str = "fast") -> None:
         """End the server: `fast` closes all connections, `smart` waits until clients close them."""
@@ -154,6 +150,7 @@ class Cluster:
         """End the server, if it runs, and delete its directory."""
         with suppress(subprocess.CalledProcessError):
             self.stop("immediate")
+        self._reserved.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def url(self, database: str = "postgres") -> str:
@@ -307,12 +304,6 @@ def database_url(postgres: Cluster, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the URL of an empty database of this test alone."""
     extend_database_limits(monkeypatch)
     return postgres.create_database()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def _child_pids(process: int) -> list[int]:

@@ -60,16 +60,16 @@ async def test_session_with_two_items_has_metadata_of_first_and_status_of_second
         assert (session["status"], session["metadata"]) == ("running", {"of": "the session"})
 
 
-async def test_control_plane_opened_fifty_times_leaves_no_task_or_thread(tmp_path: Path) -> None:
+async def test_control_plane_opened_fifty_times_leaves_no_task_or_thread(
+    tmp_path: Path, reserved_port: int
+) -> None:
     tasks, threads = asyncio.all_tasks(), threading.active_count()
     for number in range(50):
-        plane = ControlPlane(store=SqliteStore(tmp_path / f"{number % 2}.db"))
+        # A start would fail if an earlier control plane still listened on the port.
+        plane = ControlPlane(port=reserved_port, store=SqliteStore(tmp_path / f"{number % 2}.db"))
         async with plane, aiohttp.ClientSession() as session:
             api = ApiClient(plane, session, "qoder", token=plane.token)
             assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", plane.port))
     names = {thread.name for thread in threading.enumerate()}
     assert "workpool-store" not in names
     # The default executor of the event loop keeps up to 8 threads. If each of the 50 control planes
@@ -139,11 +139,9 @@ async def test_control_plane_on_ipv6_address_answers(http_session: aiohttp.Clien
         assert (await api.poll(DEFAULT_ENVIRONMENT)).status == 200
 
 
-async def test_control_plane_listens_on_given_port() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    async with ControlPlane(port=port) as plane:
-        assert plane.port == port
+async def test_control_plane_listens_on_given_port(reserved_port: int) -> None:
+    async with ControlPlane(port=reserved_port) as plane:
+        assert plane.port == reserved_port
 
 
 async def test_error_about_port_in_use_names_port_and_remedy() -> None:
