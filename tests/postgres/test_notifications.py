@@ -282,14 +282,14 @@ async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> 
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_call_to_end_waits_also_ends_waits_that_begin_later(
+async def test_end_of_waiting_calls_also_ends_waits_that_begin_later(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)
     async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
         waits = [TasksWaitingForChange(group, hub, topic, 3) for topic in (WORK, SESSION)]
         await asyncio.sleep(0)
-        hub.end_waits()
+        hub.end_waiting_calls()
         await wait_until(lambda: all(len(each.ended) == 3 for each in waits))
         assert await hub.wait_for_topic_change(WORK, hub.get_change_count(), LONG)
 

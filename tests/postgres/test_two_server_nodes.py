@@ -39,7 +39,7 @@ async def nodes(database_url: str) -> AsyncIterator[list[ControlPlaneEngine]]:
             yield nodes
     finally:
         for node in nodes:
-            node.end_waits()
+            node.end_waiting_calls()
             await node.close()
 
 
@@ -202,7 +202,7 @@ async def test_conflict_is_409_and_recorded_once_with_a_single_connection_and_co
             assert caught.value.status == 409
             conflicts = [each for each in await node.read_history() if each.kind == "conflict"]
     finally:
-        node.end_waits()
+        node.end_waiting_calls()
         await node.close()
     assert [(each.work_id, each.worker_id, each.state, each.op) for each in conflicts] == [
         (item.id, "w", "stopped", "ack")

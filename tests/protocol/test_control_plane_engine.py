@@ -57,7 +57,7 @@ async def open_engine(
         async with asyncio.timeout(WAIT_SECONDS):
             yield engine
     finally:
-        engine.end_waits()
+        engine.end_waiting_calls()
         await engine.close()
 
 
@@ -237,7 +237,7 @@ async def test_waiting_poll_wakes_for_new_item(engine: ControlPlaneEngine) -> No
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_call_to_end_waits_ends_waiting_poll_and_event_stream(
+async def test_end_of_waiting_calls_ends_poll_and_event_stream(
     engine: ControlPlaneEngine,
 ) -> None:
     (item,) = await engine.enqueue(OTHER)
@@ -246,9 +246,9 @@ async def test_call_to_end_waits_ends_waiting_poll_and_event_stream(
             engine.long_poll(ENV, Poll("a", 999_000), client_is_never_disconnected)
         )
         stream = group.create_task(engine.wait_for_events(item.session_id, 0, 999.0))
-        # Let both calls wait. The test also passes if they start after `end_waits`.
+        # Let both calls wait. The test also passes if they start after `end_waiting_calls`.
         await asyncio.sleep(0.05)
-        engine.end_waits()
+        engine.end_waiting_calls()
     assert poll.result() is None
     assert stream.result() is None
 

@@ -172,19 +172,19 @@ def test_thousand_waiting_polls_receive_one_item_each() -> None:
     run_in_virtual_time(enqueue_one_item_per_poll)
 
 
-def test_call_to_end_waits_answers_waiting_and_later_polls_with_null() -> None:
-    async def end_waits_during_polls(operations: Operations) -> None:
+def test_end_of_waiting_calls_answers_waiting_and_later_polls_with_null() -> None:
+    async def end_waiting_calls_during_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [
                 group.create_task(poll_and_return_time_and_item(operations, block_ms=999))
                 for _ in range(3)
             ]
             await asyncio.sleep(0.1)
-            operations.end_waits()
+            operations.end_waiting_calls()
         assert [poll.result() for poll in polls] == [(0.1, None)] * 3
         assert await poll_and_return_time_and_item(operations, block_ms=999) == (0.1, None)
 
-    run_in_virtual_time(end_waits_during_polls)
+    run_in_virtual_time(end_waiting_calls_during_polls)
 
 
 async def test_server_wakes_next_poll_if_the_poll_woken_first_is_cancelled() -> None:

@@ -134,10 +134,10 @@ async def test_idle_stream_sends_keep_alives(
 
 async def test_stream_ends_when_control_plane_closes(qoder_api: ApiClient) -> None:
     async with open_stream(qoder_api, create_scripted_session(qoder_api)) as reader:
-        qoder_api.plane.operations.end_waits()
+        qoder_api.plane.operations.end_waiting_calls()
         async with asyncio.timeout(20):
             assert await reader.response.content.read() == b""
-    # After `end_waits`, every wait has ended: a stream that is opened later must end at once.
+    # After `end_waiting_calls`, a stream that is opened later must end at once, too.
     async with open_stream(qoder_api, create_scripted_session(qoder_api)) as reader:
         assert await reader.response.content.read() == b""
 

@@ -295,7 +295,7 @@ class ControlPlane:
         )
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        stack.callback(self.engine.end_waits)
+        stack.callback(self.engine.end_waiting_calls)
         server = await asyncio.get_running_loop().create_server(
             connections.protocol_factory(runner.server),
             sock=bound,

@@ -46,7 +46,7 @@ class ControlPlaneEngine(Protocol):
     async def wait_for_failure(self) -> None:
         """Wait until the store fails permanently; then raise `StoreError`."""
 
-    def end_waits(self) -> None:
+    def end_waiting_calls(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
 
     async def require_self_hosted_environment(self, environment_id: str) -> None:

@@ -64,9 +64,9 @@ class MemoryIndexEngine:
         """Wait until the store can no longer save anything; then raise `StoreError`."""
         await self._operations.wait_for_failure()
 
-    def end_waits(self) -> None:
+    def end_waiting_calls(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
-        self._operations.end_waits()
+        self._operations.end_waiting_calls()
 
     async def _call_and_wait_until_durable(
         self, call: Callable[P, T], /, *arguments: P.args, **options: P.kwargs

@@ -139,10 +139,10 @@ class Operations:
         """Close the store."""
         await self._store.close()
 
-    def end_waits(self) -> None:
+    def end_waiting_calls(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._closing = True
-        self.sessions.end_waits()
+        self.sessions.end_waiting_calls()
         self.wake_all_polls()
 
     def wake_all_polls(self) -> None:

@@ -188,7 +188,7 @@ class SessionRegistry:
                     self._following.pop(session_id, None)
         return not self._closing and session_id in self._sessions
 
-    def end_waits(self) -> None:
+    def end_waiting_calls(self) -> None:
         """End all waits, since the control plane closes."""
         self._closing = True
         for session_id in list(self._following):

@@ -1,4 +1,4 @@
-"""The differences between the answers of the two dialects, as one table.
+"""The differences between the answers in the dialects `qoder` and `anthropic`, as one table.
 
 See workpool/docs/protocol.md, "Dialects".
 """

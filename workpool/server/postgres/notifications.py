@@ -134,7 +134,7 @@ class NotificationHub:
             self._record_topic_change(topic)
             self._unused[topic] = self._unused.get(topic, 0) + count
 
-    def end_waits(self) -> None:
+    def end_waiting_calls(self) -> None:
         """End all waits because the node closes. From now on, no call waits."""
         self._released = True
         for timer in self._fallbacks.values():

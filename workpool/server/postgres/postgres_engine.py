@@ -69,10 +69,10 @@ class PostgresEngine(ReadCalls, RetentionCalls):
         if self._running is not None:
             await asyncio.shield(self._running)
 
-    def end_waits(self) -> None:
+    def end_waiting_calls(self) -> None:
         """End all waits of polls and streams, and forbid new waits, because the server closes."""
         self._closing = True
-        self._hub.end_waits()
+        self._hub.end_waiting_calls()
 
     async def _run_background_tasks(self) -> None:
         """Run the notification hub and the sweeper until cancelled."""
