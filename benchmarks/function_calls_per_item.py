@@ -156,7 +156,7 @@ async def profile_function_calls_per_item(
 
 
 def format_report(found: dict[str, ItemCallCounts]) -> str:
-    """Return the table of calls per item, with the ratios to the first program."""
+    """Return a table of each program's calls per item, and how many more than the first has."""
     first = next(iter(found.values()))
     rows = [
         [

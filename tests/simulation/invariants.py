@@ -87,7 +87,7 @@ DECIDED: Final = frozenset({"ok", 400, 401, 403, 404, 409, 412})
 
 
 def every_item_is_stopped_in_the_end(case: FinishedSimulation) -> Iterator[str]:
-    """Invariant 1: in the end every item is stopped, so no session is lost."""
+    """Invariant 1: in the end every item is stopped; one that is not was lost."""
     for work_id in {record.work_id for record in case.history}:
         if work_id not in case.stopped:
             yield f"{work_id} is not stopped"

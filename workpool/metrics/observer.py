@@ -352,9 +352,9 @@ class Metrics:
             self._ensure_handler_label(handler)
 
     def _ensure_handler_label(self, handler: str) -> str:
-        """Return the value of the label `handler` that stands for a handler.
+        """Create the series of a handler if they do not exist yet.
 
-        Create the series with this value if they do not exist yet.
+        Returns: The value of their label `handler`; handlers beyond `HANDLERS_MAX` share one.
         """
         label = self._source.handler_label(handler)
         if label not in self._source.handlers:

@@ -333,7 +333,7 @@ class Completion:
 
 
 def _make_error_for_reason(reason: EndReason | None) -> Exception:
-    """Return the error for the metadata of a session that ended without an error of its handler."""
+    """Return the error for the metadata of a session that a time limit has ended."""
     if reason is EndReason.STALLED:
         return SessionStalled("no progress for stall_timeout seconds")
     return TimeoutError("the session's time is over")
