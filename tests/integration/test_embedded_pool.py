@@ -358,12 +358,12 @@ async def test_failing_observers_do_not_affect_sessions(
 
 
 async def test_health_endpoint_answers_during_drain_and_closes_with_pool(
-    control_plane: ControlPlane, faults: Faults, make_pool: Any
+    control_plane: ControlPlane, faults: Faults, make_pool: Any, reserved_port: int
 ) -> None:
     hold = Hold()
     faults.add(hold, "stop")
     control_plane.enqueue()
-    pool = make_pool(wait_if_metadata_requests_wait, metrics_listen="127.0.0.1:0")
+    pool = make_pool(wait_if_metadata_requests_wait, metrics_listen=f"127.0.0.1:{reserved_port}")
     async with aiohttp.ClientSession() as http, asyncio.TaskGroup() as group:
         running = group.create_task(pool.run())
         await hold.reached()
