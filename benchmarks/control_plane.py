@@ -40,7 +40,7 @@ ENTRIES = COMPARED_STORES | {JOB_QUEUE.name: JOB_QUEUE}
 
 
 @contextmanager
-def open_measured_system(
+def start_measured_system(
     entry: ComparedStore, stopped: int, server: Cluster | None
 ) -> Iterator[MeasuredSystem]:
     """Start a control plane or the job queue `procrastinate` with `stopped` ended items or jobs."""
@@ -64,7 +64,7 @@ def measure_systems(
         if entry is JOB_QUEUE and not job_queue.INSTALLED:
             continue
         for stopped in options.stopped_rows:
-            with open_measured_system(entry, stopped, server) as system:
+            with start_measured_system(entry, stopped, server) as system:
                 found[entry, stopped] = [
                     measure_run(system, options.items, WARM_UP, options.workers)
                     for _ in range(options.rounds)

@@ -106,7 +106,7 @@ def _combine_two_faults(outer: Fault, inner: Fault) -> Fault:
         request_delay=outer.request_delay + inner.request_delay,
         answer_delay=outer.answer_delay + inner.answer_delay,
         byte_seconds=outer.byte_seconds + inner.byte_seconds,
-        before=_combine_before_callbacks(outer.before, inner.before),
+        before=_combine_arrival_callbacks(outer.before, inner.before),
         applied=inner.applied,
         answer=replaced.answer,
         retry_after=replaced.retry_after,
@@ -114,7 +114,7 @@ def _combine_two_faults(outer: Fault, inner: Fault) -> Fault:
     )
 
 
-def _combine_before_callbacks(
+def _combine_arrival_callbacks(
     outer: Callable[[str, str | None], None] | None,
     inner: Callable[[str, str | None], None] | None,
 ) -> Callable[[str, str | None], None] | None:

@@ -93,11 +93,13 @@ class ItemCalls(ClaimCalls):
     ) -> Item:
         """Acknowledge an item."""
 
-        def decide_ack(item: Item, now: int) -> ItemChange:
+        def compute_change_by_ack(item: Item, now: int) -> ItemChange:
             acked = state_machine.ack_item(item, worker_id, now)
             return ItemChange(acked, "acked", worker_id or acked.holder, now)
 
-        return await self._change_item(environment_id, work_id, decide_ack, worker_id, "ack")
+        return await self._change_item(
+            environment_id, work_id, compute_change_by_ack, worker_id, "ack"
+        )
 
     async def heartbeat(
         self,
@@ -116,7 +118,7 @@ class ItemCalls(ClaimCalls):
         if extended is not None:
             return extended
 
-        def decide_heartbeat(item: Item, now: int) -> ItemChange:
+        def compute_change_by_heartbeat(item: Item, now: int) -> ItemChange:
             beaten = state_machine.extend_lease(
                 item, expected, ttl_seconds, now, compare_on_stop=compare_on_stop
             )
@@ -125,7 +127,7 @@ class ItemCalls(ClaimCalls):
             )
 
         return await self._change_item(
-            environment_id, work_id, decide_heartbeat, worker_id, "heartbeat"
+            environment_id, work_id, compute_change_by_heartbeat, worker_id, "heartbeat"
         )
 
     async def _extend_lease(
@@ -162,10 +164,12 @@ class ItemCalls(ClaimCalls):
     ) -> Item:
         """Stop an item. Raises a 409 if the pair (`force`, the item's state) is in `refused`."""
 
-        def decide_stop(item: Item, now: int) -> ItemChange:
+        def compute_change_by_stop(item: Item, now: int) -> ItemChange:
             return make_change_that_stops_item(item, worker_id, now, force=force, refused=refused)
 
-        return await self._change_item(environment_id, work_id, decide_stop, worker_id, "stop")
+        return await self._change_item(
+            environment_id, work_id, compute_change_by_stop, worker_id, "stop"
+        )
 
     async def update_metadata(
         self,
@@ -176,12 +180,14 @@ class ItemCalls(ClaimCalls):
     ) -> Item:
         """Merge a patch into an item's metadata."""
 
-        def decide_metadata_update(item: Item, now: int) -> ItemChange:
+        def compute_change_by_metadata_update(item: Item, now: int) -> ItemChange:
             merged = state_machine.merge_metadata(item, patch)
             check_metadata_limits(merged.metadata)
             return ItemChange(merged, "metadata", worker_id, now)
 
-        return await self._change_item(environment_id, work_id, decide_metadata_update, worker_id)
+        return await self._change_item(
+            environment_id, work_id, compute_change_by_metadata_update, worker_id
+        )
 
     async def _change_item(
         self,

@@ -1,4 +1,4 @@
-"""Writes the picture of the demo that README shows: `python -m tests.demo_picture`.
+"""Writes the picture of the demo that README shows: `python -m tests.write_demo_picture`.
 
 The picture has the last table of a demo of 40 sessions, below the sentences about sessions that
 changed hands.
