@@ -156,7 +156,10 @@ async def profile_function_calls_per_item(
 
 
 def format_report(found: dict[str, ItemCallCounts]) -> str:
-    """Return a table of each program's calls per item, and how many more than the first has."""
+    """Return a table with the files, functions and calls per item of each program.
+
+    The last column is the number of calls that the program makes more than the first program.
+    """
     first = next(iter(found.values()))
     rows = [
         [

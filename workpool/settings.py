@@ -775,8 +775,8 @@ def _merge_setting_layers(
             if len(given) > 1:
                 problems.append(f"{name}, {file}: set one of the two")
             if given:
-                # Drop both `name` and `file` of earlier layers: a token replaces a token file, and
-                # a token file replaces a token.
+                # Drop the values of both settings from earlier layers. For example, a `token`
+                # replaces an earlier `token_file`, and a `token_file` an earlier `token`.
                 merged.pop(name, None)
                 merged.pop(file, None)
         merged |= layer

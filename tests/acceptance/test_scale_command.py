@@ -1,4 +1,7 @@
-"""`workpool scale` serves the numbers of a queue to autoscalers that have no credential."""
+"""`workpool scale` serves the load of a queue and the recommended number of workers.
+
+Autoscalers read these numbers over HTTP, without a credential.
+"""
 
 from __future__ import annotations
 

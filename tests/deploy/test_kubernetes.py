@@ -444,7 +444,10 @@ def test_queries_of_both_autoscalers_are_equal_and_name_metrics_of_the_worker() 
 def test_autoscaler_query_counts_queued_items_once_although_each_worker_reports_them(
     tmp_path: Path,
 ) -> None:
-    """Three workers with two busy slots each report one queue; the third reports old values."""
+    """Three workers report the same queue, and the values that the third reports are out of date.
+
+    Each worker has two busy slots.
+    """
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed")

@@ -112,7 +112,10 @@ class SimulatedSupervisor(ThreadlessSupervisor):
 
 
 class SimulatedHandoffChildSupervisor(SimulatedSupervisor, HandoffChildSupervisor):
-    """The child process of a handoff on a simulated machine, as `workpool hold` runs it."""
+    """The supervisor of a handoff's child process on a simulated machine.
+
+    In a real child process, `workpool hold` uses a `HandoffChildSupervisor`.
+    """
 
 
 def pool_settings(pool: PoolSettings) -> Settings:

@@ -293,8 +293,9 @@ ANSWERS: list[tuple[Callable[[], Lease], Heartbeat | ControlPlaneError, Expected
     (fresh_lease, CONFLICT, READ_CONFLICT),
     (renewed_lease, CONFLICT, READ_CONFLICT),
     (stopped_lease, CONFLICT, READ_CONFLICT),
-    # A heartbeat with a refused credential is repeated, because the credential may be renewed.
-    # The lease of an item that the control plane does not know is lost.
+    # After 401, 403 or 405 the heartbeat is repeated, because the credential may be replaced.
+    # After 404 (the control plane has no such item) or 400 (the request is invalid) the lease is
+    # lost.
     (renewed_lease, make_refused_error(401), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
     (renewed_lease, make_refused_error(403), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
     (renewed_lease, make_refused_error(405), ExpectedLease("again", "rejected", due=FIRST_REPEAT)),
@@ -502,8 +503,10 @@ READS: list[tuple[Callable[[], Lease], WorkItem | ControlPlaneError | None, Expe
      ExpectedLease("again", "recovered", due=0)),
     (lease_with_unanswered_heartbeat, item_of_this_worker(state="stopping"),
      ExpectedLease("again", "recovered", due=0)),
-    # After two reads of the item in a row, the lease delays the next heartbeat. Otherwise,
-    # heartbeats and reads could follow each other without a pause.
+    # The item is read because the answer to a heartbeat, such as 409, did not show who holds it. If
+    # the first read shows that this worker holds it, the next heartbeat is due at once. After a
+    # second such read without a successful heartbeat between the two, the next heartbeat is
+    # delayed. Otherwise, heartbeats and reads could follow each other without a pause.
     (lease_confirmed_by_reading_item, item_of_this_worker(),
      ExpectedLease("again", "recovered", due=FIRST_REPEAT)),
     (renewed_lease, stopped_item(), ExpectedLease("over", "conflict", "stopped", due=LOST)),

@@ -238,7 +238,11 @@ async def test_message_sent_again_after_end_of_session_raises_conflict(
 
 
 class GuardThatRepeatsDelayedCall(PermissiveSessionGuard):
-    """A call guard that cancels a call when `hold` delays its answer, and then repeats the call."""
+    """A call guard that cancels a call whose answer is delayed, and then repeats the call.
+
+    Args:
+        hold: The fault that delays the answer. The call is cancelled once the fault holds it.
+    """
 
     def __init__(self, hold: Hold) -> None:
         self._hold = hold

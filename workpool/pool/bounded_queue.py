@@ -117,8 +117,8 @@ class BoundedQueue(Generic[T]):
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._reservers.append(turn)
         if self._share is not None:
-            # A shared slot may be free already. If so, it goes to an item set aside, or else to
-            # this poller.
+            # A shared slot may be free already. If so, this call gives it to an item that was set
+            # aside and may start now, or else to the poller that has waited longest.
             self._share.grant_free_slots()
         try:
             await turn

@@ -41,7 +41,10 @@ LOOK_UP_ITEMS: Final = 1000
 
 
 class OptionalCalls:
-    """Makes the optional calls of one pool, on any of its event loops; remembers refusals.
+    """Makes the optional calls of one pool, on any of its event loops.
+
+    The pool works without these calls, and some credentials do not permit them. A refusal is
+    remembered, so that calls which would be refused again are not sent.
 
     Attributes:
         refused: The calls that the credential is known not to permit, with the status of the

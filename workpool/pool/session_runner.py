@@ -376,9 +376,10 @@ def _log_session_end(item: PoolItem, session: Session, outcome: Outcome, seconds
 
 
 async def _wait_for_release_mark(task: asyncio.Task[None]) -> None:
-    """Wait briefly for the release mark that a drain writes, then cancel the write.
+    """Wait for the task in which a drain writes the release mark to the item's metadata.
 
-    If it were applied after the metadata of the completion, it would overwrite them.
+    If the task is not done after `MARK_SECONDS`, cancel it: a release mark that was written after
+    the metadata of the completion would overwrite them.
     """
     await asyncio.wait({task}, timeout=MARK_SECONDS)
     task.cancel()

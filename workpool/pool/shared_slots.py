@@ -83,11 +83,11 @@ class SharedSlots:
             self._uses -= 1
 
     def _find_next_waiting_environment(self) -> tuple[SlotShare, Callable[[], None]] | None:
-        """Return the waiting environment with the lowest rank, and the function that uses its slot.
+        """Return the waiting environment with the lowest rank, and a function that uses a slot.
 
-        The caller gives the environment a new slot and then calls the function, which starts an
-        item or a poll in that slot. Returns None if no environment waits for a slot that it may
-        take.
+        The caller first counts one more slot as taken by the environment. It then calls the
+        function, which starts an item in that slot, or lets a poller reserve the slot. Returns None
+        if no environment waits for a slot that it may take.
         """
         common, most = self._count_free_slots()
         waiting = [

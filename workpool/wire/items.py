@@ -307,7 +307,11 @@ def _parse_time(value: object) -> datetime | None:
 
 
 def _parse_last_heartbeat(value: object) -> str | None:
-    """Return the item's last heartbeat, unparsed; None if it is no text or too long for a URL."""
+    """Return the time of the item's last heartbeat as the text that the control plane wrote.
+
+    A later heartbeat may send this text back in its URL. Returns None if the value is not text, is
+    empty, or is too long for a URL.
+    """
     return value if isinstance(value, str) and 0 < len(value) <= _TIME_LENGTH_MAX else None
 
 

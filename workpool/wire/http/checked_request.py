@@ -175,8 +175,9 @@ class CheckedRequest(aiohttp.ClientRequest):
         if protocol is not None and not isinstance(protocol.feed_data, _InformationalAnswerCounter):
             setattr(protocol, "feed_data", _InformationalAnswerCounter(protocol))  # noqa: B010 - types forbid it
         if self.check is not None and not self.body:
-            # While writing is paused, aiohttp waits before it writes. Use a payload: it runs the
-            # check after that wait.
+            # While writing is paused, aiohttp writes the request in a task, which may run later: a
+            # check here would be too early. So add a payload with an empty body. The task calls its
+            # `write_with_length`, which runs the check right before it writes the headers.
             if protocol is None or protocol.writing_paused:
                 await self.update_body(CheckedPayload(self.check))
             else:
