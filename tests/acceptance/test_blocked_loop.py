@@ -147,7 +147,7 @@ async def test_blocked_loop_report_states_seconds_since_last_answer_of_loop(
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "SystemExit", "KeyboardInterrupt"])
-async def test_exception_in_log_handler_during_blocked_loop_lets_process_end(
+async def test_process_ends_with_status_1_if_log_handler_raises_while_loop_is_blocked(
     start_command: CommandStarter,
     control_plane: ControlPlane,
     command_working_directory: Path,

@@ -172,7 +172,7 @@ async def test_fleet_reader_becomes_ready_after_skipping_many_stopped_items(
         assert (reader.latest_load.unfinished, reader.unready_reasons()) == (2, [])
 
 
-async def test_fleet_load_stays_unknown_if_control_plane_refuses_to_skip_stopped_items(
+async def test_fleet_load_of_long_item_list_stays_unknown_if_control_plane_refuses_cursor(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)

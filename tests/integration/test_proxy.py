@@ -209,7 +209,7 @@ async def test_closed_proxy_closes_its_connections(testbed: ProxyTestbed) -> Non
     inner.abort_connections()
 
 
-async def test_exception_inside_async_with_block_of_proxy_is_raised_unchanged(
+async def test_proxy_context_manager_does_not_change_exception_raised_in_its_block(
     testbed: ProxyTestbed,
 ) -> None:
     with pytest.raises(KeyError):

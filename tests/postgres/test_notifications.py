@@ -282,7 +282,7 @@ async def test_next_poll_wakes_if_woken_poll_is_cancelled(database_url: str) -> 
 
 
 @pytest.mark.usefixtures("disable_fallback_reads")
-async def test_end_of_waiting_calls_also_ends_waits_that_begin_later(
+async def test_method_end_waiting_calls_ends_current_waits_and_waits_that_begin_later(
     database_url: str,
 ) -> None:
     hub = NotificationHub(database_url)

@@ -237,7 +237,7 @@ async def test_waiting_poll_wakes_for_new_item(engine: ControlPlaneEngine) -> No
     assert {item.id for poll in polls if (item := poll.result())} == {item.id for item in items}
 
 
-async def test_end_of_waiting_calls_ends_poll_and_event_stream(
+async def test_method_end_waiting_calls_ends_waiting_poll_and_event_stream(
     engine: ControlPlaneEngine,
 ) -> None:
     (item,) = await engine.enqueue(OTHER)

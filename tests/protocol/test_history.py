@@ -155,7 +155,7 @@ def test_operator_stops_and_refused_calls_do_not_count_as_lease_overlaps(
     assert summarize(operations.history).overlapping == 0
 
 
-def test_late_call_of_former_worker_counts_as_lease_overlap_only_after_reclaim(
+def test_call_after_lease_lapsed_counts_as_overlap_only_once_another_worker_has_claimed_item(
     operations: Operations, clock: ManualClock
 ) -> None:
     operations.enqueue(ENV)

@@ -172,7 +172,7 @@ def test_thousand_waiting_polls_receive_one_item_each() -> None:
     run_in_virtual_time(enqueue_one_item_per_poll)
 
 
-def test_end_of_waiting_calls_answers_waiting_and_later_polls_with_null() -> None:
+def test_method_end_waiting_calls_ends_waiting_and_later_polls_without_item() -> None:
     async def end_waiting_calls_during_polls(operations: Operations) -> None:
         async with asyncio.TaskGroup() as group:
             polls = [

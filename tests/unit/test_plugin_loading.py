@@ -338,7 +338,7 @@ def test_error_about_mistake_in_plugin_module_names_that_module(
     assert "\n" not in str(caught.value)
 
 
-def test_error_about_module_without_handlers_names_its_class_that_has_one(
+def test_error_about_module_without_handler_function_suggests_class_with_handler_method(
     folder_on_import_path: FolderOnImportPath,
 ) -> None:
     name = folder_on_import_path.write_module(

@@ -374,8 +374,8 @@ async def test_request_refused_by_request_check_after_wait_for_rate_limit_sends_
     assert len(server) == 0
 
 
-async def test_request_is_sent_before_aiohttp_trace_callback_of_caller_returns() -> None:
-    """The server receives bytes before the trace callback of the caller's session returns."""
+async def test_request_reaches_server_while_trace_callback_of_callers_session_still_waits() -> None:
+    """The callback runs for a sent chunk, and waits until the server has received bytes."""
     waiting, release = asyncio.Event(), asyncio.Event()
 
     async def block_until_released(*_: object) -> None:

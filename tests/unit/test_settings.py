@@ -82,7 +82,9 @@ def test_every_setting_description_states_the_default() -> None:
 
 
 @pytest.mark.parametrize("value", ["unlimited", "Unlimited", None])
-def test_unlimited_drain_timeout_means_no_limit(value: str | None, tmp_path: Path) -> None:
+def test_drain_timeout_given_as_unlimited_or_none_is_parsed_as_none(
+    value: str | None, tmp_path: Path
+) -> None:
     assert Settings(drain_timeout=value).drain_timeout is None
     if value is not None:
         file = tmp_path / "workpool.toml"

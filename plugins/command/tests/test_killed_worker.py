@@ -114,7 +114,7 @@ async def test_detached_command_of_running_worker_is_reaped(
     assert procfs.list_open_descriptors() == descriptors
 
 
-async def test_detached_session_is_released_if_token_of_hold_command_is_refused(
+async def test_pool_releases_detached_session_if_token_of_hold_command_is_refused(
     kit: Kit, tmp_path: Path
 ) -> None:
     token = tmp_path / "token"
