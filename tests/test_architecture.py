@@ -48,7 +48,8 @@ MODULES_WITH_BROAD_EXCEPT = {
     "metrics/observer.py",  # An error in a metric must not end the pool.
     # Any error of a handler is replaced by `Release` if the machine has run out of resources.
     "session.py",
-    "plugins/loading.py",  # An annotation that cannot be evaluated is reported as PluginError.
+    # The evaluation of a plugin's annotation may raise any error; it is reported as PluginError.
+    "plugins/loading.py",
     "pool/handler_executor.py",  # Any error of a handler must fail only its own session.
     # Any error of a plain handler is caught on its thread and raised again in its task.
     "pool/handler_threads.py",

@@ -311,7 +311,7 @@ async def test_lifespan_that_fails_to_open_prevents_start(faults: Faults, make_p
 
 
 def make_plugin_with_same_connection(plugin: DatabasePlugin) -> object:
-    """Return a plugin that opens the context of `plugin` under another plugin name."""
+    """Return a plugin of another class whose lifespan is the database connection of `plugin`."""
 
     class ConnectionSharingPlugin:
         @hookimpl

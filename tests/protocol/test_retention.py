@@ -136,8 +136,8 @@ async def test_session_is_deleted_when_retention_of_its_last_item_ends(
     operations = control_plane.operations
     (first,) = control_plane.enqueue()
     second, third = (control_plane.enqueue(session_id=first.session_id)[0] for _ in range(2))
-    # Stop the newest item first. The control plane must keep the session as long as the other
-    # items.
+    # The retention of the newest item ends first. The control plane must nevertheless keep the
+    # session and all three items until the retention of the last item has ended.
     operations.stop_item(ENV, third.id)
     clock.advance(RETENTION_SECONDS)
     operations.poll(ENV, Poll())

@@ -43,8 +43,8 @@ MUTATIONS: dict[str, list[SourceEdit]] = {
         SourceEdit(
             "dispatcher:Dispatcher", "owned = self.items.find_item(work_item.id)", "owned = None"
         ),
-        # Also disable the check that declines items of a running agent session. This check would
-        # decline an item that is delivered again while the pool owns it.
+        # Also disable the check that declines an item if the pool owns another item of its agent
+        # session: with the first edit alone, this check would decline a duplicate item, too.
         SourceEdit(
             "dispatcher:Dispatcher", "self.items.has_agent_session(work_item.session_id)", "False"
         ),

@@ -56,7 +56,11 @@ def simulate_schedule(schedule: Schedule) -> tuple[FinishedSimulation, list[str]
 def run_seeded_simulation(
     main: Callable[[], Coroutine[Any, Any, T]], seed: int, plugins: tuple[object, ...]
 ) -> T:
-    """Run `main()`, which simulates pools with these plugins, after seeding the random module."""
+    """Run `main()`, which simulates pools with these plugins, and return its result.
+
+    The random module is seeded, so that each run with the same `seed` has the same result. No log
+    record is written.
+    """
     state, disabled = random.getstate(), logging.root.manager.disable
     random.seed(seed)
     logging.disable(logging.CRITICAL)

@@ -218,9 +218,9 @@ def _add_timeouts_and_handlers_for_stalls(schedule: Schedule, random: Random) ->
 
 
 def _generate_halt_or_stop_request(work: Action, random: Random) -> Action:
-    """Return an action that follows the action `work` by 1 to 12 s.
+    """Return a stop request or a halt of a machine, at a time 1 to 12 s after the action `work`.
 
-    The action is a long halt of a machine, or a stop request.
+    A halt lasts 8 to 20 s. Its kind is `sleep`, `freeze` or `pause`.
     """
     kinds: tuple[ActionKind, ...] = ("sleep", "freeze", "pause", "stop", "stop", "stop")
     at, seconds = work.at + random.uniform(1, 12), random.uniform(8, 20)

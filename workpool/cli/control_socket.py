@@ -191,8 +191,8 @@ def _choose_socket_directory() -> Path:
             if is_private_directory(directory) and os.access(directory, os.W_OK):
                 with _socket_directory_lock(directory):
                     for path in directory.glob(f"*{SUFFIX}"):
-                        # `_remove_dead_socket` raises OSError if a running worker uses the
-                        # socket, or if the path is another file: keep the path.
+                        # Ignore an OSError: it means that the path was not removed, because a
+                        # running worker listens on it or because it is no socket of this user.
                         with contextlib.suppress(OSError):
                             _remove_dead_socket(path)
                 return directory

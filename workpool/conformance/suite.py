@@ -37,15 +37,16 @@ class Finding:
 
 
 class Suite(SharedQueue):
-    """Runs clauses concurrently against one environment.
+    """Checks clauses of the protocol against one environment, most of them concurrently.
 
     Args:
-        api: The worker that polls.
-        source: Creates the items.
-        creator: The API for creating items; None = `api`. A worker's key may not create work.
-        given: Ids of items of the environment that the suite has not created.
-        test_environment: Whether all items may be claimed and stopped.
-        seconds: Time limit of a run, without the clean-up of unfinished clauses.
+        api: Sends the requests of a worker.
+        source: Creates the items that the clauses need.
+        creator: Sends the requests that create items, if the key of `api` may not create items;
+            None: `api` sends them.
+        given: Ids of existing items of the environment that the suite may claim and stop.
+        test_environment: Whether the suite may claim and stop every item of the environment.
+        seconds: Time limit for checking all clauses; the clean-up after a clause may exceed it.
         now: Returns seconds of a monotonic clock.
         sleep: Waits for seconds; tests pass a function that moves their clock.
     """

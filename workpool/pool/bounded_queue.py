@@ -88,9 +88,10 @@ class BoundedQueue(Generic[T]):
 
     @property
     def is_full(self) -> bool:
-        """Whether every place of the queue has an item; a reserved place has none yet.
+        """Whether the queue has no room for another item. A reserved place counts as room.
 
-        True also if other pools have taken the remaining slots, so that this pool cannot poll.
+        With shared slots, the queue is also full if the pool has an item and no reserved place, and
+        cannot take another slot, because other pools have taken them.
         """
         items = self.running + len(self._waiting)
         if self._share is None or not items:
@@ -243,10 +244,10 @@ class BoundedQueue(Generic[T]):
             turn.set_result(None)
 
     def _choose_use_of_shared_slot(self) -> Callable[[], None] | None:
-        """Return the function to call when the pool gets one more of the shared slots.
+        """Return a function that uses one more shared slot; None if the pool could not use one now.
 
-        It starts an item that was set aside, or else lets a waiting poller poll. None: the pool
-        cannot use a slot now.
+        The caller grants the slot to the pool, and then calls the function. The function starts an
+        item that was set aside. If no such item may start, it lets a waiting poller poll.
         """
         item = self._find_next_startable_item()
         if item is not None:

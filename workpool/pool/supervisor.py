@@ -529,7 +529,7 @@ class Supervisor:
         self._drain.request(None)
 
     def _drain_after_error(self, error: BaseException) -> None:
-        """Begin a drain, and record the error that is raised after the drain."""
+        """Begin a drain, and record `error`: the pool raises its first error after the drain."""
         if self._error is None:
             self._error = error
         self._drain.request(self.settings.drain_timeout)

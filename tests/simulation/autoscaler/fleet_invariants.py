@@ -1,6 +1,7 @@
-"""The invariants of an autoscaled fleet of workers, and the counts of its *cut sessions*.
+"""The invariants of an autoscaled fleet of workers; the counts of removed pods and cut sessions.
 
-A session is cut if its handler was cancelled or killed because its pod was removed.
+A session is *cut* if its pod is removed while its handler runs, and the handler is cancelled or
+killed for that reason. A session that ends by itself before its pod stops is not cut.
 """
 
 from __future__ import annotations

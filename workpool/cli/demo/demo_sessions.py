@@ -1,6 +1,8 @@
-"""Makes the sessions of `workpool demo` for the plugin that the demo runs.
+"""Chooses the type and the metadata of the items that `workpool demo` enqueues.
 
-The item of each session has the type and the metadata that a handler of the plugin requires.
+A handler function can require a type and metadata. Each item has the type and the metadata that a
+handler function of the demo's plugin requires. If a hook of the plugin chooses the handlers, the
+requirements are unknown, and each item has the metadata that the user has given.
 """
 
 from collections.abc import Mapping

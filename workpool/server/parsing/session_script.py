@@ -23,9 +23,14 @@ PERMISSIONS: Final = ("allow", "ask", "deny")
 
 
 def parse_script(value: object, copies: int = 1) -> Script:
-    """Parse a session script that the caller stores in each of `copies` new sessions.
+    """Parse the script of new sessions.
 
-    Raises a 400 if the script is malformed, or if all copies together are too large.
+    Args:
+        value: The script as the request has it.
+        copies: The number of new sessions, each of which stores a copy of the script.
+
+    Raises:
+        APIError: 400: the script is malformed, or all copies together are too large.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise _make_script_error("must be a list of tool uses")

@@ -371,7 +371,13 @@ class Transport:
         )
 
     async def _renew_denied_token(self, refused: RefusedError, token: str, until: float) -> None:
-        """Renew `token`, with which a request was refused; raise `refused` if that is no remedy."""
+        """Renew the token after a 401 or 403, so that the caller can repeat the refused request.
+
+        `token` is the token of the refused request.
+
+        Raises:
+            RefusedError: `refused`, if its status is another one or there is no other token.
+        """
         if refused.status not in _DENIED or not await self._renew_token(token, until):
             raise refused
 
