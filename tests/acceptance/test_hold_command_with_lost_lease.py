@@ -159,7 +159,7 @@ async def test_handoff_to_hold_command_is_not_counted_as_overlapping_lease() -> 
         assert plane.summary().overlapping == 0
 
 
-async def test_first_heartbeat_for_item_of_another_worker_counts_as_overlapping_lease() -> None:
+async def test_heartbeat_of_worker_that_did_not_claim_item_counts_as_overlapping_lease() -> None:
     """A child in a handoff sends the time of the holder's last heartbeat, which marks the handoff.
 
     The worker `thief` does not send it, so its heartbeat counts as an overlap.

@@ -126,11 +126,11 @@ class DatabaseStorm(Storm):
         await super()._end_faults_and_finish_items(*args)
         await self._take_snapshot("end")
 
-    def _read_storm_journal(self) -> list[dict[str, Any]]:
+    def _collect_journal_lines(self) -> list[dict[str, Any]]:
         """Return the lines of control planes, database and snapshots in order of time."""
         history = read_history(self._cluster, self._url, self._fleet.offset)
         records = [{"t": each.time, "what": "record", **each._asdict()} for each in history]
-        found = [*super()._read_storm_journal(), *records, *self._snapshots]
+        found = [*super()._collect_journal_lines(), *records, *self._snapshots]
         return sorted(found, key=lambda line: float(line["t"]))
 
     def _check_workpool_guarantees(self) -> StormResult:

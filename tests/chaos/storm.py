@@ -299,7 +299,7 @@ class Storm:
     def _check_workpool_guarantees(self) -> StormResult:
         folder = self._fleet.folder
         checker = StormChecker(
-            self._read_storm_journal(),
+            self._collect_journal_lines(),
             read_json_lines(folder / "trace"),
             self._fleet.actions,
             self._fleet.worker_ids_by_pid(),
@@ -309,7 +309,7 @@ class Storm:
         verdict.broken += self._fleet.broken
         return verdict
 
-    def _read_storm_journal(self) -> list[dict[str, Any]]:
+    def _collect_journal_lines(self) -> list[dict[str, Any]]:
         return [*read_json_lines(self._fleet.folder / "journal"), *self._lags]
 
 

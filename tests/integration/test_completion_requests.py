@@ -177,7 +177,7 @@ async def test_unanswered_stop_call_counts_as_success_if_item_turns_out_to_be_st
 
 
 @pytest.mark.usefixtures("frequent_heartbeats")
-async def test_session_has_outcome_stopped_if_another_client_stops_item_after_throttled_stop_call(
+async def test_outcome_is_stopped_if_stop_call_gets_429_and_another_client_then_stops_item(
     control_plane: ControlPlane, faults: Faults, run_one_item: Any
 ) -> None:
     """The control plane does not apply the pool's stop (429), and another client stops the item."""

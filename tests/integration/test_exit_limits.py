@@ -87,7 +87,7 @@ async def test_last_session_before_exit_is_neither_interrupted_nor_limited_by_dr
     assert [event.timeout for event in recorder.of(DrainStarted)] == [None]
 
 
-async def test_drain_with_timeout_zero_releases_last_session_that_exit_limit_allows(
+async def test_drain_with_timeout_zero_releases_session_that_runs_after_exit_limit_is_reached(
     control_plane: ControlPlane, make_pool: Any, recorder: Recorder
 ) -> None:
     control_plane.enqueue()

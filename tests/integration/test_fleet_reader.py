@@ -148,7 +148,7 @@ async def test_fleet_load_is_unknown_until_reader_has_read_past_all_stopped_item
             assert (load.running, load.lower_bound) == (4, False)
 
 
-async def test_fleet_reader_becomes_ready_after_skipping_many_stopped_items(
+async def test_fleet_reader_becomes_ready_once_its_reads_reach_items_after_stopped_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(item_count, "LISTED_ITEMS_MAX", PAGE_ITEMS)

@@ -206,7 +206,9 @@ async def test_handler_timeout_limits_all_retries_together(workpool: Kit) -> Non
 
 @in_virtual_time
 @pytest.mark.usefixtures("longest_retry_delays")
-async def test_retry_that_is_due_after_machine_pause_happens_in_next_session(workpool: Kit) -> None:
+async def test_retry_due_before_lease_is_verified_after_machine_pause_is_made_in_next_run(
+    workpool: Kit,
+) -> None:
     dependency = FailingDependency(failures=1)
     loop: Any = asyncio.get_running_loop()
     workpool.enqueue()

@@ -136,7 +136,7 @@ async def test_unanswered_send_of_message_is_not_repeated(
     assert len(faults.of("send")) == 3
 
 
-async def test_event_history_is_read_again_after_unanswered_send_and_failed_read(
+async def test_unanswered_send_returns_event_from_history_after_failed_reads_of_history(
     control_plane: ControlPlane, run_scripted_session: Any, faults: Faults
 ) -> None:
     faults.add(lost(applied=True), "send", times=1)

@@ -691,7 +691,7 @@ async def test_control_plane_emits_no_event_that_is_malformed_or_not_of_an_agent
     assert len(qoder_api.plane.events(session_id)) == 3
 
 
-async def test_session_status_depends_on_item_and_not_on_events_in_state_stopping(
+async def test_running_event_does_not_change_session_status_while_item_state_is_stopping(
     api: ApiClient,
 ) -> None:
     work_id = await api.create_item_in_state("stopping")

@@ -49,7 +49,7 @@ async def test_stop_of_item_in_each_state_has_documented_result(
 
 @pytest.mark.usefixtures("memory_and_sqlite_stores")
 @pytest.mark.parametrize(("force", "state", "after"), STOP_RESULTS)
-async def test_anthropic_stop_is_409_for_conflicting_item_state_and_204_otherwise(
+async def test_anthropic_stop_call_is_answered_409_if_item_state_conflicts_and_204_otherwise(
     anthropic_api: ApiClient, state: str, after: str, *, force: bool
 ) -> None:
     work_id = await anthropic_api.create_item_in_state(state)

@@ -181,7 +181,7 @@ async def test_pool_reports_stop_request_that_arrives_in_answer_to_first_heartbe
 
 
 @in_virtual_time
-async def test_one_second_session_claimed_after_machine_pause_sends_one_heartbeat() -> None:
+async def test_short_session_claimed_after_machine_pause_needs_only_one_heartbeat() -> None:
     """Formerly a pause of the machine before the claim made the pool send a second heartbeat.
 
     The first write for the item found a pause that the lease had not seen, and waited for a

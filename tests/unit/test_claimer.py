@@ -184,7 +184,7 @@ async def test_accepted_ack_is_reported_and_updates_item(make_testbed: type[Leas
     assert item.work_item.acknowledged_at is not None
 
 
-def make_fault_that_changes_state(state: str) -> Fault:
+def make_fault_that_rewrites_state_in_answer(state: str) -> Fault:
     return Fault(rewrite=lambda item: {**item, "state": state})
 
 
@@ -196,12 +196,12 @@ def test_ack_is_ok_if_item_is_active_and_conflict_if_queued_or_stopped(
     make_testbed: type[LeaseTestbed], state: str, result: str
 ) -> None:
     @in_virtual_time
-    async def acknowledge_item_in_state() -> None:
-        bench = make_testbed(ack=[make_fault_that_changes_state(state)])
+    async def assert_ack_has_result() -> None:
+        bench = make_testbed(ack=[make_fault_that_rewrites_state_in_answer(state)])
         async with bench.opened_clients():
             assert (await ClaimerTestbed(bench).acknowledge_item())[1] == result
 
-    acknowledge_item_in_state()
+    assert_ack_has_result()
 
 
 @in_virtual_time
@@ -306,7 +306,9 @@ async def test_lease_is_lost_without_get_request_if_another_worker_holds_item(
     make_testbed: type[LeaseTestbed],
 ) -> None:
     """A read returns the `acknowledged_at` of any holder, so it does not show who the holder is."""
-    bench = make_testbed(ack=[make_fault_that_changes_state("active")], heartbeat=[UNSENT])
+    bench = make_testbed(
+        ack=[make_fault_that_rewrites_state_in_answer("active")], heartbeat=[UNSENT]
+    )
     async with bench.opened_clients():
         item = await bench.claim_item()
         bench.operations.heartbeat(ENVIRONMENT, item.id, None, 60, "rival")
@@ -319,7 +321,7 @@ async def test_lease_is_lost_without_get_request_if_another_worker_holds_item(
 async def test_writes_are_forbidden_until_heartbeat_succeeds_if_item_is_active_after_ack(
     make_testbed: type[LeaseTestbed],
 ) -> None:
-    bench = make_testbed(ack=[make_fault_that_changes_state("active")])
+    bench = make_testbed(ack=[make_fault_that_rewrites_state_in_answer("active")])
     async with bench.opened_clients():
         item = await bench.claim_item()
         with pytest.raises(LeaseLost):

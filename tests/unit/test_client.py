@@ -80,13 +80,13 @@ def json_response(body: bytes | None) -> web.Response:
 
 
 @pytest.fixture
-def server_middleware() -> RecordingMiddleware:
+def recording_middleware() -> RecordingMiddleware:
     return RecordingMiddleware()
 
 
 @pytest.fixture
-async def control_plane(server_middleware: RecordingMiddleware) -> AsyncIterator[ControlPlane]:
-    async with ControlPlane(middlewares=[server_middleware.handle_request]) as plane:
+async def control_plane(recording_middleware: RecordingMiddleware) -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(middlewares=[recording_middleware.handle_request]) as plane:
         yield plane
 
 
@@ -155,16 +155,16 @@ async def test_poll_of_empty_queue_returns_none(client: WorkClient) -> None:
 async def test_waiting_poll_returns_item_enqueued_meanwhile(
     control_plane: ControlPlane,
     qoder_dialect_client: WorkClient,
-    server_middleware: RecordingMiddleware,
+    recording_middleware: RecordingMiddleware,
 ) -> None:
     async with asyncio.TaskGroup() as group:
         poll = group.create_task(qoder_dialect_client.poll(999, 5000))
-        await server_middleware.arrived.wait()
+        await recording_middleware.arrived.wait()
         (item,) = control_plane.enqueue()
     found = poll.result()
     assert found is not None
     assert found.id == item.id
-    assert server_middleware.requested_paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
+    assert recording_middleware.requested_paths == ["/poll?block_ms=999&reclaim_older_than_ms=5000"]
 
 
 async def test_second_stop_call_without_force_changes_item_state_from_stopping_to_stopped(
@@ -195,7 +195,7 @@ async def test_anthropic_stop_returns_no_item_and_raises_conflict_error_when_rep
 
 
 async def test_anthropic_item_and_queue_requests_have_query_parameter_beta(
-    control_plane: ControlPlane, server_middleware: RecordingMiddleware
+    control_plane: ControlPlane, recording_middleware: RecordingMiddleware
 ) -> None:
     async with WorkClient(make_settings_for_control_plane(control_plane, "anthropic")) as client:
         await client.poll(1)
@@ -203,13 +203,13 @@ async def test_anthropic_item_and_queue_requests_have_query_parameter_beta(
         (item,) = await client.enqueue()
         await client.get(item.id)
         await client.session(item.session_id)
-    assert server_middleware.requested_paths[:-1] == [
+    assert recording_middleware.requested_paths[:-1] == [
         "/poll?block_ms=1&beta=true",
         "/stats?beta=true",
         "?beta=true",
         f"/{item.id}?beta=true",
     ]
-    assert server_middleware.seen[-1].path_qs == f"/v1/sessions/{item.session_id}"
+    assert recording_middleware.seen[-1].path_qs == f"/v1/sessions/{item.session_id}"
 
 
 async def test_stats_of_queue_are_returned(control_plane: ControlPlane, client: WorkClient) -> None:
@@ -289,41 +289,41 @@ async def test_wrong_token_raises_refused_error(control_plane: ControlPlane) -> 
 async def test_parameter_expected_last_heartbeat_is_sent_unchanged_in_query(
     control_plane: ControlPlane,
     qoder_dialect_client: WorkClient,
-    server_middleware: RecordingMiddleware,
+    recording_middleware: RecordingMiddleware,
 ) -> None:
     control_plane.enqueue()
     item = await poll_and_expect_item(qoder_dialect_client)
     for expected in ("2026-01-01T00:00:00.5+02:00", "a&b=c#d e%/", None):
         with pytest.raises(ControlPlaneError):
             await qoder_dialect_client.heartbeat(item.id, expected, 10)
-        assert server_middleware.seen[-1].query.get("expected_last_heartbeat") == expected
-        assert server_middleware.seen[-1].query["desired_ttl_seconds"] == "10"
+        assert recording_middleware.seen[-1].query.get("expected_last_heartbeat") == expected
+        assert recording_middleware.seen[-1].query["desired_ttl_seconds"] == "10"
 
 
 @pytest.mark.parametrize("body", [None, b"null", b"{}"], ids=["204", "null", "empty_object"])
 async def test_poll_answered_without_item_returns_none(
-    client: WorkClient, server_middleware: RecordingMiddleware, body: bytes | None
+    client: WorkClient, recording_middleware: RecordingMiddleware, body: bytes | None
 ) -> None:
-    server_middleware.instead = lambda: json_response(body)
+    recording_middleware.instead = lambda: json_response(body)
     assert await client.poll() is None
 
 
 @pytest.mark.parametrize("body", [b"[]", b"false", b"0", b'""', b'"item"'])
 async def test_poll_answer_with_json_other_than_object_or_null_raises_transient_error(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware, body: bytes
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware, body: bytes
 ) -> None:
-    server_middleware.instead = lambda: json_response(body)
+    recording_middleware.instead = lambda: json_response(body)
     with pytest.raises(TransientError) as raised:
         await qoder_dialect_client.poll()
     assert raised.value.reason == "bad_body"
 
 
 async def test_item_list_is_read_page_by_page_up_to_limit(
-    control_plane: ControlPlane, client: WorkClient, server_middleware: RecordingMiddleware
+    control_plane: ControlPlane, client: WorkClient, recording_middleware: RecordingMiddleware
 ) -> None:
     ids = [item.id for item in control_plane.enqueue(250)]
     assert [item.id async for item in client.list()] == ids
-    assert len(server_middleware.seen) == 3
+    assert len(recording_middleware.seen) == 3
     assert [item.id async for item in client.list(after_id=ids[200])] == ids[201:]
     assert [item.id async for item in client.list(limit=120)] == ids[:120]
     assert [item.id async for item in client.list(limit=0)] == []
@@ -334,47 +334,49 @@ async def test_item_list_is_read_page_by_page_up_to_limit(
 async def test_client_requests_no_further_page_if_loop_over_item_list_ends_early(
     control_plane: ControlPlane,
     qoder_dialect_client: WorkClient,
-    server_middleware: RecordingMiddleware,
+    recording_middleware: RecordingMiddleware,
 ) -> None:
     control_plane.enqueue(150)
     async for _ in qoder_dialect_client.list():
         break
-    assert len(server_middleware.seen) == 1
+    assert len(recording_middleware.seen) == 1
 
 
 @pytest.mark.parametrize("omitted", [{"has_more"}, {"has_more", "first_id", "last_id"}])
 async def test_item_list_without_has_more_field_is_read_until_no_next_page_follows(
     control_plane: ControlPlane,
     client: WorkClient,
-    server_middleware: RecordingMiddleware,
+    recording_middleware: RecordingMiddleware,
     omitted: set[str],
 ) -> None:
     ids = [item.id for item in control_plane.enqueue(250)]
-    server_middleware.rewrite = lambda page: {
+    recording_middleware.rewrite = lambda page: {
         name: page[name] for name in page if name not in omitted
     }
     assert [item.id async for item in client.list()] == ids
-    assert len(server_middleware.seen) == 3
+    assert len(recording_middleware.seen) == 3
 
 
 async def test_list_ends_if_has_more_is_false_despite_next_page(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware
 ) -> None:
-    server_middleware.instead = lambda: web.json_response(
+    recording_middleware.instead = lambda: web.json_response(
         {"data": [], "has_more": False, "next_page": "a"}
     )
     assert [item async for item in qoder_dialect_client.list()] == []
-    assert len(server_middleware.seen) == 1
+    assert len(recording_middleware.seen) == 1
 
 
 async def test_list_with_cyclic_page_tokens_raises_transient_error(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware
 ) -> None:
     tokens = itertools.cycle(["a", "b"])
-    server_middleware.instead = lambda: web.json_response({"data": [], "next_page": next(tokens)})
+    recording_middleware.instead = lambda: web.json_response(
+        {"data": [], "next_page": next(tokens)}
+    )
     with pytest.raises(TransientError, match="repeat"):
         _ = [item async for item in qoder_dialect_client.list()]
-    assert server_middleware.requested_paths == [
+    assert recording_middleware.requested_paths == [
         "?limit=100",
         "?limit=100&page=a",
         "?limit=100&page=b",
@@ -383,28 +385,28 @@ async def test_list_with_cyclic_page_tokens_raises_transient_error(
 
 async def test_list_with_endless_empty_pages_raises_transient_error(
     qoder_dialect_client: WorkClient,
-    server_middleware: RecordingMiddleware,
+    recording_middleware: RecordingMiddleware,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(page_limits, "PAGES_PER_SECOND", 1e6)
     numbers = itertools.count()
-    server_middleware.instead = lambda: web.json_response(
+    recording_middleware.instead = lambda: web.json_response(
         {"data": [], "next_page": f"page_{next(numbers)}"}
     )
     with pytest.raises(TransientError, match="without anything new"):
         [item async for item in qoder_dialect_client.list()]
-    assert len(server_middleware.seen) == page_limits.STALE_PAGES
+    assert len(recording_middleware.seen) == page_limits.STALE_PAGES
 
 
 async def test_list_with_repeated_page_token_raises_transient_error(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware
 ) -> None:
-    server_middleware.instead = lambda: web.json_response(
+    recording_middleware.instead = lambda: web.json_response(
         {"data": [], "has_more": True, "next_page": "a/b?c"}
     )
     with pytest.raises(TransientError, match="repeat"):
         _ = [item async for item in qoder_dialect_client.list()]
-    assert server_middleware.requested_paths == ["?limit=100", "?limit=100&page=a%2Fb%3Fc"]
+    assert recording_middleware.requested_paths == ["?limit=100", "?limit=100&page=a%2Fb%3Fc"]
 
 
 @pytest.mark.parametrize(
@@ -413,9 +415,9 @@ async def test_list_with_repeated_page_token_raises_transient_error(
      {"data": [], "next_page": 7}, [], None],
 )  # fmt: skip
 async def test_malformed_page_of_item_list_raises_transient_error_about_bad_body(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware, page: Any
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware, page: Any
 ) -> None:
-    server_middleware.instead = lambda: web.json_response(page)
+    recording_middleware.instead = lambda: web.json_response(page)
     with pytest.raises(TransientError) as raised:
         _ = [item async for item in qoder_dialect_client.list()]
     assert raised.value.reason == "bad_body"
@@ -425,7 +427,7 @@ async def test_malformed_page_of_item_list_raises_transient_error_about_bad_body
     "bad", ["", "..", "a/b", "../stats", "a?b", "a#b", "a b", "a%2fb", "ä", "a\n", "x" * 129]
 )
 async def test_invalid_id_is_never_sent_in_url(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware, bad: str
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware, bad: str
 ) -> None:
     calls = [
         qoder_dialect_client.ack(bad),
@@ -440,17 +442,17 @@ async def test_invalid_id_is_never_sent_in_url(
     for call in calls:
         with pytest.raises(ValueError, match="not an id"):
             await call
-    assert server_middleware.seen == []
+    assert recording_middleware.seen == []
 
 
 async def test_update_with_metadata_other_than_text_raises_type_error_before_any_request(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware
 ) -> None:
     for bad in ({"a": 1}, {"a": {"b": "c"}}, {1: "a"}, {"a": "\ud800"}):
         patch: Any = bad
         with pytest.raises(TypeError):
             await qoder_dialect_client.update_metadata(UNKNOWN, patch)
-    assert server_middleware.seen == []
+    assert recording_middleware.seen == []
 
 
 async def test_client_used_before_opening_raises_runtime_error(control_plane: ControlPlane) -> None:
@@ -498,9 +500,9 @@ async def test_callers_aiohttp_session_stays_open_after_client_closes(
 
 
 async def test_request_in_callers_aiohttp_session_times_out_after_client_closes(
-    control_plane: ControlPlane, server_middleware: RecordingMiddleware
+    control_plane: ControlPlane, recording_middleware: RecordingMiddleware
 ) -> None:
-    server_middleware.hold = asyncio.Event()
+    recording_middleware.hold = asyncio.Event()
     settings = make_settings_for_control_plane(control_plane, request_timeout=1.0)
 
     async def poll_until_timeout(client: WorkClient) -> None:
@@ -515,12 +517,12 @@ async def test_request_in_callers_aiohttp_session_times_out_after_client_closes(
         WorkClient(settings, session=session) as client,
     ):
         group.create_task(poll_until_timeout(client))
-        await server_middleware.arrived.wait()
-    server_middleware.hold.set()
+        await recording_middleware.arrived.wait()
+    recording_middleware.hold.set()
 
 
 async def test_worker_id_set_before_opening_is_sent_as_header(
-    control_plane: ControlPlane, server_middleware: RecordingMiddleware
+    control_plane: ControlPlane, recording_middleware: RecordingMiddleware
 ) -> None:
     client = WorkClient(make_settings_for_control_plane(control_plane))
     client.worker_id = "me-0a1b2c3d"
@@ -529,14 +531,14 @@ async def test_worker_id_set_before_opening_is_sent_as_header(
     client.worker_id = None
     async with client:
         await client.poll()
-    assert [each.headers.get("Worker-ID") for each in server_middleware.seen] == [
+    assert [each.headers.get("Worker-ID") for each in recording_middleware.seen] == [
         "me-0a1b2c3d",
         None,
     ]
 
 
 async def test_client_callbacks_are_called_for_each_request_and_each_credential_refresh(
-    control_plane: ControlPlane, server_middleware: RecordingMiddleware
+    control_plane: ControlPlane, recording_middleware: RecordingMiddleware
 ) -> None:
     reported: list[tuple[str, str]] = []
     refreshes: list[str] = []
@@ -545,7 +547,7 @@ async def test_client_callbacks_are_called_for_each_request_and_each_credential_
     client.on_credential_refresh = refreshes.append
     async with client:
         await client.poll()
-        server_middleware.instead = lambda: web.Response(status=401)
+        recording_middleware.instead = lambda: web.Response(status=401)
         with pytest.raises(RefusedError):
             await client.stats()
     assert reported == [("poll", "2xx"), ("stats", "401")]
@@ -553,9 +555,9 @@ async def test_client_callbacks_are_called_for_each_request_and_each_credential_
 
 
 async def test_call_times_out_after_timeout_argument_or_timeout_in_settings(
-    control_plane: ControlPlane, server_middleware: RecordingMiddleware
+    control_plane: ControlPlane, recording_middleware: RecordingMiddleware
 ) -> None:
-    server_middleware.hold = asyncio.Event()
+    recording_middleware.hold = asyncio.Event()
     async with WorkClient(
         make_settings_for_control_plane(control_plane, request_timeout=0.05)
     ) as client:
@@ -563,7 +565,7 @@ async def test_call_times_out_after_timeout_argument_or_timeout_in_settings(
             with pytest.raises(TransientError) as raised:
                 await call
             assert raised.value.reason == "timeout"
-    server_middleware.hold.set()
+    recording_middleware.hold.set()
 
 
 async def test_poll_waits_its_block_time_unless_poll_timeout_is_shorter(
@@ -584,18 +586,18 @@ async def test_poll_waits_its_block_time_unless_poll_timeout_is_shorter(
 
 
 async def test_poll_with_malformed_item_raises_transient_error_about_bad_body(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware
 ) -> None:
-    server_middleware.instead = lambda: web.json_response({"id": "../x"})
+    recording_middleware.instead = lambda: web.json_response({"id": "../x"})
     with pytest.raises(TransientError, match="malformed") as raised:
         await qoder_dialect_client.poll()
     assert (raised.value.reason, raised.value.status) == ("bad_body", 200)
 
 
 async def test_stop_call_that_skips_item_in_answer_accepts_any_json_object(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware
 ) -> None:
-    server_middleware.instead = lambda: web.Response(body=b'{"id": 7}')
+    recording_middleware.instead = lambda: web.Response(body=b'{"id": 7}')
     assert await qoder_dialect_client.stop(UNKNOWN, force=True, read_item=False) is None
     with pytest.raises(TransientError):
         await qoder_dialect_client.stop(UNKNOWN, force=True)
@@ -603,10 +605,10 @@ async def test_stop_call_that_skips_item_in_answer_accepts_any_json_object(
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{" * 5_000_000])
 async def test_stop_call_that_skips_item_in_answer_still_rejects_answer_without_json_object(
-    qoder_dialect_client: WorkClient, server_middleware: RecordingMiddleware, body: bytes
+    qoder_dialect_client: WorkClient, recording_middleware: RecordingMiddleware, body: bytes
 ) -> None:
     """An HTML page with status 200 may come from a gateway that did not forward the request."""
-    server_middleware.instead = lambda: web.Response(body=body)
+    recording_middleware.instead = lambda: web.Response(body=body)
     with pytest.raises(TransientError):
         await qoder_dialect_client.stop(UNKNOWN, force=True, read_item=False)
 
@@ -774,13 +776,13 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 )
 async def test_item_has_traceparent_of_poll_response_only_if_valid(
     control_plane: ControlPlane,
-    server_middleware: RecordingMiddleware,
+    recording_middleware: RecordingMiddleware,
     client: WorkClient,
     header: str | None,
     kept: str | None,
 ) -> None:
     control_plane.enqueue()
-    server_middleware.add_headers = (
+    recording_middleware.add_headers = (
         {} if header is None else {"Traceparent": header, "X-Other": "ignored"}
     )
     item = await client.poll()

@@ -157,7 +157,7 @@ def test_only_quick_failures_and_exhausted_resources_make_handler_failing(
         ("detached", 5.0, False),
     ],
 )
-def test_completion_or_failure_of_five_second_session_resets_failure_count(
+def test_only_completed_session_or_failure_after_five_seconds_resets_failure_count(
     outcome: Outcome, seconds: float, *, resets: bool
 ) -> None:
     @in_virtual_time

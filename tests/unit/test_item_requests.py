@@ -132,7 +132,7 @@ def test_request_is_not_sent_if_lease_ends_right_before_sending(
                 bench.loop.call_later(4.9, end, item)
             with pytest.raises(error):
                 await send_metadata_update(bench, item, options)
-            # A call that the check refuses is not retried.
+            # If the check before an attempt fails, no further attempt follows.
             assert len(get_attempts_to_update_metadata(bench)) <= 1
         assert not bench.get_send_times("update")
 
@@ -371,7 +371,7 @@ async def test_completion_write_is_retried_as_long_as_lease_is_renewed(
 
 
 @in_virtual_time
-async def test_retry_delay_of_control_plane_is_limited_to_half_of_remaining_time(
+async def test_retry_after_header_delays_retry_by_at_most_half_of_remaining_time(
     make_testbed: type[LeaseTestbed],
 ) -> None:
     bench = make_testbed(update=[Fault(answer=503, applied=False, retry_after=5)])
@@ -434,7 +434,7 @@ async def test_call_raises_cancelled_error_if_calling_task_is_cancelled(
 
 
 @in_virtual_time
-async def test_call_that_needs_lease_continues_while_lease_is_renewed(
+async def test_call_that_takes_longer_than_lease_ttl_succeeds_while_lease_is_renewed(
     make_testbed: type[LeaseTestbed],
 ) -> None:
     bench = make_testbed()

@@ -68,8 +68,9 @@ async def test_lease_added_by_another_thread_during_renewer_check_raises_no_erro
                 bench.renewer.add_lease(item.lease, item)
 
         former = gc.get_threshold()
-        # Use up the free tuples that Python reuses, because a reused tuple starts no garbage
-        # collection.
+        # CPython keeps deleted tuples and reuses them for new tuples, and the reuse of a tuple
+        # starts no garbage collection. Use up these tuples, so that each further tuple is allocated
+        # and can start a collection.
         used = [(number, number) for number in range(5_000)]
         gc.callbacks.append(add_lease_during_garbage_collection)
         try:
@@ -575,7 +576,7 @@ async def test_renewer_detects_pause_of_machine_at_next_check(
 
 
 @in_virtual_time
-async def test_lease_of_item_claimed_elsewhere_during_machine_pause_is_lost_before_any_write(
+async def test_no_write_is_sent_for_item_that_other_worker_claimed_during_machine_pause(
     make_testbed: type[LeaseTestbed],
 ) -> None:
     bench = make_testbed()

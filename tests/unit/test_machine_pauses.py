@@ -45,7 +45,7 @@ def test_lease_clock_counts_sleep_on_macos(monkeypatch: pytest.MonkeyPatch) -> N
     assert choose_suspend_aware_clock()() == float(time.CLOCK_MONOTONIC)
 
 
-def test_lease_clock_of_other_platforms_is_the_monotonic_clock(
+def test_lease_clock_is_time_monotonic_on_platforms_other_than_linux_and_macos(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr(time, "CLOCK_BOOTTIME", raising=False)

@@ -248,7 +248,7 @@ async def test_item_that_is_not_taken_releases_its_queue_place_and_ack_permit(an
 
 @in_virtual_time
 @pytest.mark.parametrize("paused_until", [None, 50.0], ids=["not_paused", "paused"])
-async def test_conditions_of_poll_are_checked_again_after_cooldown_that_began_meanwhile(
+async def test_cooldown_and_pause_that_begin_before_poll_is_sent_delay_the_poll(
     paused_until: float | None,
 ) -> None:
     """While the poller waited for its ack permit, another poller began a cooldown of 30 seconds."""

@@ -271,7 +271,7 @@ async def test_waiting_claims_and_handler_calls_get_rate_limit_tokens_alternatel
     assert queue.served == [CLAIM, HANDLER] * 3 + [HANDLER, HANDLER]
 
 
-async def test_claims_and_handler_calls_still_alternate_after_completion_request() -> None:
+async def test_completion_request_does_not_change_alternation_of_claims_and_handler_calls() -> None:
     async with asyncio.TaskGroup() as group:
         queue = WaitersOnRateLimiter(group)
         await queue.add_waiters(CLAIM, CLAIM, HANDLER, HANDLER)

@@ -42,7 +42,7 @@ FULL = OSError(errno.ENOSPC, "x")
     ],
     ids=repr,
 )
-def test_error_caused_by_exhausted_resource_is_replaced_by_release_exception(
+def test_release_on_exhaustion_turns_error_caused_by_exhausted_resource_into_release(
     error: Exception,
 ) -> None:
     assert exhausted(error)

@@ -87,7 +87,7 @@ async def test_environments_with_equal_numbers_of_slots_receive_free_slot_in_tur
     assert order == [0, 1, 2] * 4
 
 
-async def test_freed_slot_goes_to_environment_with_fewer_slots_before_waiting_item_starts() -> None:
+async def test_slot_goes_to_poller_of_environment_with_fewer_slots_before_item_set_aside() -> None:
     busy, late = make_queues_with_shared_slots(SharedSlots(4), 2, 4)
     started: list[str] = []
     busy.start = started.append
@@ -173,7 +173,8 @@ async def test_uses_of_shared_slots_in_all_environments_count_towards_one_limit(
         third = group.create_task(second.reserve_place())
         await run_ready_tasks()
         end_item(first, used_up=True)
-        end_item(second)  # `used_up` is false, so this item does not count as a use of its slot.
+        # This item does not count towards the limit `uses`, so one more item may run.
+        end_item(second)
         await third
         fourth = group.create_task(first.reserve_place())
         await run_ready_tasks()

@@ -20,7 +20,7 @@ LONG = 60.0
 
 
 @asynccontextmanager
-async def time_limit_with_separate_timer(seconds: float) -> AsyncIterator[None]:
+async def time_limit_with_own_timer(seconds: float) -> AsyncIterator[None]:
     with TimeLimit(seconds):
         yield
 
@@ -31,9 +31,7 @@ async def time_limit_with_shared_timer(seconds: float) -> AsyncIterator[None]:
         yield
 
 
-@pytest.fixture(
-    params=[time_limit_with_separate_timer, time_limit_with_shared_timer, asyncio.timeout]
-)
+@pytest.fixture(params=[time_limit_with_own_timer, time_limit_with_shared_timer, asyncio.timeout])
 def make_time_limit(request: pytest.FixtureRequest) -> MakeTimeLimit:
     make: MakeTimeLimit = request.param
     return make

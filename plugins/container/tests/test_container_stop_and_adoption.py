@@ -83,11 +83,11 @@ async def test_container_output_that_is_no_longer_logged_still_counts_as_progres
 ) -> None:
     report_progress, progress_reported = Session.progress, asyncio.Event()
 
-    def record_progress(session: Session) -> None:
+    def report_and_signal_progress(session: Session) -> None:
         report_progress(session)
         progress_reported.set()
 
-    monkeypatch.setattr(Session, "progress", record_progress)
+    monkeypatch.setattr(Session, "progress", report_and_signal_progress)
     script = """
         echo first; while [ ! -e /kept/first ]; do sleep 0.05; done
         echo second; while [ ! -e /kept/second ]; do sleep 0.05; done

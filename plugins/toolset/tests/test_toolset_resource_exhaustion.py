@@ -77,7 +77,7 @@ async def test_tool_call_reports_exhaustion_if_no_file_descriptors_are_free(
 
 
 @pytest.mark.parametrize("left", range(3))
-async def test_call_stays_new_to_journal_if_its_begin_could_not_be_recorded(
+async def test_journal_reports_call_as_new_again_if_record_of_its_begin_could_not_be_written(
     tmp_path: Path, tool_threads: Any, left: int
 ) -> None:
     journal = CallJournal(tmp_path / "journal", tool_threads.files)
