@@ -392,7 +392,7 @@ async def test_throttled_ack_is_not_repeated_after_reclaim_window(
 async def test_ack_that_may_have_been_applied_is_repeated_after_reclaim_window(
     run_one_item: Any, faults: Faults, recorder: Recorder
 ) -> None:
-    """If the ack was applied, no other worker can get the item before the lease expires."""
+    """The repetition is safe: after an applied ack, no other worker can get the item."""
     faults.add(status(500, retry_after="0.2", applied=True), "ack", times=1)
     final = await run_one_item(return_at_once, reclaim_older_than_ms=100)
     assert final.request_names == ["ack", "ack", "heartbeat", "stop"]

@@ -141,7 +141,7 @@ def compute_declines_per_poll(pool: Supervisor) -> float:
     return declined / sum_metric_values("workpool_polls_total", "result", "item", "null")
 
 
-def read_alert_threshold() -> float:
+def read_threshold_of_wasted_polls_alert() -> float:
     """Return the ratio above which the alert WorkpoolPollsWasted fires."""
     text = resources.files("workpool").joinpath("alerts.yml").read_text("utf-8")
     # mypy has no types of `yaml`, so an `import` statement would not pass its check.
@@ -163,7 +163,7 @@ async def test_items_of_another_pool_delay_no_matching_item_and_cause_no_alert(
             workpool.enqueue(metadata={"job": "report"})
             finished = await workpool.wait_for(SessionFinished, count=count, timeout=10)
             assert finished.outcome == "completed"
-        assert 0.1 < compute_declines_per_poll(pool) < read_alert_threshold()
+        assert 0.1 < compute_declines_per_poll(pool) < read_threshold_of_wasted_polls_alert()
 
 
 @pytest.mark.parametrize("pollers", [1, 2])
@@ -176,7 +176,7 @@ async def test_wanted_item_is_never_delivered_if_too_many_unwanted_items_are_que
         await asyncio.sleep(60)
         (wanted,) = workpool.enqueue(metadata={"job": "report"})
         await asyncio.sleep(10 * MINUTE_SECONDS)
-        assert compute_declines_per_poll(pool) > read_alert_threshold()
+        assert compute_declines_per_poll(pool) > read_threshold_of_wasted_polls_alert()
         assert workpool.item(wanted).state == "queued"
         assert workpool.item(wanted).delivered_at is None
         # A second pool has a handler for any item. It runs the items that the first pool declined,

@@ -51,13 +51,13 @@ class OperationsThatAckForAnyWorker(Operations):
             self._add_history_record("conflict", item, worker_id, op="ack")
             raise APIError(409, f"the item is {item.state}")
         leased = item if self._poll_leases else self._copy_with_new_lease(item)
-        acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest_time)
+        acked = replace(leased, state=ACTIVE, acknowledged_at=self.latest_call_time)
         return self._store_changed_item(queue, acked, "acked", worker_id)
 
     def _copy_with_new_lease(self, item: Item) -> Item:
         return replace(
             item,
             delivered_at=None,
-            lease_end=self.latest_time + ACK_LEASE_SECONDS * SECOND,
+            lease_end=self.latest_call_time + ACK_LEASE_SECONDS * SECOND,
             ttl_seconds=ACK_LEASE_SECONDS,
         )

@@ -313,7 +313,7 @@ async def test_heartbeat_whose_answer_arrives_after_machine_pause_is_repeated_at
 
 
 class OperationsThatAcceptAnyHeartbeatOfStoppingItem(Operations):
-    """Operations that accept any heartbeat of a `stopping` item, as the anthropic dialect does."""
+    """Operations that accept outdated heartbeats of `stopping` items, as `anthropic` does."""
 
     def heartbeat(self, *values: Any, **named: Any) -> Item:
         return super().heartbeat(*values, **named | {"compare_on_stop": False})

@@ -67,7 +67,7 @@ def test_flag_of_a_setting_shows_its_default_and_its_variable() -> None:
             )
 
 
-def test_flags_with_placeholder_seconds_in_help_accept_numbers() -> None:
+def test_each_flag_whose_help_shows_a_value_in_seconds_accepts_numbers() -> None:
     for option in COMMANDS["workpool run"].params:
         if "SECONDS" in (option.metavar or "").split("|"):
             assert {"int", "float"} & set(Settings.__annotations__[option.name].split(" | "))

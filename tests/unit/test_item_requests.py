@@ -85,7 +85,7 @@ def request_stop(item: PoolItem) -> None:
     item.lease.end_lease("stopped")
 
 
-def close_session(item: PoolItem) -> None:
+def close_lease_of_session(item: PoolItem) -> None:
     item.lease.closed = True
 
 
@@ -101,7 +101,7 @@ def begin_handoff(item: PoolItem) -> None:
 ENDS: list[tuple[Callable[[PoolItem], None], type[Exception], bool]] = [
     (lose_lease, LeaseLost, False),
     (request_stop, SessionEnded, False),
-    (close_session, SessionEnded, False),
+    (close_lease_of_session, SessionEnded, False),
     (begin_handoff, LeaseLost, False),
     (cancel_handler, SessionEnded, True),
 ]

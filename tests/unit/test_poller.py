@@ -251,7 +251,7 @@ async def test_item_that_is_not_taken_releases_its_queue_place_and_ack_permit(an
 async def test_cooldown_and_pause_that_begin_before_poll_is_sent_delay_the_poll(
     paused_until: float | None,
 ) -> None:
-    """While the poller waited for its ack permit, another poller began a cooldown of 30 seconds."""
+    """The cooldown of 30 s begins while the poller waits for its permit for the later ack."""
     bench = PollerTestbed()
     polled_at: list[float] = []
     permits_in_cooldown: list[int] = []

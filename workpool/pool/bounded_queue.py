@@ -88,7 +88,7 @@ class BoundedQueue(Generic[T]):
 
     @property
     def is_full(self) -> bool:
-        """Whether the queue has no room for another item. A reserved place counts as room.
+        """Whether every place holds an item. A reserved place that has no item yet counts as free.
 
         With shared slots, the queue is also full if the pool has an item and no reserved place, and
         cannot take another slot, because other pools have taken them.

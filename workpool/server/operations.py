@@ -151,7 +151,7 @@ class Operations:
             queue.waiting.wake_polls(len(queue.waiting))
 
     @property
-    def latest_time(self) -> int:
+    def latest_call_time(self) -> int:
         """The time of the latest call in microseconds. No record of the history is newer."""
         return self._latest
 

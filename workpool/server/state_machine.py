@@ -109,8 +109,9 @@ def extend_lease(
         item,
         state=ACTIVE if starts else item.state,
         started_at=now if starts else item.started_at,
-        # Two heartbeats in one microsecond need different times. With equal times, the sender of
-        # the first one would still be accepted as the holder of the lease.
+        # A worker proves by the time of the last heartbeat that it holds the lease. So two
+        # heartbeats in one microsecond need different times: with equal times, the sender of the
+        # first one would still count as the holder.
         heartbeat_at=max(now, (item.heartbeat_at or 0) + 1),
         beaten=True,
         ttl_seconds=ttl_seconds,

@@ -217,5 +217,7 @@ def expire_lease(plane: ControlPlane, work_id: str, environment_id: str | None =
     if item.lease_end is not None:
         # End the lease at the time of the latest call, so that it has expired and its end becomes
         # the next record of the control plane's history, which is ordered by time.
-        queue.put_item(replace(item, lease_end=min(item.lease_end, plane.operations.latest_time)))
+        queue.put_item(
+            replace(item, lease_end=min(item.lease_end, plane.operations.latest_call_time))
+        )
         plane.operations.get_queue(queue.environment_id)

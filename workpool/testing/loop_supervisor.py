@@ -1,4 +1,4 @@
-"""A supervisor whose lease renewer runs on the handlers' loop: virtual time allows no thread."""
+"""A supervisor whose lease renewer has no thread of its own, which virtual time would not allow."""
 
 from __future__ import annotations
 

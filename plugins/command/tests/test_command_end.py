@@ -29,7 +29,7 @@ IGNORES_SIGTERM = "trap '' TERM; sh -c 'echo $$ >>$0; sleep 60' $0 & echo $$ >>$
 """A script that ignores SIGTERM, as its child does, and writes both process ids to a file."""
 
 
-async def test_command_after_stop_request_finishes_and_writes_metadata(
+async def test_running_command_finishes_and_writes_metadata_after_stop_request(
     kit: Kit, shell_command: Shell, procfs: Any, tmp_path: Path
 ) -> None:
     script = """trap 'echo "{\\"done\\": \\"half\\"}"; exit 0' TERM; echo $$ >$0; sleep 60 & wait"""

@@ -238,7 +238,7 @@ class ScriptedSession:
         return killed
 
     def find_violations(self) -> tuple[list[str], Counter[str]]:
-        """Return a text for each violated rule, and the number of answers of each kind."""
+        """Return a text for each violated rule, and the number of answers: own, unknown, denied."""
         wrong: list[str] = []
         calls = [event for event in self.session_events if event["type"].endswith("tool_use")]
         results = [event for event in self.session_events if event["type"].endswith("tool_result")]

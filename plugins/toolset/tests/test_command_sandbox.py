@@ -42,12 +42,12 @@ def test_sandbox_check_reports_problem_if_code_outside_plugin_reaped_sandbox_pro
         kill_and_reap_process(int(await asyncio.to_thread((tmp_path / "pid").read_text)))
         return process
 
-    async def find_problem_of_reaped_sandbox() -> str | None:
+    async def find_problem_of_sandbox_with_reaped_process() -> str | None:
         monkeypatch.setattr(asyncio, "create_subprocess_exec", start_and_reap_process)
         return await find_sandbox_problem(sandbox, tmp_path)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(find_problem_of_reaped_sandbox()) == "bwrap did not answer"
+        assert runner.run(find_problem_of_sandbox_with_reaped_process()) == "bwrap did not answer"
 
 
 def kill_and_reap_process(pid: int) -> None:

@@ -95,7 +95,7 @@ def test_replay_of_a_fleet_prints_its_pools_and_handlers() -> None:
 
 
 @pytest.mark.parametrize("name", FLEET_MUTATIONS)
-def test_each_edit_of_a_fleet_mutation_matches_exactly_one_place_in_source(name: str) -> None:
+def test_each_text_that_a_fleet_mutation_replaces_occurs_exactly_once_in_source(name: str) -> None:
     with apply_mutation(FLEET_MUTATIONS[name]):
         pass
 

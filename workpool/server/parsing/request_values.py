@@ -323,9 +323,9 @@ def parse_enqueue_request(content: bytes) -> EnqueueRequest:
 
 
 def check_string_values(value: object, allowed: tuple[type, ...] = (str,)) -> dict[str, Any]:
-    """Return `value` if it is an object with values of allowed types; else raise a 400.
+    """Return `value` if it is an object whose values are all strings; else raise a 400.
 
-    `allowed` has the types of the values: only strings by default.
+    `allowed` has the allowed types of the values, if other types than `str` are allowed.
     """
     if not isinstance(value, dict):
         raise APIError(400, "metadata must be an object", "metadata")

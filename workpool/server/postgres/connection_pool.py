@@ -261,7 +261,7 @@ class ConnectionPool:
             raise
 
     def _forward_unused_wake_up(self, waiter: asyncio.Future[None]) -> None:
-        """Wake another call if the call of `waiter` was woken but ends without a connection."""
+        """Wake the next waiting call if `waiter` was woken, but its call takes no connection."""
         if waiter.done() and not waiter.cancelled():
             self._wake_waiting_calls()
 

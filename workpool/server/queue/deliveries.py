@@ -17,8 +17,8 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._times: OrderedDict[str, int] = OrderedDict()
-        # The ids and delivery times of the items that were delivered so recently that no poll so
-        # far could receive them again.
+        # The ids and delivery times of the items that were due at no poll yet, because the reclaim
+        # window of each poll was longer than the time since their delivery.
         self._recent: OrderedDict[str, int] = OrderedDict()
         self._due: list[str] = []  # the ids of the other delivered items, in ascending order
 
