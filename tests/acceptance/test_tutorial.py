@@ -85,7 +85,7 @@ def test_tutorial_steps_run_with_documented_results(tmp_path: Path, reserved_por
     )
     output = f"{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, output
-    assert re.findall(r"(\d+) passed", done.stdout) == ["3", "4"]
+    assert re.findall(r"(\d+) passed", done.stdout) == ["3", "5"]
     assert "ready WORKPOOL_BASE_URL=http://127.0.0.1:" in done.stdout
     listed = [line.split("\t") for line in done.stdout.splitlines() if "\tsession\t" in line]
     assert [fields[2] for fields in listed] == ["stopped"] * 3, output
