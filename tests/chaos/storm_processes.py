@@ -139,11 +139,18 @@ class StormProcesses:
             )
         self._planes[number] = plane
         assert plane.stdout is not None
-        async with asyncio.timeout(SECONDS):
-            ready = await plane.stdout.readline()
-            if not ready:
+        ready = b""
+        try:
+            async with asyncio.timeout(SECONDS):
+                ready = await plane.stdout.readline()
+        finally:
+            if not ready:  # the process has ended, or the storm has ended and cancels this start
                 del self._planes[number]
-                raise StartError(f"control plane {number} ended: {await plane.wait()}")
+                with suppress(ProcessLookupError):
+                    plane.kill()
+                status = await plane.wait()
+        if not ready:
+            raise StartError(f"control plane {number} ended: {status}")
 
     async def kill_control_plane(self, number: int) -> None:
         """Kill a process of the control plane, if it runs, and wait for its end."""
