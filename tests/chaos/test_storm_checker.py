@@ -160,6 +160,13 @@ def test_storm_checker_accepts_late_request_if_event_loop_was_delayed() -> None:
     assert check_storm_records([*journal, {"t": 22.6, "what": "lag", "seconds": 2.0}], []).broken
 
 
+def test_storm_checker_accepts_request_that_the_database_clock_dates_before_its_ack() -> None:
+    early, too_early = (make_arrived_request(t, "heartbeat", A) for t in (0.96, 0.9))
+    assert check_storm_records([early, *CALM], CALM_TRACE).broken == []
+    found = check_storm_records([too_early, *CALM], CALM_TRACE).broken
+    assert found == [f"{A} sent heartbeat for w, which it never held"]
+
+
 def test_storm_checker_accepts_ack_without_lease_and_stop_request_of_operator() -> None:
     journal = [
         *LEASE_PASSED_TO_B,
