@@ -93,7 +93,11 @@ class StormChecker:
         # For each worker and item, the time of each grant and the end of the granted lease. The
         # grants are in ascending order.
         self._grants: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-        self._first_granted_at: dict[tuple[str, str], float] = {}
+        self._first_acked_at: dict[tuple[str, str], float] = {
+            (line["worker_id"], line["work_id"]): line["t"]
+            for line in reversed(self._journal)
+            if line["what"] == "record" and line["kind"] == "acked"
+        }
         self._holder: dict[str, str | None] = {}
         self._cut: set[tuple[str, str]] = set()
         self._durable: dict[str, set[str]] = defaultdict(set)
@@ -105,10 +109,6 @@ class StormChecker:
 
     def check_storm(self, enqueued: Sequence[str]) -> StormResult:
         """Check a storm. `enqueued` has the ids of the items that the storm created."""
-        for line in self._journal:
-            if line["what"] == "record" and line["kind"] == "acked":
-                key = line["worker_id"], line["work_id"]
-                self._first_granted_at.setdefault(key, line["t"])
         for line in self._journal:
             what = line["what"]
             if what == "record":
@@ -163,8 +163,8 @@ class StormChecker:
         self.verdict.counts[f"came: {op}"] += 1
         grants = self._grants.get((worker, work_id))
         if not grants:
-            granted_at = self._first_granted_at.get((worker, work_id), float("inf"))
-            if granted_at > line["t"] + CLOCK_SECONDS:
+            acked_at = self._first_acked_at.get((worker, work_id), float("inf"))
+            if acked_at > line["t"] + CLOCK_SECONDS:
                 self._add_violation(f"{worker} sent {op} for {work_id}, which it never held")
             return
         late = line["t"] - grants[-1][1]
