@@ -88,6 +88,9 @@ def _find_item_violations(work_id: str, records: Sequence[Record]) -> Iterator[s
     for record in records[ends[0] + 1 :] if ends else ():
         if record.kind not in {"conflict", "metadata"}:
             yield f"{work_id}: {record.kind} after its stop"
-    for earlier, later in pairwise(records):
+    # A refused call changes nothing, so its record may be written while another call changes the
+    # item: between the time of that change and its record.
+    changes = [record for record in records if record.kind != "conflict"]
+    for earlier, later in pairwise(changes):
         if later.time < earlier.time:
             yield f"{work_id}: {later.kind} at {later.time:.6f} after {earlier.time:.6f}"

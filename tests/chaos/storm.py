@@ -26,7 +26,14 @@ import aiohttp
 
 from tests.chaos.control_plane import seconds_since_boot
 from tests.chaos.storm_checker import WAKE_SECONDS, StormChecker, StormResult
-from tests.chaos.storm_processes import ENVIRONMENT, LEASE_SECONDS, SECONDS, TOKEN, StormProcesses
+from tests.chaos.storm_processes import (
+    ENVIRONMENT,
+    LEASE_SECONDS,
+    SECONDS,
+    TOKEN,
+    StormProcesses,
+    boot_time_by_system_clock,
+)
 from workpool.testing import Proxy
 
 if TYPE_CHECKING:
@@ -96,6 +103,7 @@ class Storm:
         self._faults = folder / "faults.json"
         self._enqueued: list[str] = []
         self._lags: list[dict[str, Any]] = []
+        self._clock_change = 0.0
         self._woke = asyncio.Event()
         self._stopped: str | None = None
 
@@ -245,7 +253,7 @@ class Storm:
             proxy.heal()
 
     async def _record_loop_lag(self) -> None:
-        """Record the length of each delay of this event loop.
+        """Record the length of each delay of this event loop, and changes of the system's clock.
 
         A busy machine delays the workers in the same way, and the checker allows for that.
         """
@@ -255,6 +263,8 @@ class Storm:
             lag = seconds_since_boot() - before - TICK_SECONDS
             if lag > LAG_SECONDS:
                 self._lags.append({"t": seconds_since_boot(), "what": "lag", "seconds": lag})
+            change = abs(boot_time_by_system_clock() - self._fleet.offset)
+            self._clock_change = max(self._clock_change, change)
 
     async def _end_faults_and_finish_items(self, http: aiohttp.ClientSession, proxy: Proxy) -> None:
         proxy.heal()
@@ -307,6 +317,7 @@ class Storm:
         )
         verdict = checker.check_storm(self._enqueued)
         verdict.broken += self._fleet.broken
+        verdict.clock_change = self._clock_change
         return verdict
 
     def _collect_journal_lines(self) -> list[dict[str, Any]]:
@@ -328,6 +339,7 @@ def format_report(settings: StormSettings, verdict: StormResult) -> str:
             f"seed {settings.seed}, {settings.seconds:g} s, {settings.write_rate:g} writes/s",
             *(f"  {name:45} {count:6}" for name, count in sorted(verdict.counts.items())),
             f"  latest request after its lease: {verdict.latest:.3f} s",
+            f"  the system's clock was set by: {verdict.clock_change:.3f} s",
             *(f"  BROKEN: {text}" for text in verdict.broken or ["nothing"]),
         ]
     )

@@ -58,11 +58,15 @@ class StormResult:
         counts: The number of each kind of event, which shows that faults happened.
         latest: The largest number of seconds from the end of a lease to the arrival of a request of
             its holder.
+        clock_change: The largest number of seconds by which the system's clock was set since the
+            start of the storm. After more than `CLOCK_SECONDS`, the times of a database cannot be
+            compared with those of processes.
     """
 
     broken: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     latest: float = 0.0
+    clock_change: float = 0.0
 
 
 class StormChecker:

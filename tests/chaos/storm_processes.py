@@ -46,6 +46,18 @@ SETTINGS = {
 _NUMBERS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "cont": signal.SIGCONT}
 
 
+def boot_time_by_system_clock() -> float:
+    """Return the system's clock minus `seconds_since_boot`; constant until the clock is set."""
+    readings = []
+    for _ in range(5):
+        before = seconds_since_boot()
+        now = datetime.now(UTC).timestamp()
+        after = seconds_since_boot()
+        readings.append((after - before, now - (before + after) / 2))
+    # A busy machine may interrupt this process between two clocks: use the fastest reading.
+    return min(readings)[1]
+
+
 class StartError(Exception):
     """A process ended before it was ready."""
 
@@ -78,7 +90,7 @@ class StormProcesses:
         self._store = store or str(folder / "work.db")
         self._planes: dict[int, Process] = {}
         self._logs: dict[int, Path] = {}
-        self.offset = datetime.now(UTC).timestamp() - seconds_since_boot()
+        self.offset = boot_time_by_system_clock()
         self._reserved = ExitStack()
         port, *self._ports = (
             self._reserved.enter_context(reserve_port()) for _ in range(planes + 1)

@@ -40,6 +40,7 @@ VALID = [CREATED, *make_lease_records(1, A), LAPSED, *make_lease_records(12, B),
 def test_history_checker_finds_no_violation_in_valid_history() -> None:
     conflict = Record(21, "w", "conflict", A, "stopped", None, "heartbeat")
     assert list(find_history_violations([*VALID, conflict])) == []
+    assert list(find_history_violations([*VALID[:-1], conflict, STOPPED])) == []
 
 
 @pytest.mark.parametrize(
