@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
+    from aiohttp.client_proto import ResponseHandler
+
 OPENSSL = shutil.which("openssl")
 STATS = b'{"depth": 1, "pending": 0, "oldest_queued_at": null, "workers_polling": 1}'
 
@@ -759,6 +761,34 @@ async def test_get_request_but_not_post_request_is_repeated_after_connection_clo
         with pytest.raises(TransientError):
             await send_request(transport, server.url, endpoint=post)
     assert len(server.requests) == 2
+
+
+async def test_answer_that_no_request_asked_for_is_not_taken_for_answer_to_next_request() -> None:
+    async def send_two_answers(server: ScriptedServer, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        await server.release.wait()
+        writer.write(make_refusal_answer(401))
+
+    post: Any = endpoints.Endpoint("stop", "POST", endpoints.STATS.parse)
+    async with (
+        running_server(send_two_answers, OK) as server,
+        connected_transport(server.url) as transport,
+    ):
+        await send_request(transport, server.url, endpoint=post)
+        [idle] = list_idle_connections(transport)
+        server.release.set()
+        async with asyncio.timeout(20):
+            while not idle.should_close:  # noqa: ASYNC110 - aiohttp has no event for it
+                await asyncio.sleep(0.001)
+        with pytest.raises(TransientError) as raised:
+            await send_request(transport, server.url, endpoint=post)
+        assert (raised.value.reason, len(server.requests)) == ("network", 1)
+        assert (await send_request(transport, server.url, endpoint=post)).depth == 1
+
+
+def list_idle_connections(transport: Transport) -> list[ResponseHandler]:
+    connectors: Any = {each.connector for each in transport._connections.sessions}
+    return [idle for each in connectors for kept in each._conns.values() for idle, *_ in kept]
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -169,6 +169,10 @@ class CheckedRequest(aiohttp.ClientRequest):
         payload, run the check here.
         """
         protocol = conn.protocol
+        if protocol is not None and protocol.should_close:
+            # Bytes that no request has asked for have arrived on this connection since its last
+            # answer. They would be taken for the answer to this request.
+            raise aiohttp.ServerDisconnectedError
         # Replace `feed_data` once for each connection. Use `setattr` and not `__dict__`: once a
         # connection's `__dict__` was read, Python 3.11 reads its attributes more slowly, which cost
         # 14,000 CPU instructions a request.
