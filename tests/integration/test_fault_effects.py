@@ -41,6 +41,8 @@ CASES: dict[str, list[Fault]] = {
     "rewritten": [Fault(rewrite=lambda item: {**item, "state": "active"})],
     "delayed": [delay(0.02), delay(0.02, applied=True)],
     "slow": [trickle(0.0001)],
+    "a slow status": [status(502, html=True, applied=True), trickle(0.0001)],
+    "a status sent slowly": [trickle(0.0001), status(502, html=True, applied=True)],
     "a lost status": [lost(), status(503, applied=True)],
     "a delayed status": [delay(0.02), status(409)],
     "a status before a lost answer": [status(429), lost()],

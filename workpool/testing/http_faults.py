@@ -54,7 +54,7 @@ async def answer_with_fault(
         await asyncio.sleep(fault.answer_delay)
     if fault.answer is not None or fault.rewrite is not None:
         return await _replace_answer(fault, request, true)
-    return await _send_bytewise(true, request, fault.byte_seconds) if fault.byte_seconds else true
+    return _BytewiseResponse(true, fault.byte_seconds) if fault.byte_seconds else true
 
 
 async def _replace_answer(
@@ -79,11 +79,7 @@ async def _replace_answer(
         return true
     body = answer.body if isinstance(answer.body, bytes) else b""
     replaced = web.Response(body=body, status=answer.status, headers=answer.headers)
-    return (
-        await _send_bytewise(replaced, request, fault.byte_seconds)
-        if fault.byte_seconds
-        else replaced
-    )
+    return _BytewiseResponse(replaced, fault.byte_seconds) if fault.byte_seconds else replaced
 
 
 def _encode_body(response: web.StreamResponse) -> bytes:
@@ -98,21 +94,27 @@ def _close_connection(transport: asyncio.Transport, how: str) -> None:
         transport.close()
 
 
-async def _send_bytewise(
-    whole: web.StreamResponse, request: web.Request, seconds: float
-) -> web.StreamResponse:
-    """Send an answer byte by byte, with `seconds` between two bytes."""
-    content = _encode_body(whole)
-    response = web.StreamResponse(status=whole.status)
-    response.content_type = whole.content_type
-    response.content_length = len(content)
-    # A write fails if the client closes the connection before the last byte.
-    with suppress(ConnectionError):
-        await response.prepare(request)
-        for byte in content:
-            await response.write(bytes((byte,)))
-            await asyncio.sleep(seconds)
-    return response
+class _BytewiseResponse(web.Response):
+    """An answer that is sent byte by byte, with `seconds` between two bytes.
+
+    It is sent when all faults of the request have had their effect: a fault that sent its own
+    answer earlier would leave a second answer on the connection, and the client would take it for
+    the answer to its next request.
+    """
+
+    def __init__(self, whole: web.StreamResponse, seconds: float) -> None:
+        super().__init__(
+            status=whole.status, body=_encode_body(whole), content_type=whole.content_type
+        )
+        self._seconds = seconds
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        # A write fails if the client closes the connection before the last byte.
+        with suppress(ConnectionError):
+            for byte in _encode_body(self):
+                await self.write(bytes((byte,)))
+                await asyncio.sleep(self._seconds)
+            await web.StreamResponse.write_eof(self, data)
 
 
 def find_operation_of_request(request: web.Request) -> Op | None:
